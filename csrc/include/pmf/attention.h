@@ -1,0 +1,72 @@
+// Attention and attention with tangents: the contract of the forward kernels.
+//
+//   S = c Q K^T + mask       P = softmax(S)       out   = P V
+//   tS = c (tQ K^T + Q tK^T) r_i = sum_j P_ij tS_ij
+//   out_t = (P o tS) V - r o out + P tV
+//
+// Sizes: B batches, H query heads, Hk key heads (H % Hk == 0; query head h reads key head
+// h / (H / Hk)), Nq queries, Nk keys, D the width of queries and keys, Dv the width of values.
+#pragma once
+
+#include "pmf/common.h"
+
+namespace pmf {
+
+constexpr int64_t kAttentionMaxWidth = 256;
+
+enum class MaskKind : int32_t {
+  none = 0,
+  boolean = 1,   // bytes; nonzero means "attend"
+  additive = 2,  // floating, added to the scaled scores
+};
+
+struct AttentionShape {
+  int64_t batch = 0, heads = 0, key_heads = 0;
+  int64_t queries = 0, keys = 0;
+  int64_t width = 0, value_width = 0;  // 1 .. kAttentionMaxWidth
+};
+
+// [B, H, Nq, Nk] through strides; 0 where it broadcasts.
+struct AttentionMask {
+  MaskKind kind = MaskKind::none;
+  DType dtype = DType::f32;  // of an additive mask
+  ConstView4 view;
+};
+
+struct AttentionParams {
+  AttentionShape shape;
+  DType dtype = DType::f32;  // of query, key, value, their tangents, out and out_t
+  double scale = 1.0;        // c; any finite value
+  bool is_causal = false;    // query i attends keys j <= i (top-left aligned), besides the mask
+  AttentionMask mask;
+
+  ConstView4 query;  // [B, H,  Nq, D ] dtype
+  ConstView4 key;    // [B, Hk, Nk, D ] dtype
+  ConstView4 value;  // [B, Hk, Nk, Dv] dtype
+
+  // Tangents, each shaped as its primal; null means zero and costs nothing. Read only if out_t is set.
+  ConstView4 query_t, key_t, value_t;
+
+  View4 out;    // [B, H, Nq, Dv] dtype; zero where a row attends nothing
+  View4 out_t;  // [B, H, Nq, Dv] dtype; null: forward only
+
+  // Row statistics, contiguous [B, H, Nq], fp32 (fp64 for fp64). lse = log sum_j exp(S_ij), natural
+  // logarithm, -inf where a row attends nothing. row_t = r, 0 there; null exactly when out_t is.
+  void* lse = nullptr;
+  void* row_t = nullptr;
+
+  // attention_forward_workspace_bytes() bytes, aligned to 64; contents do not matter.
+  void* workspace = nullptr;
+};
+
+namespace cpu {
+
+// Scratch memory for `threads` workers: linear in Nk, independent of Nq.
+int64_t attention_forward_workspace_bytes(const AttentionParams& params, int64_t threads);
+
+// Runs on parallel.threads workers (the number the workspace was sized for). Bitwise deterministic,
+// and the result does not depend on the number of threads.
+void attention_forward(const AttentionParams& params, const ParallelFor& parallel);
+
+}  // namespace cpu
+}  // namespace pmf
