@@ -1,0 +1,6 @@
+"""Distances between two sets of samples, computed on any features (here: pixels)."""
+
+from pmf.metrics.frechet import frechet_distance
+from pmf.metrics.neighbours import coverage, recall
+
+__all__ = ["coverage", "frechet_distance", "recall"]
