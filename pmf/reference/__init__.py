@@ -1,0 +1,27 @@
+"""Plain PyTorch versions of the ops: short, differentiable, any dtype. What every kernel is held against.
+
+Each takes the arguments of the public function of the same name in `pmf.ops`, computes in the dtype it is
+given, and never touches a compiled kernel. For a trustworthy answer, call it in float64.
+"""
+
+from .attention import attention, attention_jvp
+from .gated_residual import gated_residual, gated_residual_jvp
+from .patch_embed import patch_embed, patch_embed_jvp
+from .rms_norm import rms_norm, rms_norm_jvp
+from .rotary_qk_norm import rotary_qk_norm, rotary_qk_norm_jvp
+from .swiglu import swiglu, swiglu_jvp
+
+__all__ = [
+    "attention",
+    "attention_jvp",
+    "gated_residual",
+    "gated_residual_jvp",
+    "patch_embed",
+    "patch_embed_jvp",
+    "rms_norm",
+    "rms_norm_jvp",
+    "rotary_qk_norm",
+    "rotary_qk_norm_jvp",
+    "swiglu",
+    "swiglu_jvp",
+]
