@@ -1,0 +1,59 @@
+"""Classifier-free guidance built into the training target."""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Guidance", "IntervalGuidance"]
+
+
+class Guidance(Protocol):
+    """Draws each sample's guidance and says how strong it is at that sample's time. All tensors are [B], on the host."""
+
+    def draw(self, flow_matching: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+        """omega, t_min, t_max."""
+        ...
+
+    def effective_omega(
+        self, t: Tensor, omega: Tensor, t_min: Tensor, t_max: Tensor, flow_matching: Tensor
+    ) -> Tensor:
+        """w' in the target v_t + (1 - 1/w') (v_c(w') - v_u)."""
+        ...
+
+
+@dataclass(frozen=True)
+class IntervalGuidance:
+    """Scale omega in [1, max_omega] of density proportional to omega^-beta, in force for t_min <= t <= t_max only.
+
+    t_min ~ U(0, 1/2), t_max ~ U(1/2, 1); flow-matching samples have the interval [0, 1] and no test against it.
+    """
+
+    max_omega: float = 8.0
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.max_omega >= 1:
+            raise ValueError(f"guidance: max_omega must be at least 1, got {self.max_omega}")
+
+    def draw(self, flow_matching: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+        batch = len(flow_matching)
+        uniform = torch.rand(3, batch, generator=generator)
+        t_min = torch.where(flow_matching, 0.0, 0.5 * uniform[1])
+        t_max = torch.where(flow_matching, 1.0, 0.5 + 0.5 * uniform[2])
+        return self._omega(uniform[0]), t_min, t_max
+
+    def _omega(self, quantile: Tensor) -> Tensor:
+        """Inverse of the distribution function of omega^-beta on [1, max_omega]."""
+        power = 1.0 - self.beta
+        if abs(power) < 1e-6:
+            return torch.exp(quantile * math.log(self.max_omega))
+        return (1 + quantile * (self.max_omega**power - 1)) ** (1 / power)
+
+    def effective_omega(
+        self, t: Tensor, omega: Tensor, t_min: Tensor, t_max: Tensor, flow_matching: Tensor
+    ) -> Tensor:
+        inside = (t_min <= t) & (t <= t_max)
+        return torch.where(inside | flow_matching, omega, 1.0)

@@ -1,0 +1,201 @@
+"""The Pixel MeanFlow objective (arXiv 2601.22158, with the authors' code where the two differ)."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..models import PixelMeanFlow
+from ..nn import Condition
+from .draws import Draws
+from .guidance import Guidance, IntervalGuidance
+from .path import conditional_velocity, interpolate, over_pixels
+from .plan import Plan, make_plan
+from .preconditioner import NoPreconditioner, Preconditioner
+from .prediction import Prediction, XPrediction
+from .times import PlaneTimes, TimeSampling
+
+__all__ = ["Objective", "Terms"]
+
+
+class Terms:
+    """What one evaluation gives.
+
+    loss is what to differentiate: the batch mean of the weighted terms, about 2 whatever happens when norm_p is 1.
+    loss_u and loss_v, the plain means of (V - v_g)^2 and (v - v_g)^2, are what to watch. The rest are images [B, C, S, S]
+    without gradients, in the order of the batch: the targets' v_target = v_g, v_tangent (the direction of z, zero where
+    no tangent was needed), u, du_dt (zero likewise) and v.
+    """
+
+    def __init__(self, loss: Tensor, loss_u: Tensor, loss_v: Tensor, plan: Plan, parts: dict[str, Tensor]) -> None:
+        self.loss, self.loss_u, self.loss_v = loss, loss_u, loss_v
+        self._plan, self._parts = plan, parts
+
+    @cached_property
+    def v_target(self) -> Tensor:
+        return self._in_given_order("v_target")
+
+    @cached_property
+    def v_tangent(self) -> Tensor:
+        return self._in_given_order("v_tangent")
+
+    @cached_property
+    def u(self) -> Tensor:
+        return self._in_given_order("u")
+
+    @cached_property
+    def du_dt(self) -> Tensor:
+        return self._in_given_order("du_dt")
+
+    @cached_property
+    def v(self) -> Tensor:
+        return self._in_given_order("v")
+
+    def _in_given_order(self, name: str) -> Tensor:
+        part = self._parts[name]
+        whole = part.new_zeros(len(self._plan.order), *part.shape[1:])
+        whole[self._plan.order[: len(part)].to(part.device)] = part
+        return whole
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of one batch, and the random draws it needs.
+
+        objective = Objective(noise_scale=model.config.noise_scale)
+        draws = objective.draw(images, labels, generator)
+        terms = objective(model, images, labels, draws)
+        terms.loss.backward()
+
+    With z = (1 - t) x + t e, h = t - r, and the guided velocity v_g = v_t + (1 - 1/w') (v_c(w') - v_u):
+
+        V = u + (t - r) stopgrad(du/dt)      du/dt along (z, t, r) in the direction (v_c(w'), 1, 0)
+        loss = mean of adp(sum (V - v_g)^2) + adp(sum (v - v_g)^2)      adp(l) = l / stopgrad((l + norm_eps)^norm_p)
+
+    Only what the numbers depend on is computed (see `pmf.flow.plan`). Images, scalars and losses are float32, or float64
+    where the images are, whatever dtype the model has.
+    """
+
+    noise_scale: float = 1.0
+    norm_p: float = 1.0
+    norm_eps: float = 0.01
+    class_dropout: float = 0.1
+    prediction: Prediction = field(default_factory=XPrediction)
+    preconditioner: Preconditioner = field(default_factory=NoPreconditioner)
+    times: TimeSampling = field(default_factory=PlaneTimes)
+    guidance: Guidance = field(default_factory=IntervalGuidance)
+
+    def __post_init__(self) -> None:
+        if not self.noise_scale > 0:
+            raise ValueError(f"objective: noise_scale must be positive, got {self.noise_scale}")
+        if not self.norm_eps > 0:
+            raise ValueError(f"objective: norm_eps must be positive, got {self.norm_eps}")
+        if not 0 <= self.class_dropout <= 1:
+            raise ValueError(f"objective: class_dropout must lie in [0, 1], got {self.class_dropout}")
+
+    def draw(self, images: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Draws:
+        """Draws for images [B, C, S, S] from a CPU generator: the same on every device. Only the noise is moved.
+
+        The first samples are the flow-matching ones, and the first Binomial(B, class_dropout) lose their label.
+        """
+        batch = len(images)
+        t, r = self.times.draw(batch, generator)
+        omega, t_min, t_max = self.guidance.draw(r == t, generator)
+        dropped = int((torch.rand(batch, generator=generator) < self.class_dropout).sum())
+        noise = self.noise_scale * torch.randn(images.shape, generator=generator)
+        noise = noise.to(images.device, images.dtype, non_blocking=True)
+        return Draws(t, r, noise, omega, t_min, t_max, torch.arange(batch) < dropped)
+
+    def __call__(self, model: PixelMeanFlow, images: Tensor, labels: Tensor, draws: Draws) -> Terms:
+        """Loss terms for images [B, C, S, S] in [-1, 1] and labels [B] (int64, 0 .. num_classes - 1)."""
+        _check(images, labels, draws)
+        device, dtype = images.device, images.dtype
+        plan = make_plan(draws, self.guidance, dtype)
+        s = {name: value.to(device, non_blocking=True) for name, value in plan.scalars.items()}
+        order = plan.order.to(device)
+        x, labels = images[order], labels[order]
+        z = interpolate(x, draws.noise[order], s["t"])
+        n, t = plan.num_meanflow, s["t"]
+        h = t - s["r"]
+
+        v_c, v_u = self._guidance_pass(model, z, labels, s, plan)
+
+        given = Condition(h, s["omega"], s["t_min"], s["t_max"], labels.masked_fill(s["drop"], model.config.num_classes))
+        z_t, t_t = (v_c[:n], torch.ones_like(t[:n])) if n else (None, None)
+        x_u, du_dt, x_v = self._training_pass(model, z, t, given, z_t, t_t)
+        u = self.prediction.velocity(z, x_u, t)
+        v = self.prediction.velocity(z, x_v, t)
+
+        with torch.no_grad():
+            v_target = conditional_velocity(z, x, t)
+            v_conditional = v.detach().index_copy(0, plan.conditional.to(device), v_c)
+            guided = plan.guided.to(device)
+            pull = over_pixels(s["weight"][guided]) * (v_conditional[guided] - v_u)
+            v_target.index_add_(0, guided, pull)
+            u_target = v_target
+            if du_dt is not None:
+                u_target = v_target.clone()
+                u_target[:n] -= over_pixels(h[:n]) * du_dt
+        error_u = (u - u_target).square().flatten(1).sum(1)
+        error_v = (v - v_target).square().flatten(1).sum(1)
+        loss = (self._adaptive(error_u) + self._adaptive(error_v)).mean()
+
+        pixels = x[0].numel()
+        parts = {"v_target": v_target, "v_tangent": v_c[:n], "u": u.detach(), "v": v.detach()}
+        parts["du_dt"] = v_c[:0] if du_dt is None else du_dt
+        return Terms(loss, error_u.detach().mean() / pixels, error_v.detach().mean() / pixels, plan, parts)
+
+    @torch.no_grad()
+    def _guidance_pass(
+        self, model: PixelMeanFlow, z: Tensor, labels: Tensor, s: dict[str, Tensor], plan: Plan
+    ) -> tuple[Tensor, Tensor]:
+        """v_c(w') of plan.conditional's rows and v_u of plan.guided's, by one pass through the v path at h = 0."""
+        num_conditional, num_guided = len(plan.conditional), len(plan.guided)
+        if num_conditional + num_guided == 0:
+            return z[:0], z[:0]
+        rows = torch.cat((plan.conditional, plan.guided)).to(z.device)
+        z, t, omega, labels = z[rows], s["t"][rows], s["effective_omega"][rows], labels[rows]
+        omega[num_conditional:] = 1.0
+        labels[num_conditional:] = model.config.num_classes
+        condition = Condition(torch.zeros_like(t), omega, torch.zeros_like(t), torch.ones_like(t), labels)
+        raw = model(self.preconditioner.input(z, t), condition, heads="v").v.to(z.dtype)
+        v = self.prediction.velocity(z, self.preconditioner.output(z, raw, t), t)
+        return v[:num_conditional], v[num_conditional:]
+
+    def _training_pass(
+        self, model: PixelMeanFlow, z: Tensor, t: Tensor, condition: Condition, z_t: Tensor | None, t_t: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Predictions of both heads, and du/dt (a constant) of the first samples, those that z_t and t_t belong to."""
+        shown = self.preconditioner.input(z, t)
+        if z_t is None or t_t is None:
+            out = model(shown, condition, heads="uv")
+        else:
+            n = len(z_t)
+            shown_t = self.preconditioner.input_tangent(z[:n], t[:n], z_t, t_t)
+            out = model(shown, condition, shown_t, t_t, heads="uv")  # h = t - r moves with t
+        x_u = self.preconditioner.output(z, out.u.to(z.dtype), t)
+        x_v = self.preconditioner.output(z, out.v.to(z.dtype), t)
+        if z_t is None or t_t is None:
+            return x_u, None, x_v
+        with torch.no_grad():
+            first = z[:n], out.u[:n].to(z.dtype), t[:n]
+            x_u_t = self.preconditioner.output_tangent(*first, z_t, out.u_t.to(z.dtype), t_t)
+            return x_u, self.prediction.velocity_tangent(z[:n], x_u[:n], t[:n], z_t, x_u_t, t_t), x_v
+
+    def _adaptive(self, error: Tensor) -> Tensor:
+        """adp(l) = l / stopgrad((l + norm_eps)^norm_p)."""
+        return error / (error.detach() + self.norm_eps) ** self.norm_p
+
+
+def _check(images: Tensor, labels: Tensor, draws: Draws) -> None:
+    if images.ndim != 4 or images.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"objective: images must be float32 [B, C, S, S], got {images.dtype} {list(images.shape)}"
+        )
+    if draws.noise.shape != images.shape:
+        raise ValueError(f"objective: noise must be shaped like images {list(images.shape)}, got {list(draws.noise.shape)}")
+    named = {"labels": labels} | {name: getattr(draws, name) for name in ("t", "r", "omega", "t_min", "t_max", "drop")}
+    for name, value in named.items():
+        if value.shape != images.shape[:1]:
+            raise ValueError(f"objective: {name} must have shape [{len(images)}], got {list(value.shape)}")

@@ -1,0 +1,35 @@
+"""What the network's output means: how a velocity follows from it."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from .path import T_FLOOR, conditional_velocity, over_pixels
+
+__all__ = ["Prediction", "XPrediction"]
+
+
+class Prediction(Protocol):
+    """Maps an output [B, C, S, S] at (z, t) to a velocity, and a tangent of all three to the velocity's."""
+
+    def velocity(self, z: Tensor, output: Tensor, t: Tensor) -> Tensor: ...
+
+    def velocity_tangent(
+        self, z: Tensor, output: Tensor, t: Tensor, z_t: Tensor, output_t: Tensor, t_t: Tensor
+    ) -> Tensor: ...
+
+
+class XPrediction:
+    """The output is an image x: u = (z - x) / clip(t, 0.05, 1), for both heads (arXiv 2601.22158)."""
+
+    def velocity(self, z: Tensor, output: Tensor, t: Tensor) -> Tensor:
+        return conditional_velocity(z, output, t)
+
+    def velocity_tangent(
+        self, z: Tensor, output: Tensor, t: Tensor, z_t: Tensor, output_t: Tensor, t_t: Tensor
+    ) -> Tensor:
+        """tu = (tz - tx - u tt) / t where t >= 0.05; below, where the clip is constant, without the last term."""
+        moving = (t >= T_FLOOR) & (t <= 1.0)
+        clipped = t.clamp(T_FLOOR, 1.0)
+        direct = (z_t - output_t) / over_pixels(clipped)
+        return direct - over_pixels(t_t * moving / clipped.square()) * (z - output)

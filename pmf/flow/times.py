@@ -1,0 +1,46 @@
+"""Which pairs of times (t, r) training sees."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["PlaneTimes", "TimeSampling"]
+
+
+class TimeSampling(Protocol):
+    """Draws times t >= r, each [batch] on the CPU in float32. Where r = t a sample is a flow-matching sample."""
+
+    def draw(self, batch: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class PlaneTimes:
+    """t and r logit-normal, sigmoid(std n + mean), anywhere in 0 <= r <= t <= 1; the first samples have r = t.
+
+    uniform_fraction of the pairs are uniform in the unit square instead (the authors' tr_uniform, a tenth for H models).
+    data_proportion is the share of flow-matching samples.
+    """
+
+    mean: float = 0.8
+    std: float = 0.8
+    data_proportion: float = 0.5
+    uniform_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("data_proportion", "uniform_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"times: {name} must lie in [0, 1], got {getattr(self, name)}")
+        if not self.std >= 0:
+            raise ValueError(f"times: std must not be negative, got {self.std}")
+
+    def draw(self, batch: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        pairs = torch.sigmoid(self.std * torch.randn(2, batch, generator=generator) + self.mean)
+        if self.uniform_fraction > 0:
+            uniform = torch.rand(2, batch, generator=generator)
+            pairs = torch.where(torch.rand(batch, generator=generator) < self.uniform_fraction, uniform, pairs)
+        t, r = pairs
+        flow_matching = torch.arange(batch) < int(batch * self.data_proportion)
+        r = torch.where(flow_matching, t, r)
+        return torch.maximum(t, r), torch.minimum(t, r)

@@ -1,0 +1,261 @@
+"""The network of Pixel MeanFlow and its presets (arXiv 2601.22158)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .nn import Block, Condition, ConditionTokens, FinalLayer, PatchEmbedding, rotary_tables
+from .nn.mlp import swiglu_width
+from .official import describe_state_dict, from_official
+
+__all__ = [
+    "PRESETS",
+    "ModelConfig",
+    "NetworkOutput",
+    "PixelMeanFlow",
+    "config_from_state_dict",
+    "create_model",
+    "from_official",
+]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a checkpoint must say about its network. Every field is a number, a bool or a tuple of numbers."""
+
+    num_classes: int = 1000
+    """Labels are 0 .. num_classes - 1; num_classes itself is the null label."""
+    image_size: int = 256
+    patch_size: int = 16
+    channels: int = 3
+    hidden_size: int = 768
+    depth: int = 16
+    """Blocks on the way from the image to either output: depth - head_depth are shared."""
+    head_depth: int = 8
+    num_heads: int = 12
+    noise_scale: float = 1.0
+    """Standard deviation of the noise at t = 1."""
+    condition_tokens: tuple[int, int, int, int, int] = (8, 4, 2, 2, 4)
+    """Tokens for class, omega, t_min, t_max and time."""
+    bottleneck: int | None = None
+    """Width inside the patch embedding; by default 128, and 256 where hidden_size > 1024."""
+    mlp_width: int | None = None
+    """Width inside the MLP; by default 8/3 of hidden_size (see `pmf.nn.mlp.swiglu_width`)."""
+    v_head: bool = True
+    """Whether the auxiliary head exists, without which the model samples but cannot be trained."""
+    sample_omega: float = 7.0
+    """Guidance scale that `pmf.sample` uses unless told otherwise."""
+    sample_interval: tuple[float, float] = (0.1, 0.7)
+    """Guidance interval [t_min, t_max] that `pmf.sample` uses unless told otherwise."""
+
+    def __post_init__(self) -> None:
+        for name in ("condition_tokens", "sample_interval"):  # lists, when they come from JSON
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        sizes = "num_classes image_size patch_size channels hidden_size depth head_depth num_heads".split()
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"model: {name} must be at least 1, got {getattr(self, name)}")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"model: image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.hidden_size % self.num_heads or self.hidden_size // self.num_heads % 4:
+            raise ValueError(
+                f"model: hidden_size / num_heads must be a multiple of 4, got {self.hidden_size} / {self.num_heads}"
+            )
+        if self.head_depth > self.depth:
+            raise ValueError(f"model: head_depth {self.head_depth} exceeds depth {self.depth}")
+        if len(self.condition_tokens) != 5 or min(self.condition_tokens) < 1:
+            raise ValueError(f"model: condition_tokens must be five counts of at least 1, got {self.condition_tokens}")
+        if not self.noise_scale > 0:
+            raise ValueError(f"model: noise_scale must be positive, got {self.noise_scale}")
+
+    @property
+    def side(self) -> int:
+        """Image tokens along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.condition_tokens) + self.side**2
+
+
+_B = ModelConfig()
+_L = replace(_B, hidden_size=1024, depth=32, num_heads=16)
+_H = replace(_B, hidden_size=1280, depth=48, num_heads=16)
+
+PRESETS: dict[str, ModelConfig] = {
+    "pmf-b/16": replace(_B, sample_omega=7.5, sample_interval=(0.1, 0.8)),
+    "pmf-b/32": replace(_B, image_size=512, patch_size=32, noise_scale=2.0, sample_omega=6.5),
+    "pmf-l/16": replace(_L, sample_omega=7.0, sample_interval=(0.2, 0.7)),
+    "pmf-l/32": replace(
+        _L, image_size=512, patch_size=32, noise_scale=4.0, sample_omega=7.5, sample_interval=(0.2, 0.6)
+    ),
+    "pmf-h/16": replace(_H, noise_scale=2.0, sample_omega=7.0, sample_interval=(0.2, 0.6)),
+    "pmf-h/32": replace(
+        _H, image_size=512, patch_size=32, noise_scale=4.0, sample_omega=5.5, sample_interval=(0.1, 0.6)
+    ),
+    "pmf-b/64": replace(_B, image_size=1024, patch_size=64, noise_scale=4.0, sample_omega=6.5),  # ours
+    "digits": ModelConfig(
+        num_classes=10,
+        image_size=8,
+        patch_size=2,
+        channels=1,
+        hidden_size=192,
+        depth=6,
+        head_depth=2,
+        num_heads=6,
+        sample_omega=2.0,
+        sample_interval=(0.0, 1.0),
+    ),
+}
+
+
+class NetworkOutput(NamedTuple):
+    """The network's images [B, C, S, S], one per head that was asked for, and the u head's tangent [n, C, S, S]."""
+
+    u: Tensor | None
+    u_t: Tensor | None
+    v: Tensor | None
+
+
+class PixelMeanFlow(nn.Module):
+    """Transformer on pixels with two heads: u (average velocity) and v (instantaneous velocity, for training only).
+
+    Tokens are [class | omega | t_min | t_max | time | image], all with a learned position; `depth - head_depth` blocks are
+    shared by the heads. The network computes in the dtype of its parameters; its scalars are embedded in float32.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden, bottleneck = config.hidden_size, config.bottleneck or (256 if config.hidden_size > 1024 else 128)
+        self.condition = ConditionTokens(config.num_classes, hidden, config.condition_tokens)
+        self.patch_embedding = PatchEmbedding(config.channels, config.patch_size, bottleneck, hidden)
+        self.position = nn.Parameter(torch.empty(1, config.num_tokens, hidden))
+        self.shared_blocks = self._blocks(config.depth - config.head_depth)
+        self.u_head = self._blocks(config.head_depth)
+        self.u_final = FinalLayer(hidden, config.patch_size, config.channels)
+        if config.v_head:
+            self.v_head = self._blocks(config.head_depth)
+            self.v_final = FinalLayer(hidden, config.patch_size, config.channels)
+        self.register_buffer("cos", None, persistent=False)
+        self.register_buffer("sin", None, persistent=False)
+        self._set_rotary_tables()
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw new weights as the paper does; both heads then predict 0, whatever the input."""
+        if self.position.is_meta:
+            return
+        self.condition.reset_parameters(generator)
+        self.patch_embedding.reset_parameters(generator)
+        self.position.normal_(0.0, 0.02, generator=generator)
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.reset_parameters(generator)
+            elif isinstance(module, FinalLayer):
+                module.reset_parameters()
+
+    def forward(
+        self,
+        images: Tensor,
+        condition: Condition,
+        images_t: Tensor | None = None,
+        h_t: Tensor | None = None,
+        *,
+        heads: str = "u",
+    ) -> NetworkOutput:
+        """Predicted images for noisy ones.
+
+        images [B, C, S, S], condition [B] each. Tangents images_t [n, C, S, S] and h_t [n] belong to the first n samples
+        and go through the u head only, as constants for autograd. heads: "u" (sampling), "v" (guidance) or "uv" (training).
+        """
+        if heads not in ("u", "v", "uv"):
+            raise ValueError(f"model: heads must be 'u', 'v' or 'uv', got {heads!r}")
+        if "v" in heads and not self.config.v_head:
+            raise RuntimeError("model: this checkpoint has no v head, so it can sample but not be trained")
+        expected = (self.config.channels, self.config.image_size, self.config.image_size)
+        if tuple(images.shape[1:]) != expected:
+            raise ValueError(f"model: images must be [B, {', '.join(map(str, expected))}], got {list(images.shape)}")
+        if (images_t is None) != (h_t is None):
+            raise ValueError("model: give both tangents, images_t and h_t, or neither")
+
+        dtype = self.position.dtype
+        prefix, prefix_t = self.condition(condition, h_t)
+        images_t = None if images_t is None else images_t.to(dtype)
+        x, x_t = self.patch_embedding(images.to(dtype), self.position[0], prefix, images_t, prefix_t)
+        for block in self.shared_blocks:
+            x, x_t = block(x, self.cos, self.sin, x_t)
+        u, u_t, v = None, None, None
+        if "v" in heads:
+            v, _ = self._head(self.v_head, self.v_final, x, None)
+        if "u" in heads:
+            u, u_t = self._head(self.u_head, self.u_final, x, x_t)
+        return NetworkOutput(u, u_t, v)
+
+    def _head(
+        self, blocks: nn.ModuleList, final: FinalLayer, x: Tensor, x_t: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        for block in blocks:
+            x, x_t = block(x, self.cos, self.sin, x_t)
+        first = sum(self.config.condition_tokens)
+        image: tuple[Tensor, Tensor | None] = final(x[:, first:], None if x_t is None else x_t[:, first:])
+        return image
+
+    def _blocks(self, count: int) -> nn.ModuleList:
+        c = self.config
+        width = c.mlp_width or swiglu_width(c.hidden_size)
+        return nn.ModuleList(Block(c.hidden_size, c.num_heads, width) for _ in range(count))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "PixelMeanFlow":
+        super()._apply(fn, recurse)
+        self._set_rotary_tables()  # a model in bfloat16 keeps them in float32; one leaving the meta device gets them
+        return self
+
+    def _set_rotary_tables(self) -> None:
+        dtype = torch.float64 if self.position.dtype == torch.float64 else torch.float32
+        head_dim = self.config.hidden_size // self.config.num_heads
+        self.cos, self.sin = rotary_tables(self.config.side, head_dim, device=self.position.device, dtype=dtype)
+
+
+def create_model(preset: str | None = None, **settings: Any) -> PixelMeanFlow:
+    """A freshly initialised model: a preset ("pmf-b/16", "digits", ...) with any field of `ModelConfig` replaced.
+
+    Without a preset the fields start from their defaults. Draws from torch's global generator, on the default device.
+    Raises ValueError for an unknown preset and TypeError for an unknown field.
+    """
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"create_model: no preset {preset!r}; there are {', '.join(PRESETS)}")
+    known = [field.name for field in fields(ModelConfig)]
+    unknown = [name for name in settings if name not in known]
+    if unknown:
+        raise TypeError(f"create_model: unknown setting {', '.join(unknown)}; there are {', '.join(known)}")
+    return PixelMeanFlow(replace(PRESETS[preset] if preset else ModelConfig(), **settings))
+
+
+def config_from_state_dict(state_dict: Mapping[str, Tensor], **settings: Any) -> ModelConfig:
+    """The configuration that fits a state dict (ours, or the authors' as `from_official` reads it).
+
+    What weights do not show (noise_scale, sampling defaults) comes from the preset of that shape, or from `settings`.
+    """
+    shape = ModelConfig(**describe_state_dict(from_official(state_dict)))
+    hidden = ("num_classes", "v_head", "noise_scale", "sample_omega", "sample_interval", "bottleneck", "mlp_width")
+    for preset in PRESETS.values():
+        if all(getattr(preset, f.name) == getattr(shape, f.name) for f in fields(shape) if f.name not in hidden):
+            shape = replace(
+                shape,
+                noise_scale=preset.noise_scale,
+                sample_omega=preset.sample_omega,
+                sample_interval=preset.sample_interval,
+            )
+            break
+    else:
+        if "noise_scale" not in settings:
+            raise ValueError("state dict: its shape is no preset's, so say its noise_scale")
+    return replace(shape, **settings)

@@ -1,0 +1,24 @@
+"""Layers that carry a value and its tangent side by side: module(x, x_t) -> (y, y_t)."""
+
+from .attention import Attention
+from .block import Block
+from .condition import Condition, ConditionTokens, LabelEmbedder, ScalarEmbedder
+from .final import FinalLayer
+from .mlp import SwiGLU
+from .norm import RMSNorm
+from .patch import PatchEmbedding
+from .rotary import rotary_tables
+
+__all__ = [
+    "Attention",
+    "Block",
+    "Condition",
+    "ConditionTokens",
+    "FinalLayer",
+    "LabelEmbedder",
+    "PatchEmbedding",
+    "RMSNorm",
+    "ScalarEmbedder",
+    "SwiGLU",
+    "rotary_tables",
+]

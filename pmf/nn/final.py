@@ -1,0 +1,36 @@
+"""Tokens back to images."""
+
+import torch
+from torch import Tensor, nn
+
+from . import tangent
+from .norm import RMSNorm
+
+__all__ = ["FinalLayer"]
+
+
+class FinalLayer(nn.Module):
+    """RMSNorm, a Linear to p p C pixels per token (zero at the start), then tokens [B, N, D] -> image [B, C, S, S]."""
+
+    def __init__(self, hidden_size: int, patch_size: int, channels: int) -> None:
+        super().__init__()
+        self.patch_size, self.channels = patch_size, channels
+        self.norm = RMSNorm(hidden_size)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * channels)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.norm.reset_parameters()
+        self.linear.weight.zero_()
+        self.linear.bias.zero_()
+
+    def forward(self, x: Tensor, x_t: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        y, y_t = self.norm(x, x_t)
+        y, y_t = tangent.linear(self.linear, y, y_t)
+        return self._to_image(y), None if y_t is None else self._to_image(y_t)
+
+    def _to_image(self, tokens: Tensor) -> Tensor:
+        """[B, rows * columns, p * p * C] -> [B, C, rows * p, columns * p]; a token holds its pixels as (p, p, C)."""
+        side, p = int(tokens.shape[1] ** 0.5), self.patch_size
+        pixels = tokens.reshape(-1, side, side, p, p, self.channels)
+        return pixels.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.channels, side * p, side * p)

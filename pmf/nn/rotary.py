@@ -1,0 +1,28 @@
+"""Tables of the two-dimensional rotary embedding."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["rotary_tables"]
+
+
+def rotary_tables(
+    side: int,
+    head_dim: int,
+    theta: float = 1e4,
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [side * side, head_dim / 2] of the angle of each pair of adjacent elements, tokens row by row.
+
+    With m = head_dim / 4 frequencies f_i = theta^(-i / m), the first m pairs turn by row f_i, the last m by column f_i
+    (Su et al., 2021, applied to each axis of the image).
+    """
+    m = head_dim // 4
+    frequency = theta ** (-torch.arange(m, dtype=torch.float64) / m)
+    angle = torch.arange(side, dtype=torch.float64)[:, None] * frequency
+    by_row = angle[:, None].expand(side, side, m)
+    by_column = angle[None].expand(side, side, m)
+    angles = torch.cat((by_row, by_column), -1).flatten(0, 1)
+    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)

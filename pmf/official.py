@@ -1,0 +1,104 @@
+"""Names of weights: the authors' PyTorch checkpoints and ours."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["describe_state_dict", "from_official"]
+
+_GROUPS = ("class", "omega", "t_min", "t_max", "time")
+_EMBEDDERS = {"time": "h", "omega": "omega", "t_min": "cfg_t_start", "t_max": "cfg_t_end"}  # ours: theirs
+_BLOCK_VECTORS = ("attn_scale", "mlp_scale", "norm1.weight", "norm2.weight", "attn.q_norm.weight", "attn.k_norm.weight")
+_BLOCK_MATRICES = ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj", "mlp.w1", "mlp.w2", "mlp.w3")
+_IGNORED = ("rope_freqs",)  # a constant
+
+
+def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """State dict of `PixelMeanFlow` from the authors' one, or from ours (returned as it is). Tensors are shared.
+
+    A missing v head is fine: the model then only samples. Raises ValueError naming the keys that are left over or missing.
+    """
+    given = {key.removeprefix("net."): tensor for key, tensor in state_dict.items()}
+    ours = "position" in given
+    names = _names(given, ours)
+    missing = [theirs for theirs in names if theirs not in given]
+    left_over = [key for key in given if key not in names and key not in _IGNORED]
+    if missing or left_over:
+        problems = [f"{what} {_list(keys)}" for what, keys in (("unknown", left_over), ("missing", missing)) if keys]
+        raise ValueError(f"state dict: not a whole Pixel MeanFlow checkpoint: {'; '.join(problems)}")
+    renamed = {name: given[key] for key, name in names.items()}
+    # Theirs is a 1 x 1 convolution.
+    renamed["patch_embedding.weight_up"] = renamed["patch_embedding.weight_up"].flatten(1)
+    return renamed
+
+
+def describe_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Fields of `ModelConfig` that the shapes of a state dict with our names show."""
+    down = state_dict["patch_embedding.weight_down"]
+    counts = tuple(state_dict[f"condition.{group}_tokens"].shape[1] for group in _GROUPS)
+    num_tokens, hidden = state_dict["position"].shape[1:]
+    side = round((num_tokens - sum(counts)) ** 0.5)
+    head_depth = _depth(state_dict, "u_head")
+    return {
+        "num_classes": len(state_dict["condition.label_embedder.embedding.weight"]) - 1,
+        "image_size": side * down.shape[-1],
+        "patch_size": down.shape[-1],
+        "channels": down.shape[1],
+        "hidden_size": hidden,
+        "depth": _depth(state_dict, "shared_blocks") + head_depth,
+        "head_depth": head_depth,
+        "num_heads": hidden // len(state_dict["u_head.0.attn.q_norm.weight"]),
+        "condition_tokens": counts,
+        "bottleneck": down.shape[0],
+        "mlp_width": len(state_dict["u_head.0.mlp.w1.weight"]),
+        "v_head": any(name.startswith("v_") for name in state_dict),
+    }
+
+
+def _names(given: Iterable[str], ours: bool) -> dict[str, str]:
+    """Key in the file -> our name, for every weight of a model with the blocks seen in the file.
+
+    The v head is expected whole where any part of it is there.
+    """
+    pairs = {"position": "pos_embed", "condition.label_embedder.embedding.weight": _table("y_embedder.embedding_table")}
+    pairs |= {f"condition.{group}_tokens": f"{group}_tokens" for group in _GROUPS}
+    for embedder, theirs in _EMBEDDERS.items():
+        for linear, index in (("linear1", 0), ("linear2", 2)):
+            for part in ("weight", "bias"):
+                pairs[f"condition.{embedder}_embedder.{linear}.{part}"] = _linear(f"{theirs}_embedder.mlp.{index}", part)
+    for part in ("weight", "bias"):
+        pairs |= {f"patch_embedding.{part}_down": f"x_embedder.proj1.{part}"}
+        pairs |= {f"patch_embedding.{part}_up": f"x_embedder.proj2.{part}"}
+
+    heads = ["u", "v"] if any(key.startswith("v_") for key in given) else ["u"]
+    stack_names = {f"{head}_head": f"{head}_heads" for head in heads} | {"shared_blocks": "shared_blocks"}
+    head_depth = max(1, _depth(given, "u_head" if ours else "u_heads"))
+    for stack, theirs in stack_names.items():
+        for i in range(_depth(given, stack) if stack == "shared_blocks" else head_depth):
+            pairs |= {f"{stack}.{i}.{vector}": f"{theirs}.{i}.{vector}" for vector in _BLOCK_VECTORS}
+            pairs |= {f"{stack}.{i}.{matrix}.weight": _linear(f"{theirs}.{i}.{matrix}") for matrix in _BLOCK_MATRICES}
+    for head in heads:
+        pairs[f"{head}_final.norm.weight"] = f"{head}_final_layer.norm.weight"
+        for part in ("weight", "bias"):
+            pairs[f"{head}_final.linear.{part}"] = _linear(f"{head}_final_layer.linear", part)
+    return {name if ours else theirs: name for name, theirs in pairs.items()}
+
+
+def _linear(name: str, part: str = "weight") -> str:
+    return f"{name}._flax_linear.{part}"
+
+
+def _table(name: str) -> str:
+    return f"{name}._flax_embedding.weight"
+
+
+def _depth(names: Iterable[str], stack: str) -> int:
+    """Blocks in a stack: one more than the highest index."""
+    return max((int(m[1]) + 1 for name in names if (m := re.match(rf"{stack}\.(\d+)\.", name))), default=0)
+
+
+def _list(keys: list[str], shown: int = 5) -> str:
+    more = f" and {len(keys) - shown} more" if len(keys) > shown else ""
+    return ", ".join(keys[:shown]) + more
