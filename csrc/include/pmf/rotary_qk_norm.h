@@ -1,0 +1,79 @@
+// RMSNorm of every head of queries and keys, then rotary embedding of the last P of the N tokens.
+//
+//   n = w x rsqrt(mean x^2 + eps)                       over the D of one head and token
+//   y[2i]     = n[2i] cos[i] - n[2i + 1] sin[i]         y = R n, R orthogonal,
+//   y[2i + 1] = n[2i] sin[i] + n[2i + 1] cos[i]         the identity for the first N - P tokens
+// Tangents and gradients are rms_norm's (see rms_norm.h): R applies to ty as to y, and the
+// gradients of both outputs are turned back by R^T first.
+//
+// Bytes, in units of query plus key: forward 2, with tangent 4; backward 3, through both 6; the
+// tables are small and stay in cache.
+#pragma once
+
+#include "pmf/rows.h"
+
+namespace pmf {
+
+// Query or key: [B, heads, N, D] through strides, D contiguous.
+struct RotaryHeads {
+  int64_t heads = 0;
+  ConstView4 x, x_t;               // x_t null: value only
+  const void* weight = nullptr;    // [D]
+  const void* weight_t = nullptr;  // [D], with x_t
+  View4 y, y_t;
+};
+
+struct RotaryHeadsBackward {
+  int64_t heads = 0;
+  ConstView4 grad, grad_t;  // gradients of y and y_t; grad_t null: value only
+  ConstView4 x, x_t;
+  const void* weight = nullptr;
+  const void* weight_t = nullptr;
+  View4 grad_x, grad_x_t;
+  void* grad_weight = nullptr;    // [D]
+  void* grad_weight_t = nullptr;  // [D], with grad_t
+};
+
+struct RotaryShape {
+  DType dtype = DType::f32;  // of all but cos and sin
+  int64_t batch = 0, tokens = 0, width = 0;  // B, N, D (even)
+  int64_t rotated = 0;                       // P <= N
+  double eps = 1e-6;
+  const void* cos = nullptr;  // [P, D/2] contiguous, fp32 (fp64 for fp64)
+  const void* sin = nullptr;
+  void* tables = nullptr;  // rotary_table_bytes() bytes, 64-aligned: scratch
+};
+
+struct RotaryQkNormParams {
+  RotaryShape shape;
+  RotaryHeads sides[2];  // query, key
+};
+
+struct RotaryQkNormBackwardParams {
+  RotaryShape shape;
+  RotaryHeadsBackward sides[2];
+  void* workspace = nullptr;  // rotary_workspace_bytes() bytes, 64-aligned
+};
+
+// cos and sin spread to full width, and one more row that turns nothing.
+inline int64_t rotary_table_bytes(const RotaryShape& s) {
+  return 2 * (s.rotated + 1) * s.width * (s.dtype == DType::f64 ? 8 : 4);
+}
+
+inline int64_t rotary_workspace_bytes(const RotaryQkNormBackwardParams& p) {
+  int64_t vectors = 0, pitch = 0;
+  for (const RotaryHeadsBackward& side : p.sides) {
+    const RowSums sums(p.shape.batch * side.heads * p.shape.tokens, p.shape.width);
+    const int64_t needed = sums.runs * (side.grad_t.data == nullptr ? 1 : 2);
+    if (needed > vectors) vectors = needed;  // one side after the other
+    pitch = sums.pitch;
+  }
+  return vectors * pitch * (p.shape.dtype == DType::f64 ? 8 : 4);
+}
+
+namespace cpu {
+void rotary_qk_norm(const RotaryQkNormParams& params, const ParallelFor& parallel);
+void rotary_qk_norm_backward(const RotaryQkNormBackwardParams& params, const ParallelFor& parallel);
+}  // namespace cpu
+
+}  // namespace pmf

@@ -1,0 +1,56 @@
+// Tensors as rows: what the elementwise contracts (rms_norm, swiglu, gated_residual) share.
+//
+// A tensor [..., W] is a set of rows of W elements that lie next to each other; where each row
+// begins follows from one stride per leading dimension. Leading dimensions that can be walked as
+// one are merged before a kernel sees them (csrc/ops/rows.h), so that most calls have a single one.
+#pragma once
+
+#include "pmf/common.h"
+
+namespace pmf {
+
+constexpr int kMaxLeading = 6;
+
+struct RowShape {
+  int leading = 0;                   // dimensions in use
+  int64_t size[kMaxLeading] = {};    // outermost first
+  int64_t width = 0;                 // W, elements of a row
+
+  int64_t rows() const {
+    int64_t product = 1;
+    for (int d = 0; d < leading; ++d) product *= size[d];
+    return product;
+  }
+};
+
+// Strides count elements; 0 repeats a row (a broadcast vector has only zeros). An operand that is
+// absent but must read as zero is a row of zeros with zero strides: kernels have no case for it.
+struct ConstRows {
+  const void* data = nullptr;
+  int64_t stride[kMaxLeading] = {};
+};
+
+struct Rows {
+  void* data = nullptr;
+  int64_t stride[kMaxLeading] = {};
+};
+
+// Sums over rows (the gradient of a weight) are made in two steps whose order does not depend on
+// the number of threads: runs of rows add up into one vector each, and the vectors are then added
+// in order. Both the kernel and the code that sizes its workspace ask for this plan.
+struct RowSums {
+  int64_t runs = 0;      // vectors a group needs
+  int64_t run_rows = 1;  // rows of a run; the last one may be shorter
+  int64_t pitch = 0;     // elements from one vector to the next
+
+  static constexpr int64_t kMaxRuns = 64, kMinRunRows = 16, kPitchStep = 16;
+
+  RowSums(int64_t rows, int64_t width) {
+    run_rows = (rows + kMaxRuns - 1) / kMaxRuns;
+    if (run_rows < kMinRunRows) run_rows = kMinRunRows;
+    runs = (rows + run_rows - 1) / run_rows;
+    pitch = (width + kPitchStep - 1) / kPitchStep * kPitchStep;
+  }
+};
+
+}  // namespace pmf
