@@ -19,7 +19,12 @@
 #endif
 
 #if PMF_X86
+// GCC 12's own AVX-512 headers leave "undefined" operands uninitialized on purpose, and then warn.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 #define PMF_INLINE inline __attribute__((always_inline))
@@ -49,6 +54,9 @@ struct VecType {
 };
 template <typename T>
 using Vec = typename VecType<T>::type;
+// Lanes as integers, for shuffles.
+template <typename T>
+using IndexVec = decltype(Vec<T>{} == Vec<T>{});
 template <typename T>
 constexpr int kLanes = kVecBytes / static_cast<int>(sizeof(T));
 
@@ -221,6 +229,10 @@ template <typename T>
 PMF_INLINE T from_float(float x);
 template <>
 PMF_INLINE float from_float<float>(float x) {
+  return x;
+}
+template <typename T>
+PMF_INLINE T from_float(double x) {
   return x;
 }
 template <>
