@@ -1,0 +1,154 @@
+// Everything of PyTorch that this library uses, in one place: the stable ABI (torch/csrc/stable),
+// which keeps one binary valid for every PyTorch from TORCH_TARGET_VERSION on. No other file
+// includes torch.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "pmf/common.h"
+
+namespace pmf {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// ---- errors -------------------------------------------------------------------------------------
+// One sentence in the user's words. PyTorch's own check macro would put file and line in front.
+
+template <class... Parts>
+std::string sentence(const Parts&... parts) {
+  std::ostringstream text;
+  ((text << parts), ...);
+  return text.str();
+}
+
+// Python's ValueError.
+template <class... Parts>
+void check_value(bool ok, const Parts&... parts) {
+  if (!ok) throw std::invalid_argument(sentence(parts...));
+}
+
+// Python's RuntimeError.
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  throw std::runtime_error(sentence(parts...));
+}
+
+// "[2, 12, 276, 64]"
+inline std::string shape_of(const Tensor& tensor) {
+  std::ostringstream text;
+  text << "[";
+  for (int64_t d = 0; d < tensor.dim(); ++d) text << (d ? ", " : "") << tensor.size(d);
+  text << "]";
+  return text.str();
+}
+
+// ---- element types
+// --------------------------------------------------------------------------------
+
+inline const char* dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return torch::headeronly::toString(type);
+  }
+}
+
+// The kernels' name of a tensor's element type; `op` and `name` are for the error.
+inline DType dtype_of(const Tensor& tensor, const char* op, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    case ScalarType::Double:
+      return DType::f64;
+    default:
+      check_value(false, op, ": ", name, " must be float32, bfloat16, float16 or float64, got ",
+                  dtype_name(tensor.scalar_type()));
+      return DType::f32;
+  }
+}
+
+// Row statistics and accumulated gradients are kept in float32, or float64 for float64 inputs.
+inline ScalarType statistics_dtype(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// ---- devices
+// ----------------------------------------------------------------------------------------
+
+// Every op is registered for CPU and CUDA with the same function, so that both get the same checks.
+// An op without a CUDA kernel calls this first.
+inline void require_cpu(const Tensor& tensor, const char* op) {
+  if (!tensor.is_cpu()) {
+    fail(op,
+         ": the CUDA kernel is not written yet; move the tensors to the CPU with .cpu(), or use "
+         "pmf.reference.",
+         op);
+  }
+}
+
+// ---- threads and scratch memory
+// ---------------------------------------------------------------------
+
+// PyTorch's own pool: torch.set_num_threads() is the one knob.
+inline ParallelFor torch_parallel() {
+  ParallelFor parallel;
+  parallel.run = [](void*, int64_t begin, int64_t end, int64_t grain,
+                    void (*body)(void*, int64_t, int64_t), void* ctx) {
+    torch::stable::parallel_for(begin, end, grain,
+                                [&](int64_t first, int64_t last) { body(ctx, first, last); });
+  };
+  parallel.threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  return parallel;
+}
+
+constexpr int64_t kWorkspaceAlignment = 64;  // a cache line, and a 512-bit vector
+
+// Uninitialised scratch memory from PyTorch's allocator, freed with the object.
+class Workspace {
+ public:
+  Workspace(const Tensor& like, int64_t bytes)
+      : storage_(torch::stable::new_empty(like, {bytes + kWorkspaceAlignment}, ScalarType::Byte)) {}
+
+  void* data() const {
+    const auto address = reinterpret_cast<uintptr_t>(storage_.mutable_data_ptr());
+    return reinterpret_cast<void*>((address + kWorkspaceAlignment - 1) / kWorkspaceAlignment *
+                                   kWorkspaceAlignment);
+  }
+
+ private:
+  Tensor storage_;
+};
+
+}  // namespace pmf
+
+// Registers the functions of one file for both devices:
+//   PMF_IMPLEMENT(m) { m.impl("swiglu", TORCH_BOX(&pmf::swiglu)); }
+#define PMF_IMPLEMENT(m)                                            \
+  static void pmf_implement(torch::stable::detail::StableLibrary&); \
+  STABLE_TORCH_LIBRARY_IMPL(pmf, CPU, m) { pmf_implement(m); }      \
+  STABLE_TORCH_LIBRARY_IMPL(pmf, CUDA, m) { pmf_implement(m); }     \
+  static void pmf_implement(torch::stable::detail::StableLibrary& m)

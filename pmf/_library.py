@@ -1,0 +1,83 @@
+"""Loads libpmf.so, once, and remembers why if it cannot be loaded.
+
+``import pmf`` never fails for want of the library: models, references and data work without it, and
+the first op that needs it raises one sentence that says what is wrong and what to do.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+OLDEST_TORCH = (2, 11)
+LIBRARY = Path(__file__).with_name("libpmf.so")
+
+_error: str | None = None
+
+
+def _why_not() -> str | None:
+    """Load the library; None if that worked, else a sentence for the user."""
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2] if part.isdigit())
+    if version < OLDEST_TORCH:
+        return (
+            f"pmf's compiled ops need PyTorch 2.11 or newer and this is {torch.__version__}: "
+            "upgrade with `pip install --upgrade torch`."
+        )
+    if not LIBRARY.exists():
+        return (
+            f"pmf's compiled library is not at {LIBRARY}: install the package (`pip install .` in its "
+            "source folder) instead of importing the source folder itself."
+        )
+    try:
+        torch.ops.load_library(LIBRARY)
+    except OSError as error:
+        return (
+            f"pmf's compiled library could not be loaded with PyTorch {torch.__version__} ({error}): "
+            "reinstall it with `pip install --force-reinstall --no-deps --no-build-isolation .`."
+        )
+    return None
+
+
+_error = _why_not()
+
+
+def missing() -> str | None:
+    """Why the compiled ops are not there, in one sentence; None if they are."""
+    return _error
+
+
+def require() -> None:
+    """Raise RuntimeError with that sentence if the compiled ops are not there."""
+    if _error is not None:
+        raise RuntimeError(_error)
+
+
+def cpu_level() -> str:
+    """The level the CPU kernels run at: portable, avx2, avx512 or avx512_bf16."""
+    require()
+    return torch.ops.pmf.cpu_level("")
+
+
+def set_cpu_level(name: str) -> str:
+    """Run the CPU kernels at a level ("auto": the best there is), from now on in the whole process.
+
+    The environment variable ``PMF_CPU_LEVEL`` does the same from the start. Raises ValueError for a level that
+    this processor does not have.
+    """
+    require()
+    return torch.ops.pmf.cpu_level(name)
+
+
+@functools.cache
+def introspection() -> ModuleType | None:
+    """The pybind11 module, or None: portable wheels, which serve every Python, leave it out."""
+    if _error is not None:
+        return None
+    try:
+        return importlib.import_module("pmf._introspection")
+    except ImportError:
+        return None
