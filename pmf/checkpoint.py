@@ -1,0 +1,215 @@
+"""Weights on disk: this project's safetensors files, and the authors' PyTorch state dicts.
+
+A run keeps its checkpoints in ``<run>/checkpoints/step-<number>/``::
+
+    weights.safetensors     what the optimizer trains, fp32
+    ema-<H>.safetensors     one file per moving average, H its half-life in thousand images
+    state.safetensors       optimizer, random generator, position in the data: what resuming needs
+    config.json             every setting of the run
+
+Each weights file also carries its model's configuration in its header, so that it can be moved and loaded
+alone. A checkpoint becomes visible by one rename of a complete, synced and re-read folder: a crash, a kill or
+a full disk leaves a folder called ``.step-<number>.partial`` and every earlier checkpoint as it was.
+"""
+
+import dataclasses
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from pmf import models
+from pmf.errors import UserError
+
+_FORMAT = "pixelmeanflow-1"
+_STEP_PREFIX = "step-"
+
+PathLike = str | os.PathLike[str]
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with its weights, the names of its classes, and the file that they came from."""
+
+    model: models.PixelMeanFlow
+    class_names: list[str]
+    path: Path
+
+
+def load_checkpoint(path: PathLike, ema: str | None = None) -> models.PixelMeanFlow:
+    """Build the model that ``path`` holds and load its weights, ready to sample (eval mode, fp32, CPU).
+
+    path: a run folder (its newest checkpoint), a checkpoint folder, a ``.safetensors`` file of this project,
+    or the authors' ``.pth`` / ``.pt`` state dict, which is read with ``weights_only=True``.
+    ema: for a folder, which weights: the half-life in thousand images ("500"), or "none" for the trained
+    weights themselves; by default the one that the run samples from.
+
+    Raises UserError where the file is missing, cut off, holds more than tensors, or does not fit its model.
+    """
+    return load_model(path, ema).model
+
+
+def load_model(path: PathLike, ema: str | None = None) -> LoadedModel:
+    """As `load_checkpoint`, and with the class names beside the model."""
+    file = _choose_file(Path(path), ema)
+    if file.suffix == ".safetensors":
+        tensors, header = read_tensors(file)
+        try:
+            config, class_names = models.ModelConfig(**header["model"]), list(header["class_names"])
+        except (TypeError, KeyError, ValueError) as error:
+            raise UserError(
+                f"{file} does not describe its model ({error}): use another checkpoint"
+            ) from error
+    else:
+        try:
+            official = read_official(file)
+            config = models.config_from_state_dict(official)
+            tensors = models.from_official(official)
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{file} does not hold a pixel MeanFlow model: {error}") from error
+        class_names = [str(index) for index in range(config.num_classes)]
+    model = models.PixelMeanFlow(config)
+    assign_weights(model, tensors, file)
+    return LoadedModel(model.eval(), class_names, file)
+
+
+def assign_weights(model: torch.nn.Module, tensors: Tensors, source: Path) -> None:
+    """Copy tensors into the parameters of the same names; UserError names the first that does not fit."""
+    parameters = dict(model.named_parameters())
+    missing, extra = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
+    if missing or extra:
+        problem = f"lacks {missing[0]!r}" if missing else f"holds {extra[0]!r}, which the model does not have"
+        raise UserError(f"{source} is of another model: it {problem}")
+    for name, parameter in parameters.items():
+        if tensors[name].shape != parameter.shape:
+            raise UserError(
+                f"{source} is of another model: {name!r} has shape {tuple(tensors[name].shape)} there and "
+                f"{tuple(parameter.shape)} here"
+            )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def weights_bytes(weights: Tensors, config: models.ModelConfig, class_names: list[str]) -> bytes:
+    """One weights file: the tensors, and in its header what `load_checkpoint` needs to build the model."""
+    return tensors_bytes(weights, {"model": dataclasses.asdict(config), "class_names": class_names})
+
+
+def tensors_bytes(tensors: Tensors, header: Mapping[str, Any]) -> bytes:
+    """Tensors and a JSON header as the bytes of a safetensors file."""
+    plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    return safetensors.torch.save(plain, {"format": _FORMAT, "header": json.dumps(header)})
+
+
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors and the header that `tensors_bytes` wrote; UserError for a damaged or foreign file."""
+    _require_file(path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} is cut off or is no safetensors file ({error}): copy it again or use another checkpoint"
+        ) from error
+    if metadata.get("format") != _FORMAT or "header" not in metadata:
+        raise UserError(f"{path} was not written by pixelmeanflow: its header does not say {_FORMAT!r}")
+    return tensors, json.loads(metadata["header"])
+
+
+def read_official(path: Path) -> dict[str, torch.Tensor]:
+    """The authors' state dict, without running code of the file; UserError if it holds more than tensors."""
+    _require_file(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} holds more than tensors, and loading it could run code: save model.state_dict() alone"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is cut off or is no PyTorch file ({reason}): copy it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict of tensors")
+    for name, value in content.items():
+        if not isinstance(value, torch.Tensor):
+            raise UserError(
+                f"{path} holds a {type(value).__name__} under {name!r}: it must hold tensors only"
+            )
+    return content
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint file {path}")
+
+
+# Run folders
+
+
+def checkpoint_folders(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = [path for path in (run / "checkpoints").glob(f"{_STEP_PREFIX}*") if path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(_STEP_PREFIX)))
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """The newest complete checkpoint of a run folder, or ``run`` itself where it is a checkpoint folder."""
+    if not run.is_dir():
+        raise UserError(f"there is no run folder {run}")
+    if (run / "weights.safetensors").is_file():
+        return run
+    folders = checkpoint_folders(run)
+    if not folders:
+        raise UserError(f"{run} holds no complete checkpoint: give a folder written by pmf train")
+    return folders[-1]
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of one step lives."""
+    return run / "checkpoints" / f"{_STEP_PREFIX}{step:08d}"
+
+
+def ema_file(half_life: float) -> str:
+    """The file name of a moving average with this half-life in thousand images."""
+    return f"ema-{half_life:g}.safetensors"
+
+
+def _choose_file(path: Path, ema: str | None) -> Path:
+    if not path.exists():
+        raise UserError(f"there is no checkpoint {path}")
+    if path.is_file():
+        if ema is not None:
+            raise UserError(f"--ema chooses among the files of a checkpoint folder, but {path} is a file")
+        return path
+    folder = newest_checkpoint(path)
+    if ema is None:
+        chosen = ema_file(read_json(folder / "config.json")["sampling"]["sample_ema"])
+    elif ema == "none":
+        chosen = "weights.safetensors"
+    else:
+        chosen = f"ema-{ema}.safetensors"
+    if not (folder / chosen).is_file():
+        known = sorted(file.stem.removeprefix("ema-") for file in folder.glob("ema-*.safetensors"))
+        raise UserError(f"{folder} has no {chosen}: --ema can be none, {', '.join(known)}")
+    return folder / chosen
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; UserError where it is missing or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): use another checkpoint") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a JSON object")
+    return content

@@ -1,0 +1,36 @@
+"""The command ``pmf``: train, sample, convert, bench, env."""
+
+import sys
+from collections.abc import Sequence
+
+from pmf.cli import bench, convert, env, sample, train
+from pmf.cli.arguments import Parser
+from pmf.errors import UserError
+
+_INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+_DESCRIPTION = """Train Pixel MeanFlow models and draw images from them in one step.
+
+  pmf train                        train on the handwritten digits and draw a picture of samples
+  pmf sample runs/00000-digits     draw single images and a grid from what was trained
+  pmf COMMAND --help               all that a command can do
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 on success, 2 after ``error: <sentence>`` on stderr, 130 after an interruption."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if words[:1] == ["bench"]:  # its options belong to pmf.bench, which parses them itself
+            return bench.run(words[1:])
+        parser = Parser(prog="pmf", description=_DESCRIPTION)
+        commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+        for module in (train, sample, convert, bench, env):
+            module.add_parser(commands)
+        arguments = parser.parse_args(words)
+        return int(arguments.run(arguments))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _INTERRUPTED

@@ -1,0 +1,63 @@
+"""Argparse with this project's manner of erring, and flags generated from the typed settings of training."""
+
+import argparse
+import types
+import typing
+from typing import Any, NoReturn
+
+from pmf.errors import UserError
+from pmf.training.config import TrainConfig, flag, settings
+
+Commands = Any  # argparse keeps the type of add_subparsers() to itself
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises UserError, shows text as it is written, and knows no abbreviated flags."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=_Help, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Turn argparse's complaint into the sentence that `pmf.cli.main` prints."""
+        raise UserError(f"{message}; {self.prog} --help shows what can be given")
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=110)
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """One flag for every field of the training settings; flags not given stay out of the namespace."""
+    groups: dict[str, Any] = {}
+    defaults = TrainConfig()
+    for group, setting in settings():
+        section = type(getattr(defaults, group))
+        if group not in groups:
+            groups[group] = parser.add_argument_group((section.__doc__ or group).strip())
+        kind = typing.get_type_hints(section)[setting.name]
+        options: dict[str, Any] = {"help": setting.metadata["help"], "default": argparse.SUPPRESS}
+        element, is_tuple = _element_type(kind)
+        if is_tuple:
+            options.update(nargs="+", metavar=element.__name__.upper())
+        elif setting.metadata["choices"]:
+            options.update(choices=setting.metadata["choices"])
+        else:
+            options.update(metavar=element.__name__.upper())
+        groups[group].add_argument(flag(setting.name), type=element, **options)
+
+
+def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings that the command line named, ready for `TrainConfig.with_settings`."""
+    names = {setting.name for _, setting in settings()}
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+def _element_type(kind: Any) -> tuple[type, bool]:
+    """The type of one word on the command line, and whether there may be several words."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        (kind,) = [option for option in typing.get_args(kind) if option is not type(None)]
+    if typing.get_origin(kind) is tuple:
+        return typing.get_args(kind)[0], True
+    return kind, False

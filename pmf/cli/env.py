@@ -1,0 +1,23 @@
+"""``pmf env``: what a bug report needs to say."""
+
+import argparse
+
+from pmf.cli.arguments import Commands
+
+
+def add_parser(commands: Commands) -> None:
+    """Register the command."""
+    parser = commands.add_parser(
+        "env",
+        help="print versions, CPU level, GPU, and why a part is missing",
+        description="Print what a bug report needs: versions, CPU level, GPU, why a part is missing.",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the report."""
+    from pmf import env
+
+    print(env.report())
+    return 0

@@ -1,0 +1,21 @@
+"""Images and labels for training: the digits, image folders, and the order in which they are seen."""
+
+from pmf.data.datasets import FolderImages, ImageDataset, MemoryImages, load_dataset
+from pmf.data.digits import load_digits
+from pmf.data.images import centre_crop, image_grid, read_image, save_png, to_float, to_uint8
+from pmf.data.stream import ShuffledStream
+
+__all__ = [
+    "FolderImages",
+    "ImageDataset",
+    "MemoryImages",
+    "ShuffledStream",
+    "centre_crop",
+    "image_grid",
+    "load_dataset",
+    "load_digits",
+    "read_image",
+    "save_png",
+    "to_float",
+    "to_uint8",
+]

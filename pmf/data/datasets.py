@@ -1,0 +1,97 @@
+"""Data sets: images by index, in memory or read from files."""
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from pmf.data.images import check_image, read_image, to_float
+from pmf.data.labels import LabelledFiles, list_images
+from pmf.errors import UserError
+
+_CACHE_BYTES = 1 << 30  # folders whose cropped pixels fit in this are read once and kept in memory
+_READERS = 8  # threads that decode images; Pillow releases the interpreter lock while it decodes
+
+
+class ImageDataset(Protocol):
+    """What training needs to know about its images."""
+
+    class_names: list[str]
+    in_memory: bool
+
+    def __len__(self) -> int: ...
+
+    def get(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images [B, C, H, W] float32 in [-1, 1] and labels [B] int64."""
+        ...
+
+
+class MemoryImages:
+    """Images held in one tensor: uint8 [N, C, H, W], or float32 already in [-1, 1]."""
+
+    in_memory = True
+
+    def __init__(self, pixels: torch.Tensor, labels: torch.Tensor, class_names: list[str]) -> None:
+        self.pixels, self.labels, self.class_names = pixels, labels.to(torch.int64), class_names
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def get(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = torch.as_tensor(indices)
+        pixels = self.pixels[rows]
+        return (to_float(pixels) if pixels.dtype == torch.uint8 else pixels), self.labels[rows]
+
+
+class FolderImages:
+    """Images of a folder, read from their files each time they are asked for."""
+
+    in_memory = False
+
+    def __init__(self, files: LabelledFiles, size: int, channels: int) -> None:
+        self.paths, self.labels = files.paths, torch.tensor(files.labels)
+        self.class_names, self.size, self.channels = files.class_names, size, channels
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="pmf-read")
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def get(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        return to_float(self.read_pixels(indices)), self.labels[torch.as_tensor(indices)]
+
+    def read_pixels(self, indices: Iterable[int]) -> torch.Tensor:
+        """uint8 [B, C, H, W]; the first file that cannot be read raises UserError."""
+        paths = [self.paths[index] for index in indices]
+        images = self._readers.map(lambda path: read_image(path, self.size, self.channels), paths)
+        return torch.stack(list(images))
+
+    def check_headers(self) -> None:
+        """Open every file without decoding it, so that a wrong file is known before training starts."""
+        for _ in self._readers.map(lambda path: check_image(path, self.size), self.paths):
+            pass
+
+
+def load_dataset(source: str, image_size: int, channels: int) -> ImageDataset:
+    """``digits``, or a folder of images with labels (pmf/data/labels.py describes the layouts).
+
+    Raises UserError where the folder is empty, has one class, or holds a file that is no image or too small.
+    A folder of up to 1 GiB of cropped pixels is decoded at once and stays in memory.
+    """
+    if channels not in (1, 3):
+        raise UserError(f"--channels must be 1 (grey) or 3 (colour), got {channels}")
+    if source == "digits":
+        from pmf.data.digits import load_digits
+
+        if (image_size, channels) != (8, 1):
+            raise UserError(
+                f"the digits are 8x8 grey images, but {image_size}x{image_size} with {channels} channels was "
+                "asked for: use --image-size 8 --channels 1, or give an image folder with --data"
+            )
+        return load_digits()
+    folder = FolderImages(list_images(Path(source)), image_size, channels)
+    if len(folder) * channels * image_size**2 > _CACHE_BYTES:
+        folder.check_headers()
+        return folder
+    return MemoryImages(folder.read_pixels(range(len(folder))), folder.labels, folder.class_names)

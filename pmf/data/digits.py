@@ -1,0 +1,20 @@
+"""The handwritten digits that scikit-learn bundles: 1797 grey images of 8x8 pixels in 17 grey levels."""
+
+import torch
+
+from pmf.data.datasets import MemoryImages
+from pmf.errors import UserError
+
+
+def load_digits() -> MemoryImages:
+    """The digits as float32 [1797, 1, 8, 8] in [-1, 1] with labels 0..9: x / 8 - 1 of levels 0..16."""
+    try:
+        from sklearn import datasets
+    except ImportError as error:
+        raise UserError(
+            "the digits come with scikit-learn, which is not installed: pip install scikit-learn, "
+            "or give an image folder with --data"
+        ) from error
+    digits = datasets.load_digits()
+    images = torch.from_numpy(digits.images).to(torch.float32).unsqueeze(1) / 8 - 1
+    return MemoryImages(images, torch.from_numpy(digits.target), [str(digit) for digit in range(10)])

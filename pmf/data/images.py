@@ -1,0 +1,108 @@
+"""Reading, cropping and writing single images."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from pmf.atomic import write_file
+from pmf.errors import UserError
+
+_MODES = {1: "L", 3: "RGB"}  # Pillow's name for an 8-bit image of 1 or 3 channels
+_GRID_PIXELS = 512  # a grid narrower than this is enlarged, so that 8x8 images can be seen
+_GRID_GAP = 1  # pixels between two images of a grid, before enlargement
+
+
+def to_float(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 pixels to float32 in [-1, 1]: x / 127.5 - 1."""
+    return pixels.to(torch.float32) / 127.5 - 1
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Images around [-1, 1] to uint8: round(255 clip((x + 1) / 2, 0, 1)); a NaN becomes 0."""
+    unit = ((images.detach().to("cpu", torch.float32) + 1) / 2).nan_to_num(nan=0.0).clamp(0, 1)
+    return (255 * unit).round().to(torch.uint8)
+
+
+def centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """The centre square of an image at ``size`` pixels, as ADM (Dhariwal, Nichol 2021) crops ImageNet.
+
+    Halve by box filter while the short side is at least twice ``size``, bicubic to ``size``, then crop.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    sides = round(image.width * scale), round(image.height * scale)
+    image = image.resize(sides, Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def check_image(path: Path, size: int) -> None:
+    """Read the header only: UserError where ``path`` is no image, or smaller than ``size`` pixels."""
+    with _open(path, size):
+        pass
+
+
+def read_image(path: Path, size: int, channels: int) -> torch.Tensor:
+    """One image file as uint8 [channels, size, size]: centre crop, transparency laid over white.
+
+    Raises UserError where the file is no image, is cut off, is too small, or has 16-bit or float pixels.
+    """
+    with _open(path, size) as image:
+        if image.mode[0] in "IF":
+            raise UserError(f"{path} has {image.mode} pixels (16-bit or float): convert it to an 8-bit image")
+        try:
+            image.load()
+            if image.has_transparency_data:
+                colour = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), colour)
+            pixels = np.asarray(centre_crop(image.convert(_MODES[channels]), size))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UserError(f"{path} is cut off or damaged ({error}): replace or remove it") from error
+    return torch.from_numpy(pixels.copy()).reshape(size, size, channels).permute(2, 0, 1).contiguous()
+
+
+def _open(path: Path, size: int) -> Image.Image:
+    try:
+        image = Image.open(path)
+    except UnidentifiedImageError as error:
+        raise UserError(f"{path} is not an image that Pillow can read: remove it from the folder") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read as an image ({reason}): replace or remove it") from error
+    if min(image.size) < size:
+        raise UserError(
+            f"{path} is {image.width}x{image.height} pixels, smaller than the {size}x{size} asked for: "
+            "remove it, or train with a smaller --image-size"
+        )
+    return image
+
+
+def save_png(image: torch.Tensor, path: Path) -> None:
+    """Write one image, float around [-1, 1] or uint8, [C, H, W] with C = 1 or 3; raises OSError."""
+    pixels = image if image.dtype == torch.uint8 else to_uint8(image)
+    array = pixels.permute(1, 2, 0).numpy()
+    content = io.BytesIO()
+    Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(content, format="PNG")
+    write_file(path, content.getvalue())
+
+
+def image_grid(images: torch.Tensor, columns: int) -> torch.Tensor:
+    """Images [N, C, H, W] in rows of ``columns`` as one uint8 picture [C, height, width].
+
+    Small images are enlarged by a whole factor, nearest neighbour, so that every pixel can be seen as it is.
+    """
+    pixels = to_uint8(images)
+    count, channels, height, width = pixels.shape
+    rows = -(-count // columns)
+    row_step, column_step = height + _GRID_GAP, width + _GRID_GAP
+    grid = torch.full((channels, rows * row_step, columns * column_step), 128, dtype=torch.uint8)
+    for index, picture in enumerate(pixels):
+        top, left = (index // columns) * row_step, (index % columns) * column_step
+        grid[:, top : top + height, left : left + width] = picture
+    grid = grid[:, :-_GRID_GAP, :-_GRID_GAP]
+    factor = max(1, round(_GRID_PIXELS / grid.shape[-1]))
+    return grid.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)

@@ -1,0 +1,18 @@
+"""Training: typed settings, presets, one training step, and the life of a run."""
+
+from pmf.training.config import TrainConfig
+from pmf.training.folders import new_run_folder, resume_config
+from pmf.training.loop import TrainResult, train
+from pmf.training.presets import PRESETS, get_preset
+from pmf.training.trainer import Trainer
+
+__all__ = [
+    "PRESETS",
+    "TrainConfig",
+    "TrainResult",
+    "Trainer",
+    "get_preset",
+    "new_run_folder",
+    "resume_config",
+    "train",
+]

@@ -1,0 +1,216 @@
+"""Every setting of a training run, typed, with its default and its explanation.
+
+The command line and the saved config.json derive from these classes. Field names are unique across them, so
+that a setting is reached by its name alone: ``get_preset("digits", lr=2e-3)``, ``--lr 2e-3``.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pmf.errors import UserError
+
+
+def _setting(default: Any, explanation: str, choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"help": explanation, "choices": choices})
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Data"""
+
+    data: str = _setting("digits", "'digits', or a folder of images: a subfolder per class, or labels.csv")
+    batch_size: int = _setting(1024, "images per step")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Model (settings left out are the model preset's)"""
+
+    model: str | None = _setting(None, "model preset, for instance pmf-b/16")
+    image_size: int | None = _setting(None, "pixels of the square images")
+    patch_size: int | None = _setting(None, "pixels of the square patches")
+    channels: int | None = _setting(None, "1 for grey images, 3 for colour")
+    hidden_size: int | None = _setting(None, "width of the tokens")
+    depth: int | None = _setting(None, "blocks on the way to a sample, the u head's included")
+    head_depth: int | None = _setting(None, "blocks of each head")
+    num_heads: int | None = _setting(None, "attention heads")
+    condition_tokens: tuple[int, ...] | None = _setting(
+        None, "numbers of class, omega, t_min, t_max and time tokens"
+    )
+    bottleneck: int | None = _setting(None, "channels between the two steps of the patch embedding")
+    mlp_width: int | None = _setting(None, "width of the SwiGLU MLP")
+    noise_scale: float | None = _setting(None, "standard deviation of the noise at t = 1")
+
+
+@dataclass(frozen=True)
+class ObjectiveSettings:
+    """Objective"""
+
+    time_mean: float = _setting(0.8, "P_mean: t and r are sigmoid(P_std n + P_mean)")
+    time_std: float = _setting(0.8, "P_std")
+    data_proportion: float = _setting(0.5, "share of the batch trained with r = t (flow matching)")
+    uniform_fraction: float = _setting(0.0, "share of the pairs (t, r) drawn uniformly instead")
+    class_dropout: float = _setting(0.1, "probability that a sample loses its label")
+    max_omega: float = _setting(8.0, "largest guidance scale trained; omega is drawn from 1 to here")
+    omega_beta: float = _setting(1.0, "omega's density is proportional to omega^-beta")
+    norm_p: float = _setting(1.0, "power of the adaptive loss weight (l + norm_eps)^-norm_p")
+    norm_eps: float = _setting(0.01, "offset of the adaptive loss weight")
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """Optimizer: Muon for matrices, Adam for the rest"""
+
+    lr: float = _setting(1e-3, "learning rate of Muon, and of Adam unless --adam-lr is given")
+    adam_lr: float | None = _setting(None, "learning rate of Adam")
+    cooldown: float = _setting(0.0, "last share of the run over which the rate falls linearly to 0")
+    ema_half_lives: tuple[float, ...] = _setting(
+        (500.0, 1000.0, 2000.0), "half-lives of the averaged weights, in thousand images"
+    )
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Run"""
+
+    steps: int | None = _setting(None, "stop after this many steps")
+    minutes: float | None = _setting(None, "stop after this many minutes of training")
+    seed: int = _setting(0, "seed of the weights, the data order and every random draw")
+    precision: str = _setting(
+        "auto",
+        "bf16 computes in bfloat16 with float32 master weights; auto: where the device has such products",
+        ("auto", "fp32", "bf16"),
+    )
+    device: str = _setting("cpu", "torch device to train on")
+    log_every: int = _setting(50, "steps between two lines of log.jsonl")
+    checkpoint_every: int = _setting(1000, "steps between two checkpoints")
+    keep_checkpoints: int = _setting(2, "number of newest checkpoints kept")
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """Sample grids drawn while training, and the defaults of pmf sample"""
+
+    sample_every: int = _setting(1000, "steps between two sample grids")
+    sample_ema: float = _setting(1000.0, "half-life of the averaged weights to sample from")
+    sample_omega: float | None = _setting(None, "guidance scale, instead of the model preset's")
+    sample_interval: tuple[float, ...] | None = _setting(
+        None, "guidance interval t_min t_max, instead of the model preset's"
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All settings of a run; raises UserError where one is out of its range."""
+
+    preset: str = "custom"
+    data: DataSettings = DataSettings()
+    model: ModelSettings = ModelSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    run: RunSettings = RunSettings()
+    sampling: SamplingSettings = SamplingSettings()
+
+    def __post_init__(self) -> None:
+        for group, setting in settings():
+            _check_finite(setting.name, getattr(getattr(self, group), setting.name))
+        _check_ranges(self)
+
+    def with_settings(self, **overrides: Any) -> "TrainConfig":
+        """A copy in which the named settings, of whichever group, have new values."""
+        groups: dict[str, dict[str, Any]] = {}
+        home = {setting.name: group for group, setting in settings()}
+        for name, value in overrides.items():
+            if name not in home:
+                raise UserError(f"there is no setting {name!r}")
+            groups.setdefault(home[name], {})[name] = tuple(value) if isinstance(value, list) else value
+        changed = {group: dataclasses.replace(getattr(self, group), **new) for group, new in groups.items()}
+        return dataclasses.replace(self, **changed)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain nested dicts, as config.json holds them."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(content: Mapping[str, Any]) -> "TrainConfig":
+        """The inverse of `to_json`; UserError where the content is not of this version."""
+        flat: dict[str, Any] = {}
+        for group, setting in settings():
+            try:
+                flat[setting.name] = content[group][setting.name]
+            except (KeyError, TypeError) as error:
+                raise UserError(
+                    f"config.json lacks {group}.{setting.name}: it is of another version"
+                ) from error
+        return TrainConfig(str(content.get("preset", "custom"))).with_settings(**flat)
+
+
+_GROUPS: dict[str, Any] = {
+    field.name: field.type for field in dataclasses.fields(TrainConfig) if field.name != "preset"
+}
+
+
+def settings() -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """Every setting with the name of its group, in the order of the classes above."""
+    for group, section in _GROUPS.items():
+        for setting in dataclasses.fields(section):
+            yield group, setting
+
+
+def _check_finite(name: str, value: Any) -> None:
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, float) and not math.isfinite(number):
+            raise UserError(f"{flag(name)} must be a finite number, got {number}")
+
+
+def _check_ranges(config: TrainConfig) -> None:
+    at_least_one = {
+        "batch_size": config.data.batch_size,
+        "steps": config.run.steps,
+        "log_every": config.run.log_every,
+        "checkpoint_every": config.run.checkpoint_every,
+        "keep_checkpoints": config.run.keep_checkpoints,
+        "sample_every": config.sampling.sample_every,
+        "max_omega": config.objective.max_omega,
+    }
+    positive = {
+        "lr": config.optimizer.lr,
+        "minutes": config.run.minutes,
+        "noise_scale": config.model.noise_scale,
+    }
+    share = {
+        "cooldown": config.optimizer.cooldown,
+        "data_proportion": config.objective.data_proportion,
+        "uniform_fraction": config.objective.uniform_fraction,
+        "class_dropout": config.objective.class_dropout,
+    }
+    for name, value in at_least_one.items():
+        if value is not None and value < 1:
+            raise UserError(f"{flag(name)} must be 1 or more, got {value}")
+    for name, value in positive.items():
+        if value is not None and value <= 0:
+            raise UserError(f"{flag(name)} must be above 0, got {value}")
+    for name, value in share.items():
+        if not 0 <= value <= 1:
+            raise UserError(f"{flag(name)} must lie between 0 and 1, got {value}")
+    half_lives = config.optimizer.ema_half_lives
+    if not half_lives or min(half_lives) <= 0 or len(set(half_lives)) != len(half_lives):
+        raise UserError("--ema-half-lives must be different numbers above 0")
+    if config.sampling.sample_ema not in half_lives:
+        known = ", ".join(f"{half_life:g}" for half_life in half_lives)
+        raise UserError(f"--sample-ema must be one of --ema-half-lives ({known})")
+    interval = config.sampling.sample_interval
+    if interval is not None and (len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1):
+        raise UserError("--sample-interval must be two numbers t_min t_max with 0 <= t_min <= t_max <= 1")
+    if config.run.precision not in ("auto", "fp32", "bf16"):
+        raise UserError(f"--precision must be auto, fp32 or bf16, got {config.run.precision!r}")
+    if not 0 <= config.run.seed < 2**63:
+        raise UserError(f"--seed must lie between 0 and 2^63 - 1, got {config.run.seed}")
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a setting."""
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,34 @@
+"""Run folders: a new one, and what an old one may change when it is resumed."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from pmf import checkpoint
+from pmf.errors import UserError
+from pmf.training.config import TrainConfig, flag
+
+
+def new_run_folder(parent: Path, name: str) -> Path:
+    """Make ``parent/00000-name`` with the first number that is free."""
+    used = [path.name.split("-")[0] for path in parent.glob("*-*")] if parent.is_dir() else []
+    number = max((int(head) for head in used if head.isdecimal()), default=-1) + 1
+    folder = parent / f"{number:05d}-{name.replace('/', '-')}"
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot make the run folder {folder}: {error.strerror}") from error
+    return folder
+
+
+def resume_config(run: Path, overrides: dict[str, Any]) -> TrainConfig:
+    """The settings of a run's newest checkpoint, some replaced; UserError for one that shapes the weights."""
+    folder = checkpoint.newest_checkpoint(run)
+    saved = TrainConfig.from_json(checkpoint.read_json(folder / "config.json"))
+    config = saved.with_settings(**overrides)
+    fixed = {"data": saved.data.data, **dataclasses.asdict(saved.model)}
+    fixed["ema_half_lives"] = saved.optimizer.ema_half_lives
+    for name, value in fixed.items():
+        if name in overrides and overrides[name] != value:
+            raise UserError(f"{run} was trained with {flag(name)} {value}, which cannot change when resuming")
+    return config

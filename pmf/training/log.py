@@ -1,0 +1,77 @@
+"""The log of a run: log.jsonl always, loss.png with matplotlib, TensorBoard events where it is installed."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pmf.atomic import write_file
+from pmf.training.pictures import draw_losses
+
+
+class RunLog:
+    """Writes one line of numbers at a time, and keeps them for the plot.
+
+    A resumed run drops the lines after its step, which a killed run wrote past its last checkpoint.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.folder, self.path = folder, folder / "log.jsonl"
+        self.rows = [row for row in _read_rows(self.path) if row["step"] <= step]
+        write_file(self.path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+        self._file = self.path.open("a", encoding="utf-8")
+        self._can_plot = importlib.util.find_spec("matplotlib") is not None
+        self._board = _tensorboard(folder, step)
+
+    def add_losses(self, step: int, images: int, seconds: float, loss_u: float, loss_v: float) -> None:
+        """Log the plain means of the two losses over the steps since the line before."""
+        row = {
+            "step": step,
+            "images": images,
+            "seconds": round(seconds, 3),
+            "loss_u": loss_u,
+            "loss_v": loss_v,
+        }
+        self.rows.append(row)
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            self._board.add_scalar("loss/u", loss_u, step)
+            self._board.add_scalar("loss/v", loss_v, step)
+
+    def add_picture(self, step: int, grid: torch.Tensor) -> None:
+        """Show a uint8 picture [C, H, W] in TensorBoard."""
+        if self._board is not None:
+            self._board.add_image("samples", grid, step)
+
+    def draw_plot(self) -> None:
+        """Draw loss.png from all lines so far; without matplotlib there is no plot."""
+        if self._can_plot and self.rows:
+            columns = [[row[name] for row in self.rows] for name in ("step", "loss_u", "loss_v")]
+            draw_losses(columns[0], columns[1], columns[2], self.folder / "loss.png")
+
+    def close(self) -> None:
+        """Close the files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # the half line of a run that was killed while writing it
+            break
+    return rows
+
+
+def _tensorboard(folder: Path, step: int) -> Any:
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)

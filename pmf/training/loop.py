@@ -1,0 +1,244 @@
+"""The life of a run: budget, log, pictures, checkpoints, resuming, and stopping cleanly."""
+
+import contextlib
+import json
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from pmf import checkpoint
+from pmf.atomic import write_file, write_folder
+from pmf.data import ImageDataset, load_dataset
+from pmf.errors import UserError
+from pmf.models import PixelMeanFlow
+from pmf.training.config import TrainConfig
+from pmf.training.log import RunLog
+from pmf.training.pictures import draw_samples
+from pmf.training.trainer import Trainer, model_config
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished or interrupted run leaves behind."""
+
+    model: PixelMeanFlow  # the averaged weights that the run samples from, eval mode
+    step: int
+    seconds: float
+    interrupted: bool
+    picture: Path | None  # grid of one-step samples, where the run has a folder
+
+
+def train(
+    config: TrainConfig,
+    out: Path | None = None,
+    *,
+    resume: bool = False,
+    progress: bool = False,
+    dataset: ImageDataset | None = None,
+) -> TrainResult:
+    """Train until ``config.run.steps`` or ``config.run.minutes`` are spent, whichever comes first.
+
+    out: the run's folder for config, log, pictures and checkpoints; without it nothing is written.
+    resume: continue the newest checkpoint in ``out``; on a CPU this gives the bits of never stopping.
+    dataset: instead of the one that ``config.data`` names.
+
+    Raises UserError for settings or data that cannot be trained on, a loss not finite, or a full disk.
+    """
+    if config.run.steps is None and config.run.minutes is None:
+        raise UserError("the run has no end: give --steps or --minutes")
+    if dataset is None:
+        model = model_config(config, num_classes=1)  # image size and channels; the data set tells the classes
+        dataset = load_dataset(config.data.data, model.image_size, model.channels)
+    trainer = Trainer(config, dataset)
+    if resume and out is not None:
+        trainer.load(checkpoint.newest_checkpoint(out))
+    return Run(trainer, out, progress).run()
+
+
+class Run:
+    """Drives a `Trainer` to the end of its budget."""
+
+    def __init__(self, trainer: Trainer, out: Path | None, progress: bool) -> None:
+        self.trainer, self.config, self.out, self.progress = trainer, trainer.config, out, progress
+        self.log = None if out is None else RunLog(out, trainer.step)
+        self.first_step, self.first_second = trainer.step, trainer.seconds
+        self.losses = torch.zeros(self.config.run.log_every, 3, device=trainer.device)
+        self.unread = 0  # rows of losses not yet looked at
+        self.shown = ""  # the losses in the progress bar
+
+    def run(self) -> TrainResult:
+        trainer, config = self.trainer, self.config
+        try:
+            with self._files(), self._progress_bar() as bar, _catch_stop_signals() as stop:
+                self._write_config()
+                started = time.monotonic() - trainer.seconds
+                while not stop.is_set() and self._spent() < 1:
+                    rate = learning_rate_factor(self._spent(), config.optimizer.cooldown)
+                    self.losses[self.unread] = trainer.train_step(rate)
+                    self.unread += 1
+                    trainer.seconds = time.monotonic() - started
+                    if self.unread == config.run.log_every:
+                        self._read_losses()
+                    self._advance(bar)
+                    if self.out is not None and trainer.step % config.run.checkpoint_every == 0:
+                        self.save()
+                    if self.out is not None and trainer.step % config.sampling.sample_every == 0:
+                        self._draw(self.out / "samples" / f"{trainer.step:08d}.png")
+                self._read_losses()
+                picture = self._finish()
+                interrupted = stop.is_set()
+        finally:
+            if self.log is not None:
+                self.log.close()
+        model = trainer.averaged_model(config.sampling.sample_ema)
+        return TrainResult(model, trainer.step, trainer.seconds, interrupted, picture)
+
+    def save(self) -> Path:
+        """Write a checkpoint of the present step and drop the oldest; UserError where the disk refuses."""
+        assert self.out is not None
+        trainer, folder = self.trainer, checkpoint.step_folder(self.out, self.trainer.step)
+        if folder.is_dir():
+            return folder
+        self._read_losses()
+        self._refuse_broken_weights()
+        try:
+            write_folder(folder, self._checkpoint_files())
+        except OSError as error:
+            raise UserError(
+                f"cannot save the checkpoint of step {trainer.step} to {folder}: {error.strerror or error}; "
+                f"{self._last_checkpoint()}; make room and continue with pmf train --resume {self.out}"
+            ) from error
+        for old in checkpoint.checkpoint_folders(self.out)[: -self.config.run.keep_checkpoints]:
+            shutil.rmtree(old, ignore_errors=True)
+        return folder
+
+    def _checkpoint_files(self) -> Iterator[tuple[str, bytes]]:
+        """One file at a time, so that no more than one copy of the weights is held in memory."""
+        trainer, names = self.trainer, self.trainer.dataset.class_names
+        model = trainer.model.config
+        yield "weights.safetensors", checkpoint.weights_bytes(trainer.weights(), model, names)
+        for half_life in self.config.optimizer.ema_half_lives:
+            averaged = trainer.ema.weights(half_life)
+            yield checkpoint.ema_file(half_life), checkpoint.weights_bytes(averaged, model, names)
+        yield "state.safetensors", checkpoint.tensors_bytes(*trainer.state())
+        yield "config.json", _json_bytes(self.config)
+
+    def _finish(self) -> Path | None:
+        if self.out is None:
+            return None
+        self.save()
+        return self._draw(self.out / "samples.png")
+
+    def _draw(self, path: Path) -> Path:
+        assert self.log is not None
+        sampling = self.config.sampling
+        grid = draw_samples(self.trainer.averaged_model(sampling.sample_ema), self.config.run.seed, path)
+        self.log.add_picture(self.trainer.step, grid)
+        self.log.draw_plot()
+        return path
+
+    def _read_losses(self) -> None:
+        """Fetch the losses since the last look: one synchronisation with the device for log_every steps."""
+        if self.unread == 0:
+            return
+        rows, self.unread = self.losses[: self.unread].cpu(), 0
+        finite = rows.isfinite().all(dim=1)
+        if not finite.all():
+            step = self.trainer.step - len(rows) + int(finite.int().argmin()) + 1
+            raise self._diverged(f"the loss became {rows[~finite][0].sum().item()} at step {step}")
+        _, loss_u, loss_v = rows.mean(dim=0).tolist()
+        if self.log is not None:
+            trainer = self.trainer
+            self.log.add_losses(trainer.step, trainer.stream.position, trainer.seconds, loss_u, loss_v)
+        self.shown = f", loss_u {loss_u:.4f}, loss_v {loss_v:.4f}"
+
+    def _refuse_broken_weights(self) -> None:
+        for name, weight in self.trainer.weights().items():
+            if not weight.isfinite().all():
+                raise self._diverged(f"the weights {name} are no longer finite at step {self.trainer.step}")
+
+    def _diverged(self, what: str) -> UserError:
+        lr = self.config.optimizer.lr
+        advice = f"train again with a learning rate below --lr {lr:g}"
+        if self.out is not None and checkpoint.checkpoint_folders(self.out):
+            advice = f"continue with pmf train --resume {self.out} --lr {lr / 2:g}"
+        return UserError(f"{what}; {self._last_checkpoint()}; {advice}")
+
+    def _last_checkpoint(self) -> str:
+        folders = [] if self.out is None else checkpoint.checkpoint_folders(self.out)
+        return f"the last good checkpoint is {folders[-1]}" if folders else "no checkpoint had been saved"
+
+    def _spent(self) -> float:
+        """The share of the budget used so far."""
+        run, trainer = self.config.run, self.trainer
+        by_steps = trainer.step / run.steps if run.steps else 0.0
+        by_time = trainer.seconds / (60 * run.minutes) if run.minutes else 0.0
+        return max(by_steps, by_time)
+
+    def _write_config(self) -> None:
+        if self.out is not None:
+            write_file(self.out / "config.json", _json_bytes(self.config))
+
+    @contextlib.contextmanager
+    def _files(self) -> Iterator[None]:
+        """Say which file could not be written, and that the checkpoints are safe."""
+        try:
+            yield
+        except OSError as error:
+            name = error.filename or self.out
+            raise UserError(
+                f"cannot write {name}: {error.strerror or error}; {self._last_checkpoint()}"
+            ) from error
+
+    def _progress_bar(self) -> "tqdm[None]":
+        return tqdm(
+            total=100.0,
+            initial=min(100.0, 100 * self._spent()),
+            disable=not self.progress,
+            bar_format="{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left{postfix}",
+            mininterval=0.5,
+        )
+
+    def _advance(self, bar: "tqdm[None]") -> None:
+        steps, seconds = self.trainer.step - self.first_step, self.trainer.seconds - self.first_second
+        speed = f"step {self.trainer.step}, {steps / seconds:.1f} steps/s"
+        bar.set_postfix_str(speed + self.shown, refresh=False)
+        bar.update(min(100.0, 100 * self._spent()) - bar.n)
+
+
+def learning_rate_factor(spent: float, cooldown: float) -> float:
+    """1 until the last ``cooldown`` share of the budget, then linearly to 0."""
+    return 1.0 if cooldown == 0 else max(0.0, min(1.0, (1 - spent) / cooldown))
+
+
+@contextlib.contextmanager
+def _catch_stop_signals() -> Iterator[threading.Event]:
+    """Ctrl-C and SIGTERM set the event, so that the step can end; a second Ctrl-C interrupts at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, frame: object) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    for number in previous:
+        signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _json_bytes(config: TrainConfig) -> bytes:
+    return (json.dumps(config.to_json(), indent=2) + "\n").encode()

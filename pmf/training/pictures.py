@@ -1,0 +1,44 @@
+"""Pictures drawn while training: a grid of one-step samples, and the curve of the losses."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from pmf import flow
+from pmf.atomic import write_file
+from pmf.data import image_grid, save_png
+from pmf.models import PixelMeanFlow
+
+_GRID_SIDE = 10  # at most this many classes, one a row, and this many samples of each
+
+
+def draw_samples(model: PixelMeanFlow, seed: int, path: Path) -> torch.Tensor:
+    """One-step samples, a class a row, from noise that is the same at every step; returns the uint8 grid."""
+    classes = min(_GRID_SIDE, model.config.num_classes)
+    rows = torch.linspace(0, model.config.num_classes - 1, classes).round().long()
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    images = flow.sample(model, rows.repeat_interleave(_GRID_SIDE).to(device), generator=generator)
+    grid = image_grid(images, _GRID_SIDE)
+    save_png(grid, path)
+    return grid
+
+
+def draw_losses(steps: Sequence[int], loss_u: Sequence[float], loss_v: Sequence[float], path: Path) -> None:
+    """Plot the means of (V - v_g)^2 and (v - v_g)^2 by step, both axes logarithmic; needs matplotlib."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(steps, loss_u, label="loss_u: mean (V - v_g)²", linewidth=1)
+    axes.plot(steps, loss_v, label="loss_v: mean (v - v_g)²", linewidth=1)
+    axes.set(xlabel="step", ylabel="loss per pixel", xscale="log", yscale="log")
+    axes.grid(True, which="both", alpha=0.2)
+    axes.legend()
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110)
+    write_file(path, content.getvalue())

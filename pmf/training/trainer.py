@@ -1,0 +1,160 @@
+"""One training step of a pixel MeanFlow model, and everything a run has to remember between two steps."""
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pmf import checkpoint, flow, models, optim
+from pmf.data import ImageDataset, ShuffledStream
+from pmf.errors import UserError
+from pmf.training.config import TrainConfig
+from pmf.training.packing import pack, unpack
+
+
+class Trainer:
+    """Model, objective, optimizer, averaged weights, data order and random state of one run.
+
+    The weights are float32. With precision bf16 a bfloat16 copy computes, its gradients go to the float32
+    master weights, and the optimizer and the averages see those alone.
+    """
+
+    def __init__(self, config: TrainConfig, dataset: ImageDataset) -> None:
+        self.device = _device(config.run.device)
+        if config.run.precision == "auto":  # settled here, so that the saved settings say what was computed
+            config = config.with_settings(precision="bf16" if _has_bf16_products(self.device) else "fp32")
+        self.config, self.dataset = config, dataset
+        self.step, self.seconds = 0, 0.0
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.run.seed)
+                network = model_config(config, len(dataset.class_names))
+                self.model = models.PixelMeanFlow(network).to(self.device)
+            self.objective = build_objective(config, self.model.config.noise_scale)
+            self.optimizer = optim.Muon(self.model, lr=config.optimizer.lr, preset="pmf")
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        self.ema = optim.EMA(self.model, half_lives=config.optimizer.ema_half_lives)
+        self.computing = self.model
+        if config.run.precision == "bf16":
+            self.computing = copy.deepcopy(self.model).to(torch.bfloat16)
+        self.generator = torch.Generator().manual_seed(config.run.seed)
+        self.stream = ShuffledStream(dataset, config.data.batch_size, config.run.seed)
+
+    def train_step(self, rate: float = 1.0) -> torch.Tensor:
+        """One step at ``rate`` times the learning rates; returns loss, loss_u, loss_v as [3], not synced."""
+        images, labels = self.stream.next_batch()
+        images, labels = images.to(self.device), labels.to(self.device)
+        draws = self.objective.draw(images, labels, self.generator)
+        self._refresh_computing_weights()
+        terms = self.objective(self.computing, images, labels, draws)
+        terms.loss.backward()
+        self._gather_gradients()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.optimizer.lr * rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update(len(labels))
+        self.step += 1
+        return torch.stack([terms.loss.detach(), terms.loss_u.detach(), terms.loss_v.detach()])
+
+    def averaged_model(self, half_life: float) -> models.PixelMeanFlow:
+        """A copy of the model with the averaged weights of one half-life, in eval mode."""
+        averaged = copy.deepcopy(self.model)
+        checkpoint.assign_weights(averaged, self.ema.weights(half_life), Path("ema"))
+        return averaged.eval().requires_grad_(False)
+
+    def _refresh_computing_weights(self) -> None:
+        if self.computing is not self.model:
+            with torch.no_grad():
+                torch._foreach_copy_(list(self.computing.parameters()), list(self.model.parameters()))
+
+    def _gather_gradients(self) -> None:
+        if self.computing is not self.model:
+            for master, low in zip(self.model.parameters(), self.computing.parameters(), strict=True):
+                master.grad = None if low.grad is None else low.grad.to(master.dtype)
+                low.grad = None
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The float32 weights by name."""
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """All that resuming needs besides the weights: tensors, and a JSON-able header."""
+        tensors = {"generator": self.generator.get_state()}
+        header = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "position": self.stream.position,
+            "optimizer": pack(self.optimizer.state_dict(), "optimizer", tensors),
+            "ema_updates": self.ema.updates,
+        }
+        return tensors, header
+
+    def load(self, folder: Path) -> None:
+        """Continue from a checkpoint folder; UserError where it is damaged or of another model."""
+        weights, _ = checkpoint.read_tensors(folder / "weights.safetensors")
+        checkpoint.assign_weights(self.model, weights, folder / "weights.safetensors")
+        for half_life in self.config.optimizer.ema_half_lives:
+            file = folder / checkpoint.ema_file(half_life)
+            self.ema.load_weights(half_life, checkpoint.read_tensors(file)[0])
+        tensors, header = checkpoint.read_tensors(folder / "state.safetensors")
+        self.optimizer.load_state_dict(unpack(header["optimizer"], tensors))
+        self.ema.updates = header["ema_updates"]
+        self.generator.set_state(tensors["generator"])
+        self.stream.position = header["position"]
+        self.step, self.seconds = header["step"], header["seconds"]
+
+
+def model_config(config: TrainConfig, num_classes: int) -> models.ModelConfig:
+    """The network of a configuration: its model preset, with the settings that are given."""
+    given = {name: value for name, value in vars(config.model).items() if value is not None}
+    preset = given.pop("model", None)
+    for name in ("sample_omega", "sample_interval"):
+        if (value := getattr(config.sampling, name)) is not None:
+            given[name] = value
+    if preset is not None and preset not in models.PRESETS:
+        raise UserError(f"there is no model preset {preset!r}: choose one of {', '.join(models.PRESETS)}")
+    base = models.PRESETS[preset] if preset else models.ModelConfig()
+    try:
+        return dataclasses.replace(base, num_classes=num_classes, **given)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def build_objective(config: TrainConfig, noise_scale: float) -> flow.Objective:
+    """The objective of a configuration."""
+    settings = config.objective
+    return flow.Objective(
+        noise_scale=noise_scale,
+        norm_p=settings.norm_p,
+        norm_eps=settings.norm_eps,
+        class_dropout=settings.class_dropout,
+        times=flow.PlaneTimes(
+            mean=settings.time_mean,
+            std=settings.time_std,
+            data_proportion=settings.data_proportion,
+            uniform_fraction=settings.uniform_fraction,
+        ),
+        guidance=flow.IntervalGuidance(max_omega=settings.max_omega, beta=settings.omega_beta),
+    )
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name!r} is not a torch device: use cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda was asked for, but torch finds no CUDA device: use --device cpu")
+    return device
+
+
+def _has_bf16_products(device: torch.device) -> bool:
+    """Whether bfloat16 matrix products run on instructions of their own here, instead of being emulated."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
