@@ -1,0 +1,121 @@
+"""The three layouts of an image folder, and every way in which they can be broken."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pmf.data import load_dataset
+from pmf.data.labels import list_images
+from pmf.errors import UserError
+
+
+def write_image(path: Path, level: int = 0, size: int = 8) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (size, size), level).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two classes, one nested file, and a hidden file that does not count."""
+    write_image(tmp_path / "dog" / "a.png", 20)
+    write_image(tmp_path / "cat" / "deep" / "b.png", 10)
+    write_image(tmp_path / "cat" / "c.png", 11)
+    (tmp_path / "cat" / ".DS_Store").write_text("hidden")
+    return tmp_path
+
+
+def test_a_subfolder_per_class(folder: Path) -> None:
+    found = list_images(folder)
+    assert found.class_names == ["cat", "dog"]
+    names = [(path.name, label) for path, label in zip(found.paths, found.labels, strict=True)]
+    assert names == [("c.png", 0), ("b.png", 0), ("a.png", 1)]
+
+
+def test_labels_csv_with_words_and_a_byte_order_mark(folder: Path) -> None:
+    (folder / "labels.csv").write_text(
+        '\ufefffile,label\ndog/a.png,woof\n"cat/c.png",meow\n\n', encoding="utf-8"
+    )
+    found = list_images(folder)
+    assert found.class_names == ["meow", "woof"] and found.labels == [1, 0]
+
+
+def test_integer_labels_are_ordered_as_numbers(folder: Path) -> None:
+    (folder / "labels.csv").write_text("file,label\ndog/a.png,10\ncat/c.png,9\n")
+    found = list_images(folder)
+    assert found.class_names == ["9", "10"] and found.labels == [1, 0]
+
+
+def test_dataset_json_of_the_edm_tools(folder: Path) -> None:
+    (folder / "dataset.json").write_text(json.dumps({"labels": [["dog/a.png", 1], ["cat/c.png", 0]]}))
+    found = list_images(folder)
+    assert found.class_names == ["0", "1"] and found.labels == [1, 0]
+
+
+def write(name: str, text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(text, encoding="utf-8") and None
+
+
+BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
+    "not utf-8": (lambda f: (f / "labels.csv").write_bytes(b"file,label\n\xff\xfe") and None, "UTF-8"),
+    "header": (write("labels.csv", "dog/a.png,1\n"), "first row of .*labels.csv must be file,label"),
+    "empty csv": (write("labels.csv", ""), "first row"),
+    "no rows": (write("labels.csv", "file,label\n"), "names no image"),
+    "three cells": (write("labels.csv", "file,label\ndog/a.png,1,2\n"), "row 2 .*got 'dog/a.png,1,2'"),
+    "no label": (write("labels.csv", "file,label\ndog/a.png,\n"), "row 2"),
+    "absent file": (
+        write("labels.csv", "file,label\nfox.png,1\ncat/c.png,2\n"),
+        "'fox.png', which does not exist",
+    ),
+    "twice": (write("labels.csv", "file,label\ndog/a.png,1\ndog/a.png,2\n"), "'dog/a.png' twice"),
+    "outside": (write("labels.csv", "file,label\n../a.png,1\n"), "outside"),
+    "one class": (write("labels.csv", "file,label\ndog/a.png,1\ncat/c.png,1\n"), "one class only"),
+    "quote": (write("labels.csv", 'file,label\n"dog/a.png,1\n'), "cannot be read as a CSV"),
+    "json": (write("dataset.json", "{"), "cannot be read as JSON"),
+    "json null": (write("dataset.json", '{"labels": null}'), '"labels"'),
+    "json list": (write("dataset.json", "[]"), '"labels"'),
+    "json entry": (write("dataset.json", '{"labels": [["dog/a.png", "x"]]}'), "entry 0"),
+    "json bool": (write("dataset.json", '{"labels": [["dog/a.png", true]]}'), "entry 0"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_labels_are_named(folder: Path, case: str) -> None:
+    break_it, sentence = BROKEN[case]
+    break_it(folder)
+    with pytest.raises(UserError, match=sentence):
+        list_images(folder)
+
+
+def test_folders_that_cannot_be_trained_on(tmp_path: Path) -> None:
+    empty, one, flat, hollow = (tmp_path / name for name in ("empty", "one", "flat", "hollow"))
+    empty.mkdir()
+    write_image(one / "cat" / "a.png")
+    write_image(flat / "a.png")
+    write_image(hollow / "cat" / "a.png")
+    (hollow / "dog").mkdir()
+    for path, sentence in {
+        tmp_path / "nowhere": "is not a folder",
+        empty: "empty is empty",
+        one: r"one class only \('cat'\)",
+        flat: "neither a subfolder per class nor a labels.csv",
+        hollow: "class folder .*dog is empty",
+    }.items():
+        with pytest.raises(UserError, match=sentence):
+            list_images(path)
+
+
+def test_a_file_that_is_no_image_stops_loading(folder: Path) -> None:
+    (folder / "dog" / "notes.txt").write_text("remember the milk")
+    with pytest.raises(UserError, match=r"notes\.txt is not an image"):
+        load_dataset(str(folder), 8, 1)
+
+
+def test_a_loaded_folder_gives_its_pixels(folder: Path) -> None:
+    dataset = load_dataset(str(folder), 8, 1)
+    images, labels = dataset.get([2, 0])
+    assert images.dtype.is_floating_point and images.shape == (2, 1, 8, 8) and labels.tolist() == [1, 0]
+    np.testing.assert_allclose(images[:, 0, 0, 0].numpy(), [20 / 127.5 - 1, 11 / 127.5 - 1], rtol=1e-6)
