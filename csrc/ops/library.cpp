@@ -4,13 +4,38 @@
 
 // clang-format off
 STABLE_TORCH_LIBRARY(pmf, m) {
-  // Attention, on [B, H, N, D] views; lse and row_t are the row statistics that the backward needs.
+  // Attention, on [B, H, N, D] views; lse, the rows' logarithms of sums, is what the backward needs of the forward.
   m.def("attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, float scale) -> (Tensor out, Tensor lse)");
-  m.def("attention_jvp_forward(Tensor query, Tensor key, Tensor value, Tensor? query_t, Tensor? key_t, Tensor? value_t, Tensor? attn_mask, bool is_causal, float scale) -> (Tensor out, Tensor out_t, Tensor lse, Tensor row_t)");
-  m.def("attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor? attn_mask, bool is_causal, float scale) -> (Tensor, Tensor, Tensor)");
-  m.def("attention_jvp_backward(Tensor? grad, Tensor grad_t, Tensor query, Tensor key, Tensor value, Tensor? query_t, Tensor? key_t, Tensor? value_t, Tensor out, Tensor out_t, Tensor lse, Tensor row_t, Tensor? attn_mask, bool is_causal, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("attention_jvp_forward(Tensor query, Tensor key, Tensor value, Tensor? query_t, Tensor? key_t, Tensor? value_t, Tensor? attn_mask, bool is_causal, float scale) -> (Tensor out, Tensor out_t, Tensor lse)");
+  m.def("attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor lse, Tensor? attn_mask, bool is_causal, float scale) -> (Tensor, Tensor, Tensor)");
+  m.def("attention_jvp_backward(Tensor? grad, Tensor grad_t, Tensor query, Tensor key, Tensor value, Tensor? query_t, Tensor? key_t, Tensor? value_t, Tensor lse, Tensor? attn_mask, bool is_causal, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // Elementwise pairs. The _jvp forms take tangents of the first n <= B samples.
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("rms_norm_jvp(Tensor x, Tensor weight, Tensor x_t, Tensor? weight_t, float eps) -> (Tensor, Tensor)");
+  m.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
+  m.def("rms_norm_jvp_backward(Tensor? grad, Tensor grad_t, Tensor x, Tensor weight, Tensor x_t, Tensor? weight_t, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("swiglu(Tensor gate, Tensor up) -> Tensor");
+  m.def("swiglu_jvp(Tensor gate, Tensor up, Tensor gate_t, Tensor up_t) -> (Tensor, Tensor)");
+  m.def("swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)");
+  m.def("swiglu_jvp_backward(Tensor? grad, Tensor grad_t, Tensor gate, Tensor up, Tensor gate_t, Tensor up_t) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("gated_residual(Tensor x, Tensor branch, Tensor gate) -> Tensor");
+  m.def("gated_residual_jvp(Tensor x, Tensor branch, Tensor gate, Tensor x_t, Tensor branch_t, Tensor? gate_t) -> (Tensor, Tensor)");
+  m.def("gated_residual_backward(Tensor grad, Tensor branch, Tensor gate) -> (Tensor, Tensor)");
+  m.def("gated_residual_jvp_backward(Tensor? grad, Tensor grad_t, Tensor branch, Tensor gate, Tensor branch_t, Tensor? gate_t) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("rotary_qk_norm(Tensor query, Tensor key, Tensor query_weight, Tensor key_weight, Tensor cos, Tensor sin, float eps) -> (Tensor, Tensor)");
+  m.def("rotary_qk_norm_jvp(Tensor query, Tensor key, Tensor query_weight, Tensor key_weight, Tensor cos, Tensor sin, Tensor query_t, Tensor key_t, Tensor? query_weight_t, Tensor? key_weight_t, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("rotary_qk_norm_backward(Tensor grad_query, Tensor grad_key, Tensor query, Tensor key, Tensor query_weight, Tensor key_weight, Tensor cos, Tensor sin, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("rotary_qk_norm_jvp_backward(Tensor? grad_query, Tensor? grad_key, Tensor grad_query_t, Tensor grad_key_t, Tensor query, Tensor key, Tensor query_weight, Tensor key_weight, Tensor cos, Tensor sin, Tensor query_t, Tensor key_t, Tensor? query_weight_t, Tensor? key_weight_t, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+
+  // Patch embedding; `hidden` is W_down's output, saved for the backward.
+  m.def("patch_embed(Tensor images, Tensor weight_down, Tensor? bias_down, Tensor weight_up, Tensor? bias_up, Tensor? position, Tensor? prefix) -> (Tensor tokens, Tensor hidden)");
+  m.def("patch_embed_jvp(Tensor images, Tensor weight_down, Tensor? bias_down, Tensor weight_up, Tensor? bias_up, Tensor images_t, Tensor? position, Tensor? prefix, Tensor? prefix_t) -> (Tensor tokens, Tensor tokens_t, Tensor hidden, Tensor hidden_t)");
+  m.def("patch_embed_backward(Tensor grad, Tensor images, Tensor weight_down, Tensor weight_up, Tensor hidden, bool images_need_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("patch_embed_jvp_backward(Tensor? grad, Tensor grad_t, Tensor images, Tensor images_t, Tensor weight_down, Tensor weight_up, Tensor hidden, Tensor hidden_t, bool images_need_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+
+  // Orthogonalisation of every matrix of a list; coefficients are a, b, c of each step, method direct, gram or auto.
+  m.def("newton_schulz(Tensor[] matrices, float[] coefficients, str method, ScalarType dtype) -> Tensor[]");
 
   // The level the CPU kernels run at; a name asks for it first ("auto": the best this processor has).
   m.def("cpu_level(str request) -> str");

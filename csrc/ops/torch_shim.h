@@ -110,6 +110,13 @@ inline void require_cpu(const Tensor& tensor, const char* op) {
   }
 }
 
+inline void check_same_device(const Tensor& first, const Tensor& second, const char* op,
+                              const char* first_name, const char* second_name) {
+  check_value(first.device() == second.device(), op, ": ", first_name, " and ", second_name,
+              " must be on one device, got ", first.is_cpu() ? "cpu" : "cuda", " and ",
+              second.is_cpu() ? "cpu" : "cuda");
+}
+
 // ---- threads and scratch memory
 // ---------------------------------------------------------------------
 

@@ -33,6 +33,10 @@ struct AttentionMask {
   ConstView4 view;
 };
 
+inline int64_t mask_element_bytes(const AttentionMask& mask) {
+  return mask.kind == MaskKind::boolean ? 1 : dtype_bytes(mask.dtype);
+}
+
 struct AttentionParams {
   AttentionShape shape;
   DType dtype = DType::f32;  // of query, key, value, their tangents, out and out_t

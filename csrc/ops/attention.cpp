@@ -1,0 +1,92 @@
+// torch.ops.pmf.attention_forward and attention_jvp_forward: validate, allocate, launch.
+#include "ops/attention.h"
+
+namespace pmf {
+namespace {
+
+void launch(AttentionParams params, const Tensor& like) {
+  const ParallelFor parallel = torch_parallel();
+  const Workspace workspace(like, cpu::attention_forward_workspace_bytes(params, parallel.threads));
+  params.workspace = workspace.data();
+  cpu::attention_forward(params, parallel);
+}
+
+// Everything but the tangents; `out` and `lse` are the tensors it points to.
+struct Forward {
+  AttentionParams params;
+  Tensor out, lse;
+
+  Forward(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& mask,
+          bool is_causal, double scale) {
+    params.shape = check_attention(query, key, value);
+    params.dtype = dtype_of(query, "attention", "query");
+    params.scale = scale;
+    params.is_causal = is_causal;
+    params.mask = check_mask(mask, params.shape, query);
+    params.query = const_view4(query);
+    params.key = const_view4(key);
+    params.value = const_view4(value);
+
+    const AttentionShape& s = params.shape;
+    out = empty_in_order_of(query, s.queries, s.value_width);
+    lse = torch::stable::new_empty(query, {s.batch, s.heads, s.queries}, statistics_dtype(query));
+    params.out = view4(out);
+    params.lse = lse.mutable_data_ptr();
+  }
+};
+
+std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor value,
+                                             OptionalTensor attn_mask, bool is_causal,
+                                             double scale) {
+  const Forward forward(query, key, value, attn_mask, is_causal, scale);
+  launch(forward.params, query);
+  return {forward.out, forward.lse};
+}
+
+// Tangents may cover the first n samples only: the rest then runs as the plain forward, on the same
+// buffers. Training needs this, where only some samples of a batch have a tangent.
+std::tuple<Tensor, Tensor, Tensor> attention_jvp_forward(
+    Tensor query, Tensor key, Tensor value, OptionalTensor query_t, OptionalTensor key_t,
+    OptionalTensor value_t, OptionalTensor attn_mask, bool is_causal, double scale) {
+  const Forward forward(query, key, value, attn_mask, is_causal, scale);
+  AttentionParams params = forward.params;
+  const AttentionShape shape = params.shape;
+  int64_t samples = -1;
+  params.query_t = check_tangent(query_t, query, "query", &samples);
+  params.key_t = check_tangent(key_t, key, "key", &samples);
+  params.value_t = check_tangent(value_t, value, "value", &samples);
+  if (samples < 0) samples = shape.batch;
+
+  const Tensor out_t = empty_in_order_of(torch::stable::narrow(query, 0, 0, samples), shape.queries,
+                                         shape.value_width);
+  const ScalarType statistics = statistics_dtype(query);
+  const Tensor row_t =
+      torch::stable::new_empty(query, {samples, shape.heads, shape.queries}, statistics);
+  params.shape.batch = samples;
+  params.out_t = view4(out_t);
+  params.row_t = row_t.mutable_data_ptr();
+  launch(params, query);
+
+  if (samples < shape.batch) {
+    AttentionParams rest = forward.params;
+    rest.shape.batch = shape.batch - samples;
+    const int64_t bytes = dtype_bytes(rest.dtype);
+    rest.query = from_sample(rest.query, samples, bytes);
+    rest.key = from_sample(rest.key, samples, bytes);
+    rest.value = from_sample(rest.value, samples, bytes);
+    rest.mask.view = from_sample(rest.mask.view, samples, mask_element_bytes(rest.mask));
+    rest.out = from_sample(rest.out, samples, bytes);
+    rest.lse = static_cast<char*>(rest.lse) +
+               samples * shape.heads * shape.queries * (statistics == ScalarType::Double ? 8 : 4);
+    launch(rest, query);
+  }
+  return {forward.out, out_t, forward.lse};
+}
+
+}  // namespace
+}  // namespace pmf
+
+PMF_IMPLEMENT(m) {
+  m.impl("attention_forward", TORCH_BOX(&pmf::attention_forward));
+  m.impl("attention_jvp_forward", TORCH_BOX(&pmf::attention_jvp_forward));
+}

@@ -1,0 +1,132 @@
+// What attention.cpp and attention_backward.cpp share: checks in the user's words, and views.
+#pragma once
+
+#include "ops/torch_shim.h"
+#include "pmf/attention.h"
+
+namespace pmf {
+
+// Pointer and strides of a [., ., ., .] tensor.
+inline ConstView4 const_view4(const Tensor& tensor) {
+  ConstView4 view;
+  view.data = tensor.const_data_ptr();
+  for (int d = 0; d < 4; ++d) view.stride[d] = tensor.stride(d);
+  return view;
+}
+
+inline View4 view4(const Tensor& tensor) {
+  View4 view;
+  view.data = tensor.mutable_data_ptr();
+  for (int d = 0; d < 4; ++d) view.stride[d] = tensor.stride(d);
+  return view;
+}
+
+// The view from sample `first` on; `bytes` of an element.
+template <class View>
+View from_sample(View view, int64_t first, int64_t bytes) {
+  using Bytes = std::conditional_t<std::is_same_v<View, ConstView4>, const char, char>;
+  if (view.data != nullptr)
+    view.data = static_cast<Bytes*>(view.data) + first * view.stride[0] * bytes;
+  return view;
+}
+
+// Uninitialised [B, H, N, D] in the memory order of `like`, so that the model's [B, N, H, D]
+// buffers seen as [B, H, N, D] give outputs of the same kind and no copy follows. The rule is one
+// comparison, which pmf/ops repeats for the shapes it tells torch.compile.
+inline Tensor empty_in_order_of(const Tensor& like, int64_t tokens, int64_t width) {
+  const int64_t batch = like.size(0), heads = like.size(1);
+  if (like.stride(2) > like.stride(1)) {
+    return torch::stable::transpose(torch::stable::new_empty(like, {batch, tokens, heads, width}),
+                                    1, 2);
+  }
+  return torch::stable::new_empty(like, {batch, heads, tokens, width});
+}
+
+// Sizes of the problem, after every check on query, key and value.
+inline AttentionShape check_attention(const Tensor& query, const Tensor& key, const Tensor& value) {
+  for (const auto& [tensor, name] :
+       {std::pair(&query, "query"), std::pair(&key, "key"), std::pair(&value, "value")}) {
+    check_value(tensor->dim() == 4, "attention: ", name, " must be [batch, heads, N, D], got ",
+                shape_of(*tensor));
+    check_value(tensor->scalar_type() == query.scalar_type(),
+                "attention: query, key and value must have one dtype, got ",
+                dtype_name(query.scalar_type()), " query and ", dtype_name(tensor->scalar_type()),
+                " ", name);
+    check_value(tensor->size(3) >= 1 && tensor->size(3) <= kAttentionMaxWidth, "attention: ", name,
+                " must be [..., N, D] with 1 <= D <= ", kAttentionMaxWidth, ", got ",
+                shape_of(*tensor));
+    check_same_device(query, *tensor, "attention", "query", name);
+  }
+  require_cpu(query, "attention");
+  dtype_of(query, "attention", "query");
+
+  AttentionShape shape;
+  shape.batch = query.size(0), shape.heads = query.size(1), shape.queries = query.size(2),
+  shape.width = query.size(3);
+  shape.key_heads = key.size(1), shape.keys = key.size(2), shape.value_width = value.size(3);
+  check_value(key.size(3) == shape.width,
+              "attention: query and key must have one width, got query ", shape_of(query),
+              " and key ", shape_of(key));
+  check_value(value.size(2) == shape.keys,
+              "attention: key and value must have one length, got key ", shape_of(key),
+              " and value ", shape_of(value));
+  check_value(key.size(0) == shape.batch && value.size(0) == shape.batch,
+              "attention: query, key and value must have one batch size, got ", shape_of(query),
+              ", ", shape_of(key), " and ", shape_of(value));
+  check_value(
+      value.size(1) == shape.key_heads &&
+          (shape.key_heads == 0 ? shape.heads == 0 : shape.heads % shape.key_heads == 0),
+      "attention: key and value must have one number of heads, and it must divide query's, got ",
+      shape_of(query), ", ", shape_of(key), " and ", shape_of(value));
+  return shape;
+}
+
+// A mask that broadcasts to [B, H, Nq, Nk]: boolean (true attends) or added to the scaled scores.
+inline AttentionMask check_mask(const OptionalTensor& mask, const AttentionShape& shape,
+                                const Tensor& query) {
+  AttentionMask result;
+  if (!mask) return result;
+  const ScalarType type = mask->scalar_type();
+  check_value(type == ScalarType::Bool || type == ScalarType::Float || type == query.scalar_type(),
+              "attention: attn_mask must be bool, float32 or query's ",
+              dtype_name(query.scalar_type()), ", got ", dtype_name(type));
+  check_same_device(query, *mask, "attention", "query", "attn_mask");
+  result.kind = type == ScalarType::Bool ? MaskKind::boolean : MaskKind::additive;
+  if (result.kind == MaskKind::additive) result.dtype = dtype_of(*mask, "attention", "attn_mask");
+
+  const int64_t sizes[4] = {shape.batch, shape.heads, shape.queries, shape.keys};
+  const int64_t absent = 4 - mask->dim();  // leading dimensions that the mask leaves out
+  bool fits = absent >= 0;
+  for (int64_t d = 0; fits && d < mask->dim(); ++d) {
+    const int64_t size = mask->size(d);
+    fits = size == 1 || size == sizes[absent + d];
+    result.view.stride[absent + d] = size == 1 ? 0 : mask->stride(d);
+  }
+  check_value(fits, "attention: attn_mask ", shape_of(*mask),
+              " must broadcast to [batch, heads, queries, keys] = [", sizes[0], ", ", sizes[1],
+              ", ", sizes[2], ", ", sizes[3], "]");
+  result.view.data = mask->const_data_ptr();
+  return result;
+}
+
+// A tangent is shaped as its primal, or as its first n samples; `samples` is -1 until the first one
+// tells n. Absent tangents are zero.
+inline ConstView4 check_tangent(const OptionalTensor& tangent, const Tensor& primal,
+                                const char* name, int64_t* samples) {
+  if (!tangent) return {};
+  bool fits = tangent->dim() == 4 && tangent->size(0) <= primal.size(0);
+  for (int d = 1; fits && d < 4; ++d) fits = tangent->size(d) == primal.size(d);
+  check_value(fits, "attention_jvp: ", name, "_t must have ", name, "'s shape ", shape_of(primal),
+              ", got ", shape_of(*tangent));
+  check_value(tangent->scalar_type() == primal.scalar_type(), "attention_jvp: ", name,
+              "_t must have ", name, "'s dtype ", dtype_name(primal.scalar_type()), ", got ",
+              dtype_name(tangent->scalar_type()));
+  check_same_device(primal, *tangent, "attention_jvp", name, "its tangent");
+  check_value(*samples < 0 || *samples == tangent->size(0),
+              "attention_jvp: all tangents must cover the same first samples, got ", *samples,
+              " and ", tangent->size(0));
+  *samples = tangent->size(0);
+  return const_view4(*tangent);
+}
+
+}  // namespace pmf

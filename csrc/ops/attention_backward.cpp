@@ -1,0 +1,113 @@
+// torch.ops.pmf.attention_backward and attention_jvp_backward: validate, allocate, launch.
+#include "pmf/attention_backward.h"
+
+#include "ops/attention.h"
+
+namespace pmf {
+namespace {
+
+// Gradients of out (or out_t) as a view, after checks.
+ConstView4 check_grad(const Tensor& grad, const Tensor& query, const AttentionShape& shape,
+                      const char* name) {
+  check_value(grad.dim() == 4 && grad.size(0) == shape.batch && grad.size(1) == shape.heads &&
+                  grad.size(2) == shape.queries && grad.size(3) == shape.value_width,
+              "attention_backward: ", name, " must have the output's shape [", shape.batch, ", ",
+              shape.heads, ", ", shape.queries, ", ", shape.value_width, "], got ", shape_of(grad));
+  check_value(grad.scalar_type() == query.scalar_type(), "attention_backward: ", name,
+              " must have query's dtype ", dtype_name(query.scalar_type()), ", got ",
+              dtype_name(grad.scalar_type()));
+  check_same_device(query, grad, "attention_backward", "query", name);
+  return const_view4(grad);
+}
+
+// Everything that both backwards need; the gradients of query, key and value are allocated.
+struct Backward {
+  AttentionBackwardParams params;
+  Tensor lse, grad_query, grad_key, grad_value;
+
+  Backward(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& saved_lse,
+           const OptionalTensor& mask, bool is_causal, double scale) {
+    params.shape = check_attention(query, key, value);
+    params.dtype = dtype_of(query, "attention", "query");
+    params.scale = scale;
+    params.is_causal = is_causal;
+    params.mask = check_mask(mask, params.shape, query);
+    params.query = const_view4(query);
+    params.key = const_view4(key);
+    params.value = const_view4(value);
+
+    const AttentionShape& s = params.shape;
+    check_value(saved_lse.dim() == 3 && saved_lse.size(0) == s.batch &&
+                    saved_lse.size(1) == s.heads && saved_lse.size(2) == s.queries &&
+                    saved_lse.scalar_type() == statistics_dtype(query),
+                "attention_backward: lse must be the forward's, [", s.batch, ", ", s.heads, ", ",
+                s.queries, "] ", dtype_name(statistics_dtype(query)), ", got ", shape_of(saved_lse),
+                " ", dtype_name(saved_lse.scalar_type()));
+    lse = torch::stable::contiguous(saved_lse);
+    params.lse = lse.const_data_ptr();
+    grad_query = empty_in_order_of(query, s.queries, s.width);
+    grad_key = empty_in_order_of(key, s.keys, s.width);
+    grad_value = empty_in_order_of(value, s.keys, s.value_width);
+    params.grad_query = view4(grad_query);
+    params.grad_key = view4(grad_key);
+    params.grad_value = view4(grad_value);
+  }
+
+  void launch() {
+    const ParallelFor parallel = torch_parallel();
+    const Workspace workspace(lse,
+                              cpu::attention_backward_workspace_bytes(params, parallel.threads));
+    params.workspace = workspace.data();
+    cpu::attention_backward(params, parallel);
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, Tensor query, Tensor key,
+                                                      Tensor value, Tensor lse,
+                                                      OptionalTensor attn_mask, bool is_causal,
+                                                      double scale) {
+  Backward backward(query, key, value, lse, attn_mask, is_causal, scale);
+  backward.params.grad = check_grad(grad, query, backward.params.shape, "grad");
+  backward.launch();
+  return {backward.grad_query, backward.grad_key, backward.grad_value};
+}
+
+// The gradient of a tangent; a [0] tensor, and no work, for a tangent that was not given.
+Tensor tangent_grad(const OptionalTensor& tangent, const Tensor& primal, View4* view) {
+  if (!tangent) return torch::stable::new_empty(primal, {0});
+  const Tensor grad = empty_in_order_of(*tangent, primal.size(2), primal.size(3));
+  *view = view4(grad);
+  return grad;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_jvp_backward(
+    OptionalTensor grad, Tensor grad_t, Tensor query, Tensor key, Tensor value,
+    OptionalTensor query_t, OptionalTensor key_t, OptionalTensor value_t, Tensor lse,
+    OptionalTensor attn_mask, bool is_causal, double scale) {
+  Backward backward(query, key, value, lse, attn_mask, is_causal, scale);
+  AttentionBackwardParams& params = backward.params;
+  if (grad) params.grad = check_grad(*grad, query, params.shape, "grad");
+  params.grad_t = check_grad(grad_t, query, params.shape, "grad_t");
+  int64_t samples = -1;
+  params.query_t = check_tangent(query_t, query, "query", &samples);
+  params.key_t = check_tangent(key_t, key, "key", &samples);
+  params.value_t = check_tangent(value_t, value, "value", &samples);
+  check_value(samples < 0 || samples == params.shape.batch,
+              "attention_jvp: the gradient through a tangent needs tangents of all ",
+              params.shape.batch, " samples, got ", samples,
+              "; pass detach_tangent=True or call attention_jvp on these samples alone");
+  const Tensor grad_query_t = tangent_grad(query_t, query, &params.grad_query_t);
+  const Tensor grad_key_t = tangent_grad(key_t, key, &params.grad_key_t);
+  const Tensor grad_value_t = tangent_grad(value_t, value, &params.grad_value_t);
+  backward.launch();
+  return {backward.grad_query, backward.grad_key, backward.grad_value,
+          grad_query_t,        grad_key_t,        grad_value_t};
+}
+
+}  // namespace
+}  // namespace pmf
+
+PMF_IMPLEMENT(m) {
+  m.impl("attention_backward", TORCH_BOX(&pmf::attention_backward));
+  m.impl("attention_jvp_backward", TORCH_BOX(&pmf::attention_jvp_backward));
+}
