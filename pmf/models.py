@@ -59,15 +59,20 @@ class ModelConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"model: {name} must be at least 1, got {getattr(self, name)}")
         if self.image_size % self.patch_size:
-            raise ValueError(f"model: image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+            raise ValueError(
+                f"model: image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
+            )
         if self.hidden_size % self.num_heads or self.hidden_size // self.num_heads % 4:
             raise ValueError(
-                f"model: hidden_size / num_heads must be a multiple of 4, got {self.hidden_size} / {self.num_heads}"
+                f"model: hidden_size / num_heads must be a multiple of 4, got "
+                f"{self.hidden_size} / {self.num_heads}"
             )
         if self.head_depth > self.depth:
             raise ValueError(f"model: head_depth {self.head_depth} exceeds depth {self.depth}")
         if len(self.condition_tokens) != 5 or min(self.condition_tokens) < 1:
-            raise ValueError(f"model: condition_tokens must be five counts of at least 1, got {self.condition_tokens}")
+            raise ValueError(
+                f"model: condition_tokens must be five counts of at least 1, got {self.condition_tokens}"
+            )
         if not self.noise_scale > 0:
             raise ValueError(f"model: noise_scale must be positive, got {self.noise_scale}")
 
@@ -113,7 +118,7 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 class NetworkOutput(NamedTuple):
-    """The network's images [B, C, S, S], one per head that was asked for, and the u head's tangent [n, C, S, S]."""
+    """Images [B, C, S, S], one per head that was asked for, and the u head's tangent [n, C, S, S]."""
 
     u: Tensor | None
     u_t: Tensor | None
@@ -121,10 +126,11 @@ class NetworkOutput(NamedTuple):
 
 
 class PixelMeanFlow(nn.Module):
-    """Transformer on pixels with two heads: u (average velocity) and v (instantaneous velocity, for training only).
+    """Transformer on pixels with two heads: u (average velocity) and v (instantaneous, for training only).
 
-    Tokens are [class | omega | t_min | t_max | time | image], all with a learned position; `depth - head_depth` blocks are
-    shared by the heads. The network computes in the dtype of its parameters; its scalars are embedded in float32.
+    Tokens are [class | omega | t_min | t_max | time | image], all with a learned position; `depth -
+    head_depth` blocks are shared by the heads. The network computes in the dtype of its parameters; its
+    scalars are embedded in float32.
     """
 
     cos: Tensor
@@ -133,7 +139,10 @@ class PixelMeanFlow(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        hidden, bottleneck = config.hidden_size, config.bottleneck or (256 if config.hidden_size > 1024 else 128)
+        hidden, bottleneck = (
+            config.hidden_size,
+            config.bottleneck or (256 if config.hidden_size > 1024 else 128),
+        )
         self.condition = ConditionTokens(config.num_classes, hidden, config.condition_tokens)
         self.patch_embedding = PatchEmbedding(config.channels, config.patch_size, bottleneck, hidden)
         self.position = nn.Parameter(torch.empty(1, config.num_tokens, hidden))
@@ -146,6 +155,9 @@ class PixelMeanFlow(nn.Module):
         self.register_buffer("cos", None, persistent=False)
         self.register_buffer("sin", None, persistent=False)
         self._set_rotary_tables()
+        self.register_load_state_dict_post_hook(
+            lambda model, _: model._set_rotary_tables()
+        )  # weights may bring a device
         self.reset_parameters()
 
     @torch.no_grad()
@@ -173,8 +185,9 @@ class PixelMeanFlow(nn.Module):
     ) -> NetworkOutput:
         """Predicted images for noisy ones.
 
-        images [B, C, S, S], condition [B] each. Tangents images_t [n, C, S, S] and h_t [n] belong to the first n samples
-        and go through the u head only, as constants for autograd. heads: "u" (sampling), "v" (guidance) or "uv" (training).
+        images [B, C, S, S], condition [B] each. Tangents images_t [n, C, S, S] and h_t [n] belong to the
+        first n samples and go through the u head only, as constants for autograd. heads: "u" (sampling), "v"
+        (guidance) or "uv" (training).
         """
         if heads not in ("u", "v", "uv"):
             raise ValueError(f"model: heads must be 'u', 'v' or 'uv', got {heads!r}")
@@ -182,7 +195,9 @@ class PixelMeanFlow(nn.Module):
             raise RuntimeError("model: this checkpoint has no v head, so it can sample but not be trained")
         expected = (self.config.channels, self.config.image_size, self.config.image_size)
         if tuple(images.shape[1:]) != expected:
-            raise ValueError(f"model: images must be [B, {', '.join(map(str, expected))}], got {list(images.shape)}")
+            raise ValueError(
+                f"model: images must be [B, {', '.join(map(str, expected))}], got {list(images.shape)}"
+            )
         if (images_t is None) != (h_t is None):
             raise ValueError("model: give both tangents, images_t and h_t, or neither")
 
@@ -215,20 +230,23 @@ class PixelMeanFlow(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PixelMeanFlow":
         super()._apply(fn, recurse)
-        self._set_rotary_tables()  # a model in bfloat16 keeps them in float32; one leaving the meta device gets them
+        # A model in bfloat16 keeps them in float32; one that leaves the meta device gets them.
+        self._set_rotary_tables()
         return self
 
     def _set_rotary_tables(self) -> None:
         dtype = torch.float64 if self.position.dtype == torch.float64 else torch.float32
         head_dim = self.config.hidden_size // self.config.num_heads
-        self.cos, self.sin = rotary_tables(self.config.side, head_dim, device=self.position.device, dtype=dtype)
+        self.cos, self.sin = rotary_tables(
+            self.config.side, head_dim, device=self.position.device, dtype=dtype
+        )
 
 
 def create_model(preset: str | None = None, **settings: Any) -> PixelMeanFlow:
-    """A freshly initialised model: a preset ("pmf-b/16", "digits", ...) with any field of `ModelConfig` replaced.
+    """A freshly initialised model: a preset ("pmf-b/16", "digits", ...), any `ModelConfig` field replaced.
 
-    Without a preset the fields start from their defaults. Draws from torch's global generator, on the default device.
-    Raises ValueError for an unknown preset and TypeError for an unknown field.
+    Without a preset the fields start from their defaults. Draws from torch's global generator, on the default
+    device. Raises ValueError for an unknown preset and TypeError for an unknown field.
     """
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"create_model: no preset {preset!r}; there are {', '.join(PRESETS)}")
@@ -242,12 +260,23 @@ def create_model(preset: str | None = None, **settings: Any) -> PixelMeanFlow:
 def config_from_state_dict(state_dict: Mapping[str, Tensor], **settings: Any) -> ModelConfig:
     """The configuration that fits a state dict (ours, or the authors' as `from_official` reads it).
 
-    What weights do not show (noise_scale, sampling defaults) comes from the preset of that shape, or from `settings`.
+    What weights do not show (noise_scale, sampling defaults) comes from the preset of that shape, or from
+    `settings`.
     """
     shape = ModelConfig(**describe_state_dict(from_official(state_dict)))
-    hidden = ("num_classes", "v_head", "noise_scale", "sample_omega", "sample_interval", "bottleneck", "mlp_width")
+    hidden = (
+        "num_classes",
+        "v_head",
+        "noise_scale",
+        "sample_omega",
+        "sample_interval",
+        "bottleneck",
+        "mlp_width",
+    )
     for preset in PRESETS.values():
-        if all(getattr(preset, f.name) == getattr(shape, f.name) for f in fields(shape) if f.name not in hidden):
+        if all(
+            getattr(preset, f.name) == getattr(shape, f.name) for f in fields(shape) if f.name not in hidden
+        ):
             shape = replace(
                 shape,
                 noise_scale=preset.noise_scale,

@@ -10,15 +10,23 @@ __all__ = ["describe_state_dict", "from_official"]
 
 _GROUPS = ("class", "omega", "t_min", "t_max", "time")
 _EMBEDDERS = {"time": "h", "omega": "omega", "t_min": "cfg_t_start", "t_max": "cfg_t_end"}  # ours: theirs
-_BLOCK_VECTORS = ("attn_scale", "mlp_scale", "norm1.weight", "norm2.weight", "attn.q_norm.weight", "attn.k_norm.weight")
+_BLOCK_VECTORS = (
+    "attn_scale",
+    "mlp_scale",
+    "norm1.weight",
+    "norm2.weight",
+    "attn.q_norm.weight",
+    "attn.k_norm.weight",
+)
 _BLOCK_MATRICES = ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj", "mlp.w1", "mlp.w2", "mlp.w3")
 _IGNORED = ("rope_freqs",)  # a constant
 
 
 def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of `PixelMeanFlow` from the authors' one, or from ours (returned as it is). Tensors are shared.
+    """State dict of `PixelMeanFlow` from the authors' one, or from ours. Tensors are shared, not copied.
 
-    A missing v head is fine: the model then only samples. Raises ValueError naming the keys that are left over or missing.
+    A missing v head is fine: the model then only samples. Raises ValueError naming the keys that are left
+    over or missing.
     """
     given = {key.removeprefix("net."): tensor for key, tensor in state_dict.items()}
     ours = "position" in given
@@ -26,7 +34,9 @@ def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     missing = [theirs for theirs in names if theirs not in given]
     left_over = [key for key in given if key not in names and key not in _IGNORED]
     if missing or left_over:
-        problems = [f"{what} {_list(keys)}" for what, keys in (("unknown", left_over), ("missing", missing)) if keys]
+        problems = [
+            f"{what} {_list(keys)}" for what, keys in (("unknown", left_over), ("missing", missing)) if keys
+        ]
         raise ValueError(f"state dict: not a whole Pixel MeanFlow checkpoint: {'; '.join(problems)}")
     renamed = {name: given[key] for key, name in names.items()}
     # Theirs is a 1 x 1 convolution.
@@ -62,12 +72,17 @@ def _names(given: Iterable[str], ours: bool) -> dict[str, str]:
 
     The v head is expected whole where any part of it is there.
     """
-    pairs = {"position": "pos_embed", "condition.label_embedder.embedding.weight": _table("y_embedder.embedding_table")}
+    pairs = {
+        "position": "pos_embed",
+        "condition.label_embedder.embedding.weight": _table("y_embedder.embedding_table"),
+    }
     pairs |= {f"condition.{group}_tokens": f"{group}_tokens" for group in _GROUPS}
     for embedder, theirs in _EMBEDDERS.items():
         for linear, index in (("linear1", 0), ("linear2", 2)):
             for part in ("weight", "bias"):
-                pairs[f"condition.{embedder}_embedder.{linear}.{part}"] = _linear(f"{theirs}_embedder.mlp.{index}", part)
+                pairs[f"condition.{embedder}_embedder.{linear}.{part}"] = _linear(
+                    f"{theirs}_embedder.mlp.{index}", part
+                )
     for part in ("weight", "bias"):
         pairs |= {f"patch_embedding.{part}_down": f"x_embedder.proj1.{part}"}
         pairs |= {f"patch_embedding.{part}_up": f"x_embedder.proj2.{part}"}
@@ -78,7 +93,10 @@ def _names(given: Iterable[str], ours: bool) -> dict[str, str]:
     for stack, theirs in stack_names.items():
         for i in range(_depth(given, stack) if stack == "shared_blocks" else head_depth):
             pairs |= {f"{stack}.{i}.{vector}": f"{theirs}.{i}.{vector}" for vector in _BLOCK_VECTORS}
-            pairs |= {f"{stack}.{i}.{matrix}.weight": _linear(f"{theirs}.{i}.{matrix}") for matrix in _BLOCK_MATRICES}
+            pairs |= {
+                f"{stack}.{i}.{matrix}.weight": _linear(f"{theirs}.{i}.{matrix}")
+                for matrix in _BLOCK_MATRICES
+            }
     for head in heads:
         pairs[f"{head}_final.norm.weight"] = f"{head}_final_layer.norm.weight"
         for part in ("weight", "bias"):

@@ -11,7 +11,7 @@ __all__ = ["Guidance", "IntervalGuidance"]
 
 
 class Guidance(Protocol):
-    """Draws each sample's guidance and says how strong it is at that sample's time. All tensors are [B], on the host."""
+    """Draws each sample's guidance and says how strong it is at its time. Tensors are [B], on the host."""
 
     def draw(self, flow_matching: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
         """omega, t_min, t_max."""
@@ -26,9 +26,10 @@ class Guidance(Protocol):
 
 @dataclass(frozen=True)
 class IntervalGuidance:
-    """Scale omega in [1, max_omega] of density proportional to omega^-beta, in force for t_min <= t <= t_max only.
+    """Scale omega in [1, max_omega], density ~ omega^-beta, in force for t_min <= t <= t_max only.
 
-    t_min ~ U(0, 1/2), t_max ~ U(1/2, 1); flow-matching samples have the interval [0, 1] and no test against it.
+    t_min ~ U(0, 1/2), t_max ~ U(1/2, 1); flow-matching samples have the interval [0, 1] and no test against
+    it.
     """
 
     max_omega: float = 8.0

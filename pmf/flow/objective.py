@@ -22,13 +22,15 @@ __all__ = ["Objective", "Terms"]
 class Terms:
     """What one evaluation gives.
 
-    loss is what to differentiate: the batch mean of the weighted terms, about 2 whatever happens when norm_p is 1.
-    loss_u and loss_v, the plain means of (V - v_g)^2 and (v - v_g)^2, are what to watch. The rest are images [B, C, S, S]
-    without gradients, in the order of the batch: the targets' v_target = v_g, v_tangent (the direction of z, zero where
-    no tangent was needed), u, du_dt (zero likewise) and v.
+    loss is what to differentiate: the batch mean of the weighted terms, about 2 whatever happens when norm_p
+    is 1. loss_u and loss_v, the plain means of (V - v_g)^2 and (v - v_g)^2, are what to watch. The rest are
+    images [B, C, S, S] without gradients, in the order of the batch: the targets' v_target = v_g, v_tangent
+    (the direction of z, zero where no tangent was needed), u, du_dt (zero likewise) and v.
     """
 
-    def __init__(self, loss: Tensor, loss_u: Tensor, loss_v: Tensor, plan: Plan, parts: dict[str, Tensor]) -> None:
+    def __init__(
+        self, loss: Tensor, loss_u: Tensor, loss_v: Tensor, plan: Plan, parts: dict[str, Tensor]
+    ) -> None:
         self.loss, self.loss_u, self.loss_v = loss, loss_u, loss_v
         self._plan, self._parts = plan, parts
 
@@ -70,11 +72,11 @@ class Objective:
 
     With z = (1 - t) x + t e, h = t - r, and the guided velocity v_g = v_t + (1 - 1/w') (v_c(w') - v_u):
 
-        V = u + (t - r) stopgrad(du/dt)      du/dt along (z, t, r) in the direction (v_c(w'), 1, 0)
-        loss = mean of adp(sum (V - v_g)^2) + adp(sum (v - v_g)^2)      adp(l) = l / stopgrad((l + norm_eps)^norm_p)
+        V = u + (t - r) stopgrad(du/dt)      du/dt along (z, t, r) in the direction (v_c(w'), 1, 0) loss =
+        mean of adp(sum (V - v_g)^2) + adp(sum (v - v_g)^2)      adp(l) = l / stopgrad((l + norm_eps)^norm_p)
 
-    Only what the numbers depend on is computed (see `pmf.flow.plan`). Images, scalars and losses are float32, or float64
-    where the images are, whatever dtype the model has.
+    Only what the numbers depend on is computed (see `pmf.flow.plan`). Images, scalars and losses are float32,
+    or float64 where the images are, whatever dtype the model has.
     """
 
     noise_scale: float = 1.0
@@ -95,9 +97,10 @@ class Objective:
             raise ValueError(f"objective: class_dropout must lie in [0, 1], got {self.class_dropout}")
 
     def draw(self, images: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Draws:
-        """Draws for images [B, C, S, S] from a CPU generator: the same on every device. Only the noise is moved.
+        """Draws for images [B, C, S, S] from a CPU generator, the same on every device. Only noise is moved.
 
-        The first samples are the flow-matching ones, and the first Binomial(B, class_dropout) lose their label.
+        The first samples are the flow-matching ones, and the first Binomial(B, class_dropout) lose their
+        label.
         """
         batch = len(images)
         t, r = self.times.draw(batch, generator)
@@ -121,7 +124,9 @@ class Objective:
 
         v_c, v_u = self._guidance_pass(model, z, labels, s, plan)
 
-        given = Condition(h, s["omega"], s["t_min"], s["t_max"], labels.masked_fill(s["drop"], model.config.num_classes))
+        given = Condition(
+            h, s["omega"], s["t_min"], s["t_max"], labels.masked_fill(s["drop"], model.config.num_classes)
+        )
         z_t, t_t = (v_c[:n], torch.ones_like(t[:n])) if n else (None, None)
         x_u, du_dt, x_v = self._training_pass(model, z, t, given, z_t, t_t)
         u = self.prediction.velocity(z, x_u, t)
@@ -150,7 +155,7 @@ class Objective:
     def _guidance_pass(
         self, model: PixelMeanFlow, z: Tensor, labels: Tensor, s: dict[str, Tensor], plan: Plan
     ) -> tuple[Tensor, Tensor]:
-        """v_c(w') of plan.conditional's rows and v_u of plan.guided's, by one pass through the v path at h = 0."""
+        """v_c(w') of plan.conditional's rows and v_u of plan.guided's, by one pass of the v path at h = 0."""
         num_conditional, num_guided = len(plan.conditional), len(plan.guided)
         if num_conditional + num_guided == 0:
             return z[:0], z[:0]
@@ -164,9 +169,15 @@ class Objective:
         return v[:num_conditional], v[num_conditional:]
 
     def _training_pass(
-        self, model: PixelMeanFlow, z: Tensor, t: Tensor, condition: Condition, z_t: Tensor | None, t_t: Tensor | None
+        self,
+        model: PixelMeanFlow,
+        z: Tensor,
+        t: Tensor,
+        condition: Condition,
+        z_t: Tensor | None,
+        t_t: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Predictions of both heads, and du/dt (a constant) of the first samples, those that z_t and t_t belong to."""
+        """Predictions of both heads, and du/dt (a constant) of the first samples, those with z_t and t_t."""
         shown = self.preconditioner.input(z, t)
         if z_t is None or t_t is None:
             out = model(shown, condition, heads="uv")
@@ -194,8 +205,12 @@ def _check(images: Tensor, labels: Tensor, draws: Draws) -> None:
             f"objective: images must be float32 [B, C, S, S], got {images.dtype} {list(images.shape)}"
         )
     if draws.noise.shape != images.shape:
-        raise ValueError(f"objective: noise must be shaped like images {list(images.shape)}, got {list(draws.noise.shape)}")
-    named = {"labels": labels} | {name: getattr(draws, name) for name in ("t", "r", "omega", "t_min", "t_max", "drop")}
+        raise ValueError(
+            f"objective: noise must be shaped like images {list(images.shape)}, got {list(draws.noise.shape)}"
+        )
+    named = {"labels": labels} | {
+        name: getattr(draws, name) for name in ("t", "r", "omega", "t_min", "t_max", "drop")
+    }
     for name, value in named.items():
         if value.shape != images.shape[:1]:
             raise ValueError(f"objective: {name} must have shape [{len(images)}], got {list(value.shape)}")

@@ -12,11 +12,12 @@ __all__ = ["Plan", "make_plan"]
 
 
 class Plan(NamedTuple):
-    """Work for one batch. All rows but `order` count in the internal order, in which the MeanFlow samples come first.
+    """Work for one batch. All rows but `order` count in the internal order: MeanFlow samples first.
 
-    Three facts save work and change no number. Where r = t the factor (t - r) is 0, so only MeanFlow samples need du/dt
-    and its direction v_c. A flow-matching sample's guidance input (h = 0, its omega, the interval [0, 1], its label) is its
-    training input, so v_c is there already. Where the weight 1 - 1/w' is 0, or the label was dropped, v_u has no effect.
+    Three facts save work and change no number. Where r = t the factor (t - r) is 0, so only MeanFlow samples
+    need du/dt and its direction v_c. A flow-matching sample's guidance input (h = 0, its omega, the interval
+    [0, 1], its label) is its training input, so v_c is there already. Where the weight 1 - 1/w' is 0, or the
+    label was dropped, v_u has no effect.
     """
 
     order: Tensor
@@ -28,7 +29,7 @@ class Plan(NamedTuple):
     guided: Tensor
     """Rows whose target has a guidance term: they need v_u."""
     scalars: dict[str, Tensor]
-    """Per sample, internal order, host: t, r, omega, t_min, t_max, effective_omega, weight (= 1 - 1/w'), drop."""
+    """Per sample, on the host: t, r, omega, t_min, t_max, effective_omega, weight (1 - 1/w'), drop."""
 
 
 def make_plan(draws: Draws, guidance: Guidance, dtype: torch.dtype) -> Plan:

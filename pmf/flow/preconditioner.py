@@ -10,7 +10,8 @@ __all__ = ["NoPreconditioner", "Preconditioner"]
 class Preconditioner(Protocol):
     """input(z, t) is what the network is shown; output(z, raw, t) is the prediction made of what it returns.
 
-    z and raw are [B, C, S, S], t [B]. The *_tangent methods give the derivative along tangents of all arguments.
+    z and raw are [B, C, S, S], t [B]. The *_tangent methods give the derivative along tangents of all
+    arguments.
     """
 
     def input(self, z: Tensor, t: Tensor) -> Tensor: ...

@@ -28,7 +28,7 @@ class XPrediction:
     def velocity_tangent(
         self, z: Tensor, output: Tensor, t: Tensor, z_t: Tensor, output_t: Tensor, t_t: Tensor
     ) -> Tensor:
-        """tu = (tz - tx - u tt) / t where t >= 0.05; below, where the clip is constant, without the last term."""
+        """tu = (tz - tx - u tt) / t where t >= 0.05; below, where the clip is constant, without u tt."""
         moving = (t >= T_FLOOR) & (t <= 1.0)
         clipped = t.clamp(T_FLOOR, 1.0)
         direct = (z_t - output_t) / over_pixels(clipped)

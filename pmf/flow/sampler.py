@@ -27,23 +27,28 @@ def sample(
     prediction: Prediction | None = None,
     preconditioner: Preconditioner | None = None,
 ) -> Tensor:
-    """Images [B, C, S, S] of the classes labels [B], around [-1, 1] and not clipped, in float32 (float64 for such models).
+    """Images [B, C, S, S] of classes labels [B], around [-1, 1], not clipped; float32 (float64 models: so).
 
         z <- z - (t - r) u(z, t, r, omega, interval, label), t from 1 to 0 in `steps` equal parts
 
-    labels may hold num_classes, the null label. omega (one number or [B]) and interval default to the model's own. noise
-    [B, C, S, S] is e itself, already times noise_scale; without it, it is drawn from generator (on the generator's device,
-    the CPU if there is none). prediction and preconditioner must be those the model was trained with.
+    labels may hold num_classes, the null label. omega (one number or [B]) and interval default to the model's
+    own. noise [B, C, S, S] is e itself, already times noise_scale; without it, it is drawn from generator (on
+    the generator's device, the CPU if there is none). prediction and preconditioner must be those the model
+    was trained with.
     """
     config = model.config
     device = model.position.device
     dtype = torch.float64 if model.position.dtype == torch.float64 else torch.float32
     labels = torch.as_tensor(labels, device=device)
     if labels.ndim != 1 or labels.dtype.is_floating_point or labels.dtype == torch.bool:
-        raise ValueError(f"sample: labels must be a list of integers [B], got {labels.dtype} {list(labels.shape)}")
+        raise ValueError(
+            f"sample: labels must be a list of integers [B], got {labels.dtype} {list(labels.shape)}"
+        )
     labels = labels.long()
     if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) <= config.num_classes):
-        raise ValueError(f"sample: labels must lie in 0..{config.num_classes} ({config.num_classes} is the null label)")
+        raise ValueError(
+            f"sample: labels must lie in 0..{config.num_classes} ({config.num_classes} is the null label)"
+        )
     if steps < 1:
         raise ValueError(f"sample: steps must be at least 1, got {steps}")
     batch = len(labels)
@@ -59,10 +64,13 @@ def sample(
     omega = config.sample_omega if omega is None else omega
 
     z = noise.to(device, dtype)
-    guidance = [torch.as_tensor(value, device=device, dtype=dtype).expand(batch) for value in (omega, t_min, t_max)]
+    omegas, starts, ends = (
+        torch.as_tensor(value, device=device, dtype=dtype).expand(batch) for value in (omega, t_min, t_max)
+    )
     for i in range(steps, 0, -1):
         t = z.new_full((batch,), i / steps)
         h = z.new_full((batch,), 1 / steps)
-        raw = model(preconditioner.input(z, t), Condition(h, *guidance, labels), heads="u").u.to(dtype)
+        condition = Condition(h, omegas, starts, ends, labels)
+        raw = model(preconditioner.input(z, t), condition, heads="u").u.to(dtype)
         z = z - over_pixels(h) * prediction.velocity(z, preconditioner.output(z, raw, t), t)
     return z

@@ -10,17 +10,17 @@ __all__ = ["PlaneTimes", "TimeSampling"]
 
 
 class TimeSampling(Protocol):
-    """Draws times t >= r, each [batch] on the CPU in float32. Where r = t a sample is a flow-matching sample."""
+    """Draws times t >= r, each [batch] on the CPU in float32. Samples with r = t are flow-matching ones."""
 
     def draw(self, batch: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
 class PlaneTimes:
-    """t and r logit-normal, sigmoid(std n + mean), anywhere in 0 <= r <= t <= 1; the first samples have r = t.
+    """t and r logit-normal, sigmoid(std n + mean), all over 0 <= r <= t <= 1; the first samples have r = t.
 
-    uniform_fraction of the pairs are uniform in the unit square instead (the authors' tr_uniform, a tenth for H models).
-    data_proportion is the share of flow-matching samples.
+    uniform_fraction of the pairs are uniform in the unit square instead (the authors' tr_uniform, a tenth for
+    H models). data_proportion is the share of flow-matching samples.
     """
 
     mean: float = 0.8
@@ -39,7 +39,9 @@ class PlaneTimes:
         pairs = torch.sigmoid(self.std * torch.randn(2, batch, generator=generator) + self.mean)
         if self.uniform_fraction > 0:
             uniform = torch.rand(2, batch, generator=generator)
-            pairs = torch.where(torch.rand(batch, generator=generator) < self.uniform_fraction, uniform, pairs)
+            pairs = torch.where(
+                torch.rand(batch, generator=generator) < self.uniform_fraction, uniform, pairs
+            )
         t, r = pairs
         flow_matching = torch.arange(batch) < int(batch * self.data_proportion)
         r = torch.where(flow_matching, t, r)

@@ -12,7 +12,7 @@ __all__ = ["Block"]
 
 
 class Block(nn.Module):
-    """x += attn_scale * Attention(RMSNorm(x)); x += mlp_scale * SwiGLU(RMSNorm(x)). Both scales are zero at the start."""
+    """x += attn_scale Attention(RMSNorm(x)); x += mlp_scale SwiGLU(RMSNorm(x)); scales zero at the start."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_width: int) -> None:
         super().__init__()

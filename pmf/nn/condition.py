@@ -13,9 +13,10 @@ __all__ = ["Condition", "ConditionTokens", "LabelEmbedder", "ScalarEmbedder"]
 
 
 class Condition(NamedTuple):
-    """One value per sample, each [B]: h = t - r, the guidance scale omega and its interval, and the class label.
+    """One value per sample, each [B]: h = t - r, the guidance scale omega, its interval, the class label.
 
-    The label `num_classes` is the null label. Scalars stay in float32 (or float64) whatever dtype the network runs in.
+    The label `num_classes` is the null label. Scalars stay in float32 (or float64) whatever the network's
+    dtype.
     """
 
     h: Tensor
@@ -52,7 +53,7 @@ class ScalarEmbedder(nn.Module):
 
     @classmethod
     def sinusoid(cls, x: Tensor) -> Tensor:
-        """[...] -> [..., 256]: cos then sin of x f_i with f_i = max_period^(-i / 128) (Vaswani et al., 2017)."""
+        """[...] -> [..., 256]: cos then sin of x f_i, f_i = max_period^(-i / 128) (Vaswani et al., 2017)."""
         angle = x[..., None] * cls._frequencies(x)
         return torch.cat((angle.cos(), angle.sin()), -1)
 
@@ -61,7 +62,9 @@ class ScalarEmbedder(nn.Module):
         """Tangent of `sinusoid` along x_t, both [...]."""
         frequency = cls._frequencies(x)
         angle = x[..., None] * frequency
-        return torch.cat((-angle.sin(), angle.cos()), -1) * (x_t[..., None] * torch.cat((frequency, frequency)))
+        return torch.cat((-angle.sin(), angle.cos()), -1) * (
+            x_t[..., None] * torch.cat((frequency, frequency))
+        )
 
     @classmethod
     def _frequencies(cls, like: Tensor) -> Tensor:
@@ -86,7 +89,7 @@ class LabelEmbedder(nn.Module):
 
 
 class ConditionTokens(nn.Module):
-    """Tokens [class | omega | t_min | t_max | time]: learned tokens of each group plus the group's embedding.
+    """Tokens [class | omega | t_min | t_max | time]: each group's learned tokens plus its embedding.
 
     The omega embedder sees 1 - 1/omega, the time embedder h = t - r. Only h has a tangent.
     """
@@ -94,8 +97,9 @@ class ConditionTokens(nn.Module):
     def __init__(self, num_classes: int, hidden_size: int, counts: tuple[int, int, int, int, int]) -> None:
         super().__init__()
         self.counts = counts
-        for name, count in zip(("class", "omega", "t_min", "t_max", "time"), counts, strict=True):
-            self.register_parameter(f"{name}_tokens", nn.Parameter(torch.empty(1, count, hidden_size)))
+        self.class_tokens, self.omega_tokens, self.t_min_tokens, self.t_max_tokens, self.time_tokens = (
+            nn.Parameter(torch.empty(1, count, hidden_size)) for count in counts
+        )
         self.label_embedder = LabelEmbedder(num_classes, hidden_size)
         self.omega_embedder = ScalarEmbedder(hidden_size)
         self.t_min_embedder = ScalarEmbedder(hidden_size)

@@ -10,7 +10,7 @@ __all__ = ["FinalLayer"]
 
 
 class FinalLayer(nn.Module):
-    """RMSNorm, a Linear to p p C pixels per token (zero at the start), then tokens [B, N, D] -> image [B, C, S, S]."""
+    """RMSNorm, Linear to p p C pixels a token (zero at the start), tokens [B, N, D] -> image [B, C, S, S]."""
 
     def __init__(self, hidden_size: int, patch_size: int, channels: int) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class FinalLayer(nn.Module):
         return self._to_image(y), None if y_t is None else self._to_image(y_t)
 
     def _to_image(self, tokens: Tensor) -> Tensor:
-        """[B, rows * columns, p * p * C] -> [B, C, rows * p, columns * p]; a token holds its pixels as (p, p, C)."""
+        """[B, rows columns, p p C] -> [B, C, rows p, columns p]; a token holds its pixels as (p, p, C)."""
         side, p = int(tokens.shape[1] ** 0.5), self.patch_size
         pixels = tokens.reshape(-1, side, side, p, p, self.channels)
         return pixels.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.channels, side * p, side * p)

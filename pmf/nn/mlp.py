@@ -8,7 +8,7 @@ __all__ = ["SwiGLU", "swiglu_width"]
 
 
 def swiglu_width(hidden_size: int) -> int:
-    """int(8/3 hidden), a multiple of 8 (rounded up) where hidden > 1024: 2048 for B, 2730 for L, 3416 for H."""
+    """int(8/3 hidden), rounded up to a multiple of 8 where hidden > 1024: B 2048, L 2730, H 3416."""
     width = int(hidden_size * 8 / 3)
     return -(-width // 8) * 8 if hidden_size > 1024 else width
 

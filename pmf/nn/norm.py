@@ -9,7 +9,7 @@ __all__ = ["RMSNorm"]
 
 
 class RMSNorm(nn.Module):
-    """y = w x / sqrt(mean x^2 + eps) over the last dimension, w one at the start (Zhang and Sennrich, 2019)."""
+    """y = w x / sqrt(mean x^2 + eps) over the last dimension, w one at the start."""
 
     def __init__(self, width: int, eps: float = 1e-6) -> None:
         super().__init__()

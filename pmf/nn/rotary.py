@@ -14,10 +14,10 @@ def rotary_tables(
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin [side * side, head_dim / 2] of the angle of each pair of adjacent elements, tokens row by row.
+    """cos and sin [side side, head_dim / 2] of the angle of each pair of elements, tokens row by row.
 
-    With m = head_dim / 4 frequencies f_i = theta^(-i / m), the first m pairs turn by row f_i, the last m by column f_i
-    (Su et al., 2021, applied to each axis of the image).
+    With m = head_dim / 4 frequencies f_i = theta^(-i / m), the first m pairs turn by row f_i, the last m by
+    column f_i (Su et al., 2021, applied to each axis of the image).
     """
     m = head_dim // 4
     frequency = theta ** (-torch.arange(m, dtype=torch.float64) / m)

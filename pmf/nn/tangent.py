@@ -1,12 +1,14 @@
 """The layers' operations on a value and, beside it, its tangent.
 
-A network that is differentiated along a direction in the middle of training carries two buffers from layer to layer: the
-value of every sample, and the tangent of the samples that need one. By convention those are the FIRST n samples:
+A network that is differentiated along a direction in the middle of training carries two buffers from layer to
+layer: the value of every sample, and the tangent of the samples that need one. By convention those are the
+FIRST n samples:
 
-    f(x, x_t) -> (y, y_t)      x, y [B, ...]      x_t, y_t [n, ...] with n <= B, or None (no sample has a tangent)
+    f(x, x_t) -> (y, y_t)      x, y [B, ...]      x_t, y_t [n, ...] with n <= B, or None (no sample has a
+    tangent)
 
-The tangent is a constant for autograd: du/dt stands under a stop-gradient in the MeanFlow identity, so nothing is saved
-for a backward pass through it.
+The tangent is a constant for autograd: du/dt stands under a stop-gradient in the MeanFlow identity, so
+nothing is saved for a backward pass through it.
 """
 
 import torch
@@ -48,7 +50,9 @@ def swiglu(gate: Tensor, up: Tensor, gate_t: Tensor | None, up_t: Tensor | None)
         return y, ops.swiglu_jvp(gate[:n], up[:n], gate_t, up_t)[1]
 
 
-def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, x_t: Tensor | None, branch_t: Tensor | None) -> Pair:
+def gated_residual(
+    x: Tensor, branch: Tensor, gate: Tensor, x_t: Tensor | None, branch_t: Tensor | None
+) -> Pair:
     """`pmf.ops.gated_residual` and its tangent; x, branch [B, ..., D], gate [D]."""
     y = ops.gated_residual(x, branch, gate)
     if x_t is None or branch_t is None:

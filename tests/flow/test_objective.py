@@ -1,0 +1,247 @@
+"""The objective against a plain port of the paper's equations, in float64, on batches of every case."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from pmf.flow import Draws, IntervalGuidance, Objective, PlaneTimes
+from pmf.models import ModelConfig, PixelMeanFlow
+from pmf.reference.objective import ObjectiveValues
+from pmf.reference.objective import objective as plain_objective
+
+CONFIG = ModelConfig(
+    num_classes=5,
+    image_size=8,
+    patch_size=2,
+    channels=2,
+    hidden_size=32,
+    depth=4,
+    head_depth=2,
+    num_heads=2,
+    condition_tokens=(2, 1, 1, 2, 3),
+    bottleneck=12,
+)
+# Both sides work in float64 on the same equations, in another order: rounding is all that may differ.
+FLOAT64_TOLERANCE = 1e-10
+
+
+@pytest.fixture(scope="module")
+def model() -> PixelMeanFlow:
+    """Random weights everywhere: at the start gates and heads are zero, and most mistakes invisible."""
+    torch.manual_seed(0)
+    model = PixelMeanFlow(CONFIG).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def batch(draws: dict[str, list[float]]) -> tuple[Tensor, Tensor, Draws]:
+    generator = torch.Generator().manual_seed(1)
+    size = len(draws["t"])
+    shape = (size, CONFIG.channels, CONFIG.image_size, CONFIG.image_size)
+    images = torch.randn(shape, generator=generator, dtype=torch.float64).clamp(-1, 1)
+    noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+    labels = torch.randint(CONFIG.num_classes, (size,), generator=generator)
+    t, r, omega, t_min, t_max = (
+        torch.tensor(draws[name], dtype=torch.float64) for name in ("t", "r", "omega", "t_min", "t_max")
+    )
+    return (
+        images,
+        labels,
+        Draws(t, r, noise, omega, t_min, t_max, torch.tensor(draws["drop"], dtype=torch.bool)),
+    )
+
+
+FLOW_MATCHING = {"t": 0.6, "r": 0.6, "omega": 3.0, "t_min": 0.0, "t_max": 1.0, "drop": False}
+MEANFLOW = {"t": 0.7, "r": 0.2, "omega": 4.0, "t_min": 0.3, "t_max": 0.9, "drop": False}
+SAMPLES = {
+    "flow matching": FLOW_MATCHING,
+    "meanflow": MEANFLOW,
+    "flow matching, dropped": {**FLOW_MATCHING, "drop": True},
+    "meanflow, dropped": {**MEANFLOW, "drop": True},
+    "meanflow, above its interval": {**MEANFLOW, "t": 0.95},
+    "meanflow, below its interval, dropped": {**MEANFLOW, "t": 0.25, "drop": True},
+    "meanflow, early": {**MEANFLOW, "t": 0.04, "r": 0.01, "t_min": 0.0},
+    "meanflow, earlier than its interval and the clip": {**MEANFLOW, "t": 0.03, "r": 0.0},
+    "flow matching, early": {**FLOW_MATCHING, "t": 0.02, "r": 0.02},
+    "flow matching, omega 1": {**FLOW_MATCHING, "omega": 1.0},
+    "meanflow, omega 1": {**MEANFLOW, "omega": 1.0},
+    "flow matching, interval not whole": {**FLOW_MATCHING, "t_min": 0.2, "t_max": 0.5},
+    "flow matching, interval not whole, dropped": {**FLOW_MATCHING, "t_min": 0.2, "drop": True},
+    "at the ends of time": {**MEANFLOW, "t": 1.0, "r": 0.0, "t_max": 1.0},
+    "on the edge of its interval": {**MEANFLOW, "t": 0.9, "r": 0.8},
+}
+BATCHES = {name: [name] for name in SAMPLES} | {
+    "all flow matching": ["flow matching", "flow matching, dropped", "flow matching, early"],
+    "no flow matching": ["meanflow", "meanflow, dropped", "meanflow, early"],
+    "all dropped": ["flow matching, dropped", "meanflow, dropped"],
+    "every case": list(SAMPLES),
+    "every case, other order": list(SAMPLES)[::-1],
+}
+
+
+def compare(model: PixelMeanFlow, objective: Objective, images: Tensor, labels: Tensor, draws: Draws) -> None:
+    params = dict(model.named_parameters())
+    plain = plain_objective(
+        params,
+        images,
+        labels,
+        **{name: value for name, value in draws._asdict().items() if name != "crop"},
+        num_heads=CONFIG.num_heads,
+        norm_p=objective.norm_p,
+        norm_eps=objective.norm_eps,
+    )
+    terms = objective(model, images, labels, draws)
+    needs_tangent = draws.r != draws.t
+    for name in ObjectiveValues._fields:
+        ours, theirs = getattr(terms, name), getattr(plain, name)
+        if name in ("v_tangent", "du_dt"):
+            assert not ours[~needs_tangent].any()
+            ours, theirs = ours[needs_tangent], theirs[needs_tangent]
+        torch.testing.assert_close(ours, theirs, rtol=FLOAT64_TOLERANCE, atol=FLOAT64_TOLERANCE, msg=name)
+
+    expected = torch.autograd.grad(plain.loss, list(params.values()), allow_unused=True)
+    actual = torch.autograd.grad(terms.loss, list(params.values()))
+    for name, ours, theirs in zip(params, actual, expected, strict=True):
+        theirs = torch.zeros_like(ours) if theirs is None else theirs
+        torch.testing.assert_close(ours, theirs, rtol=FLOAT64_TOLERANCE, atol=FLOAT64_TOLERANCE, msg=name)
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_agrees_with_the_plain_port(model: PixelMeanFlow, name: str) -> None:
+    rows = [SAMPLES[sample] for sample in BATCHES[name]]
+    draws = {key: [row[key] for row in rows] for key in FLOW_MATCHING}
+    compare(model, Objective(), *batch(draws))
+
+
+@pytest.mark.parametrize("norm_p", [0.0, 0.5, 1.0])
+def test_agrees_on_its_own_draws_with_any_norm(model: PixelMeanFlow, norm_p: float) -> None:
+    images, labels, _ = batch({key: [value] * 8 for key, value in FLOW_MATCHING.items()})
+    objective = Objective(norm_p=norm_p, norm_eps=0.1, class_dropout=0.5, noise_scale=2.0)
+    draws = objective.draw(images, labels, torch.Generator().manual_seed(2))
+    draws = draws._replace(**{f: getattr(draws, f).double() for f in ("t", "r", "omega", "t_min", "t_max")})
+    compare(model, objective, images, labels, draws)
+
+
+def test_order_of_the_batch_does_not_matter(model: PixelMeanFlow) -> None:
+    draws = {key: [row[key] for row in SAMPLES.values()] for key in FLOW_MATCHING}
+    images, labels, d = batch(draws)
+    mixed = torch.randperm(len(labels), generator=torch.Generator().manual_seed(3))
+    terms = Objective()(model, images, labels, d)
+    permuted = Objective()(
+        model, images[mixed], labels[mixed], Draws(*(None if f is None else f[mixed] for f in d))
+    )
+    torch.testing.assert_close(permuted.loss_u, terms.loss_u, rtol=FLOAT64_TOLERANCE, atol=0)
+    for name in ("v_target", "v_tangent", "u", "du_dt", "v"):
+        torch.testing.assert_close(
+            getattr(permuted, name),
+            getattr(terms, name)[mixed],
+            rtol=FLOAT64_TOLERANCE,
+            atol=FLOAT64_TOLERANCE,
+        )
+
+
+class CountingModel(PixelMeanFlow):
+    """Counts samples by what is computed for them."""
+
+    def forward(self, images: Tensor, condition, images_t=None, h_t=None, *, heads: str = "u"):  # type: ignore[no-untyped-def]
+        self.counts[heads] = self.counts.get(heads, 0) + len(images)
+        self.counts["tangents"] = self.counts.get("tangents", 0) + (0 if images_t is None else len(images_t))
+        return super().forward(images, condition, images_t, h_t, heads=heads)
+
+
+@pytest.mark.parametrize(
+    ("rows", "guidance", "tangents"),
+    [
+        (["flow matching"] * 3, 3, 0),  # v_u only: v_c is the training pass's own
+        (["flow matching, dropped"] * 3, 0, 0),
+        (["flow matching, omega 1"] * 3, 0, 0),
+        (["meanflow"] * 3, 6, 3),
+        (["meanflow, dropped", "meanflow, omega 1", "meanflow, above its interval"], 3, 3),  # v_c only
+        (["flow matching, interval not whole"], 2, 0),
+    ],
+)
+def test_computes_no_more_than_the_numbers_depend_on(rows: list[str], guidance: int, tangents: int) -> None:
+    model = CountingModel(CONFIG).double()
+    model.counts = {}
+    Objective()(model, *batch({key: [SAMPLES[row][key] for row in rows] for key in FLOW_MATCHING}))
+    assert model.counts.get("v", 0) == guidance
+    assert model.counts["tangents"] == tangents
+    assert model.counts["uv"] == len(rows)
+
+
+def test_gradients_reach_neither_targets_nor_tangents(model: PixelMeanFlow) -> None:
+    images, labels, draws = batch({key: [MEANFLOW[key]] * 2 for key in MEANFLOW})
+    terms = Objective()(model, images, labels, draws)
+    for name in ("v_target", "v_tangent", "u", "du_dt", "v", "loss_u", "loss_v"):
+        assert not getattr(terms, name).requires_grad, name
+    assert terms.loss.requires_grad
+
+
+def test_bfloat16_model_follows_the_float32_one() -> None:
+    torch.manual_seed(4)
+    model = PixelMeanFlow(CONFIG)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.bfloat16().float()  # the same weights on both sides
+    images, labels, draws = batch({key: [row[key] for row in SAMPLES.values()] for key in FLOW_MATCHING})
+    images, draws = (
+        images.float(),
+        Draws(*(f.float() if f is not None and f.is_floating_point() else f for f in draws)),
+    )
+    exact = Objective()(model, images, labels, draws)
+    half = PixelMeanFlow(CONFIG).bfloat16()
+    half.load_state_dict(model.state_dict())
+    rounded = Objective()(half, images, labels, draws)
+    assert rounded.loss.dtype == rounded.u.dtype == rounded.v_target.dtype == torch.float32
+    unit = torch.finfo(torch.bfloat16).eps
+    for name in ("u", "v", "v_target"):
+        expected = getattr(exact, name)
+        # A dozen rounded operations in a row, amplified by the division by t.
+        assert (getattr(rounded, name) - expected).norm() < 8 * unit * expected.norm(), name
+
+
+def test_batches_that_do_not_fit_together_are_refused() -> None:
+    model = PixelMeanFlow(CONFIG)
+    images, labels = torch.zeros(3, 2, 8, 8), torch.zeros(3, dtype=torch.long)
+    objective = Objective()
+    draws = objective.draw(images, labels)
+    with pytest.raises(
+        ValueError, match=r"noise must be shaped like images \[2, 2, 8, 8\], got \[3, 2, 8, 8\]"
+    ):
+        objective(model, images[:2], labels[:2], draws)
+    with pytest.raises(ValueError, match=r"labels must have shape \[3\], got \[2\]"):
+        objective(model, images, labels[:2], draws)
+    with pytest.raises(ValueError, match=r"omega must have shape \[3\], got \[2\]"):
+        objective(model, images, labels, draws._replace(omega=draws.omega[:2]))
+    with pytest.raises(ValueError, match="images must be float32"):
+        objective(model, images.long(), labels, draws)
+    with pytest.raises(RuntimeError, match="no v head"):
+        objective(PixelMeanFlow(replace(CONFIG, v_head=False)), images, labels, draws)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"noise_scale": 0.0}, "noise_scale must be positive"),
+        ({"noise_scale": float("nan")}, "noise_scale must be positive"),
+        ({"norm_eps": 0.0}, "norm_eps must be positive"),
+        ({"class_dropout": 1.5}, "class_dropout must lie in"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Objective(**settings)
+
+
+def test_times_and_guidance_out_of_range_are_refused() -> None:
+    with pytest.raises(ValueError, match="data_proportion must lie in"):
+        PlaneTimes(data_proportion=-0.1)
+    with pytest.raises(ValueError, match="std must not be negative"):
+        PlaneTimes(std=-1.0)
+    with pytest.raises(ValueError, match="max_omega must be at least 1"):
+        IntervalGuidance(max_omega=0.5)
