@@ -1,0 +1,117 @@
+// torch.ops.pmf.swiglu*: validate, allocate, launch. The mathematics is in pmf/swiglu.h.
+#include "pmf/swiglu.h"
+
+#include "ops/rows.h"
+
+namespace pmf {
+namespace {
+
+constexpr const char* kOp = "swiglu";
+
+void check_inputs(const Tensor& gate, const Tensor& up) {
+  require_cpu(gate, kOp);
+  dtype_of(gate, kOp, "gate");
+  check_value(gate.dim() >= 1, kOp, ": gate must be [..., D], got a scalar");
+  check_like(kOp, "up", up, "gate", gate);
+}
+
+void launch(const Tensor& gate, const Tensor& up, const Tensor& y) {
+  if (gate.numel() == 0) return;
+  SwigluParams p;
+  p.dtype = dtype_of(gate, kOp, "gate");
+  RowBinder rows(kOp, gate);
+  rows.bind(p.gate, gate);
+  rows.bind(p.up, up);
+  rows.bind(p.y, y);
+  p.shape = rows.finish();
+  cpu::swiglu(p, torch_parallel());
+}
+
+void launch_jvp(const Tensor& gate, const Tensor& up, const Tensor& gate_t, const Tensor& up_t,
+                const Tensor& y, const Tensor& y_t) {
+  if (gate.numel() == 0) return;
+  SwigluParams p;
+  p.dtype = dtype_of(gate, kOp, "gate");
+  RowBinder rows(kOp, gate);
+  rows.bind(p.gate, gate);
+  rows.bind(p.up, up);
+  rows.bind(p.gate_t, gate_t);
+  rows.bind(p.up_t, up_t);
+  rows.bind(p.y, y);
+  rows.bind(p.y_t, y_t);
+  p.shape = rows.finish();
+  cpu::swiglu(p, torch_parallel());
+}
+
+Tensor swiglu(Tensor gate, Tensor up) {
+  check_inputs(gate, up);
+  Output y(gate);
+  launch(gate, up, y.buffer());
+  return y.result();
+}
+
+// The samples past the last tangent take the plain kernel.
+std::tuple<Tensor, Tensor> swiglu_jvp(Tensor gate, Tensor up, Tensor gate_t, Tensor up_t) {
+  check_inputs(gate, up);
+  const int64_t n = check_tangent(kOp, "gate_t", gate_t, "gate", gate), rest = gate.size(0) - n;
+  check_like(kOp, "up_t", up_t, "gate_t", gate_t);
+  Output y(gate), y_t(gate_t);
+  launch_jvp(samples(gate, 0, n), samples(up, 0, n), gate_t, up_t, samples(y.buffer(), 0, n),
+             y_t.buffer());
+  if (rest > 0) launch(samples(gate, n, rest), samples(up, n, rest), samples(y.buffer(), n, rest));
+  return {y.result(), y_t.result()};
+}
+
+std::tuple<Tensor, Tensor> swiglu_backward(Tensor grad, Tensor gate, Tensor up) {
+  check_inputs(gate, up);
+  check_like(kOp, "grad", grad, "gate", gate);
+  Output grad_gate(gate), grad_up(up);
+  SwigluBackwardParams p;
+  p.dtype = dtype_of(gate, kOp, "gate");
+  RowBinder rows(kOp, gate);
+  rows.bind(p.grad, grad);
+  rows.bind(p.gate, gate);
+  rows.bind(p.up, up);
+  rows.bind(p.grad_gate, grad_gate);
+  rows.bind(p.grad_up, grad_up);
+  p.shape = rows.finish();
+  if (gate.numel() > 0) cpu::swiglu_backward(p, torch_parallel());
+  return {grad_gate.result(), grad_up.result()};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> swiglu_jvp_backward(OptionalTensor grad, Tensor grad_t,
+                                                               Tensor gate, Tensor up,
+                                                               Tensor gate_t, Tensor up_t) {
+  check_inputs(gate, up);
+  check_like(kOp, "gate_t", gate_t, "gate", gate);
+  check_like(kOp, "up_t", up_t, "gate", gate);
+  check_like(kOp, "grad_t", grad_t, "gate", gate);
+  if (grad) check_like(kOp, "grad", *grad, "gate", gate);
+  Output grad_gate(gate), grad_up(up), grad_gate_t(gate_t), grad_up_t(up_t);
+  SwigluBackwardParams p;
+  p.dtype = dtype_of(gate, kOp, "gate");
+  RowBinder rows(kOp, gate);
+  rows.bind(p.grad, grad ? *grad : zeros_vector(gate, gate.size(gate.dim() - 1)));
+  rows.bind(p.grad_t, grad_t);
+  rows.bind(p.gate, gate);
+  rows.bind(p.up, up);
+  rows.bind(p.gate_t, gate_t);
+  rows.bind(p.up_t, up_t);
+  rows.bind(p.grad_gate, grad_gate);
+  rows.bind(p.grad_up, grad_up);
+  rows.bind(p.grad_gate_t, grad_gate_t);
+  rows.bind(p.grad_up_t, grad_up_t);
+  p.shape = rows.finish();
+  if (gate.numel() > 0) cpu::swiglu_backward(p, torch_parallel());
+  return {grad_gate.result(), grad_up.result(), grad_gate_t.result(), grad_up_t.result()};
+}
+
+}  // namespace
+}  // namespace pmf
+
+PMF_IMPLEMENT(m) {
+  m.impl("swiglu", TORCH_BOX(&pmf::swiglu));
+  m.impl("swiglu_jvp", TORCH_BOX(&pmf::swiglu_jvp));
+  m.impl("swiglu_backward", TORCH_BOX(&pmf::swiglu_backward));
+  m.impl("swiglu_jvp_backward", TORCH_BOX(&pmf::swiglu_jvp_backward));
+}
