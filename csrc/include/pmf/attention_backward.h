@@ -1,0 +1,64 @@
+// Attention's gradients: the contract of the backward kernels.
+//
+// With S, P, tS and r as in attention.h, G = grad (of out) and X = grad_t (of out_t):
+//
+//   A_ij = X_i . V_j               a_i = sum_j P_ij A_ij
+//   B_ij = G_i . V_j + X_i . tV_j  D_i = sum_j P_ij (B_ij + (tS_ij - r_i) A_ij)
+//   dtS = P o (A - a)              dS  = P o (B - D + (tS - r) o (A - a))
+//
+//   grad_query = c (dS K + dtS tK)               grad_query_t = c dtS K
+//   grad_key   = c (dS^T Q + dtS^T tQ)           grad_key_t   = c dtS^T Q
+//   grad_value = P^T G + (P o (tS - r))^T X      grad_value_t = P^T X
+//
+// Without X this is the ordinary backward. The kernel recomputes a, D, r and the normalisation of P
+// itself, in full precision: out, out_t and row_t need not be kept for it, only lse.
+#pragma once
+
+#include "pmf/attention.h"
+
+namespace pmf {
+
+struct AttentionBackwardParams {
+  AttentionShape shape;
+  DType dtype = DType::f32;  // of everything but lse and the mask
+  double scale = 1.0;        // c, as given to the forward
+  bool is_causal = false;
+  AttentionMask mask;
+
+  ConstView4 query;  // [B, H,  Nq, D ] dtype
+  ConstView4 key;    // [B, Hk, Nk, D ] dtype
+  ConstView4 value;  // [B, Hk, Nk, Dv] dtype
+
+  // Tangents, each shaped as its primal; null means zero and costs nothing. Read only with grad_t.
+  ConstView4 query_t, key_t, value_t;
+
+  ConstView4 grad;    // [B, H, Nq, Dv] dtype; null means zero (not both null)
+  ConstView4 grad_t;  // [B, H, Nq, Dv] dtype; null: the ordinary backward
+
+  // The forward's, contiguous [B, H, Nq], fp32 (fp64 for fp64). Any value near the row's maximum
+  // would do: only the exponential's range depends on it. -inf: the row attends nothing.
+  const void* lse = nullptr;
+
+  View4 grad_query;  // [B, H,  Nq, D ] dtype
+  View4 grad_key;    // [B, Hk, Nk, D ] dtype, summed over the query heads of a group
+  View4 grad_value;  // [B, Hk, Nk, Dv] dtype, likewise
+
+  // Written only with grad_t; null: not wanted, and its product is skipped.
+  View4 grad_query_t, grad_key_t, grad_value_t;
+
+  // attention_backward_workspace_bytes() bytes, aligned to 64; contents do not matter.
+  void* workspace = nullptr;
+};
+
+namespace cpu {
+
+// Scratch memory for `threads` workers: linear in Nk, independent of Nq.
+int64_t attention_backward_workspace_bytes(const AttentionBackwardParams& params, int64_t threads);
+
+// Every gradient in one pass over the heads. Runs on parallel.threads workers (the number the
+// workspace was sized for). Bitwise deterministic for a given number of threads; no atomics on
+// data.
+void attention_backward(const AttentionBackwardParams& params, const ParallelFor& parallel);
+
+}  // namespace cpu
+}  // namespace pmf
