@@ -104,8 +104,6 @@ class BackwardKernel {
     arena.take(w.k_depth, key_units * s.width_padded, !kOneTile);
     arena.take(w.kt_depth, key_units * s.width_padded, !kOneTile && kt);
     if (kOneTile) w.k_depth = w.k, w.kt_depth = w.kt;
-    arena.take(w.k_mean, s.width_padded);
-    arena.take(w.kt_mean, s.width_padded, kt);
 
     arena.take(w.q, kGroups * s.depth_padded * kLanesW);
     arena.take(w.qt, kGroups * s.depth_padded * kLanesW, qt);
@@ -124,6 +122,10 @@ class BackwardKernel {
     arena.take(w.a, panel, tangent_);
     arena.take(w.bias, round_up(kKeyBlock, kLanes<Float>) * kLanesW,
                p_.mask.kind != MaskKind::none);
+
+    arena.take(w.weights, kKeyBlock);
+    arena.take(w.k_mean, s.width_padded);
+    arena.take(w.kt_mean, s.width_padded, kt);
 
     w.tiles.row_stride = kPanel / kDepth;
     w.tiles.pair_stride = kPanel;
@@ -218,19 +220,16 @@ class BackwardKernel {
     const auto rows = [&](Unit* dst, const ConstView4& view, int64_t padded, int64_t cols) {
       if (dst != nullptr) packer_.rows(dst, padded, view, batch, head, s.keys, cols, s.keys_padded);
     };
-    const auto depth = [&](Unit* dst, Float* mean, const ConstView4& view) {
-      if (dst == nullptr) return;
-      if (!TileWriter<Unit>::kOneTile) {
-        packer_.depth_rows(dst, s.width_padded, view, batch, head, s.keys, s.width);
-      }
-      column_means(mean, dst);
+    const auto depth = [&](Unit* dst, const ConstView4& view) {
+      if (TileWriter<Unit>::kOneTile || dst == nullptr) return;
+      packer_.depth_rows(dst, s.width_padded, view, batch, head, s.keys, s.width);
     };
     rows(w.k, p_.key, s.depth_padded, s.width);
     rows(w.kt, p_.key_t, s.depth_padded, s.width);
     rows(w.v, p_.value, s.value_depth_padded, s.value_width);
     rows(w.vt, p_.value_t, s.value_depth_padded, s.value_width);
-    depth(w.k_depth, w.k_mean, p_.key);
-    depth(w.kt_depth, w.kt_mean, p_.key_t);
+    depth(w.k_depth, p_.key);
+    depth(w.kt_depth, p_.key_t);
     const auto clear = [&](Float* dst, int64_t stride) {
       if (dst != nullptr) std::memset(dst, 0, static_cast<size_t>(s.keys * stride) * sizeof(Float));
     };
@@ -238,19 +237,6 @@ class BackwardKernel {
     clear(w.dkt, s.width_padded);
     clear(w.dv, s.value_padded);
     clear(w.dvt, s.value_padded);
-  }
-
-  void column_means(Float* mean, const Unit* rows) const {
-    using Lane = LaneOf<Unit>;
-    const Float share = Float(1) / static_cast<Float>(max64(1, sizes_.keys));
-    for (int64_t x = 0; x < sizes_.width_padded; x += kLanes<Float>) {
-      Vec<Float> sum{};
-      for (int64_t i = 0; i < ceil_div(sizes_.keys, kDepth); ++i) {
-        const Unit* unit = rows + i * sizes_.width_padded + x;
-        sum += TileWriter<Unit>::sum(load(reinterpret_cast<const Lane*>(unit)));
-      }
-      store(mean + x, sum * share);
-    }
   }
 
   void pack_panel(const Buffers& w, const TilePlace& place) const {

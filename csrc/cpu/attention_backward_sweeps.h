@@ -147,10 +147,22 @@ struct UnitTiles {
   int64_t row_stride, pair_stride;
 };
 
-// Sweep 3, one block of keys. Reads keys rounded up to kDepth rows, the last of which has e = 0.
+// The sum of a vector's lanes, by halves.
+template <typename Float>
+PMF_INLINE Float sum_lanes(Vec<Float> v) {
+  PMF_UNROLL for (int half = kLanes<Float> / 2; half > 0; half /= 2) {
+    IndexVec<Float> from;
+    PMF_UNROLL for (int i = 0; i < kLanes<Float>; ++i) from[i] = i ^ half;
+    v += shuffle(v, v, from);
+  }
+  return v[0];
+}
+
+// Sweep 3, one block of keys. weights[key] += the sum of P over the group's queries. Reads keys
+// rounded up to kDepth rows, the last of which has e = 0.
 template <bool kTangent, typename Unit, typename Float = Accumulator<Unit>>
 inline void differentiate(BackwardRows<Float>& rows, const BackwardTile<Float>& tile, int64_t keys,
-                          Float scale, const UnitTiles<Unit>& out) {
+                          Float scale, const UnitTiles<Unit>& out, Float* weights) {
   using Writer = TileWriter<Unit>;
   constexpr int kStep = kLanes<Float>;
   constexpr int kDepth = UnitTraits<Unit>::kDepth;
@@ -158,6 +170,7 @@ inline void differentiate(BackwardRows<Float>& rows, const BackwardTile<Float>& 
   Vec<Float> rho[kTileN], rho_t[kTileN];
   PMF_UNROLL for (int j = 0; j < kTileN; ++j) rho[j] = rows.rho[j], rho_t[j] = rows.rho_t[j];
   for (int64_t i = 0; i < keys; i += kDepth) {
+    Vec<Float> mass[kDepth] = {};
     PMF_UNROLL for (int j = 0; j < kTileN; ++j) {
       const int64_t row = i * out.row_stride + j * (kStep / kDepth);
       const int64_t pair = (i / kDepth) * out.pair_stride + j * kStep;
@@ -165,6 +178,7 @@ inline void differentiate(BackwardRows<Float>& rows, const BackwardTile<Float>& 
       PMF_UNROLL for (int k = 0; k < kDepth; ++k) {
         const int64_t at = ((i + k) * kTileN + j) * kStep;
         p[k] = load(tile.e + at) * rows.mass[j];
+        mass[k] += p[k];
         x[k] = p[k] * (c * (load(tile.b + at) - rows.d[j]));
       }
       Writer::rows(out.p_rows + row, out.row_stride, p);
@@ -180,6 +194,7 @@ inline void differentiate(BackwardRows<Float>& rows, const BackwardTile<Float>& 
         Writer::rows(out.w_rows + row, out.row_stride, x);
       }
     }
+    PMF_UNROLL for (int k = 0; k < kDepth; ++k) weights[i + k] += sum_lanes<Float>(mass[k]);
   }
   PMF_UNROLL for (int j = 0; j < kTileN; ++j) rows.rho[j] = rho[j], rows.rho_t[j] = rho_t[j];
 }

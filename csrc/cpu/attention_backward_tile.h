@@ -140,7 +140,10 @@ inline void add_products(Accumulator<Unit>* c, int64_t c_stride, int64_t rows,
 template <typename Unit>
 struct TileWriter {
   static constexpr bool kOneTile = true;  // rows and pairs are the same numbers at the same place
-  static PMF_INLINE Vec<Unit> sum(Vec<Unit> unit) { return unit; }
+  // A unit's numbers, each times its row's weight, added up.
+  static PMF_INLINE Vec<Unit> weigh(const Unit* unit, const Unit* weights, Vec<Unit> sum) {
+    return fma(load(unit), splat(weights[0]), sum);
+  }
   static PMF_INLINE void rows(Unit* dst, int64_t, const Vec<Unit> (&x)[1]) { store(dst, x[0]); }
   // Returns the sum, along keys, of the numbers as stored.
   static PMF_INLINE Vec<Unit> both(Unit* rows, int64_t, Unit*, const Vec<Unit> (&x)[1]) {
@@ -153,8 +156,10 @@ struct TileWriter {
 template <>
 struct TileWriter<bf16x2> {
   static constexpr bool kOneTile = false;
-  static PMF_INLINE Vec<float> sum(Vec<uint32_t> unit) {
-    return (Vec<float>)(unit << 16) + (Vec<float>)(unit & 0xffff0000u);
+  static PMF_INLINE Vec<float> weigh(const bf16x2* unit, const float* weights, Vec<float> sum) {
+    const Vec<uint32_t> u = load(reinterpret_cast<const uint32_t*>(unit));
+    sum = fma((Vec<float>)(u << 16), splat(weights[0]), sum);
+    return fma((Vec<float>)(u & 0xffff0000u), splat(weights[1]), sum);
   }
   static PMF_INLINE void rows(bf16x2* dst, int64_t stride, const Vec<float> (&x)[2]) {
     store_rows_of(dst, stride, (__m512i)_mm512_cvtne2ps_pbh(x[1], x[0]));
@@ -168,7 +173,7 @@ struct TileWriter<bf16x2> {
     PMF_UNROLL for (int i = 0; i < 32; ++i) order[i] = static_cast<uint16_t>(i / 2 + (i % 2) * 16);
     const Vec<uint32_t> mixed = (Vec<uint32_t>)_mm512_permutexvar_epi16((__m512i)order, halves);
     store(reinterpret_cast<uint32_t*>(pairs), mixed);
-    return sum(mixed);
+    return (Vec<float>)(mixed << 16) + (Vec<float>)(mixed & 0xffff0000u);
   }
 
  private:
