@@ -1,12 +1,12 @@
 // Flash attention on CPU, forward and forward with tangents (the tile loop: attention_panel.h).
 //
-// Work is cut into panels of queries, numbered head by head. Every worker takes one contiguous run of
-// panels of nearly equal cost, packs the keys and values of a head when it enters it (grouped query
-// heads share the packing), and walks its panels. Nothing is shared between workers and no sum crosses
-// panels, so results are bitwise the same for any number of threads.
+// Work is cut into panels of queries, numbered head by head. Every worker takes one contiguous run
+// of panels of nearly equal cost, packs the keys and values of a head when it enters it (grouped
+// query heads share the packing), and walks its panels. Nothing is shared between workers and no
+// sum crosses panels, so results are bitwise the same for any number of threads.
 //
-// Memory: per worker one packed head, at most 4 Nk D units, and about 100 KB of tiles. Packing reads
-// and writes a head once; every panel then makes 6 x 48 FMAs per scalar packed.
+// Memory: per worker one packed head, at most 4 Nk D units, and about 100 KB of tiles. Packing
+// reads and writes a head once; every panel then makes 6 x 48 FMAs per scalar packed.
 #include "attention_panel.h"
 #include "pmf/attention.h"
 
@@ -17,7 +17,8 @@ namespace {
 // vector has too few accumulators to hide the latency of an FMA, so one is made only for <= one
 // vector of queries.
 struct Panels {
-  int64_t count, narrow, wider;  // the first `wider` panels have narrow + 1 vectors, the rest narrow
+  int64_t count, narrow,
+      wider;  // the first `wider` panels have narrow + 1 vectors, the rest narrow
 
   Panels(int64_t queries, int64_t lanes) {
     const int64_t vectors = ceil_div(queries, lanes);
@@ -47,7 +48,8 @@ class ForwardKernel {
   using Float = Accumulator<Unit>;
   static constexpr int64_t kLane = kLanes<Float>;
   static constexpr int64_t kDepth = UnitTraits<Unit>::kDepth;
-  static constexpr bool kRounds = kDepth > 1;  // P and H are narrower than scores: their own buffers
+  static constexpr bool kRounds =
+      kDepth > 1;  // P and H are narrower than scores: their own buffers
 
  public:
   ForwardKernel(const AttentionParams& params, Packer<Unit> packer)
@@ -68,11 +70,12 @@ class ForwardKernel {
 
   void run(const ParallelFor& parallel) {
     workers_ = max64(1, parallel.threads);
-    parallel(0, workers_, 1,
-             [](void* self, int64_t begin, int64_t end) {
-               for (int64_t w = begin; w < end; ++w) static_cast<ForwardKernel*>(self)->share(w);
-             },
-             this);
+    parallel(
+        0, workers_, 1,
+        [](void* self, int64_t begin, int64_t end) {
+          for (int64_t w = begin; w < end; ++w) static_cast<ForwardKernel*>(self)->share(w);
+        },
+        this);
   }
 
  private:
@@ -168,8 +171,8 @@ class ForwardKernel {
 
   // The sign of the scale goes into the queries, exactly, so that the largest raw score is the
   // largest score.
-  void pack_queries(Unit* dst, const AttentionBuffers<Unit>& w, int64_t lanes, const ConstView4& view,
-                    const TilePlace& place) const {
+  void pack_queries(Unit* dst, const AttentionBuffers<Unit>& w, int64_t lanes,
+                    const ConstView4& view, const TilePlace& place) const {
     packer_.columns(dst, lanes, view, place.batch, place.head, place.query, place.queries,
                     params_.shape.width, depth_padded_, w.stage_in);
     if (params_.scale < 0) negate(dst, depth_ * lanes);
@@ -202,8 +205,7 @@ class ForwardKernel {
     attention_tiles(params_, w, shape, place, scale, state);
 
     const int64_t row = (b * params_.shape.heads + h) * params_.shape.queries + first;
-    Float* row_t = with_tangent() ? static_cast<Float*>(params_.row_t) + row : nullptr;
-    finish_panel(state, w.o, w.ot, value_rows_, static_cast<Float*>(params_.lse) + row, row_t,
+    finish_panel(state, w.o, w.ot, value_rows_, static_cast<Float*>(params_.lse) + row,
                  place.queries);
     store_output(params_.out, w.o, w.stage_out, kLanesW, place);
     if (w.ot != nullptr) store_output(params_.out_t, w.ot, w.stage_out, kLanesW, place);

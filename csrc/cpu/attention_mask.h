@@ -3,8 +3,8 @@
 // Scores are kept in units of log 2 from here on: s <- s * factor + mask * log2(e), or -inf where a
 // query may not attend. A masked tangent is set to 0, so that nothing a masked key holds can reach
 // the result. A mask row runs along keys, a tile's vectors along queries; mask rows are therefore
-// converted into a small square stage and transposed in registers, as queries are. A mask that is the
-// same for all queries (a padding mask) skips that: one scalar per key.
+// converted into a small square stage and transposed in registers, as queries are. A mask that is
+// the same for all queries (a padding mask) skips that: one scalar per key.
 #pragma once
 
 #include "attention_pack.h"
@@ -79,7 +79,8 @@ inline void mask_tile(Float* bias, const AttentionMask& mask, const TilePlace& p
       const int64_t count = min64(kN, place.keys - key);
       mask_row(stage, mask, offset + key * stride[3], stride[3], count);
       for (int64_t i = 0; i < count; ++i) {
-        for (int j = 0; j < kLanesW; j += kN) store(bias + (key + i) * kLanesW + j, splat(stage[i]));
+        for (int j = 0; j < kLanesW; j += kN)
+          store(bias + (key + i) * kLanesW + j, splat(stage[i]));
       }
     }
     return;

@@ -3,9 +3,9 @@
 // A unit is what one vector lane multiplies in one step (tile_gemm.h): float, double, or bf16x2, a
 // pair of bf16 that are neighbours along the depth of a product. Three layouts are made:
 //
-//   rows        dst[row][u]       keys: read one unit at a time (broadcast), so any row order will do
-//   row pairs   dst[row / 2][col] values for bf16x2, where the depth of P V is the keys
-//   columns     dst[u][row]       queries: one row a lane; a transpose in registers
+//   rows        dst[row][u]       keys: read one unit at a time (broadcast), so any row order will
+//   do row pairs   dst[row / 2][col] values for bf16x2, where the depth of P V is the keys columns
+//   dst[u][row]       queries: one row a lane; a transpose in registers
 //
 // All of it is bandwidth: a head's keys and values are packed once per worker and read once for
 // every panel of queries. Packing also makes rows contiguous, which matters by itself: rows 3 KB
@@ -139,8 +139,8 @@ inline void pack_depth_rows(bf16x2* dst, int64_t padded, const bf16* src, int64_
 template <typename Unit>
 using LaneOf = typename UnitTraits<Unit>::Lane;
 
-// dst[u][lane] = unit u of row `lane`; lanes past `rows` are zero. `stage` holds lanes x padded units.
-// `padded` is `units` rounded up to kLanes; dst has that many rows.
+// dst[u][lane] = unit u of row `lane`; lanes past `rows` are zero. `stage` holds lanes x padded
+// units. `padded` is `units` rounded up to kLanes; dst has that many rows.
 template <typename Element, typename Unit>
 inline void pack_columns(Unit* dst, int64_t lanes, const Element* src, int64_t row_stride,
                          int64_t col_stride, int64_t rows, int64_t cols, int64_t padded,
@@ -180,12 +180,12 @@ struct Packer {
   using Float = Accumulator<Unit>;
   void (*rows)(Unit* dst, int64_t padded, ConstView4 view, int64_t b, int64_t h, int64_t rows,
                int64_t cols, int64_t rows_padded);
-  void (*depth_rows)(Unit* dst, int64_t padded, ConstView4 view, int64_t b, int64_t h,
-                     int64_t rows, int64_t cols);
+  void (*depth_rows)(Unit* dst, int64_t padded, ConstView4 view, int64_t b, int64_t h, int64_t rows,
+                     int64_t cols);
   void (*columns)(Unit* dst, int64_t lanes, ConstView4 view, int64_t b, int64_t h, int64_t first,
                   int64_t rows, int64_t cols, int64_t padded, Unit* stage);
-  void (*store)(View4 view, int64_t b, int64_t h, int64_t first, const Float* stage,
-                int64_t padded, int64_t rows, int64_t cols);
+  void (*store)(View4 view, int64_t b, int64_t h, int64_t first, const Float* stage, int64_t padded,
+                int64_t rows, int64_t cols);
 };
 
 template <typename Element>
@@ -196,28 +196,27 @@ PMF_INLINE const Element* head_of(const ConstView4& v, int64_t b, int64_t h) {
 template <typename Element, typename Unit>
 constexpr Packer<Unit> make_packer() {
   using Float = Accumulator<Unit>;
-  return Packer<Unit>{
-      [](Unit* dst, int64_t padded, ConstView4 v, int64_t b, int64_t h, int64_t rows, int64_t cols,
-         int64_t rows_padded) {
-        pack_rows(dst, padded, head_of<Element>(v, b, h), v.stride[2], v.stride[3], rows, cols,
-                  rows_padded);
-      },
-      [](Unit* dst, int64_t padded, ConstView4 v, int64_t b, int64_t h, int64_t rows,
-         int64_t cols) {
-        pack_depth_rows(dst, padded, head_of<Element>(v, b, h), v.stride[2], v.stride[3], rows,
-                        cols);
-      },
-      [](Unit* dst, int64_t lanes, ConstView4 v, int64_t b, int64_t h, int64_t first, int64_t rows,
-         int64_t cols, int64_t padded, Unit* stage) {
-        pack_columns(dst, lanes, head_of<Element>(v, b, h) + first * v.stride[2], v.stride[2],
-                     v.stride[3], rows, cols, padded, stage);
-      },
-      [](View4 v, int64_t b, int64_t h, int64_t first, const Float* stage, int64_t padded,
-         int64_t rows, int64_t cols) {
-        Element* dst = static_cast<Element*>(v.data) + b * v.stride[0] + h * v.stride[1] +
-                       first * v.stride[2];
-        store_rows(dst, v.stride[2], v.stride[3], stage, padded, rows, cols);
-      }};
+  return Packer<Unit>{[](Unit* dst, int64_t padded, ConstView4 v, int64_t b, int64_t h,
+                         int64_t rows, int64_t cols, int64_t rows_padded) {
+                        pack_rows(dst, padded, head_of<Element>(v, b, h), v.stride[2], v.stride[3],
+                                  rows, cols, rows_padded);
+                      },
+                      [](Unit* dst, int64_t padded, ConstView4 v, int64_t b, int64_t h,
+                         int64_t rows, int64_t cols) {
+                        pack_depth_rows(dst, padded, head_of<Element>(v, b, h), v.stride[2],
+                                        v.stride[3], rows, cols);
+                      },
+                      [](Unit* dst, int64_t lanes, ConstView4 v, int64_t b, int64_t h,
+                         int64_t first, int64_t rows, int64_t cols, int64_t padded, Unit* stage) {
+                        pack_columns(dst, lanes, head_of<Element>(v, b, h) + first * v.stride[2],
+                                     v.stride[2], v.stride[3], rows, cols, padded, stage);
+                      },
+                      [](View4 v, int64_t b, int64_t h, int64_t first, const Float* stage,
+                         int64_t padded, int64_t rows, int64_t cols) {
+                        Element* dst = static_cast<Element*>(v.data) + b * v.stride[0] +
+                                       h * v.stride[1] + first * v.stride[2];
+                        store_rows(dst, v.stride[2], v.stride[3], stage, padded, rows, cols);
+                      }};
 }
 
 // What fp32 arithmetic needs for each dtype but fp64.

@@ -10,13 +10,13 @@
 //   O^T  = a O^T + V^T P^T       [Dv, lanes]
 //
 // so that nothing is transposed inside the loop, and row maxima, sums and pivots need no horizontal
-// operation. tO goes first because it reads O as it was. The rescaling by a and delta happens as the
-// accumulators are loaded.
+// operation. tO goes first because it reads O as it was. The rescaling by a and delta happens as
+// the accumulators are loaded.
 //
-// FLOPs: 2 Nq Nk D for each of six products (two without tangents; a product with an absent tangent is
-// not made). Bytes: per tile and panel K, tK, V, tV once from L2 (16 kTileKeys D in fp32, 2 B a cycle
-// at most); S, tS, P, H, Q, tQ, O, tO live in L1 and L2 (100 KB at D = 64). Bound: the FMA units, two
-// vectors a cycle: 64 FLOP a cycle and core in fp32, 128 in bf16.
+// FLOPs: 2 Nq Nk D for each of six products (two without tangents; a product with an absent tangent
+// is not made). Bytes: per tile and panel K, tK, V, tV once from L2 (16 kTileKeys D in fp32, 2 B a
+// cycle at most); S, tS, P, H, Q, tQ, O, tO live in L1 and L2 (100 KB at D = 64). Bound: the FMA
+// units, two vectors a cycle: 64 FLOP a cycle and core in fp32, 128 in bf16.
 #pragma once
 
 #include "attention_softmax.h"
@@ -131,8 +131,9 @@ inline void attention_tiles(const AttentionParams& params, const AttentionBuffer
     const Unit* kt = w.kt == nullptr ? nullptr : w.kt + key * shape.depth;
     score_tile<kN, 1>(w.s, keys, {score_product<kN>(k, w.q, shape.depth)});
     if (w.qt != nullptr && w.kt != nullptr) {
-      score_tile<kN, 2>(w.ts, keys, {score_product<kN>(k, w.qt, shape.depth),
-                                     score_product<kN>(kt, w.q, shape.depth)});
+      score_tile<kN, 2>(
+          w.ts, keys,
+          {score_product<kN>(k, w.qt, shape.depth), score_product<kN>(kt, w.q, shape.depth)});
     } else if (w.qt != nullptr) {
       score_tile<kN, 1>(w.ts, keys, {score_product<kN>(k, w.qt, shape.depth)});
     } else if (w.kt != nullptr) {
@@ -170,22 +171,22 @@ inline void attention_tiles(const AttentionParams& params, const AttentionBuffer
   }
 }
 
-// Normalises o and ot (or null) in place and writes the rows' statistics:
-//   out = O / l,  out_t = tO / l - (r / l) out,  lse = ln 2 (m + log2 l),  row_t = r / l + p
+// Normalises o and ot (or null) in place and writes the rows' logarithms:
+//   out = O / l,  out_t = tO / l - (r / l) out,  lse = ln 2 (m + log2 l)
+// (r is what is left of it after the pivot; the pivot itself has gone into H.)
 // A row with l = 0 attended nothing: all of it is zero, lse is -inf.
 template <int kN, typename Float>
 inline void finish_panel(const RowState<kN, Float>& state, Float* o, Float* ot, int64_t rows,
-                         Float* lse, Float* row_t, int64_t queries) {
+                         Float* lse, int64_t queries) {
   constexpr int kStep = kLanes<Float>;
   constexpr int kLanesW = kN * kStep;
-  Float sum[kLanesW], top[kLanesW], mean_t[kLanesW];
+  Float sum[kLanesW], top[kLanesW];
   Vec<Float> inverse[kN], residual[kN];
   PMF_UNROLL for (int j = 0; j < kN; ++j) {
     inverse[j] = state.sum[j] == Float(0) ? Vec<Float>{} : Float(1) / state.sum[j];
     residual[j] = state.tangent[j] * inverse[j];
     store(sum + j * kStep, state.sum[j]);
     store(top + j * kStep, state.max[j]);
-    store(mean_t + j * kStep, residual[j] + state.pivot[j]);
   }
   for (int64_t i = 0; i < rows; ++i) {
     PMF_UNROLL for (int j = 0; j < kN; ++j) {
@@ -199,7 +200,6 @@ inline void finish_panel(const RowState<kN, Float>& state, Float* o, Float* ot, 
     const Float log_sum = sizeof(Float) == 4 ? static_cast<Float>(__builtin_log2f(sum[i]))
                                              : static_cast<Float>(__builtin_log2(sum[i]));
     lse[i] = sum[i] == Float(0) ? -kInfinity<Float> : static_cast<Float>(kLn2) * (top[i] + log_sum);
-    if (row_t != nullptr) row_t[i] = mean_t[i];
   }
 }
 

@@ -2,17 +2,17 @@
 //
 // Per query (lane), before a tile: m = running maximum of the scores (log-2 units), p = pivot,
 //   l = sum P,   r = sum P (tS - p),   P = 2^(s - m).
-// The tangent of attention does not change when a constant is subtracted from a row of tS. p follows
-// the row's mean tangent, so that H = P o (tS - p) and r stay small and what cancels in
-// (H V) - r O cancels before it is rounded:
+// The tangent of attention does not change when a constant is subtracted from a row of tS. p
+// follows the row's mean tangent, so that H = P o (tS - p) and r stay small and what cancels in (H
+// V) - r O cancels before it is rounded:
 //   rescale  a = 2^(m_old - m_new):  l *= a, r *= a                     (the caller rescales O, tO)
 //   delta  = (r + sum P (tS - p)) / (l + sum P)       unrounded P, this tile included
 //   p += delta,  r -= delta l                                           (the caller: tO -= delta O)
 //   l += sum round(P),  r += sum round(P o (tS - p))  the very numbers the products use
 // All sums run along keys, down the tile: every operation is one lane with itself.
 //
-// Cost per vector of scores: 2^x takes 9 instructions, the rest of the three sweeps about 16; beside
-// 6 D / kDepth of the products. A tile (64 keys) stays in the L1 cache throughout.
+// Cost per vector of scores: 2^x takes 9 instructions, the rest of the three sweeps about 16;
+// beside 6 D / kDepth of the products. A tile (64 keys) stays in the L1 cache throughout.
 #pragma once
 
 #include "attention_mask.h"
@@ -22,7 +22,7 @@ namespace pmf::cpu::PMF_LEVEL {
 // One panel's row statistics, kN vectors of lanes each.
 template <int kN, typename Float>
 struct RowState {
-  Vec<Float> max[kN], sum[kN];      // m, l
+  Vec<Float> max[kN], sum[kN];        // m, l
   Vec<Float> tangent[kN], pivot[kN];  // r, p
   // What the caller applies to O and tO before it adds this tile's products.
   Vec<Float> rescale[kN], delta[kN];
@@ -61,7 +61,8 @@ struct UnitWriter<bf16x2> {
 #endif
 
 // Turns scores s[key][lane] into p (units, kDepth keys deep) and, if kTangent, tangents ts into h.
-// s * factor is in log-2 units, ts * scale is tS. p may be s and h may be ts where a unit is a Float.
+// s * factor is in log-2 units, ts * scale is tS. p may be s and h may be ts where a unit is a
+// Float.
 template <int kN, bool kTangent, typename Unit, typename Float = Accumulator<Unit>>
 inline void softmax_tile(RowState<kN, Float>& state, Float* s, Float* ts, Unit* p, Unit* h,
                          int64_t keys, Float factor, Float scale) {

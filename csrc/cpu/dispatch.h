@@ -51,27 +51,27 @@ const char* level_name(Level level);
 #if PMF_CONCAT(PMF_LEVEL_INDEX_, PMF_LEVEL) != 0
 #define PMF_DISPATCH(result, name, parameters, arguments)
 #elif PMF_X86
-#define PMF_DISPATCH(result, name, parameters, arguments)                                        \
-  namespace pmf::cpu {                                                                           \
-  namespace avx2 {                                                                               \
-  result name parameters;                                                                        \
-  }                                                                                              \
-  namespace avx512 {                                                                             \
-  result name parameters;                                                                        \
-  }                                                                                              \
-  namespace avx512_bf16 {                                                                        \
-  result name parameters;                                                                        \
-  }                                                                                              \
-  result name parameters {                                                                       \
-    constexpr decltype(&portable::name) table[kLevels] = {&portable::name, &avx2::name,          \
-                                                          &avx512::name, &avx512_bf16::name};    \
-    return table[static_cast<int>(level())] arguments;                                           \
-  }                                                                                              \
+#define PMF_DISPATCH(result, name, parameters, arguments)                                     \
+  namespace pmf::cpu {                                                                        \
+  namespace avx2 {                                                                            \
+  result name parameters;                                                                     \
+  }                                                                                           \
+  namespace avx512 {                                                                          \
+  result name parameters;                                                                     \
+  }                                                                                           \
+  namespace avx512_bf16 {                                                                     \
+  result name parameters;                                                                     \
+  }                                                                                           \
+  result name parameters {                                                                    \
+    constexpr decltype(&portable::name) table[kLevels] = {&portable::name, &avx2::name,       \
+                                                          &avx512::name, &avx512_bf16::name}; \
+    return table[static_cast<int>(level())] arguments;                                        \
+  }                                                                                           \
   }
 #else
-#define PMF_DISPATCH(result, name, parameters, arguments)                \
-  namespace pmf::cpu {                                                   \
-  result name parameters { return portable::name arguments; }           \
+#define PMF_DISPATCH(result, name, parameters, arguments)     \
+  namespace pmf::cpu {                                        \
+  result name parameters { return portable::name arguments; } \
   }
 #endif
 

@@ -67,7 +67,8 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
-// Two bf16 that a vdpbf16ps lane multiplies and adds together; the lower half comes first in memory.
+// Two bf16 that a vdpbf16ps lane multiplies and adds together; the lower half comes first in
+// memory.
 struct bf16x2 {
   uint32_t bits;
 };
@@ -133,7 +134,8 @@ PMF_INLINE Vec<double> max(Vec<double> a, Vec<double> b) {
 #endif
 }
 
-// acc + lo(a) lo(b) + hi(a) hi(b) in every lane. Denormals count as zero, as the instruction has it.
+// acc + lo(a) lo(b) + hi(a) hi(b) in every lane. Denormals count as zero, as the instruction has
+// it.
 #if defined(__AVX512BF16__)
 PMF_INLINE Vec<float> dot2(Vec<float> acc, Vec<uint32_t> a, Vec<uint32_t> b) {
   return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
@@ -145,7 +147,7 @@ PMF_INLINE Vec<float> dot2(Vec<float> acc, Vec<uint32_t> a, Vec<uint32_t> b) {
 // 2^x for x <= 128, relative error 1e-7 (a minimax polynomial of the fraction, exact at x = 0);
 // results under 2^-126 may be 0; -inf gives 0, NaN stays NaN.
 PMF_INLINE Vec<float> exp2(Vec<float> x) {
-  constexpr float kC[] = {1.0f,           0.69314704f,    0.24022930f,  0.055485280f,
+  constexpr float kC[] = {1.0f,          0.69314704f,   0.24022930f,   0.055485280f,
                           0.0096754517f, 0.0012467845f, 0.00021612919f};
 #if defined(__AVX512F__)
   // f = x - floor(x), in one instruction; scalef multiplies by 2^floor(x), also in one.

@@ -3,8 +3,8 @@
 // One step of the inner loop broadcasts kM elements of A and loads kN vectors of B, and makes kM kN
 // fused multiply-adds into accumulators that stay in registers. With AVX-512 (32 registers, two
 // FMAs and two loads a cycle on the widest cores) 8 x 3 needs 11 loads for 24 FMAs: 12 cycles of
-// arithmetic over 5.5 of loads, and 24 independent chains hide an FMA latency of up to 12 cycles / 2.
-// With AVX2 (16 registers) 4 x 3 fills them exactly.
+// arithmetic over 5.5 of loads, and 24 independent chains hide an FMA latency of up to 12 cycles
+// / 2. With AVX2 (16 registers) 4 x 3 fills them exactly.
 //
 // A is read one element at a time, so it may have any row and depth stride. B is packed: the kN
 // vectors of one depth step lie side by side, steps `b_stride` units apart.
@@ -57,7 +57,8 @@ struct UnitTraits<bf16x2> {
 template <typename Unit>
 using Accumulator = typename UnitTraits<Unit>::Accumulator;
 
-// One product A B of a sum of products: element (i, k) of A is a[i * row_stride + k * depth_stride].
+// One product A B of a sum of products: element (i, k) of A is a[i * row_stride + k *
+// depth_stride].
 template <typename Unit>
 struct TileProduct {
   const Unit* a;
@@ -76,7 +77,8 @@ PMF_INLINE void accumulate(Vec<Accumulator<Unit>> (&c)[kM][kN], const TileProduc
   const Unit* b = p.b;
   for (int64_t k = 0; k < p.depth; ++k) {
     LaneVec bv[kN];
-    PMF_UNROLL for (int j = 0; j < kN; ++j) bv[j] = Traits::load_b(b + j * (kVecBytes / sizeof(Unit)));
+    PMF_UNROLL for (int j = 0; j < kN; ++j) bv[j] =
+        Traits::load_b(b + j * (kVecBytes / sizeof(Unit)));
     PMF_UNROLL for (int i = 0; i < kM; ++i) {
       const LaneVec av = Traits::broadcast(a + i * p.row_stride);
       PMF_UNROLL for (int j = 0; j < kN; ++j) c[i][j] = Traits::multiply_add(av, bv[j], c[i][j]);

@@ -59,12 +59,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_jvp_forward(
 
   const Tensor out_t = empty_in_order_of(torch::stable::narrow(query, 0, 0, samples), shape.queries,
                                          shape.value_width);
-  const ScalarType statistics = statistics_dtype(query);
-  const Tensor row_t =
-      torch::stable::new_empty(query, {samples, shape.heads, shape.queries}, statistics);
   params.shape.batch = samples;
   params.out_t = view4(out_t);
-  params.row_t = row_t.mutable_data_ptr();
   launch(params, query);
 
   if (samples < shape.batch) {
@@ -76,8 +72,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_jvp_forward(
     rest.value = from_sample(rest.value, samples, bytes);
     rest.mask.view = from_sample(rest.mask.view, samples, mask_element_bytes(rest.mask));
     rest.out = from_sample(rest.out, samples, bytes);
-    rest.lse = static_cast<char*>(rest.lse) +
-               samples * shape.heads * shape.queries * (statistics == ScalarType::Double ? 8 : 4);
+    rest.lse =
+        static_cast<char*>(rest.lse) + samples * shape.heads * shape.queries *
+                                           (statistics_dtype(query) == ScalarType::Double ? 8 : 4);
     launch(rest, query);
   }
   return {forward.out, out_t, forward.lse};

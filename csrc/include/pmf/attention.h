@@ -48,16 +48,16 @@ struct AttentionParams {
   ConstView4 key;    // [B, Hk, Nk, D ] dtype
   ConstView4 value;  // [B, Hk, Nk, Dv] dtype
 
-  // Tangents, each shaped as its primal; null means zero and costs nothing. Read only if out_t is set.
+  // Tangents, each shaped as its primal; null means zero and costs nothing. Read only if out_t is
+  // set.
   ConstView4 query_t, key_t, value_t;
 
   View4 out;    // [B, H, Nq, Dv] dtype; zero where a row attends nothing
   View4 out_t;  // [B, H, Nq, Dv] dtype; null: forward only
 
-  // Row statistics, contiguous [B, H, Nq], fp32 (fp64 for fp64). lse = log sum_j exp(S_ij), natural
-  // logarithm, -inf where a row attends nothing. row_t = r, 0 there; null exactly when out_t is.
+  // Contiguous [B, H, Nq], fp32 (fp64 for fp64): log sum_j exp(S_ij), natural logarithm, -inf where
+  // a row attends nothing. All that the backward needs besides its inputs (attention_backward.h).
   void* lse = nullptr;
-  void* row_t = nullptr;
 
   // attention_forward_workspace_bytes() bytes, aligned to 64; contents do not matter.
   void* workspace = nullptr;

@@ -1,4 +1,5 @@
-// What every kernel contract shares: element types, strided views, and the way a kernel gets threads.
+// What every kernel contract shares: element types, strided views, and the way a kernel gets
+// threads.
 //
 // Nothing here knows of torch, CUDA or any instruction set. A kernel receives raw pointers, strides
 // and a ParallelFor; it allocates nothing and validates nothing (csrc/ops does both).
