@@ -6,6 +6,7 @@ given, and never touches a compiled kernel. For a trustworthy answer, call it in
 
 from .attention import attention, attention_jvp
 from .gated_residual import gated_residual, gated_residual_jvp
+from .newton_schulz import newton_schulz
 from .patch_embed import patch_embed, patch_embed_jvp
 from .rms_norm import rms_norm, rms_norm_jvp
 from .rotary_qk_norm import rotary_qk_norm, rotary_qk_norm_jvp
@@ -16,6 +17,7 @@ __all__ = [
     "attention_jvp",
     "gated_residual",
     "gated_residual_jvp",
+    "newton_schulz",
     "patch_embed",
     "patch_embed_jvp",
     "rms_norm",

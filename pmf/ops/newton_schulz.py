@@ -1,0 +1,157 @@
+"""Newton-Schulz orthogonalisation of many matrices of any shapes: what Muon does to its momentum."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from pmf import _library
+from pmf.reference.newton_schulz import Coefficients, step_coefficients
+from pmf.reference.newton_schulz import newton_schulz as plain
+
+from ._autograd import register_fake
+
+__all__ = ["newton_schulz"]
+
+METHODS = ("auto", "direct", "gram")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@overload
+def newton_schulz(
+    matrices: Tensor,
+    steps: int = 5,
+    coefficients: str | Coefficients | Sequence[Coefficients] = "quintic",
+    method: str = "auto",
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor: ...
+
+
+@overload
+def newton_schulz(
+    matrices: Sequence[Tensor],
+    steps: int = 5,
+    coefficients: str | Coefficients | Sequence[Coefficients] = "quintic",
+    method: str = "auto",
+    compute_dtype: torch.dtype | None = None,
+) -> list[Tensor]: ...
+
+
+def newton_schulz(
+    matrices: Tensor | Sequence[Tensor],
+    steps: int = 5,
+    coefficients: str | Coefficients | Sequence[Coefficients] = "quintic",
+    method: str = "auto",
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor | list[Tensor]:
+    """Orthogonalise matrices approximately: make each singular value about 1, keep the singular vectors.
+
+        X = G / |G|_F;  `steps` times:  A = X X^T,  X <- a X + (b A + c A^2) X
+
+    Args:
+        matrices: [..., m, n], or a list of matrices of any shapes; float32, bfloat16, float16 or float64, any
+            strides. Never written to.
+        steps: number of iterations.
+        coefficients: "quintic" (3.4445, -4.7750, 2.0315), "taylor" (15/8, -5/4, 3/8), a triple (a, b, c),
+            or one triple a step.
+        method: "direct"; "gram", which iterates on X X^T and restarts after step 2 (fewer FLOPs for wide
+            and tall matrices); or "auto": "gram" where the long side is at least 1.5 times the short one.
+        compute_dtype: dtype of the products and of what is stored between them. By default float64 for
+            float64 matrices; otherwise float32 on the CPU and float16 on CUDA. float16 on the CPU rounds
+            each stored product to float16 and multiplies in float32.
+
+    Returns the same shapes in the dtype of each matrix. The norm is taken in float32 (float64 for float64)
+    after an exact scaling by a power of two, so the scale does not matter: f(2^k G) = f(G) bitwise. Zero
+    gives exactly zero; a matrix with NaN or infinity gives NaN, and spoils no other. On the CPU a matrix
+    gives the same bits alone, in a batch, in a list, and with any number of threads.
+
+    On the CPU the work is PyTorch's GEMM, with symmetric products half computed and matrices spread over
+    threads; elsewhere it is batched GEMMs, one batch for each shape. Where autograd or a functional transform
+    needs a derivative, the plain iteration of `pmf.reference` runs.
+
+    Raises ValueError for a wrong rank, dtype, method, number of steps or coefficients.
+
+    Source: Jordan et al., "Muon" (2024), https://kellerjordan.github.io/posts/muon/; the Gram form after
+    Dao-AILab's gram-newton-schulz.
+    """
+    factors = step_coefficients(steps, coefficients)
+    if method not in METHODS:
+        raise ValueError(
+            f"newton_schulz: method must be {', '.join(METHODS[:-1])} or {METHODS[-1]}, got {method!r}"
+        )
+    if compute_dtype is not None and compute_dtype not in DTYPES:
+        raise ValueError(
+            f"newton_schulz: compute_dtype must be one of {_names(DTYPES)}, got {_names([compute_dtype])}"
+        )
+    batches = [matrices] if isinstance(matrices, Tensor) else list(matrices)
+    for matrix in batches:
+        if matrix.dim() < 2 or (matrix.dim() > 2 and not isinstance(matrices, Tensor)):
+            raise ValueError(
+                "newton_schulz: matrices must be a tensor [..., m, n] or a list of [m, n], "
+                f"got a shape of {list(matrix.shape)}"
+            )
+        if matrix.dtype not in DTYPES:
+            raise ValueError(
+                f"newton_schulz: matrices must be one of {_names(DTYPES)}, got {_names([matrix.dtype])}"
+            )
+    if _needs_derivative(batches):
+        results = [plain(matrix, steps, factors, method, _dtype(matrix, compute_dtype)) for matrix in batches]
+    elif isinstance(matrices, Tensor) and matrices.dim() > 2:
+        done = _in_groups(list(matrices.flatten(0, -3)), factors, method, compute_dtype)
+        results = [torch.stack(done).view(matrices.shape) if done else torch.empty_like(matrices)]
+    else:
+        results = _in_groups(batches, factors, method, compute_dtype)
+    return results[0] if isinstance(matrices, Tensor) else results
+
+
+def _in_groups(
+    matrices: list[Tensor], factors: list[Coefficients], method: str, compute_dtype: torch.dtype | None
+) -> list[Tensor]:
+    """One call for all CPU matrices of a compute dtype; elsewhere one for each device, dtype and shape."""
+    groups: dict[tuple[torch.dtype, Any], list[int]] = defaultdict(list)
+    for i, matrix in enumerate(matrices):
+        alike = None if matrix.device.type == "cpu" else (matrix.device, matrix.dtype, matrix.shape)
+        groups[_dtype(matrix, compute_dtype), alike].append(i)
+    results: dict[int, Tensor] = {}
+    for (dtype, alike), members in groups.items():
+        group = [matrices[i].detach() for i in members]
+        if alike is None:
+            _library.require()
+            done = torch.ops.pmf.newton_schulz(group, list(chain.from_iterable(factors)), method, dtype)
+        else:
+            done = plain(torch.stack(group), len(factors), factors, method, dtype).unbind()
+        results.update(zip(members, done, strict=True))
+    return [results[i] for i in range(len(matrices))]
+
+
+def _dtype(matrix: Tensor, compute_dtype: torch.dtype | None) -> torch.dtype:
+    if compute_dtype is not None:
+        return compute_dtype
+    if matrix.dtype == torch.float64:
+        return torch.float64
+    return torch.float32 if matrix.device.type == "cpu" else torch.float16
+
+
+def _needs_derivative(matrices: Sequence[Tensor]) -> bool:
+    """Whether autograd or a functional transform is at work, which the raw op would drop in silence."""
+    return (torch.is_grad_enabled() and any(matrix.requires_grad for matrix in matrices)) or _in_transform()
+
+
+@torch.compiler.assume_constant_result  # looked up while tracing: what the compiled code would meet
+def _in_transform() -> bool:
+    return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _fake(matrices: list[Tensor], coefficients: list[float], method: str, dtype: torch.dtype) -> list[Tensor]:
+    return [torch.empty(matrix.shape, dtype=matrix.dtype, device=matrix.device) for matrix in matrices]
+
+
+register_fake("newton_schulz", _fake)

@@ -1,0 +1,6 @@
+"""Muon with Adam for what is no matrix, and averaged weights."""
+
+from .ema import EMA
+from .muon import Muon
+
+__all__ = ["EMA", "Muon"]

@@ -1,0 +1,124 @@
+"""Exponential moving averages of the weights, with half-lives in images."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["EMA"]
+
+RAMP_UP = 0.05
+"""A half-life is at most this share of the images seen, so that early averages forget the initial weights."""
+
+
+class EMA:
+    """Averages of a model's parameters, one for each half-life.
+
+        w <- d w + (1 - d) p,    d = 0.5^(B / min(H, 0.05 k B))
+
+    at update k = 1, 2, ..., for a batch of B images and a half-life of H images.
+
+    Args:
+        model: a module, or (name, parameter) pairs. Buffers are not averaged.
+        half_lives: in thousand images, increasing or not, all different.
+
+    `updates` counts them. `copies[i]` maps each parameter's name to its average, in float32 (float64 for
+    float64 parameters).
+
+    Raises ValueError where a half-life is not positive or given twice, or where there are no parameters.
+
+    Source: Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models" (2024).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Iterable[tuple[str, Tensor]],
+        half_lives: Sequence[float] = (500.0, 1000.0, 2000.0),
+    ) -> None:
+        named = model.named_parameters() if isinstance(model, nn.Module) else model
+        self._parameters = dict(named)
+        if not self._parameters:
+            raise ValueError("EMA: there are no parameters to average")
+        self.half_lives = tuple(float(h) for h in half_lives)
+        if len(set(self.half_lives)) != len(self.half_lives) or not all(h > 0 for h in self.half_lives):
+            raise ValueError(f"EMA: half-lives must be positive and different, got {list(half_lives)}")
+        self.updates = 0
+        self.copies = [{n: _precise(p).clone() for n, p in self._parameters.items()} for _ in self.half_lives]
+
+    def decay(self, half_life: float, batch_size: int) -> float:
+        """The d of the last update, had it been of `batch_size` images."""
+        return 0.5 ** (batch_size / min(1000 * half_life, RAMP_UP * self.updates * batch_size))
+
+    @torch.no_grad()
+    def update(self, batch_size: int) -> None:
+        """Take in the parameters as they are after a step on `batch_size` images."""
+        if batch_size <= 0:
+            raise ValueError(f"EMA: batch_size must be positive, got {batch_size}")
+        self.updates += 1
+        current = [_precise(p) for p in self._parameters.values()]
+        for half_life, averages in zip(self.half_lives, self.copies, strict=True):
+            torch._foreach_lerp_(list(averages.values()), current, 1 - self.decay(half_life, batch_size))
+
+    def weights(self, half_life: float) -> dict[str, Tensor]:
+        """The averages of one half-life by parameter name: the live tensors, not copies."""
+        if half_life not in self.half_lives:
+            raise ValueError(f"EMA: no average has half-life {half_life}; there are {list(self.half_lives)}")
+        return self.copies[self.half_lives.index(half_life)]
+
+    @contextmanager
+    def swapped_in(self, half_life: float) -> Iterator[None]:
+        """Within the block, and for sampling, the model's parameters hold the averages."""
+        averages = self.weights(half_life)
+        with torch.no_grad():
+            own = {n: p.clone() for n, p in self._parameters.items()}
+            for n, p in self._parameters.items():
+                p.copy_(averages[n])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for n, p in self._parameters.items():
+                    p.copy_(own[n])
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that an exact continuation needs, in tensors, numbers, lists and dicts."""
+        return {
+            "updates": self.updates,
+            "half_lives": list(self.half_lives),
+            "copies": [dict(c) for c in self.copies],
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`. Raises ValueError where half-lives, names or shapes differ."""
+        if tuple(state["half_lives"]) != self.half_lives:
+            raise ValueError(
+                f"EMA: the saved half-lives are {state['half_lives']}, not {list(self.half_lives)}"
+            )
+        for half_life, saved in zip(self.half_lives, state["copies"], strict=True):
+            self.load_weights(half_life, saved)
+        self.updates = int(state["updates"])
+
+    @torch.no_grad()
+    def load_weights(self, half_life: float, weights: Mapping[str, Tensor]) -> None:
+        """Overwrite the averages of one half-life. Raises ValueError where names or shapes differ."""
+        averages = self.weights(half_life)
+        for name in sorted(averages.keys() | weights.keys()):
+            if _shape(averages, name) != _shape(weights, name):
+                raise ValueError(
+                    f"EMA: the saved averages are of another model: {name} has shape "
+                    f"{_shape(weights, name)}, not {_shape(averages, name)}"
+                )
+        for name, average in averages.items():
+            average.copy_(weights[name])
+
+
+def _precise(parameter: Tensor) -> Tensor:
+    parameter = parameter.detach()
+    return parameter if parameter.dtype == torch.float64 else parameter.float()
+
+
+def _shape(averages: Mapping[str, Tensor], name: str) -> list[int] | None:
+    return list(averages[name].shape) if name in averages else None

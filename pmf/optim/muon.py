@@ -1,0 +1,326 @@
+"""Muon for matrices and Adam for the rest, in one torch optimizer."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pmf.ops.newton_schulz import METHODS, newton_schulz
+from pmf.reference.newton_schulz import Coefficients, step_coefficients
+
+from .routing import ParamsLike, check_tensors, frozen_names, route
+
+__all__ = ["Muon"]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "pmf": {
+        "momentum": 0.95,
+        "nesterov": True,
+        "bias_correction": True,
+        "scale": "spectral",
+        "weight_decay": 0.0,
+        "compute_dtype": None,
+        "betas": (0.9, 0.95),
+        "eps": 1e-8,
+        "adam_nesterov": True,
+    },
+    "torch": {
+        "momentum": 0.95,
+        "nesterov": True,
+        "bias_correction": False,
+        "scale": "spectral",
+        "weight_decay": 0.1,
+        "compute_dtype": "bfloat16",
+        "betas": (0.9, 0.95),
+        "eps": 1e-8,
+        "adam_nesterov": False,
+    },
+}
+PRESETS["moonlight"] = {**PRESETS["torch"], "scale": "match_rms"}
+
+SCALES: dict[str, Callable[[int, int], float]] = {
+    "spectral": lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
+    "match_rms": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
+    "none": lambda rows, columns: 1.0,
+}
+
+CHUNK = 1 << 26
+"""Elements orthogonalised at a time: bounds the memory of updates (256 MB each in float32), not the bits."""
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon: momentum, orthogonalised, for matrices; Adam for everything else.
+
+    For a matrix p [rows, columns] (torch's [out, in]) with gradient g, at its step k = 1, 2, ...:
+
+        m <- mu m + (1 - mu) g
+        u  = mu m / (1 - mu^(k+1)) + (1 - mu) g / (1 - mu^k)        ("pmf": bias-corrected Nesterov)
+             mu m + (1 - mu) g                                       (without bias_correction)
+             m / (1 - mu^k), or m                                    (without nesterov)
+        p <- (1 - lr wd) p - lr s newton_schulz(u)
+        s  = sqrt(max(1, rows / columns)) ("spectral"), 0.2 sqrt(max(rows, columns)) ("match_rms"), 1 ("none")
+
+    For any other p, Adam with decoupled weight decay, with Nesterov as in optax's adamw(nesterov=True):
+
+        m <- b1 m + (1 - b1) g
+        v <- b2 v + (1 - b2) g^2
+        u  = b1 m / (1 - b1^(k+1)) + (1 - b1) g / (1 - b1^k)         ("pmf")
+             m / (1 - b1^k)                                          (without adam_nesterov)
+        p <- (1 - lr wd) p - lr u / (sqrt(v / (1 - b2^k)) + eps)
+
+    Args:
+        params: a module, (name, parameter) pairs, parameters, or groups: dicts with "params", any of the
+            settings below, and "algorithm" "muon" or "adam". `pmf.optim.routing.route` says who gets what,
+            `routing()` lists it.
+        lr: learning rate of both; a one-element tensor works.
+        preset: "pmf"; "torch" (torch.optim.Muon's: bfloat16 iteration, no bias correction, weight decay 0.1,
+            and AdamW); or "moonlight" (the same with scale "match_rms"). The settings below default to it.
+        momentum, nesterov, bias_correction, scale, weight_decay: as above.
+        ns_steps, ns_coefficients, ns_method, compute_dtype: as in `pmf.ops.newton_schulz`.
+        betas, eps, adam_nesterov: Adam's.
+        adam_lr: learning rate of the Adam groups, if it is another.
+
+    State is float32 (float64 for float64 parameters). 16-bit parameters get float32 master weights, which
+    take the steps and are rounded into the parameters; a parameter changed from outside starts a new master.
+    A gradient of None skips its parameter; a zero gradient from the start moves nothing; p.grad is never
+    written to. `load_state_dict` continues bit for bit.
+
+    Raises ValueError for a setting out of range (a learning rate that is not finite, also one set later), for
+    a parameter given twice, and for a state of other parameters.
+
+    Sources: Jordan et al., "Muon" (2024); Kingma and Ba, "Adam" (2015); Liu et al., "Muon is Scalable for LLM
+    Training" (2025) for "moonlight".
+    """
+
+    def __init__(
+        self,
+        params: ParamsLike,
+        lr: float | Tensor = 1e-3,
+        *,
+        preset: str = "pmf",
+        momentum: float | None = None,
+        nesterov: bool | None = None,
+        bias_correction: bool | None = None,
+        scale: str | None = None,
+        weight_decay: float | None = None,
+        ns_steps: int = 5,
+        ns_coefficients: str | Coefficients | Sequence[Coefficients] = "quintic",
+        ns_method: str = "auto",
+        compute_dtype: torch.dtype | None = None,
+        betas: tuple[float, float] | None = None,
+        eps: float | None = None,
+        adam_nesterov: bool | None = None,
+        adam_lr: float | Tensor | None = None,
+    ) -> None:
+        if preset not in PRESETS:
+            raise ValueError(f"Muon: preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+        given = {
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "bias_correction": bias_correction,
+            "scale": scale,
+            "weight_decay": weight_decay,
+            "compute_dtype": None if compute_dtype is None else str(compute_dtype).removeprefix("torch."),
+            "betas": betas,
+            "eps": eps,
+            "adam_nesterov": adam_nesterov,
+        }
+        defaults = {
+            "lr": lr,
+            **PRESETS[preset],
+            **{key: value for key, value in given.items() if value is not None},
+            "ns_steps": ns_steps,
+            "ns_coefficients": ns_coefficients,
+            "ns_method": ns_method,
+        }
+        groups = route(params)
+        check_tensors(groups)
+        for group in groups:
+            if adam_lr is not None and group.get("algorithm") == "adam":
+                group.setdefault("lr", adam_lr)
+        _check({**defaults})
+        self._frozen = frozen_names(params)
+        super().__init__(groups, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group as the constructor takes them; without an "algorithm" it may become two."""
+        for group in route([param_group]):
+            check_tensors([group])
+            _check({**self.defaults, **group})
+            super().add_param_group(group)
+
+    def routing(self) -> dict[str, list[str]]:
+        """Names of the parameters that go by "muon", by "adam", and those of the module that are "frozen"."""
+        names: dict[str, list[str]] = {"muon": [], "adam": [], "frozen": list(self._frozen)}
+        for group in self.param_groups:
+            names[group["algorithm"]] += group["param_names"]
+        return names
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of every parameter that has a gradient; returns what `closure`, if given, returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            _check(group)  # a schedule may have set it
+        for group in self.param_groups:
+            for parameters in self._in_step(group):
+                work = [self._working(p) for p in parameters]
+                grads = [_gradient(p, w) for p, w in zip(parameters, work, strict=True)]
+                states = [self.state[p] for p in parameters]
+                k = states[0]["step"] = states[0]["step"] + 1
+                for state in states[1:]:
+                    state["step"] = k
+                (_muon if group["algorithm"] == "muon" else _adam)(group, k, work, grads, states)
+                for p, w in zip(parameters, work, strict=True):
+                    if p is not w:
+                        p.copy_(w)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from `state_dict()`. Raises ValueError where the parameters' names or shapes differ."""
+        saved_groups = state_dict["param_groups"]
+        mine = [(g["algorithm"], g["param_names"]) for g in self.param_groups]
+        saved = [(g.get("algorithm"), g.get("param_names")) for g in saved_groups]
+        if mine != saved:
+            raise ValueError("Muon: the saved state is of other parameters, or they went by other algorithms")
+        own = [p for g in self.param_groups for p in g["params"]]
+        states = {
+            p: state_dict["state"][i]
+            for p, i in zip(own, (i for g in saved_groups for i in g["params"]), strict=True)
+            if i in state_dict["state"]
+        }
+        for p, state in states.items():
+            if any(isinstance(x, Tensor) and x.shape != p.shape for x in state.values()):
+                raise ValueError("Muon: the saved state is of parameters of other shapes")
+        super().load_state_dict(state_dict)
+        # torch casts the state to the parameter's dtype; a 16-bit parameter's is float32.
+        for p, state in states.items():
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    self.state[p][key] = value.detach().to(p.device, copy=True)
+
+    def _in_step(self, group: dict[str, Any]) -> Iterator[list[Tensor]]:
+        """The parameters that have gradients, in lists that share step count, dtype and device."""
+        together: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+        for name, p in zip(group["param_names"], group["params"], strict=True):
+            if p.grad is None:
+                continue
+            if p.grad.is_sparse:
+                raise RuntimeError(f"Muon: the gradient of {name} is sparse; make it dense")
+            state = self.state[p]
+            if not state:
+                dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+                state["step"] = 0
+                state["momentum"] = torch.zeros_like(p, dtype=dtype)
+                if group["algorithm"] == "adam":
+                    state["square"] = torch.zeros_like(p, dtype=dtype)
+                if p.dtype != dtype:
+                    state["master"] = p.detach().to(dtype)
+            together[state["step"], p.dtype, p.device].append(p)
+        # A copy: the step counts change while these are consumed.
+        yield from list(together.values())
+
+    def _working(self, p: Tensor) -> Tensor:
+        """The parameter itself, or its master weights: new ones if someone else changed the parameter."""
+        master: Tensor | None = self.state[p].get("master")
+        if master is None:
+            return p
+        rounded = master.to(p.dtype)
+        if not torch.equal(rounded, p) and not (rounded.isnan() | p.isnan()).any():
+            master.copy_(p)
+        return master
+
+
+def _muon(
+    group: dict[str, Any], k: int, params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]]
+) -> None:
+    mu, lr = group["momentum"], float(group["lr"])
+    momenta = [state["momentum"] for state in states]
+    torch._foreach_lerp_(momenta, grads, 1 - mu)
+    of_momentum, of_gradient = _nesterov(mu, k, group["nesterov"], group["bias_correction"])
+    dtype = None if group["compute_dtype"] is None else getattr(torch, group["compute_dtype"])
+    for chunk in _chunks(params):
+        update = torch._foreach_mul(momenta[chunk], of_momentum)
+        if of_gradient != 0:
+            torch._foreach_add_(update, grads[chunk], alpha=of_gradient)
+        directions = newton_schulz(
+            update, group["ns_steps"], group["ns_coefficients"], group["ns_method"], dtype
+        )
+        if group["weight_decay"] != 0:
+            torch._foreach_mul_(params[chunk], 1 - lr * group["weight_decay"])
+        for p, direction in zip(params[chunk], directions, strict=True):
+            p.add_(direction, alpha=-lr * SCALES[group["scale"]](*p.shape))
+
+
+def _adam(
+    group: dict[str, Any], k: int, params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]]
+) -> None:
+    (beta1, beta2), lr = group["betas"], float(group["lr"])
+    momenta, squares = [state["momentum"] for state in states], [state["square"] for state in states]
+    torch._foreach_lerp_(momenta, grads, 1 - beta1)
+    torch._foreach_mul_(squares, beta2)
+    torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+    of_momentum, of_gradient = _nesterov(beta1, k, group["adam_nesterov"], True)
+    update = torch._foreach_mul(momenta, of_momentum)
+    if of_gradient != 0:
+        torch._foreach_add_(update, grads, alpha=of_gradient)
+    deviation = torch._foreach_div(squares, 1 - beta2**k)
+    torch._foreach_sqrt_(deviation)
+    torch._foreach_add_(deviation, group["eps"])
+    if group["weight_decay"] != 0:
+        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+    torch._foreach_addcdiv_(params, update, deviation, -lr)
+
+
+def _nesterov(beta: float, k: int, nesterov: bool, bias_correction: bool) -> tuple[float, float]:
+    """What momentum and gradient are multiplied by in the update of step k."""
+    if not nesterov:
+        return (1 / (1 - beta**k) if bias_correction else 1.0), 0.0
+    if not bias_correction:
+        return beta, 1 - beta
+    return beta / (1 - beta ** (k + 1)), (1 - beta) / (1 - beta**k)
+
+
+def _chunks(params: list[Tensor]) -> Iterator[slice]:
+    begin = elements = 0
+    for i, p in enumerate(params):
+        if elements and elements + p.numel() > CHUNK:
+            yield slice(begin, i)
+            begin, elements = i, 0
+        elements += p.numel()
+    yield slice(begin, len(params))
+
+
+def _gradient(p: Tensor, work: Tensor) -> Tensor:
+    assert p.grad is not None
+    return p.grad.detach().to(work.dtype)
+
+
+def _check(group: dict[str, Any]) -> None:
+    """Raises ValueError in one sentence for a setting out of range."""
+    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+        raise ValueError(f"Muon: a learning rate must be one number, got shape {list(group['lr'].shape)}")
+    lr = float(group["lr"])
+    if not (math.isfinite(lr) and lr >= 0):
+        raise ValueError(f"Muon: the learning rate must be finite and not negative, got {lr}")
+    for name, value in (
+        ("momentum", group["momentum"]),
+        ("betas[0]", group["betas"][0]),
+        ("betas[1]", group["betas"][1]),
+    ):
+        if not 0 <= value < 1:
+            raise ValueError(f"Muon: {name} must be at least 0 and less than 1, got {value}")
+    for name in ("weight_decay", "eps"):
+        if not (math.isfinite(group[name]) and group[name] >= 0):
+            raise ValueError(f"Muon: {name} must be finite and not negative, got {group[name]}")
+    if group["scale"] not in SCALES:
+        raise ValueError(f"Muon: scale must be one of {', '.join(SCALES)}, got {group['scale']!r}")
+    if group["ns_method"] not in METHODS:
+        raise ValueError(f"Muon: ns_method must be one of {', '.join(METHODS)}, got {group['ns_method']!r}")
+    step_coefficients(group["ns_steps"], group["ns_coefficients"])
