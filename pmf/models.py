@@ -217,10 +217,12 @@ class PixelMeanFlow(nn.Module):
     def _head(
         self, blocks: nn.ModuleList, final: FinalLayer, x: Tensor, x_t: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        for block in blocks:
+        image_tokens = self.config.side**2
+        for block in blocks[:-1]:
             x, x_t = block(x, self.cos, self.sin, x_t)
-        first = sum(self.config.condition_tokens)
-        image: tuple[Tensor, Tensor | None] = final(x[:, first:], None if x_t is None else x_t[:, first:])
+        # Nothing reads what the last block would make of the condition tokens.
+        x, x_t = blocks[-1](x, self.cos, self.sin, x_t, image_tokens)
+        image: tuple[Tensor, Tensor | None] = final(x, x_t)
         return image
 
     def _blocks(self, count: int) -> nn.ModuleList:

@@ -22,8 +22,9 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(hidden_size // num_heads)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, x_t: Tensor | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, x_t: Tensor | None = None, keep: int | None = None
     ) -> tuple[Tensor, Tensor | None]:
+        """x [B, N, D], x_t [n, N, D] or None -> [B, N, D] and its tangent; of the last `keep` tokens if given."""
         q, q_t = tangent.linear(self.q_proj, x, x_t)
         k, k_t = tangent.linear(self.k_proj, x, x_t)
         v, v_t = tangent.linear(self.v_proj, x, x_t)
@@ -38,6 +39,8 @@ class Attention(nn.Module):
             None if k_t is None else self._split(k_t),
             self.q_norm.eps,
         )
+        if keep is not None:
+            q, q_t = q[:, :, -keep:], None if q_t is None else q_t[:, :, -keep:]
         y, y_t = tangent.attention(q, k, self._split(v), q_t, k_t, None if v_t is None else self._split(v_t))
         return tangent.linear(self.out_proj, self._join(y), None if y_t is None else self._join(y_t))
 

@@ -35,11 +35,16 @@ class Block(nn.Module):
         self.mlp_scale.zero_()
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, x_t: Tensor | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, x_t: Tensor | None = None, keep: int | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """x [B, N, D]; cos, sin [P, D / H / 2] turn the last P tokens; x_t [n, N, D] or None."""
+        """x [B, N, D] -> [B, N, D]; cos, sin [P, D / H / 2] turn the last P tokens; x_t [n, N, D] or None.
+
+        keep: compute the last that many tokens only, which still attend to all; the result is [B, keep, D].
+        """
         y, y_t = self.norm1(x, x_t)
-        y, y_t = self.attn(y, cos, sin, y_t)
+        y, y_t = self.attn(y, cos, sin, y_t, keep)
+        if keep is not None:
+            x, x_t = x[:, -keep:], None if x_t is None else x_t[:, -keep:]
         x, x_t = tangent.gated_residual(x, y, self.attn_scale, x_t, y_t)
         y, y_t = self.norm2(x, x_t)
         y, y_t = self.mlp(y, y_t)
