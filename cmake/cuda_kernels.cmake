@@ -1,8 +1,9 @@
-# The CUDA kernels, if nvcc is there and PMF_CUDA allows. Sets PMF_CUDA_OBJECTS, PMF_CUDA_LIBRARIES and
-# PMF_CUDA_FACTS (one line for bug reports).
+# The CUDA kernels, if nvcc is there and PMF_CUDA allows. Sets PMF_WITH_CUDA (0 or 1), PMF_CUDA_OBJECTS,
+# PMF_CUDA_LIBRARIES and PMF_CUDA_FACTS (one line for bug reports).
 set(PMF_CUDA_OBJECTS "")
 set(PMF_CUDA_LIBRARIES "")
 set(PMF_CUDA_FACTS "")
+set(PMF_WITH_CUDA 0)
 string(TOLOWER "${PMF_CUDA}" PMF_CUDA)
 if(NOT PMF_CUDA MATCHES "^(auto|on|off)$")
   message(FATAL_ERROR "PMF_CUDA must be auto, on or off, got '${PMF_CUDA}'.")
@@ -33,7 +34,8 @@ if(PMF_NVCC AND NOT PMF_CUDA STREQUAL "off" AND PMF_CUDA_KERNELS)
   set(CMAKE_CUDA_STANDARD 17)
   add_library(pmf_cuda OBJECT ${PMF_CUDA_KERNELS})
   target_include_directories(pmf_cuda PRIVATE csrc/include csrc)
-  target_compile_options(pmf_cuda PRIVATE -Xptxas=-v -Xcompiler=-Wall)
+  target_compile_options(pmf_cuda PRIVATE -Xcompiler=-Wall)
+  set(PMF_WITH_CUDA 1)
   set(PMF_CUDA_OBJECTS $<TARGET_OBJECTS:pmf_cuda>)
   get_filename_component(PMF_CUDA_ROOT "${CMAKE_CUDA_COMPILER}" REALPATH)
   find_library(PMF_CUDART cudart_static HINTS ${CMAKE_CUDA_IMPLICIT_LINK_DIRECTORIES} REQUIRED)

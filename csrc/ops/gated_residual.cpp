@@ -14,8 +14,8 @@ constexpr const char* kOp = "gated_residual";
 int64_t check_gate(const Tensor& gate, const Tensor& branch) {
   check_kind(kOp, "gate", gate, "branch", branch);
   const int64_t dims = branch.dim();
-  bool fits = (gate.dim() == 1 || gate.dim() == dims) &&
-              gate.size(gate.dim() - 1) == branch.size(dims - 1);
+  bool fits =
+      (gate.dim() == 1 || gate.dim() == dims) && gate.size(gate.dim() - 1) == branch.size(dims - 1);
   int64_t groups = 1, shared = 1;  // `shared`: rows of branch per vector, in the dimensions so far
   for (int64_t d = 0; fits && gate.dim() == dims && d < dims - 1; ++d) {
     const int64_t own = gate.size(d), full = branch.size(d);
@@ -23,13 +23,13 @@ int64_t check_gate(const Tensor& gate, const Tensor& branch) {
     if (own == full) groups *= own;
     if (own != full) shared *= full;
   }
-  check_value(fits, kOp, ": gate must be [D], or have the leading sizes of x, then ones, then D; x is ",
+  check_value(fits, kOp,
+              ": gate must be [D], or have the leading sizes of x, then ones, then D; x is ",
               shape_of(branch), ", gate ", shape_of(gate));
   return groups;
 }
 
 int64_t check_inputs(const Tensor& branch, const Tensor& gate) {
-  require_cpu(branch, kOp);
   dtype_of(branch, kOp, "branch");
   check_value(branch.dim() >= 1, kOp, ": x and branch must be [..., D], got a scalar");
   return check_gate(gate, branch);
@@ -39,6 +39,11 @@ int64_t check_inputs(const Tensor& branch, const Tensor& gate) {
 Tensor gate_samples(const Tensor& gate, const Tensor& x, int64_t first, int64_t count) {
   const bool per_sample = gate.dim() > 1 && gate.size(0) == x.size(0) && x.size(0) > 1;
   return per_sample ? samples(gate, first, count) : gate;
+}
+
+void run(const Tensor& x, const GatedResidualParams& p) {
+  if (x.is_cuda()) return run_on_cuda(x, kOp, PMF_CUDA_KERNEL(gated_residual), p);
+  cpu::gated_residual(p, torch_parallel());
 }
 
 void launch(const Tensor& x, const Tensor& branch, const Tensor& gate, const Tensor& y) {
@@ -51,7 +56,7 @@ void launch(const Tensor& x, const Tensor& branch, const Tensor& gate, const Ten
   rows.bind(p.gate, gate);
   rows.bind(p.y, y);
   p.shape = rows.finish();
-  cpu::gated_residual(p, torch_parallel());
+  run(x, p);
 }
 
 void launch_jvp(const Tensor& x, const Tensor& branch, const Tensor& gate, const Tensor& x_t,
@@ -69,7 +74,7 @@ void launch_jvp(const Tensor& x, const Tensor& branch, const Tensor& gate, const
   rows.bind(p.y, y);
   rows.bind(p.y_t, y_t);
   p.shape = rows.finish();
-  cpu::gated_residual(p, torch_parallel());
+  run(x, p);
 }
 
 Tensor gated_residual(Tensor x, Tensor branch, Tensor gate) {
@@ -101,10 +106,11 @@ std::tuple<Tensor, Tensor> gated_residual_jvp(Tensor x, Tensor branch, Tensor ga
 }
 
 std::tuple<Tensor, Tensor> gated_residual_backward(Tensor grad, Tensor branch, Tensor gate) {
+  require_cpu(branch, "gated_residual (gradient)");
   const int64_t groups = check_inputs(branch, gate);
   check_like(kOp, "grad", grad, "branch", branch);
   Output grad_branch(branch);
-  const Tensor grad_gate = torch::stable::new_empty(gate, gate.sizes());
+  const Tensor grad_gate = gradient_of(gate, branch);
   GatedResidualBackwardParams p;
   p.dtype = dtype_of(branch, kOp, "branch");
   p.groups = groups;
@@ -117,7 +123,7 @@ std::tuple<Tensor, Tensor> gated_residual_backward(Tensor grad, Tensor branch, T
   p.shape = rows.finish();
   const Workspace workspace(branch, gated_residual_workspace_bytes(p));
   p.workspace = workspace.data();
-  cpu::gated_residual_backward(p, torch_parallel());
+  if (branch.numel() > 0) cpu::gated_residual_backward(p, torch_parallel());
   return {grad_branch.result(), grad_gate};
 }
 
@@ -125,14 +131,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_jvp_backward(OptionalT
                                                                        Tensor grad_t, Tensor branch,
                                                                        Tensor gate, Tensor branch_t,
                                                                        OptionalTensor gate_t) {
+  require_cpu(branch, "gated_residual (gradient)");
   const int64_t groups = check_inputs(branch, gate);
   check_like(kOp, "branch_t", branch_t, "branch", branch);
   check_like(kOp, "grad_t", grad_t, "branch", branch);
   if (grad) check_like(kOp, "grad", *grad, "branch", branch);
   if (gate_t) check_like(kOp, "gate_t", *gate_t, "gate", gate);
   Output grad_branch(branch), grad_branch_t(branch_t);
-  const Tensor grad_gate = torch::stable::new_empty(gate, gate.sizes());
-  const Tensor grad_gate_t = torch::stable::new_empty(gate, gate.sizes());
+  const Tensor grad_gate = gradient_of(gate, branch);
+  const Tensor grad_gate_t = gradient_of(gate, branch);
   const Tensor zeros = zeros_vector(gate, gate.size(gate.dim() - 1));
   GatedResidualBackwardParams p;
   p.dtype = dtype_of(branch, kOp, "branch");
@@ -151,7 +158,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_jvp_backward(OptionalT
   p.shape = rows.finish();
   const Workspace workspace(branch, gated_residual_workspace_bytes(p));
   p.workspace = workspace.data();
-  cpu::gated_residual_backward(p, torch_parallel());
+  if (branch.numel() > 0) cpu::gated_residual_backward(p, torch_parallel());
   return {grad_branch.result(), grad_gate, grad_branch_t.result(),
           gate_t ? grad_gate_t : no_gradient(gate)};
 }

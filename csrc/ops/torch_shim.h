@@ -16,6 +16,16 @@
 
 #include "pmf/common.h"
 
+#if PMF_WITH_CUDA
+#include <torch/csrc/stable/accelerator.h>
+
+#include "cuda/launch.h"
+
+// Only libtorch_cuda has it; weak, so that one library also loads into a PyTorch without CUDA.
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+#endif
+
 namespace pmf {
 
 using torch::headeronly::ScalarType;
@@ -100,14 +110,41 @@ inline ScalarType statistics_dtype(const Tensor& tensor) {
 // ----------------------------------------------------------------------------------------
 
 // Every op is registered for CPU and CUDA with the same function, so that both get the same checks.
-// An op without a CUDA kernel calls this first.
+// One without a CUDA kernel calls this first.
 inline void require_cpu(const Tensor& tensor, const char* op) {
   if (!tensor.is_cpu()) {
     fail(op,
-         ": the CUDA kernel is not written yet; move the tensors to the CPU with .cpu(), or use "
-         "pmf.reference.",
-         op);
+         ": the CUDA kernel is not written yet; move the tensors to the CPU, or use the plain "
+         "PyTorch version in pmf.reference");
   }
+}
+
+#if PMF_WITH_CUDA
+#define PMF_CUDA_KERNEL(name) &::pmf::cuda::name
+#else
+#define PMF_CUDA_KERNEL(name) nullptr
+#endif
+
+// Launches a kernel of cuda/launch.h on the tensor's device and PyTorch's current stream there:
+//   run_on_cuda(x, "swiglu", PMF_CUDA_KERNEL(swiglu), params);
+template <class Params>
+void run_on_cuda(const Tensor& tensor, const char* op,
+                 const char* (*launch)(const Params& params, void* stream), const Params& params) {
+#if PMF_WITH_CUDA
+  const int32_t device = tensor.get_device_index();
+  if (const char* problem = cuda::device_problem(device)) fail(op, ": ", problem);
+  if (aoti_torch_get_current_cuda_stream == nullptr) {
+    fail(op, ": this PyTorch was built without CUDA");
+  }
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  if (const char* problem = launch(params, stream)) fail(op, ": ", problem);
+#else
+  fail(op, ": this build of pmf has no CUDA kernels (", PMF_CUDA_FACTS,
+       "); install the CUDA toolkit, so that nvcc is found, and reinstall pmf with PMF_CUDA=on, or "
+       "move the tensors to the CPU");
+#endif
 }
 
 inline void check_same_device(const Tensor& first, const Tensor& second, const char* op,
