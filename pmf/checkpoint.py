@@ -44,20 +44,23 @@ class LoadedModel:
     path: Path
 
 
-def load_checkpoint(path: PathLike, ema: str | None = None) -> models.PixelMeanFlow:
+def load_checkpoint(
+    path: PathLike, ema: str | None = None, *, noise_scale: float | None = None
+) -> models.PixelMeanFlow:
     """Build the model that ``path`` holds and load its weights, ready to sample (eval mode, fp32, CPU).
 
     path: a run folder (its newest checkpoint), a checkpoint folder, a ``.safetensors`` file of this project,
     or the authors' ``.pth`` / ``.pt`` state dict, which is read with ``weights_only=True``.
     ema: for a folder, which weights: the half-life in thousand images ("500"), or "none" for the trained
     weights themselves; by default the one that the run samples from.
+    noise_scale: for the authors' files of a shape that is no preset's, because weights do not tell it.
 
     Raises UserError where the file is missing, cut off, holds more than tensors, or does not fit its model.
     """
-    return load_model(path, ema).model
+    return load_model(path, ema, noise_scale=noise_scale).model
 
 
-def load_model(path: PathLike, ema: str | None = None) -> LoadedModel:
+def load_model(path: PathLike, ema: str | None = None, *, noise_scale: float | None = None) -> LoadedModel:
     """As `load_checkpoint`, and with the class names beside the model."""
     file = _choose_file(Path(path), ema)
     if file.suffix == ".safetensors":
@@ -71,7 +74,8 @@ def load_model(path: PathLike, ema: str | None = None) -> LoadedModel:
     else:
         try:
             official = read_official(file)
-            config = models.config_from_state_dict(official)
+            unseen = {} if noise_scale is None else {"noise_scale": noise_scale}
+            config = models.config_from_state_dict(official, **unseen)
             tensors = models.from_official(official)
         except (ValueError, KeyError) as error:
             raise UserError(f"{file} does not hold a pixel MeanFlow model: {error}") from error
@@ -143,7 +147,7 @@ def read_official(path: Path) -> dict[str, torch.Tensor]:
     for name, value in content.items():
         if not isinstance(value, torch.Tensor):
             raise UserError(
-                f"{path} holds a {type(value).__name__} under {name!r}: it must hold tensors only"
+                f"{path} holds {name!r} of type {type(value).__name__}: it must hold tensors only"
             )
     return content
 

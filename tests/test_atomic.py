@@ -52,7 +52,9 @@ def test_file_is_replaced_whole_or_kept(tmp_path: Path, monkeypatch: pytest.Monk
     assert target.read_bytes() == b"new"
 
 
-def test_bytes_that_read_back_differently_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_that_read_back_differently_are_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def lose_the_end(descriptor: int) -> None:
         os.ftruncate(descriptor, 2)
 

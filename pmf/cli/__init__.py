@@ -3,10 +3,12 @@
 import sys
 from collections.abc import Sequence
 
+from pmf import _library
 from pmf.cli import bench, convert, env, sample, train
 from pmf.cli.arguments import Parser
 from pmf.errors import UserError
 
+_NEED_KERNELS = ("train", "sample")
 _INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 _DESCRIPTION = """Train Pixel MeanFlow models and draw images from them in one step.
 
@@ -27,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for module in (train, sample, convert, bench, env):
             module.add_parser(commands)
         arguments = parser.parse_args(words)
+        if arguments.command in _NEED_KERNELS and (why := _library.missing()):
+            raise UserError(why)
         return int(arguments.run(arguments))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

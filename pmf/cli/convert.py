@@ -24,6 +24,9 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("target", type=Path, help="the .safetensors file to write; it must not exist yet")
     parser.add_argument("--ema", help="which averaged weights of a run: a half-life such as 500, or none")
     parser.add_argument("--preset", choices=list(models.PRESETS), help="check that it is this model")
+    parser.add_argument(
+        "--noise-scale", type=float, help="standard deviation of the noise, for weights of no preset's shape"
+    )
     parser.set_defaults(run=run)
 
 
@@ -34,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"the target must end in .safetensors, got {target}")
     if target.exists():
         raise UserError(f"{target} exists: choose another name")
-    loaded = checkpoint.load_model(arguments.source, arguments.ema)
+    loaded = checkpoint.load_model(arguments.source, arguments.ema, noise_scale=arguments.noise_scale)
     weights = {name: parameter.detach() for name, parameter in loaded.model.named_parameters()}
     if arguments.preset is not None:
         _require_preset(loaded, arguments.preset)

@@ -8,7 +8,7 @@ from pathlib import Path
 from pmf import checkpoint
 from pmf.cli.arguments import Commands, add_settings, given_settings
 from pmf.errors import UserError
-from pmf.training import PRESETS, get_preset, new_run_folder, resume_config, train
+from pmf.training import PRESETS, Run, get_preset, new_run_folder, prepare, resume_config
 
 _INTERRUPTED = 130
 _DESCRIPTION = """Train a model, and end with a picture of samples that took one network evaluation each.
@@ -59,10 +59,16 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(json.dumps(config.to_json(), indent=2))
         return 0
-    if out is None:
+    trainer = prepare(config, resume_from=arguments.resume)
+    if out is None:  # only now, so that settings or data that cannot be used leave no folder behind
         out = new_run_folder(Path("runs"), config.preset)
-    print(f"run folder: {out}", flush=True)
-    result = train(config, out, resume=arguments.resume is not None, progress=True)
+    millions = sum(weight.numel() for weight in trainer.weights().values()) / 1e6
+    print(
+        f"{out}: {millions:.1f} M parameters, {len(trainer.dataset)} images in "
+        f"{len(trainer.dataset.class_names)} classes, {trainer.config.run.precision} on {trainer.device}",
+        flush=True,
+    )
+    result = Run(trainer, out, progress=True).run()
     saved = checkpoint.newest_checkpoint(out)
     if result.interrupted:
         print(f"stopped at step {result.step}; checkpoint: {saved}")

@@ -74,6 +74,7 @@ def _open(path: Path, size: int) -> Image.Image:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path} cannot be read as an image ({reason}): replace or remove it") from error
     if min(image.size) < size:
+        image.close()
         raise UserError(
             f"{path} is {image.width}x{image.height} pixels, smaller than the {size}x{size} asked for: "
             "remove it, or train with a smaller --image-size"

@@ -2,17 +2,19 @@
 
 from pmf.training.config import TrainConfig
 from pmf.training.folders import new_run_folder, resume_config
-from pmf.training.loop import TrainResult, train
+from pmf.training.loop import Run, TrainResult, prepare, train
 from pmf.training.presets import PRESETS, get_preset
 from pmf.training.trainer import Trainer
 
 __all__ = [
     "PRESETS",
+    "Run",
     "TrainConfig",
     "TrainResult",
     "Trainer",
     "get_preset",
     "new_run_folder",
+    "prepare",
     "resume_config",
     "train",
 ]

@@ -178,6 +178,7 @@ def _check_ranges(config: TrainConfig) -> None:
     }
     positive = {
         "lr": config.optimizer.lr,
+        "adam_lr": config.optimizer.adam_lr,
         "minutes": config.run.minutes,
         "noise_scale": config.model.noise_scale,
     }

@@ -51,15 +51,23 @@ def train(
 
     Raises UserError for settings or data that cannot be trained on, a loss not finite, or a full disk.
     """
+    trainer = prepare(config, resume_from=out if resume else None, dataset=dataset)
+    return Run(trainer, out, progress).run()
+
+
+def prepare(
+    config: TrainConfig, *, resume_from: Path | None = None, dataset: ImageDataset | None = None
+) -> Trainer:
+    """Read the data, build the model, and load the newest checkpoint of a run to resume; writes nothing."""
     if config.run.steps is None and config.run.minutes is None:
         raise UserError("the run has no end: give --steps or --minutes")
     if dataset is None:
         model = model_config(config, num_classes=1)  # image size and channels; the data set tells the classes
         dataset = load_dataset(config.data.data, model.image_size, model.channels)
     trainer = Trainer(config, dataset)
-    if resume and out is not None:
-        trainer.load(checkpoint.newest_checkpoint(out))
-    return Run(trainer, out, progress).run()
+    if resume_from is not None:
+        trainer.load(checkpoint.newest_checkpoint(resume_from))
+    return trainer
 
 
 class Run:
@@ -67,7 +75,7 @@ class Run:
 
     def __init__(self, trainer: Trainer, out: Path | None, progress: bool) -> None:
         self.trainer, self.config, self.out, self.progress = trainer, trainer.config, out, progress
-        self.log = None if out is None else RunLog(out, trainer.step)
+        self.log: RunLog | None = None
         self.first_step, self.first_second = trainer.step, trainer.seconds
         self.losses = torch.zeros(self.config.run.log_every, 3, device=trainer.device)
         self.unread = 0  # rows of losses not yet looked at
@@ -77,7 +85,9 @@ class Run:
         trainer, config = self.trainer, self.config
         try:
             with self._files(), self._progress_bar() as bar, _catch_stop_signals() as stop:
-                self._write_config()
+                if self.out is not None:
+                    write_file(self.out / "config.json", _json_bytes(config))
+                    self.log = RunLog(self.out, trainer.step)
                 started = time.monotonic() - trainer.seconds
                 while not stop.is_set() and self._spent() < 1:
                     rate = learning_rate_factor(self._spent(), config.optimizer.cooldown)
@@ -181,10 +191,6 @@ class Run:
         by_steps = trainer.step / run.steps if run.steps else 0.0
         by_time = trainer.seconds / (60 * run.minutes) if run.minutes else 0.0
         return max(by_steps, by_time)
-
-    def _write_config(self) -> None:
-        if self.out is not None:
-            write_file(self.out / "config.json", _json_bytes(self.config))
 
     @contextlib.contextmanager
     def _files(self) -> Iterator[None]:

@@ -33,9 +33,16 @@ class Trainer:
                 network = model_config(config, len(dataset.class_names))
                 self.model = models.PixelMeanFlow(network).to(self.device)
             self.objective = build_objective(config, self.model.config.noise_scale)
-            self.optimizer = optim.Muon(self.model, lr=config.optimizer.lr, preset="pmf")
+            self.optimizer = optim.Muon(
+                self.model,
+                lr=config.optimizer.lr,
+                adam_lr=config.optimizer.adam_lr,
+                preset="pmf",
+                compute_dtype=torch.bfloat16 if config.run.precision == "bf16" else None,
+            )
         except ValueError as error:
             raise UserError(str(error)) from error
+        self.full_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.ema = optim.EMA(self.model, half_lives=config.optimizer.ema_half_lives)
         self.computing = self.model
         if config.run.precision == "bf16":
@@ -52,8 +59,8 @@ class Trainer:
         terms = self.objective(self.computing, images, labels, draws)
         terms.loss.backward()
         self._gather_gradients()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.optimizer.lr * rate
+        for group, full_rate in zip(self.optimizer.param_groups, self.full_rates, strict=True):
+            group["lr"] = full_rate * rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(len(labels))
@@ -156,5 +163,7 @@ def _has_bf16_products(device: torch.device) -> bool:
     """Whether bfloat16 matrix products run on instructions of their own here, instead of being emulated."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if not hasattr(torch.cpu, "get_capabilities"):  # a torch too old to say
+        return False
     found = torch.cpu.get_capabilities()
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))

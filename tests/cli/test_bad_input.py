@@ -1,0 +1,138 @@
+"""Every wrong word gives one sentence on stderr that starts with error:, and status 2."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from pmf.cli import main
+
+from .conftest import RunPmf
+
+
+def image_folder(root: Path, name: str, *classes: str) -> Path:
+    folder = root / name
+    folder.mkdir()
+    for label in classes:
+        (folder / label).mkdir()
+        Image.new("L", (8, 8)).save(folder / label / "a.png")
+    return folder
+
+
+def truncated(root: Path) -> list[str]:
+    folder = image_folder(root, "cut", "cat", "dog")
+    Image.effect_noise((64, 64), 90).save(folder / "dog" / "b.png")
+    (folder / "dog" / "b.png").write_bytes((folder / "dog" / "b.png").read_bytes()[:900])
+    return ["train", "--data", str(folder)]
+
+
+def not_an_image(root: Path) -> list[str]:
+    folder = image_folder(root, "words", "cat", "dog")
+    (folder / "dog" / "b.png").write_text("woof")
+    return ["train", "--data", str(folder)]
+
+
+def broken_labels(root: Path) -> list[str]:
+    folder = image_folder(root, "labels", "cat", "dog")
+    (folder / "labels.csv").write_text("file,label\ncat/a.png,0\ndog/none.png,1\n")
+    return ["train", "--data", str(folder)]
+
+
+def save(path: Path, content: object) -> str:
+    torch.save(content, path)
+    return str(path)
+
+
+BAD: dict[str, tuple[Callable[[Path], list[str]], str]] = {
+    "no command": (lambda p: [], "COMMAND"),
+    "unknown command": (lambda p: ["paint"], "invalid choice: 'paint'"),
+    "unknown flag": (lambda p: ["train", "--colour", "3"], "unrecognized arguments: --colour"),
+    "abbreviated flag": (lambda p: ["train", "--batch", "3"], "unrecognized arguments: --batch"),
+    "no number": (lambda p: ["train", "--lr", "fast"], "--lr: invalid float value: 'fast'"),
+    "nan rate": (lambda p: ["train", "--lr", "nan"], "--lr must be a finite number"),
+    "infinite rate": (lambda p: ["train", "--lr", "inf"], "--lr must be a finite number"),
+    "unknown preset": (lambda p: ["train", "--preset", "pmf-z"], "invalid choice: 'pmf-z'"),
+    "unknown device": (lambda p: ["train", "--device", "abacus"], "--device 'abacus' is not a torch device"),
+    "no such folder": (lambda p: ["train", "--data", str(p / "no")], "is not a folder"),
+    "empty folder": (lambda p: ["train", "--data", str(image_folder(p, "empty"))], "empty is empty"),
+    "one class": (lambda p: ["train", "--data", str(image_folder(p, "one", "cat"))], "one class only"),
+    "small images": (
+        lambda p: ["train", "--image-size", "16", "--data", str(image_folder(p, "s", "cat", "dog"))],
+        "is 8x8 pixels, smaller than the 16x16",
+    ),
+    "truncated image": (truncated, "b.png is cut off or damaged"),
+    "not an image": (not_an_image, "b.png is not an image"),
+    "broken labels": (broken_labels, "'dog/none.png', which does not exist"),
+    "digits too large": (lambda p: ["train", "--image-size", "16"], "the digits are 8x8 grey images"),
+    "impossible network": (lambda p: ["train", "--num-heads", "7"], "num_heads"),
+    "resume nothing": (lambda p: ["train", "--resume", str(p / "no")], "there is no run folder"),
+    "resume elsewhere": (
+        lambda p: ["train", "--resume", str(p), "--out", "x"],
+        "leave out --preset and --out",
+    ),
+    "no checkpoint": (lambda p: ["sample", str(p / "no.pth")], "there is no checkpoint"),
+    "bad seeds": (lambda p: ["sample", "x", "--seeds", "9-0"], "--seeds must be numbers"),
+    "no steps": (lambda p: ["sample", "x", "--steps", "0"], "--steps and --batch-size must be 1 or more"),
+    "code in checkpoint": (lambda p: ["sample", save(p / "a.pth", {"f": print})], "more than tensors"),
+    "foreign weights": (lambda p: ["sample", save(p / "b.pth", {"fc": torch.ones(1)})], "fc"),
+    "convert suffix": (lambda p: ["convert", "x", "y.pth"], "must end in .safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gives_one_sentence_and_status_2(
+    tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words, sentence = BAD[case][0](tmp_path), BAD[case][1]
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    last = captured.err.splitlines()[-1]
+    assert last.startswith("error: ") and sentence in last, captured.err
+    assert captured.err.count("error:") == 1 and "Traceback" not in captured.err
+    assert captured.out.count("\n") <= 1  # at most the line with the run's folder
+
+
+def test_the_status_and_the_sentence_reach_the_shell(run_pmf: RunPmf, tmp_path: Path) -> None:
+    done = run_pmf("train", "--data", str(tmp_path / "no"))
+    assert done.returncode == 2 and done.stdout == ""
+    assert (
+        done.stderr
+        == f"error: --data {tmp_path / 'no'} is not a folder: give 'digits' or a folder of images\n"
+    )
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_loss_that_diverges_names_its_step(run_pmf: RunPmf, tmp_path: Path, tiny_flags: list[str]) -> None:
+    done = run_pmf(
+        "train", *tiny_flags, "--lr", "1e30", "--steps", "30", "--checkpoint-every", "1", "--out", "run"
+    )
+    assert done.returncode == 2
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("error: the ") and "at step" in error and "--lr" in error, done.stderr
+    folders = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert folders and all(name.startswith("step-") for name in folders)
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "convert", "bench", "env"])
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: pmf {command}")
+
+
+def test_dry_run_prints_the_settings_and_trains_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--preset", "pmf-b/16", "--data", "photos", "--dry-run", "--lr", "0.002"]) == 0
+    assert '"lr": 0.002' in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_env_reports_versions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env"]) == 0
+    assert torch.__version__ in capsys.readouterr().out

@@ -1,0 +1,120 @@
+"""The road of a user: train, be interrupted, go on, sample, convert."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pmf import checkpoint
+from pmf.cli import main
+
+from .conftest import RunPmf, environment
+
+
+@pytest.fixture
+def trained(tmp_path: Path, run_pmf: RunPmf, tiny_flags: list[str]) -> Path:
+    done = run_pmf("train", "--steps", "3", *tiny_flags)
+    assert done.returncode == 0, done.stderr
+    return tmp_path / "runs" / "00000-digits"
+
+
+def test_train_sample_convert(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Image.open(trained / "samples.png") as picture:
+        assert picture.width == picture.height >= 400  # ten classes by ten samples of 8x8, enlarged
+    monkeypatch.chdir(tmp_path)
+    assert main(["sample", str(trained), "--classes", "7", "3", "--seeds", "0-2,9", "--out", "drawn"]) == 0
+    names = {path.name for path in (tmp_path / "drawn").iterdir()}
+    assert names == {f"class000{c}_seed000{s}.png" for c in (3, 7) for s in (0, 1, 2, 9)} | {"grid.png"}
+
+    assert main(["convert", str(trained), "one.safetensors", "--ema", "none"]) == 0
+    assert re.search(
+        r"one\.safetensors: 0\.0 M parameters from .*weights\.safetensors", capsys.readouterr().out
+    )
+    again = ["sample", "one.safetensors", "--classes", "3", "--seeds", "9", "--steps", "2", "--omega", "1.5"]
+    assert main([*again, "--interval", "0.2", "0.8", "--out", "again"]) == 0
+    assert (tmp_path / "again" / "class0003_seed0009.png").is_file()
+
+
+def test_a_seed_gives_the_same_picture_whatever_else_is_drawn(trained: Path, tmp_path: Path) -> None:
+    main(["sample", str(trained), "--seeds", "0-4", "--batch-size", "7", "--out", str(tmp_path / "many")])
+    main(["sample", str(trained), "--seeds", "4", "--classes", "6", "--out", str(tmp_path / "one")])
+    pictures = []
+    for folder in ("many", "one"):
+        with Image.open(tmp_path / folder / "class0006_seed0004.png") as image:
+            pictures.append(np.asarray(image).astype(int))
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1  # products of other batch sizes round differently
+
+
+def test_ctrl_c_saves_and_resume_goes_on(tmp_path: Path, tiny_flags: list[str], run_pmf: RunPmf) -> None:
+    flags = [*tiny_flags, "--steps", "1000000", "--log-every", "1", "--out", "run"]
+    command = [sys.executable, "-m", "pmf", "train", *flags]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    log = tmp_path / "run" / "log.jsonl"
+    deadline = time.monotonic() + 60
+    while not (log.is_file() and log.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    (step,) = re.findall(r"stopped at step (\d+); checkpoint: run/checkpoints/step-\d+", out)
+    assert "Traceback" not in err
+    assert checkpoint.newest_checkpoint(tmp_path / "run").name == f"step-{int(step):08d}"
+    done = run_pmf("train", "--resume", "run", "--steps", str(int(step) + 2))
+    assert done.returncode == 0, done.stderr
+    assert f"trained {int(step) + 2} steps" in done.stdout
+
+
+KILL_WHILE_SAVING = """
+import os, signal
+calls, honest = 0, os.fsync
+def fsync(descriptor):
+    global calls
+    calls += 1
+    if calls > {survived}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    honest(descriptor)
+os.fsync = fsync
+"""
+
+
+@pytest.mark.parametrize(
+    "survived", [14, 18]
+)  # in the first file of the second checkpoint, and before its rename
+def test_a_kill_in_the_middle_of_saving_loses_nothing_saved(
+    tmp_path: Path, tiny_flags: list[str], run_pmf: RunPmf, survived: int
+) -> None:
+    flags = [*tiny_flags, "--steps", "4", "--checkpoint-every", "2", "--out", "run"]
+    killed = run_pmf("train", *flags, before=KILL_WHILE_SAVING.format(survived=survived))
+    assert killed.returncode == -signal.SIGKILL
+    folders = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert folders == [".step-00000004.partial", "step-00000002"]
+    assert checkpoint.load_checkpoint(tmp_path / "run").position.isfinite().all()
+    done = run_pmf("train", "--resume", "run")
+    assert done.returncode == 0, done.stderr
+    assert checkpoint.newest_checkpoint(tmp_path / "run").name == "step-00000004"
+    assert not (tmp_path / "run" / "checkpoints" / ".step-00000004.partial").exists()
+
+
+def test_a_full_disk_is_named_and_loses_nothing_saved(trained: Path, run_pmf: RunPmf) -> None:
+    size = (checkpoint.newest_checkpoint(trained) / "weights.safetensors").stat().st_size
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2}))"
+    full = run_pmf("train", "--resume", str(trained), "--steps", "5", before=limit)
+    assert full.returncode == 2
+    error = full.stderr.splitlines()[-1]
+    assert re.match(
+        r"error: cannot save the checkpoint of step 5 to .*: File too large; the last good", error
+    ), error
+    assert "step-00000003" in error and f"--resume {trained}" in error
+    assert [path.name for path in (trained / "checkpoints").iterdir()] == ["step-00000003"]
+    done = run_pmf("train", "--resume", str(trained), "--steps", "5")
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,180 @@
+"""Weights on disk: what is read back, and every file that must be refused."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pmf import checkpoint, flow, models
+from pmf.errors import UserError
+
+GOLDEN = Path(__file__).parent / "golden" / "objective.npz"
+
+
+def tiny_model(**settings: object) -> models.PixelMeanFlow:
+    shape = {"hidden_size": 16, "depth": 2, "head_depth": 1, "num_heads": 2, "bottleneck": 4} | settings
+    return models.create_model("digits", **shape)
+
+
+def write_weights(path: Path, model: models.PixelMeanFlow) -> None:
+    weights = dict(model.named_parameters())
+    path.write_bytes(checkpoint.weights_bytes(weights, model.config, list("abcdefghij")))
+
+
+@pytest.fixture
+def weights_file(tmp_path: Path) -> Path:
+    write_weights(tmp_path / "weights.safetensors", tiny_model())
+    return tmp_path / "weights.safetensors"
+
+
+@pytest.fixture(scope="module")
+def official() -> dict[str, torch.Tensor]:
+    with np.load(GOLDEN) as arrays:
+        return {
+            name.removeprefix("param/"): torch.from_numpy(arrays[name])
+            for name in arrays.files
+            if name.startswith("param/")
+        }
+
+
+def test_own_file_builds_the_same_model(tmp_path: Path) -> None:
+    model = tiny_model(noise_scale=1.5, sample_omega=3.0, sample_interval=(0.2, 0.6))
+    with torch.no_grad():
+        model.u_final.linear.weight.normal_()
+    write_weights(tmp_path / "weights.safetensors", model)
+    loaded = checkpoint.load_model(tmp_path / "weights.safetensors")
+    assert loaded.model.config == model.config and loaded.class_names == list("abcdefghij")
+    samples = [
+        flow.sample(m, [0, 3], generator=torch.Generator().manual_seed(0)) for m in (model, loaded.model)
+    ]
+    assert torch.equal(*samples)
+
+
+@pytest.mark.parametrize("prefix", ["", "net."])
+def test_authors_state_dict_loads_without_naming_its_shape(
+    tmp_path: Path, official: dict[str, torch.Tensor], prefix: str
+) -> None:
+    torch.save({prefix + name: tensor for name, tensor in official.items()}, tmp_path / "theirs.pth")
+    model = checkpoint.load_checkpoint(tmp_path / "theirs.pth", noise_scale=1.0)
+    assert (model.config.hidden_size, model.config.depth, model.config.num_classes) == (64, 4, 10)
+    assert torch.equal(model.position, official["pos_embed"])
+    assert not model.training
+
+
+def test_authors_file_of_no_preset_asks_for_its_noise(
+    tmp_path: Path, official: dict[str, torch.Tensor]
+) -> None:
+    torch.save(official, tmp_path / "theirs.pth")
+    with pytest.raises(UserError, match="noise_scale"):
+        checkpoint.load_checkpoint(tmp_path / "theirs.pth")
+
+
+@pytest.mark.parametrize("kept", [0, 7, 100, -100])
+def test_truncated_own_file_is_named(weights_file: Path, kept: int) -> None:
+    weights_file.write_bytes(weights_file.read_bytes()[:kept])
+    with pytest.raises(UserError, match=r"weights\.safetensors is cut off"):
+        checkpoint.load_checkpoint(weights_file)
+
+
+@pytest.mark.parametrize("kept", [0, 10, 5000, -100])
+def test_truncated_authors_file_is_named(
+    tmp_path: Path, official: dict[str, torch.Tensor], kept: int
+) -> None:
+    path = tmp_path / "theirs.pth"
+    torch.save(official, path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(UserError, match=r"theirs\.pth is cut off"):
+        checkpoint.load_checkpoint(path)
+
+
+class Payload:
+    """Unpickling this would run code."""
+
+    executed = False
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return _run_payload, ("run",)
+
+
+def _run_payload(word: str) -> str:
+    Payload.executed = True
+    return word
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_file_with_code_is_refused_and_never_run(tmp_path: Path, legacy: bool) -> None:
+    path = tmp_path / "evil.pt"
+    torch.save({"pos_embed": Payload()}, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(UserError, match="more than tensors"):
+        checkpoint.load_checkpoint(path)
+    assert not Payload.executed
+
+
+def test_a_plain_pickle_with_code_is_refused_and_never_run(tmp_path: Path) -> None:
+    path = tmp_path / "evil.pth"
+    path.write_bytes(pickle.dumps({"pos_embed": Payload()}))
+    with pytest.raises(UserError, match=r"evil\.pth"):
+        checkpoint.load_checkpoint(path)
+    assert not Payload.executed
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ({"pos_embed": torch.zeros(1), "epoch": 3}, "holds 'epoch' of type int"),
+        ({"state_dict": {"pos_embed": torch.zeros(1)}}, "holds 'state_dict' of type dict"),
+        ([torch.zeros(1)], "holds a list, not a state dict"),
+        (torch.zeros(3), "holds a Tensor, not a state dict"),
+        ({"fc.weight": torch.zeros(3)}, "fc.weight"),
+    ],
+)
+def test_foreign_pytorch_files_are_named(tmp_path: Path, content: object, sentence: str) -> None:
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=sentence):
+        checkpoint.load_checkpoint(tmp_path / "other.pth")
+
+
+def test_foreign_safetensors_are_named(tmp_path: Path) -> None:
+    save_file({"fc.weight": torch.zeros(3)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="not written by pixelmeanflow"):
+        checkpoint.load_checkpoint(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"hidden_size": 32}, "of another model.*shape"),
+        ({"depth": 3}, "of another model: it lacks 'shared_blocks.1"),
+        ({"v_head": False}, "of another model: it holds 'v_"),
+    ],
+)
+def test_weights_of_another_shape_are_named(
+    weights_file: Path, settings: dict[str, object], sentence: str
+) -> None:
+    tensors, _ = checkpoint.read_tensors(weights_file)
+    with pytest.raises(UserError, match=sentence):
+        checkpoint.assign_weights(tiny_model(**settings), tensors, weights_file)
+
+
+def test_a_run_folder_gives_its_newest_checkpoint_and_the_average_asked_for(tmp_path: Path) -> None:
+    models_by_file = {}
+    for step in (9, 10):
+        folder = checkpoint.step_folder(tmp_path, step)
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text('{"sampling": {"sample_ema": 50.0}}')
+        for name in ("weights", "ema-50", "ema-0.5"):
+            models_by_file[step, name] = tiny_model()
+            write_weights(folder / f"{name}.safetensors", models_by_file[step, name])
+    (tmp_path / "checkpoints" / ".step-00000011.partial").mkdir()
+    for ema, name in {None: "ema-50", "0.5": "ema-0.5", "none": "weights"}.items():
+        loaded = checkpoint.load_checkpoint(tmp_path, ema)
+        assert torch.equal(loaded.position, models_by_file[10, name].position)
+    with pytest.raises(UserError, match=r"--ema can be none, 0\.5, 50"):
+        checkpoint.load_checkpoint(tmp_path, "7")
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        checkpoint.load_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="holds no complete checkpoint"):
+        checkpoint.load_checkpoint(tmp_path / "checkpoints")

@@ -1,0 +1,99 @@
+"""Settings: their ranges, their way through JSON, and presets."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pmf import models
+from pmf.errors import UserError
+from pmf.training import PRESETS, TrainConfig, get_preset
+from pmf.training.config import settings
+from pmf.training.folders import new_run_folder
+from pmf.training.loop import learning_rate_factor
+from pmf.training.trainer import build_objective, model_config
+
+
+def test_names_are_unique_across_groups() -> None:
+    names = [setting.name for _, setting in settings()]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_survives_json_and_builds_its_parts(name: str) -> None:
+    config = get_preset(name, seed=3, sample_interval=(0.25, 0.5))
+    assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    network = model_config(config, num_classes=1000)
+    assert network.num_classes == 1000 and network.sample_interval == (0.25, 0.5)
+    assert build_objective(config, network.noise_scale).noise_scale == network.noise_scale
+
+
+def test_paper_presets_hold_the_paper_recipe() -> None:
+    for name in models.PRESETS:
+        config = PRESETS[name]
+        if name == "digits":
+            continue
+        assert (config.data.batch_size, config.optimizer.lr) == (1024, 1e-3)
+        assert config.optimizer.ema_half_lives == (500, 1000, 2000)
+        assert config.objective.omega_beta == (2.0 if name == "pmf-l/16" else 1.0)
+        assert config.objective.uniform_fraction == (0.1 if "-h/" in name else 0.0)
+        assert config.objective.time_mean == (0.0 if name in ("pmf-l/32", "pmf-h/16", "pmf-h/32") else 0.8)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "sentence"),
+    [
+        ("lr", float("nan"), "--lr must be a finite number, got nan"),
+        ("lr", float("inf"), "--lr must be a finite number, got inf"),
+        ("lr", -1.0, "--lr must be above 0"),
+        ("adam_lr", 0.0, "--adam-lr must be above 0"),
+        ("batch_size", 0, "--batch-size must be 1 or more"),
+        ("minutes", 0.0, "--minutes must be above 0"),
+        ("cooldown", 1.5, "--cooldown must lie between 0 and 1"),
+        ("class_dropout", -0.1, "--class-dropout must lie between"),
+        ("max_omega", 0.5, "--max-omega must be 1 or more"),
+        ("ema_half_lives", (5.0, 5.0), "--ema-half-lives must be different"),
+        ("sample_ema", 7.0, "--sample-ema must be one of"),
+        ("sample_interval", (0.9, 0.1), "--sample-interval"),
+        ("precision", "fp8", "--precision"),
+        ("seed", -1, "--seed"),
+        ("learning_rate", 1.0, "there is no setting 'learning_rate'"),
+    ],
+)
+def test_settings_out_of_range_are_named(setting: str, value: object, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        get_preset("digits", **{setting: value})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ({"model": "pmf-z/9"}, "no model preset 'pmf-z/9'"),
+        ({"patch_size": 3}, "not a multiple of patch_size"),
+        ({"num_heads": 7}, "num_heads"),
+        ({"condition_tokens": (1, 1)}, "condition_tokens"),
+    ],
+)
+def test_networks_that_cannot_be_are_named(overrides: dict[str, object], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        model_config(get_preset("digits", **overrides), num_classes=10)
+
+
+def test_config_of_another_version_says_what_it_lacks() -> None:
+    content = PRESETS["digits"].to_json()
+    del content["optimizer"]["lr"]
+    with pytest.raises(UserError, match=r"lacks optimizer\.lr"):
+        TrainConfig.from_json(content)
+
+
+def test_learning_rate_falls_over_the_last_share_of_the_run() -> None:
+    factors = [learning_rate_factor(spent, 0.25) for spent in (0.0, 0.5, 0.75, 0.875, 1.0, 1.01)]
+    assert factors == [1, 1, 1, 0.5, 0, 0]
+    assert learning_rate_factor(1.0, 0.0) == 1
+
+
+def test_run_folders_are_numbered(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "00007-old").mkdir(parents=True)
+    (tmp_path / "runs" / "notes-here").mkdir()
+    assert new_run_folder(tmp_path / "runs", "pmf-b/16").name == "00008-pmf-b-16"
+    assert new_run_folder(tmp_path / "runs", "digits").name == "00009-digits"

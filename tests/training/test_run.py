@@ -1,0 +1,168 @@
+"""Whole runs: resuming bit for bit, losses that diverge, and what a run folder holds."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from pmf import checkpoint
+from pmf.data import MemoryImages
+from pmf.errors import UserError
+from pmf.training import TrainConfig, Trainer, train
+from pmf.training.folders import resume_config
+
+Tiny = Callable[..., TrainConfig]
+
+
+def saved_tensors(run: Path) -> dict[str, torch.Tensor]:
+    folder = checkpoint.newest_checkpoint(run)
+    return {
+        f"{file.name}:{name}": tensor
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, tensor in checkpoint.read_tensors(file)[0].items()
+    }
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(
+    tmp_path: Path, tiny: Tiny, precision: str
+) -> None:
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    train(tiny(steps=7, precision=precision), whole)
+    train(tiny(steps=3, precision=precision), halves)
+    train(resume_config(halves, {"steps": 7}), halves, resume=True)
+    expected, found = saved_tensors(whole), saved_tensors(halves)
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    assert (whole / "samples.png").read_bytes() == (halves / "samples.png").read_bytes()
+
+
+def test_seeds_decide_the_run(tiny: Tiny) -> None:
+    positions = [train(tiny(seed=seed)).model.position for seed in (0, 0, 1)]
+    assert torch.equal(positions[0], positions[1]) and not torch.equal(positions[0], positions[2])
+
+
+def test_training_leaves_the_global_generator_alone(tiny: Tiny) -> None:
+    before = torch.get_rng_state()
+    train(tiny(steps=1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_run_folder_holds_config_log_pictures_and_the_newest_checkpoints(
+    tmp_path: Path, tiny: Tiny
+) -> None:
+    config = tiny(steps=6, checkpoint_every=2, keep_checkpoints=2, sample_every=3, sample_omega=2.5)
+    result = train(config, tmp_path)
+    assert (result.step, result.interrupted, result.picture) == (6, False, tmp_path / "samples.png")
+    assert TrainConfig.from_json(json.loads((tmp_path / "config.json").read_text())) == config
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["images"]) for row in rows] == [(2, 16), (4, 32), (6, 48)]
+    assert all(math.isfinite(row["loss_u"]) and row["loss_v"] > 0 for row in rows)
+    assert [path.name for path in checkpoint.checkpoint_folders(tmp_path)] == [
+        "step-00000004",
+        "step-00000006",
+    ]
+    assert [path.name for path in sorted((tmp_path / "samples").iterdir())] == [
+        "00000003.png",
+        "00000006.png",
+    ]
+    assert (tmp_path / "loss.png").is_file()
+    loaded = checkpoint.load_model(tmp_path)
+    assert loaded.model.config.sample_omega == 2.5 and loaded.class_names[9] == "9"
+    assert torch.equal(loaded.model.position, result.model.position)
+
+
+def test_logged_losses_are_the_means_of_the_steps(tmp_path: Path, tiny: Tiny) -> None:
+    config = tiny(steps=4, log_every=2)
+    train(config, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    trainer = Trainer(config, MemoryImages(*_digits(), [str(digit) for digit in range(10)]))
+    losses = torch.stack([trainer.train_step() for _ in range(4)])
+    for row, pair in zip(rows, losses.reshape(2, 2, 3).mean(dim=1), strict=True):
+        assert (row["loss_u"], row["loss_v"]) == pytest.approx((pair[1].item(), pair[2].item()), rel=1e-6)
+
+
+def _digits() -> tuple[torch.Tensor, torch.Tensor]:
+    from pmf.data import load_digits
+
+    dataset = load_digits()
+    return dataset.pixels, dataset.labels
+
+
+def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_last_checkpoint(
+    tmp_path: Path, tiny: Tiny
+) -> None:
+    pixels = torch.zeros(16, 1, 8, 8)
+    pixels[5] = math.nan  # seen once in every two steps of 8 images
+    broken = MemoryImages(pixels, torch.arange(16) % 2, ["even", "odd"])
+    order = Trainer(tiny(), broken).stream.indices(0, 16)
+    bad_step = 1 if 5 in order[:8] else 2
+    sentence = f"the loss became nan at step {bad_step}"
+    with pytest.raises(UserError, match=f"{sentence}; no checkpoint had been saved; .*below --lr"):
+        train(tiny(log_every=50), tmp_path / "first", dataset=broken)
+    assert checkpoint.checkpoint_folders(tmp_path / "first") == []
+
+    good = MemoryImages(pixels.nan_to_num(), torch.arange(16) % 2, ["even", "odd"])
+    train(tiny(steps=2), tmp_path / "second", dataset=good)
+    config = resume_config(tmp_path / "second", {"steps": 50, "checkpoint_every": 1})
+    with pytest.raises(
+        UserError, match="last good checkpoint is .*step-0000000[23]; continue with .*--resume .*--lr"
+    ):
+        train(config, tmp_path / "second", resume=True, dataset=broken)
+    assert checkpoint.load_checkpoint(tmp_path / "second").position.isfinite().all()
+
+
+def test_weights_that_are_not_finite_are_never_saved(
+    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest_step = Trainer.train_step
+
+    def overflowing_step(self: Trainer, rate: float = 1.0) -> torch.Tensor:
+        losses = honest_step(self, rate)  # finite: the overflow comes with the update, after the loss
+        if self.step == 2:
+            self.model.position.data.fill_(math.inf)
+        return losses
+
+    monkeypatch.setattr(Trainer, "train_step", overflowing_step)
+    with pytest.raises(
+        UserError, match=r"weights position are no longer finite at step 2; .*step-00000001; .*--lr"
+    ):
+        train(tiny(steps=3, checkpoint_every=1), tmp_path)
+    assert [path.name for path in checkpoint.checkpoint_folders(tmp_path)] == ["step-00000001"]
+
+
+def test_a_killed_run_forgets_the_lines_after_its_checkpoint(tmp_path: Path, tiny: Tiny) -> None:
+    train(tiny(steps=4), tmp_path)
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"step": 6, "images": 48, "seconds": 1, "loss_u": 9, "loss_v": 9}\n{"step": 8, "ima')
+    train(resume_config(tmp_path, {"steps": 6}), tmp_path, resume=True)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 6] and rows[-1]["loss_u"] < 9
+
+
+def test_a_damaged_checkpoint_is_named_when_resuming(tmp_path: Path, tiny: Tiny) -> None:
+    train(tiny(steps=2), tmp_path)
+    state = checkpoint.newest_checkpoint(tmp_path) / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-10])
+    with pytest.raises(UserError, match=r"state\.safetensors is cut off"):
+        train(resume_config(tmp_path, {"steps": 4}), tmp_path, resume=True)
+
+
+def test_shape_settings_cannot_change_when_resuming(tmp_path: Path, tiny: Tiny) -> None:
+    train(tiny(steps=1), tmp_path)
+    with pytest.raises(UserError, match="--hidden-size 16, which cannot change when resuming"):
+        resume_config(tmp_path, {"hidden_size": 32})
+    assert resume_config(tmp_path, {"lr": 5e-4}).optimizer.lr == 5e-4
+
+
+def test_minutes_end_a_run(tiny: Tiny) -> None:
+    result = train(tiny(steps=None, minutes=0.01))
+    assert result.step >= 1 and 0.6 <= result.seconds < 10
+
+
+def test_a_run_without_an_end_is_refused(tiny: Tiny) -> None:
+    with pytest.raises(UserError, match="--steps or --minutes"):
+        train(tiny(steps=None))
