@@ -46,7 +46,8 @@ class BackwardKernel {
  public:
   BackwardKernel(const AttentionBackwardParams& params, Packer<Unit> packer, int64_t threads)
       : p_(params), sizes_(params.shape), packer_(packer), threads_(max64(1, threads)) {
-    tangent_ = p_.grad_t.data != nullptr;
+    // An empty tensor may have no data: without queries every gradient is zero, and written.
+    tangent_ = p_.grad_t.data != nullptr || sizes_.queries == 0;
     const int64_t heads = p_.shape.batch * p_.shape.key_heads;
     whole_ = heads / threads_ * threads_;
     remaining_ = heads - whole_;
@@ -82,7 +83,7 @@ class BackwardKernel {
   }
 
  private:
-  int64_t group() const { return p_.shape.heads / p_.shape.key_heads; }
+  int64_t group() const { return p_.shape.heads / max64(1, p_.shape.key_heads); }
   int64_t blocks() const { return ceil_div(sizes_.keys, kKeyBlock); }
 
   // Lays out one worker's memory and returns its size.
@@ -120,10 +121,11 @@ class BackwardKernel {
     arena.take(w.b, panel);
     arena.take(w.ts, panel, tangent_);
     arena.take(w.a, panel, tangent_);
-    arena.take(w.bias, round_up(kKeyBlock, kLanes<Float>) * kLanesW,
+    arena.take(w.bias, round_up(kScoreBlock, kLanes<Float>) * kLanesW,
                p_.mask.kind != MaskKind::none);
 
-    arena.take(w.weights, kKeyBlock);
+    arena.take(w.masses, round_up(kKeyBlock, Sizes::kStep) * Sizes::kStep);
+    arena.take(w.weights, round_up(kKeyBlock, Sizes::kStep));
     arena.take(w.k_mean, s.width_padded);
     arena.take(w.kt_mean, s.width_padded, kt);
 

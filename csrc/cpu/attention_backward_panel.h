@@ -3,26 +3,32 @@
 // A panel is kGroups groups of kTileN vectors of queries (96 in fp32 with AVX-512). Its scores
 // against ALL keys are kept, e, B (and tS, A) of [keys][96] each, so that D, a and r are known in
 // full precision before the first derivative is formed, without the two (six) products that
-// computing them beforehand would cost and without rounded outputs from the forward. Memory stays
+// computing them beforehand would cost and without rounded outputs from the forward. Memory is
 // linear in Nk.
 //
-//   sweep 1, per group     S^T = K Q^T,  B^T = V G^T + tV X^T,  tS^T = K tQ^T + tK Q^T,  A^T = V
-//   X^T sweep 2                attention_backward_sweeps.h sweep 3, per block of kKeyBlock keys,
-//   both groups at once
+//   sweep 1, per group and kScoreBlock keys
+//     S^T  = K Q^T               B^T = V G^T + tV X^T
+//     tS^T = K tQ^T + tK Q^T     A^T = V X^T
+//
+//   sweep 2, per group: attention_backward_sweeps.h
+//
+//   sweep 3, per kKeyBlock keys, all groups at once
 //     grad_query[96][D]     += dS K + dtS tK         grad_query_t += dtS K
 //     grad_key[block][D]    += dS^T Q + dtS^T tQ     grad_key_t   += dtS^T Q
 //     grad_value[block][Dv] += P^T G + W^T X         grad_value_t += P^T X
-//   at the end             grad_query -= rho K' + rho_t tK',  grad_query_t -= rho_t K'
+//
+//   at the end
+//     grad_query -= rho K' + rho_t tK'               grad_query_t -= rho_t K'
 //
 // rho, rho_t: row sums of the rounded c dS and c dtS, which should be zero; K', tK': the mean keys
 // of the panel, weighted by P. What rounding left in the sums would otherwise be multiplied by
 // whatever the attended keys have in common. (Plain means of the head are not enough where few keys
-// get most of the weight: 3.7e-3 in bf16 for late sinks, against 2.4e-3.)
+// get most of the weight: 3.7e-3 in bf16 for late sinks, against 2.2e-3.)
 //
 // FLOPs: 2 Nq Nk D for each of 5 products, 15 with tangents. Bytes between L2 and L1 per panel and
 // key, fp32, D = Dv = 64: e and B written and read (96 x 16), K twice and V once (768), grad_key
 // and grad_value read and written (1024): 3.3 KB beside 960 cycles of FMAs. Bound: the FMA units,
-// 64 FLOP a cycle and core in fp32, 128 in bf16.
+// 64 FLOP a cycle and core in fp32, 128 in bf16; the sweeps add about 13 (20) % in fp32 (bf16).
 #pragma once
 
 #include "attention_backward_sweeps.h"
@@ -76,9 +82,10 @@ struct BackwardBuffers {
   Unit *g_depth, *gt_depth;  // [kPanel / kDepth][value_padded]
   Float *e, *ts, *a, *b;     // [group][keys_padded][kGroupLanes]
   UnitTiles<Unit> tiles;     // kKeyBlock keys of a whole panel
-  Float* weights;            // [kKeyBlock]: sums of P over the panel's queries
+  Float* masses;             // [kKeyBlock rounded up to kLanes][kLanes]
+  Float* weights;            // [kKeyBlock rounded up to kLanes]: sums of P over the panel's queries
   Float *k_mean, *kt_mean;   // [width_padded]: keys so weighted
-  Float* bias;               // [kKeyBlock rounded up to kLanes][kGroupLanes]
+  Float* bias;               // [kScoreBlock rounded up to kLanes][kGroupLanes]
   Unit* stage;               // [kGroupLanes][the larger depth_padded]
   Float *dq, *dqt;           // [kPanel + kMaxTileRows][width_padded]
   Float *dk, *dkt;           // [keys + kMaxTileRows][width_padded], over all panels of the worker
@@ -127,17 +134,18 @@ class BackwardPanel {
     Float mass = 0;  // queries that attend anything
     for (int64_t key = 0; key < keys_; key += kKeyBlock) {
       const int64_t count = min64(kKeyBlock, keys_ - key);
-      clear(w_.weights, kKeyBlock);
+      clear(w_.masses, round_up(kKeyBlock, Sizes::kStep) * Sizes::kStep);
       for (int64_t g = 0; g < groups; ++g) {
         UnitTiles<Unit> out = w_.tiles;
         const int64_t rows_at = g * (kGroupLanes / kDepth), pairs_at = g * kGroupLanes;
         out.ds_rows += rows_at, out.p_rows += rows_at, out.ds_pairs += pairs_at;
         if (kTangent) out.dts_rows += rows_at, out.w_rows += rows_at, out.dts_pairs += pairs_at;
-        differentiate<kTangent, Unit>(rows[g], tile(g).at(key), count, scale_, out, w_.weights);
+        differentiate<kTangent, Unit>(rows[g], tile(g).at(key), count, scale_, out, w_.masses);
       }
       if (count < kKeyBlock) clear_rows_from(round_up(count, kDepth));
       query_products(key, count, place.queries);
       key_products(key, count, place.queries);
+      sum_lanes(w_.weights, w_.masses, count);
       for (int64_t i = 0; i < count; ++i) mass += w_.weights[i];
       weigh_keys(w_.k_mean, w_.k_depth, key, count);
       weigh_keys(w_.kt_mean, w_.kt_depth, key, count);
@@ -195,10 +203,10 @@ class BackwardPanel {
     const int64_t row = (place.batch * params_.shape.heads + place.head) * sizes_.queries;
     begin_rows(rows, static_cast<const Float*>(params_.lse) + row + place.query, place.queries);
     const Float factor = scale_ * static_cast<Float>(kLog2e);
-    for (int64_t key = 0; key < keys_; key += kKeyBlock) {
+    for (int64_t key = 0; key < keys_; key += kScoreBlock) {
       const BackwardTile<Float> t = tile(group).at(key);
       place.key = key;
-      place.keys = min64(kKeyBlock, keys_ - key);
+      place.keys = min64(kScoreBlock, keys_ - key);
       score_products<kTangent>(t, group, key, place.keys);
       const bool masked = params_.mask.kind != MaskKind::none ||
                           (params_.is_causal && key + place.keys > place.query + 1);

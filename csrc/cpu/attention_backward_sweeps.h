@@ -147,28 +147,20 @@ struct UnitTiles {
   int64_t row_stride, pair_stride;
 };
 
-// The sum of a vector's lanes, by halves.
-template <typename Float>
-PMF_INLINE Float sum_lanes(Vec<Float> v) {
-  PMF_UNROLL for (int half = kLanes<Float> / 2; half > 0; half /= 2) {
-    IndexVec<Float> from;
-    PMF_UNROLL for (int i = 0; i < kLanes<Float>; ++i) from[i] = i ^ half;
-    v += shuffle(v, v, from);
-  }
-  return v[0];
-}
-
-// Sweep 3, one block of keys. weights[key] += the sum of P over the group's queries. Reads keys
+// Sweep 3, one block of keys. masses[key][lane] += P, summed over the group's
+// vectors. Reads keys
 // rounded up to kDepth rows, the last of which has e = 0.
 template <bool kTangent, typename Unit, typename Float = Accumulator<Unit>>
 inline void differentiate(BackwardRows<Float>& rows, const BackwardTile<Float>& tile, int64_t keys,
-                          Float scale, const UnitTiles<Unit>& out, Float* weights) {
+                          Float scale, const UnitTiles<Unit>& out, Float* masses) {
   using Writer = TileWriter<Unit>;
   constexpr int kStep = kLanes<Float>;
   constexpr int kDepth = UnitTraits<Unit>::kDepth;
   const Vec<Float> c = splat(scale);
-  Vec<Float> rho[kTileN], rho_t[kTileN];
-  PMF_UNROLL for (int j = 0; j < kTileN; ++j) rho[j] = rows.rho[j], rho_t[j] = rows.rho_t[j];
+  Vec<Float> weight[kTileN], d[kTileN], rho[kTileN], rho_t[kTileN];
+  PMF_UNROLL for (int j = 0; j < kTileN; ++j) {
+    weight[j] = rows.mass[j], d[j] = rows.d[j], rho[j] = rows.rho[j], rho_t[j] = rows.rho_t[j];
+  }
   for (int64_t i = 0; i < keys; i += kDepth) {
     Vec<Float> mass[kDepth] = {};
     PMF_UNROLL for (int j = 0; j < kTileN; ++j) {
@@ -177,9 +169,9 @@ inline void differentiate(BackwardRows<Float>& rows, const BackwardTile<Float>& 
       Vec<Float> p[kDepth], x[kDepth];
       PMF_UNROLL for (int k = 0; k < kDepth; ++k) {
         const int64_t at = ((i + k) * kTileN + j) * kStep;
-        p[k] = load(tile.e + at) * rows.mass[j];
+        p[k] = load(tile.e + at) * weight[j];
         mass[k] += p[k];
-        x[k] = p[k] * (c * (load(tile.b + at) - rows.d[j]));
+        x[k] = p[k] * (c * (load(tile.b + at) - d[j]));
       }
       Writer::rows(out.p_rows + row, out.row_stride, p);
       rho[j] += Writer::both(out.ds_rows + row, out.row_stride, out.ds_pairs + pair, x);
@@ -194,9 +186,28 @@ inline void differentiate(BackwardRows<Float>& rows, const BackwardTile<Float>& 
         Writer::rows(out.w_rows + row, out.row_stride, x);
       }
     }
-    PMF_UNROLL for (int k = 0; k < kDepth; ++k) weights[i + k] += sum_lanes<Float>(mass[k]);
+    PMF_UNROLL for (int k = 0; k < kDepth; ++k) {
+      Float* to = masses + (i + k) * kStep;
+      store(to, load(to) + mass[k]);
+    }
   }
   PMF_UNROLL for (int j = 0; j < kTileN; ++j) rows.rho[j] = rho[j], rows.rho_t[j] = rho_t[j];
+}
+
+// Adds up the lanes of `masses`, kLanes keys at a time: weights[key] = sum of masses[key][lane].
+// The transpose turns sums along lanes into sums of vectors. Rounds keys up to kLanes.
+template <typename Float>
+inline void sum_lanes(Float* weights, const Float* masses, int64_t keys) {
+  constexpr int kStep = kLanes<Float>;
+  for (int64_t i = 0; i < keys; i += kStep) {
+    Vec<Float> rows[kStep];
+    PMF_UNROLL for (int k = 0; k < kStep; ++k) rows[k] = load(masses + (i + k) * kStep);
+    transpose<Float>(rows);
+    PMF_UNROLL for (int half = kStep / 2; half > 0; half /= 2) {
+      PMF_UNROLL for (int k = 0; k < half; ++k) rows[k] += rows[k + half];
+    }
+    store(weights + i, rows[0]);
+  }
 }
 
 }  // namespace pmf::cpu::PMF_LEVEL

@@ -51,7 +51,7 @@ inline void store_products(Accumulator<Unit>* out, int64_t rows, const ProductLi
   } else if (list.count == 1) {
     store_product<1>(out, rows, {list.items[0]});
   } else {
-    std::memset(out, 0, static_cast<size_t>(rows * kTileN * kVecBytes));
+    std::memset(out, 0, static_cast<size_t>(round_up(rows, kTileM) * kTileN * kVecBytes));
   }
 }
 
@@ -61,14 +61,20 @@ inline void store_products(Accumulator<Unit>* out, int64_t rows, const ProductLi
 // often as it multiplies.
 #if defined(__AVX512F__)
 constexpr int kWideN = 5;
-constexpr int rows_for(int vectors) { return vectors <= 3 ? 8 : vectors == 4 ? 6 : 5; }
+constexpr int rows_for(int vectors) {
+  return vectors == 1 ? 12 : vectors == 2 ? 10 : vectors <= 4 ? 6 : 5;
+}
 #else
 constexpr int kWideN = kTileN;
-constexpr int rows_for(int) { return kTileM; }
+constexpr int rows_for(int) { return 4; }
 #endif
-constexpr int kMaxTileRows = 8;  // of any register tile: padding of everything read as A or C
-// Keys that a tile of dS holds: every rows_for() divides it, so no block overlaps the next.
-constexpr int64_t kKeyBlock = 120;
+constexpr int kMaxTileRows = 12;  // of any register tile: padding of everything read as A or C
+// Keys that a tile of dS holds: every rows_for() divides it, so that no block overlaps the next,
+// and P and dS of one block and panel (46 KB in fp32) are still in the L1 cache when they are
+// multiplied.
+constexpr int64_t kKeyBlock = 60;
+// Keys per step of sweep 1, a multiple of kTileM.
+constexpr int64_t kScoreBlock = 96;
 
 // How many of the remaining vectors of a row the next tile takes.
 constexpr int next_vectors(int64_t remaining) {
