@@ -1,14 +1,15 @@
 """Builds the two libraries of CMakeLists.txt into the package; everything else is in pyproject.toml.
 
-    pip install .                         uses the torch that is installed, whatever its version from 2.11 on
-    PMF_PORTABLE=1 pip wheel --no-deps .  one wheel for every Python (without the pybind11 module)
-    PMF_CUDA=auto|on|off                  CUDA kernels if nvcc is found (default) / or fail / never
-    PMF_JOBS=N                            compile N files at once (default: what processors and memory allow)
+pip install .                         uses the torch that is installed, whatever its version from 2.11 on
+PMF_PORTABLE=1 pip wheel --no-deps .  one wheel for every Python (without the pybind11 module)
+PMF_CUDA=auto|on|off                  CUDA kernels if nvcc is found (default) / or fail / never
+PMF_JOBS=N                            compile N files at once (default: what processors and memory allow)
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,9 +25,9 @@ COMPILE_GIB = 1.5  # memory that the largest file takes to compile, with room to
 PORTABLE = os.environ.get("PMF_PORTABLE", "0") not in ("", "0")
 
 INSTALL_TORCH = (
-    "pixelmeanflow compiles against the PyTorch you already have, and this Python ({python}) has none: install PyTorch "
-    "2.11 or newer first, then run `pip install .` again (add --no-build-isolation if your installer hides "
-    "installed packages from builds, as uv and `python -m build` do)."
+    "pixelmeanflow compiles against the PyTorch you already have, and this Python ({python}) has none: "
+    "install PyTorch 2.11 or newer first, then run `pip install .` again (add --no-build-isolation if your "
+    "installer hides installed packages from builds, as uv and `python -m build` do)."
 )
 UPGRADE_TORCH = (
     "pixelmeanflow needs PyTorch 2.11 or newer and {folder} is {version}: upgrade it with "
@@ -42,8 +43,9 @@ def fail(sentence: str) -> None:
 def find_torch() -> Path:
     """The torch package of the environment that is installed into; ends the build if there is none.
 
-    pip isolates a build by PYTHONPATH and a sitecustomize found on it, so a fresh interpreter that ignores the
-    PYTHON* variables sees the real environment. torch itself is not imported: only its headers and libraries count.
+    pip isolates a build by PYTHONPATH and a sitecustomize found on it, so a fresh interpreter that ignores
+    the PYTHON* variables sees the real environment. torch itself is not imported: only its headers and
+    libraries count.
     """
     script = "import importlib.util as u; s = u.find_spec('torch'); print(s.origin if s and s.origin else '')"
     found = subprocess.run([sys.executable, "-E", "-c", script], capture_output=True, text=True, cwd=os.sep)
@@ -109,11 +111,14 @@ class CMakeBuild(build_ext):
 
     def tool(self, name: str) -> str:
         """cmake or ninja: from the build requirements, else from the system."""
-        import shutil
-
-        found = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+        found = shutil.which(
+            name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        )
         if found is None:
-            fail(f"building without isolation needs {name}: run `pip install 'cmake>=3.22' ninja 'pybind11>=2.13'`.")
+            fail(
+                f"building without isolation needs {name}: "
+                "run `pip install 'cmake>=3.22' ninja 'pybind11>=2.13'`."
+            )
         return str(found)
 
     def get_outputs(self) -> list[str]:
@@ -121,7 +126,7 @@ class CMakeBuild(build_ext):
 
 
 class EarlyCheck(dist_info):
-    """Asks for torch before pip resolves dependencies, or it would first download one to build nothing with it."""
+    """Asks for torch before pip resolves dependencies: it would download one and then fail without it."""
 
     def run(self) -> None:
         find_torch()

@@ -65,8 +65,8 @@ def cpu_level() -> str:
 def set_cpu_level(name: str) -> str:
     """Run the CPU kernels at a level ("auto": the best there is), from now on in the whole process.
 
-    The environment variable ``PMF_CPU_LEVEL`` does the same from the start. Raises ValueError for a level that
-    this processor does not have.
+    The environment variable ``PMF_CPU_LEVEL`` does the same from the start. Raises ValueError for a level
+    that this processor does not have.
     """
     require()
     return torch.ops.pmf.cpu_level(name)

@@ -1,0 +1,223 @@
+"""Does one wheel load everywhere? Builds the wheels once and tries them against other Pythons and PyTorches.
+
+    python benchmarks/wheel_matrix.py                       # the default matrix, python3.X taken from PATH
+    python benchmarks/wheel_matrix.py --case 3.12=2.12.1    # one environment
+    python benchmarks/wheel_matrix.py --python ~/py/3.10/bin/python --python ~/py/3.13/bin/python ...
+
+Both wheels are built here, with this interpreter and its PyTorch: the default one (with the pybind11 module,
+for this Python version) and the portable one (py3-none). For each case a new environment gets that PyTorch
+from the package index, then the wheel, without its dependencies; CHECK runs in it: values, tangents and
+gradients of the compiled ops against plain float64 PyTorch. The record says what was installed and what came
+out, failures included. An environment is several GB with PyTorch's CUDA builds, so each is deleted before the
+next is made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# Every supported Python and every supported PyTorch minor version, on few environments.
+DEFAULT_CASES = ("3.10=2.11.0", "3.11=2.13.0", "3.12=2.12.1", "3.13=2.14.1", "3.11=2.11.0", "3.11=2.14.1")
+
+# Runs inside each environment, on the installed wheel only. Prints one line of JSON.
+CHECK = r"""
+import json, sys
+import torch
+from pmf import _library
+
+if _library.missing():
+    print(json.dumps({"ok": False, "error": _library.missing()}))
+    sys.exit()
+
+raw = torch.ops.pmf
+torch.manual_seed(0)
+BOUND = {torch.float32: 1e-5, torch.bfloat16: 2.6e-3}  # relative Frobenius error after the store
+GRADIENT_BOUND = {torch.float32: 1e-5, torch.bfloat16: 3.2e-3}
+errors = {}
+
+
+def check(name, bound, results, expected):
+    for index, (got, want) in enumerate(zip(results, (x.detach() for x in expected))):
+        error = float((got.double() - want).norm() / want.norm())
+        errors[f"{name}[{index}]"] = {"error": error, "bound": bound, "ok": error <= bound}
+
+
+def attention(q, k, v, qt, kt, vt):
+    s = 0.2 * q @ k.mT
+    p = s.softmax(-1)
+    h = p * (0.2 * (qt @ k.mT + q @ kt.mT))
+    return p @ v, h @ v - h.sum(-1, keepdim=True) * (p @ v) + p @ vt
+
+
+for dtype in (torch.float32, torch.bfloat16):
+    tag = str(dtype).removeprefix("torch.")
+    inputs = [torch.randn(2, 3, 37, 20).to(dtype) for _ in range(6)]
+    exact = [x.double().requires_grad_() for x in inputs]
+    out, out_t = attention(*exact)
+    g, gt = torch.randn(out.shape).to(dtype), torch.randn(out.shape).to(dtype)
+
+    plain, lse = raw.attention_forward(*inputs[:3], None, False, 0.2)
+    check(f"attention_forward {tag}", BOUND[dtype], [plain], [out])
+    got, got_t, lse = raw.attention_jvp_forward(*inputs, None, False, 0.2)
+    check(f"attention_jvp_forward {tag}", BOUND[dtype], [got, got_t], [out, out_t])
+    grads = torch.autograd.grad(out, exact[:3], g.double(), retain_graph=True)
+    check(f"attention_backward {tag}", GRADIENT_BOUND[dtype],
+          raw.attention_backward(g, *inputs[:3], lse, None, False, 0.2), grads)
+    grads = torch.autograd.grad([out, out_t], exact, [g.double(), gt.double()])
+    check(f"attention_jvp_backward {tag}", GRADIENT_BOUND[dtype],
+          raw.attention_jvp_backward(g, gt, *inputs, lse, None, False, 0.2), grads)
+
+    x, b, xt, bt = (torch.randn(2, 5, 24).to(dtype) for _ in range(4))
+    w = torch.randn(24).to(dtype)
+    xd, bd, xtd, btd, wd = (t.double() for t in (x, b, xt, bt, w))
+    check(f"gated_residual_jvp {tag}", BOUND[dtype], raw.gated_residual_jvp(x, b, w, xt, bt, None),
+          [xd + wd * bd, xtd + wd * btd])
+    silu = lambda z: z * z.sigmoid()
+    check(f"swiglu {tag}", BOUND[dtype], [raw.swiglu(x, b)], [silu(xd) * bd])
+    rms = lambda z: z * (z.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * wd
+    check(f"rms_norm {tag}", BOUND[dtype], [raw.rms_norm(x, w, 1e-6)], [rms(xd)])
+
+introspection = _library.introspection()
+print(json.dumps({
+    "ok": all(entry["ok"] for entry in errors.values()),
+    "python": sys.version.split()[0],
+    "torch": torch.__version__,
+    "cpu_level": _library.cpu_level(),
+    "introspection": introspection is not None,
+    "checks": len(errors),
+    "worst": max(errors.items(), key=lambda item: item[1]["error"] / item[1]["bound"])[0],
+    "worst_error": max(entry["error"] / entry["bound"] for entry in errors.values()),
+    "failed": {name: entry for name, entry in errors.items() if not entry["ok"]},
+}))
+"""
+
+
+def run(*command: object, **options: object) -> subprocess.CompletedProcess[str]:
+    """The command, as text; its own environment, so that this checkout is never imported."""
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV", "PMF_CPU_LEVEL")
+    }
+    environment.update(options.pop("env", {}))  # type: ignore[call-overload]
+    return subprocess.run(
+        [str(part) for part in command], text=True, capture_output=True, env=environment, **options
+    )  # type: ignore[call-overload]
+
+
+def build_wheels(folder: Path) -> dict[str, Path]:
+    """The default and the portable wheel, from a copy of the committed and uncommitted sources."""
+    wheels = {}
+    for name, portable in (("default", "0"), ("portable", "1")):
+        source = folder / f"source-{name}"
+        listed = run("git", "ls-files", "-co", "--exclude-standard", "-z", cwd=ROOT).stdout
+        for entry in filter(None, listed.split("\0")):
+            if (ROOT / entry).is_file():
+                (source / entry).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / entry, source / entry)
+        out = folder / name
+        pip_wheel = (sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation")
+        done = run(*pip_wheel, "-w", out, source, env={"PMF_PORTABLE": portable})
+        if done.returncode != 0:
+            sys.exit(f"building the {name} wheel failed:\n{done.stdout}{done.stderr}")
+        wheels[name] = next(out.glob("*.whl"))
+        print(f"built {wheels[name].name}", flush=True)
+    return wheels
+
+
+def find_pythons(extra: list[str]) -> dict[str, str]:
+    """Version ("3.12") to interpreter: those given, then python3.X on PATH and pyenv's."""
+    candidates = list(extra) + [shutil.which(f"python3.{minor}") or "" for minor in range(10, 14)]
+    candidates += sorted(str(path) for path in Path.home().glob(".pyenv/versions/3.*/bin/python"))
+    found: dict[str, str] = {}
+    for candidate in filter(None, candidates):
+        version = run(candidate, "-c", "import sys; print('%d.%d' % sys.version_info[:2])")
+        if version.returncode == 0:  # a pyenv shim exists for versions that are not selected, and fails
+            found.setdefault(version.stdout.strip(), candidate)
+    return found
+
+
+def try_case(
+    python: str, torch_version: str, wheels: dict[str, Path], folder: Path
+) -> list[dict[str, object]]:
+    """One environment: install PyTorch, then each wheel that fits this Python, and check it."""
+    environment = folder / "environment"
+    shutil.rmtree(environment, ignore_errors=True)
+    records: list[dict[str, object]] = []
+    try:
+        run(python, "-m", "venv", environment)
+        interpreter = environment / "bin" / "python"
+        installed = run(interpreter, "-m", "pip", "install", "-q", f"torch=={torch_version}", "numpy")
+        if installed.returncode != 0:
+            return [{"ok": False, "error": "installing torch failed: " + installed.stderr.strip()[-500:]}]
+        for name, wheel in wheels.items():
+            done = run(interpreter, "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", wheel)
+            if done.returncode != 0:
+                if name == "default" and "is not a supported wheel" in done.stdout + done.stderr:
+                    continue  # built for another Python, as its name says
+                records.append({"wheel": name, "ok": False, "error": done.stderr.strip()[-500:]})
+                continue
+            checked = run(interpreter, "-c", CHECK, cwd=folder)
+            lines = checked.stdout.strip().splitlines()
+            result = json.loads(lines[-1]) if checked.returncode == 0 and lines else {
+                "ok": False, "error": checked.stderr.strip()[-500:]}  # fmt: skip
+            records.append({"wheel": name, **result})
+    finally:
+        shutil.rmtree(environment, ignore_errors=True)
+    return records
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Try the wheels against other Pythons and PyTorches.")
+    parser.add_argument(
+        "--case", action="append", metavar="PYTHON=TORCH", help="e.g. 3.12=2.12.1; may be repeated"
+    )
+    parser.add_argument("--python", action="append", default=[], metavar="PATH", help="an interpreter to use")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/wheel_matrix.json")
+    arguments = parser.parse_args()
+
+    pythons = find_pythons(arguments.python)
+    import torch
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        wheels = build_wheels(folder)
+        record = {
+            "command": "python benchmarks/wheel_matrix.py " + " ".join(sys.argv[1:]),
+            "date": time.strftime("%Y-%m-%d"),
+            "commit": run("git", "rev-parse", "--short", "HEAD", cwd=ROOT).stdout.strip(),
+            "machine": platform.machine(),
+            "built_with": {"python": platform.python_version(), "torch": torch.__version__},
+            "wheels": {
+                name: {"file": path.name, "bytes": path.stat().st_size} for name, path in wheels.items()
+            },
+            "cases": [],
+        }
+        for case in arguments.case or DEFAULT_CASES:
+            version, _, torch_version = case.partition("=")
+            base = {"python": version, "torch": torch_version}
+            if version not in pythons:
+                results: list[dict[str, object]] = [{"ok": False, "error": f"no python{version} was found"}]
+            else:
+                results = try_case(pythons[version], torch_version, wheels, folder)
+            for result in results:
+                record["cases"].append({**base, **result})
+                print(json.dumps(record["cases"][-1]), flush=True)
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    failed = [case for case in record["cases"] if not case["ok"]]
+    agreed = len(record["cases"]) - len(failed)
+    print(f"{agreed} of {len(record['cases'])} loaded and agreed; record in {arguments.out}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
