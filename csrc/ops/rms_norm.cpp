@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad, Tensor x, Tensor weigh
   check_inputs(x, weight);
   check_like(kOp, "grad", grad, "x", x);
   Output grad_x(x);
-  const Tensor grad_weight = torch::stable::new_empty(weight, weight.sizes());
+  const Tensor grad_weight = gradient_of(weight, x);
   const Tensor w = readable(weight);
   RmsNormBackwardParams p;
   p.dtype = dtype_of(x, kOp, "x");
@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad, Tensor x, Tensor weigh
   p.shape = rows.finish();
   const Workspace workspace(x, rms_norm_workspace_bytes(p));
   p.workspace = workspace.data();
-  cpu::rms_norm_backward(p, torch_parallel());
+  if (x.numel() > 0) cpu::rms_norm_backward(p, torch_parallel());
   return {grad_x.result(), grad_weight};
 }
 
@@ -103,8 +103,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_jvp_backward(OptionalTensor 
   check_like(kOp, "grad_t", grad_t, "x", x);
   if (grad) check_like(kOp, "grad", *grad, "x", x);
   Output grad_x(x), grad_x_t(x_t);
-  const Tensor grad_weight = torch::stable::new_empty(weight, weight.sizes());
-  const Tensor grad_weight_t = torch::stable::new_empty(weight, weight.sizes());
+  const Tensor grad_weight = gradient_of(weight, x);
+  const Tensor grad_weight_t = gradient_of(weight, x);
   const Tensor w = readable(weight), w_t = tangent_of_weight(weight, weight_t);
   RmsNormBackwardParams p;
   p.dtype = dtype_of(x, kOp, "x");
@@ -123,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_jvp_backward(OptionalTensor 
   p.shape = rows.finish();
   const Workspace workspace(x, rms_norm_workspace_bytes(p));
   p.workspace = workspace.data();
-  cpu::rms_norm_backward(p, torch_parallel());
+  if (x.numel() > 0) cpu::rms_norm_backward(p, torch_parallel());
   return {grad_x.result(), grad_weight, grad_x_t.result(),
           weight_t ? grad_weight_t : no_gradient(weight)};
 }

@@ -88,6 +88,17 @@ Tensor tangent_of_weight(const Tensor& weight, const char* name, const OptionalT
   return readable(*weight_t);
 }
 
+void launch(const RotaryQkNormParams& p) {
+  if (p.shape.batch * p.shape.tokens * p.shape.width > 0) cpu::rotary_qk_norm(p, torch_parallel());
+}
+
+void launch_backward(RotaryQkNormBackwardParams& p, const Tensor& query) {
+  if (query.numel() == 0) return;
+  const Workspace workspace(query, rotary_workspace_bytes(p));
+  p.workspace = workspace.data();
+  cpu::rotary_qk_norm_backward(p, torch_parallel());
+}
+
 std::tuple<Tensor, Tensor> rotary_qk_norm(Tensor query, Tensor key, Tensor query_weight,
                                           Tensor key_weight, Tensor cos, Tensor sin, double eps) {
   const Frame frame(query, key, query_weight, key_weight, cos, sin, eps);
@@ -98,7 +109,7 @@ std::tuple<Tensor, Tensor> rotary_qk_norm(Tensor query, Tensor key, Tensor query
   p.shape = frame.shape;
   p.sides[0] = {q.size(1), view_of(q), {}, qw.const_data_ptr(), nullptr, view_of(q_out), {}};
   p.sides[1] = {k.size(1), view_of(k), {}, kw.const_data_ptr(), nullptr, view_of(k_out), {}};
-  cpu::rotary_qk_norm(p, torch_parallel());
+  launch(p);
   return {q_out.result(), k_out.result()};
 }
 
@@ -118,7 +129,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotary_qk_norm_jvp(
   const Tensor qw_t = tangent_of_weight(query_weight, "query_weight_t", query_weight_t);
   const Tensor kw_t = tangent_of_weight(key_weight, "key_weight_t", key_weight_t);
   Output q_out(query), k_out(key), q_out_t(query_t), k_out_t(key_t);
-  const ParallelFor parallel = torch_parallel();
   RotaryQkNormParams p;
   p.shape = frame.shape;
   p.shape.batch = n;
@@ -126,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotary_qk_norm_jvp(
                 qw_t.const_data_ptr(), view_of(q_out), view_of(q_out_t)};
   p.sides[1] = {k.size(1),           view_of(k),     view_of(k_t),    kw.const_data_ptr(),
                 kw_t.const_data_ptr(), view_of(k_out), view_of(k_out_t)};
-  cpu::rotary_qk_norm(p, parallel);
+  launch(p);
   if (const int64_t rest = q.size(0) - n; rest > 0) {
     const DType dtype = p.shape.dtype;
     p.shape.batch = rest;
@@ -135,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotary_qk_norm_jvp(
                   first_samples(view_of(q_out), n, dtype), {}};
     p.sides[1] = {k.size(1), view_of(k_rest), {}, kw.const_data_ptr(), nullptr,
                   first_samples(view_of(k_out), n, dtype), {}};
-    cpu::rotary_qk_norm(p, parallel);
+    launch(p);
   }
   return {q_out.result(), k_out.result(), q_out_t.result(), k_out_t.result()};
 }
@@ -150,17 +160,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotary_qk_norm_backward(
   const Tensor gq = readable(grad_query), gk = readable(grad_key);
   const Tensor qw = readable(query_weight), kw = readable(key_weight);
   Output dq(query), dk(key);
-  const Tensor dqw = torch::stable::new_empty(query_weight, query_weight.sizes());
-  const Tensor dkw = torch::stable::new_empty(key_weight, key_weight.sizes());
+  const Tensor dqw = gradient_of(query_weight, query);
+  const Tensor dkw = gradient_of(key_weight, key);
   RotaryQkNormBackwardParams p;
   p.shape = frame.shape;
   p.sides[0] = {q.size(1), view_of(gq), {}, view_of(q), {}, qw.const_data_ptr(), nullptr,
                 view_of(dq), {}, dqw.mutable_data_ptr(), nullptr};
   p.sides[1] = {k.size(1), view_of(gk), {}, view_of(k), {}, kw.const_data_ptr(), nullptr,
                 view_of(dk), {}, dkw.mutable_data_ptr(), nullptr};
-  const Workspace workspace(query, rotary_workspace_bytes(p));
-  p.workspace = workspace.data();
-  cpu::rotary_qk_norm_backward(p, torch_parallel());
+  launch_backward(p, query);
   return {dq.result(), dk.result(), dqw, dkw};
 }
 
@@ -184,10 +192,10 @@ rotary_qk_norm_jvp_backward(OptionalTensor grad_query, OptionalTensor grad_key, 
   const Tensor qw_t = tangent_of_weight(query_weight, "query_weight_t", query_weight_t);
   const Tensor kw_t = tangent_of_weight(key_weight, "key_weight_t", key_weight_t);
   Output dq(query), dk(key), dq_t(query_t), dk_t(key_t);
-  const Tensor dqw = torch::stable::new_empty(query_weight, query_weight.sizes());
-  const Tensor dkw = torch::stable::new_empty(key_weight, key_weight.sizes());
-  const Tensor dqw_t = torch::stable::new_empty(query_weight, query_weight.sizes());
-  const Tensor dkw_t = torch::stable::new_empty(key_weight, key_weight.sizes());
+  const Tensor dqw = gradient_of(query_weight, query);
+  const Tensor dkw = gradient_of(key_weight, key);
+  const Tensor dqw_t = gradient_of(query_weight, query);
+  const Tensor dkw_t = gradient_of(key_weight, key);
   // An absent gradient reads as zero: one row of zeros, repeated.
   const Tensor zeros = zeros_vector(query, query.size(3));
   ConstView4 no_grad;
@@ -202,9 +210,7 @@ rotary_qk_norm_jvp_backward(OptionalTensor grad_query, OptionalTensor grad_key, 
   p.sides[1] = {k.size(1), grad_key ? view_of(gk) : no_grad, view_of(gk_t), view_of(k),
                 view_of(k_t), kw.const_data_ptr(), kw_t.const_data_ptr(), view_of(dk),
                 view_of(dk_t), dkw.mutable_data_ptr(), dkw_t.mutable_data_ptr()};
-  const Workspace workspace(query, rotary_workspace_bytes(p));
-  p.workspace = workspace.data();
-  cpu::rotary_qk_norm_backward(p, torch_parallel());
+  launch_backward(p, query);
   return {dq.result(),
           dk.result(),
           dqw,

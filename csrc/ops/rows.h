@@ -73,6 +73,13 @@ inline Tensor zeros_vector(const Tensor& like, int64_t width) {
   return torch::stable::new_zeros(like, {width});
 }
 
+// The gradient of a vector that serves all rows of x, to be written by a kernel. An empty x has no
+// data for a kernel to be told of: then no kernel runs, and the gradient is zero already.
+inline Tensor gradient_of(const Tensor& vector, const Tensor& x) {
+  return x.numel() == 0 ? torch::stable::new_zeros(vector, vector.sizes())
+                        : torch::stable::new_empty(vector, vector.sizes());
+}
+
 // What an absent weight tangent's gradient is.
 inline Tensor no_gradient(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
 
