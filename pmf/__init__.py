@@ -1,5 +1,20 @@
 """Pixel MeanFlow: fused ops with tangents, models, training and one-step sampling."""
 
-from pmf import _library as _library
+from pmf import env, flow, models, ops, optim
+from pmf.checkpoint import load_checkpoint
+from pmf.flow import sample
+from pmf.models import PixelMeanFlow, create_model
+from pmf.version import VERSION as __version__
 
-__version__ = "0.1.0"
+__all__ = [
+    "PixelMeanFlow",
+    "__version__",
+    "create_model",
+    "env",
+    "flow",
+    "load_checkpoint",
+    "models",
+    "ops",
+    "optim",
+    "sample",
+]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -43,6 +45,20 @@ def _why_not() -> str | None:
 
 
 _error = _why_not()
+
+
+def _check_asked_level() -> None:
+    """Warn if PMF_CPU_LEVEL names a level that this processor or this library does not have."""
+    asked = os.environ.get("PMF_CPU_LEVEL", "auto")
+    if _error is None and asked not in ("", "auto") and asked != torch.ops.pmf.cpu_level(""):
+        warnings.warn(
+            f"PMF_CPU_LEVEL={asked} is not a level of this processor: running at {torch.ops.pmf.cpu_level('')}.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+_check_asked_level()
 
 
 def missing() -> str | None:

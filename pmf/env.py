@@ -1,0 +1,105 @@
+"""What a bug report needs: versions, the CPU level in force, CUDA and GPU, and why a part is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from pmf import _library
+from pmf.version import VERSION
+
+OPTIONAL = ("scikit-learn", "matplotlib", "tensorboard")
+OLDEST_CAPABILITY = (8, 0)
+
+
+def cpu_name() -> str:
+    """The processor's model name, as benchmark records give it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _cpu_kernels() -> str:
+    problem = _library.missing()
+    if problem is not None:
+        return f"missing: {problem}"
+    facts = [_library.cpu_level()]
+    if os.environ.get("PMF_CPU_LEVEL"):
+        facts.append(f"PMF_CPU_LEVEL={os.environ['PMF_CPU_LEVEL']}")
+    module = _library.introspection()
+    if module is not None:
+        facts.append(f"the best of this processor is {module.best_cpu_level()}")
+    return ", ".join(facts)
+
+
+def _introspection() -> str:
+    if _library.introspection() is not None:
+        return "present"
+    if _library.missing() is not None:
+        return "missing, as the compiled library is"
+    return "not in this wheel (portable wheels serve every Python and leave it out)"
+
+
+def _cuda_kernels() -> str:
+    module = _library.introspection()
+    return module.build_facts()["cuda"] if module is not None else "unknown without the introspection module"
+
+
+def _gpu() -> str:
+    if torch.version.cuda is None:
+        return "none: this PyTorch is a CPU build"
+    if not torch.cuda.is_available():
+        return f"none that PyTorch can use (its CUDA is {torch.version.cuda})"
+    names = []
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        old = "" if (major, minor) >= OLDEST_CAPABILITY else ", too old for pmf's kernels: they need sm_80"
+        names.append(f"{torch.cuda.get_device_name(index)} (sm_{major}{minor}{old})")
+    return "; ".join(names)
+
+
+def _driver() -> str:
+    """The NVIDIA kernel driver's version, which decides whether CUDA 13 kernels can start (from 580)."""
+    try:
+        return Path("/sys/module/nvidia/version").read_text().strip()
+    except OSError:
+        return "no NVIDIA driver is loaded"
+
+
+def _compiler() -> str:
+    module = _library.introspection()
+    return module.build_facts()["compiler"] if module is not None else "unknown without the introspection module"
+
+
+def _version_of(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def report() -> str:
+    """The facts, one a line, as text to paste into a bug report."""
+    facts = {
+        "pixelmeanflow": f"{VERSION} in {Path(__file__).parent}",
+        "python": f"{platform.python_version()} ({platform.platform()})",
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "processor": f"{cpu_name()}, {os.cpu_count()} logical",
+        "cpu kernels": _cpu_kernels(),
+        "cuda kernels": _cuda_kernels(),
+        "gpu": _gpu(),
+        "driver": _driver(),
+        "introspection": _introspection(),
+        "compiler": _compiler(),
+    }
+    facts.update({name: _version_of(name) for name in OPTIONAL})
+    width = max(map(len, facts))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())
