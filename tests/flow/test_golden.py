@@ -53,7 +53,7 @@ def terms(golden: Golden, model: PixelMeanFlow) -> Terms:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm())
+    return float((actual.detach() - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("name", ["v_target", "u", "v"])
