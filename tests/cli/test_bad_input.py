@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.pmf_process import TINY, run_in
 from PIL import Image
 
 from pmf.cli import main
-
-from .conftest import RunPmf
 
 
 def image_folder(root: Path, name: str, *classes: str) -> Path:
@@ -95,8 +94,8 @@ def test_bad_input_gives_one_sentence_and_status_2(
     assert captured.out.count("\n") <= 1  # at most the line with the run's folder
 
 
-def test_the_status_and_the_sentence_reach_the_shell(run_pmf: RunPmf, tmp_path: Path) -> None:
-    done = run_pmf("train", "--data", str(tmp_path / "no"))
+def test_the_status_and_the_sentence_reach_the_shell(tmp_path: Path) -> None:
+    done = run_in(tmp_path, "train", "--data", str(tmp_path / "no"))
     assert done.returncode == 2 and done.stdout == ""
     assert (
         done.stderr
@@ -105,9 +104,9 @@ def test_the_status_and_the_sentence_reach_the_shell(run_pmf: RunPmf, tmp_path: 
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_loss_that_diverges_names_its_step(run_pmf: RunPmf, tmp_path: Path, tiny_flags: list[str]) -> None:
-    done = run_pmf(
-        "train", *tiny_flags, "--lr", "1e30", "--steps", "30", "--checkpoint-every", "1", "--out", "run"
+def test_a_loss_that_diverges_names_its_step(tmp_path: Path) -> None:
+    done = run_in(
+        tmp_path, "train", *TINY, "--lr", "1e30", "--steps", "30", "--checkpoint-every", "1", "--out", "run"
     )
     assert done.returncode == 2
     error = done.stderr.splitlines()[-1]
