@@ -1,16 +1,16 @@
 // Newton-Schulz orthogonalisation on the CPU: the products are PyTorch's GEMM, the saving is in
 // which ones.
 //
-//   X <- a X + (b A + c A^2) X,  A = X X^T,  for X [m, n], m <= n (a tall matrix is transposed
-//   first)
+//   A = X X^T,  X <- a X + (b A + c A^2) X,  for X [m, n], m <= n (a tall matrix is transposed).
 //
 // Per step a plain port spends 4 m^2 n + 2 m^3 FLOPs on full products. Here A and A^2, being
 // symmetric, are computed by block rows up to the diagonal and mirrored: (1 + m / kSymmetricRows) /
 // 2 of the work. The Gram form iterates on R = X X^T alone and touches X once per segment
 // (restarted after step 2 for accuracy):
 //   Z = b R + c R^2,  Q <- a Q + Z Q,  T = a R + Z R,  R <- a T + T Z,  at the end X <- Q X.
-// All of these are polynomials of one symmetric matrix, hence symmetric: five steps cost 6 m^2 n +
-// 14 m^3 instead of 20 m^2 n + 10 m^3.
+// All of these are polynomials of one symmetric matrix, hence symmetric: 6 m^2 n + 14 m^3 for five
+// steps instead of 20 m^2 n + 10 m^3, and 17 m^3 as done here, where Q is not mirrored for
+// accuracy.
 //
 // Threads: every product is cut into block-row tasks whose shape depends on m and n only, and each
 // task is one single-threaded GEMM (PyTorch's GEMM does not nest threads). Whole matrices go to
@@ -26,7 +26,6 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
-#include <numeric>
 
 #include "ops/torch_shim.h"
 
@@ -266,7 +265,8 @@ Tensor on_gram(Tensor x, const Settings& settings, const Executor& run) {
         add_to_diagonal(q, k[0]);
         if (run.half_storage) round_to_half(q);
       } else {
-        run.symmetric(spare, q, z, q, k[0], 1);
+        run.full(spare, q, z, q,
+                 k[0]);  // mirrored, Q would lose a factor of two on rank-deficient matrices
         std::swap(q, spare);
       }
     }

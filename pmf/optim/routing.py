@@ -91,7 +91,7 @@ def _is_linear_name(name: str) -> bool:
 
 def _named(params: Any, count: int) -> tuple[list[Named], bool]:
     """(name, tensor) pairs, made up as "param<i>" for tensors; and whether there were names."""
-    items = [params] if isinstance(params, Tensor) else list(params)
+    items: list[Any] = [params] if isinstance(params, Tensor) else list(params)
     if not items:
         raise ValueError("Muon: a group has no parameters")
     has_names = isinstance(items[0], tuple)

@@ -1,0 +1,197 @@
+"""Newton-Schulz: what must hold bit for bit, and its error against float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pmf import reference
+from pmf.ops import newton_schulz
+
+METHODS = ("direct", "gram")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SHAPES = ((1, 1), (1, 7), (5, 3), (64, 64), (48, 130), (130, 48), (150, 150), (300, 131), (260, 700))
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def error(result: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((result.double() - exact).norm() / exact.norm()).item()
+
+
+def spectrum(kind: str, m: int, n: int) -> torch.Tensor:
+    """Matrices that are easy, ill-conditioned, and rank-deficient."""
+    if kind == "gaussian":
+        return random(m, n)
+    if kind == "rank 32":
+        return random(m, 32) @ random(32, n, seed=1)
+    left, right = torch.linalg.qr(random(m, m))[0], torch.linalg.qr(random(n, m, seed=1))[0]
+    return left @ (torch.logspace(0, -3, m)[:, None] * right.T)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["gaussian", "singular values 1 to 1e-3", "rank 32"])
+def test_error_is_that_of_the_plain_iteration_in_the_same_dtype(kind, method, dtype):
+    """Against float64, at most a little above the same mathematics written plainly in that dtype."""
+    g = spectrum(kind, 160, 320)
+    exact = reference.newton_schulz(g.double(), method="direct")
+    result = newton_schulz(g, method=method, compute_dtype=dtype)
+    plain = reference.newton_schulz(g, method=method, compute_dtype=dtype)
+    assert result.dtype == g.dtype
+    assert error(result, exact) <= 1.5 * error(plain, exact) + 2 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_float32_is_the_oracle(shape):
+    g = random(*shape)
+    exact = reference.newton_schulz(g.double())
+    for method in METHODS:
+        assert error(newton_schulz(g, method=method), exact) < 1e-4
+    assert error(newton_schulz(g.double()), exact) < 1e-12
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 8])
+@pytest.mark.parametrize("method", METHODS)
+def test_any_number_of_steps(steps, method):
+    g = random(40, 90).double()
+    triples = [(3.4 - 0.1 * i, -4.7 + 0.2 * i, 2.0 - 0.05 * i) for i in range(steps)]
+    for coefficients in ("quintic", "taylor", (1.5, -0.5, 0.0), triples or "quintic"):
+        plain = reference.newton_schulz(g, steps, coefficients, "direct")
+        assert error(newton_schulz(g, steps, coefficients, method), plain) < 1e-11
+
+
+def test_taylor_converges_to_the_polar_factor():
+    u, _, v = torch.linalg.svd(random(20, 30).double(), full_matrices=False)
+    assert error(newton_schulz(random(20, 30).double(), 40, "taylor"), u @ v) < 1e-10
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(48, 48), (40, 150), (150, 40), (140, 300)])
+def test_odd_and_scale_free_bitwise(shape, method, dtype):
+    # Integers: exact at every power of two, subnormal ones included.
+    g = torch.randint(-7, 8, shape, generator=torch.Generator().manual_seed(0)).float()
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return newton_schulz(x, method=method, compute_dtype=dtype)
+
+    expected = f(g)
+    assert expected.isfinite().all()
+    assert torch.equal(f(-g), -expected)
+    for k in (-140, -127, -126, -64, -1, 1, 63, 64, 119, 120):
+        scaled = (g.double() * 2.0**k).float()
+        assert torch.equal(f(scaled), expected), f"2^{k}"
+    if shape[0] != shape[1]:
+        assert torch.equal(f(g.mT), expected.mT)
+        assert torch.equal(f(g.mT.contiguous()), expected.mT)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_alone_batched_listed_and_with_any_threads_bitwise(dtype):
+    """A matrix's bits depend on the matrix alone; PyTorch's batched GEMM does not give the single one's."""
+    kinds = [random(*shape, seed=i) for i, shape in enumerate(SHAPES)]
+    alone = [newton_schulz(g, compute_dtype=dtype) for g in kinds]
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            for g, expected in zip(newton_schulz(kinds, compute_dtype=dtype), alone, strict=True):
+                assert torch.equal(g, expected)
+            reversed_list = newton_schulz(kinds[::-1], compute_dtype=dtype)[::-1]
+            assert all(map(torch.equal, reversed_list, alone))
+            assert all(
+                torch.equal(newton_schulz(g, compute_dtype=dtype), e)
+                for g, e in zip(kinds, alone, strict=True)
+            )
+            for g, expected in zip(kinds, alone, strict=True):
+                batch = torch.stack([g * 0, g, g * 4, g]).view(2, 2, *g.shape)
+                result = newton_schulz(batch, compute_dtype=dtype)
+                assert torch.equal(result[0, 1], expected) and torch.equal(result[1, 1], expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", METHODS)
+def test_zero_stays_zero_and_nan_stays_with_its_matrix(method, dtype):
+    g = random(5, 30, 64)
+    expected = newton_schulz(g, method=method, compute_dtype=dtype)
+    g[0] = 0
+    g[2, 3, 4] = float("nan")
+    g[4, 0, 0] = float("inf")
+    result = newton_schulz(g, method=method, compute_dtype=dtype)
+    assert torch.equal(result[0], torch.zeros(30, 64))
+    assert result[2].isnan().all() and result[4].isnan().all()
+    assert torch.equal(result[1], expected[1]) and torch.equal(result[3], expected[3])
+
+
+def test_huge_and_tiny_matrices_are_not_lost():
+    """torch.optim.Muon's iteration turns these into zero or NaN: their squares are not finite, or vanish."""
+    g = random(20, 30)
+    expected = newton_schulz(g)
+    for scale in (1e-37, 1e-20, 1e18, 1e37):
+        assert error(newton_schulz(g * scale), expected.double()) < 1e-5
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    m=st.integers(1, 40),
+    n=st.integers(1, 40),
+    batch=st.lists(st.integers(0, 3), max_size=2),
+    transposed=st.booleans(),
+    stride=st.integers(1, 3),
+)
+def test_any_shape_and_strides(m, n, batch, transposed, stride):
+    g = random(*batch, n if transposed else m, (m if transposed else n) * stride)[..., ::stride]
+    g = g.mT if transposed else g
+    kept = g.clone()
+    result = newton_schulz(g)
+    assert result.shape == g.shape and torch.equal(g, kept)
+    assert torch.equal(result, newton_schulz(g.contiguous()))
+    torch.testing.assert_close(result.double(), reference.newton_schulz(g.double()), atol=2e-4, rtol=0)
+
+
+def test_dtype_of_the_result_is_the_matrix_s():
+    for dtype in DTYPES:
+        assert newton_schulz(random(8, 9).to(dtype)).dtype == dtype
+    mixed = newton_schulz([random(8, 9).bfloat16(), random(3, 4).double(), random(4, 3)])
+    assert [x.dtype for x in mixed] == [torch.bfloat16, torch.float64, torch.float32]
+    assert newton_schulz([]) == []
+
+
+def test_derivatives_are_right_or_come_from_the_reference():
+    g = random(3, 5).double().requires_grad_()
+    assert torch.autograd.gradcheck(newton_schulz, (g,))
+    g = g.detach()
+    t = random(3, 5, seed=1).double()
+    for function in (newton_schulz, reference.newton_schulz):
+        _, tangent = torch.func.jvp(function, (g,), (t,))
+        step = 1e-6
+        slope = (newton_schulz(g + step * t) - newton_schulz(g - step * t)) / (2 * step)
+        torch.testing.assert_close(tangent, slope, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(torch.vmap(newton_schulz)(random(4, 3, 5)), newton_schulz(random(4, 3, 5)))
+
+
+def test_the_raw_op_is_registered_soundly():
+    arguments = ([random(6, 9), random(9, 4)], [3.4445, -4.775, 2.0315], "auto", torch.float32)
+    torch.library.opcheck(torch.ops.pmf.newton_schulz.default, arguments)
+
+
+def test_bad_arguments_are_named():
+    g = random(3, 4)
+    for arguments, message in (
+        ((torch.ones(3),), r"a tensor \[\.\.\., m, n\]"),
+        (([torch.ones(2, 3, 4)],), r"a list of \[m, n\]"),
+        ((torch.ones(3, 4, dtype=torch.int64),), "got int64"),
+        ((g, -1), "steps must not be negative"),
+        ((g, 5, "cubic"), "coefficients must be quintic or taylor"),
+        ((g, 5, (1.0, float("nan"), 0.0)), "three finite numbers"),
+        ((g, 5, [(1.0, 0.0, 0.0)] * 4), "or 5 such triples"),
+        ((g, 5, "quintic", "svd"), "method must be auto, direct or gram"),
+        ((g, 5, "quintic", "auto", torch.int8), "compute_dtype must be one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            newton_schulz(*arguments)

@@ -1,0 +1,96 @@
+"""Averaged weights against the formula, one number at a time."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from pmf.optim import EMA
+
+
+def test_decay_is_that_of_the_recipe():
+    """0.5^(B / min(H, 0.05 k B)): a ramp at first, then the half-life in images."""
+    p = nn.Parameter(torch.zeros(3))
+    ema = EMA([("p", p)], half_lives=(0.5, 2000.0))
+    expected = {0.5: 0.0, 2000.0: 0.0}
+    for k in range(1, 40):
+        p.data.fill_(float(k))
+        ema.update(100)
+        for half_life in expected:
+            d = 0.5 ** (100 / min(1000 * half_life, 0.05 * k * 100))
+            expected[half_life] = d * expected[half_life] + (1 - d) * k
+            assert ema.weights(half_life)["p"][0].item() == pytest.approx(expected[half_life], rel=1e-6)
+    # After 39 updates of 100, 0.05 * 3900 images is still the ramp; a half-life of 0.1 thousand would not be.
+    assert EMA([("p", p)], half_lives=(0.1,)).weights(0.1)["p"].tolist() == [39.0] * 3
+
+
+def test_half_life_halves():
+    p = nn.Parameter(torch.ones(1))
+    ema = EMA([("p", p)], half_lives=(1.0,))
+    ema.updates = 10**6  # far beyond the ramp
+    p.data.zero_()
+    for _ in range(10):
+        ema.update(100)
+    assert ema.weights(1.0)["p"].item() == pytest.approx(0.5, rel=1e-5)
+
+
+def test_averages_are_float32_copies_of_a_16_bit_model():
+    model = nn.Linear(3, 2).bfloat16()
+    ema = EMA(model)
+    assert ema.half_lives == (500.0, 1000.0, 2000.0) and len(ema.copies) == 3
+    assert {n: w.dtype for n, w in ema.copies[0].items()} == {"weight": torch.float32, "bias": torch.float32}
+    before = model.weight.clone()
+    ema.update(8)
+    ema.weights(500.0)["weight"].add_(1)
+    assert torch.equal(model.weight, before)
+
+
+def test_swapped_in_and_back_even_after_an_error():
+    model = nn.Linear(3, 2)
+    ema = EMA(model, half_lives=(1.0,))
+    ema.weights(1.0)["weight"].fill_(7)
+    own = model.weight.detach().clone()
+    with ema.swapped_in(1.0):
+        assert model.weight.eq(7).all()
+    assert torch.equal(model.weight, own)
+    with pytest.raises(KeyboardInterrupt), ema.swapped_in(1.0):
+        raise KeyboardInterrupt
+    assert torch.equal(model.weight, own)
+
+
+def test_a_saved_average_continues_bitwise():
+    model = nn.Linear(3, 2)
+    first = EMA(model, half_lives=(0.1, 1.0))
+    for i in range(5):
+        model.weight.data.normal_(generator=torch.Generator().manual_seed(i))
+        first.update(32)
+    second = EMA(nn.Linear(3, 2), half_lives=(0.1, 1.0))
+    second._parameters = first._parameters
+    second.load_state_dict(first.state_dict())
+    model.weight.data.zero_()
+    first.update(32)
+    second.update(32)
+    assert second.updates == first.updates == 6
+    for half_life in (0.1, 1.0):
+        for name, average in first.weights(half_life).items():
+            assert torch.equal(average, second.weights(half_life)[name])
+
+
+def test_bad_arguments_are_named():
+    model = nn.Linear(3, 2)
+    ema = EMA(model, half_lives=(1.0,))
+    with pytest.raises(ValueError, match="positive and different"):
+        EMA(model, half_lives=(1.0, 1.0))
+    with pytest.raises(ValueError, match="positive and different"):
+        EMA(model, half_lives=(math.nan,))
+    with pytest.raises(ValueError, match="no parameters"):
+        EMA(nn.ReLU())
+    with pytest.raises(ValueError, match="no average has half-life 2"):
+        ema.weights(2.0)
+    with pytest.raises(ValueError, match="batch_size must be positive"):
+        ema.update(0)
+    with pytest.raises(ValueError, match="of another model: weight has shape"):
+        ema.load_state_dict(EMA(nn.Linear(4, 2), half_lives=(1.0,)).state_dict())
+    with pytest.raises(ValueError, match="saved half-lives"):
+        ema.load_state_dict(EMA(model, half_lives=(2.0,)).state_dict())

@@ -1,0 +1,312 @@
+"""Muon: the authors' numbers, torch's numbers, routing, exact resumption, and what it must refuse."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pmf import reference
+from pmf.optim import Muon
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "muon.npz"
+
+
+def parameters(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(*shape, generator=generator).to(dtype)) for shape in shapes]
+
+
+def set_gradients(params: list[nn.Parameter], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+
+
+def relative(value: Tensor, expected: Tensor) -> float:
+    return ((value.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+class Network(nn.Module):
+    """One of everything that routing has to tell apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 8)
+        self.tied_table = nn.Embedding(6, 8)
+        self.linear = nn.Linear(8, 6)
+        self.tied = nn.Linear(8, 6, bias=False)
+        self.tied.weight = self.tied_table.weight
+        self.conv = nn.Conv2d(3, 4, 2)
+        self.norm = nn.LayerNorm(6)
+        self.tokens = nn.Parameter(torch.randn(4, 8))
+        self.frozen = nn.Linear(3, 3, bias=False).requires_grad_(False)
+
+
+def test_three_steps_are_the_authors():
+    """float32 storage of param_k - init limits the comparison: 3e-5 for matrices, 5e-6 for the rest."""
+    golden = {key: torch.from_numpy(value) for key, value in np.load(GOLDEN).items()}
+    params = {key[5:]: nn.Parameter(golden[key].clone()) for key in golden if key.startswith("init/")}
+    optimizer = Muon(params.values(), lr=golden["learning_rate"].item())
+    for step in range(3):
+        for name, p in params.items():
+            p.grad = golden[f"grad{step}/{name}"]
+        optimizer.step()
+        for name, p in params.items():
+            start = golden[f"init/{name}"]
+            moved = golden[f"param{step}/{name}"] - start
+            assert relative(p.detach() - start, moved) < (3e-5 if p.dim() == 2 else 5e-6), name
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("preset, adjust", [("torch", "original"), ("moonlight", "match_rms_adamw")])
+def test_presets_are_torch_s_muon(preset, adjust, nesterov):
+    """The same up to the rounding of a bfloat16 iteration, which is torch's own distance from the truth."""
+    shapes = ((24, 24), (16, 40), (50, 20))
+    mine, theirs = parameters(*shapes), parameters(*shapes)
+    exact = parameters(*shapes, dtype=torch.float64)
+    optimizers = (
+        Muon(mine, lr=0.02, preset=preset, nesterov=nesterov),
+        torch.optim.Muon(theirs, lr=0.02, adjust_lr_fn=adjust, nesterov=nesterov),
+        Muon(exact, lr=0.02, preset=preset, nesterov=nesterov, compute_dtype=torch.float64),
+    )
+    start = [p.detach().clone() for p in mine]
+    for step in range(4):
+        for params, optimizer in zip((mine, theirs, exact), optimizers, strict=True):
+            set_gradients(params, step)
+            if params is exact:  # the gradients that the float32 parameters get
+                for p, q in zip(exact, mine, strict=True):
+                    p.grad = q.grad.double()
+            optimizer.step()
+    for p, q, r, p0 in zip(mine, theirs, exact, start, strict=True):
+        theirs_from_exact = relative(q.detach() - p0, r.detach() - p0)
+        assert theirs_from_exact < 3e-2
+        assert relative(p.detach() - p0, r.detach() - p0) < 1.5 * theirs_from_exact
+
+
+def test_adam_without_nesterov_is_adamw():
+    shapes = ((7,), (3, 4, 5))
+    mine, theirs = parameters(*shapes), parameters(*shapes)
+    pair = (
+        Muon(mine, lr=0.01, preset="torch"),
+        torch.optim.AdamW(theirs, lr=0.01, betas=(0.9, 0.95), weight_decay=0.1),
+    )
+    for step in range(5):
+        for params, optimizer in zip((mine, theirs), pair, strict=True):
+            set_gradients(params, step)
+            optimizer.step()
+    for p, q in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("bias_correction", [True, False])
+def test_muon_s_equation_in_float64(nesterov, bias_correction):
+    (p,) = parameters((6, 4), dtype=torch.float64)
+    expected, m = p.detach().clone(), torch.zeros(6, 4, dtype=torch.float64)
+    optimizer = Muon([p], lr=0.1, nesterov=nesterov, bias_correction=bias_correction, weight_decay=0.5)
+    for k in range(1, 5):
+        set_gradients([p], k)
+        optimizer.step()
+        m = 0.95 * m + 0.05 * p.grad
+        if not nesterov:
+            u = m / (1 - 0.95**k) if bias_correction else m
+        elif bias_correction:
+            u = 0.95 * m / (1 - 0.95 ** (k + 1)) + 0.05 * p.grad / (1 - 0.95**k)
+        else:
+            u = 0.95 * m + 0.05 * p.grad
+        expected = (1 - 0.1 * 0.5) * expected - 0.1 * (6 / 4) ** 0.5 * reference.newton_schulz(u)
+        torch.testing.assert_close(p.detach(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_module_s_linear_weights_go_by_muon_and_nothing_else():
+    assert Muon(Network()).routing() == {
+        "muon": ["linear.weight"],
+        "adam": ["tokens", "table.weight", "tied_table.weight", "linear.bias", "conv.weight", "conv.bias"]
+        + ["norm.weight", "norm.bias"],
+        "frozen": ["frozen.weight"],
+    }
+
+
+def test_names_tensors_and_groups_are_routed_as_documented():
+    p = parameters((2, 3), (2, 3), (2, 3), (2, 3), (4,))
+    names = [
+        "time_embedder.linear1.weight",
+        "label.embedding.weight",
+        "wte.weight",
+        "patch.weight_up",
+        "bias",
+    ]
+    routing = Muon(zip(names, p, strict=True)).routing()
+    assert routing["muon"] == names[:1] and routing["adam"] == names[1:]
+    assert Muon(p).routing() == {"muon": [f"param{i}" for i in range(4)], "adam": ["param4"], "frozen": []}
+    optimizer = Muon([{"params": p[:2], "algorithm": "adam", "lr": 0.5}, {"params": p[2:]}], lr=0.1)
+    assert optimizer.routing() == {
+        "muon": ["param2", "param3"],
+        "adam": ["param0", "param1", "param4"],
+        "frozen": [],
+    }
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.1, 0.1]
+    (extra,) = parameters((5, 5))
+    optimizer.add_param_group({"params": [("extra.weight", extra)]})
+    assert "extra.weight" in optimizer.routing()["muon"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_saved_state_continues_bitwise(dtype):
+    shapes = ((6, 9), (9, 6), (5,), (2, 3, 4))
+    first = parameters(*shapes, dtype=dtype)
+    optimizer = Muon(first, lr=0.01)
+    for step in range(3):
+        set_gradients(first, step)
+        if step == 1:
+            first[0].grad = first[2].grad = None  # step counts differ between parameters from here
+        optimizer.step()
+    second = [nn.Parameter(p.detach().clone()) for p in first]
+    state = copy.deepcopy(optimizer.state_dict())
+    resumed = Muon(second, lr=0.5)
+    resumed.load_state_dict(state)
+    for step in range(3, 6):
+        for params, each in ((first, optimizer), (second, resumed)):
+            set_gradients(params, step)
+            each.step()
+        assert all(map(torch.equal, first, second))
+    assert resumed.param_groups[0]["lr"] == 0.01
+    plain = (Tensor, int, float, str, bool, tuple, list, type(None))
+    assert all(isinstance(x, plain) for group in state["param_groups"] for x in group.values())
+    assert all(isinstance(x, (Tensor, int)) for entry in state["state"].values() for x in entry.values())
+
+
+def test_16_bit_parameters_have_float32_masters():
+    """Steps far below a bfloat16's spacing add up; without a master they would all round away."""
+    (p,) = parameters((4, 4), dtype=torch.bfloat16)
+    start = p.detach().clone()
+    optimizer = Muon([p], lr=1e-4)
+    for _ in range(100):
+        p.grad = start.clone()
+        optimizer.step()
+    assert {x.dtype for x in optimizer.state[p].values() if isinstance(x, Tensor)} == {torch.float32}
+    moved = (p.detach().float() - start.float()).norm().item()
+    (q,) = parameters((4, 4), dtype=torch.bfloat16)
+    exact = nn.Parameter(q.detach().float())
+    other = Muon([exact], lr=1e-4)
+    for _ in range(100):
+        exact.grad = start.float()
+        other.step()
+    assert torch.equal(p.detach(), exact.detach().bfloat16()) and moved > 0
+    with torch.no_grad():
+        p.fill_(3)
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert (p - 3).abs().max() < 0.1
+
+
+def test_zero_and_absent_gradients():
+    p = parameters((6, 4), (4, 6), (3,), (5, 5))
+    start = [x.detach().clone() for x in p]
+    optimizer = Muon(p)
+    for x in p[:3]:
+        x.grad = torch.zeros_like(x)
+    for _ in range(2):
+        optimizer.step()
+    assert all(map(torch.equal, p, start))
+    assert p[3] not in optimizer.state or not optimizer.state[p[3]]
+    set_gradients(p[:2], 0)
+    kept = [x.grad.clone() for x in p[:2]]
+    optimizer.step()
+    assert all(torch.equal(x.grad, g) for x, g in zip(p[:2], kept, strict=True))
+    assert all(x.isfinite().all() for x in p) and not torch.equal(p[0], start[0])
+
+
+def test_a_nan_gradient_shows_in_its_own_parameter_only():
+    p = parameters((6, 4), (6, 4), (3,))
+    optimizer = Muon(p)
+    set_gradients(p, 0)
+    p[0].grad[1, 1] = float("nan")
+    optimizer.step()
+    assert p[0].isnan().all() and p[1].isfinite().all() and p[2].isfinite().all()
+
+
+def test_closure_schedule_and_tensor_learning_rate():
+    p, q = parameters((4, 4), (3,)), parameters((4, 4), (3,))
+    ours, tensor = Muon(p, lr=0.1), Muon(q, lr=torch.tensor(0.1, dtype=torch.float64))
+    schedule = torch.optim.lr_scheduler.LambdaLR(ours, lambda step: 0.5**step)
+
+    def closure() -> Tensor:
+        ours.zero_grad()
+        loss = sum((x * x).sum() for x in p)
+        loss.backward()
+        return loss
+
+    expected = sum((x * x).sum() for x in p).item()
+    assert ours.step(closure).item() == expected
+    for x, y in zip(q, p, strict=True):
+        x.grad = y.grad
+    tensor.step()
+    assert all(map(torch.equal, p, q))
+    schedule.step()
+    assert [group["lr"] for group in ours.param_groups] == [0.05, 0.05]
+
+
+def test_memory_chunks_do_not_change_the_bits(monkeypatch):
+    shapes = ((8, 8), (4, 12), (20, 4), (6, 6))
+    p, q = parameters(*shapes), parameters(*shapes)
+    set_gradients(p, 0)
+    set_gradients(q, 0)
+    Muon(p).step()
+    monkeypatch.setattr("pmf.optim.muon.CHUNK", 70)
+    Muon(q).step()
+    assert all(map(torch.equal, p, q))
+
+
+@pytest.mark.parametrize("lr", [float("nan"), float("inf"), -1.0])
+def test_a_learning_rate_out_of_range_is_one_sentence(lr):
+    p = parameters((3, 3))
+    with pytest.raises(ValueError, match="the learning rate must be finite and not negative, got"):
+        Muon(p, lr=lr)
+    optimizer = Muon(p)
+    optimizer.param_groups[0]["lr"] = lr
+    start = p[0].detach().clone()
+    set_gradients(p, 0)
+    with pytest.raises(ValueError, match="the learning rate must be finite and not negative, got"):
+        optimizer.step()
+    assert torch.equal(p[0], start)
+
+
+def test_bad_arguments_are_named():
+    p = parameters((3, 3), (4,))
+    for make, message in (
+        (lambda: Muon([]), "there are no parameters"),
+        (lambda: Muon([p[0], p[1], p[0]]), "a parameter comes twice, as param0 and as param2"),
+        (lambda: Muon([{"params": p[:1]}, {"params": p[:1]}]), "a parameter comes twice"),
+        (lambda: Muon([{"params": p, "algorithm": "muon"}]), r"param1 has a shape of \[4\]"),
+        (lambda: Muon([{"params": p, "algorithm": "sgd"}]), "algorithm must be 'muon' or 'adam', got 'sgd'"),
+        (lambda: Muon(p, preset="adam"), "preset must be one of pmf, torch, moonlight"),
+        (lambda: Muon(p, momentum=1.0), "momentum must be at least 0 and less than 1"),
+        (lambda: Muon(p, betas=(0.9, 1.5)), r"betas\[1\] must be"),
+        (lambda: Muon(p, weight_decay=float("nan")), "weight_decay must be finite"),
+        (lambda: Muon(p, scale="big"), "scale must be one of spectral, match_rms, none"),
+        (lambda: Muon(p, ns_method="svd"), "ns_method must be one of auto, direct, gram"),
+        (lambda: Muon(p, ns_coefficients="cubic"), "coefficients must be quintic or taylor"),
+        (lambda: Muon(p, lr=torch.ones(2)), "a learning rate must be one number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
+    with pytest.raises(TypeError, match="not one tensor"):
+        Muon(p[0])
+    with pytest.raises(TypeError, match="cannot be mixed"):
+        Muon([{"params": p[:1]}, p[1]])
+
+
+def test_a_state_of_other_parameters_is_refused():
+    optimizer = Muon(parameters((3, 3), (4,)))
+    with pytest.raises(ValueError, match="other parameters"):
+        optimizer.load_state_dict(Muon(parameters((3, 3))).state_dict())
+    other = parameters((3, 5), (4,))
+    set_gradients(other, 0)
+    source = Muon(other)
+    source.step()
+    with pytest.raises(ValueError, match="other shapes"):
+        optimizer.load_state_dict(source.state_dict())
