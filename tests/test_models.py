@@ -1,5 +1,6 @@
 """Presets, initialisation and the names of weights."""
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 from pmf.models import (
     PRESETS,
     ModelConfig,
+    NetworkOutput,
     PixelMeanFlow,
     config_from_state_dict,
     create_model,
@@ -133,6 +135,24 @@ def test_only_the_heads_asked_for_are_computed() -> None:
         out = model(images, given, heads=heads)
         assert (out.u is not None, out.v is not None) == present
         assert out.u_t is None
+
+
+def test_compiles_as_one_graph_with_the_same_tangents_and_gradients() -> None:
+    torch.manual_seed(0)
+    model = PixelMeanFlow(TINY)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    inputs = torch.randn(3, 1, 8, 8), condition(TINY, 3), torch.randn(2, 1, 8, 8), torch.ones(2)
+
+    def evaluate(function: Callable[..., NetworkOutput]) -> list[Tensor]:
+        out = function(*inputs, heads="uv")
+        loss = out.u.square().sum() + out.v.square().sum()
+        return [*out, *torch.autograd.grad(loss, list(model.parameters()))]
+
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for ours, eager in zip(evaluate(compiled), evaluate(model), strict=True):
+        torch.testing.assert_close(ours, eager)
 
 
 def test_the_same_seed_gives_the_same_model() -> None:

@@ -24,7 +24,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, x_t: Tensor | None = None, keep: int | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """x [B, N, D], x_t [n, N, D] or None -> [B, N, D] and its tangent; of the last `keep` tokens if given."""
+        """x [B, N, D], x_t [n, N, D] or None -> [B, N, D], its tangent; of the last `keep` tokens only."""
         q, q_t = tangent.linear(self.q_proj, x, x_t)
         k, k_t = tangent.linear(self.k_proj, x, x_t)
         v, v_t = tangent.linear(self.v_proj, x, x_t)

@@ -6,8 +6,8 @@ FIRST n samples:
 
     f(x, x_t) -> (y, y_t)      x, y [B, ...]      x_t, y_t [n, ...] with n <= B, or None (no sample has one)
 
-The tangent is a constant for autograd: du/dt stands under a stop-gradient in the MeanFlow identity, so nothing
-is saved for a backward pass through it.
+The tangent is a constant for autograd: du/dt stands under a stop-gradient in the MeanFlow identity, so
+nothing is saved for a backward pass through it.
 """
 
 import torch
