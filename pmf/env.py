@@ -76,7 +76,9 @@ def _driver() -> str:
 
 def _compiler() -> str:
     module = _library.introspection()
-    return module.build_facts()["compiler"] if module is not None else "unknown without the introspection module"
+    return (
+        module.build_facts()["compiler"] if module is not None else "unknown without the introspection module"
+    )
 
 
 def _version_of(distribution: str) -> str:

@@ -32,15 +32,18 @@
 namespace pmf {
 namespace {
 
-constexpr int64_t kSymmetricRows =
-    128;  // block rows of a symmetric product: finer saves more, coarser runs faster
-constexpr int64_t kRows = 256;   // block rows of a full product
-constexpr int64_t kRestart = 2;  // the Gram form multiplies into X and starts again after this step
-constexpr double kGramRatio = 1.5;  // n >= kGramRatio m: the Gram form is cheaper and as accurate
-constexpr int64_t kLanes = 16;  // partial sums of the norm: a fixed order whatever the vector width
+// Block rows of a symmetric product: finer saves more, coarser runs faster.
+constexpr int64_t kSymmetricRows = 128;
+// Block rows of a full product.
+constexpr int64_t kRows = 256;
+// The Gram form multiplies into X and starts again after this step.
+constexpr int64_t kRestart = 2;
+// n >= kGramRatio m: the Gram form is cheaper and as accurate.
+constexpr double kGramRatio = 1.5;
+// Partial sums of the norm: a fixed order whatever the vector width.
+constexpr int64_t kLanes = 16;
 
-// ---- tasks
-// ------------------------------------------------------------------------------------------
+// ---- tasks -------------------------------------------------------------------
 
 // Calls body(0 .. count - 1), in this thread or shared out. Shared, there are always two chunks or
 // more: with one, PyTorch would stay outside its parallel region and the GEMM inside would use
@@ -58,8 +61,7 @@ void for_each_task(int64_t count, bool shared, const Body& body) {
   });
 }
 
-// ---- products
-// ---------------------------------------------------------------------------------------
+// ---- products ----------------------------------------------------------------
 
 Tensor rows_of(const Tensor& matrix, int64_t begin, int64_t count) {
   if (begin == 0 && count == matrix.size(0)) return matrix;
@@ -127,8 +129,7 @@ struct Executor {
   }
 };
 
-// ---- normalisation
-// ----------------------------------------------------------------------------------
+// ---- normalisation -----------------------------------------------------------
 
 template <class Real>
 struct Bits;
@@ -215,8 +216,7 @@ void add_to_diagonal(const Tensor& x, double value) {
   }
 }
 
-// ---- the iteration
-// ----------------------------------------------------------------------------------
+// ---- the iteration -----------------------------------------------------------
 
 struct Settings {
   std::vector<double> coefficients;  // a, b, c of every step
@@ -334,4 +334,4 @@ std::vector<Tensor> newton_schulz(std::vector<Tensor> matrices, std::vector<doub
 }  // namespace
 }  // namespace pmf
 
-STABLE_TORCH_LIBRARY_IMPL(pmf, CPU, m) { m.impl("newton_schulz", TORCH_BOX(&pmf::newton_schulz)); }
+PMF_IMPLEMENT(m) { m.impl("newton_schulz", TORCH_BOX(&pmf::newton_schulz)); }

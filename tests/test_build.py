@@ -1,0 +1,280 @@
+"""The compiled parts: what they export, need and promise, and what building says when it cannot."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import venv
+from collections import defaultdict
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import pmf
+from pmf import _library, env
+
+ROOT = Path(__file__).parents[1]
+LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
+# What pmf/introspection.h declares; everything else stays inside the library.
+EXPORTS = {
+    "pmf::build_facts()",
+    "pmf::cpu_level()",
+    "pmf::best_cpu_level()",
+    "pmf::set_cpu_level(char const*)",
+}
+# A wheel for glibc 2.34 (RHEL 9, Ubuntu 22.04, Debian 12) is what README promises.
+NEWEST_GLIBC = (2, 34)
+
+
+def read(*command: object) -> str:
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
+
+
+def symbols(option: str) -> list[tuple[str, str]]:
+    """(kind, demangled name) of the library's dynamic symbols."""
+    lines = read("nm", "-D", "-C", option, _library.LIBRARY).splitlines()
+    return [(match[1], match[2]) for line in lines if (match := re.match(r"[0-9a-f ]{16} (\w) (.*)", line))]
+
+
+def load_setup() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("pmf_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_library_loads() -> None:
+    assert _library.missing() is None
+
+
+def test_only_introspection_is_exported() -> None:
+    """A C++ symbol that leaks can replace another extension's, or be replaced by it."""
+    exported = {name for kind, name in symbols("--defined-only") if kind != "A"}
+    assert exported == EXPORTS
+
+
+def test_needs_only_the_stable_abi_of_torch() -> None:
+    """No mangled C++ symbol of libtorch or c10: those change with every release, and with the compiler."""
+    needed = [name for _, name in symbols("--undefined-only")]
+    assert not [name for name in needed if re.match(r"(at|c10|torch|caffe2)::", name)]
+    stable = {name for name in needed if name.startswith(("aoti_torch_", "torch_"))}
+    assert "torch_parallel_for" in stable
+
+
+def test_cuda_is_a_weak_need() -> None:
+    """aoti_torch_get_current_cuda_stream exists in CUDA builds of PyTorch only."""
+    kinds = {name: kind for kind, name in symbols("--undefined-only")}
+    assert kinds.get("aoti_torch_get_current_cuda_stream", "w") == "w"
+    assert not [name for name in kinds if name.startswith(("cuda", "cu")) and "::" not in name]
+
+
+def test_no_search_path_is_baked_in() -> None:
+    dynamic = read("readelf", "-d", "-W", _library.LIBRARY)
+    assert "RPATH" not in dynamic and "RUNPATH" not in dynamic
+    needed = set(re.findall(r"NEEDED.*\[(.*?)\]", dynamic))
+    assert {"libtorch.so", "libtorch_cpu.so", "libc10.so"} <= needed
+    assert not [name for name in needed if "cuda" in name or "python" in name]
+
+
+def test_newest_glibc_is_the_promised_one() -> None:
+    """The manylinux tag is read off the library the same way."""
+    setup = load_setup()
+    assert setup.newest_glibc([_library.LIBRARY]) <= NEWEST_GLIBC
+    versions = read("readelf", "-V", "-W", _library.LIBRARY)
+    by_hand = max(tuple(map(int, v.split("."))) for v in re.findall(r"Name: GLIBC_([0-9.]+)", versions))
+    assert setup.newest_glibc([_library.LIBRARY]) == max(by_hand[:2], (2, 17))
+
+
+def test_every_schema_is_complete() -> None:
+    """Each op has a CPU and a CUDA kernel registered (a CUDA one may raise), so that none falls through."""
+    names = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("pmf::")}
+    assert "pmf::attention_jvp_backward" in names
+    for name in names - {"pmf::cpu_level"}:
+        for key in ("CPU", "CUDA"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), f"{name} has no {key} kernel"
+
+
+def test_every_public_op_has_compiled_parts() -> None:
+    raw = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("pmf::")}
+    raw |= {f"{name}_jvp_forward" for name in raw}
+    for name in pmf.ops.__all__:
+        assert any(found.startswith(f"pmf::{name}") for found in raw), f"pmf.ops.{name} has no compiled op"
+
+
+def test_levels_can_be_forced_in_a_running_process() -> None:
+    best = _library.set_cpu_level("auto")
+    x = torch.randn(1, 1, 5, 8)
+    results = []
+    try:
+        for level in LEVELS[: LEVELS.index(best) + 1]:
+            assert _library.set_cpu_level(level) == level
+            results.append(torch.ops.pmf.attention_forward(x, x, x, None, False, 1.0)[0])
+    finally:
+        _library.set_cpu_level("auto")
+    for result in results:
+        torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-6)
+
+
+def test_unknown_level_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="'sse9' is no level of this processor"):
+        _library.set_cpu_level("sse9")
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"), [("portable", "level portable"), ("sse9", "PMF_CPU_LEVEL=sse9 is not a level")]
+)
+def test_environment_variable_sets_the_level(asked: str, expected: str) -> None:
+    script = "from pmf import _library; print('level', _library.cpu_level())"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PMF_CPU_LEVEL": asked, "PYTHONPATH": str(Path(pmf.__file__).parents[1])},
+    )
+    assert done.returncode == 0, done.stderr
+    assert expected in done.stdout + done.stderr
+
+
+def test_no_function_is_shared_between_levels() -> None:
+    """One definition rule: an inline function of two levels would be linked once, perhaps as AVX-512.
+
+    A symbol that the linker may merge and that objects of two levels define is such a function.
+    """
+    objects = sorted(Path(os.environ.get("PMF_BUILD_DIR", ROOT / "build")).glob("**/pmf_cpu_*.dir/**/*.o"))
+    if not objects:
+        pytest.skip("no build folder with kernel objects (set PMF_BUILD_DIR)")
+    levels = defaultdict(set)
+    for path in objects:
+        level = re.search(r"pmf_cpu_(\w+)\.dir", str(path))
+        assert level is not None
+        for line in read("nm", "-C", "--defined-only", path).splitlines():
+            match = re.match(r"[0-9a-f]+ ([WVu]) (.*)", line)
+            if match:
+                levels[match[2]].add(level[1])
+    assert {name: found for name, found in levels.items() if len(found) > 1} == {}
+
+
+def test_introspection_module_agrees_with_the_library() -> None:
+    module = _library.introspection()
+    if module is None:
+        pytest.skip("portable wheel: it has no introspection module")
+    facts = module.build_facts()
+    assert facts["version"] == pmf.__version__
+    assert module.cpu_level() == _library.cpu_level()
+    assert module.best_cpu_level() in LEVELS
+    assert isinstance(facts["has_cuda"], bool) and facts["cuda"]
+
+
+def test_metadata_leaves_an_installed_torch_alone() -> None:
+    try:
+        requirements = importlib.metadata.requires("pixelmeanflow") or []
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("pmf is imported from its source folder and not installed")
+    assert importlib.metadata.version("pixelmeanflow") == pmf.__version__
+    torch_requirements = [line for line in requirements if line.startswith("torch")]
+    assert torch_requirements == ["torch>=2.11"]
+    assert not [line for line in requirements if line.startswith(("torchvision", "triton", "nvidia"))]
+
+
+def test_env_report_names_every_part() -> None:
+    report = env.report()
+    for part in (
+        "pixelmeanflow",
+        "python",
+        "torch",
+        "processor",
+        "cpu kernels",
+        "cuda kernels",
+        "gpu",
+        "driver",
+    ):
+        assert re.search(rf"^{part}  +\S", report, re.MULTILINE), f"no line about {part} in\n{report}"
+    assert _library.cpu_level() in report
+
+
+def test_missing_library_is_one_sentence_and_import_works(tmp_path: Path) -> None:
+    """A copy of the package without its libraries: imports, and says what to do when an op is called."""
+    package = tmp_path / "pmf"
+    for source in Path(pmf.__file__).parent.rglob("*.py"):
+        target = package / source.relative_to(Path(pmf.__file__).parent)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(source.read_text())
+    script = (
+        "import torch, pmf\n"
+        "x = torch.ones(1, 1, 2, 4)\n"
+        "print(pmf.env.report())\n"
+        "try: pmf.ops.attention(x, x, x)\n"
+        "except RuntimeError as error: print('RAISED', error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"RAISED pmf's compiled library is not at .*pip install \.", done.stdout)
+    assert re.search(r"cpu kernels +missing", done.stdout)
+
+
+def test_building_without_torch_is_one_sentence(tmp_path: Path) -> None:
+    """ "No module named 'torch'" while building is what users of such packages meet first."""
+    venv.create(tmp_path / "empty", with_pip=False)
+    setup = load_setup()
+    script = (
+        "import sys, types, importlib.util\n"
+        "for name in ('bdist_wheel', 'build_ext', 'dist_info'):\n"
+        "    module = types.ModuleType(f'setuptools.command.{name}')\n"
+        "    setattr(module, name, object)\n"
+        "    sys.modules[module.__name__] = module\n"
+        "root = types.ModuleType('setuptools'); root.Extension = root.setup = None\n"
+        "sys.modules['setuptools'] = root\n"
+        f"spec = importlib.util.spec_from_file_location('s', {str(ROOT / 'setup.py')!r})\n"
+        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)\n"
+        "module.find_torch()\n"
+    )
+    python = tmp_path / "empty" / "bin" / "python"
+    done = subprocess.run([python, "-c", script], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert done.stderr.strip() == "error: " + setup.INSTALL_TORCH.format(python=python)
+
+
+def test_build_jobs_follow_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = load_setup()
+    monkeypatch.delenv("PMF_JOBS", raising=False)
+    monkeypatch.delenv("MAX_JOBS", raising=False)
+    monkeypatch.setattr(setup, "COMPILE_GIB", 1e6)
+    assert setup.parallel_jobs() == 1
+    monkeypatch.setenv("PMF_JOBS", "3")
+    assert setup.parallel_jobs() == 3
+
+
+@pytest.mark.parametrize(
+    ("value", "sentence"), [("maybe", "must be auto, on or off"), ("on", "no nvcc was found")]
+)
+def test_pmf_cuda_that_cannot_be_had_is_one_sentence(value: str, sentence: str) -> None:
+    """CMake's message, before anything is compiled; nvcc is hidden from the search."""
+    hidden = ("SYSTEM_ENVIRONMENT", "CMAKE_SYSTEM", "CMAKE_ENVIRONMENT")
+    done = subprocess.run(
+        [
+            "cmake",
+            f"-DPMF_CUDA={value}",
+            "-DPMF_NVCC_PATHS=",
+            *(f"-DCMAKE_FIND_USE_{kind}_PATH=OFF" for kind in hidden),
+            "-P",
+            ROOT / "cmake" / "cuda_kernels.cmake",
+        ],
+        capture_output=True,
+        text=True,
+        env={key: word for key, word in os.environ.items() if key not in ("CUDA_HOME", "CUDA_PATH")},
+    )
+    assert done.returncode != 0
+    assert sentence in " ".join(done.stderr.split())
