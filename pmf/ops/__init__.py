@@ -1,0 +1,31 @@
+"""Fused ops, each with its tangent: the public functions are exactly `__all__`.
+
+Every op takes float32, bfloat16, float16 or float64, is differentiable in every output, and runs under
+autograd, torch.func, forward-mode AD, autocast, checkpointing and torch.compile. Its `_jvp` form computes
+value and tangent
+in one pass and is itself an ordinary differentiable op: the form to train and to compile with.
+"""
+
+from .attention import attention, attention_jvp
+from .gated_residual import gated_residual, gated_residual_jvp
+from .newton_schulz import newton_schulz
+from .patch_embed import patch_embed, patch_embed_jvp
+from .rms_norm import rms_norm, rms_norm_jvp
+from .rotary_qk_norm import rotary_qk_norm, rotary_qk_norm_jvp
+from .swiglu import swiglu, swiglu_jvp
+
+__all__ = [
+    "attention",
+    "attention_jvp",
+    "gated_residual",
+    "gated_residual_jvp",
+    "newton_schulz",
+    "patch_embed",
+    "patch_embed_jvp",
+    "rms_norm",
+    "rms_norm_jvp",
+    "rotary_qk_norm",
+    "rotary_qk_norm_jvp",
+    "swiglu",
+    "swiglu_jvp",
+]

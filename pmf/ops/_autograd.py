@@ -1,0 +1,272 @@
+"""Derivatives of the compiled kernels: reverse mode, forward mode, vmap, and torch.compile.
+
+PyTorch offers two doors, and neither is enough alone:
+
+- A custom op with `register_autograd` compiles, but has no forward mode: under `torch.func.jvp` its tangent
+  is silently zero.
+- `torch.autograd.Function` has `jvp` and `vmap`, but torch.compile traces into it, drops its `jvp` and
+  differentiates the traced forward instead: with a custom op inside, again a silent zero.
+
+So every public function is an autograd.Function around a custom op, and torch.compile is told to put the call
+into its graph as it is (`allow_in_graph`). AOTAutograd then runs the transforms on the Function itself and
+finds its rules, and Inductor sees the custom op. What torch.compile loses before our code runs are the
+tangents of `torch.autograd.forward_ad`: there `call` raises.
+
+Every kernel has a reference: the same function in plain PyTorch. Derivatives that no kernel computes (of a
+mask, of a gradient) are the reference's, so they are always right, and only ever slower.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from pmf import _library
+
+__all__ = [
+    "KernelFunction",
+    "call",
+    "in_float32",
+    "is_differentiable",
+    "register",
+    "register_fake",
+    "vjp",
+]
+
+Args = tuple[Any, ...]
+Outputs = Any  # a Tensor, or a tuple of them: what the raw op returns
+
+
+class KernelFunction(torch.autograd.Function):
+    """A kernel as a differentiable function of positional arguments, all that the raw op takes.
+
+    A subclass names the raw op and its reference; it overrides `gradient` and `tangent` where kernels compute
+    them.
+    """
+
+    op: ClassVar[str]
+    """The raw op: torch.ops.pmf.<op>."""
+    constants: ClassVar[int] = 0
+    """How many of the last outputs have no derivative."""
+    residuals: ClassVar[tuple[int, ...]] = ()
+    """Outputs that the backward reads (row statistics)."""
+    unsaved: ClassVar[tuple[int, ...]] = ()
+    """Tensor arguments whose values the backward does not read."""
+    by_reference: ClassVar[tuple[int, ...]] = ()
+    """Arguments whose derivative no kernel computes: if one is asked for, the reference computes them all."""
+    samples: ClassVar[tuple[int, ...]] = ()
+    """Arguments and, always, outputs whose dimension 0 is the batch: vmap folds into it. None: vmap loops."""
+
+    @staticmethod
+    def reference(*args: Any) -> tuple[Tensor, ...]:
+        """The outputs without the constants, in plain PyTorch."""
+        raise NotImplementedError
+
+    @classmethod
+    def gradient(cls, grads: Args, args: Args, residuals: Args, needed: Sequence[bool]) -> Args:
+        """Gradients of the arguments that need them, given the outputs' (None is zero; not all are None)."""
+        return vjp(cls.reference, args, grads)
+
+    @classmethod
+    def tangent(cls, args: Args, tangents: Args) -> tuple[Tensor, ...]:
+        """Tangents of the outputs without the constants, by differentiable operations (None is zero)."""
+        return jvp(cls.reference, args, tangents)
+
+    # What follows is torch.autograd.Function's interface; subclasses leave it alone.
+
+    @classmethod
+    def forward(cls, *args: Any) -> Outputs:
+        return getattr(torch.ops.pmf, cls.op)(*args)
+
+    @classmethod
+    def setup_context(cls, ctx: Any, inputs: Args, output: Outputs) -> None:
+        cls.save(ctx, inputs, output)
+        ctx.save_for_forward(*(x for x in inputs if isinstance(x, Tensor)))
+
+    @classmethod
+    def save(cls, ctx: Any, inputs: Args, output: Outputs) -> None:
+        outputs = _tuple(output)
+        saved = [x if isinstance(x, Tensor) and i not in cls.unsaved else None for i, x in enumerate(inputs)]
+        ctx.save_for_backward(*saved, *(outputs[i] for i in cls.residuals))
+        ctx.mark_non_differentiable(*outputs[len(outputs) - cls.constants :])
+        ctx.set_materialize_grads(False)
+        ctx.inputs = tuple(None if isinstance(x, Tensor) else x for x in inputs)
+        ctx.is_tensor = tuple(isinstance(x, Tensor) for x in inputs)
+        ctx.is_single = isinstance(output, Tensor)
+
+    @classmethod
+    def backward(cls, ctx: Any, *grads: Tensor | None) -> Any:
+        n = len(ctx.inputs)
+        saved = ctx.saved_tensors  # read once: checkpointing allows no more
+        args = tuple(s if t else x for s, t, x in zip(saved, ctx.is_tensor, ctx.inputs, strict=False))
+        outputs = grads[: len(grads) - cls.constants]
+        if all(g is None for g in outputs):
+            return (None,) * n
+        if any(ctx.needs_input_grad[i] for i in cls.by_reference):
+            found = vjp(cls.reference, args, outputs)
+        else:
+            found = cls.gradient(outputs, args, saved[n:], ctx.needs_input_grad)
+        return tuple(g if needed else None for g, needed in zip(found, ctx.needs_input_grad, strict=True))
+
+    @classmethod
+    def jvp(cls, ctx: Any, *tangents: Tensor | None) -> Any:
+        saved = iter(ctx.saved_tensors)
+        args = tuple(next(saved) if t else x for t, x in zip(ctx.is_tensor, ctx.inputs, strict=True))
+        if any(tangents[i] is not None for i in cls.by_reference):
+            found = jvp(cls.reference, args, tangents)
+        else:
+            found = cls.tangent(args, tangents)
+        return found[0] if ctx.is_single else (*found, *(None,) * cls.constants)
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Outputs, Any]:
+        mapped = [i for i, dim in enumerate(in_dims) if dim is not None]
+        rows = {_unmapped_rows(args[i], in_dims[i]) for i in cls.samples if isinstance(args[i], Tensor)}
+        if set(mapped) <= set(cls.samples) and len(rows) == 1 and None not in rows:
+            folded = [
+                _fold(x, in_dims[i], info.batch_size) if i in cls.samples else x for i, x in enumerate(args)
+            ]
+            output = cls.apply(*folded)
+            outputs = tuple(x.unflatten(0, (info.batch_size, -1)) for x in _tuple(output))
+        else:
+            each = [
+                cls.apply(*(x if d is None else x.select(d, i) for x, d in zip(args, in_dims, strict=True)))
+                for i in range(info.batch_size)
+            ]
+            output = each[0]
+            outputs = tuple(torch.stack(same) for same in zip(*map(_tuple, each), strict=True))
+        return (outputs[0], 0) if isinstance(output, Tensor) else (outputs, (0,) * len(outputs))
+
+
+_functions: dict[str, type[KernelFunction]] = {}
+
+
+def call(name: str, *args: Any) -> Any:
+    """Run a registered KernelFunction so that every derivative is right, or raise."""
+    _library.require()
+    if not torch.compiler.is_compiling():
+        return _functions[name].apply(*args)
+    # Read here, where torch.compile guards it: a graph compiled before is not reused inside a dual_level.
+    if forward_ad._current_level >= 0 and not _in_func_jvp():
+        op = name.removesuffix("_detached").removesuffix("_jvp")
+        raise RuntimeError(
+            f"{op}: torch.compile drops the tangents of torch.autograd.forward_ad; "
+            f"call pmf.ops.{op}_jvp with explicit tangents, or torch.func.jvp, instead"
+        )
+    return _apply(name, *args)
+
+
+@torch.compiler.allow_in_graph
+def _apply(name: str, *args: Any) -> Any:
+    return _functions[name].apply(*args)
+
+
+@torch.compiler.assume_constant_result  # looked up while tracing, where the transforms are active
+def _in_func_jvp() -> bool:
+    jvp = torch._C._functorch.TransformType.Jvp
+    return any(t.key() == jvp for t in torch._C._functorch.get_interpreter_stack() or ())
+
+
+def register(name: str, function: type[KernelFunction], fake: Callable[..., Outputs] | None = None) -> None:
+    """Let `call` find `function`; with `fake`, give its raw op shapes, a gradient and a vmap.
+
+    The raw op's own gradient and vmap are for those who call torch.ops.pmf directly: `call` never needs them.
+    """
+    _functions[name] = function
+    if fake is None or _library.missing():
+        return
+    register_fake(function.op, fake)
+    torch.library.register_autograd(f"pmf::{function.op}", function.backward, setup_context=function.save)
+    torch.library.register_vmap(f"pmf::{function.op}", function.vmap)
+
+
+def register_fake(op: str, fake: Callable[..., Outputs]) -> None:
+    """Give a raw op its shapes alone."""
+    if not _library.missing():
+        torch.library.register_fake(f"pmf::{op}", fake)
+
+
+def is_differentiable(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record an operation on any of these."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def vjp(function: Callable[..., tuple[Tensor, ...]], args: Args, cotangents: Args) -> Args:
+    """Gradients of plain PyTorch code for all its arguments: None where an argument is no floating tensor."""
+    pure, tensors, where = _of_tensors(function, args)
+    outputs, pull = torch.func.vjp(pure, *tensors)[:2]
+    grads: list[Tensor | None] = [None] * len(args)
+    found = pull(
+        tuple(torch.zeros_like(y) if c is None else c for y, c in zip(outputs, cotangents, strict=True))
+    )
+    for i, grad in zip(where, found, strict=True):
+        grads[i] = grad
+    return tuple(grads)
+
+
+def jvp(function: Callable[..., tuple[Tensor, ...]], args: Args, tangents: Args) -> tuple[Tensor, ...]:
+    """Tangents of plain PyTorch code; a tangent of None is zero.
+
+    J t is the gradient of <J^T c, t> in c, for any c: two reverse passes, because forward-mode levels do not
+    nest.
+    """
+    pure, tensors, where = _of_tensors(function, args)
+    given = (tangents[i] for i in where)
+    directions = tuple(torch.zeros_like(x) if t is None else t for x, t in zip(tensors, given, strict=True))
+    cotangents = tuple(torch.zeros_like(y) for y in pure(*tensors))
+    pull = torch.func.vjp(lambda *c: torch.func.vjp(pure, *tensors)[1](c), *cotangents)[1]
+    return pull(directions)
+
+
+def in_float32(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """Let plain PyTorch code compute 16-bit inputs in float32, in spite of autocast, and round once."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any) -> tuple[Tensor, ...]:
+        first = next(x for x in args if isinstance(x, Tensor))
+        dtype = next(x.dtype for x in args if isinstance(x, Tensor) and x.is_floating_point())
+        with torch.autocast(first.device.type, enabled=False):
+            return tuple(y.to(dtype) for y in function(*map(_widen, args)))
+
+    return wrapper
+
+
+def _of_tensors(
+    function: Callable[..., Any], args: Args
+) -> tuple[Callable[..., Any], tuple[Tensor, ...], list[int]]:
+    """`function` as one of its floating tensors alone, these tensors, and their positions."""
+    where = [i for i, x in enumerate(args) if isinstance(x, Tensor) and x.is_floating_point()]
+
+    def pure(*tensors: Tensor) -> Any:
+        full = list(args)
+        for i, x in zip(where, tensors, strict=True):
+            full[i] = x
+        return function(*full)
+
+    return pure, tuple(args[i] for i in where), where
+
+
+def _widen(x: Any) -> Any:
+    return x.float() if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _tuple(output: Outputs) -> tuple[Tensor, ...]:
+    return (output,) if isinstance(output, Tensor) else tuple(output)
+
+
+def _unmapped_rows(x: Tensor, dim: int | None) -> int | None:
+    """The length of dimension 0 as the function sees it; None where it sees no batch beside the features."""
+    shape = list(x.shape)
+    if dim is not None:
+        shape.pop(dim)
+    return shape[0] if len(shape) >= 2 else None
+
+
+def _fold(x: Any, dim: int | None, size: int) -> Any:
+    """Merge the mapped dimension (or `size` copies) into dimension 0."""
+    if not isinstance(x, Tensor):
+        return x
+    return (x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)

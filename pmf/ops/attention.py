@@ -1,0 +1,355 @@
+"""Scaled dot-product attention, with its tangent, in memory linear in the sequence length."""
+
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pmf import reference
+
+from ._autograd import KernelFunction, call, in_float32, is_differentiable, register, vjp
+from ._inputs import autocast_matmul, check_tangents
+
+__all__ = ["attention", "attention_jvp"]
+
+MAX_WIDTH = 256
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attention, argument for argument `torch.nn.functional.scaled_dot_product_attention`.
+
+        O = softmax(scale Q K^T + mask) V
+
+    Args:
+        query: [..., H, Nq, D]; key: [..., H, Nk, D]; value: [..., H, Nk, Dv], of one dtype: float32,
+            bfloat16, float16 or float64. Leading dimensions broadcast; any lengths, widths up to 256, any
+            strides.
+        attn_mask: broadcasts to [..., H, Nq, Nk]; boolean (True attends) or floating (added to the scores).
+            One that requires a gradient gets it from the reference, whose memory is quadratic in the length.
+        dropout_p: must be 0.
+        is_causal: query i sees keys 0 to i, beside what the mask allows.
+        scale: of the scores; D^-0.5 by default.
+        enable_gqa: key and value may have fewer heads than query, each shared by H / Hk neighbouring query
+            heads.
+
+    Returns [..., H, Nq, Dv] in query's dtype; rows that may attend to nothing are zero. Sums are taken in
+    float32 (float64 for float64).
+
+    Raises ValueError where shapes, dtypes or dropout_p do not fit. Forward mode under torch.compile raises
+    RuntimeError: use `attention_jvp`. Source: Dao et al., "FlashAttention" (2022).
+    """
+    if dropout_p != 0.0:
+        raise ValueError(f"attention: dropout_p must be 0, because dropout is not supported, got {dropout_p}")
+    query, key, value = autocast_matmul(query, key, value)
+    plan = _plan(query, key, value, attn_mask, scale, enable_gqa)
+    args = (*plan.fold(query, key, value), plan.mask, is_causal, plan.scale)
+    if is_differentiable(attn_mask):
+        out = _Attention.reference(*args)[0]
+    else:
+        out = call("attention", *args)[0]
+    return out.reshape(plan.out_shape)
+
+
+def attention_jvp(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_t: Tensor | None,
+    key_t: Tensor | None,
+    value_t: Tensor | None,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    detach_tangent: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`attention` and its tangent in one pass.
+
+        P = softmax(S),  H = P o scale (tQ K^T + Q tK^T),  r = rowsum(H)      tO = H V - r o O + P tV
+
+    Args:
+        query, key, value, attn_mask, is_causal, scale, enable_gqa: as for `attention`.
+        query_t, key_t, value_t: tangents in the shapes of query, key and value, or None for zero. For inputs
+            of four dimensions also those of the first n samples, the same n for all.
+        detach_tangent: the tangent is a constant for autograd, and backward costs what `attention`'s does.
+            Needed where n is smaller than the batch and gradients are wanted.
+
+    Returns (O, tO), tO of n samples. Both outputs are differentiable, in memory linear in the length, unless
+    detached.
+
+    Raises as `attention` does. Source: the running pivot that keeps tO accurate is this library's own.
+    """
+    query, key, value, query_t, key_t, value_t = autocast_matmul(query, key, value, query_t, key_t, value_t)
+    count = check_tangents(
+        "attention_jvp", [("query_t", query, query_t), ("key_t", key, key_t), ("value_t", value, value_t)]
+    )
+    if count is None:
+        out = attention(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
+        return out, torch.zeros_like(out)
+    plan = _plan(query, key, value, attn_mask, scale, enable_gqa)
+    given = ((query, query_t), (key, key_t), (value, value_t))
+    fewer = any(t is not None and t.shape != x.shape for x, t in given)
+    if fewer and not plan.is_plain:
+        raise ValueError(
+            "attention_jvp: tangents of the first samples alone need query, key and value "
+            "[B, H, N, D] of one batch size"
+        )
+    tangents = (query_t, key_t, value_t) if fewer else plan.fold(query_t, key_t, value_t)
+    args = (*plan.fold(query, key, value), *tangents, plan.mask, is_causal, plan.scale)
+    if is_differentiable(attn_mask):
+        if fewer:
+            raise ValueError(
+                "attention_jvp: an attn_mask that requires a gradient needs tangents of all samples"
+            )
+        out, out_t = _AttentionJvp.reference(*args)
+        out_t = out_t.detach() if detach_tangent else out_t
+    else:
+        out, out_t, _ = call("attention_jvp_detached" if detach_tangent else "attention_jvp", *args)
+    return out.reshape(plan.out_shape), out_t if fewer else out_t.reshape(plan.out_shape)
+
+
+class _Plan(NamedTuple):
+    """How inputs of any rank become the kernel's [B, H, N, D], and the output theirs again."""
+
+    shapes: tuple[tuple[int, ...], ...]  # query, key and value after broadcasting
+    out_shape: tuple[int, ...]
+    mask: Tensor | None
+    scale: float
+    is_plain: bool
+
+    def fold(self, *tensors: Tensor | None) -> list[Tensor | None]:
+        if self.is_plain:
+            return list(tensors)
+        return [
+            None if x is None else _four(x.expand(shape))
+            for x, shape in zip(tensors, self.shapes, strict=True)
+        ]
+
+
+def _plan(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, enable_gqa: bool
+) -> _Plan:
+    q, k, v = tuple(query.shape), tuple(key.shape), tuple(value.shape)
+    _check(query, key, value)
+    if enable_gqa:
+        heads = q[-3:-2], k[-3:-2], v[-3:-2]
+        if (
+            not heads[0]
+            or heads[1] != heads[2]
+            or not heads[1]
+            or not heads[1][0]
+            or heads[0][0] % heads[1][0]
+        ):
+            raise ValueError(
+                "attention: with enable_gqa key and value must have one number of heads, and it must divide "
+                f"query's, got query {list(q)}, key {list(k)} and value {list(v)}"
+            )
+        leading = _broadcast(q[:-3], k[:-3], v[:-3])
+        q, k, v = (leading + x[-3:] for x in (q, k, v))
+    else:
+        leading = _broadcast(q[:-2], k[:-2], v[:-2])
+        q, k, v = (leading + x[-2:] for x in (q, k, v))
+    out_shape = (*q[:-1], v[-1])
+    if mask is not None:
+        mask = _mask(mask, query.dtype, (*q[:-1], k[-2]))
+    is_plain = len(q) == 4 and (tuple(query.shape), tuple(key.shape), tuple(value.shape)) == (q, k, v)
+    return _Plan((q, k, v), out_shape, mask, q[-1] ** -0.5 if scale is None else float(scale), is_plain)
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.dim() < 2 or not 1 <= x.shape[-1] <= MAX_WIDTH:
+            raise ValueError(
+                f"attention: {name} must be [..., N, D] with 1 <= D <= {MAX_WIDTH}, got {list(x.shape)}"
+            )
+    shapes = f"got query {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)}"
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(f"attention: query and key must have one width, {shapes}")
+    if key.shape[-2] != value.shape[-2]:
+        raise ValueError(f"attention: key and value must have one length, {shapes}")
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError(
+            "attention: query, key and value must have one dtype, "
+            f"got {query.dtype}, {key.dtype} and {value.dtype}"
+        )
+    if not query.dtype.is_floating_point:
+        raise TypeError(f"attention: query, key and value must be floating, got {query.dtype}")
+
+
+def _broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...]:
+    try:
+        return tuple(torch.broadcast_shapes(*shapes))
+    except RuntimeError as error:
+        q, k, v = (list(shape) for shape in shapes)
+        raise ValueError(
+            f"attention: the leading dimensions of query {q}, key {k} and value {v} must broadcast "
+            "(key and value with fewer heads need enable_gqa=True)"
+        ) from error
+
+
+def _mask(mask: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """The mask as a view of [B, H, Nq, Nk]; additive ones in float32 or query's dtype."""
+    if mask.dtype != torch.bool:
+        if not mask.is_floating_point():
+            raise TypeError(f"attention: attn_mask must be boolean or floating, got {mask.dtype}")
+        if mask.dtype != dtype and (mask.dtype != torch.float32 or dtype == torch.float64):
+            mask = mask.to(dtype)
+    try:
+        return _four(mask.expand(shape))
+    except RuntimeError as error:
+        raise ValueError(
+            f"attention: attn_mask {list(mask.shape)} must broadcast to [..., Nq, Nk] = {list(shape)}"
+        ) from error
+
+
+def _four(x: Tensor) -> Tensor:
+    """[..., H, N, D] as [B, H, N, D]."""
+    if x.dim() >= 4:
+        return x.flatten(0, x.dim() - 4)
+    return x[(None,) * (4 - x.dim())]
+
+
+class _Attention(KernelFunction):
+    """(query, key, value, mask, is_causal, scale) -> (O, lse), all four-dimensional."""
+
+    op = "attention_forward"
+    constants = 1
+    residuals: ClassVar[tuple[int, ...]] = (1,)
+    samples: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
+    by_reference: ClassVar[tuple[int, ...]] = (3,)
+
+    @staticmethod
+    @in_float32
+    def reference(
+        query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+    ) -> tuple[Tensor, ...]:
+        return (reference.attention(query, key, value, mask, is_causal, scale=scale, enable_gqa=True),)
+
+    @classmethod
+    def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
+        found = _AttentionBackward.apply(grads[0], *args[:3], *residuals, *args[3:])
+        return (*found, None, None, None)
+
+    @classmethod
+    def tangent(cls, args: Any, tangents: Any) -> Any:
+        if all(t is None for t in tangents[:3]):
+            return (args[0].new_zeros((*args[0].shape[:3], args[2].shape[3])),)
+        return call("attention_jvp", *args[:3], *tangents[:3], *args[3:])[1:2]
+
+
+class _AttentionBackward(KernelFunction):
+    op = "attention_backward"
+
+    @staticmethod
+    def reference(
+        grad: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, *rest: Any
+    ) -> tuple[Tensor, ...]:
+        return vjp(_Attention.reference, (query, key, value, *rest), (grad,))[:3]
+
+
+class _AttentionJvp(KernelFunction):
+    """(query, key, value, their tangents or None, mask, is_causal, scale) -> (O, tO, lse)."""
+
+    op = "attention_jvp_forward"
+    constants = 1
+    residuals: ClassVar[tuple[int, ...]] = (2,)
+    samples: ClassVar[tuple[int, ...]] = (0, 1, 2, 3, 4, 5, 6)
+    by_reference: ClassVar[tuple[int, ...]] = (6,)
+
+    @staticmethod
+    @in_float32
+    def reference(*args: Any) -> tuple[Tensor, ...]:
+        q, k, v, q_t, k_t, v_t, mask, is_causal, scale = args
+        return reference.attention_jvp(q, k, v, q_t, k_t, v_t, mask, is_causal, scale=scale, enable_gqa=True)
+
+    @classmethod
+    def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
+        if grads[1] is None:
+            return _AttentionJvpDetached.gradient(grads, args, residuals, needed)
+        found = _AttentionJvpBackward.apply(*grads, *args[:6], *residuals, *args[6:])
+        return (*found, None, None, None)
+
+
+class _AttentionJvpBackward(KernelFunction):
+    op = "attention_jvp_backward"
+
+    @staticmethod
+    def reference(grad: Tensor | None, grad_t: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        inputs = tuple(x if x is not None else torch.zeros_like(args[i - 3]) for i, x in enumerate(args[:6]))
+        return vjp(_AttentionJvp.reference, (*inputs, *args[7:]), (grad, grad_t))[:6]
+
+
+class _AttentionJvpDetached(_AttentionJvp):
+    constants = 2
+    unsaved: ClassVar[tuple[int, ...]] = (3, 4, 5)
+
+    @classmethod
+    def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
+        query, key, value, *rest = _Attention.gradient(grads[:1], (*args[:3], *args[6:]), residuals, needed)
+        return query, key, value, None, None, None, *rest
+
+    @classmethod
+    def tangent(cls, args: Any, tangents: Any) -> Any:
+        return _Attention.tangent((*args[:3], *args[6:]), tangents[:3])
+
+
+def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return _out_like(query, value), query.new_empty(query.shape[:3], dtype=lse_dtype)
+
+
+def _fake_jvp(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_t: Tensor | None,
+    key_t: Tensor | None,
+    value_t: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    out, lse = _fake(query, key, value)
+    count = next((t.shape[0] for t in (query_t, key_t, value_t) if t is not None), query.shape[0])
+    return out, _out_like(query[:count], value), lse
+
+
+def _fake_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(_ordered_as(x) for x in (query, key, value))
+
+
+def _fake_jvp_backward(
+    grad: Tensor | None, grad_t: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    absent = query.new_empty(0)
+    tangents = (absent.clone() if t is None else _ordered_as(t) for t in rest[:3])
+    return (*(_ordered_as(x) for x in (query, key, value)), *tangents)
+
+
+def _out_like(query: Tensor, value: Tensor) -> Tensor:
+    return _ordered_as(query, value.shape[3])
+
+
+def _ordered_as(x: Tensor, width: int | None = None) -> Tensor:
+    """The rule of csrc/ops/attention.h: token-major where x is."""
+    batch, heads, tokens, own = x.shape
+    width = own if width is None else width
+    if x.stride(2) > x.stride(1):
+        return x.new_empty((batch, tokens, heads, width)).transpose(1, 2)
+    return x.new_empty((batch, heads, tokens, width))
+
+
+register("attention", _Attention, _fake)
+register("attention_backward", _AttentionBackward, _fake_backward)
+register("attention_jvp", _AttentionJvp, _fake_jvp)
+register("attention_jvp_backward", _AttentionJvpBackward, _fake_jvp_backward)
+register("attention_jvp_detached", _AttentionJvpDetached)

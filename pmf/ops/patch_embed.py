@@ -1,0 +1,276 @@
+"""Images to tokens through a narrow layer, written behind the prefix tokens in one buffer."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from pmf import reference
+
+from ._autograd import KernelFunction, call, in_float32, register, register_fake, vjp
+from ._inputs import autocast_matmul, check_tangents, zeros
+
+__all__ = ["patch_embed", "patch_embed_jvp"]
+
+
+def patch_embed(
+    images: Tensor,
+    weight_down: Tensor,
+    bias_down: Tensor | None,
+    weight_up: Tensor,
+    bias_up: Tensor | None,
+    position: Tensor | None = None,
+    prefix: Tensor | None = None,
+) -> Tensor:
+    """Bottleneck patch embedding.
+
+        tokens = W_up (W_down patches + b_down) + b_up + position, behind the prefix
+
+    Args:
+        images: [B, C, H, W], H and W multiples of the patch size p; float32, bfloat16, float16 or float64.
+        weight_down: [R, C, p, p]; bias_down: [R] or None.
+        weight_up: [D, R]; bias_up: [D] or None.
+        position: [n, D], added to the last n tokens: N rows for the image tokens alone, P + N for all.
+        prefix: [B, P, D], tokens that go in front.
+
+    Returns tokens [B, P + N, D] with N = (H / p) (W / p), row by row.
+
+    Raises ValueError where shapes or dtypes do not fit. Forward mode under torch.compile raises RuntimeError:
+    use `patch_embed_jvp`. Source: Li and He, "Back to Basics: Let Denoising Generative Models Denoise"
+    (2025).
+    """
+    args = autocast_matmul(images, weight_down, bias_down, weight_up, bias_up, position, prefix)
+    return call("patch_embed", *args)[0]
+
+
+def patch_embed_jvp(
+    images: Tensor,
+    weight_down: Tensor,
+    bias_down: Tensor | None,
+    weight_up: Tensor,
+    bias_up: Tensor | None,
+    images_t: Tensor | None,
+    position: Tensor | None = None,
+    prefix: Tensor | None = None,
+    prefix_t: Tensor | None = None,
+    *,
+    detach_tangent: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`patch_embed` and its tangent in one batch: the map is affine, so its tangent is the map without the
+    biases.
+
+    Args:
+        images, weight_down, bias_down, weight_up, bias_up, position, prefix: as for `patch_embed`.
+        images_t, prefix_t: tangents, or None for zero; of all samples (dimension 0) or of the first n.
+        detach_tangent: the tangent is a constant for autograd, and backward costs what `patch_embed`'s does.
+            Needed where n is smaller than the batch and gradients are wanted.
+
+    Returns (tokens, tokens_t), tokens_t of n samples. Both are differentiable unless detached.
+    """
+    images, weight_down, bias_down, weight_up, bias_up, images_t, position, prefix, prefix_t = (
+        autocast_matmul(
+            images, weight_down, bias_down, weight_up, bias_up, images_t, position, prefix, prefix_t
+        )
+    )
+    pairs = [("images_t", images, images_t)]
+    if prefix is not None:
+        pairs.append(("prefix_t", prefix, prefix_t))
+    elif prefix_t is not None:
+        raise ValueError("patch_embed_jvp: prefix_t is given without a prefix")
+    count = check_tangents("patch_embed_jvp", pairs)
+    if count is None:
+        tokens = patch_embed(images, weight_down, bias_down, weight_up, bias_up, position, prefix)
+        return tokens, torch.zeros_like(tokens)
+    images_t = zeros(images, count) if images_t is None else images_t
+    op = "patch_embed_jvp_detached" if detach_tangent else "patch_embed_jvp"
+    args = (images, weight_down, bias_down, weight_up, bias_up, images_t, position, prefix, prefix_t)
+    return call(op, *args)[:2]
+
+
+class _PatchEmbed(KernelFunction):
+    """(images, weight_down, bias_down, weight_up, bias_up, position, prefix) -> (tokens, hidden)."""
+
+    op = "patch_embed"
+    constants = 1
+    residuals: ClassVar[tuple[int, ...]] = (1,)
+    samples: ClassVar[tuple[int, ...]] = (0, 6)
+
+    @staticmethod
+    @in_float32
+    def reference(*args: Any) -> tuple[Tensor, ...]:
+        return (reference.patch_embed(*args),)
+
+    @classmethod
+    def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
+        return _PatchEmbedBackward.apply(*grads, *residuals, needed[0], *args)
+
+    @classmethod
+    def tangent(cls, args: Any, tangents: Any) -> Any:
+        # Of the images and the prefix the op is linear; the weights' tangents come from the reference.
+        images, weight_down, bias_down, weight_up, bias_up, position, prefix = args
+        if any(tangents[i] is not None for i in (1, 2, 3, 4, 5)):
+            return super().tangent(args, tangents)
+        images_t = torch.zeros_like(images) if tangents[0] is None else tangents[0]
+        prefix_t = torch.zeros_like(prefix) if prefix is not None and tangents[6] is None else tangents[6]
+        return (patch_embed(images_t, weight_down, None, weight_up, None, None, prefix_t),)
+
+
+class _PatchEmbedBackward(KernelFunction):
+    """(grad, hidden, images_need_grad, *_PatchEmbed's arguments) -> their gradients; that of None is empty.
+
+    It takes more than the kernel does (the biases), because a second derivative runs through hidden to all of
+    them.
+    """
+
+    @classmethod
+    def forward(cls, grad: Tensor, hidden: Tensor, need: bool, *args: Any) -> tuple[Tensor, ...]:
+        images, weight_down, _, weight_up, _, position, prefix = args
+        found = torch.ops.pmf.patch_embed_backward(grad, images, weight_down, weight_up, hidden, need)
+        return *found[:5], _last_rows(found[5], position), _first_tokens(grad, prefix)
+
+    @staticmethod
+    def reference(grad: Tensor, hidden: Tensor, need: bool, *args: Any) -> tuple[Tensor, ...]:
+        found = vjp(_PatchEmbed.reference, args, (grad,))
+        return tuple(grad.new_empty(0) if x is None else x for x in found)
+
+
+class _PatchEmbedJvp(KernelFunction):
+    """_PatchEmbed's arguments, images_t behind the biases, prefix_t last -> (tokens, tokens_t, 2 hidden)."""
+
+    op = "patch_embed_jvp"
+    constants = 2
+    residuals: ClassVar[tuple[int, ...]] = (2, 3)
+    samples: ClassVar[tuple[int, ...]] = (0, 5, 7, 8)
+
+    @staticmethod
+    @in_float32
+    def reference(*args: Any) -> tuple[Tensor, ...]:
+        return reference.patch_embed_jvp(*args)
+
+    @classmethod
+    def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
+        if grads[1] is None:
+            return _PatchEmbedJvpDetached.gradient(grads, args, residuals[:1], needed)
+        return _PatchEmbedJvpBackward.apply(*grads, *residuals, needed[0] or needed[5], *args)
+
+
+class _PatchEmbedJvpBackward(KernelFunction):
+    """(grad, grad_t, hidden, hidden_t, images_need_grad, *_PatchEmbedJvp's arguments) -> their gradients."""
+
+    @classmethod
+    def forward(
+        cls, grad: Tensor | None, grad_t: Tensor, hidden: Tensor, hidden_t: Tensor, need: bool, *args: Any
+    ) -> tuple[Tensor, ...]:
+        images, weight_down, _, weight_up, _, images_t, position, prefix, prefix_t = args
+        found = torch.ops.pmf.patch_embed_jvp_backward(
+            grad, grad_t, images, images_t, weight_down, weight_up, hidden, hidden_t, need
+        )
+        images_grad, images_t_grad, *weights, position_grad = found
+        prefix_grad = _first_tokens(zeros(grad_t) if grad is None else grad, prefix)
+        position_grad = _last_rows(position_grad, position)
+        return (
+            images_grad,
+            *weights,
+            images_t_grad,
+            position_grad,
+            prefix_grad,
+            _first_tokens(grad_t, prefix_t),
+        )
+
+    @staticmethod
+    def reference(
+        grad: Tensor | None, grad_t: Tensor, hidden: Any, hidden_t: Any, need: bool, *args: Any
+    ) -> Any:
+        found = vjp(_PatchEmbedJvp.reference, args, (grad, grad_t))
+        return tuple(grad_t.new_empty(0) if x is None else x for x in found)
+
+
+class _PatchEmbedJvpDetached(_PatchEmbedJvp):
+    constants = 3
+    residuals: ClassVar[tuple[int, ...]] = (2,)
+    unsaved: ClassVar[tuple[int, ...]] = (5, 8)
+
+    @classmethod
+    def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
+        found = _PatchEmbed.gradient(grads[:1], (*args[:5], *args[6:8]), residuals, needed)
+        return *found[:5], None, *found[5:], None
+
+    @classmethod
+    def tangent(cls, args: Any, tangents: Any) -> Any:
+        return _PatchEmbed.tangent((*args[:5], *args[6:8]), (*tangents[:5], *tangents[6:8]))
+
+
+def _last_rows(grad: Tensor, position: Tensor | None) -> Tensor:
+    """The gradient of position [n, D] among that of all tokens [P + N, D]; a tensor of its own."""
+    return grad.new_empty(0) if position is None else grad[grad.shape[0] - position.shape[0] :].clone()
+
+
+def _first_tokens(grad: Tensor, prefix: Tensor | None) -> Tensor:
+    """The gradient of prefix [B, P, D] among that of all tokens; a tensor of its own."""
+    return grad.new_empty(0) if prefix is None else grad[:, : prefix.shape[1]].clone()
+
+
+def _fake(images: Tensor, weight_down: Tensor, _: Any, weight_up: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return _tokens(images, weight_down, weight_up, rest[2]), _hidden(images, weight_down)
+
+
+def _fake_jvp(
+    images: Tensor, weight_down: Tensor, _: Any, weight_up: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    images_t, prefix = rest[1], rest[3]
+    tokens, hidden = _tokens(images, weight_down, weight_up, prefix), _hidden(images, weight_down)
+    return tokens, tokens[: images_t.shape[0]].clone(), hidden, hidden[: images_t.shape[0]].clone()
+
+
+def _fake_backward(
+    grad: Tensor, images: Tensor, weight_down: Tensor, weight_up: Tensor, hidden: Tensor, need: bool
+) -> tuple[Tensor, ...]:
+    return _image_grad(images, need), *_weight_grads(grad, weight_down, weight_up)
+
+
+def _fake_jvp_backward(
+    grad: Tensor | None,
+    grad_t: Tensor,
+    images: Tensor,
+    images_t: Tensor,
+    weight_down: Tensor,
+    weight_up: Tensor,
+    hidden: Tensor,
+    hidden_t: Tensor,
+    need: bool,
+) -> tuple[Tensor, ...]:
+    return (
+        _image_grad(images, need),
+        _image_grad(images_t, need),
+        *_weight_grads(grad_t, weight_down, weight_up),
+    )
+
+
+def _tokens(images: Tensor, weight_down: Tensor, weight_up: Tensor, prefix: Tensor | None) -> Tensor:
+    count = 0 if prefix is None else prefix.shape[1]
+    return images.new_empty(
+        (images.shape[0], count + _hidden(images, weight_down).shape[1], weight_up.shape[0])
+    )
+
+
+def _hidden(images: Tensor, weight_down: Tensor) -> Tensor:
+    batch, _, height, width = images.shape
+    patch = weight_down.shape[-1]
+    return images.new_empty((batch, (height // patch) * (width // patch), weight_down.shape[0]))
+
+
+def _image_grad(images: Tensor, need: bool) -> Tensor:
+    return images.new_empty(images.shape if need else 0)
+
+
+def _weight_grads(grad: Tensor, weight_down: Tensor, weight_up: Tensor) -> tuple[Tensor, ...]:
+    width, rank = weight_up.shape
+    shapes: tuple[Any, ...] = (weight_down.shape, (rank,), weight_up.shape, (width,), (grad.shape[1], width))
+    return tuple(weight_up.new_empty(shape) for shape in shapes)
+
+
+register("patch_embed", _PatchEmbed, _fake)
+register("patch_embed_jvp", _PatchEmbedJvp, _fake_jvp)
+register("patch_embed_jvp_detached", _PatchEmbedJvpDetached)
+register_fake("patch_embed_backward", _fake_backward)
+register_fake("patch_embed_jvp_backward", _fake_jvp_backward)

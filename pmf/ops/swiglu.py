@@ -1,0 +1,140 @@
+"""The SwiGLU gate: y = silu(gate) up."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from pmf import reference
+
+from ._autograd import KernelFunction, call, in_float32, register, vjp
+from ._inputs import autocast_widest, check_tangents, zeros
+
+__all__ = ["swiglu", "swiglu_jvp"]
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """SwiGLU gate, reading each input once.
+
+        y = gate sigmoid(gate) up
+
+    Args:
+        gate, up: [..., D], of one shape and dtype: float32, bfloat16, float16 or float64; any strides.
+
+    Returns [..., D] in the same dtype, computed in float32 (float64 for float64) and rounded once.
+
+    Raises ValueError where shapes or dtypes differ. torch.autograd.forward_ad inside torch.compile raises
+    RuntimeError: use `swiglu_jvp`. Source: Shazeer, "GLU Variants Improve Transformer" (2020).
+    """
+    gate, up = autocast_widest(2, gate, up)
+    return call("swiglu", gate, up)
+
+
+def swiglu_jvp(
+    gate: Tensor, up: Tensor, gate_t: Tensor | None, up_t: Tensor | None, *, detach_tangent: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`swiglu` and its tangent in one pass.
+
+        ty = (s + gate s (1 - s)) tgate up + gate s tup,  s = sigmoid(gate)
+
+    Args:
+        gate, up: as for `swiglu`.
+        gate_t, up_t: their tangents, or None for zero; of all samples (dimension 0) or of the first n.
+        detach_tangent: the tangent is a constant for autograd, and backward costs what `swiglu`'s does.
+            Needed where n is smaller than the batch and gradients are wanted.
+
+    Returns (y, ty) with ty of n samples. Both outputs are differentiable unless detached.
+    """
+    gate, up, gate_t, up_t = autocast_widest(2, gate, up, gate_t, up_t)
+    count = check_tangents("swiglu_jvp", [("gate_t", gate, gate_t), ("up_t", up, up_t)])
+    if count is None:
+        return swiglu(gate, up), torch.zeros_like(gate)
+    gate_t = zeros(gate, count) if gate_t is None else gate_t
+    up_t = zeros(up, count) if up_t is None else up_t
+    return call("swiglu_jvp_detached" if detach_tangent else "swiglu_jvp", gate, up, gate_t, up_t)
+
+
+class _Swiglu(KernelFunction):
+    op = "swiglu"
+    samples: ClassVar[tuple[int, ...]] = (0, 1)
+
+    @staticmethod
+    @in_float32
+    def reference(gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+        return (reference.swiglu(gate, up),)
+
+    @classmethod
+    def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
+        return _SwigluBackward.apply(*grads, *args)
+
+    @classmethod
+    def tangent(cls, args: Any, tangents: Any) -> Any:
+        return (swiglu_jvp(*args, *tangents)[1],)
+
+
+class _SwigluBackward(KernelFunction):
+    op = "swiglu_backward"
+
+    @staticmethod
+    def reference(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+        return vjp(_Swiglu.reference, (gate, up), (grad,))
+
+
+class _SwigluJvp(KernelFunction):
+    op = "swiglu_jvp"
+    samples: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
+
+    @staticmethod
+    @in_float32
+    def reference(gate: Tensor, up: Tensor, gate_t: Tensor, up_t: Tensor) -> tuple[Tensor, ...]:
+        return reference.swiglu_jvp(gate, up, gate_t, up_t)
+
+    @classmethod
+    def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
+        if grads[1] is None:
+            return _SwigluJvpDetached.gradient(grads, args, residuals, needed)
+        return _SwigluJvpBackward.apply(*grads, *args)
+
+
+class _SwigluJvpBackward(KernelFunction):
+    op = "swiglu_jvp_backward"
+
+    @staticmethod
+    def reference(grad: Tensor | None, grad_t: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
+        return vjp(_SwigluJvp.reference, args, (grad, grad_t))
+
+
+class _SwigluJvpDetached(_SwigluJvp):
+    constants = 1
+    unsaved: ClassVar[tuple[int, ...]] = (2, 3)
+
+    @classmethod
+    def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
+        return (*_Swiglu.gradient(grads[:1], args[:2], (), needed), None, None)
+
+    @classmethod
+    def tangent(cls, args: Any, tangents: Any) -> Any:
+        return _Swiglu.tangent(args[:2], tangents[:2])
+
+
+def _fake(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.empty_like(gate)
+
+
+def _fake_jvp(gate: Tensor, up: Tensor, gate_t: Tensor, up_t: Tensor) -> tuple[Tensor, ...]:
+    return torch.empty_like(gate), torch.empty_like(gate_t)
+
+
+def _fake_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+    return torch.empty_like(gate), torch.empty_like(up)
+
+
+def _fake_jvp_backward(grad: Tensor | None, grad_t: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(x) for x in inputs)
+
+
+register("swiglu", _Swiglu, _fake)
+register("swiglu_backward", _SwigluBackward, _fake_backward)
+register("swiglu_jvp", _SwigluJvp, _fake_jvp)
+register("swiglu_jvp_backward", _SwigluJvpBackward, _fake_jvp_backward)
+register("swiglu_jvp_detached", _SwigluJvpDetached)
