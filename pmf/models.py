@@ -201,6 +201,8 @@ class PixelMeanFlow(nn.Module):
             raise ValueError(
                 f"model: images must be [B, {', '.join(map(str, expected))}], got {list(images.shape)}"
             )
+        if any(len(value) != len(images) for value in condition):
+            raise ValueError(f"model: conditions must be [{len(images)}], got {[len(x) for x in condition]}")
         if (images_t is None) != (h_t is None):
             raise ValueError("model: give both tangents, images_t and h_t, or neither")
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import pmf
 from pmf.models import (
     PRESETS,
     ModelConfig,
@@ -281,6 +282,13 @@ def test_settings_that_make_no_model_are_refused(settings: dict, message: str) -
         replace(TINY, **settings)
 
 
+def test_the_package_shows_what_others_rely_on() -> None:
+    assert pmf.create_model is create_model
+    assert pmf.PixelMeanFlow is PixelMeanFlow
+    assert pmf.sample is pmf.flow.sample
+    assert {"Objective", "Draws"} <= set(pmf.flow.__all__)
+
+
 def test_unknown_presets_and_settings_are_named() -> None:
     with pytest.raises(ValueError, match="no preset 'pmf-x/16'; there are pmf-b/16"):
         create_model("pmf-x/16")
@@ -292,6 +300,8 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
     model = PixelMeanFlow(TINY)
     with pytest.raises(ValueError, match=r"images must be \[B, 1, 8, 8\], got \[2, 3, 8, 8\]"):
         model(torch.zeros(2, 3, 8, 8), condition(TINY, 2))
+    with pytest.raises(ValueError, match=r"conditions must be \[2\], got \[3, 3, 3, 3, 3\]"):
+        model(torch.zeros(2, 1, 8, 8), condition(TINY, 3))
     with pytest.raises(ValueError, match="heads must be"):
         model(torch.zeros(2, 1, 8, 8), condition(TINY, 2), heads="w")
     with pytest.raises(ValueError, match="both tangents"):

@@ -112,7 +112,7 @@ class Objective:
 
     def __call__(self, model: PixelMeanFlow, images: Tensor, labels: Tensor, draws: Draws) -> Terms:
         """Loss terms for images [B, C, S, S] in [-1, 1] and labels [B] (int64, 0 .. num_classes - 1)."""
-        _check(images, labels, draws)
+        _check(images, labels, draws, model.config.num_classes)
         device, dtype = images.device, images.dtype
         plan = make_plan(draws, self.guidance, dtype)
         s = {name: value.to(device, non_blocking=True) for name, value in plan.scalars.items()}
@@ -199,7 +199,7 @@ class Objective:
         return error / (error.detach() + self.norm_eps) ** self.norm_p
 
 
-def _check(images: Tensor, labels: Tensor, draws: Draws) -> None:
+def _check(images: Tensor, labels: Tensor, draws: Draws, num_classes: int) -> None:
     if images.ndim != 4 or images.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"objective: images must be float32 [B, C, S, S], got {images.dtype} {list(images.shape)}"
@@ -214,3 +214,9 @@ def _check(images: Tensor, labels: Tensor, draws: Draws) -> None:
     for name, value in named.items():
         if value.shape != images.shape[:1]:
             raise ValueError(f"objective: {name} must have shape [{len(images)}], got {list(value.shape)}")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"objective: labels must be int64, got {labels.dtype}")
+    # Looking at labels on another device would make the host wait for it.
+    if labels.device.type == "cpu" and len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+        low, high = int(labels.min()), int(labels.max())
+        raise ValueError(f"objective: labels must lie in 0..{num_classes - 1}, got {low}..{high}")

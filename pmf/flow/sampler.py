@@ -63,6 +63,9 @@ def sample(
     t_min, t_max = config.sample_interval if interval is None else interval
     omega = config.sample_omega if omega is None else omega
 
+    if isinstance(omega, (int, float)) and not omega >= 1:
+        raise ValueError(f"sample: omega must be at least 1 (1 is no guidance), got {omega}")
+
     z = noise.to(device, dtype)
     omegas, starts, ends = (
         torch.as_tensor(value, device=device, dtype=dtype).expand(batch) for value in (omega, t_min, t_max)

@@ -218,6 +218,10 @@ def test_batches_that_do_not_fit_together_are_refused() -> None:
         objective(model, images, labels[:2], draws)
     with pytest.raises(ValueError, match=r"omega must have shape \[3\], got \[2\]"):
         objective(model, images, labels, draws._replace(omega=draws.omega[:2]))
+    with pytest.raises(ValueError, match="labels must be int64"):
+        objective(model, images, labels.float(), draws)
+    with pytest.raises(ValueError, match=r"labels must lie in 0..4, got 0..5"):
+        objective(model, images, torch.tensor([0, 5, 1]), draws)
     with pytest.raises(ValueError, match="images must be float32"):
         objective(model, images.long(), labels, draws)
     with pytest.raises(RuntimeError, match="no v head"):

@@ -83,6 +83,8 @@ def test_a_bfloat16_model_gives_float32_images(model: PixelMeanFlow) -> None:
         ({"labels": [0.5]}, "labels must be a list of integers"),
         ({"labels": [[1]]}, "labels must be a list of integers"),
         ({"labels": [1], "steps": 0}, "steps must be at least 1, got 0"),
+        ({"labels": [1], "omega": 0.5}, r"omega must be at least 1 \(1 is no guidance\), got 0.5"),
+        ({"labels": [1], "omega": float("nan")}, "omega must be at least 1"),
         (
             {"labels": [1], "noise": torch.zeros(2, 1, 8, 8)},
             r"noise must be \[1, 1, 8, 8\], got \[2, 1, 8, 8\]",
