@@ -83,5 +83,4 @@ void rms_norm_backward(const RmsNormBackwardParams& params, const ParallelFor& p
 PMF_DISPATCH(void, rms_norm, (const RmsNormParams& params, const ParallelFor& parallel),
              (params, parallel))
 PMF_DISPATCH(void, rms_norm_backward,
-             (const RmsNormBackwardParams& params, const ParallelFor& parallel),
-             (params, parallel))
+             (const RmsNormBackwardParams& params, const ParallelFor& parallel), (params, parallel))

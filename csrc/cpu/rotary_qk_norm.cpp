@@ -2,9 +2,10 @@
 // norm of a row (one head of one token) in norm.h.
 //
 // cos and sin are spread once per call to the full width, sin with alternating sign, so that a turn
-// is two multiplications and one swap of neighbours: y = n o cos + swap(n) o sin. Rows are walked in
-// the order they lie in memory, heads inside tokens or tokens inside heads. In units of query plus
-// key the forward moves 2, its tangent 2 more, the backward 3 or 6: copy bandwidth is the bound.
+// is two multiplications and one swap of neighbours: y = n o cos + swap(n) o sin. Rows are walked
+// in the order they lie in memory, heads inside tokens or tokens inside heads. In units of query
+// plus key the forward moves 2, its tangent 2 more, the backward 3 or 6: copy bandwidth is the
+// bound.
 #include "pmf/rotary_qk_norm.h"
 
 #include "norm.h"
@@ -156,22 +157,20 @@ void backward(const RotaryQkNormBackwardParams& p, const ParallelFor& parallel) 
 }  // namespace
 
 void rotary_qk_norm(const RotaryQkNormParams& params, const ParallelFor& parallel) {
-  with_type(params.shape.dtype, [&](auto type) {
-    forward<typename decltype(type)::type>(params, parallel);
-  });
+  with_type(params.shape.dtype,
+            [&](auto type) { forward<typename decltype(type)::type>(params, parallel); });
 }
 
 void rotary_qk_norm_backward(const RotaryQkNormBackwardParams& params,
                              const ParallelFor& parallel) {
-  with_type(params.shape.dtype, [&](auto type) {
-    backward<typename decltype(type)::type>(params, parallel);
-  });
+  with_type(params.shape.dtype,
+            [&](auto type) { backward<typename decltype(type)::type>(params, parallel); });
 }
 
 }  // namespace pmf::cpu::PMF_LEVEL
 
-PMF_DISPATCH(void, rotary_qk_norm,
-             (const RotaryQkNormParams& params, const ParallelFor& parallel), (params, parallel))
+PMF_DISPATCH(void, rotary_qk_norm, (const RotaryQkNormParams& params, const ParallelFor& parallel),
+             (params, parallel))
 PMF_DISPATCH(void, rotary_qk_norm_backward,
              (const RotaryQkNormBackwardParams& params, const ParallelFor& parallel),
              (params, parallel))

@@ -205,10 +205,14 @@ struct Type {
 template <typename Body>
 PMF_INLINE void with_type(DType dtype, const Body& body) {
   switch (dtype) {
-    case DType::f32: return body(Type<float>{});
-    case DType::bf16: return body(Type<bf16>{});
-    case DType::f16: return body(Type<f16>{});
-    case DType::f64: return body(Type<double>{});
+    case DType::f32:
+      return body(Type<float>{});
+    case DType::bf16:
+      return body(Type<bf16>{});
+    case DType::f16:
+      return body(Type<f16>{});
+    case DType::f64:
+      return body(Type<double>{});
   }
 }
 

@@ -92,8 +92,14 @@ Sizes check_inputs(const Tensor& images, const Tensor& weight_down, const Tensor
   check_value(weight_up.dim() == 2 && weight_up.size(1) == weight_down.size(0), kOp,
               ": weight_up must be [D, ", weight_down.size(0), "], got ", shape_of(weight_up));
   const ScalarType dtype = images.scalar_type();
-  return {images.size(0),      images.size(1),    images.size(2) / patch, images.size(3) / patch, patch,
-          weight_down.size(0), weight_up.size(0), dtype == ScalarType::Half ? ScalarType::Float : dtype};
+  return {images.size(0),
+          images.size(1),
+          images.size(2) / patch,
+          images.size(3) / patch,
+          patch,
+          weight_down.size(0),
+          weight_up.size(0),
+          dtype == ScalarType::Half ? ScalarType::Float : dtype};
 }
 
 void check_bias(const char* name, const OptionalTensor& bias, int64_t size, const Tensor& images) {
@@ -118,7 +124,8 @@ int64_t check_prefix(const char* name, const OptionalTensor& prefix, const Sizes
 
 // Images `first` to `first + count` as [count, rows, columns, C, p, p]: patches, without a copy.
 Tensor patches_of(const Tensor& images, const Sizes& s, int64_t first, int64_t count) {
-  const int64_t b = images.stride(0), c = images.stride(1), i = images.stride(2), j = images.stride(3);
+  const int64_t b = images.stride(0), c = images.stride(1), i = images.stride(2),
+                j = images.stride(3);
   return strided(images, {count, s.rows, s.columns, s.channels, s.patch, s.patch},
                  {b, s.patch * i, s.patch * j, c, i, j}, first * b);
 }
@@ -165,7 +172,8 @@ Tensor down(const Tensor& images, const Tensor& weight_down, const OptionalTenso
 }
 
 // What every image adds to its N tokens: b_up + the last N rows of position. Nothing if neither is.
-OptionalTensor shift_of(const OptionalTensor& bias, const OptionalTensor& position, const Sizes& s) {
+OptionalTensor shift_of(const OptionalTensor& bias, const OptionalTensor& position,
+                        const Sizes& s) {
   OptionalTensor shift;
   if (position) {
     const int64_t first = position->size(0) - s.tokens();
@@ -247,10 +255,12 @@ std::tuple<Tensor, Tensor> patch_embed(Tensor images, Tensor weight_down, Option
   return {tokens, as_dtype(hidden, images.scalar_type())};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> patch_embed_jvp(
-    Tensor images, Tensor weight_down, OptionalTensor bias_down, Tensor weight_up,
-    OptionalTensor bias_up, Tensor images_t, OptionalTensor position, OptionalTensor prefix,
-    OptionalTensor prefix_t) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> patch_embed_jvp(Tensor images, Tensor weight_down,
+                                                           OptionalTensor bias_down,
+                                                           Tensor weight_up, OptionalTensor bias_up,
+                                                           Tensor images_t, OptionalTensor position,
+                                                           OptionalTensor prefix,
+                                                           OptionalTensor prefix_t) {
   const auto [tokens, hidden] =
       patch_embed(images, weight_down, bias_down, weight_up, bias_up, position, prefix);
   check_tangent(kOp, "images_t", images_t, "images", images);
@@ -277,12 +287,13 @@ class Parts {
 
   Tensor next() {
     const int64_t size = buffer_.size(1) * buffer_.size(2);
-    return strided(buffer_, {buffer_.size(1), buffer_.size(2)}, {buffer_.size(2), 1}, used_++ * size);
+    return strided(buffer_, {buffer_.size(1), buffer_.size(2)}, {buffer_.size(2), 1},
+                   used_++ * size);
   }
   Tensor sum(const Tensor& like) {
     const std::vector<int64_t> first{0};
-    const Tensor total = torch::stable::sum(samples(buffer_, 0, used_), first, false,
-                                            statistics_dtype(buffer_));
+    const Tensor total =
+        torch::stable::sum(samples(buffer_, 0, used_), first, false, statistics_dtype(buffer_));
     const Tensor result = torch::stable::new_empty(like, like.sizes());
     Tensor flat = strided(result, {total.size(0), total.size(1)}, {total.size(1), 1});
     torch::stable::copy_(flat, total);
@@ -300,13 +311,14 @@ struct Gradients {
   Parts up, down;
   Tensor bias_down, bias_up, position;
 
-  Gradients(const Tensor& images, const Tensor& weight_down, const Tensor& weight_up, int64_t tokens,
-            const Sizes& s, int64_t pairs)
+  Gradients(const Tensor& images, const Tensor& weight_down, const Tensor& weight_up,
+            int64_t tokens, const Sizes& s, int64_t pairs)
       : s(s),
         weight_down(weight_down),
         weight_up(weight_up),
         up(images, pairs, s.wide, s.narrow, s.dtype),
-        down(images, pairs * ((s.batch + s.chunk() - 1) / s.chunk()), s.narrow, s.features(), s.dtype),
+        down(images, pairs * ((s.batch + s.chunk() - 1) / s.chunk()), s.narrow, s.features(),
+             s.dtype),
         bias_down(torch::stable::new_zeros(images, {s.narrow})),
         bias_up(torch::stable::new_zeros(images, {s.wide})),
         position(torch::stable::new_zeros(images, {tokens, s.wide})) {}
@@ -317,8 +329,8 @@ struct Gradients {
   Tensor add(const Tensor& grad_in, const Tensor& images, const Tensor& hidden_in, bool biases,
              bool images_need_grad) {
     const int64_t B = s.batch, T = grad_in.size(1), N = s.tokens(), R = s.narrow, D = s.wide;
-    Tensor grad_images = images_need_grad ? torch::stable::new_zeros(images, images.sizes())
-                                          : no_gradient(images);
+    Tensor grad_images =
+        images_need_grad ? torch::stable::new_zeros(images, images.sizes()) : no_gradient(images);
     if (B * T * D == 0) return grad_images;
     const Tensor grad = torch::stable::contiguous(as_dtype(grad_in, s.dtype));
     const Tensor rows = strided(grad, {B * T, D}, {D, 1});
@@ -340,7 +352,8 @@ struct Gradients {
     const Tensor flat = strided(dh, {B * N, R}, {R, 1});
     if (biases) {
       const std::vector<int64_t> first{0};
-      torch::stable::copy_(bias_down, torch::stable::sum(flat, first, false, statistics_dtype(flat)));
+      torch::stable::copy_(bias_down,
+                           torch::stable::sum(flat, first, false, statistics_dtype(flat)));
     }
     for_each_chunk(images, s, true, [&](int64_t start, int64_t count, const Tensor& patches) {
       multiply(down.next(), transposed(rows_of(flat, start * N, count * N)), patches);
@@ -350,9 +363,10 @@ struct Gradients {
       for_each_chunk(images, s, false, [&](int64_t start, int64_t count, const Tensor& patches) {
         multiply(patches, rows_of(flat, start * N, count * N), weight);
         Tensor target = patches_of(grad_images, s, start, count);
-        torch::stable::copy_(target, strided(patches, {count, s.rows, s.columns, s.channels, s.patch, s.patch},
-                                             {N * s.features(), s.columns * s.features(), s.features(),
-                                              s.patch * s.patch, s.patch, 1}));
+        torch::stable::copy_(
+            target, strided(patches, {count, s.rows, s.columns, s.channels, s.patch, s.patch},
+                            {N * s.features(), s.columns * s.features(), s.features(),
+                             s.patch * s.patch, s.patch, 1}));
       });
     }
     return grad_images;
@@ -376,8 +390,8 @@ void check_gradient(const char* name, const Tensor& grad, const char* hidden_nam
                   grad.size(2) == s.wide,
               kOp, ": ", name, " must be [", s.batch, ", P + ", s.tokens(), ", ", s.wide, "], got ",
               shape_of(grad));
-  check_value(hidden.is_contiguous() && hidden.numel() == s.batch * s.tokens() * s.narrow, kOp, ": ",
-              hidden_name, " must be the forward's, got ", shape_of(hidden));
+  check_value(hidden.is_contiguous() && hidden.numel() == s.batch * s.tokens() * s.narrow, kOp,
+              ": ", hidden_name, " must be the forward's, got ", shape_of(hidden));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> patch_embed_backward(

@@ -45,8 +45,8 @@ struct Frame {
   Tensor cos, sin;
   Workspace tables;
 
-  Frame(const Tensor& query, const Tensor& key, const Tensor& query_weight, const Tensor& key_weight,
-        const Tensor& cos_in, const Tensor& sin_in, double eps)
+  Frame(const Tensor& query, const Tensor& key, const Tensor& query_weight,
+        const Tensor& key_weight, const Tensor& cos_in, const Tensor& sin_in, double eps)
       : shape(checked(query, key, query_weight, key_weight, cos_in, sin_in, eps)),
         cos(table(cos_in, query)),
         sin(table(sin_in, query)),
@@ -132,27 +132,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotary_qk_norm_jvp(
   RotaryQkNormParams p;
   p.shape = frame.shape;
   p.shape.batch = n;
-  p.sides[0] = {q.size(1),           view_of(q),     view_of(q_t),    qw.const_data_ptr(),
-                qw_t.const_data_ptr(), view_of(q_out), view_of(q_out_t)};
-  p.sides[1] = {k.size(1),           view_of(k),     view_of(k_t),    kw.const_data_ptr(),
-                kw_t.const_data_ptr(), view_of(k_out), view_of(k_out_t)};
+  p.sides[0] = {
+      q.size(1),      view_of(q),      view_of(q_t), qw.const_data_ptr(), qw_t.const_data_ptr(),
+      view_of(q_out), view_of(q_out_t)};
+  p.sides[1] = {
+      k.size(1),      view_of(k),      view_of(k_t), kw.const_data_ptr(), kw_t.const_data_ptr(),
+      view_of(k_out), view_of(k_out_t)};
   launch(p);
   if (const int64_t rest = q.size(0) - n; rest > 0) {
     const DType dtype = p.shape.dtype;
     p.shape.batch = rest;
     const Tensor q_rest = samples(q, n, rest), k_rest = samples(k, n, rest);
-    p.sides[0] = {q.size(1), view_of(q_rest), {}, qw.const_data_ptr(), nullptr,
-                  first_samples(view_of(q_out), n, dtype), {}};
-    p.sides[1] = {k.size(1), view_of(k_rest), {}, kw.const_data_ptr(), nullptr,
-                  first_samples(view_of(k_out), n, dtype), {}};
+    p.sides[0] = {q.size(1), view_of(q_rest),
+                  {},        qw.const_data_ptr(),
+                  nullptr,   first_samples(view_of(q_out), n, dtype),
+                  {}};
+    p.sides[1] = {k.size(1), view_of(k_rest),
+                  {},        kw.const_data_ptr(),
+                  nullptr,   first_samples(view_of(k_out), n, dtype),
+                  {}};
     launch(p);
   }
   return {q_out.result(), k_out.result(), q_out_t.result(), k_out_t.result()};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> rotary_qk_norm_backward(
-    Tensor grad_query, Tensor grad_key, Tensor query, Tensor key, Tensor query_weight,
-    Tensor key_weight, Tensor cos, Tensor sin, double eps) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> rotary_qk_norm_backward(Tensor grad_query,
+                                                                   Tensor grad_key, Tensor query,
+                                                                   Tensor key, Tensor query_weight,
+                                                                   Tensor key_weight, Tensor cos,
+                                                                   Tensor sin, double eps) {
   const Frame frame(query, key, query_weight, key_weight, cos, sin, eps);
   check_like(kOp, "grad_query", grad_query, "query", query);
   check_like(kOp, "grad_key", grad_key, "key", key);
@@ -164,10 +172,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotary_qk_norm_backward(
   const Tensor dkw = gradient_of(key_weight, key);
   RotaryQkNormBackwardParams p;
   p.shape = frame.shape;
-  p.sides[0] = {q.size(1), view_of(gq), {}, view_of(q), {}, qw.const_data_ptr(), nullptr,
-                view_of(dq), {}, dqw.mutable_data_ptr(), nullptr};
-  p.sides[1] = {k.size(1), view_of(gk), {}, view_of(k), {}, kw.const_data_ptr(), nullptr,
-                view_of(dk), {}, dkw.mutable_data_ptr(), nullptr};
+  p.sides[0] = {q.size(1), view_of(gq),
+                {},        view_of(q),
+                {},        qw.const_data_ptr(),
+                nullptr,   view_of(dq),
+                {},        dqw.mutable_data_ptr(),
+                nullptr};
+  p.sides[1] = {k.size(1), view_of(gk),
+                {},        view_of(k),
+                {},        kw.const_data_ptr(),
+                nullptr,   view_of(dk),
+                {},        dkw.mutable_data_ptr(),
+                nullptr};
   launch_backward(p, query);
   return {dq.result(), dk.result(), dqw, dkw};
 }
@@ -204,12 +220,28 @@ rotary_qk_norm_jvp_backward(OptionalTensor grad_query, OptionalTensor grad_key, 
   const Tensor gk = grad_key ? readable(*grad_key) : zeros;
   RotaryQkNormBackwardParams p;
   p.shape = frame.shape;
-  p.sides[0] = {q.size(1), grad_query ? view_of(gq) : no_grad, view_of(gq_t), view_of(q),
-                view_of(q_t), qw.const_data_ptr(), qw_t.const_data_ptr(), view_of(dq),
-                view_of(dq_t), dqw.mutable_data_ptr(), dqw_t.mutable_data_ptr()};
-  p.sides[1] = {k.size(1), grad_key ? view_of(gk) : no_grad, view_of(gk_t), view_of(k),
-                view_of(k_t), kw.const_data_ptr(), kw_t.const_data_ptr(), view_of(dk),
-                view_of(dk_t), dkw.mutable_data_ptr(), dkw_t.mutable_data_ptr()};
+  p.sides[0] = {q.size(1),
+                grad_query ? view_of(gq) : no_grad,
+                view_of(gq_t),
+                view_of(q),
+                view_of(q_t),
+                qw.const_data_ptr(),
+                qw_t.const_data_ptr(),
+                view_of(dq),
+                view_of(dq_t),
+                dqw.mutable_data_ptr(),
+                dqw_t.mutable_data_ptr()};
+  p.sides[1] = {k.size(1),
+                grad_key ? view_of(gk) : no_grad,
+                view_of(gk_t),
+                view_of(k),
+                view_of(k_t),
+                kw.const_data_ptr(),
+                kw_t.const_data_ptr(),
+                view_of(dk),
+                view_of(dk_t),
+                dkw.mutable_data_ptr(),
+                dkw_t.mutable_data_ptr()};
   launch_backward(p, query);
   return {dq.result(),
           dk.result(),

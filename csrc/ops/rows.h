@@ -38,8 +38,8 @@ inline void check_vector(const char* op, const char* name, const Tensor& t, cons
 }
 
 // A tangent of the first samples of x: x's shape, or a smaller first dimension. Returns how many.
-inline int64_t check_tangent(const char* op, const char* name, const Tensor& t, const char* like_name,
-                             const Tensor& like) {
+inline int64_t check_tangent(const char* op, const char* name, const Tensor& t,
+                             const char* like_name, const Tensor& like) {
   check_kind(op, name, t, like_name, like);
   bool fits = t.dim() == like.dim();
   for (int64_t d = 0; fits && d < like.dim(); ++d) {
@@ -89,8 +89,8 @@ class Output {
  public:
   explicit Output(const Tensor& like)
       : result_(torch::stable::empty_like(like)),
-        buffer_(has_unit_stride(result_) ? result_
-                                         : torch::stable::new_empty(like, like.sizes())) {}
+        buffer_(has_unit_stride(result_) ? result_ : torch::stable::new_empty(like, like.sizes())) {
+  }
 
   const Tensor& buffer() const { return buffer_; }
   Tensor result() {

@@ -26,14 +26,14 @@ struct GatedResidualParams {
 struct GatedResidualBackwardParams {
   DType dtype = DType::f32;
   RowShape shape;
-  int64_t groups = 1;        // divides the number of rows
-  ConstRows grad, grad_t;    // [rows, W] gradients of y and y_t; grad_t null: value only
-  ConstRows branch, gate;    // [rows, W] as in the forward
+  int64_t groups = 1;      // divides the number of rows
+  ConstRows grad, grad_t;  // [rows, W] gradients of y and y_t; grad_t null: value only
+  ConstRows branch, gate;  // [rows, W] as in the forward
   ConstRows branch_t, gate_t;
-  Rows grad_branch, grad_branch_t;           // [rows, W]; the second with grad_t
-  void *grad_gate = nullptr;                 // [groups, W]
-  void *grad_gate_t = nullptr;               // [groups, W], with grad_t
-  void *workspace = nullptr;                 // gated_residual_workspace_bytes() bytes, 64-aligned
+  Rows grad_branch, grad_branch_t;  // [rows, W]; the second with grad_t
+  void* grad_gate = nullptr;        // [groups, W]
+  void* grad_gate_t = nullptr;      // [groups, W], with grad_t
+  void* workspace = nullptr;        // gated_residual_workspace_bytes() bytes, 64-aligned
 };
 
 inline int64_t gated_residual_workspace_bytes(const GatedResidualBackwardParams& p) {

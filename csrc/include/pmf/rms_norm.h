@@ -35,10 +35,10 @@ struct RmsNormBackwardParams {
   ConstRows x, x_t;        // [rows, W]
   const void* weight = nullptr;
   const void* weight_t = nullptr;
-  Rows grad_x, grad_x_t;            // [rows, W]; the second with grad_t
-  void* grad_weight = nullptr;      // [W]
-  void* grad_weight_t = nullptr;    // [W], with grad_t
-  void* workspace = nullptr;        // rms_norm_workspace_bytes() bytes, 64-aligned
+  Rows grad_x, grad_x_t;          // [rows, W]; the second with grad_t
+  void* grad_weight = nullptr;    // [W]
+  void* grad_weight_t = nullptr;  // [W], with grad_t
+  void* workspace = nullptr;      // rms_norm_workspace_bytes() bytes, 64-aligned
 };
 
 inline int64_t rms_norm_workspace_bytes(const RmsNormBackwardParams& p) {

@@ -35,7 +35,7 @@ struct RotaryHeadsBackward {
 };
 
 struct RotaryShape {
-  DType dtype = DType::f32;  // of all but cos and sin
+  DType dtype = DType::f32;                  // of all but cos and sin
   int64_t batch = 0, tokens = 0, width = 0;  // B, N, D (even)
   int64_t rotated = 0;                       // P <= N
   double eps = 1e-6;

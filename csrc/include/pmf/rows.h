@@ -12,9 +12,9 @@ namespace pmf {
 constexpr int kMaxLeading = 6;
 
 struct RowShape {
-  int leading = 0;                   // dimensions in use
-  int64_t size[kMaxLeading] = {};    // outermost first
-  int64_t width = 0;                 // W, elements of a row
+  int leading = 0;                 // dimensions in use
+  int64_t size[kMaxLeading] = {};  // outermost first
+  int64_t width = 0;               // W, elements of a row
 
   int64_t rows() const {
     int64_t product = 1;
