@@ -1,4 +1,4 @@
-"""What the objective spends, in units of (layers x batch) at the sizes of a B model. A plain port spends 168."""
+"""What the objective spends, in (layers x batch) at the sizes of a B model. A plain port spends 168."""
 
 import torch
 
