@@ -6,7 +6,7 @@
 // sum crosses panels, so results are bitwise the same for any number of threads.
 //
 // Memory: per worker one packed head, at most 4 Nk D units, and about 100 KB of tiles. Packing
-// reads and writes a head once; every panel then makes 6 x 48 FMAs per scalar packed.
+// reads and writes a head once; each panel of 48 queries then makes 72 FMAs per scalar packed.
 #include "attention_panel.h"
 #include "pmf/attention.h"
 

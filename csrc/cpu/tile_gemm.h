@@ -1,10 +1,10 @@
 // The matrix product inside a tile: C[rows, kN] = init + sum_p A_p[rows, depth] B_p[depth, kN].
 //
 // One step of the inner loop broadcasts kM elements of A and loads kN vectors of B, and makes kM kN
-// fused multiply-adds into accumulators that stay in registers. With AVX-512 (32 registers, two
-// FMAs and two loads a cycle on the widest cores) 8 x 3 needs 11 loads for 24 FMAs: 12 cycles of
-// arithmetic over 5.5 of loads, and 24 independent chains hide an FMA latency of up to 12 cycles
-// / 2. With AVX2 (16 registers) 4 x 3 fills them exactly.
+// fused multiply-adds into accumulators that stay in registers. With AVX-512 (32 registers; two
+// FMAs and two loads a cycle on the widest cores) 8 x 3 needs 11 loads for 24 FMAs: 5.5 cycles of
+// loads under 12 of arithmetic, and 24 independent chains, two started a cycle, cover an FMA
+// latency of 12. With AVX2 (16 registers) 4 x 3 fills them exactly.
 //
 // A is read one element at a time, so it may have any row and depth stride. B is packed: the kN
 // vectors of one depth step lie side by side, steps `b_stride` units apart.

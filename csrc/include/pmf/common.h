@@ -39,8 +39,12 @@ struct ParallelFor {
   void* self = nullptr;
   int64_t threads = 1;
 
-  void operator()(int64_t begin, int64_t end, int64_t grain,
-                  void (*body)(void* ctx, int64_t begin, int64_t end), void* ctx) const {
+  // Inlined by force: kernel files are compiled for several instruction sets, and the linker would
+  // keep a single copy of an ordinary inline function.
+  __attribute__((always_inline)) void operator()(int64_t begin, int64_t end, int64_t grain,
+                                                 void (*body)(void* ctx, int64_t begin,
+                                                              int64_t end),
+                                                 void* ctx) const {
     if (end <= begin) return;
     if (run == nullptr || threads <= 1) {
       body(ctx, begin, end);
