@@ -175,6 +175,7 @@ def _check_ranges(config: TrainConfig) -> None:
         "keep_checkpoints": config.run.keep_checkpoints,
         "sample_every": config.sampling.sample_every,
         "max_omega": config.objective.max_omega,
+        "sample_omega": config.sampling.sample_omega,
     }
     positive = {
         "lr": config.optimizer.lr,

@@ -91,7 +91,7 @@ class Run:
                 started = time.monotonic() - trainer.seconds
                 while not stop.is_set() and self._spent() < 1:
                     rate = learning_rate_factor(self._spent(), config.optimizer.cooldown)
-                    self.losses[self.unread] = trainer.train_step(rate)
+                    self.losses[self.unread] = self._train_step(rate)
                     self.unread += 1
                     trainer.seconds = time.monotonic() - started
                     if self.unread == config.run.log_every:
@@ -109,6 +109,15 @@ class Run:
                 self.log.close()
         model = trainer.averaged_model(config.sampling.sample_ema)
         return TrainResult(model, trainer.step, trainer.seconds, interrupted, picture)
+
+    def _train_step(self, rate: float) -> torch.Tensor:
+        """One step; an image that turns out to be unreadable costs none of the steps before it."""
+        try:
+            return self.trainer.train_step(rate)
+        except UserError:
+            if self.out is not None:
+                self.save()
+            raise
 
     def save(self) -> Path:
         """Write a checkpoint of the present step and drop the oldest; UserError where the disk refuses."""

@@ -52,6 +52,7 @@ def test_paper_presets_hold_the_paper_recipe() -> None:
         ("cooldown", 1.5, "--cooldown must lie between 0 and 1"),
         ("class_dropout", -0.1, "--class-dropout must lie between"),
         ("max_omega", 0.5, "--max-omega must be 1 or more"),
+        ("sample_omega", 0.9, "--sample-omega must be 1 or more"),
         ("ema_half_lives", (5.0, 5.0), "--ema-half-lives must be different"),
         ("sample_ema", 7.0, "--sample-ema must be one of"),
         ("sample_interval", (0.9, 0.1), "--sample-interval"),

@@ -2,11 +2,13 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from pmf import checkpoint
 from pmf.data import MemoryImages
@@ -31,9 +33,11 @@ def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(
     tmp_path: Path, tiny: Tiny, precision: str
 ) -> None:
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    train(tiny(steps=7, precision=precision), whole)
-    train(tiny(steps=3, precision=precision), halves)
-    train(resume_config(halves, {"steps": 7}), halves, resume=True)
+    config = tiny(steps=7, precision=precision, checkpoint_every=3, keep_checkpoints=9, cooldown=0.5)
+    train(config, whole)
+    middle = checkpoint.step_folder(whole, 3)
+    shutil.copytree(middle, checkpoint.step_folder(halves, 3))
+    train(resume_config(halves, {}), halves, resume=True)
     expected, found = saved_tensors(whole), saved_tensors(halves)
     assert expected.keys() == found.keys()
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
@@ -76,7 +80,7 @@ def test_a_run_folder_holds_config_log_pictures_and_the_newest_checkpoints(
 
 
 def test_logged_losses_are_the_means_of_the_steps(tmp_path: Path, tiny: Tiny) -> None:
-    config = tiny(steps=4, log_every=2)
+    config = tiny(steps=4, log_every=2, cooldown=0.0)
     train(config, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     trainer = Trainer(config, MemoryImages(*_digits(), [str(digit) for digit in range(10)]))
@@ -156,6 +160,55 @@ def test_shape_settings_cannot_change_when_resuming(tmp_path: Path, tiny: Tiny) 
     with pytest.raises(UserError, match="--hidden-size 16, which cannot change when resuming"):
         resume_config(tmp_path, {"hidden_size": 32})
     assert resume_config(tmp_path, {"lr": 5e-4}).optimizer.lr == 5e-4
+
+
+def test_an_image_found_damaged_while_training_costs_no_step(
+    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for index in range(40):
+        path = tmp_path / "images" / str(index % 2) / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((16, 16), 80).save(path)
+    monkeypatch.setattr("pmf.data.datasets._CACHE_BYTES", 0)  # read from files, as a large folder is
+    config = tiny(data=str(tmp_path / "images"), steps=50, cooldown=0.0)
+    expected = train(config.with_settings(steps=10)).model.position
+    damaged = tmp_path / "images" / "1" / "7.png"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-60])
+    with pytest.raises(UserError, match=r"7\.png is cut off or damaged"):
+        train(config, tmp_path / "run")
+    assert 0 <= int(checkpoint.newest_checkpoint(tmp_path / "run").name[5:]) <= 5
+    damaged.write_bytes(whole)
+    result = train(resume_config(tmp_path / "run", {"steps": 10}), tmp_path / "run", resume=True)
+    assert torch.equal(result.model.position, expected)
+
+
+class Board:
+    """Stands for TensorBoard's SummaryWriter and keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.scalars: dict[str, list[int]] = {}
+        self.pictures: list[tuple[int, ...]] = []
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        assert math.isfinite(value)
+        self.scalars.setdefault(name, []).append(step)
+
+    def add_image(self, name: str, picture: torch.Tensor, step: int) -> None:
+        self.pictures.append((step, *picture.shape[:1]))
+
+    def close(self) -> None:
+        self.scalars["closed"] = []
+
+
+def test_tensorboard_gets_losses_and_pictures_where_it_is_installed(
+    tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board = Board()
+    monkeypatch.setattr("pmf.training.log._tensorboard", lambda folder, step: board)
+    train(tiny(steps=4, sample_every=2), tmp_path)
+    assert board.scalars == {"loss/u": [2, 4], "loss/v": [2, 4], "closed": []}
+    assert board.pictures == [(2, 1), (4, 1), (4, 1)]
 
 
 def test_minutes_end_a_run(tiny: Tiny) -> None:
