@@ -1,13 +1,13 @@
 """How good are one-step digits after ten minutes of training on this machine?
 
-For each seed: train the ``digits`` preset for ``--minutes``, draw one sample per real image with its label in one
-step, clip it to [-1, 1], and compare the two sets of 1797 images as 64 pixels in [-1, 1]:
+For each seed: train the ``digits`` preset for ``--minutes``, draw one sample per real image with its label in
+one step, clip it to [-1, 1], and compare the two sets of 1797 images as 64 pixels in [-1, 1]:
 
 - accuracy: share recognised as their label by an SVM trained on the real digits (its own accuracy on held-out
   digits, five folds, is printed first: above 0.98, or the figure means little);
 - Frechet distance between the pixel Gaussians; recall and coverage with k = 3 neighbours (``pmf.metrics``).
 
-The same four figures for two halves of the real set give the scale. One omega and one interval (the preset's) serve
+The figures for two halves of the real set give the scale. One omega and one interval (the preset's) serve
 every figure; nothing is added to the network's output. The last line is the worst seed's:
 ``accuracy=A frechet=F recall=R coverage=C``.
 
@@ -62,7 +62,9 @@ def real_halves(pixels: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
     return spread(pixels[first], pixels[second])
 
 
-def train_and_score(seed: int, minutes: float, pixels: torch.Tensor, labels: torch.Tensor, svm: SVC) -> dict[str, float]:
+def train_and_score(
+    seed: int, minutes: float, pixels: torch.Tensor, labels: torch.Tensor, svm: SVC
+) -> dict[str, float]:
     config = get_preset("digits", minutes=minutes, seed=seed)
     start = time.perf_counter()
     result = train(config, out=None)
@@ -78,7 +80,13 @@ def train_and_score(seed: int, minutes: float, pixels: torch.Tensor, labels: tor
         )
     samples = images.float().clamp(-1, 1).flatten(1)
     accuracy = float(np.mean(svm.predict(samples.numpy()) == labels.numpy()))
-    return {"seed": seed, "accuracy": accuracy, **spread(pixels, samples), "steps": result.step, "seconds": seconds}
+    return {
+        "seed": seed,
+        "accuracy": accuracy,
+        **spread(pixels, samples),
+        "steps": result.step,
+        "seconds": seconds,
+    }
 
 
 def worst(scores: list[dict[str, float]]) -> dict[str, float]:
@@ -91,7 +99,9 @@ def line(figures: dict[str, float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds to train, from 0")
     parser.add_argument("--minutes", type=float, default=10.0, help="training time for each seed")
     parser.add_argument("--out", type=Path, help="write the record to this JSON file")
@@ -114,7 +124,11 @@ def main() -> None:
             "command": " ".join(["python", *sys.argv]),
             "device": pmf.env.cpu_name(),
             "threads": torch.get_num_threads(),
-            "versions": {"pmf": pmf.__version__, "torch": torch.__version__, "python": platform.python_version()},
+            "versions": {
+                "pmf": pmf.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
             "omega": config.sampling.sample_omega,
             "interval": list(config.sampling.sample_interval),
             "svm_held_out_accuracy": held_out,

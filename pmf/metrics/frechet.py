@@ -27,12 +27,13 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     Raises:
         ValueError: if the shapes do not fit or a value is not finite.
 
-    Source: Dowson and Landau 1982; as an image metric, Heusel et al. 2017 (there on Inception features; on
-    any others it must not be called FID).
+    Source: Dowson and Landau 1982; as an image metric, Heusel et al. 2017 (there on Inception features; on any
+    others it must not be called FID).
     """
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise ValueError(
-            f"frechet_distance: both sets must be [N, D] with N > 1 and one D, got {list(a.shape)} and {list(b.shape)}"
+            "frechet_distance: both sets must be [N, D] with N > 1 and one D, "
+            f"got {list(a.shape)} and {list(b.shape)}"
         )
     a, b = a.double(), b.double()
     if not (a.isfinite().all() and b.isfinite().all()):

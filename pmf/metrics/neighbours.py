@@ -8,7 +8,9 @@ from torch import Tensor
 
 def _distances(a: Tensor, b: Tensor, name: str, k: int) -> Tensor:
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(f"{name}: both sets must be [N, D] with one D, got {list(a.shape)} and {list(b.shape)}")
+        raise ValueError(
+            f"{name}: both sets must be [N, D] with one D, got {list(a.shape)} and {list(b.shape)}"
+        )
     if not 0 < k < min(len(a), len(b)):
         raise ValueError(f"{name}: k must be at least 1 and below the size of both sets, got {k}")
     # The matmul shortcut loses near neighbours to cancellation.
@@ -22,9 +24,9 @@ def _ball_radii(points: Tensor, name: str, k: int) -> Tensor:
 
 
 def recall(real: Tensor, samples: Tensor, k: int = 3) -> float:
-    """Share of real points that lie in the k-ball of at least one sample: how much of the data is reached.
+    """Share of real points that lie in the k-ball of at least one sample: how much of the data they reach.
 
-    ``recall = mean_i [exists j: |real_i - sample_j| <= radius_k(sample_j)]``, the radius measured among samples.
+    ``recall = mean_i [exists j: |real_i - sample_j| <= radius_k(sample_j)]``, the radius taken among samples.
 
     Args:
         real, samples: ``[N, D]`` and ``[M, D]`` features, any floating dtype (computed in float64).
@@ -40,9 +42,9 @@ def recall(real: Tensor, samples: Tensor, k: int = 3) -> float:
 
 
 def coverage(real: Tensor, samples: Tensor, k: int = 3) -> float:
-    """Share of real points whose own k-ball holds at least one sample; unlike recall, noise does not raise it.
+    """Share of real points whose own k-ball holds a sample; unlike recall, noise in samples does not raise it.
 
-    ``coverage = mean_i [exists j: |real_i - sample_j| <= radius_k(real_i)]``, the radius measured among real points.
+    ``coverage = mean_i [exists j: |real_i - sample_j| <= radius_k(real_i)]``, the radius taken among real points.
 
     Args:
         real, samples: ``[N, D]`` and ``[M, D]`` features, any floating dtype (computed in float64).

@@ -1,0 +1,43 @@
+"""Microbenchmarks behind ``pmf bench`` and ``benchmarks/bench_<op>.py``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from pathlib import Path
+
+BENCHMARKS = (
+    "attention",
+    "patch_embed",
+    "rms_norm",
+    "swiglu",
+    "rotary_qk_norm",
+    "gated_residual",
+    "newton_schulz",
+    "muon",
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the named benchmarks (default: all) and print a table for each; 1 if a result of ours was wrong."""
+    parser = argparse.ArgumentParser(
+        prog="pmf bench",
+        description="Time the ops against their peers: correctness first, then all in turn, medians.",
+    )
+    parser.add_argument(
+        "names", nargs="*", metavar="OP", help=f"any of {', '.join(BENCHMARKS)} (default: all)"
+    )
+    parser.add_argument("--seconds", type=float, default=3.0, help="time to spend on each case (default: 3)")
+    parser.add_argument("--out", type=Path, help="folder for one JSON record a benchmark")
+    arguments = parser.parse_args(argv)
+    if unknown := [name for name in arguments.names if name not in BENCHMARKS]:
+        parser.error(f"there is no benchmark {unknown[0]!r}: choose from {', '.join(BENCHMARKS)}")
+
+    from pmf.bench.harness import run_benchmark
+
+    status = 0
+    for name in arguments.names or BENCHMARKS:
+        print(f"\n{name}")
+        module = importlib.import_module(f"pmf.bench.{name}")
+        status |= run_benchmark(name, module.cases, arguments.seconds, arguments.out)
+    return status
