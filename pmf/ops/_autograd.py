@@ -29,6 +29,7 @@ from pmf import _library
 __all__ = [
     "KernelFunction",
     "call",
+    "functions",
     "in_float32",
     "is_differentiable",
     "register",
@@ -141,33 +142,24 @@ class KernelFunction(torch.autograd.Function):
         return (outputs[0], 0) if isinstance(output, Tensor) else (outputs, (0,) * len(outputs))
 
 
-_functions: dict[str, type[KernelFunction]] = {}
+functions: dict[str, type[KernelFunction]] = {}
 
 
 def call(name: str, *args: Any) -> Any:
     """Run a registered KernelFunction so that every derivative is right, or raise."""
     _library.require()
     if not torch.compiler.is_compiling():
-        return _functions[name].apply(*args)
+        return functions[name].apply(*args)
+    from . import _compiled  # imports torch._dynamo, which costs seconds
+
     # Read here, where torch.compile guards it: a graph compiled before is not reused inside a dual_level.
-    if forward_ad._current_level >= 0 and not _in_func_jvp():
+    if forward_ad._current_level >= 0 and not _compiled.in_func_jvp():
         op = name.removesuffix("_detached").removesuffix("_jvp")
         raise RuntimeError(
             f"{op}: torch.compile drops the tangents of torch.autograd.forward_ad; "
             f"call pmf.ops.{op}_jvp with explicit tangents, or torch.func.jvp, instead"
         )
-    return _apply(name, *args)
-
-
-@torch.compiler.allow_in_graph
-def _apply(name: str, *args: Any) -> Any:
-    return _functions[name].apply(*args)
-
-
-@torch.compiler.assume_constant_result  # looked up while tracing, where the transforms are active
-def _in_func_jvp() -> bool:
-    jvp = torch._C._functorch.TransformType.Jvp
-    return any(t.key() == jvp for t in torch._C._functorch.get_interpreter_stack() or ())
+    return _compiled.apply(name, *args)
 
 
 def register(name: str, function: type[KernelFunction], fake: Callable[..., Outputs] | None = None) -> None:
@@ -175,7 +167,7 @@ def register(name: str, function: type[KernelFunction], fake: Callable[..., Outp
 
     The raw op's own gradient and vmap are for those who call torch.ops.pmf directly: `call` never needs them.
     """
-    _functions[name] = function
+    functions[name] = function
     if fake is None or _library.missing():
         return
     register_fake(function.op, fake)

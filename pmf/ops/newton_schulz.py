@@ -141,9 +141,12 @@ def _needs_derivative(matrices: Sequence[Tensor]) -> bool:
     return (torch.is_grad_enabled() and any(matrix.requires_grad for matrix in matrices)) or _in_transform()
 
 
-@torch.compiler.assume_constant_result  # looked up while tracing: what the compiled code would meet
 def _in_transform() -> bool:
-    return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
+    if not torch.compiler.is_compiling():
+        return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
+    from . import _compiled  # imports torch._dynamo, which costs seconds
+
+    return forward_ad._current_level >= 0 or _compiled.in_transform()
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:

@@ -1,0 +1,31 @@
+"""What torch.compile meets in place of the eager path; imported while it traces, never before."""
+
+from typing import Any
+
+import torch
+
+from ._autograd import functions
+
+__all__ = ["apply", "in_func_jvp", "in_transform"]
+
+
+@torch.compiler.allow_in_graph
+def apply(name: str, *args: Any) -> Any:
+    """The eager path itself, as one node of the graph."""
+    return functions[name].apply(*args)
+
+
+# Looked up while tracing, where the transforms that will be compiled in are active.
+
+
+@torch.compiler.assume_constant_result
+def in_func_jvp() -> bool:
+    """Whether a torch.func.jvp is being traced."""
+    jvp = torch._C._functorch.TransformType.Jvp
+    return any(t.key() == jvp for t in torch._C._functorch.get_interpreter_stack() or ())
+
+
+@torch.compiler.assume_constant_result
+def in_transform() -> bool:
+    """Whether any transform of torch.func is being traced."""
+    return torch._C._functorch.maybe_current_level() is not None
