@@ -3,26 +3,27 @@
 // Queries lie on the lanes, so every sum over keys runs down a tile, each lane by itself. Three
 // sweeps over a panel, with c = scale, w = 1 / sum e:
 //
-//   1  e = 2^(S - lse), and the sums of e, e (tS - .), e (A - .)      (without tangents: e (B - .))
-//   2  u = c tS - r,  a' = A - a,  B' = B + u a', and the sum of e (B' - .)        tangents only
-//   3  P = e w,  c dS = P (c B' - c D),  c dtS = P c a',  W = P u     rounded to units, row sums
-//   kept
+//   1   e = 2^(S - lse);  sums of e, e (tS - .), e (A - .)  (without tangents: of e (B - .))
 //
-// Accuracy. The sums of rows of dS and dtS are zero in exact arithmetic, and the rows of W too;
-// what makes them differ is multiplied by the mean of the keys (values) in the products that
-// follow. So (1) P is normalised by the sum of the very e it is made of, not by lse; (2) every mean
-// is taken about a pivot, the row's value at its first key: r = pivot + sum e (tS -
-//     pivot) / sum e is exact to the rounding of the differences, even where all tS of a row are
-//     nearly equal and huge;
-// (3) a and D are recomputed here in full precision: from stored, rounded outputs they would be
-// wrong
-//     by 2^-9 of the values' mean;
-// (4) the caller takes the row sums of the rounded dS and dtS out of grad_query
-// (attention_backward_
-//     panel.h).
+//   2   u = c tS - r,  a' = A - a,  B' = B + u a';  sum of e (B' - .)  (only with tangents)
 //
-// Per vector of scores: 16 instructions (33 with tangents) in sweep 1 and 2 beside 4 D / kDepth of
-// the products (12 D / kDepth), about 12 (20) in sweep 3 beside 6 D / kDepth (18 D / kDepth).
+//   3   P = e w,  c dS = P (c B' - c D),  c dtS = P c a',  W = P u, rounded to units
+//
+// Accuracy. The rows of dS, dtS and W add up to zero in exact arithmetic. What they add up to
+// instead is multiplied by the mean of the keys (or gradients) in the products that follow. So
+//
+// - P is normalised by the sum of the very e it is made of, not by lse;
+//
+// - every mean is taken about a pivot, the row's value at its first key: pivot + sum e (tS - pivot)
+//   / sum e is as exact as the differences, even where the tS of a row are huge and nearly equal;
+//
+// - a and D are computed here, in full precision: from outputs stored in bf16 they would be wrong
+//   by 2^-9 of the values' mean;
+//
+// - the caller takes the row sums of the rounded c dS and c dtS out of grad_query.
+//
+// Per vector of scores: about 16 instructions (33 with tangents) in sweeps 1 and 2 and 12 (20) in
+// sweep 3, beside 5 D / kDepth FMAs of the products (15 D / kDepth), two a cycle.
 #pragma once
 
 #include "attention_backward_tile.h"
