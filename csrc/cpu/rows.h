@@ -68,6 +68,19 @@ PMF_INLINE void for_vectors(int64_t width, Body body) {
   if (i < width) body(i, Part{width - i}, 0);
 }
 
+// The sum of a vector's lanes, by halves: a fixed tree, in registers.
+template <typename A, int kBytes>
+PMF_INLINE A sum_lanes(typename VecType<A, kBytes>::type v) {
+  if constexpr (kBytes == sizeof(A)) {
+    return v[0];
+  } else {
+    typename VecType<A, kBytes / 2>::type low, high;
+    std::memcpy(&low, &v, sizeof low);
+    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+    return sum_lanes<A, kBytes / 2>(low + high);
+  }
+}
+
 // A sum over a row: one vector accumulator per slot.
 template <typename A>
 struct RowSum {
@@ -75,13 +88,7 @@ struct RowSum {
 
   PMF_INLINE void add(Vec<A> a, Vec<A> b, int slot) { slots[slot] = fma(a, b, slots[slot]); }
   PMF_INLINE A total() const {
-    const Vec<A> v = (slots[0] + slots[1]) + (slots[2] + slots[3]);
-    alignas(kVecBytes) A lanes[kLanes<A>];
-    store(lanes, v);
-    PMF_UNROLL for (int half = kLanes<A> / 2; half > 0; half /= 2) {
-      PMF_UNROLL for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    }
-    return lanes[0];
+    return sum_lanes<A, kVecBytes>((slots[0] + slots[1]) + (slots[2] + slots[3]));
   }
 };
 
