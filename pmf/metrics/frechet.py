@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def _symmetric_sqrt(matrix: Tensor) -> Tensor:
-    """Square root of a symmetric positive semi-definite matrix; rounding's negative eigenvalues count as 0."""
+    """Square root of a symmetric positive semi-definite matrix; negative eigenvalues are rounding's."""
     values, vectors = torch.linalg.eigh(matrix)
     return (vectors * values.clamp_min(0).sqrt()) @ vectors.mT
 
@@ -27,7 +27,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     Raises:
         ValueError: if the shapes do not fit or a value is not finite.
 
-    Source: Dowson and Landau 1982; as an image metric, Heusel et al. 2017 (there on Inception features; on any
+    Source: Dowson and Landau 1982; as an image metric, Heusel et al. 2017 (on Inception features; on any
     others it must not be called FID).
     """
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:

@@ -26,7 +26,7 @@ def _ball_radii(points: Tensor, name: str, k: int) -> Tensor:
 def recall(real: Tensor, samples: Tensor, k: int = 3) -> float:
     """Share of real points that lie in the k-ball of at least one sample: how much of the data they reach.
 
-    ``recall = mean_i [exists j: |real_i - sample_j| <= radius_k(sample_j)]``, the radius taken among samples.
+    ``recall = mean_i [exists j: |real_i - sample_j| <= radius_k(sample_j)]``, the radius from the samples.
 
     Args:
         real, samples: ``[N, D]`` and ``[M, D]`` features, any floating dtype (computed in float64).
@@ -42,9 +42,9 @@ def recall(real: Tensor, samples: Tensor, k: int = 3) -> float:
 
 
 def coverage(real: Tensor, samples: Tensor, k: int = 3) -> float:
-    """Share of real points whose own k-ball holds a sample; unlike recall, noise in samples does not raise it.
+    """Share of real points whose own k-ball holds a sample; unlike recall, noise does not raise it.
 
-    ``coverage = mean_i [exists j: |real_i - sample_j| <= radius_k(real_i)]``, the radius taken among real points.
+    ``coverage = mean_i [exists j: |real_i - sample_j| <= radius_k(real_i)]``, the radius from the real set.
 
     Args:
         real, samples: ``[N, D]`` and ``[M, D]`` features, any floating dtype (computed in float64).
