@@ -33,8 +33,8 @@ PRESETS: dict[str, TrainConfig] = {
         preset="digits",
         data=DataSettings(data="digits", batch_size=128),
         model=ModelSettings(model="digits"),
-        # One step starts at t = 1, so the times reach it (the paper's rarely pass 0.97). Next to no guidance: these
-        # classes need none, and it costs diversity. The rate is high and falls to 0 within the budget.
+        # One step starts at t = 1, so the times reach it (the paper's rarely pass 0.97). Next to no guidance:
+        # these classes need none, and it costs diversity. The rate is high and falls to 0 within the budget.
         objective=ObjectiveSettings(time_mean=1.2, time_std=1.4, uniform_fraction=0.3, max_omega=1.5),
         optimizer=OptimizerSettings(lr=7e-3, cooldown=0.7, ema_half_lives=(3.0, 10.0, 30.0)),
         run=RunSettings(minutes=4.0, checkpoint_every=2000),
