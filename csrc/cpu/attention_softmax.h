@@ -112,8 +112,13 @@ inline void softmax_tile(RowState<kN, Float>& state, Float* s, Float* ts, Unit* 
     }
   }
 
-  // Round P and H into units; l and r add what was stored.
-  if constexpr (kTangent || kDepth > 1) {
+  // Round P and H into units; l and r add what was stored. P that is not rounded stays where it is,
+  // and its sum is known: out is then bitwise the same with and without tangents.
+  constexpr bool kRounds = kDepth > 1;
+  if constexpr (!kRounds) {
+    PMF_UNROLL for (int j = 0; j < kN; ++j) sum[j] += sum_p[j];
+  }
+  if constexpr (kRounds || kTangent) {
     for (int64_t i = 0; i < keys; i += kDepth) {
       PMF_UNROLL for (int j = 0; j < kN; ++j) {
         Vec<Float> e[kDepth], x[kDepth];
@@ -126,12 +131,10 @@ inline void softmax_tile(RowState<kN, Float>& state, Float* s, Float* ts, Unit* 
           }
         }
         const int64_t to = (i / kDepth) * kLanesW + j * kStep;
-        sum[j] += UnitWriter<Unit>::write(p + to, e);
+        if constexpr (kRounds) sum[j] += UnitWriter<Unit>::write(p + to, e);
         if constexpr (kTangent) tangent[j] += UnitWriter<Unit>::write(h + to, x);
       }
     }
-  } else {
-    PMF_UNROLL for (int j = 0; j < kN; ++j) sum[j] += sum_p[j];  // P stays as it is
   }
   PMF_UNROLL for (int j = 0; j < kN; ++j) {
     state.sum[j] = sum[j];
