@@ -116,7 +116,7 @@ inline void softmax_tile(RowState<kN, Float>& state, Float* s, Float* ts, Unit* 
   // and its sum is known: out is then bitwise the same with and without tangents.
   constexpr bool kRounds = kDepth > 1;
   if constexpr (!kRounds) {
-    PMF_UNROLL for (int j = 0; j < kN; ++j) sum[j] += sum_p[j];
+    PMF_UNROLL for (int j = 0; j < kN; ++j) sum[j] = fma(state.sum[j], state.rescale[j], sum_p[j]);
   }
   if constexpr (kRounds || kTangent) {
     for (int64_t i = 0; i < keys; i += kDepth) {
