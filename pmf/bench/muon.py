@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from pmf.bench.harness import Case, relative_error
 from pmf.optim import Muon
 
-MATRICES = {(768, 768): 5, (768, 2048): 2, (2048, 768): 1, (768, 256): 1}
-OTHERS = {(768,): 15, (276, 768): 1, (1001, 768): 1, (1, 128, 16, 16, 3): 1}
+MATRICES: dict[tuple[int, ...], int] = {(768, 768): 5, (768, 2048): 2, (2048, 768): 1, (768, 256): 1}
+OTHERS: dict[tuple[int, ...], int] = {(768,): 15, (276, 768): 1, (1001, 768): 1, (1, 128, 16, 16, 3): 1}
 STEP_LIMIT = 3e-2  # bfloat16's error in the direction of a step
 
 
@@ -37,7 +37,7 @@ class Contestant:
         self.start = [p.detach().clone() for p in self.matrices]
         self.optimizers: list[torch.optim.Optimizer]
         if compute_dtype is None:
-            matrices = torch.optim.Muon(self.matrices, lr=1e-3, weight_decay=0.1)
+            matrices = torch.optim.Muon(self.matrices, weight_decay=0.1)
             others = torch.optim.AdamW(
                 self.others, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, foreach=True
             )

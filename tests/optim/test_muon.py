@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pmf import reference
+from pmf import models, reference
 from pmf.optim import Muon
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "muon.npz"
@@ -128,6 +128,37 @@ def test_a_module_s_linear_weights_go_by_muon_and_nothing_else():
         + ["norm.weight", "norm.bias"],
         "frozen": ["frozen.weight"],
     }
+
+
+def test_of_the_model_exactly_the_recipe_s_matrices_go_by_muon():
+    """Attention, MLP, the embedders' linears and both final linears; a matrix of the patch embedding is a conv."""
+    model = models.PixelMeanFlow(
+        models.ModelConfig(
+            image_size=8,
+            patch_size=4,
+            channels=1,
+            num_classes=3,
+            hidden_size=16,
+            depth=2,
+            head_depth=1,
+            num_heads=2,
+        )
+    )
+    parts = (
+        "_proj.weight",
+        "w1.weight",
+        "w2.weight",
+        "w3.weight",
+        "linear1.weight",
+        "linear2.weight",
+        "linear.weight",
+    )
+    routing = Muon(model).routing()
+    names = [name for name, _ in model.named_parameters()]
+    assert routing["muon"] == [name for name in names if name.endswith(parts)]
+    assert sorted(routing["muon"] + routing["adam"]) == sorted(names)
+    blocks = 3  # one shared, one in each head
+    assert len(routing["muon"]) == blocks * (4 + 3) + 4 * 2 + 2
 
 
 def test_names_tensors_and_groups_are_routed_as_documented():
