@@ -131,7 +131,7 @@ def test_a_module_s_linear_weights_go_by_muon_and_nothing_else():
 
 
 def test_of_the_model_exactly_the_recipe_s_matrices_go_by_muon():
-    """Attention, MLP, the embedders' linears and both final linears; a matrix of the patch embedding is a conv."""
+    """Attention, MLP, embedders' linears, both final linears; the patch embedding is convolutions."""
     model = models.PixelMeanFlow(
         models.ModelConfig(
             image_size=8,
