@@ -1,0 +1,43 @@
+"""How far a result may be from the float64 answer for the same (rounded) inputs: one table for all tests.
+
+Errors are relative Frobenius norms. The unit roundoff u of a 16-bit type bounds one store from above; storing
+random values costs 0.42 u. What remains is for one more rounding inside (the probabilities, for a matrix unit).
+"""
+
+import torch
+from torch import Tensor
+
+UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+
+# In units of u. 16-bit types: one store, and for attention one rounding of the probabilities before it; gradients
+# add one of the score gradients. 32 and 64 bits: sums of a few hundred terms, and the exponential.
+FACTORS = {
+    "elementwise": {torch.bfloat16: 0.5, torch.float16: 0.5, torch.float32: 8, torch.float64: 64},
+    "gemm": {torch.bfloat16: 1.5, torch.float16: 1.5, torch.float32: 32, torch.float64: 64},
+    "attention": {torch.bfloat16: 0.665, torch.float16: 0.665, torch.float32: 160, torch.float64: 1000},
+    "attention gradient": {torch.bfloat16: 0.819, torch.float16: 0.819, torch.float32: 160, torch.float64: 1000},
+}
+
+
+def tolerance(kind: str, dtype: torch.dtype) -> float:
+    return FACTORS[kind][dtype] * UNIT_ROUNDOFF[dtype]
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """||actual - expected|| / ||expected||, in float64; the absolute error where zero is expected."""
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    assert torch.isfinite(actual).all()
+    distance = (actual.double() - expected.double()).norm().item()
+    return distance / (expected.double().norm().item() or 1.0)
+
+
+def assert_close(actual, expected, limit: float) -> None:
+    """Every tensor of one result is within `limit` of the other."""
+    actual, expected = _tuple(actual), _tuple(expected)
+    assert len(actual) == len(expected)
+    errors = [error(a, e) for a, e in zip(actual, expected, strict=True)]
+    assert max(errors, default=0.0) <= limit, f"relative errors {errors}, limit {limit}"
+
+
+def _tuple(x) -> tuple[Tensor, ...]:
+    return (x,) if isinstance(x, Tensor) else tuple(x)
