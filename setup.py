@@ -103,6 +103,9 @@ class CMakeBuild(build_ext):
             f"-DPMF_INTROSPECTION={'OFF' if PORTABLE else 'ON'}",
             f"-DPython_EXECUTABLE={sys.executable}",
         ]  # fmt: skip
+        if PORTABLE:  # what an earlier build of this folder left would be packed too
+            for stale in package.glob("_introspection*.so"):
+                stale.unlink()
         jobs = parallel_jobs()
         print(f"pmf: building with {torch_folder}, {jobs} compiler(s) at once", flush=True)
         for command in (configure, [self.tool("cmake"), "--build", folder, "--parallel", str(jobs)]):

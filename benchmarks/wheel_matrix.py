@@ -6,8 +6,8 @@
 
 Both wheels are built here, with this interpreter and its PyTorch: the default one (with the pybind11 module,
 for this Python version) and the portable one (py3-none). For each case a new environment gets that PyTorch
-from the package index, then the wheel, without its dependencies; CHECK runs in it: values, tangents and
-gradients of the compiled ops against plain float64 PyTorch. The record says what was installed and what came
+from the package index, then the wheel with its dependencies, which must leave that PyTorch alone; CHECK runs
+in it: values, tangents and gradients of the compiled ops against plain float64 PyTorch. The record says what was installed and what came
 out, failures included. An environment is several GB with PyTorch's CUDA builds, so each is deleted before the
 next is made.
 """
@@ -114,15 +114,19 @@ def run(*command: object, **options: object) -> subprocess.CompletedProcess[str]
 
 
 def build_wheels(folder: Path) -> dict[str, Path]:
-    """The default and the portable wheel, from a copy of the committed and uncommitted sources."""
+    """The portable and the default wheel, from a copy of this checkout's files.
+
+    One copy serves both, so that the kernels compile once; the portable wheel comes first, as what it packs
+    must not hold the other's pybind11 module.
+    """
+    source = folder / "source"
+    listed = run("git", "ls-files", "-co", "--exclude-standard", "-z", cwd=ROOT).stdout
+    for entry in filter(None, listed.split("\0")):
+        if (ROOT / entry).is_file():
+            (source / entry).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / entry, source / entry)
     wheels = {}
-    for name, portable in (("default", "0"), ("portable", "1")):
-        source = folder / f"source-{name}"
-        listed = run("git", "ls-files", "-co", "--exclude-standard", "-z", cwd=ROOT).stdout
-        for entry in filter(None, listed.split("\0")):
-            if (ROOT / entry).is_file():
-                (source / entry).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / entry, source / entry)
+    for name, portable in (("portable", "1"), ("default", "0")):
         out = folder / name
         pip_wheel = (sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation")
         done = run(*pip_wheel, "-w", out, source, env={"PMF_PORTABLE": portable})
@@ -159,7 +163,9 @@ def try_case(
         if installed.returncode != 0:
             return [{"ok": False, "error": "installing torch failed: " + installed.stderr.strip()[-500:]}]
         for name, wheel in wheels.items():
-            done = run(interpreter, "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", wheel)
+            # As a user would: the dependencies come with it, and PyTorch must stay what it is.
+            run(interpreter, "-m", "pip", "uninstall", "-q", "-y", "pixelmeanflow")
+            done = run(interpreter, "-m", "pip", "install", "-q", wheel)
             if done.returncode != 0:
                 if name == "default" and "is not a supported wheel" in done.stdout + done.stderr:
                     continue  # built for another Python, as its name says
@@ -169,6 +175,8 @@ def try_case(
             lines = checked.stdout.strip().splitlines()
             result = json.loads(lines[-1]) if checked.returncode == 0 and lines else {
                 "ok": False, "error": checked.stderr.strip()[-500:]}  # fmt: skip
+            if str(result.get("torch", torch_version)).split("+")[0] != torch_version:
+                result.update(ok=False, error="installing the wheel replaced torch")
             records.append({"wheel": name, **result})
     finally:
         shutil.rmtree(environment, ignore_errors=True)
@@ -181,6 +189,9 @@ def main() -> int:
         "--case", action="append", metavar="PYTHON=TORCH", help="e.g. 3.12=2.12.1; may be repeated"
     )
     parser.add_argument("--python", action="append", default=[], metavar="PATH", help="an interpreter to use")
+    parser.add_argument(
+        "--wheels", type=Path, metavar="FOLDER", help="try the wheels in it instead of building"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/wheel_matrix.json")
     arguments = parser.parse_args()
 
@@ -189,7 +200,13 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        wheels = build_wheels(folder)
+        if arguments.wheels:
+            files = sorted(arguments.wheels.glob("pixelmeanflow-*.whl"))
+            wheels = {
+                "portable" if "-py3-none-" in path.name else "default": path.resolve() for path in files
+            }
+        else:
+            wheels = build_wheels(folder)
         record = {
             "command": "python benchmarks/wheel_matrix.py " + " ".join(sys.argv[1:]),
             "date": time.strftime("%Y-%m-%d"),

@@ -22,12 +22,7 @@ from pmf import _library, env
 ROOT = Path(__file__).parents[1]
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
 # What pmf/introspection.h declares; everything else stays inside the library.
-EXPORTS = {
-    "pmf::build_facts()",
-    "pmf::cpu_level()",
-    "pmf::best_cpu_level()",
-    "pmf::set_cpu_level(char const*)",
-}
+EXPORTS = {"build_facts", "cpu_level", "best_cpu_level", "set_cpu_level", "attention_plan"}
 # A wheel for glibc 2.34 (RHEL 9, Ubuntu 22.04, Debian 12) is what README promises.
 NEWEST_GLIBC = (2, 34)
 
@@ -56,8 +51,8 @@ def test_the_library_loads() -> None:
 
 def test_only_introspection_is_exported() -> None:
     """A C++ symbol that leaks can replace another extension's, or be replaced by it."""
-    exported = {name for kind, name in symbols("--defined-only") if kind != "A"}
-    assert exported == EXPORTS
+    exported = {name.partition("(")[0] for kind, name in symbols("--defined-only") if kind != "A"}
+    assert exported == {f"pmf::{name}" for name in EXPORTS}
 
 
 def test_needs_only_the_stable_abi_of_torch() -> None:
@@ -170,6 +165,27 @@ def test_introspection_module_agrees_with_the_library() -> None:
     assert module.cpu_level() == _library.cpu_level()
     assert module.best_cpu_level() in LEVELS
     assert isinstance(facts["has_cuda"], bool) and facts["cuda"]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("tangent", [False, True])
+def test_attention_memory_is_linear_in_the_length(backward: bool, tangent: bool) -> None:
+    """No N x N buffer: scratch memory grows with the keys, at most in proportion, and not with the queries."""
+    module = _library.introspection()
+    if module is None:
+        pytest.skip("portable wheel: it has no introspection module")
+    sizes = {"batch": 2, "heads": 3, "key_heads": 3, "width": 64, "value_width": 64}
+    kind = {"backward": backward, "tangent": tangent, "threads": 2}
+
+    def plan(queries: int, keys: int) -> dict[str, float]:
+        return module.attention_plan(queries=queries, keys=keys, **sizes, **kind)
+
+    base, wide = plan(1024, 1024), plan(1024, 4096)
+    assert base["workspace_bytes"] < wide["workspace_bytes"] <= 4.1 * base["workspace_bytes"]
+    assert plan(8192, 1024)["workspace_bytes"] == base["workspace_bytes"]
+    assert base["workspace_bytes"] < 1024 * 1024 * 4 * 2 * 3  # one score matrix a head, which nobody makes
+    products = {(False, False): 2, (False, True): 6, (True, False): 5, (True, True): 15}[backward, tangent]
+    assert base["flops"] == products * 2 * 2 * 3 * 1024 * 1024 * 64
 
 
 def test_metadata_leaves_an_installed_torch_alone() -> None:

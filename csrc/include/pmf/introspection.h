@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "pmf/attention.h"
+
 #define PMF_EXPORT __attribute__((visibility("default")))
 
 namespace pmf {
@@ -20,5 +22,18 @@ PMF_EXPORT BuildFacts build_facts();
 PMF_EXPORT const char* cpu_level();
 PMF_EXPORT const char* best_cpu_level();
 PMF_EXPORT bool set_cpu_level(const char* name);
+
+// What one call of an attention kernel costs, before it is made.
+struct AttentionPlan {
+  double flops;             // of the tile products, a multiply and an add counted as two
+  double bytes;             // that must move at least: every operand once
+  int64_t workspace_bytes;  // scratch memory at the level in force
+};
+
+enum class AttentionPass { forward, backward };
+
+// tangent: the kernel that also carries tangents. Masks and causality are not counted as savings.
+PMF_EXPORT AttentionPlan attention_plan(const AttentionShape& shape, DType dtype,
+                                        AttentionPass pass, bool tangent, int64_t threads);
 
 }  // namespace pmf
