@@ -294,6 +294,10 @@ class _AttentionJvpDetached(_AttentionJvp):
     constants = 2
     unsaved: ClassVar[tuple[int, ...]] = (3, 4, 5)
 
+    @staticmethod
+    def reference(*args: Any) -> tuple[Tensor, ...]:
+        return _AttentionJvp.reference(*args)[:1]
+
     @classmethod
     def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
         query, key, value, *rest = _Attention.gradient(grads[:1], (*args[:3], *args[6:]), residuals, needed)

@@ -164,6 +164,10 @@ class _RotaryQkNormJvpDetached(_RotaryQkNormJvp):
     constants = 2
     unsaved: ClassVar[tuple[int, ...]] = (6, 7, 8, 9)
 
+    @staticmethod
+    def reference(*args: Any) -> tuple[Tensor, ...]:
+        return _RotaryQkNormJvp.reference(*args)[:2]
+
     @classmethod
     def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
         found = _RotaryQkNorm.gradient(grads[:2], (*args[:6], args[-1]), (), needed)

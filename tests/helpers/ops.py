@@ -1,0 +1,103 @@
+"""The ops: where each one's parts are, and small inputs to try it on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Where an op lives, by layer; `{}` is its stem. A part in ABSENT does not exist, for the reason given.
+PARTS = (
+    "pmf/reference/{}.py",
+    "pmf/ops/{}.py",
+    "csrc/include/pmf/{}.h",
+    "csrc/cpu/{}.cpp",
+    "csrc/ops/{}.cpp",
+    "csrc/cuda/{}.cu",
+    "tests/ops/test_{}.py",
+    "benchmarks/bench_{}.py",
+)
+STEMS = (
+    "attention",
+    "gated_residual",
+    "newton_schulz",
+    "patch_embed",
+    "rms_norm",
+    "rotary_qk_norm",
+    "swiglu",
+)
+GEMM = "its CPU work is torch's GEMM, called from csrc/ops"
+NO_CUDA = "CUDA kernel not written yet: the op raises on CUDA tensors"
+TWO_FILES = "forward and backward are a kernel file each"
+ABSENT = {
+    **{("csrc/include/pmf/{}.h", stem): GEMM for stem in ("newton_schulz", "patch_embed")},
+    **{("csrc/cpu/{}.cpp", stem): GEMM for stem in ("newton_schulz", "patch_embed")},
+    ("csrc/cpu/{}.cpp", "attention"): TWO_FILES,
+    **{("csrc/cuda/{}.cu", stem): NO_CUDA for stem in STEMS if stem != "gated_residual"},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of one op: `args` in float64; those at `tangents` have a tangent in the op's _jvp form."""
+
+    name: str
+    args: tuple[Tensor, ...]
+    tangents: tuple[int, ...]
+    kind: str = "elementwise"
+    options: dict[str, Any] = field(default_factory=dict)
+    weave: Callable[[tuple, tuple], tuple] = lambda args, tangents: (*args, *tangents)
+    """The _jvp form's arguments."""
+
+    def plain(self, module) -> Callable[..., Any]:
+        op = getattr(module, self.name)
+        return lambda *args: op(*args, **self.options)
+
+    def jvp(self, module, **more: Any) -> Callable[..., Any]:
+        op, n = getattr(module, self.name + "_jvp"), len(self.args)
+        return lambda *args: op(*self.weave(args[:n], args[n:]), **self.options, **more)
+
+    def directions(self) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(1)
+        return tuple(
+            torch.randn(self.args[i].shape, generator=generator, dtype=torch.float64) for i in self.tangents
+        )
+
+
+def _cases() -> dict[str, Case]:
+    generator = torch.Generator().manual_seed(0)
+
+    def r(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    angles, mask = r(3, 2), torch.rand(4, 5, generator=generator) > 0.3
+    mask[1] = False
+    cases = (
+        Case("swiglu", (r(2, 2, 3), r(2, 2, 3)), (0, 1)),
+        Case("rms_norm", (r(2, 2, 3), r(3)), (0, 1)),
+        Case("gated_residual", (r(2, 2, 3), r(2, 2, 3), r(3)), (0, 1, 2)),
+        Case(
+            "rotary_qk_norm",
+            (r(2, 2, 4, 4), r(2, 1, 4, 4), r(4), r(4), angles.cos(), angles.sin()),
+            (0, 1),
+        ),
+        Case(
+            "patch_embed",
+            (r(2, 2, 4, 4), r(3, 2, 2, 2), r(3), r(2, 3), r(2), r(5, 2), r(2, 1, 2)),
+            (0, 6),
+            kind="gemm",
+            weave=lambda args, tangents: (*args[:5], tangents[0], *args[5:], tangents[1]),
+        ),
+        Case(
+            "attention",
+            (r(2, 2, 4, 3), r(2, 1, 5, 3), r(2, 1, 5, 2)),
+            (0, 1, 2),
+            kind="attention gradient",
+            options={"attn_mask": mask, "enable_gqa": True},
+        ),
+    )
+    return {case.name: case for case in cases}
+
+
+CASES = _cases()
