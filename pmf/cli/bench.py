@@ -13,9 +13,9 @@ def add_parser(commands: Commands) -> None:
 
 def run(words: list[str]) -> int:
     """Hand the words to pmf.bench, which has its own flags and help."""
-    from pmf import bench
+    from pmf.bench import main
 
-    return bench.main(words)
+    return main(words)
 
 
 def _run_parsed(arguments: argparse.Namespace) -> int:
