@@ -7,9 +7,9 @@
 Both wheels are built here, with this interpreter and its PyTorch: the default one (with the pybind11 module,
 for this Python version) and the portable one (py3-none). For each case a new environment gets that PyTorch
 from the package index, then the wheel with its dependencies, which must leave that PyTorch alone; CHECK runs
-in it: values, tangents and gradients of the compiled ops against plain float64 PyTorch. The record says what was installed and what came
-out, failures included. An environment is several GB with PyTorch's CUDA builds, so each is deleted before the
-next is made.
+in it: values, tangents and gradients of the compiled ops against plain float64 PyTorch. The record says what
+was installed and what came out, failures included. An environment is several GB with CUDA builds of PyTorch;
+it is deleted before the next one is made.
 """
 
 from __future__ import annotations
