@@ -18,8 +18,6 @@ import torch
 OLDEST_TORCH = (2, 11)
 LIBRARY = Path(__file__).with_name("libpmf.so")
 
-_error: str | None = None
-
 
 def _why_not() -> str | None:
     """Load the library; None if that worked, else a sentence for the user."""
@@ -47,20 +45,6 @@ def _why_not() -> str | None:
 _error = _why_not()
 
 
-def _check_asked_level() -> None:
-    """Warn if PMF_CPU_LEVEL names a level that this processor or this library does not have."""
-    asked = os.environ.get("PMF_CPU_LEVEL", "auto")
-    if _error is None and asked not in ("", "auto") and asked != torch.ops.pmf.cpu_level(""):
-        warnings.warn(
-            f"PMF_CPU_LEVEL={asked} is not a level of this processor: running at {torch.ops.pmf.cpu_level('')}.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-
-
-_check_asked_level()
-
-
 def missing() -> str | None:
     """Why the compiled ops are not there, in one sentence; None if they are."""
     return _error
@@ -86,6 +70,20 @@ def set_cpu_level(name: str) -> str:
     """
     require()
     return torch.ops.pmf.cpu_level(name)
+
+
+def _check_asked_level() -> None:
+    """Warn if PMF_CPU_LEVEL names a level that this processor or this library does not have."""
+    asked = os.environ.get("PMF_CPU_LEVEL", "auto")
+    if _error is None and asked not in ("", "auto") and asked != cpu_level():
+        warnings.warn(
+            f"PMF_CPU_LEVEL={asked} is not a level of this processor: running at {cpu_level()}.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+_check_asked_level()
 
 
 @functools.cache

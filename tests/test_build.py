@@ -170,7 +170,7 @@ def test_introspection_module_agrees_with_the_library() -> None:
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("tangent", [False, True])
 def test_attention_memory_is_linear_in_the_length(backward: bool, tangent: bool) -> None:
-    """No N x N buffer: scratch memory grows with the keys, at most in proportion, and not with the queries."""
+    """No N x N buffer: scratch memory grows with the keys, at most in proportion, never with the queries."""
     module = _library.introspection()
     if module is None:
         pytest.skip("portable wheel: it has no introspection module")
