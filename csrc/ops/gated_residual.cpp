@@ -78,8 +78,8 @@ void launch_jvp(const Tensor& x, const Tensor& branch, const Tensor& gate, const
 }
 
 Tensor gated_residual(Tensor x, Tensor branch, Tensor gate) {
+  check_like(kOp, "branch", branch, "x", x);
   check_inputs(branch, gate);
-  check_like(kOp, "x", x, "branch", branch);
   Output y(x);
   launch(x, branch, gate, y.buffer());
   return y.result();
@@ -88,8 +88,8 @@ Tensor gated_residual(Tensor x, Tensor branch, Tensor gate) {
 // The samples past the last tangent take the plain kernel.
 std::tuple<Tensor, Tensor> gated_residual_jvp(Tensor x, Tensor branch, Tensor gate, Tensor x_t,
                                               Tensor branch_t, OptionalTensor gate_t) {
+  check_like(kOp, "branch", branch, "x", x);
   check_inputs(branch, gate);
-  check_like(kOp, "x", x, "branch", branch);
   const int64_t n = check_tangent(kOp, "x_t", x_t, "x", x), rest = x.size(0) - n;
   check_like(kOp, "branch_t", branch_t, "x_t", x_t);
   const Tensor first_gate = gate_samples(gate, x, 0, n);

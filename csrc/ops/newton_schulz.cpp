@@ -19,8 +19,6 @@
 // list.
 //
 // Bound: the GEMM rate of one core times the cores; there is no barrier inside a whole matrix.
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-#include <torch/headeronly/util/BFloat16.h>
 
 #include <algorithm>
 #include <atomic>

@@ -14,8 +14,6 @@
 //
 // float16 is multiplied in float32, copies converting on the way: the CPU's own float16 GEMM is a
 // scalar loop. Everything else is multiplied in its own dtype, summed in float32 or better.
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-
 #include <algorithm>
 
 #include "ops/rows.h"

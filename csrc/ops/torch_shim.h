@@ -3,9 +3,11 @@
 // includes torch.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>  // matrix products
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
 
 #include <optional>
 #include <sstream>

@@ -31,7 +31,6 @@ __all__ = [
     "call",
     "functions",
     "in_float32",
-    "is_differentiable",
     "register",
     "register_fake",
     "vjp",
@@ -179,11 +178,6 @@ def register_fake(op: str, fake: Callable[..., Outputs]) -> None:
     """Give a raw op its shapes alone."""
     if not _library.missing():
         torch.library.register_fake(f"pmf::{op}", fake)
-
-
-def is_differentiable(*tensors: Tensor | None) -> bool:
-    """Whether autograd would record an operation on any of these."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def vjp(function: Callable[..., tuple[Tensor, ...]], args: Args, cotangents: Args) -> Args:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["autocast_matmul", "autocast_widest", "check_tangents", "zeros"]
+__all__ = ["autocast_matmul", "autocast_widest", "check_tangents", "is_differentiable", "zeros"]
 
 
 def autocast_matmul(*tensors: Any) -> tuple[Any, ...]:
@@ -32,31 +32,48 @@ def autocast_widest(data: int, *tensors: Any) -> tuple[Any, ...]:
     return tuple(x if x is None else x.to(dtype) for x in tensors)
 
 
-def check_tangents(op: str, pairs: list[tuple[str, Tensor, Tensor | None]]) -> int | None:
-    """The number n of samples that have a tangent, which all (name, value, tangent) must agree on; None if
-    none has.
+def check_tangents(
+    op: str,
+    pairs: list[tuple[str, Tensor, Tensor | None]],
+    detach_tangent: bool,
+    parameters: tuple[Tensor | None, ...] = (),
+) -> int | None:
+    """The number of samples that have a tangent; None if no tangent is given.
 
-    Raises ValueError unless each tangent has its value's shape, or that of its first n samples.
+    Raises ValueError unless each tangent of (name, value, tangent) has its value's shape, or all tangents are
+    of the same first n samples and, where autograd would record the op, detached.
     """
-    count: int | None = None
-    for name, value, tangent in pairs:
-        if tangent is None:
+    given = [(name, value, tangent) for name, value, tangent in pairs if tangent is not None]
+    counts = {tangent.shape[:1] for _, _, tangent in given}
+    fewer = False
+    for name, value, tangent in given:
+        if tangent.shape == value.shape:
             continue
-        fits = tangent.shape == value.shape
-        if not fits and tangent.dim() == value.dim() > 1:
-            fits = tangent.shape[1:] == value.shape[1:] and tangent.shape[0] < value.shape[0]
-        if not fits:
+        fewer = True
+        same_rank = tangent.dim() == value.dim() > 1
+        if not same_rank or tangent.shape[1:] != value.shape[1:] or tangent.shape[0] > value.shape[0]:
             raise ValueError(
-                f"{op}: {name} must have the shape of its value {list(value.shape)}, or of its first "
-                f"samples, got {list(tangent.shape)}"
+                f"{op}: {name} must have the shape of its value {list(value.shape)}, or of its "
+                f"first samples, got {list(tangent.shape)}"
             )
-        n = tangent.shape[0] if tangent.dim() else 0
-        if count is not None and n != count:
-            raise ValueError(
-                f"{op}: all tangents must be of the same first samples, got {count} and {n} of them"
-            )
-        count = n
-    return count
+    if fewer and len(counts) > 1:
+        sizes = " and ".join(str(count[0]) for count in sorted(counts))
+        raise ValueError(f"{op}: all tangents must be of the same first samples, got {sizes} of them")
+    values = (x for _, value, tangent in pairs for x in (value, tangent))
+    if fewer and not detach_tangent and is_differentiable(*values, *parameters):
+        raise ValueError(
+            f"{op}: gradients with tangents of the first samples alone need detach_tangent=True, "
+            "because there is no backward through such a tangent"
+        )
+    if not given:
+        return None
+    tangent = given[0][2]
+    return tangent.shape[0] if tangent.dim() else 0
+
+
+def is_differentiable(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record an operation on any of these."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def zeros(like: Tensor, count: int | None = None) -> Tensor:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from pmf import reference
 
-from ._autograd import KernelFunction, call, in_float32, is_differentiable, register, vjp
-from ._inputs import autocast_matmul, check_tangents
+from ._autograd import KernelFunction, call, in_float32, register, vjp
+from ._inputs import autocast_matmul, check_tangents, is_differentiable
 
 __all__ = ["attention", "attention_jvp"]
 
@@ -92,7 +92,9 @@ def attention_jvp(
     """
     query, key, value, query_t, key_t, value_t = autocast_matmul(query, key, value, query_t, key_t, value_t)
     count = check_tangents(
-        "attention_jvp", [("query_t", query, query_t), ("key_t", key, key_t), ("value_t", value, value_t)]
+        "attention_jvp",
+        [("query_t", query, query_t), ("key_t", key, key_t), ("value_t", value, value_t)],
+        detach_tangent,
     )
     if count is None:
         out = attention(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)

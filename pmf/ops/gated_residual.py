@@ -57,7 +57,12 @@ def gated_residual_jvp(
     Returns (y, ty) with ty of n samples. Both outputs are differentiable unless detached.
     """
     x, branch, gate, x_t, branch_t, gate_t = autocast_widest(2, x, branch, gate, x_t, branch_t, gate_t)
-    count = check_tangents("gated_residual_jvp", [("x_t", x, x_t), ("branch_t", branch, branch_t)])
+    count = check_tangents(
+        "gated_residual_jvp",
+        [("x_t", x, x_t), ("branch_t", branch, branch_t)],
+        detach_tangent,
+        (gate, gate_t),
+    )
     if count is None and gate_t is None:
         return gated_residual(x, branch, gate), torch.zeros_like(x)
     x_t = zeros(x, count) if x_t is None else x_t

@@ -77,7 +77,9 @@ def patch_embed_jvp(
         pairs.append(("prefix_t", prefix, prefix_t))
     elif prefix_t is not None:
         raise ValueError("patch_embed_jvp: prefix_t is given without a prefix")
-    count = check_tangents("patch_embed_jvp", pairs)
+    count = check_tangents(
+        "patch_embed_jvp", pairs, detach_tangent, (weight_down, bias_down, weight_up, bias_up, position)
+    )
     if count is None:
         tokens = patch_embed(images, weight_down, bias_down, weight_up, bias_up, position, prefix)
         return tokens, torch.zeros_like(tokens)

@@ -55,7 +55,7 @@ def rms_norm_jvp(
     Returns (y, ty) with ty of n samples. Both outputs are differentiable unless detached.
     """
     x, weight, x_t, weight_t = autocast_widest(1, x, weight, x_t, weight_t)
-    check_tangents("rms_norm_jvp", [("x_t", x, x_t)])
+    check_tangents("rms_norm_jvp", [("x_t", x, x_t)], detach_tangent, (weight, weight_t))
     if x_t is None:
         if weight_t is None:
             return rms_norm(x, weight, eps), torch.zeros_like(x)

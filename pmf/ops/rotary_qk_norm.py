@@ -69,7 +69,12 @@ def rotary_qk_norm_jvp(
     query, key, query_weight, key_weight, query_t, key_t = autocast_widest(
         2, query, key, query_weight, key_weight, query_t, key_t
     )
-    count = check_tangents("rotary_qk_norm_jvp", [("query_t", query, query_t), ("key_t", key, key_t)])
+    count = check_tangents(
+        "rotary_qk_norm_jvp",
+        [("query_t", query, query_t), ("key_t", key, key_t)],
+        detach_tangent,
+        (query_weight, key_weight, cos, sin),
+    )
     if count is None:
         q, k = rotary_qk_norm(query, key, query_weight, key_weight, cos, sin, eps)
         return q, k, torch.zeros_like(q), torch.zeros_like(k)

@@ -46,7 +46,7 @@ def swiglu_jvp(
     Returns (y, ty) with ty of n samples. Both outputs are differentiable unless detached.
     """
     gate, up, gate_t, up_t = autocast_widest(2, gate, up, gate_t, up_t)
-    count = check_tangents("swiglu_jvp", [("gate_t", gate, gate_t), ("up_t", up, up_t)])
+    count = check_tangents("swiglu_jvp", [("gate_t", gate, gate_t), ("up_t", up, up_t)], detach_tangent)
     if count is None:
         return swiglu(gate, up), torch.zeros_like(gate)
     gate_t = zeros(gate, count) if gate_t is None else gate_t

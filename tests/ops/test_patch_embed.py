@@ -1,0 +1,115 @@
+"""patch_embed: accuracy in every dtype, shapes and strides, tangents of the first samples, gradients."""
+
+import pytest
+import torch
+from helpers.tolerance import assert_close, tolerance
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pmf.ops as ops
+import pmf.reference as reference
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def inputs(
+    batch=3, channels=3, rows=4, columns=4, patch=4, rank=32, width=48, prefix=5, dtype=torch.float64, seed=0
+):
+    """(images, weight_down, bias_down, weight_up, bias_up, position, prefix), scaled as a layer is initialised."""
+    generator = torch.Generator().manual_seed(0)
+
+    def r(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    down = r(rank, channels, patch, patch) / (channels * patch * patch) ** 0.5
+    up = r(width, rank) / rank**0.5
+    images, tokens = r(batch, channels, rows * patch, columns * patch), rows * columns
+    args = (images, down, r(rank), up, r(width), r(prefix + tokens, width), r(batch, prefix, width))
+    return tuple(x.to(dtype) for x in args)
+
+
+def jvp(module, args, images_t, prefix_t, **options):
+    return module.patch_embed_jvp(*args[:5], images_t, *args[5:], prefix_t, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_tangents_and_gradients(dtype):
+    """Each GEMM rounds its result once more in 16 bits: the down product before the up product reads it."""
+    args = [x.requires_grad_() for x in inputs(dtype=dtype)]
+    images_t, prefix_t = (torch.randn_like(args[i]).requires_grad_() for i in (0, 6))
+    exact = [x.detach().double().requires_grad_() for x in (*args, images_t, prefix_t)]
+    actual = jvp(ops, args, images_t, prefix_t)
+    expected = jvp(reference, exact[:7], *exact[7:])
+    assert_close([x.detach() for x in actual], [x.detach() for x in expected], tolerance("gemm", dtype))
+    cotangents = [torch.randn_like(y) for y in actual]
+    found = torch.autograd.grad(actual, [*args, images_t, prefix_t], cotangents)
+    wanted = torch.autograd.grad(expected, exact, [c.double() for c in cotangents])
+    assert_close(found, wanted, 1.5 * tolerance("gemm", dtype))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    batch=st.integers(1, 4),
+    channels=st.sampled_from((1, 3)),
+    rows=st.integers(1, 3),
+    columns=st.integers(1, 3),
+    patch=st.integers(1, 5),
+    rank=st.integers(1, 9),
+    width=st.integers(1, 9),
+    prefix=st.integers(0, 3),
+    layout=st.sampled_from(("contiguous", "channels last", "flipped sizes", "cropped")),
+    which=st.sampled_from(("all tokens", "image tokens", "none")),
+    biases=st.booleans(),
+)
+def test_any_shape_and_layout(
+    batch, channels, rows, columns, patch, rank, width, prefix, layout, which, biases
+):
+    args = list(inputs(batch, channels, rows, columns, patch, rank, width, prefix))
+    if layout == "channels last":
+        args[0] = args[0].contiguous(memory_format=torch.channels_last)
+    elif layout == "flipped sizes":
+        args[0] = args[0].permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+    elif layout == "cropped":
+        args[0] = torch.nn.functional.pad(args[0], (1, 2, 3, 1))[:, :, 3:-1, 1:-2]
+    if not biases:
+        args[2] = args[4] = None
+    if which != "all tokens":
+        args[5] = args[5][prefix:] if which == "image tokens" else None
+    if prefix == 0:
+        args[6] = None
+    tokens = ops.patch_embed(*args)
+    assert tokens.is_contiguous()
+    assert_close(tokens, reference.patch_embed(*args), 1e-12)
+    images_t = torch.randn_like(args[0])
+    prefix_t = None if prefix == 0 else torch.randn_like(args[6])
+    assert_close(jvp(ops, args, images_t, prefix_t), jvp(reference, args, images_t, prefix_t), 1e-12)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+def test_tangents_of_the_first_samples(count):
+    args = inputs()
+    images_t, prefix_t = torch.randn_like(args[0]), torch.randn_like(args[6])
+    tokens, tokens_t = jvp(ops, args, images_t[:count], prefix_t[:count], detach_tangent=True)
+    expected, expected_t = jvp(reference, args, images_t, prefix_t)
+    assert_close((tokens, tokens_t), (expected, expected_t[:count]), 1e-12)
+
+
+def test_images_that_need_no_gradient_cost_none():
+    """In training the images are data: their gradient, as large as the forward, is not computed."""
+    args = list(inputs())
+    for i in range(1, 7):
+        args[i].requires_grad_()
+    found = torch.autograd.grad(ops.patch_embed(*args).square().sum(), args[1:])
+    wanted = torch.autograd.grad(reference.patch_embed(*args).square().sum(), args[1:])
+    assert_close(found, wanted, 1e-12)
+    hidden = torch.ops.pmf.patch_embed(*args)[1]
+    raw = torch.ops.pmf.patch_embed_backward(
+        torch.ones(3, 21, 48, dtype=torch.float64), args[0], args[1], args[3], hidden, False
+    )
+    assert raw[0].numel() == 0
+
+
+def test_an_empty_batch():
+    args = list(inputs(batch=1))
+    args[0], args[6] = args[0][:0], args[6][:0]
+    assert ops.patch_embed(*args).shape == (0, 21, 48)

@@ -1,0 +1,93 @@
+"""The house stands: every op has its parts, and imports point down only."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from helpers.ops import ABSENT, PARTS, STEMS
+
+import pmf.ops
+
+ROOT = Path(__file__).parents[1]
+
+# Each layer may import itself and those before it.
+PYTHON_LAYERS = ("reference", "ops", "nn", "models", "flow", "training", "cli")
+
+# A source folder and what its files must not include.
+FORBIDDEN_INCLUDES = {
+    "csrc/include": r"<(torch|ATen|c10|cuda|immintrin|vector|string)",
+    "csrc/cpu": r"<(torch|ATen|c10|cuda|pybind11)",
+    "csrc/cuda": r"<(torch|ATen|c10|pybind11)",
+    "csrc/python": r"<(torch|ATen|c10|cuda)",
+}
+
+
+@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("part", PARTS)
+def test_each_op_has_each_part_or_a_reason(part, stem):
+    path, reason = ROOT / part.format(stem), ABSENT.get((part, stem))
+    if reason is None:
+        assert path.is_file(), f"{stem} lacks {path.relative_to(ROOT)}"
+    else:
+        assert not path.exists(), f"{path.relative_to(ROOT)} is there: take it off the table of absent parts"
+
+
+def test_the_table_lists_every_op():
+    public = {name.removesuffix("_jvp") for name in pmf.ops.__all__}
+    assert public == set(STEMS)
+    assert {name + "_jvp" for name in public - {"newton_schulz"}} <= set(pmf.ops.__all__)
+
+
+def test_no_op_lives_outside_its_stem():
+    """Helpers of the ops begin with an underscore; every other file there is an op of the table."""
+    for folder in ("pmf/ops", "pmf/reference"):
+        modules = {path.stem for path in (ROOT / folder).glob("*.py") if not path.stem.startswith("_")}
+        assert modules >= set(STEMS)
+        if folder == "pmf/ops":
+            assert modules == set(STEMS)
+
+
+@pytest.mark.parametrize("layer", PYTHON_LAYERS[:-1])
+def test_python_imports_point_down(layer):
+    above = set(PYTHON_LAYERS[PYTHON_LAYERS.index(layer) + 1 :])
+    files = [ROOT / f"pmf/{layer}.py"] if layer == "models" else sorted((ROOT / "pmf" / layer).rglob("*.py"))
+    assert files
+    for path in files:
+        upward = {name for name in _imports(path) if name in above}
+        assert not upward, f"{path.relative_to(ROOT)} imports pmf.{', pmf.'.join(sorted(upward))}"
+
+
+@pytest.mark.parametrize("folder", FORBIDDEN_INCLUDES)
+def test_native_includes_stay_in_their_layer(folder):
+    files = [path for path in (ROOT / folder).rglob("*") if path.suffix in (".h", ".cuh", ".cpp", ".cu")]
+    assert files
+    for path in files:
+        found = re.search(r"#include " + FORBIDDEN_INCLUDES[folder], path.read_text())
+        assert found is None, f"{path.relative_to(ROOT)} has {found[0]}"
+
+
+def test_torch_is_included_in_one_file():
+    including = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "csrc").rglob("*")
+        if path.suffix in (".h", ".cuh", ".cpp", ".cu") and "#include <torch/" in path.read_text()
+    }
+    assert including == {"csrc/ops/torch_shim.h"}
+
+
+def _imports(path: Path) -> set[str]:
+    """Names x of every `pmf.x` that a file imports at import time."""
+    package = path.relative_to(ROOT).with_suffix("").parts
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            full = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: -node.level]) if node.level else ""
+            module = ".".join(filter(None, (base, node.module)))
+            full = [f"{module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        names |= {name.split(".")[1] for name in full if name.startswith("pmf.")}
+    return names
