@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.tolerance import assert_close
+from helpers.tolerance import assert_close, tolerance
 
 import pmf.ops as ops
 import pmf.reference as reference
@@ -126,3 +126,22 @@ def test_residuals_of_a_detached_tangent_are_those_of_the_plain_op():
     assert {x.data_ptr() for x in inputs} <= set(saved)
     assert not {x.data_ptr() for x in tangents} & set(saved)
     assert len(saved) == 4  # query, key, value and the rows' logarithms of sums
+
+
+def test_shapes_told_to_the_compiler_keep_the_memory_order():
+    """opcheck compares strides: token-major inputs, as the model has them, give token-major outputs."""
+    args = [torch.randn(2, 7, 3, 8).transpose(1, 2) for _ in range(6)]
+    torch.library.opcheck(torch.ops.pmf.attention_forward.default, (*args[:3], None, False, 0.5))
+    torch.library.opcheck(torch.ops.pmf.attention_jvp_forward.default, (*args, None, False, 0.5))
+
+
+def test_autocast_leaves_the_reference_in_float32():
+    """A mask that needs a gradient takes plain PyTorch code, whose products autocast would round to 16 bits."""
+    inputs, mask = (
+        [torch.randn(1, 2, 64, 16).bfloat16() for _ in range(3)],
+        torch.randn(64, 64, requires_grad=True),
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = ops.attention(*inputs, mask)
+    exact = reference.attention(*(x.double() for x in inputs), mask.double())
+    assert_close(out.detach(), exact.detach(), tolerance("attention", torch.bfloat16))

@@ -156,6 +156,47 @@ def test_forward_mode(case):
         assert_close([forward_ad.unpack_dual(y).tangent for y in outputs], tuple_of(expected), EXACT)
 
 
+def test_nested_forward_mode_loses_no_tangent(case):
+    """A Function's jvp runs with forward mode off, so what it left to plain operations had zero tangents."""
+    for form, args in ((case.plain, case.args), (case.jvp, (*case.args, *case.directions()))):
+        tangents = tuple(torch.randn_like(x) for x in args)
+
+        def third(module, form=form, args=args, tangents=tangents):
+            f = energy(form(module))
+            first = lambda *a: torch.func.jvp(f, a, tangents)[1]  # noqa: E731
+            second = lambda *a: torch.func.jvp(first, a, tangents)[1]  # noqa: E731
+            return second(*args), torch.func.jvp(second, args, tangents)[1]
+
+        assert_close(third(ops), third(reference), EXACT)
+
+
+def test_tangent_of_the_gradient_of_one_input(case):
+    """The gradients that nobody asked for may be empty, and then so must their tangents be."""
+    for form, args in ((case.plain, case.args), (case.jvp, (*case.args, *case.directions()))):
+        for i in range(len(args)):
+
+            def product(module, form=form, args=args, i=i):
+                alone = lambda y: energy(form(module))(*args[:i], y, *args[i + 1 :])  # noqa: E731
+                return torch.func.jvp(torch.func.grad(alone), (args[i],), (args[i],))[1]
+
+            assert_close(product(ops), product(reference), EXACT)
+
+
+def test_vmap_over_one_gate_for_each_sample():
+    """A gate [B, 1, D] that vmap does not map cannot serve a batch that vmap has folded."""
+    x, branch, gate = (torch.randn(*s, dtype=torch.float64) for s in ((2, 3, 4, 5), (2, 3, 4, 5), (3, 1, 5)))
+    for args, name in (((x, branch, gate), "gated_residual"), ((x, branch, gate, x, branch), "gated_residual_jvp")):
+        dims = tuple(None if a is gate else 0 for a in args)
+        actual, expected = (torch.func.vmap(getattr(m, name), dims)(*args) for m in (ops, reference))
+        assert_close(actual, expected, EXACT)
+
+
+def test_meta_tensors_get_shapes(case):
+    args = (x.to("meta") for x in case.args)
+    shapes = [y.shape for y in tuple_of(case.plain(ops)(*args))]
+    assert shapes == [y.shape for y in tuple_of(case.plain(ops)(*case.args))]
+
+
 def test_training_through_a_tangent_of_torch_func(case):
     args = case.args
     tangents = tuple(torch.randn_like(x) for x in args)
