@@ -185,7 +185,10 @@ def test_tangent_of_the_gradient_of_one_input(case):
 def test_vmap_over_one_gate_for_each_sample():
     """A gate [B, 1, D] that vmap does not map cannot serve a batch that vmap has folded."""
     x, branch, gate = (torch.randn(*s, dtype=torch.float64) for s in ((2, 3, 4, 5), (2, 3, 4, 5), (3, 1, 5)))
-    for args, name in (((x, branch, gate), "gated_residual"), ((x, branch, gate, x, branch), "gated_residual_jvp")):
+    for args, name in (
+        ((x, branch, gate), "gated_residual"),
+        ((x, branch, gate, x, branch), "gated_residual_jvp"),
+    ):
         dims = tuple(None if a is gate else 0 for a in args)
         actual, expected = (torch.func.vmap(getattr(m, name), dims)(*args) for m in (ops, reference))
         assert_close(actual, expected, EXACT)
@@ -274,6 +277,26 @@ def test_autocast(case):
 
 
 # the raw ops
+
+
+def test_autocast_joins_16_bit_activations_and_32_bit_parameters():
+    x, weight = torch.randn(2, 6).bfloat16(), torch.randn(6)
+    calls = (
+        lambda: ops.rms_norm(x, weight),
+        lambda: ops.rms_norm_jvp(x, weight, x.float())[1],
+        lambda: ops.gated_residual(x, x, weight),
+        lambda: ops.gated_residual_jvp(x, x, weight, x, None)[1],
+        lambda: ops.swiglu(x, x),
+    )
+    for call in calls:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert call().dtype == torch.bfloat16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (
+            ops.gated_residual(x.float(), x, weight).dtype == torch.float32
+        )  # a 32-bit residual stream stays
+    with pytest.raises(ValueError, match="dtype"):
+        ops.rms_norm(x, weight)
 
 
 def test_opcheck(case, monkeypatch):
