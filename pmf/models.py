@@ -158,9 +158,7 @@ class PixelMeanFlow(nn.Module):
         self.register_buffer("cos", None, persistent=False)
         self.register_buffer("sin", None, persistent=False)
         self._set_rotary_tables()
-        self.register_load_state_dict_post_hook(
-            lambda model, _: model._set_rotary_tables()
-        )  # weights may bring a device
+        self.register_load_state_dict_post_hook(_follow_weights)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -247,6 +245,11 @@ class PixelMeanFlow(nn.Module):
         self.cos, self.sin = rotary_tables(
             self.config.side, head_dim, device=self.position.device, dtype=dtype
         )
+
+
+def _follow_weights(model: PixelMeanFlow, _: Any) -> None:
+    """Loaded weights may bring a device. (A function of the module, because a lambda cannot be pickled.)"""
+    model._set_rotary_tables()
 
 
 def create_model(preset: str | None = None, **settings: Any) -> PixelMeanFlow:

@@ -75,6 +75,11 @@ class KernelFunction(torch.autograd.Function):
         """Tangents of the outputs without the constants, by differentiable operations (None is zero)."""
         return jvp(cls.reference, args, tangents)
 
+    @classmethod
+    def shares_the_rest(cls, args: Args) -> bool:
+        """Whether the arguments outside `samples` are the same for all samples, so that vmap can fold."""
+        return True
+
     # What follows is torch.autograd.Function's interface; subclasses leave it alone.
 
     @classmethod
@@ -113,19 +118,23 @@ class KernelFunction(torch.autograd.Function):
 
     @classmethod
     def jvp(cls, ctx: Any, *tangents: Tensor | None) -> Any:
-        saved = iter(ctx.saved_tensors)
-        args = tuple(next(saved) if t else x for t, x in zip(ctx.is_tensor, ctx.inputs, strict=True))
-        if any(tangents[i] is not None for i in cls.by_reference):
-            found = jvp(cls.reference, args, tangents)
-        else:
-            found = cls.tangent(args, tangents)
+        # PyTorch switches forward mode off in here, and with it an outer jvp's, whose tangents would be zero.
+        # Switched on, the inputs must not carry this level's tangents: it would differentiate once more.
+        with forward_ad._set_fwd_grad_enabled(True):
+            saved = iter(forward_ad.unpack_dual(x, level=0).primal for x in ctx.saved_tensors)
+            args = tuple(next(saved) if t else x for t, x in zip(ctx.is_tensor, ctx.inputs, strict=True))
+            if any(tangents[i] is not None for i in cls.by_reference):
+                found = jvp(cls.reference, args, tangents)
+            else:
+                found = cls.tangent(args, tangents)
         return found[0] if ctx.is_single else (*found, *(None,) * cls.constants)
 
     @classmethod
     def vmap(cls, info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Outputs, Any]:
         mapped = [i for i, dim in enumerate(in_dims) if dim is not None]
         rows = {_unmapped_rows(args[i], in_dims[i]) for i in cls.samples if isinstance(args[i], Tensor)}
-        if set(mapped) <= set(cls.samples) and len(rows) == 1 and None not in rows:
+        is_batch = len(rows) == 1 and None not in rows
+        if set(mapped) <= set(cls.samples) and is_batch and cls.shares_the_rest(args):
             folded = [
                 _fold(x, in_dims[i], info.batch_size) if i in cls.samples else x for i, x in enumerate(args)
             ]

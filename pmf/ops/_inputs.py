@@ -10,10 +10,9 @@ __all__ = ["autocast_matmul", "autocast_widest", "check_tangents", "is_different
 
 def autocast_matmul(*tensors: Any) -> tuple[Any, ...]:
     """Under autocast, what a matrix product does: everything in autocast's dtype (float64 stays)."""
-    device = _device(tensors)
-    if not torch.is_autocast_enabled(device):
+    if not _is_autocast_enabled(tensors):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(_device(tensors))
     return tuple(x.to(dtype) if _is_castable(x) else x for x in tensors)
 
 
@@ -23,7 +22,7 @@ def autocast_widest(data: int, *tensors: Any) -> tuple[Any, ...]:
 
     The kernels compute in float32 inside, so 16-bit activations with float32 parameters lose nothing.
     """
-    if not torch.is_autocast_enabled(_device(tensors)):
+    if not _is_autocast_enabled(tensors):
         return tensors
     dtype = None
     for x in tensors[:data]:
@@ -84,6 +83,11 @@ def zeros(like: Tensor, count: int | None = None) -> Tensor:
 
 def _device(tensors: tuple[Any, ...]) -> str:
     return next(x.device.type for x in tensors if x is not None)
+
+
+def _is_autocast_enabled(tensors: tuple[Any, ...]) -> bool:
+    device = _device(tensors)
+    return device != "meta" and torch.is_autocast_enabled(device)  # torch raises for the meta device
 
 
 def _is_castable(x: Tensor | None) -> bool:

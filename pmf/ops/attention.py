@@ -288,8 +288,8 @@ class _AttentionJvpBackward(KernelFunction):
 
     @staticmethod
     def reference(grad: Tensor | None, grad_t: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        inputs = tuple(x if x is not None else torch.zeros_like(args[i - 3]) for i, x in enumerate(args[:6]))
-        return vjp(_AttentionJvp.reference, (*inputs, *args[7:]), (grad, grad_t))[:6]
+        found = vjp(_AttentionJvp.reference, (*args[:6], *args[7:]), (grad, grad_t))[:6]
+        return tuple(grad_t.new_empty(0) if x is None else x for x in found)
 
 
 class _AttentionJvpDetached(_AttentionJvp):

@@ -50,7 +50,7 @@ def gated_residual_jvp(
     Args:
         x, branch, gate: as for `gated_residual`.
         x_t, branch_t: tangents, or None for zero; of all samples (dimension 0) or of the first n.
-        gate_t: the tangent of gate in gate's shape, or None for zero.
+        gate_t: the tangent of gate, or None for zero; where gate has samples, of the first n too.
         detach_tangent: the tangent is a constant for autograd, and backward costs what `gated_residual`'s
             does. Needed where n is smaller than the batch and gradients are wanted.
 
@@ -75,6 +75,10 @@ class _GatedResidual(KernelFunction):
     op = "gated_residual"
     unsaved: ClassVar[tuple[int, ...]] = (0,)
     samples: ClassVar[tuple[int, ...]] = (0, 1)
+
+    @classmethod
+    def shares_the_rest(cls, args: Any) -> bool:
+        return args[2].dim() == 1
 
     @staticmethod
     @in_float32
@@ -102,6 +106,10 @@ class _GatedResidualJvp(KernelFunction):
     op = "gated_residual_jvp"
     unsaved: ClassVar[tuple[int, ...]] = (0, 3)
     samples: ClassVar[tuple[int, ...]] = (0, 1, 3, 4)
+
+    @classmethod
+    def shares_the_rest(cls, args: Any) -> bool:
+        return args[2].dim() == 1
 
     @staticmethod
     @in_float32

@@ -132,8 +132,8 @@ class _PatchEmbedBackward(KernelFunction):
 
     @staticmethod
     def reference(grad: Tensor, hidden: Tensor, need: bool, *args: Any) -> tuple[Tensor, ...]:
-        found = vjp(_PatchEmbed.reference, args, (grad,))
-        return tuple(grad.new_empty(0) if x is None else x for x in found)
+        images_grad, *found = vjp(_PatchEmbed.reference, args, (grad,))
+        return tuple(grad.new_empty(0) if x is None else x for x in (images_grad if need else None, *found))
 
 
 class _PatchEmbedJvp(KernelFunction):
@@ -183,7 +183,9 @@ class _PatchEmbedJvpBackward(KernelFunction):
     def reference(
         grad: Tensor | None, grad_t: Tensor, hidden: Any, hidden_t: Any, need: bool, *args: Any
     ) -> Any:
-        found = vjp(_PatchEmbedJvp.reference, args, (grad, grad_t))
+        found = list(vjp(_PatchEmbedJvp.reference, args, (grad, grad_t)))
+        if not need:
+            found[0] = found[5] = None
         return tuple(grad_t.new_empty(0) if x is None else x for x in found)
 
 
