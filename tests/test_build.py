@@ -125,12 +125,13 @@ def test_unknown_level_is_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("asked", "expected"), [("portable", "level portable"), ("sse9", "PMF_CPU_LEVEL=sse9 is not a level")]
 )
-def test_environment_variable_sets_the_level(asked: str, expected: str) -> None:
+def test_environment_variable_sets_the_level(asked: str, expected: str, tmp_path: Path) -> None:
     script = "from pmf import _library; print('level', _library.cpu_level())"
     done = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,
         text=True,
+        cwd=tmp_path,
         env={**os.environ, "PMF_CPU_LEVEL": asked, "PYTHONPATH": str(Path(pmf.__file__).parents[1])},
     )
     assert done.returncode == 0, done.stderr
