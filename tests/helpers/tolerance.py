@@ -1,21 +1,27 @@
 """How far a result may be from the float64 answer for the same (rounded) inputs: one table for all tests.
 
-Errors are relative Frobenius norms. The unit roundoff u of a 16-bit type bounds one store from above; storing
-random values costs 0.42 u. What remains is for one more rounding inside (the probabilities, for a matrix unit).
+Errors are relative Frobenius norms. The unit roundoff u of a 16-bit type bounds one store from above;
+storing random values costs 0.42 u. What remains is for one more rounding inside (the probabilities).
 """
 
 import torch
 from torch import Tensor
 
-UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+UNIT_ROUNDOFF = {
+    torch.bfloat16: 2.0**-8,
+    torch.float16: 2.0**-11,
+    torch.float32: 2.0**-24,
+    torch.float64: 2.0**-53,
+}
 
-# In units of u. 16-bit types: one store, and for attention one rounding of the probabilities before it; gradients
-# add one of the score gradients. 32 and 64 bits: sums of a few hundred terms, and the exponential.
+# In units of u. 16-bit types: one store, and for attention one rounding of the probabilities before it;
+# gradients add one of the score gradients. 32 and 64 bits: sums of a few hundred terms, and the exponential.
+_BF16, _F16, _F32, _F64 = UNIT_ROUNDOFF
 FACTORS = {
-    "elementwise": {torch.bfloat16: 0.5, torch.float16: 0.5, torch.float32: 8, torch.float64: 64},
-    "gemm": {torch.bfloat16: 1.5, torch.float16: 1.5, torch.float32: 32, torch.float64: 64},
-    "attention": {torch.bfloat16: 0.665, torch.float16: 0.665, torch.float32: 160, torch.float64: 1000},
-    "attention gradient": {torch.bfloat16: 0.819, torch.float16: 0.819, torch.float32: 160, torch.float64: 1000},
+    "elementwise": {_BF16: 0.5, _F16: 0.5, _F32: 8, _F64: 64},
+    "gemm": {_BF16: 1.5, _F16: 1.5, _F32: 32, _F64: 64},
+    "attention": {_BF16: 0.665, _F16: 0.665, _F32: 160, _F64: 1000},
+    "attention gradient": {_BF16: 0.819, _F16: 0.819, _F32: 160, _F64: 1000},
 }
 
 

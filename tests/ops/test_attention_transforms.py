@@ -136,7 +136,7 @@ def test_shapes_told_to_the_compiler_keep_the_memory_order():
 
 
 def test_autocast_leaves_the_reference_in_float32():
-    """A mask that needs a gradient takes plain PyTorch code, whose products autocast would round to 16 bits."""
+    """A mask that needs a gradient takes plain PyTorch code, whose products autocast would round."""
     inputs, mask = (
         [torch.randn(1, 2, 64, 16).bfloat16() for _ in range(3)],
         torch.randn(64, 64, requires_grad=True),
