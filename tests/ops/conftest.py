@@ -14,9 +14,10 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def threads() -> Iterator[None]:
-    """Lets a test call torch.set_num_threads: the number is the old one afterwards."""
+    """One thread: on work this small two only wait for each other. A test may set another number."""
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)

@@ -177,7 +177,7 @@ def test_nan_stays_in_its_head(level, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", [(3, 1), (4, 2), (3, 3)])
-def test_two_runs_agree_bitwise_and_a_head_may_be_shared_by_threads(level, heads, dtype, threads):
+def test_two_runs_agree_bitwise_and_a_head_may_be_shared_by_threads(level, heads, dtype):
     """One head and five threads, say: each has a share of the queries, and sums of its own."""
     solved = shaped(Shape(1, *heads, 150, 65, 24, 24), dtype)
     for count in (1, 2, 5):

@@ -116,7 +116,7 @@ def test_nan_in_a_tangent_leaves_values_and_other_heads_alone(level, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_any_number_of_threads_gives_the_same_bits(level, dtype, threads):
+def test_any_number_of_threads_gives_the_same_bits(level, dtype):
     p = problem(Shape(1, 3, 1, 150, 65, 24, 24)).to(dtype)
     results = []
     for count in (1, 1, 2, 5):
