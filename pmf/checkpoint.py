@@ -77,7 +77,7 @@ def load_model(path: PathLike, ema: str | None = None, *, noise_scale: float | N
             unseen = {} if noise_scale is None else {"noise_scale": noise_scale}
             config = models.config_from_state_dict(official, **unseen)
             tensors = models.from_official(official)
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, IndexError) as error:
             raise UserError(f"{file} does not hold a pixel MeanFlow model: {error}") from error
         class_names = [str(index) for index in range(config.num_classes)]
     model = models.PixelMeanFlow(config)
@@ -127,7 +127,11 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         ) from error
     if metadata.get("format") != _FORMAT or "header" not in metadata:
         raise UserError(f"{path} was not written by pixelmeanflow: its header does not say {_FORMAT!r}")
-    return tensors, json.loads(metadata["header"])
+    try:
+        header = json.loads(metadata["header"])
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: its header is no JSON ({error})") from error
+    return tensors, header
 
 
 def read_official(path: Path) -> dict[str, torch.Tensor]:
@@ -145,9 +149,9 @@ def read_official(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a state dict of tensors")
     for name, value in content.items():
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise UserError(
-                f"{path} holds {name!r} of type {type(value).__name__}: it must hold tensors only"
+                f"{path} holds {name!r} of type {type(value).__name__}: it must hold named tensors only"
             )
     return content
 
@@ -162,8 +166,12 @@ def _require_file(path: Path) -> None:
 
 def checkpoint_folders(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    found = [path for path in (run / "checkpoints").glob(f"{_STEP_PREFIX}*") if path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(_STEP_PREFIX)))
+    steps = {}
+    for path in (run / "checkpoints").glob(f"{_STEP_PREFIX}*"):
+        number = path.name.removeprefix(_STEP_PREFIX)
+        if number.isdecimal() and path.is_dir():  # people keep copies under names such as step-00001000-good
+            steps[int(number)] = path
+    return [steps[number] for number in sorted(steps)]
 
 
 def newest_checkpoint(run: Path) -> Path:
@@ -197,7 +205,12 @@ def _choose_file(path: Path, ema: str | None) -> Path:
         return path
     folder = newest_checkpoint(path)
     if ema is None:
-        chosen = ema_file(read_json(folder / "config.json")["sampling"]["sample_ema"])
+        try:
+            chosen = ema_file(read_json(folder / "config.json")["sampling"]["sample_ema"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{folder / 'config.json'} lacks sampling.sample_ema: choose with --ema"
+            ) from error
     elif ema == "none":
         chosen = "weights.safetensors"
     else:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .nn import Block, Condition, ConditionTokens, FinalLayer, PatchEmbedding, rotary_tables
 from .nn.mlp import swiglu_width
 from .official import describe_state_dict, from_official
+from .ops.attention import MAX_WIDTH
 
 __all__ = [
     "PRESETS",
@@ -58,6 +59,9 @@ class ModelConfig:
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"model: {name} must be at least 1, got {getattr(self, name)}")
+        for name in ("bottleneck", "mlp_width"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"model: {name} must be at least 1, got {getattr(self, name)}")
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"model: image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
@@ -65,6 +69,11 @@ class ModelConfig:
         if self.hidden_size % self.num_heads or self.hidden_size // self.num_heads % 4:
             raise ValueError(
                 f"model: hidden_size / num_heads must be a multiple of 4, got "
+                f"{self.hidden_size} / {self.num_heads}"
+            )
+        if self.hidden_size // self.num_heads > MAX_WIDTH:
+            raise ValueError(
+                f"model: hidden_size / num_heads must be at most {MAX_WIDTH}, got "
                 f"{self.hidden_size} / {self.num_heads}"
             )
         if self.head_depth > self.depth:

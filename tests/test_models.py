@@ -1,5 +1,7 @@
 """Presets, initialisation and the names of weights."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
@@ -271,6 +273,9 @@ def test_configuration_survives_json() -> None:
         ({"patch_size": 3}, "image_size 8 is not a multiple of patch_size 3"),
         ({"num_heads": 3}, "hidden_size / num_heads must be a multiple of 4, got 16 / 3"),
         ({"num_heads": 8}, "must be a multiple of 4, got 16 / 8"),
+        ({"hidden_size": 260, "num_heads": 1}, "must be at most 256, got 260 / 1"),
+        ({"mlp_width": 0}, "mlp_width must be at least 1"),
+        ({"bottleneck": -1}, "bottleneck must be at least 1"),
         ({"head_depth": 4}, "head_depth 4 exceeds depth 3"),
         ({"channels": 0}, "channels must be at least 1"),
         ({"noise_scale": 0.0}, "noise_scale must be positive"),
@@ -280,6 +285,13 @@ def test_configuration_survives_json() -> None:
 def test_settings_that_make_no_model_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(TINY, **settings)
+
+
+def test_a_model_can_be_copied_and_pickled() -> None:
+    model = PixelMeanFlow(TINY)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        twin.load_state_dict(model.state_dict())
+        assert twin.config == TINY and torch.equal(twin.cos, model.cos)
 
 
 def test_the_package_shows_what_others_rely_on() -> None:

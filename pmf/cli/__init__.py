@@ -8,7 +8,7 @@ from pmf.cli import bench, convert, env, sample, train
 from pmf.cli.arguments import Parser
 from pmf.errors import UserError
 
-_NEED_KERNELS = ("train", "sample")
+_NEED_KERNELS = ("train", "sample", "bench")
 _INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 _DESCRIPTION = """Train Pixel MeanFlow models and draw images from them in one step.
 
@@ -22,6 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 on success, 2 after ``error: <sentence>`` on stderr, 130 after an interruption."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
+        asks_help = not {"-h", "--help"}.isdisjoint(words)
+        if words and words[0] in _NEED_KERNELS and not asks_help and (why := _library.missing()):
+            raise UserError(why)
         if words[:1] == ["bench"]:  # its options belong to pmf.bench, which parses them itself
             return bench.run(words[1:])
         parser = Parser(prog="pmf", description=_DESCRIPTION)
@@ -29,11 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         for module in (train, sample, convert, bench, env):
             module.add_parser(commands)
         arguments = parser.parse_args(words)
-        if arguments.command in _NEED_KERNELS and (why := _library.missing()):
-            raise UserError(why)
         return int(arguments.run(arguments))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # of a file that no command expected to fail
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"error: {place}{error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

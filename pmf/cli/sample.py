@@ -9,6 +9,7 @@ import torch
 from pmf import checkpoint, flow
 from pmf.cli.arguments import Commands
 from pmf.data import image_grid, save_png
+from pmf.devices import find_device
 from pmf.errors import UserError
 from pmf.models import PixelMeanFlow
 
@@ -48,12 +49,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Draw, write, and say where."""
     if arguments.steps < 1 or arguments.batch_size < 1:
         raise UserError("--steps and --batch-size must be 1 or more")
+    device = find_device(arguments.device)
     seeds = parse_seeds(arguments.seeds)
     loaded = checkpoint.load_model(arguments.checkpoint, arguments.ema)
     classes = choose_classes(arguments.classes, loaded.class_names)
     jobs = [(label, seed) for label in classes for seed in seeds]
     try:
-        model = loaded.model.to(arguments.device)
+        model = loaded.model.to(device)
         images = []
         for start in range(0, len(jobs), arguments.batch_size):
             images.append(_draw(model, jobs[start : start + arguments.batch_size], arguments))
@@ -96,6 +98,8 @@ def parse_seeds(text: str) -> list[int]:
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         if match is None or int(match[2] or match[1]) < int(match[1]):
             raise UserError(f"--seeds must be numbers and rising ranges such as 0-7,12, got {text!r}")
+        if int(match[2] or match[1]) >= 2**63:
+            raise UserError(f"--seeds must lie below 2^63, got {text!r}")
         seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
     return seeds
 

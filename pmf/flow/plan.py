@@ -37,6 +37,10 @@ def make_plan(draws: Draws, guidance: Guidance, dtype: torch.dtype) -> Plan:
     t, r, omega, t_min, t_max, drop = (
         x.detach().cpu() for x in (draws.t, draws.r, draws.omega, draws.t_min, draws.t_max, draws.drop)
     )
+    if not ((0 <= r) & (r <= t) & (t <= 1) & (omega >= 1)).all():
+        raise ValueError("objective: draws must have 0 <= r <= t <= 1 and omega >= 1")
+    if drop.dtype != torch.bool:
+        raise ValueError(f"objective: draws.drop must be boolean, got {drop.dtype}")
     flow_matching = r == t
     order = torch.argsort(flow_matching.to(torch.uint8), stable=True)
     num_meanflow = len(t) - int(flow_matching.sum())

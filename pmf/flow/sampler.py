@@ -62,7 +62,8 @@ def sample(
     preconditioner = preconditioner or NoPreconditioner()
     t_min, t_max = config.sample_interval if interval is None else interval
     omega = config.sample_omega if omega is None else omega
-
+    if not 0 <= t_min <= t_max <= 1:
+        raise ValueError(f"sample: interval must be 0 <= t_min <= t_max <= 1, got {t_min} and {t_max}")
     if isinstance(omega, (int, float)) and not omega >= 1:
         raise ValueError(f"sample: omega must be at least 1 (1 is no guidance), got {omega}")
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pmf.ops.newton_schulz import METHODS, newton_schulz
+from pmf.ops.newton_schulz import DTYPES, METHODS, newton_schulz
 from pmf.reference.newton_schulz import Coefficients, step_coefficients
 
 from .routing import ParamsLike, check_tensors, frozen_names, route
@@ -123,7 +123,7 @@ class Muon(torch.optim.Optimizer):
             "bias_correction": bias_correction,
             "scale": scale,
             "weight_decay": weight_decay,
-            "compute_dtype": None if compute_dtype is None else str(compute_dtype).removeprefix("torch."),
+            "compute_dtype": _name(compute_dtype),
             "betas": betas,
             "eps": eps,
             "adam_nesterov": adam_nesterov,
@@ -149,8 +149,13 @@ class Muon(torch.optim.Optimizer):
         """Add a group as the constructor takes them; without an "algorithm" it may become two."""
         for group in route([param_group]):
             check_tensors([group])
+            if "compute_dtype" in group:
+                group["compute_dtype"] = _name(group["compute_dtype"])
             _check({**self.defaults, **group})
             super().add_param_group(group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_frozen": self._frozen}
 
     def routing(self) -> dict[str, list[str]]:
         """Names of the parameters that go by "muon", by "adam", and those of the module that are "frozen"."""
@@ -302,6 +307,11 @@ def _gradient(p: Tensor, work: Tensor) -> Tensor:
     return p.grad.detach().to(work.dtype)
 
 
+def _name(dtype: torch.dtype | str | None) -> str | None:
+    """A dtype as settings hold it, which a saved state can be read without unpickling."""
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
 def _check(group: dict[str, Any]) -> None:
     """Raises ValueError in one sentence for a setting out of range."""
     if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
@@ -323,4 +333,6 @@ def _check(group: dict[str, Any]) -> None:
         raise ValueError(f"Muon: scale must be one of {', '.join(SCALES)}, got {group['scale']!r}")
     if group["ns_method"] not in METHODS:
         raise ValueError(f"Muon: ns_method must be one of {', '.join(METHODS)}, got {group['ns_method']!r}")
+    if group["compute_dtype"] not in (None, *map(_name, DTYPES)):
+        raise ValueError(f"Muon: compute_dtype must be a floating dtype, got {group['compute_dtype']}")
     step_coefficients(group["ns_steps"], group["ns_coefficients"])

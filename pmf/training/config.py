@@ -145,7 +145,10 @@ class TrainConfig:
                 raise UserError(
                     f"config.json lacks {group}.{setting.name}: it is of another version"
                 ) from error
-        return TrainConfig(str(content.get("preset", "custom"))).with_settings(**flat)
+        try:
+            return TrainConfig(str(content.get("preset", "custom"))).with_settings(**flat)
+        except TypeError as error:  # a word where a number belongs
+            raise UserError(f"config.json holds a setting of a wrong type ({error})") from error
 
 
 _GROUPS: dict[str, Any] = {

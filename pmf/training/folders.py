@@ -24,11 +24,14 @@ def new_run_folder(parent: Path, name: str) -> Path:
 def resume_config(run: Path, overrides: dict[str, Any]) -> TrainConfig:
     """The settings of a run's newest checkpoint, some replaced; UserError for one that shapes the weights."""
     folder = checkpoint.newest_checkpoint(run)
+    if folder == run:
+        raise UserError(f"{run} is a checkpoint, not a run: give the run's folder that holds checkpoints/")
     saved = TrainConfig.from_json(checkpoint.read_json(folder / "config.json"))
     config = saved.with_settings(**overrides)
     fixed = {"data": saved.data.data, **dataclasses.asdict(saved.model)}
     fixed["ema_half_lives"] = saved.optimizer.ema_half_lives
     for name, value in fixed.items():
         if name in overrides and overrides[name] != value:
-            raise UserError(f"{run} was trained with {flag(name)} {value}, which cannot change when resuming")
+            trained = f"{flag(name)} {value}" if value is not None else f"its preset's {flag(name)}"
+            raise UserError(f"{run} was trained with {trained}, which cannot change when resuming")
     return config

@@ -9,6 +9,7 @@ import torch
 
 from pmf import checkpoint, flow, models, optim
 from pmf.data import ImageDataset, ShuffledStream
+from pmf.devices import find_device
 from pmf.errors import UserError
 from pmf.training.config import TrainConfig
 from pmf.training.packing import pack, unpack
@@ -22,7 +23,7 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, dataset: ImageDataset) -> None:
-        self.device = _device(config.run.device)
+        self.device = find_device(config.run.device)
         if config.run.precision == "auto":  # settled here, so that the saved settings say what was computed
             config = config.with_settings(precision="bf16" if _has_bf16_products(self.device) else "fp32")
         self.config, self.dataset = config, dataset
@@ -102,17 +103,26 @@ class Trainer:
 
     def load(self, folder: Path) -> None:
         """Continue from a checkpoint folder; UserError where it is damaged or of another model."""
-        weights, _ = checkpoint.read_tensors(folder / "weights.safetensors")
+        weights, about = checkpoint.read_tensors(folder / "weights.safetensors")
+        if about.get("class_names") != self.dataset.class_names:
+            raise UserError(
+                f"{folder} was trained on other classes than those of {self.config.data.data} now: "
+                "put the images back as they were"
+            )
         checkpoint.assign_weights(self.model, weights, folder / "weights.safetensors")
-        for half_life in self.config.optimizer.ema_half_lives:
-            file = folder / checkpoint.ema_file(half_life)
-            self.ema.load_weights(half_life, checkpoint.read_tensors(file)[0])
-        tensors, header = checkpoint.read_tensors(folder / "state.safetensors")
-        self.optimizer.load_state_dict(unpack(header["optimizer"], tensors))
-        self.ema.updates = header["ema_updates"]
-        self.generator.set_state(tensors["generator"])
-        self.stream.position = header["position"]
-        self.step, self.seconds = header["step"], header["seconds"]
+        state = folder / "state.safetensors"
+        tensors, header = checkpoint.read_tensors(state)
+        try:
+            for half_life in self.config.optimizer.ema_half_lives:
+                file = folder / checkpoint.ema_file(half_life)
+                self.ema.load_weights(half_life, checkpoint.read_tensors(file)[0])
+            self.optimizer.load_state_dict(unpack(header["optimizer"], tensors))
+            self.ema.updates = header["ema_updates"]
+            self.generator.set_state(tensors["generator"])
+            self.stream.position = header["position"]
+            self.step, self.seconds = header["step"], header["seconds"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{state} does not belong to this run ({error}): remove {folder}") from error
 
 
 def model_config(config: TrainConfig, num_classes: int) -> models.ModelConfig:
@@ -147,16 +157,6 @@ def build_objective(config: TrainConfig, noise_scale: float) -> flow.Objective:
         ),
         guidance=flow.IntervalGuidance(max_omega=settings.max_omega, beta=settings.omega_beta),
     )
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name!r} is not a torch device: use cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda was asked for, but torch finds no CUDA device: use --device cpu")
-    return device
 
 
 def _has_bf16_products(device: torch.device) -> bool:

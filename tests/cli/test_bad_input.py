@@ -54,6 +54,10 @@ BAD: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "infinite rate": (lambda p: ["train", "--lr", "inf"], "--lr must be a finite number"),
     "unknown preset": (lambda p: ["train", "--preset", "pmf-z"], "invalid choice: 'pmf-z'"),
     "unknown device": (lambda p: ["train", "--device", "abacus"], "--device 'abacus' is not a torch device"),
+    "device without numbers": (lambda p: ["train", "--device", "meta"], "--device meta does not work"),
+    "device for sampling": (lambda p: ["sample", str(p), "--device", "abacus"], "is not a torch device"),
+    "no width": (lambda p: ["train", "--mlp-width", "0"], "mlp_width must be at least 1"),
+    "negative width": (lambda p: ["train", "--bottleneck", "-1"], "bottleneck must be at least 1"),
     "no such folder": (lambda p: ["train", "--data", str(p / "no")], "is not a folder"),
     "empty folder": (lambda p: ["train", "--data", str(image_folder(p, "empty"))], "empty is empty"),
     "one class": (lambda p: ["train", "--data", str(image_folder(p, "one", "cat"))], "one class only"),
@@ -72,10 +76,12 @@ BAD: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         "leave out --preset and --out",
     ),
     "no checkpoint": (lambda p: ["sample", str(p / "no.pth")], "there is no checkpoint"),
+    "huge seed": (lambda p: ["sample", "x", "--seeds", "1" + "0" * 30], "--seeds must lie below 2^63"),
     "bad seeds": (lambda p: ["sample", "x", "--seeds", "9-0"], "--seeds must be numbers"),
     "no steps": (lambda p: ["sample", "x", "--steps", "0"], "--steps and --batch-size must be 1 or more"),
     "code in checkpoint": (lambda p: ["sample", save(p / "a.pth", {"f": print})], "more than tensors"),
     "foreign weights": (lambda p: ["sample", save(p / "b.pth", {"fc": torch.ones(1)})], "fc"),
+    "nameless weights": (lambda p: ["sample", save(p / "c.pth", {3: torch.ones(1)})], "named tensors only"),
     "convert suffix": (lambda p: ["convert", "x", "y.pth"], "must end in .safetensors"),
 }
 

@@ -86,6 +86,11 @@ def test_a_bfloat16_model_gives_float32_images(model: PixelMeanFlow) -> None:
         ({"labels": [1], "omega": 0.5}, r"omega must be at least 1 \(1 is no guidance\), got 0.5"),
         ({"labels": [1], "omega": float("nan")}, "omega must be at least 1"),
         (
+            {"labels": [1], "interval": (0.9, 0.1)},
+            "interval must be 0 <= t_min <= t_max <= 1, got 0.9 and 0.1",
+        ),
+        ({"labels": [1], "interval": (0.0, float("nan"))}, "interval must be"),
+        (
             {"labels": [1], "noise": torch.zeros(2, 1, 8, 8)},
             r"noise must be \[1, 1, 8, 8\], got \[2, 1, 8, 8\]",
         ),

@@ -321,6 +321,7 @@ def test_bad_arguments_are_named():
         (lambda: Muon(p, scale="big"), "scale must be one of spectral, match_rms, none"),
         (lambda: Muon(p, ns_method="svd"), "ns_method must be one of auto, direct, gram"),
         (lambda: Muon(p, ns_coefficients="cubic"), "coefficients must be quintic or taylor"),
+        (lambda: Muon([{"params": p, "compute_dtype": "fp8"}]), "compute_dtype must be a floating dtype"),
         (lambda: Muon(p, lr=torch.ones(2)), "a learning rate must be one number"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -329,6 +330,25 @@ def test_bad_arguments_are_named():
         Muon(p[0])
     with pytest.raises(TypeError, match="cannot be mixed"):
         Muon([{"params": p[:1]}, p[1]])
+
+
+def test_a_group_s_own_compute_dtype():
+    ours, theirs = parameters((3, 4)), parameters((3, 4))
+    for p, optimizer in (
+        (ours, Muon([{"params": ours, "compute_dtype": torch.bfloat16}])),
+        (theirs, Muon(theirs, compute_dtype=torch.bfloat16)),
+    ):
+        set_gradients(p, 0)
+        optimizer.step()
+    assert torch.equal(ours[0], theirs[0])
+
+
+def test_a_copied_optimizer_still_tells_its_routing():
+    module = nn.Linear(2, 3)
+    module.bias.requires_grad_(False)
+    optimizer = Muon(module)
+    expected = {"muon": ["weight"], "adam": [], "frozen": ["bias"]}
+    assert copy.deepcopy(optimizer).routing() == optimizer.routing() == expected
 
 
 def test_a_state_of_other_parameters_is_refused():

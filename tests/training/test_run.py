@@ -162,6 +162,40 @@ def test_shape_settings_cannot_change_when_resuming(tmp_path: Path, tiny: Tiny) 
     assert resume_config(tmp_path, {"lr": 5e-4}).optimizer.lr == 5e-4
 
 
+def test_a_checkpoint_is_no_run_to_resume(tmp_path: Path, tiny: Tiny) -> None:
+    """It would have been written into: a run inside a checkpoint, under a config.json that is not its own."""
+    train(tiny(steps=1), tmp_path)
+    with pytest.raises(UserError, match="step-00000001 is a checkpoint, not a run"):
+        resume_config(checkpoint.newest_checkpoint(tmp_path), {})
+
+
+def test_other_classes_and_another_runs_state_are_refused_when_resuming(tmp_path: Path, tiny: Tiny) -> None:
+    images, labels = torch.zeros(8, 1, 8, 8), torch.arange(8) % 2
+    train(tiny(steps=1), tmp_path / "run", dataset=MemoryImages(images, labels, ["cat", "dog"]))
+    config = resume_config(tmp_path / "run", {"steps": 2})
+    renamed = MemoryImages(images, labels, ["cat", "wolf"])  # as many, so that every shape would fit
+    with pytest.raises(UserError, match="trained on other classes"):
+        train(config, tmp_path / "run", resume=True, dataset=renamed)
+    newest = checkpoint.newest_checkpoint(tmp_path / "run")
+    shutil.copy(newest / "weights.safetensors", newest / "state.safetensors")
+    with pytest.raises(UserError, match=r"state\.safetensors does not belong to this run"):
+        train(config, tmp_path / "run", resume=True, dataset=MemoryImages(images, labels, ["cat", "dog"]))
+
+
+def test_folders_that_people_made_beside_the_checkpoints_are_ignored(tmp_path: Path) -> None:
+    for name in ("step-00000002", "step-00000010", "step-00000010-good"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    found = checkpoint.checkpoint_folders(tmp_path)
+    assert [path.name for path in found] == ["step-00000002", "step-00000010"]
+
+
+def test_a_setting_of_a_wrong_type_in_config_json_is_a_users_error(tiny: Tiny) -> None:
+    content = tiny().to_json()
+    content["data"]["batch_size"] = "many"
+    with pytest.raises(UserError, match=r"config\.json holds a setting of a wrong type"):
+        TrainConfig.from_json(content)
+
+
 def test_an_image_found_damaged_while_training_costs_no_step(
     tmp_path: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
