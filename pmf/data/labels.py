@@ -51,7 +51,7 @@ def _walk_subfolders(root: Path) -> list[tuple[str, str]]:
         )
     pairs = []
     for folder in folders:
-        files = [path.relative_to(root) for path in sorted(folder.rglob("*")) if path.is_file()]
+        files = [path.relative_to(root) for path in sorted(folder.rglob("*")) if not path.is_dir()]
         files = [path for path in files if not any(part.startswith(".") for part in path.parts)]
         if not files:
             raise UserError(f"the class folder {folder} is empty: put images into it or remove it")
@@ -80,7 +80,7 @@ def _read_csv(source: Path) -> list[tuple[str, str]]:
 def _read_json(source: Path) -> list[tuple[str, str]]:
     try:
         content = json.loads(source.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{source} cannot be read as JSON ({error})") from error
     entries = content.get("labels") if isinstance(content, dict) else None
     if not isinstance(entries, list):
@@ -98,6 +98,7 @@ def _read_json(source: Path) -> list[tuple[str, str]]:
 def _number_classes(source: Path, root: Path, pairs: list[tuple[str, str]]) -> LabelledFiles:
     if not pairs:
         raise UserError(f"{source} names no image")
+    pairs = [(str(Path(file)), label) for file, label in pairs]  # ./a.png and a.png are one file
     seen: set[str] = set()
     for file, _ in pairs:
         if Path(file).is_absolute() or ".." in Path(file).parts:

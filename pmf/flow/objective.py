@@ -113,6 +113,11 @@ class Objective:
     def __call__(self, model: PixelMeanFlow, images: Tensor, labels: Tensor, draws: Draws) -> Terms:
         """Loss terms for images [B, C, S, S] in [-1, 1] and labels [B] (int64, 0 .. num_classes - 1)."""
         _check(images, labels, draws, model.config.num_classes)
+        if self.noise_scale != model.config.noise_scale:  # samples would start from noise never trained on
+            raise ValueError(
+                f"objective: noise_scale is {self.noise_scale} but the model samples with "
+                f"{model.config.noise_scale}: use Objective(noise_scale=model.config.noise_scale)"
+            )
         device, dtype = images.device, images.dtype
         plan = make_plan(draws, self.guidance, dtype)
         s = {name: value.to(device, non_blocking=True) for name, value in plan.scalars.items()}

@@ -108,6 +108,19 @@ def test_folders_that_cannot_be_trained_on(tmp_path: Path) -> None:
             list_images(path)
 
 
+def test_a_link_to_nothing_is_no_less_an_image_that_is_missing(folder: Path) -> None:
+    (folder / "dog" / "gone.png").symlink_to(folder / "moved" / "gone.png")
+    with pytest.raises(UserError, match=r"gone\.png cannot be read as an image"):
+        load_dataset(str(folder), 8, 1)
+
+
+def test_one_file_under_two_spellings_is_named_twice(folder: Path) -> None:
+    first = sorted((folder / "dog").iterdir())[0].name
+    (folder / "labels.csv").write_text(f"file,label\ndog/{first},dog\n./dog/{first},cat\n")
+    with pytest.raises(UserError, match="twice"):
+        list_images(folder)
+
+
 def test_a_file_that_is_no_image_stops_loading(folder: Path) -> None:
     (folder / "dog" / "notes.txt").write_text("remember the milk")
     with pytest.raises(UserError, match=r"notes\.txt is not an image"):

@@ -118,7 +118,10 @@ def test_agrees_with_the_plain_port(model: PixelMeanFlow, name: str) -> None:
 
 
 @pytest.mark.parametrize("norm_p", [0.0, 0.5, 1.0])
-def test_agrees_on_its_own_draws_with_any_norm(model: PixelMeanFlow, norm_p: float) -> None:
+def test_agrees_on_its_own_draws_with_any_norm(
+    model: PixelMeanFlow, norm_p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "config", replace(CONFIG, noise_scale=2.0))
     images, labels, _ = batch({key: [value] * 8 for key, value in FLOW_MATCHING.items()})
     objective = Objective(norm_p=norm_p, norm_eps=0.1, class_dropout=0.5, noise_scale=2.0)
     draws = objective.draw(images, labels, torch.Generator().manual_seed(2))
@@ -229,6 +232,8 @@ def test_batches_that_do_not_fit_together_are_refused() -> None:
         objective(model, images, torch.tensor([0, 5, 1]), draws)
     with pytest.raises(ValueError, match="images must be float32"):
         objective(model, images.long(), labels, draws)
+    with pytest.raises(ValueError, match="noise_scale is 2.0 but the model samples with 1.0"):
+        Objective(noise_scale=2.0)(model, images, labels, draws)
     with pytest.raises(RuntimeError, match="no v head"):
         objective(PixelMeanFlow(replace(CONFIG, v_head=False)), images, labels, draws)
 
