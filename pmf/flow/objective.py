@@ -72,8 +72,9 @@ class Objective:
 
     With z = (1 - t) x + t e, h = t - r, and the guided velocity v_g = v_t + (1 - 1/w') (v_c(w') - v_u):
 
-        V = u + (t - r) stopgrad(du/dt)      du/dt along (z, t, r) in the direction (v_c(w'), 1, 0) loss =
-        mean of adp(sum (V - v_g)^2) + adp(sum (v - v_g)^2)      adp(l) = l / stopgrad((l + norm_eps)^norm_p)
+        V = u + (t - r) stopgrad(du/dt)      du/dt along (z, t, r) in the direction (v_c(w'), 1, 0)
+        loss = mean of adp(sum (V - v_g)^2) + adp(sum (v - v_g)^2)
+        adp(l) = l / stopgrad((l + norm_eps)^norm_p)
 
     Only what the numbers depend on is computed (see `pmf.flow.plan`). Images, scalars and losses are float32,
     or float64 where the images are, whatever dtype the model has.

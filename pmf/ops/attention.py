@@ -45,8 +45,8 @@ def attention(
     Returns [..., H, Nq, Dv] in query's dtype; rows that may attend to nothing are zero. Sums are taken in
     float32 (float64 for float64).
 
-    Raises ValueError where shapes, dtypes or dropout_p do not fit. Forward mode under torch.compile raises
-    RuntimeError: use `attention_jvp`. Source: Dao et al., "FlashAttention" (2022).
+    Raises ValueError where shapes, dtypes or dropout_p do not fit. torch.autograd.forward_ad inside
+    torch.compile raises RuntimeError: use `attention_jvp`. Source: Dao et al., "FlashAttention" (2022).
     """
     if dropout_p != 0.0:
         raise ValueError(f"attention: dropout_p must be 0, because dropout is not supported, got {dropout_p}")

@@ -20,14 +20,15 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
 
     Args:
         x, branch: [..., D], of one shape and dtype: float32, bfloat16, float16 or float64; any strides.
-        gate: [D], or x's number of dimensions with leading ones first equal to x's and then 1, such as [B, 1,
-            D] for x [B, N, D]; in x's dtype.
+        gate: [D]; or as many dimensions as x, the leading ones in x's sizes and those up to D of size 1, such
+            as [B, 1, D] for x [B, N, D]; in x's dtype.
 
     Returns [..., D] in x's dtype and memory layout, computed in float32 (float64 for float64) and rounded
     once.
 
-    Raises ValueError where shapes or dtypes do not fit. Forward mode under torch.compile raises RuntimeError:
-    use `gated_residual_jvp`. Source: Touvron et al., "Going deeper with Image Transformers" (2021).
+    Raises ValueError where shapes or dtypes do not fit. torch.autograd.forward_ad inside torch.compile
+    raises RuntimeError: use `gated_residual_jvp`. Source: Touvron et al., "Going deeper with Image
+    Transformers" (2021).
     """
     x, branch, gate = autocast_widest(2, x, branch, gate)
     return call("gated_residual", x, branch, gate)

@@ -35,9 +35,9 @@ def patch_embed(
 
     Returns tokens [B, P + N, D] with N = (H / p) (W / p), row by row.
 
-    Raises ValueError where shapes or dtypes do not fit. Forward mode under torch.compile raises RuntimeError:
-    use `patch_embed_jvp`. Source: Li and He, "Back to Basics: Let Denoising Generative Models Denoise"
-    (2025).
+    Raises ValueError where shapes or dtypes do not fit. torch.autograd.forward_ad inside torch.compile
+    raises RuntimeError: use `patch_embed_jvp`. Source: Li and He, "Back to Basics: Let Denoising
+    Generative Models Denoise" (2025).
     """
     args = autocast_matmul(images, weight_down, bias_down, weight_up, bias_up, position, prefix)
     return call("patch_embed", *args)[0]

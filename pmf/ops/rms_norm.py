@@ -25,8 +25,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     Returns [..., D] in x's dtype and memory layout, computed in float32 (float64 for float64) and rounded
     once.
 
-    Raises ValueError where shapes or dtypes do not fit. Forward mode under torch.compile raises RuntimeError:
-    use `rms_norm_jvp`. Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
+    Raises ValueError where shapes or dtypes do not fit. torch.autograd.forward_ad inside torch.compile
+    raises RuntimeError: use `rms_norm_jvp`. Source: Zhang and Sennrich, "Root Mean Square Layer
+    Normalization" (2019).
     """
     x, weight = autocast_widest(1, x, weight)
     return call("rms_norm", x, weight, eps)

@@ -36,8 +36,9 @@ def rotary_qk_norm(
 
     Returns (query, key) in their shapes, dtype and memory layouts, computed in float32 (float64 for float64).
 
-    Raises ValueError where shapes or dtypes do not fit. Forward mode under torch.compile raises RuntimeError:
-    use `rotary_qk_norm_jvp`. Source: Su et al., "RoFormer" (2021); per-head norms: Henry et al. (2020).
+    Raises ValueError where shapes or dtypes do not fit. torch.autograd.forward_ad inside torch.compile
+    raises RuntimeError: use `rotary_qk_norm_jvp`. Source: Su et al., "RoFormer" (2021); per-head norms:
+    Henry et al. (2020).
     """
     query, key, query_weight, key_weight = autocast_widest(2, query, key, query_weight, key_weight)
     return call("rotary_qk_norm", query, key, query_weight, key_weight, cos, sin, eps)

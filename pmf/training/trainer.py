@@ -117,6 +117,8 @@ class Trainer:
                 file = folder / checkpoint.ema_file(half_life)
                 self.ema.load_weights(half_life, checkpoint.read_tensors(file)[0])
             self.optimizer.load_state_dict(unpack(header["optimizer"], tensors))
+            for group in self.optimizer.param_groups:  # the state brings its own, and --precision may change
+                group["compute_dtype"] = self.optimizer.defaults["compute_dtype"]
             self.ema.updates = header["ema_updates"]
             self.generator.set_state(tensors["generator"])
             self.stream.position = header["position"]

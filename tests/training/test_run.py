@@ -13,7 +13,7 @@ from PIL import Image
 from pmf import checkpoint
 from pmf.data import MemoryImages
 from pmf.errors import UserError
-from pmf.training import TrainConfig, Trainer, train
+from pmf.training import TrainConfig, Trainer, prepare, train
 from pmf.training.folders import resume_config
 
 Tiny = Callable[..., TrainConfig]
@@ -160,6 +160,12 @@ def test_shape_settings_cannot_change_when_resuming(tmp_path: Path, tiny: Tiny) 
     with pytest.raises(UserError, match="--hidden-size 16, which cannot change when resuming"):
         resume_config(tmp_path, {"hidden_size": 32})
     assert resume_config(tmp_path, {"lr": 5e-4}).optimizer.lr == 5e-4
+
+
+def test_a_changed_precision_reaches_the_optimizer_when_resuming(tmp_path: Path, tiny: Tiny) -> None:
+    train(tiny(steps=1, precision="bf16"), tmp_path)
+    trainer = prepare(resume_config(tmp_path, {"precision": "fp32"}), resume_from=tmp_path)
+    assert [group["compute_dtype"] for group in trainer.optimizer.param_groups] == [None, None]
 
 
 def test_a_checkpoint_is_no_run_to_resume(tmp_path: Path, tiny: Tiny) -> None:
