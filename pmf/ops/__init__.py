@@ -1,9 +1,9 @@
 """Fused ops, each with its tangent: the public functions are exactly `__all__`.
 
 Every op takes float32, bfloat16, float16 or float64, is differentiable in every output, and runs under
-autograd, torch.func, forward-mode AD, autocast, checkpointing and torch.compile. Its `_jvp` form (all have one
-but newton_schulz) computes value and tangent in one pass and is itself an ordinary differentiable op: the form
-to train and to compile with.
+autograd, torch.func, forward-mode AD, autocast, checkpointing and torch.compile. Its `_jvp` form (all have
+one but newton_schulz) computes value and tangent in one pass and is itself an ordinary differentiable op: the
+form to train and to compile with.
 """
 
 from .attention import attention, attention_jvp
