@@ -18,9 +18,14 @@ BENCHMARKS = (
 )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the named benchmarks (default: all) and print a table for each; 1 if a result of ours was wrong."""
-    parser = argparse.ArgumentParser(
+def main(
+    argv: list[str] | None = None, parser_type: type[argparse.ArgumentParser] = argparse.ArgumentParser
+) -> int:
+    """Run the named benchmarks (default: all) and print a table for each; 1 if a result of ours was wrong.
+
+    parser_type: the command line's own, which has its own manner of erring.
+    """
+    parser = parser_type(
         prog="pmf bench",
         description="Time the ops against their peers: correctness first, then all in turn, medians.",
     )

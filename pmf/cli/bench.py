@@ -2,7 +2,7 @@
 
 import argparse
 
-from pmf.cli.arguments import Commands
+from pmf.cli.arguments import Commands, Parser
 
 
 def add_parser(commands: Commands) -> None:
@@ -15,7 +15,7 @@ def run(words: list[str]) -> int:
     """Hand the words to pmf.bench, which has its own flags and help."""
     from pmf.bench import main
 
-    return main(words)
+    return main(words, Parser)
 
 
 def _run_parsed(arguments: argparse.Namespace) -> int:

@@ -73,7 +73,14 @@ class KernelFunction(torch.autograd.Function):
     @classmethod
     def tangent(cls, args: Args, tangents: Args) -> tuple[Tensor, ...]:
         """Tangents of the outputs without the constants, by differentiable operations (None is zero)."""
-        return jvp(cls.reference, args, tangents)
+        found = jvp(cls.reference, args, tangents)
+        rows = [args[i].shape[0] for i in cls.samples if isinstance(args[i], Tensor)]
+        if rows and found[-1].shape[0] != min(rows):  # the reference spread the few tangents over all samples
+            raise RuntimeError(
+                f"{cls.op.removesuffix('_forward')}: forward mode over tangents of the first samples alone "
+                "needs detach_tangent=True"
+            )
+        return found
 
     @classmethod
     def shares_the_rest(cls, args: Args) -> bool:

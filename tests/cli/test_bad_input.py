@@ -48,6 +48,7 @@ BAD: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "no command": (lambda p: [], "COMMAND"),
     "unknown command": (lambda p: ["paint"], "invalid choice: 'paint'"),
     "unknown flag": (lambda p: ["train", "--colour", "3"], "unrecognized arguments: --colour"),
+    "unknown benchmark": (lambda p: ["bench", "sorting"], "there is no benchmark 'sorting'"),
     "abbreviated flag": (lambda p: ["train", "--batch", "3"], "unrecognized arguments: --batch"),
     "no number": (lambda p: ["train", "--lr", "fast"], "--lr: invalid float value: 'fast'"),
     "nan rate": (lambda p: ["train", "--lr", "nan"], "--lr must be a finite number"),

@@ -90,6 +90,14 @@ def test_tangents_of_the_first_samples_alone(case):
     assert_close(actual[len(values) :], [t[:1] for t in expected[len(values) :]], EXACT)
 
 
+@pytest.mark.parametrize("op", ["rms_norm", "attention"])
+def test_forward_mode_over_tangents_of_the_first_samples_names_the_way_out(op):
+    x = torch.randn(2, 3, 4, 5)
+    rest = {"rms_norm": (x[0, 0, 0], x[:1]), "attention": (x, x, x[:1], None, None)}[op]
+    with pytest.raises(RuntimeError, match=f"{op}_jvp: forward mode .* needs detach_tangent=True"):
+        torch.func.jvp(lambda y: getattr(ops, f"{op}_jvp")(y, *rest), (x,), (x,))
+
+
 def test_two_runs_agree_bitwise(case):
     inputs = leaves(*(x.float() for x in (*case.args, *case.directions())))
     once, again = (gradients(case.jvp(ops), inputs) for _ in range(2))
