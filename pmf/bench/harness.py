@@ -1,8 +1,8 @@
 """Fair timing of an op against its peers: correctness first, then all in turn, medians, one record.
 
 A case lists contestants, functions without arguments that do the same work. Before any is timed, each one's
-error against float64 is computed; one that exceeds the case's limit is reported as wrong. Contestants run in
-turn within every round, so that a machine whose speed drifts slows all of them alike.
+error against float64 is computed; one above the case's limit is marked in the table. Contestants run in turn
+within every round, so that a machine whose speed drifts slows all of them alike.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         rate = f"{row['gflop_per_s']:8.0f}" if "gflop_per_s" in row else " " * 8
         moved = f"{row['gbyte_per_s']:7.1f}" if "gbyte_per_s" in row else " " * 7
         error = f"{row['error']:9.1e}" if "error" in row else " " * 9
-        note = "" if row.get("right", True) else "  WRONG"
+        note = "" if row.get("right", True) else "  above limit"
         line = f"{row['case']:48} {row['contestant']:30} {row['median_ms']:9.3f} {rate} {moved} {error}"
         print(f"{line} {row['time_over_ours']:7.2f}x{note}", flush=True)
 
@@ -109,13 +109,20 @@ def record(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What a claim must cite: device, versions, command and every row."""
     return {
         "benchmark": name,
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": _command(),
         "device": env.cpu_name(),
         "threads": torch.get_num_threads(),
         "cpu_level": _library.cpu_level(),
         "versions": {"pmf": pmf.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "rows": rows,
     }
+
+
+def _command() -> str:
+    """How this run was asked for: `pmf bench ...` (or python -m pmf), or a script of benchmarks/."""
+    program = Path(sys.argv[0])
+    name = f"python benchmarks/{program.name}" if program.name.startswith("bench_") else "pmf"
+    return " ".join([name, *sys.argv[1:]])
 
 
 def write_record(path: Path, content: Mapping[str, Any]) -> None:

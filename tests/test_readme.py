@@ -1,0 +1,21 @@
+"""The README says what the committed records say, and its commands are the ones that CI runs."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_tables_are_those_of_the_committed_records():
+    spec = importlib.util.spec_from_file_location("readme_table", ROOT / "benchmarks" / "readme_table.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    readme = (ROOT / "README.md").read_text()
+    assert module.with_tables(readme) == readme, "run: python benchmarks/readme_table.py --write"
+
+
+def test_pictures_and_linked_files_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text()):
+        assert target.startswith("https://") or (ROOT / target).exists(), f"README.md links {target}"
