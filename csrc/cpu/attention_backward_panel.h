@@ -201,7 +201,8 @@ class BackwardPanel {
     place.query = panel.query + group * kGroupLanes;
     place.queries = min64(kGroupLanes, panel.queries - group * kGroupLanes);
     const int64_t row = (place.batch * params_.shape.heads + place.head) * sizes_.queries;
-    begin_rows(rows, static_cast<const Float*>(params_.lse) + row + place.query, place.queries);
+    const bool beyond =
+        begin_rows(rows, static_cast<const Float*>(params_.lse) + row + place.query, place.queries);
     const Float factor = scale_ * static_cast<Float>(kLog2e);
     for (int64_t key = 0; key < keys_; key += kScoreBlock) {
       const BackwardTile<Float> t = tile(group).at(key);
@@ -213,8 +214,18 @@ class BackwardPanel {
       if (masked) {
         apply_mask<kTileN>(t.e, static_cast<Float*>(nullptr), factor, params_.mask,
                            params_.is_causal, place, w_.bias);
+      } else if (beyond) {
+        scale_scores<kTileN>(t.e, place.keys, factor);
       }
+      if (beyond) continue;
       exponentiate<kTangent>(rows, t, place.keys, masked ? Float(1) : factor, key == 0);
+    }
+    if (beyond) {
+      shift_to_maximum(rows, tile(group), keys_);
+      for (int64_t key = 0; key < keys_; key += kScoreBlock) {
+        exponentiate<kTangent>(rows, tile(group).at(key), min64(kScoreBlock, keys_ - key), Float(1),
+                               key == 0);
+      }
     }
     // The last unit of a block may reach past the last key.
     for (int64_t key = keys_; key % kDepth != 0; ++key) {

@@ -30,6 +30,7 @@
 #pragma once
 
 #include "attention_backward_tile.h"
+#include "attention_softmax.h"
 
 namespace pmf::cpu::PMF_LEVEL {
 
@@ -54,11 +55,13 @@ struct BackwardTile {
   }
 };
 
-// Reads lse and clears the sums. Lanes past `queries` attend nothing.
+// Reads lse and clears the sums. Lanes past `queries` attend nothing. Returns whether lse is so
+// large that its own rounding is a large exponent: the caller then calls shift_to_maximum().
 template <typename Float>
-inline void begin_rows(BackwardRows<Float>& rows, const Float* lse, int64_t queries) {
+inline bool begin_rows(BackwardRows<Float>& rows, const Float* lse, int64_t queries) {
   constexpr int kStep = kLanes<Float>;
   Float shift[kTileN * kStep];
+  bool beyond = false;
   for (int64_t i = 0; i < kTileN * kStep; ++i) {
     shift[i] = kInfinity<Float>;
     if (i >= queries || lse[i] == -kInfinity<Float>) continue;
@@ -66,12 +69,26 @@ inline void begin_rows(BackwardRows<Float>& rows, const Float* lse, int64_t quer
     // number.
     const bool lowest = lse[i] < Float(-0.99 * kLn2) * kLargest<Float>;
     shift[i] = lowest ? -kLargest<Float> : lse[i] * static_cast<Float>(kLog2e);
+    beyond |= __builtin_fabs(shift[i]) > kLargestUnrounded<Float>;
   }
   PMF_UNROLL for (int j = 0; j < kTileN; ++j) {
     rows.shift[j] = load(shift + j * kStep);
     rows.mass[j] = rows.r[j] = rows.a[j] = rows.d[j] = Vec<Float>{};
     rows.r_pivot[j] = rows.a_pivot[j] = rows.d_pivot[j] = Vec<Float>{};
     rows.rho[j] = rows.rho_t[j] = Vec<Float>{};
+  }
+  return beyond;
+}
+
+// The maximum of scores already in log-2 units in place of lse, where a row attends anything.
+template <typename Float>
+inline void shift_to_maximum(BackwardRows<Float>& rows, const BackwardTile<Float>& tile,
+                             int64_t keys) {
+  constexpr int kStep = kLanes<Float>;
+  PMF_UNROLL for (int j = 0; j < kTileN; ++j) {
+    Vec<Float> top = splat(-kInfinity<Float>);
+    for (int64_t i = 0; i < keys; ++i) top = max(load(tile.e + (i * kTileN + j) * kStep), top);
+    rows.shift[j] = rows.shift[j] == kInfinity<Float> ? rows.shift[j] : top;
   }
 }
 

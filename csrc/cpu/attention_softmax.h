@@ -20,6 +20,31 @@
 
 namespace pmf::cpu::PMF_LEVEL {
 
+// Up to here a score's product with `factor` is rounded by at most 1/4, so it does not matter that
+// fma(s, factor, -m) sees the product as it was before m was rounded.
+template <typename Float>
+constexpr Float kLargestUnrounded = sizeof(Float) == 4 ? Float(0x1p22) : Float(0x1p51);
+
+// Whether any lane of any vector is larger in magnitude.
+template <int kN, typename Float>
+PMF_INLINE bool any_beyond(const Vec<Float> (&x)[kN], Float limit) {
+  Vec<Float> largest = {};
+  PMF_UNROLL for (int j = 0; j < kN; ++j) largest = max(x[j] < 0 ? -x[j] : x[j], largest);
+  Float lanes[kLanes<Float>];
+  store(lanes, largest);
+  bool beyond = false;
+  for (int i = 0; i < kLanes<Float>; ++i) beyond |= lanes[i] > limit;
+  return beyond;
+}
+
+// s *= factor, rounded: one score has one value from here on, whatever it is subtracted from.
+template <int kN, typename Float>
+inline void scale_scores(Float* s, int64_t keys, Float factor) {
+  for (int64_t i = 0; i < keys * kN; ++i) {
+    store(s + i * kLanes<Float>, load(s + i * kLanes<Float>) * factor);
+  }
+}
+
 // One panel's row statistics, kN vectors of lanes each.
 template <int kN, typename Float>
 struct RowState {
@@ -77,9 +102,15 @@ inline void softmax_tile(RowState<kN, Float>& state, Float* s, Float* ts, Unit* 
   for (int64_t i = 0; i < keys; ++i) {
     PMF_UNROLL for (int j = 0; j < kN; ++j) top[j] = max(load(s + i * kLanesW + j * kStep), top[j]);
   }
+  PMF_UNROLL for (int j = 0; j < kN; ++j) top[j] = top[j] * factor;
+  // Scores beyond 4 million (a diverging model): half a spacing of m is then a large exponent.
+  if (factor != Float(1) && any_beyond(top, kLargestUnrounded<Float>)) {
+    scale_scores<kN>(s, keys, factor);
+    factor = 1;
+  }
   Vec<Float> m[kN], sum_p[kN], sum_h[kN];
   PMF_UNROLL for (int j = 0; j < kN; ++j) {
-    const Vec<Float> now = max(top[j] * factor, state.max[j]);
+    const Vec<Float> now = max(top[j], state.max[j]);
     // A row that has attended nothing yet has m = -inf; 0 in its place keeps -inf - m = -inf.
     m[j] = now == -kInfinity<Float> ? Vec<Float>{} : now;
     state.rescale[j] = exp2(state.max[j] - m[j]);

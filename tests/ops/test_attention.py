@@ -91,6 +91,17 @@ def test_scores_far_outside_the_exponentials_range(level):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("magnitude", [1e7, 1e9, 1e12, 1e30, -1e30])
+def test_huge_scores_choose_one_key(level, dtype, magnitude):
+    """Where a score's own spacing is a large exponent, s c - m must be 0 at the maximum: rows were NaN."""
+    p = problem(Shape(1, 2, 2, 40, 90, 16, 16)).to(dtype)
+    query, key = p[0] * abs(magnitude) ** 0.5, p[1] * abs(magnitude) ** 0.5
+    scale = 0.25 if magnitude > 0 else -0.25
+    exact = reference.attention(query.double(), key.double(), p[2].double(), scale=scale)
+    assert_close(ops.attention(query, key, p[2], scale=scale), exact, limit(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nan_stays_in_its_head(level, dtype):
     p = problem(Shape(2, 4, 4, 65, 65, 16, 16)).to(dtype)
     clean = ops.attention(*p[:3])

@@ -233,3 +233,17 @@ def test_any_shape_and_strides(level, dtype, sizes, layouts, is_causal):
     # A handful of numbers: the error of one does not average out.
     assert_close(plain, gradients(reference, wide, **options), 3 * limit(dtype))
     assert_close(both, gradients_of_both(reference, wide, **options), 3 * limit(dtype))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("magnitude", [1e7, 1e9, 1e12, 1e30])
+def test_huge_scores_choose_one_key(level, magnitude, is_causal):
+    """lse alone is too coarse there for the exponentials' range: gradients were NaN."""
+    p = problem(Shape(1, 2, 2, 40, 130, 16, 16)).to(torch.float32)
+    leaves = [x.clone().requires_grad_() for x in (p[0] * magnitude**0.5, p[1] * magnitude**0.5, p[2])]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    grad = torch.randn(1, 2, 40, 16)
+    got = torch.autograd.grad(ops.attention(*leaves, is_causal=is_causal), leaves, grad)
+    want = torch.autograd.grad(reference.attention(*exact, is_causal=is_causal), exact, grad.double())
+    assert_close(got[2], want[2], limit(torch.float32))
+    assert all(bool(x.isfinite().all()) for x in got)
