@@ -43,6 +43,7 @@ struct Backward {
                 "attention_backward: lse must be the forward's, [", s.batch, ", ", s.heads, ", ",
                 s.queries, "] ", dtype_name(statistics_dtype(query)), ", got ", shape_of(saved_lse),
                 " ", dtype_name(saved_lse.scalar_type()));
+    check_same_device(query, saved_lse, "attention_backward", "query", "lse");
     lse = torch::stable::contiguous(saved_lse);
     params.lse = lse.const_data_ptr();
     grad_query = empty_in_order_of(query, s.queries, s.width);

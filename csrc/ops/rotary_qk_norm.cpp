@@ -74,6 +74,8 @@ struct Frame {
                     cos.size(0) <= s.tokens,
                 kOp, ": cos and sin must be [P, ", s.width / 2, "] with P <= ", s.tokens, ", got ",
                 shape_of(cos), " and ", shape_of(sin));
+    check_same_device(query, cos, kOp, "query", "cos");
+    check_same_device(query, sin, kOp, "query", "sin");
     s.rotated = cos.size(0);
     return s;
   }
@@ -93,7 +95,7 @@ void launch(const RotaryQkNormParams& p) {
 }
 
 void launch_backward(RotaryQkNormBackwardParams& p, const Tensor& query) {
-  if (query.numel() == 0) return;
+  if (p.shape.batch * p.shape.tokens * p.shape.width == 0) return;
   const Workspace workspace(query, rotary_workspace_bytes(p));
   p.workspace = workspace.data();
   cpu::rotary_qk_norm_backward(p, torch_parallel());

@@ -15,9 +15,10 @@ inline std::vector<int64_t> sizes_of(const Tensor& t) {
 // The same dtype and device.
 inline void check_kind(const char* op, const char* name, const Tensor& t, const char* like_name,
                        const Tensor& like) {
-  check_value(t.scalar_type() == like.scalar_type() && t.is_cpu() == like.is_cpu(), op, ": ", name,
-              " must have the dtype and device of ", like_name, ", got ",
-              dtype_name(t.scalar_type()), " and ", dtype_name(like.scalar_type()));
+  check_same_device(like, t, op, like_name, name);
+  check_value(t.scalar_type() == like.scalar_type(), op, ": ", name, " must have the dtype of ",
+              like_name, ", got ", dtype_name(t.scalar_type()), " and ",
+              dtype_name(like.scalar_type()));
 }
 
 // The same dtype, device and shape.

@@ -149,11 +149,15 @@ void run_on_cuda(const Tensor& tensor, const char* op,
 #endif
 }
 
+// "cpu", "cuda:0"
+inline std::string device_of(const Tensor& tensor) {
+  return tensor.is_cpu() ? "cpu" : sentence("cuda:", tensor.get_device_index());
+}
+
 inline void check_same_device(const Tensor& first, const Tensor& second, const char* op,
                               const char* first_name, const char* second_name) {
   check_value(first.device() == second.device(), op, ": ", first_name, " and ", second_name,
-              " must be on one device, got ", first.is_cpu() ? "cpu" : "cuda", " and ",
-              second.is_cpu() ? "cpu" : "cuda");
+              " must be on one device, got ", device_of(first), " and ", device_of(second));
 }
 
 // ---- threads and scratch memory

@@ -1,6 +1,6 @@
 """rotary_qk_norm against float64: levels, dtypes, layouts, tangents of some samples, its invariants."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -154,3 +154,25 @@ def test_bad_tangents() -> None:
         rotary_qk_norm_jvp(*inputs, q_t[:, :, :4], k_t)
     with pytest.raises(ValueError, match="samples"):
         rotary_qk_norm_jvp(*inputs, q_t[:2], k_t[:1])
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that nobody wrote holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_gradients_of_keys_without_queries_are_written(poisoned: None) -> None:
+    """No query heads: the kernel never ran, and the keys' gradients were whatever lay in memory."""
+    query, key, weight = torch.empty(2, 0, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(8)
+    cos, sin, grad = torch.randn(3, 4), torch.randn(3, 4), torch.randn(2, 2, 5, 8)
+
+    def gradients(query: Tensor) -> tuple[Tensor, Tensor]:
+        k, w = key.clone().requires_grad_(), weight.clone().requires_grad_()
+        out = rotary_qk_norm(query, k, weight, w, cos, sin)[1]
+        return torch.autograd.grad(out, (k, w), grad)
+
+    for got, want in zip(gradients(query), gradients(key), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
