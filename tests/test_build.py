@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import venv
@@ -240,6 +241,28 @@ def test_missing_library_is_one_sentence_and_import_works(tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
     assert re.search(r"RAISED pmf's compiled library is not at .*pip install \.", done.stdout)
     assert re.search(r"cpu kernels +missing", done.stdout)
+
+
+@pytest.mark.parametrize("with_cuda", [0, 1])
+def test_ops_compile_with_and_without_cuda(with_cuda: int, tmp_path: Path) -> None:
+    """A machine with nvcc never compiled what every other one does: no install worked there."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    folder = ROOT / "csrc"
+    calls = [path for path in (folder / "ops").glob("*.cpp") if "run_on_cuda" in path.read_text()]
+    assert calls
+    unit = tmp_path / "unit.cpp"
+    unit.write_text("".join(f'#include "{path}"\n' for path in calls))
+    headers = (folder, folder / "include", Path(torch.__file__).parent / "include")
+    done = subprocess.run(
+        [compiler, "-std=c++17", "-fsyntax-only", *(f"-I{path}" for path in headers)]
+        + ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-DPMF_WITH_CUDA={with_cuda}"]
+        + ['-DPMF_CUDA_FACTS="none"', '-DPMF_VERSION="0"', str(unit)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[:2000]
 
 
 def test_building_without_torch_is_one_sentence(tmp_path: Path) -> None:

@@ -129,9 +129,9 @@ inline void require_cpu(const Tensor& tensor, const char* op) {
 
 // Launches a kernel of cuda/launch.h on the tensor's device and PyTorch's current stream there:
 //   run_on_cuda(x, "swiglu", PMF_CUDA_KERNEL(swiglu), params);
-template <class Params>
-void run_on_cuda(const Tensor& tensor, const char* op,
-                 const char* (*launch)(const Params& params, void* stream), const Params& params) {
+// `Launch` is const char* (*)(const Params&, void* stream), or nullptr's type where there is none.
+template <class Launch, class Params>
+void run_on_cuda(const Tensor& tensor, const char* op, Launch launch, const Params& params) {
 #if PMF_WITH_CUDA
   const int32_t device = tensor.get_device_index();
   if (const char* problem = cuda::device_problem(device)) fail(op, ": ", problem);
