@@ -3,9 +3,11 @@
 // A unit is what one vector lane multiplies in one step (tile_gemm.h): float, double, or bf16x2, a
 // pair of bf16 that are neighbours along the depth of a product. Three layouts are made:
 //
-//   rows        dst[row][u]       keys: read one unit at a time (broadcast), so any row order will
-//   do row pairs   dst[row / 2][col] values for bf16x2, where the depth of P V is the keys columns
-//   dst[u][row]       queries: one row a lane; a transpose in registers
+//   rows        dst[row][u]         keys, read one unit at a time (broadcast)
+//
+//   depth rows  dst[row / 2][col]   values; for bf16x2 pairs of rows, as P V's depth is the keys
+//
+//   columns     dst[u][row]         queries, one row a lane; a transpose in registers
 //
 // All of it is bandwidth: a head's keys and values are packed once per worker and read once for
 // every panel of queries. Packing also makes rows contiguous, which matters by itself: rows 3 KB

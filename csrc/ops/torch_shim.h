@@ -65,8 +65,7 @@ inline std::string shape_of(const Tensor& tensor) {
   return text.str();
 }
 
-// ---- element types
-// --------------------------------------------------------------------------------
+// ---- element types ------------------------------------------------------------------------------
 
 inline const char* dtype_name(ScalarType type) {
   switch (type) {
@@ -108,8 +107,7 @@ inline ScalarType statistics_dtype(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// ---- devices
-// ----------------------------------------------------------------------------------------
+// ---- devices ------------------------------------------------------------------------------------
 
 // Every op is registered for CPU and CUDA with the same function, so that both get the same checks.
 // One without a CUDA kernel calls this first.
@@ -160,8 +158,7 @@ inline void check_same_device(const Tensor& first, const Tensor& second, const c
               " must be on one device, got ", device_of(first), " and ", device_of(second));
 }
 
-// ---- threads and scratch memory
-// ---------------------------------------------------------------------
+// ---- threads and scratch memory -----------------------------------------------------------------
 
 // PyTorch's own pool: torch.set_num_threads() is the one knob.
 inline ParallelFor torch_parallel() {
