@@ -14,22 +14,10 @@
 #include "pmf/attention_backward.h"
 
 #include "attention_backward_panel.h"
+#include "attention_workspace.h"
 
 namespace pmf::cpu::PMF_LEVEL {
 namespace {
-
-// Hands out consecutive aligned pieces of the workspace; with a null base it only counts.
-struct BackwardArena {
-  static constexpr int64_t kAlign = 64;
-  char* base;
-  int64_t used = 0;
-
-  template <typename T>
-  void take(T*& pointer, int64_t count, bool present = true) {
-    pointer = present ? reinterpret_cast<T*>(base + used) : nullptr;
-    if (present) used += round_up(count * static_cast<int64_t>(sizeof(T)), kAlign);
-  }
-};
 
 ConstView4 skip_rows(ConstView4 view, int64_t rows, DType dtype) {
   view.data = static_cast<const char*>(view.data) + rows * view.stride[2] * dtype_bytes(dtype);
@@ -95,7 +83,7 @@ class BackwardKernel {
     const bool kt = tangent_ && p_.key_t.data != nullptr;
     const bool vt = tangent_ && p_.value_t.data != nullptr;
     const bool grad = p_.grad.data != nullptr;
-    BackwardArena arena{base};
+    Arena arena{base};
 
     arena.take(w.k, s.keys_padded * s.depth_padded);
     arena.take(w.kt, s.keys_padded * s.depth_padded, kt);

@@ -8,6 +8,7 @@
 // Memory: per worker one packed head, at most 4 Nk D units, and about 100 KB of tiles. Packing
 // reads and writes a head once; each panel of 48 queries then makes 72 FMAs per scalar packed.
 #include "attention_panel.h"
+#include "attention_workspace.h"
 #include "pmf/attention.h"
 
 namespace pmf::cpu::PMF_LEVEL {
@@ -28,19 +29,6 @@ struct Panels {
   }
   int64_t vectors(int64_t panel) const { return narrow + (panel < wider ? 1 : 0); }
   int64_t first_vector(int64_t panel) const { return panel * narrow + min64(panel, wider); }
-};
-
-// Hands out consecutive aligned pieces of the workspace; with a null base it only counts.
-struct Arena {
-  static constexpr int64_t kAlign = 64;
-  char* base;
-  int64_t used = 0;
-
-  template <typename T>
-  void take(T*& pointer, int64_t count, bool present = true) {
-    pointer = present ? reinterpret_cast<T*>(base + used) : nullptr;
-    if (present) used += round_up(count * static_cast<int64_t>(sizeof(T)), kAlign);
-  }
 };
 
 template <typename Unit>
