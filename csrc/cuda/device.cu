@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdio>
+#include <mutex>
 
 #include "cuda/launch.h"
 
@@ -12,9 +13,9 @@ constexpr int kMaxDevices = 64;
 constexpr int kSentence = 256;
 constexpr int kOldestMajor = 8;  // sm_80: A100. Older cards lack bf16 and asynchronous copies.
 
-// "" while unasked; kept for the life of the process, as callers hold pointers into it.
+// Kept for the life of the process, as callers hold pointers into it.
 struct Answer {
-  bool known = false;
+  std::once_flag asked;
   char text[kSentence] = "";
 };
 
@@ -48,11 +49,7 @@ const char* device_problem(int device) {
   static Answer answers[kMaxDevices];
   if (device < 0 || device >= kMaxDevices) return "the device number is out of range";
   Answer& answer = answers[device];
-  // Two threads that ask at once write the same answer.
-  if (!answer.known) {
-    examine(device, answer.text);
-    answer.known = true;
-  }
+  std::call_once(answer.asked, examine, device, answer.text);
   return answer.text[0] == '\0' ? nullptr : answer.text;
 }
 
