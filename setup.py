@@ -64,7 +64,9 @@ def parallel_jobs() -> int:
     """As many compilers at once as processors and free memory allow: running out of memory costs hours."""
     asked = os.environ.get("PMF_JOBS") or os.environ.get("MAX_JOBS")
     if asked:
-        return max(1, int(asked))
+        if not asked.isdecimal() or int(asked) < 1:
+            fail(f"PMF_JOBS (or MAX_JOBS) must be a whole number from 1, got {asked!r}.")
+        return int(asked)
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     try:  # what the kernel could free counts too

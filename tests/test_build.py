@@ -295,6 +295,9 @@ def test_build_jobs_follow_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert setup.parallel_jobs() == 1
     monkeypatch.setenv("PMF_JOBS", "3")
     assert setup.parallel_jobs() == 3
+    monkeypatch.setenv("PMF_JOBS", "many")
+    with pytest.raises(SystemExit, match="must be a whole number from 1, got 'many'"):
+        setup.parallel_jobs()
 
 
 @pytest.mark.parametrize(
