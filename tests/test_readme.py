@@ -4,6 +4,8 @@ import importlib.util
 import re
 from pathlib import Path
 
+import pmf
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -14,6 +16,13 @@ def test_tables_are_those_of_the_committed_records():
     spec.loader.exec_module(module)
     readme = (ROOT / "README.md").read_text()
     assert module.with_tables(readme) == readme, "run: python benchmarks/readme_table.py --write"
+
+
+def test_the_digits_network_is_as_large_as_it_says():
+    sampling = sum(
+        p.numel() for name, p in pmf.create_model("digits").named_parameters() if not name.startswith("v_")
+    )
+    assert f"{sampling / 1e6:.2f} million parameters" in (ROOT / "README.md").read_text()
 
 
 def test_pictures_and_linked_files_exist():
