@@ -6,6 +6,7 @@ one but newton_schulz) computes value and tangent in one pass and is itself an o
 form to train and to compile with.
 """
 
+from . import _flops
 from .attention import attention, attention_jvp
 from .gated_residual import gated_residual, gated_residual_jvp
 from .newton_schulz import newton_schulz
@@ -29,3 +30,5 @@ __all__ = [
     "swiglu",
     "swiglu_jvp",
 ]
+
+_flops.register_all()

@@ -1,0 +1,210 @@
+"""FLOPs of the compiled ops, for `torch.utils.flop_counter.FlopCounterMode`.
+
+Counted as torch counts its own: matrix products only, a multiplication and an addition as two, what the
+kernels execute rather than what the mathematics needs (a backward that recomputes the scores counts them).
+Elementwise ops count nothing. Padding of tiles and savings by masks are not counted either.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pmf import _library
+
+__all__ = ["ELEMENTWISE", "FORMULAS", "register_all"]
+
+SYMMETRIC_ROWS = 128
+"""Block rows of newton_schulz's symmetric products (kSymmetricRows in csrc/ops/newton_schulz.cpp)."""
+GRAM_RATIO = 1.5
+"""Its "auto" takes the Gram form from this ratio of the sides on (kGramRatio)."""
+GRAM_RESTART = 2
+"""The step after which the Gram form multiplies into the matrix and starts again (kRestart)."""
+
+
+def _products(query: Tensor, key: Tensor, value: Tensor, over_width: int, over_value: int) -> int:
+    """So many products of [Nq, D] with [Nk, D], and of [Nq, Nk] with [Nk, Dv], for every sample and head."""
+    batch, heads, queries, width = query.shape
+    return 2 * batch * heads * queries * key.shape[2] * (over_width * width + over_value * value.shape[3])
+
+
+def _count(*tensors: Tensor | None) -> int:
+    return sum(x is not None for x in tensors)
+
+
+def _rows(*tensors: Tensor | None) -> int | None:
+    """Samples that have a tangent; None where no sample has one."""
+    return next((x.shape[0] for x in tensors if x is not None), None)
+
+
+def _attention_forward(query: Tensor, key: Tensor, value: Tensor, *_: Any, out_val: Any = None) -> int:
+    return _products(query, key, value, 1, 1)
+
+
+def _attention_jvp_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_t: Tensor | None,
+    key_t: Tensor | None,
+    value_t: Tensor | None,
+    *_: Any,
+    out_val: Any = None,
+) -> int:
+    """S and P V for all samples; tQ K^T, Q tK^T, H V and P tV for those with tangents."""
+    flops = _products(query, key, value, 1, 1)
+    if (n := _rows(query_t, key_t, value_t)) is not None:
+        scores = _count(query_t, key_t)
+        values = (1 if scores else 0) + _count(value_t)
+        flops += _products(query[:n], key, value, scores, values)
+    return flops
+
+
+def _attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, out_val: Any = None
+) -> int:
+    """S again, dQ and dK; G V^T and dV."""
+    return _products(query, key, value, 3, 2)
+
+
+def _attention_jvp_backward(
+    grad: Tensor | None,
+    grad_t: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_t: Tensor | None,
+    key_t: Tensor | None,
+    value_t: Tensor | None,
+    *_: Any,
+    out_val: Any = None,
+) -> int:
+    """Nine products over the width, six over that of the values; those with an absent operand are skipped.
+
+    In the notation of csrc/include/pmf/attention_backward.h: S, dS K, dS^T Q, and three for each of tQ and
+    tK; X V^T, W^T X (W is zero without tQ and tK), and two for each of G and tV.
+    """
+    scores = _count(query_t, key_t)
+    over_value = (2 if scores else 1) + 2 * _count(grad, value_t)
+    return _products(query, key, value, 3 * (1 + scores), over_value)
+
+
+def _patch_sizes(images: Tensor, weight_down: Tensor, weight_up: Tensor) -> tuple[int, int, int, int]:
+    """Patches in the batch, pixels of a patch, the bottleneck's width, the tokens' width."""
+    batch, channels, height, width = images.shape
+    patch = weight_down.shape[-1]
+    patches = batch * (height // patch) * (width // patch)
+    return patches, channels * patch * patch, *weight_up.shape[::-1]
+
+
+def _patch_embed(
+    images: Tensor, weight_down: Tensor, _: Any, weight_up: Tensor, *__: Any, out_val: Any = None
+) -> int:
+    patches, pixels, narrow, wide = _patch_sizes(images, weight_down, weight_up)
+    return 2 * patches * narrow * (pixels + wide)
+
+
+def _patch_embed_jvp(
+    images: Tensor,
+    weight_down: Tensor,
+    bias_down: Any,
+    weight_up: Tensor,
+    bias_up: Any,
+    images_t: Tensor,
+    *_: Any,
+    out_val: Any = None,
+) -> int:
+    return sum(_patch_embed(x, weight_down, bias_down, weight_up) for x in (images, images_t))
+
+
+def _patch_embed_backward(
+    grad: Tensor,
+    images: Tensor,
+    weight_down: Tensor,
+    weight_up: Tensor,
+    hidden: Tensor,
+    images_need_grad: bool,
+    *,
+    out_val: Any = None,
+) -> int:
+    """dW_up and dh with all tokens, the prefix's too; dW_down, and the images' gradient if it is needed."""
+    patches, pixels, narrow, wide = _patch_sizes(images, weight_down, weight_up)
+    tokens = grad.shape[0] * grad.shape[1]
+    return 2 * narrow * (2 * tokens * wide + (2 if images_need_grad else 1) * patches * pixels)
+
+
+def _patch_embed_jvp_backward(
+    grad: Tensor | None,
+    grad_t: Tensor,
+    images: Tensor,
+    images_t: Tensor,
+    weight_down: Tensor,
+    weight_up: Tensor,
+    hidden: Tensor,
+    hidden_t: Tensor,
+    images_need_grad: bool,
+    *,
+    out_val: Any = None,
+) -> int:
+    pairs = [(grad_t, images_t)] + ([] if grad is None else [(grad, images)])
+    return sum(
+        _patch_embed_backward(g, x, weight_down, weight_up, hidden, images_need_grad) for g, x in pairs
+    )
+
+
+def _newton_schulz(
+    matrices: Sequence[Tensor],
+    coefficients: Sequence[float],
+    method: str,
+    dtype: Any,
+    *,
+    out_val: Any = None,
+) -> int:
+    return sum(
+        orthogonalisation_flops(x.shape[0], x.shape[1], len(coefficients) // 3, method) for x in matrices
+    )
+
+
+def orthogonalisation_flops(rows: int, columns: int, steps: int = 5, method: str = "auto") -> int:
+    """What newton_schulz executes for one matrix: symmetric products by block rows up to the diagonal."""
+    m, n = min(rows, columns), max(rows, columns)
+    blocks = [(begin, min(begin + SYMMETRIC_ROWS, m)) for begin in range(0, m, SYMMETRIC_ROWS)]
+    half_square = sum((end - begin) * end for begin, end in blocks)
+    if method == "direct" or (method == "auto" and n < GRAM_RATIO * m):
+        return steps * 2 * (half_square * (n + m) + m * m * n)
+    flops = 0
+    segments = [(0, min(GRAM_RESTART, steps)), (GRAM_RESTART, steps)]
+    for length in (end - begin for begin, end in segments if end > begin):
+        # X X^T and Q X; each step's square, and what brings gram to the next step; Q, but for the first step.
+        flops += half_square * n + m * m * n
+        flops += length * half_square * m + (length - 1) * (2 * half_square * m + m * m * m)
+    return 2 * flops
+
+
+FORMULAS: dict[str, Callable[..., int]] = {
+    "attention_forward": _attention_forward,
+    "attention_jvp_forward": _attention_jvp_forward,
+    "attention_backward": _attention_backward,
+    "attention_jvp_backward": _attention_jvp_backward,
+    "patch_embed": _patch_embed,
+    "patch_embed_jvp": _patch_embed_jvp,
+    "patch_embed_backward": _patch_embed_backward,
+    "patch_embed_jvp_backward": _patch_embed_jvp_backward,
+    "newton_schulz": _newton_schulz,
+}
+"""By raw op, torch.ops.pmf.<name>: a function of its arguments."""
+
+ELEMENTWISE = ("rms_norm", "swiglu", "gated_residual", "rotary_qk_norm")
+"""Stems whose raw ops make no matrix product."""
+
+
+def register_all() -> None:
+    """Let every FlopCounterMode count the compiled ops; nothing where the library is not there."""
+    if _library.missing():
+        return
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+    for name, formula in FORMULAS.items():
+        if (op := getattr(torch.ops.pmf, name)) not in flop_registry:
+            register_flop_formula(op, get_raw=True)(formula)
