@@ -16,6 +16,7 @@ import dataclasses
 import json
 import os
 import pickle
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from pmf.errors import UserError
 
 _FORMAT = "pixelmeanflow-1"
 _STEP_PREFIX = "step-"
+_V_HEAD = ("v_head", "v_final")  # how the names of its weights start, in our files and in the authors'
 
 PathLike = str | os.PathLike[str]
 Tensors = Mapping[str, torch.Tensor]
@@ -45,7 +47,7 @@ class LoadedModel:
 
 
 def load_checkpoint(
-    path: PathLike, ema: str | None = None, *, noise_scale: float | None = None
+    path: PathLike, ema: str | None = None, *, noise_scale: float | None = None, v_head: bool = True
 ) -> models.PixelMeanFlow:
     """Build the model that ``path`` holds and load its weights, ready to sample (eval mode, fp32, CPU).
 
@@ -54,17 +56,20 @@ def load_checkpoint(
     ema: for a folder, which weights: the half-life in thousand images ("500"), or "none" for the trained
     weights themselves; by default the one that the run samples from.
     noise_scale: for the authors' files of a shape that is no preset's, because weights do not tell it.
+    v_head: False leaves out the head that only training needs, a third of pMF-B's weights.
 
     Raises UserError where the file is missing, cut off, holds more than tensors, or does not fit its model.
     """
-    return load_model(path, ema, noise_scale=noise_scale).model
+    return load_model(path, ema, noise_scale=noise_scale, v_head=v_head).model
 
 
-def load_model(path: PathLike, ema: str | None = None, *, noise_scale: float | None = None) -> LoadedModel:
+def load_model(
+    path: PathLike, ema: str | None = None, *, noise_scale: float | None = None, v_head: bool = True
+) -> LoadedModel:
     """As `load_checkpoint`, and with the class names beside the model."""
     file = _choose_file(Path(path), ema)
     if file.suffix == ".safetensors":
-        tensors, header = read_tensors(file)
+        tensors, header = read_tensors(file, skip=() if v_head else _V_HEAD)
         try:
             config, class_names = models.ModelConfig(**header["model"]), list(header["class_names"])
         except (TypeError, KeyError, ValueError) as error:
@@ -74,13 +79,21 @@ def load_model(path: PathLike, ema: str | None = None, *, noise_scale: float | N
     else:
         try:
             official = read_official(file)
+            if not v_head:
+                official = {
+                    key: x for key, x in official.items() if not key.removeprefix("net.").startswith(_V_HEAD)
+                }
             unseen = {} if noise_scale is None else {"noise_scale": noise_scale}
             config = models.config_from_state_dict(official, **unseen)
             tensors = models.from_official(official)
         except (ValueError, KeyError, IndexError) as error:
             raise UserError(f"{file} does not hold a pixel MeanFlow model: {error}") from error
         class_names = [str(index) for index in range(config.num_classes)]
-    model = models.PixelMeanFlow(config)
+    if not v_head:
+        config = dataclasses.replace(config, v_head=False)
+    with torch.device("meta"):  # drawing random weights first would take longer than reading these
+        model = models.PixelMeanFlow(config)
+    model = model.to_empty(device="cpu")
     assign_weights(model, tensors, file)
     return LoadedModel(model.eval(), class_names, file)
 
@@ -114,13 +127,16 @@ def tensors_bytes(tensors: Tensors, header: Mapping[str, Any]) -> bytes:
     return safetensors.torch.save(plain, {"format": _FORMAT, "header": json.dumps(header)})
 
 
-def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors and the header that `tensors_bytes` wrote; UserError for a damaged or foreign file."""
+def read_tensors(path: Path, skip: tuple[str, ...] = ()) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors and the header that `tensors_bytes` wrote; UserError for a damaged or foreign file.
+
+    Tensors whose names start with a word of ``skip`` are not read.
+    """
     _require_file(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys() if not name.startswith(skip)}
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(
             f"{path} is cut off or is no safetensors file ({error}): copy it again or use another checkpoint"
@@ -138,7 +154,9 @@ def read_official(path: Path) -> dict[str, torch.Tensor]:
     """The authors' state dict, without running code of the file; UserError if it holds more than tensors."""
     _require_file(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped into memory, what is not used is not read; PyTorch's old format cannot be.
+        mapped = zipfile.is_zipfile(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} holds more than tensors, and loading it could run code: save model.state_dict() alone"

@@ -1,4 +1,4 @@
-"""The device that a command line names."""
+"""The device that a command line names, and what a device can do."""
 
 import torch
 
@@ -18,3 +18,13 @@ def find_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} does not work with this torch: use cpu or cuda") from error
     return device
+
+
+def has_bf16_products(device: torch.device) -> bool:
+    """Whether bfloat16 matrix products run on instructions of their own here, instead of being emulated."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # a torch too old to say
+        return False
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))

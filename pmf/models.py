@@ -216,7 +216,9 @@ class PixelMeanFlow(nn.Module):
         dtype = self.position.dtype
         prefix, prefix_t = self.condition(condition, h_t)
         images_t = None if images_t is None else images_t.to(dtype)
-        x, x_t = self.patch_embedding(images.to(dtype), self.position[0], prefix, images_t, prefix_t)
+        x, x_t = self.patch_embedding(images.to(dtype), self.position, prefix, images_t, prefix_t)
+        # Under autocast the embedding is 16 bits wide; the sum of all branches must not be.
+        x, x_t = x.to(dtype), None if x_t is None else x_t.to(dtype)
         for block in self.shared_blocks:
             x, x_t = block(x, self.cos, self.sin, x_t)
         u, u_t, v = None, None, None

@@ -64,6 +64,25 @@ def test_authors_state_dict_loads_without_naming_its_shape(
     assert not model.training
 
 
+def test_the_v_head_can_be_left_out(tmp_path: Path, official: dict[str, torch.Tensor]) -> None:
+    whole = tiny_model()
+    with torch.no_grad():
+        whole.u_final.linear.weight.normal_()
+    write_weights(tmp_path / "ours.safetensors", whole)
+    for prefix in ("", "net."):
+        renamed = {prefix + name: tensor for name, tensor in official.items()}
+        torch.save(renamed, tmp_path / "theirs.pth")
+        for name in ("ours.safetensors", "theirs.pth"):
+            full, half = (
+                checkpoint.load_checkpoint(tmp_path / name, noise_scale=1.0, v_head=v_head)
+                for v_head in (True, False)
+            )
+            assert full.config.v_head and not half.config.v_head
+            assert not [weight for weight, _ in half.named_parameters() if weight.startswith("v_")]
+            images = [flow.sample(m, [1], generator=torch.Generator().manual_seed(0)) for m in (full, half)]
+            assert torch.equal(*images)
+
+
 def test_authors_file_of_no_preset_asks_for_its_noise(
     tmp_path: Path, official: dict[str, torch.Tensor]
 ) -> None:

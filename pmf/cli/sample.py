@@ -1,26 +1,41 @@
 """``pmf sample``: single images and a grid, by class and seed."""
 
 import argparse
+import os
 import re
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
-from pmf import checkpoint, flow
+from pmf import checkpoint
 from pmf.cli.arguments import Commands
-from pmf.data import image_grid, save_png
+from pmf.data import ImageGrid, save_png
 from pmf.devices import find_device
 from pmf.errors import UserError
-from pmf.models import PixelMeanFlow
+from pmf.flow.sampler import PRECISIONS, Sampler
 
 _DESCRIPTION = """Draw one file for every class and seed, and grid.png with a class a row and a seed a column.
 
-A seed stands for one noise image: the same seed gives the same picture whatever else is drawn with it.
+A seed stands for one noise image: the same seed gives the same picture whatever else is drawn with it. Every
+batch is written before the next is drawn: memory does not grow with the number of images, and Ctrl-C loses
+none that is written. Where there are too many for one picture, the grid shows the first classes and seeds.
 
   pmf sample runs/00000-digits --classes 3 7 --seeds 0-19
   pmf sample pMF-B-16.pth --classes 207 --seeds 0-3 --omega 7.5 --interval 0.1 0.8 --out golden-retrievers
+  pmf sample pMF-B-16.pth --classes all --seeds 0-49 --out fifty-thousand
 """
+_INTERRUPTED = 130
+_BATCH_ON_CPU, _BATCH_ELSEWHERE = 16, 64  # a CPU's caches hold no more
 _MAX_NAME = 60  # characters of a class name that go into a file name
+_GRID_SIDE = 4096  # the grid is no wider and no higher, in pixels, unless one image is
+_WRITERS = 8  # threads that compress and write, at most
 
 
 def add_parser(commands: Commands) -> None:
@@ -30,7 +45,7 @@ def add_parser(commands: Commands) -> None:
         "checkpoint", type=Path, help="a run's or checkpoint's folder, .safetensors, or the authors' .pth"
     )
     parser.add_argument(
-        "--classes", nargs="+", metavar="CLASS", help="class names or numbers (the first ten classes)"
+        "--classes", nargs="+", metavar="CLASS", help="class names or numbers, or all (the first ten classes)"
     )
     parser.add_argument("--seeds", default="0-9", help="numbers and ranges, such as 0-7,12 (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("samples"), help="folder to write (%(default)s)")
@@ -40,67 +55,151 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--interval", nargs=2, type=float, metavar=("MIN", "MAX"), help="guidance interval (the model's own)"
     )
-    parser.add_argument("--batch-size", type=int, default=64, help="images drawn at a time (%(default)s)")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help=f"images drawn at a time ({_BATCH_ON_CPU} on a CPU, else {_BATCH_ELSEWHERE})",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="auto",
+        help="bf16 multiplies matrices in bfloat16; auto: where the device has such products and the network "
+        "is at least 256 wide",
+    )
     parser.add_argument("--device", default="cpu", help="torch device (%(default)s)")
     parser.set_defaults(run=run)
 
 
+class _Job(NamedTuple):
+    """One image to draw: its place in the grid, and what it is."""
+
+    row: int
+    column: int
+    label: int
+    seed: int
+
+
 def run(arguments: argparse.Namespace) -> int:
-    """Draw, write, and say where."""
-    if arguments.steps < 1 or arguments.batch_size < 1:
-        raise UserError("--steps and --batch-size must be 1 or more")
+    """Draw batch by batch, write, and say where."""
     device = find_device(arguments.device)
+    batch_size = arguments.batch_size
+    if batch_size is None:
+        batch_size = _BATCH_ON_CPU if device.type == "cpu" else _BATCH_ELSEWHERE
+    if arguments.steps < 1 or batch_size < 1:
+        raise UserError("--steps and --batch-size must be 1 or more")
     seeds = parse_seeds(arguments.seeds)
-    loaded = checkpoint.load_model(arguments.checkpoint, arguments.ema)
-    classes = choose_classes(arguments.classes, loaded.class_names)
-    jobs = [(label, seed) for label in classes for seed in seeds]
+    sampler, names, source = _open_sampler(arguments, device)
+    classes = choose_classes(arguments.classes, names)
+    columns = sum(part.stop - part.start for part in seeds)
+    jobs = (
+        _Job(row, column, label, seed)
+        for row, label in enumerate(classes)
+        for column, seed in enumerate(chain.from_iterable(seeds))
+    )
+    total = len(classes) * columns
+    album = _Album(arguments.out, names, sampler, len(classes), columns)
     try:
-        model = loaded.model.to(device)
-        images = []
-        for start in range(0, len(jobs), arguments.batch_size):
-            images.append(_draw(model, jobs[start : start + arguments.batch_size], arguments))
-    except (ValueError, RuntimeError) as error:
-        raise UserError(str(error).splitlines()[0]) from error
-    pictures = torch.cat(images)
-    try:
-        for (label, seed), picture in zip(jobs, pictures, strict=True):
-            stem = file_stem(label, loaded.class_names[label])
-            save_png(picture, arguments.out / f"{stem}_seed{seed:04d}.png")
-        save_png(image_grid(pictures, len(seeds)), arguments.out / "grid.png")
-    except OSError as error:
-        raise UserError(f"cannot write to {arguments.out}: {error.strerror or error}") from error
-    print(f"{len(jobs)} images from {loaded.path}")
-    print(f"grid: {arguments.out / 'grid.png'}")
+        with tqdm(total=total, unit="image", disable=None) as bar:  # None: a bar on a terminal alone
+            while batch := list(islice(jobs, batch_size)):
+                album.write(batch, _draw(sampler, batch, arguments))
+                bar.update(len(batch))
+    except KeyboardInterrupt:
+        print(f"interrupted: {album.written} of {total} images are in {arguments.out}", file=sys.stderr)
+        return _INTERRUPTED
+    grid = album.write_grid()
+    print(f"{total} images in {sampler.precision} from {source}")
+    print(f"grid{album.left_out}: {grid}")
     return 0
 
 
-def _draw(model: PixelMeanFlow, jobs: list[tuple[int, int]], arguments: argparse.Namespace) -> torch.Tensor:
-    config = model.config
+def _open_sampler(arguments: argparse.Namespace, device: torch.device) -> tuple[Sampler, list[str], Path]:
+    """The sampler, the names of its classes, and the file it came from; the rest of the file is forgotten."""
+    loaded = checkpoint.load_model(arguments.checkpoint, arguments.ema, v_head=False)
+    try:
+        return Sampler(loaded.model.to(device), arguments.precision), loaded.class_names, loaded.path
+    except RuntimeError as error:  # too large for the device
+        raise UserError(str(error).splitlines()[0]) from error
+
+
+def _draw(sampler: Sampler, jobs: Sequence[_Job], arguments: argparse.Namespace) -> torch.Tensor:
+    config = sampler.network.config
     shape = (config.channels, config.image_size, config.image_size)
     generator = torch.Generator()
-    noise = torch.stack([torch.randn(shape, generator=generator.manual_seed(seed)) for _, seed in jobs])
-    labels = torch.tensor([label for label, _ in jobs], device=arguments.device)
-    interval = None if arguments.interval is None else tuple(arguments.interval)
-    return flow.sample(
-        model,
-        labels,
-        steps=arguments.steps,
-        omega=arguments.omega,
-        interval=interval,
-        noise=(config.noise_scale * noise).to(arguments.device),
-    ).cpu()
+    try:
+        noise = torch.stack([torch.randn(shape, generator=generator.manual_seed(job.seed)) for job in jobs])
+        return sampler(
+            [job.label for job in jobs],
+            steps=arguments.steps,
+            omega=arguments.omega,
+            interval=None if arguments.interval is None else tuple(arguments.interval),
+            noise=config.noise_scale * noise,
+        ).cpu()
+    except (ValueError, RuntimeError) as error:
+        sentence = str(error).splitlines()[0]
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in sentence:
+            sentence = f"{len(jobs)} images at a time do not fit in memory: give a smaller --batch-size"
+        raise UserError(sentence) from error
 
 
-def parse_seeds(text: str) -> list[int]:
-    """``0-3,7`` as [0, 1, 2, 3, 7]."""
-    seeds: list[int] = []
+class _Album:
+    """The folder of images, written as they come, and the grid of the first of them."""
+
+    def __init__(self, folder: Path, names: list[str], sampler: Sampler, rows: int, columns: int) -> None:
+        self.folder, self.names = folder, names
+        self.written, self._lock = 0, threading.Lock()
+        config = sampler.network.config
+        limit = max(1, _GRID_SIDE // config.image_size)
+        self.rows, self.columns = min(rows, limit), min(columns, limit)
+        self.grid = ImageGrid(
+            self.rows, self.columns, (config.channels, config.image_size, config.image_size)
+        )
+        is_whole = (self.rows, self.columns) == (rows, columns)
+        self.left_out = "" if is_whole else f" of {self.rows} x {self.columns} of {rows} x {columns} images"
+
+    def write(self, jobs: Sequence[_Job], pictures: torch.Tensor) -> None:
+        """Write every picture, several at a time because compressing them is slow."""
+        with ThreadPoolExecutor(min(_WRITERS, os.cpu_count() or 1)) as threads:
+            list(threads.map(self._write_one, jobs, pictures))
+        for job, picture in zip(jobs, pictures, strict=True):
+            if job.row < self.rows and job.column < self.columns:
+                self.grid.put(job.row, job.column, picture)
+
+    def write_grid(self) -> Path:
+        path = self.folder / "grid.png"
+        self._save(self.grid.picture(), path)
+        return path
+
+    def _write_one(self, job: _Job, picture: torch.Tensor) -> None:
+        stem = file_stem(job.label, self.names[job.label])
+        self._save(picture, self.folder / f"{stem}_seed{job.seed:04d}.png")
+        with self._lock:
+            self.written += 1
+
+    def _save(self, picture: torch.Tensor, path: Path) -> None:
+        try:
+            save_png(picture, path)
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {self.folder}: {error.strerror or error} (after {self.written} images)"
+            ) from error
+
+
+def parse_seeds(text: str) -> list[range]:
+    """``0-3,7`` as the ranges 0 to 3 and 7 to 7, however long they are."""
+    seeds: list[range] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         if match is None or int(match[2] or match[1]) < int(match[1]):
             raise UserError(f"--seeds must be numbers and rising ranges such as 0-7,12, got {text!r}")
         if int(match[2] or match[1]) >= 2**63:
             raise UserError(f"--seeds must lie below 2^63, got {text!r}")
-        seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
+        new = range(int(match[1]), int(match[2] or match[1]) + 1)
+        for old in seeds:  # two threads must not write one file
+            if new.start < old.stop and old.start < new.stop:
+                raise UserError(f"--seeds names {max(old.start, new.start)} twice: {text!r}")
+        seeds.append(new)
     return seeds
 
 
@@ -108,7 +207,9 @@ def choose_classes(wanted: list[str] | None, names: list[str]) -> list[int]:
     """Class indices for names or, where no class has that name, for numbers; without any the first ten."""
     if wanted is None:
         return list(range(min(10, len(names))))
-    chosen = []
+    if wanted == ["all"] and "all" not in names:
+        return list(range(len(names)))
+    chosen: list[int] = []
     for word in wanted:
         if word in names:
             chosen.append(names.index(word))
@@ -119,7 +220,7 @@ def choose_classes(wanted: list[str] | None, names: list[str]) -> list[int]:
                 f"there is no class {word!r}: the model knows {', '.join(names[:10])}"
                 + (f" and {len(names) - 10} more, by number 0 to {len(names) - 1}" if len(names) > 10 else "")
             )
-    return chosen
+    return list(dict.fromkeys(chosen))
 
 
 def file_stem(label: int, name: str) -> str:

@@ -2,12 +2,13 @@
 
 from pmf.data.datasets import FolderImages, ImageDataset, MemoryImages, load_dataset
 from pmf.data.digits import load_digits
-from pmf.data.images import centre_crop, image_grid, read_image, save_png, to_float, to_uint8
+from pmf.data.images import ImageGrid, centre_crop, image_grid, read_image, save_png, to_float, to_uint8
 from pmf.data.stream import ShuffledStream
 
 __all__ = [
     "FolderImages",
     "ImageDataset",
+    "ImageGrid",
     "MemoryImages",
     "ShuffledStream",
     "centre_crop",

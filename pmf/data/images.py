@@ -1,6 +1,7 @@
 """Reading, cropping and writing single images."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from pmf.errors import UserError
 _MODES = {1: "L", 3: "RGB"}  # Pillow's name for an 8-bit image of 1 or 3 channels
 _GRID_PIXELS = 512  # a grid narrower than this is enlarged, so that 8x8 images can be seen
 _GRID_GAP = 1  # pixels between two images of a grid, before enlargement
+_GRID_GREY = 128  # of the gaps, and of places without an image
 
 
 def to_float(pixels: torch.Tensor) -> torch.Tensor:
@@ -91,19 +93,33 @@ def save_png(image: torch.Tensor, path: Path) -> None:
     write_file(path, content.getvalue())
 
 
-def image_grid(images: torch.Tensor, columns: int) -> torch.Tensor:
-    """Images [N, C, H, W] in rows of ``columns`` as one uint8 picture [C, height, width].
+class ImageGrid:
+    """One uint8 picture of many images [C, H, W], each put in its place as it comes.
 
     Small images are enlarged by a whole factor, nearest neighbour, so that every pixel can be seen as it is.
     """
-    pixels = to_uint8(images)
-    count, channels, height, width = pixels.shape
-    rows = -(-count // columns)
-    row_step, column_step = height + _GRID_GAP, width + _GRID_GAP
-    grid = torch.full((channels, rows * row_step, columns * column_step), 128, dtype=torch.uint8)
-    for index, picture in enumerate(pixels):
-        top, left = (index // columns) * row_step, (index % columns) * column_step
-        grid[:, top : top + height, left : left + width] = picture
-    grid = grid[:, :-_GRID_GAP, :-_GRID_GAP]
-    factor = max(1, round(_GRID_PIXELS / grid.shape[-1]))
-    return grid.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
+
+    def __init__(self, rows: int, columns: int, shape: Sequence[int]) -> None:
+        channels, self._height, self._width = shape
+        self._row_step, self._column_step = self._height + _GRID_GAP, self._width + _GRID_GAP
+        size = (channels, rows * self._row_step - _GRID_GAP, columns * self._column_step - _GRID_GAP)
+        self._pixels = torch.full(size, _GRID_GREY, dtype=torch.uint8)
+
+    def put(self, row: int, column: int, image: torch.Tensor) -> None:
+        """Lay one image, float around [-1, 1] or uint8, into its place."""
+        top, left = row * self._row_step, column * self._column_step
+        pixels = image if image.dtype == torch.uint8 else to_uint8(image)
+        self._pixels[:, top : top + self._height, left : left + self._width] = pixels
+
+    def picture(self) -> torch.Tensor:
+        """What is there so far, uint8 [C, height, width]."""
+        factor = max(1, round(_GRID_PIXELS / self._pixels.shape[-1]))
+        return self._pixels.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
+
+
+def image_grid(images: torch.Tensor, columns: int) -> torch.Tensor:
+    """Images [N, C, H, W] in rows of ``columns``, in reading order, as one picture of `ImageGrid`."""
+    grid = ImageGrid(-(-len(images) // columns), columns, images.shape[1:])
+    for index, image in enumerate(to_uint8(images)):
+        grid.put(*divmod(index, columns), image)
+    return grid.picture()

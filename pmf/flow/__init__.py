@@ -5,7 +5,7 @@ from .guidance import Guidance, IntervalGuidance
 from .objective import Objective, Terms
 from .preconditioner import NoPreconditioner, Preconditioner
 from .prediction import Prediction, XPrediction
-from .sampler import sample
+from .sampler import Sampler, sample
 from .times import PlaneTimes, TimeSampling
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "PlaneTimes",
     "Preconditioner",
     "Prediction",
+    "Sampler",
     "Terms",
     "TimeSampling",
     "XPrediction",

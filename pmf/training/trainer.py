@@ -9,7 +9,7 @@ import torch
 
 from pmf import checkpoint, flow, models, optim
 from pmf.data import ImageDataset, ShuffledStream
-from pmf.devices import find_device
+from pmf.devices import find_device, has_bf16_products
 from pmf.errors import UserError
 from pmf.training.config import TrainConfig
 from pmf.training.packing import pack, unpack
@@ -25,7 +25,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, dataset: ImageDataset) -> None:
         self.device = find_device(config.run.device)
         if config.run.precision == "auto":  # settled here, so that the saved settings say what was computed
-            config = config.with_settings(precision="bf16" if _has_bf16_products(self.device) else "fp32")
+            config = config.with_settings(precision="bf16" if has_bf16_products(self.device) else "fp32")
         self.config, self.dataset = config, dataset
         self.step, self.seconds = 0, 0.0
         try:
@@ -159,13 +159,3 @@ def build_objective(config: TrainConfig, noise_scale: float) -> flow.Objective:
         ),
         guidance=flow.IntervalGuidance(max_omega=settings.max_omega, beta=settings.omega_beta),
     )
-
-
-def _has_bf16_products(device: torch.device) -> bool:
-    """Whether bfloat16 matrix products run on instructions of their own here, instead of being emulated."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if not hasattr(torch.cpu, "get_capabilities"):  # a torch too old to say
-        return False
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))

@@ -6,15 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers.pmf_process import TINY, environment, run_in
 from PIL import Image
 
 from pmf import checkpoint
-from pmf.cli import main
+from pmf.cli import main, sample
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,80 @@ def test_a_seed_gives_the_same_picture_whatever_else_is_drawn(trained: Path, tmp
         with Image.open(tmp_path / folder / "class0006_seed0004.png") as image:
             pictures.append(np.asarray(image).astype(int))
     assert np.abs(pictures[0] - pictures[1]).max() <= 1  # products of other batch sizes round differently
+
+
+def test_a_batch_is_written_and_forgotten_before_the_next_is_drawn(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw, drawn = sample._draw, []
+
+    def spy(*arguments: object) -> torch.Tensor:
+        assert all(pictures() is None for pictures in drawn)
+        assert len(list(tmp_path.glob("out/class*.png"))) == 4 * len(drawn)
+        drawn.append(weakref.ref(pictures := draw(*arguments)))
+        return pictures
+
+    monkeypatch.setattr(sample, "_draw", spy)
+    monkeypatch.setattr(sample, "_GRID_SIDE", 24)  # three images of 8 x 8
+    words = ["sample", str(trained), "--classes", "all", "--seeds", "5,0-2"]
+    assert main([*words, "--batch-size", "4", "--out", str(tmp_path / "out")]) == 0
+    assert len(drawn) == 10 and len(list(tmp_path.glob("out/class*.png"))) == 40
+    assert "grid of 3 x 3 of 10 x 4 images:" in capsys.readouterr().out
+    with (
+        Image.open(tmp_path / "out" / "grid.png") as grid,
+        Image.open(tmp_path / "out" / "class0002_seed0000.png") as third_row_second_column,
+    ):
+        step = grid.width // 26 * 9  # 8 + gap of 1, enlarged
+        place = grid.crop((step, 2 * step, step + step // 9 * 8, 2 * step + step // 9 * 8))
+        small = place.resize((8, 8), Image.Resampling.NEAREST)
+        assert np.array_equal(np.asarray(small), np.asarray(third_row_second_column))
+
+
+def test_ctrl_c_while_sampling_loses_nothing_written(trained: Path, tmp_path: Path) -> None:
+    words = ["sample", str(trained), "--seeds", "0-999999999999", "--classes", "7", "--out", "out"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pmf", *words],
+        cwd=tmp_path,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("out/*.png"))) < 40 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    files = list((tmp_path / "out").iterdir())
+    assert err == f"interrupted: {len(files)} of 1000000000000 images are in out\n"  # no bar: no terminal
+    for file in files:
+        with Image.open(file) as image:
+            image.load()
+
+
+def test_sampling_never_reads_the_v_head(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    honest = checkpoint.read_tensors
+
+    def spy(*arguments: object, **options: object) -> object:
+        tensors, header = honest(*arguments, **options)
+        read.extend(tensors)
+        return tensors, header
+
+    monkeypatch.setattr(checkpoint, "read_tensors", spy)
+    assert main(["sample", str(trained), "--seeds", "1", "--out", str(tmp_path / "out")]) == 0
+    assert "u_final.linear.weight" in read and not [name for name in read if name.startswith("v_")]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_precision_of_sampling(
+    trained: Path, tmp_path: Path, precision: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["sample", str(trained), "--seeds", "1", "--classes", "4", "--out", str(tmp_path / "out")]
+    assert main([*words, "--precision", precision]) == 0
+    assert f"1 images in {precision} from" in capsys.readouterr().out
 
 
 def test_ctrl_c_saves_and_resume_goes_on(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from pmf.flow import sample
+from pmf.devices import has_bf16_products
+from pmf.flow import Sampler, sample
 from pmf.models import PixelMeanFlow, create_model
 from pmf.nn import Condition
 
@@ -73,6 +74,71 @@ def test_a_bfloat16_model_gives_float32_images(model: PixelMeanFlow) -> None:
     exact = sample(model, [0, 1], noise=noise)
     assert images.dtype == torch.float32
     assert (images - exact).norm() < 8 * torch.finfo(torch.bfloat16).eps * exact.norm()
+
+
+def deep_model() -> PixelMeanFlow:
+    """As deep as pMF-B and wide enough for "auto" to choose bfloat16; its images are about 1."""
+    torch.manual_seed(1)
+    model = create_model(
+        num_classes=4, image_size=8, patch_size=2, channels=3, hidden_size=256, depth=16, head_depth=8,
+        num_heads=4, bottleneck=32, mlp_width=256,
+    )  # fmt: skip
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("_scale"):
+                parameter.normal_(0, 0.3)
+        model.u_final.linear.weight.normal_(0, 256**-0.5)
+    return model
+
+
+def test_bfloat16_products_stay_50_decibels_from_float32() -> None:
+    model, noise, labels = deep_model(), torch.randn(8, 3, 8, 8), torch.arange(8) % 5
+    exact = sample(model, labels, noise=noise, precision="fp32")
+    assert 0.5 < exact.square().mean() < 2
+    decibels = {}
+    for name, network in {"bf16": model, "bf16 everywhere": PixelMeanFlow(model.config).bfloat16()}.items():
+        if network is not model:
+            network.load_state_dict(model.state_dict())
+        error = sample(network, labels, noise=noise, precision="bf16" if network is model else "auto") - exact
+        decibels[name] = float(10 * torch.log10(4 / error.square().mean()))  # the range of the images is 2
+    assert decibels["bf16"] > 50, decibels
+    assert decibels["bf16"] > decibels["bf16 everywhere"] + 3, decibels
+
+
+def test_a_sampler_is_made_once_for_many_batches() -> None:
+    model, noise = deep_model(), torch.randn(2, 3, 8, 8)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    sampler = Sampler(model, "bf16")
+    weights = [(weight, weight.data_ptr()) for weight in sampler.network.parameters()]
+    first = sampler([0, 1], noise=noise)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+    with torch.no_grad():
+        model.position.add_(1)
+    assert torch.equal(sampler([0, 1], noise=noise), first)  # a copy, and the same at every call
+    assert [(w, w.data_ptr()) for w in sampler.network.parameters()] == weights
+    assert not sampler.network.config.v_head
+    assert sum(w.numel() for w in sampler.network.parameters()) < sum(w.numel() for w in model.parameters())
+
+
+def test_auto_precision_is_bfloat16_where_it_pays(
+    model: PixelMeanFlow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = deep_model()
+    assert Sampler(wide).precision == ("bf16" if has_bf16_products(torch.device("cpu")) else "fp32")
+    for has, found in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr("pmf.flow.sampler.has_bf16_products", lambda device, has=has: has)
+        assert (Sampler(wide).precision, Sampler(model).precision) == (found, "fp32")
+    assert Sampler(wide.double()).precision == "float64"
+    assert sample(wide, [1], precision="fp32").dtype == torch.float32
+    with pytest.raises(ValueError, match="precision must be one of auto, bf16, fp32, got 'fp8'"):
+        sample(model, [1], precision="fp8")
+
+
+def test_images_may_be_trained_on(model: PixelMeanFlow) -> None:
+    images = sample(model, [0, 1])
+    weight = torch.ones(8, requires_grad=True)
+    (images * weight).sum().backward()
+    torch.testing.assert_close(weight.grad, images.sum((0, 1, 2)))
 
 
 @pytest.mark.parametrize(
