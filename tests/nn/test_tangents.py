@@ -48,7 +48,7 @@ def layers() -> dict[str, tuple[tuple[int, ...], Layer]]:
 
     def embed(x: Tensor, x_t: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return patch(
-            x, position, prefix[: len(x)], x_t, None if x_t is None else torch.zeros_like(prefix[: len(x_t)])
+            x, position[None], prefix[: len(x)], x_t, None if x_t is None else torch.zeros_like(prefix[: len(x_t)])
         )
 
     return {
