@@ -1,11 +1,7 @@
 // Vectors of a row in registers: 16-byte global loads and stores, arithmetic in fp32.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include <cstdint>
+#include "cuda/common/cuda.cuh"
 
 namespace pmf::cuda {
 
@@ -46,6 +42,10 @@ struct Word<16> {
   using type = uint4;
 };
 template <>
+struct Word<8> {
+  using type = uint2;
+};
+template <>
 struct Word<4> {
   using type = unsigned int;
 };
@@ -59,18 +59,24 @@ template <typename T, int kWidth>
 __device__ inline Vector<T, kWidth> load_vector(const T* address) {
   using W = typename Word<sizeof(T) * kWidth>::type;
   Vector<T, kWidth> result;
-  *reinterpret_cast<W*>(&result) = *reinterpret_cast<const W*>(address);
+  *reinterpret_cast<W*>(&result) = *assume_aligned<sizeof(W)>(reinterpret_cast<const W*>(address));
   return result;
+}
+
+template <typename T, int kWidth>
+__device__ inline void store_vector(T* address, const Vector<T, kWidth>& vector) {
+  using W = typename Word<sizeof(T) * kWidth>::type;
+  __stwb(assume_aligned<sizeof(W)>(reinterpret_cast<W*>(address)),
+         *reinterpret_cast<const W*>(&vector));
 }
 
 // Rounds to nearest even, then stores.
 template <typename T, int kWidth>
 __device__ inline void store_vector(T* address, const float (&values)[kWidth]) {
-  using W = typename Word<sizeof(T) * kWidth>::type;
   Vector<T, kWidth> result;
 #pragma unroll
   for (int k = 0; k < kWidth; ++k) result.element[k] = from_float<T>(values[k]);
-  __stwb(reinterpret_cast<W*>(address), *reinterpret_cast<const W*>(&result));
+  store_vector(address, result);
 }
 
 }  // namespace pmf::cuda

@@ -1,0 +1,16 @@
+// The block's shared memory. It is all dynamic: its size is an argument of launch().
+#pragma once
+
+#include "cuda/common/cuda.cuh"
+
+namespace pmf::cuda {
+
+constexpr int kSharedAlignment = 128;
+
+// The first byte, aligned to kSharedAlignment.
+__device__ inline unsigned char* dynamic_shared() {
+  extern __shared__ __align__(128) unsigned char bytes[];
+  return bytes;
+}
+
+}  // namespace pmf::cuda
