@@ -43,7 +43,7 @@ def check_tangents(
     of the same first n samples and, where autograd would record the op, detached.
     """
     given = [(name, value, tangent) for name, value, tangent in pairs if tangent is not None]
-    counts = {tangent.shape[:1] for _, _, tangent in given}
+    counts = [tangent.shape[:1] for _, _, tangent in given]  # no set: torch.compile would fix what it hashes
     fewer = False
     for name, value, tangent in given:
         if tangent.shape == value.shape:
@@ -55,8 +55,8 @@ def check_tangents(
                 f"{op}: {name} must have the shape of its value {list(value.shape)}, or of its "
                 f"first samples, got {list(tangent.shape)}"
             )
-    if fewer and len(counts) > 1:
-        sizes = " and ".join(str(count[0]) for count in sorted(counts))
+    if fewer and any(count != counts[0] for count in counts):
+        sizes = " and ".join(str(count[0]) for count in sorted(set(counts)))
         raise ValueError(f"{op}: all tangents must be of the same first samples, got {sizes} of them")
     values = (x for _, value, tangent in pairs for x in (value, tangent))
     if fewer and not detach_tangent and is_differentiable(*values, *parameters):
