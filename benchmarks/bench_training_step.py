@@ -1,0 +1,178 @@
+"""One training step of Pixel MeanFlow against a plain PyTorch port of the same objective (plain_port.py).
+
+    python benchmarks/bench_training_step.py [--quick] [--also CONTESTANT ...] [--out FILE.json]
+
+Same weights (random, with gates and final layers that are not zero), same images, same draws. First both
+sides' loss_u, loss_v and all gradients must agree: in float64, float32 and bfloat16 on small networks for
+batches of every case, then in the precision and size that is timed; otherwise nothing is timed and the exit
+status is 1. Then, for objective + backward + optimizer step:
+
+- time: interleaved medians, in fp32, and in bf16 (ours: a bfloat16 model with float32 master weights; the
+  port: autocast). torch.optim.Muon orthogonalises in bfloat16, so our Muon is asked to do the same.
+- FLOPs executed by objective and backward at depth 16, batch 128, averaged over draws, counted by
+  torch.utils.flop_counter on tensors without data.
+- peak memory: growth of the largest resident set over the loaded model, a fresh process for each side.
+
+The last line is `step_time_ratio=T flops_ratio=F peak_memory_ratio=M`, each ours over the port's: T and M are
+those of the whole step in fp32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import plain_port
+import torch
+from training_step import agreement, flops, memory
+from training_step.sides import DEFAULT, SMALL, Ours, Port, Side, draw_batch, make_model
+from training_step.timing import interleaved
+
+from pmf.bench.harness import record, write_record
+
+OURS, PORT, CAREFUL = "pmf", "plain port", "port, guidance by the v path alone"
+TARGETS = {"fp32": 0.55, "bf16": 0.5, "flops": 0.62, "memory": 0.45}
+
+Rows = list[dict[str, Any]]
+
+
+def check_cases(precisions: tuple[str, ...]) -> Rows:
+    rows = agreement.check(precisions)
+    print(f"{'agreement: worst relative error':40} {'limit':>8} {'loss_u':>8} {'loss_v':>8} {'any':>8}  of")
+    for row in rows:
+        print_agreement(row)
+    return [{"part": "agreement", **row} for row in rows]
+
+
+def print_agreement(row: dict[str, Any]) -> None:
+    figures = " ".join(f"{row[name]:8.1e}" for name in ("limit", "loss_u", "loss_v", "error"))
+    verdict = "" if row["agrees"] else "  DISAGREES"
+    print(f"{row['precision']} {row['case']:35} {figures}  {row['worst']}{verdict}", flush=True)
+
+
+def time_steps(
+    sizes: plain_port.Sizes, batch_size: int, precision: str, rounds: int, also: list[str]
+) -> tuple[dict[str, Any], Rows]:
+    """Whether the sides agree at this size, and their times if they do."""
+    model = make_model(sizes)
+    sides: dict[str, Side] = {OURS: Ours(model, precision), PORT: Port(model, sizes, precision)}
+    if "careful" in also:
+        sides[CAREFUL] = Port(model, sizes, precision, guidance_heads="v")
+    del model
+    batches = [draw_batch(sizes, batch_size, seed) for seed in range(rounds + 1)]
+    errors = agreement.disagreements(sides[OURS], sides[PORT], batches[0])
+    checked = agreement.row("the step that is timed", precision, sizes, errors)
+    print_agreement(checked)
+    if not checked["agrees"]:
+        return checked, []
+    for name, side in sides.items():
+        if name not in (OURS, PORT):
+            side.backward(batches[0])
+        side.update()
+    times = interleaved(sides, batches[1:])
+    rows: Rows = []
+    for name, found in times.items():
+        rows.append({
+            "part": "time",
+            "precision": precision,
+            "contestant": name,
+            "rounds": rounds,
+            "step_ms": 1e3 * found.step,
+            "backward_ms": 1e3 * found.backward,
+            "update_ms": 1e3 * found.update,
+            "step_ratio": times[OURS].step / found.step,
+            "backward_ratio": times[OURS].backward / found.backward,
+        })  # fmt: skip
+    return checked, rows
+
+
+def print_times(rows: Rows) -> None:
+    print(
+        f"\n{'time (medians)':45} {'step ms':>9} {'without optimizer':>18} {'ours / it':>10} {'without':>8}"
+    )
+    for row in rows:
+        label = f"{row['precision']} {row['contestant']}"
+        print(
+            f"{label:45} {row['step_ms']:9.0f} {row['backward_ms']:18.0f} "
+            f"{row['step_ratio']:10.3f} {row['backward_ratio']:8.3f}"
+        )
+
+
+def count_flops(sizes: plain_port.Sizes, batch_size: int, draws: int) -> dict[str, Any]:
+    row = flops.count(sizes, batch_size, draws)
+    print(
+        f"\nFLOPs executed at depth {row['depth']}, batch {batch_size}, mean of {draws} draws "
+        "(1 unit: one block over the batch)"
+    )
+    for name, value in row["flops"].items():
+        print(f"{name:45} {value / 1e12:8.3f} TFLOP {row['units'][name]:7.1f} units")
+    print(f"ours / port {row['ratio']:.3f}; {flops.EXPLANATION}")
+    return {"part": "flops", **row}
+
+
+def measure_memory(sizes: plain_port.Sizes, batch_size: int, precisions: tuple[str, ...]) -> Rows:
+    rows: Rows = []
+    print(f"\n{'peak memory of a step, MB over the model':45} {'ours':>9} {'port':>9} {'ours / it':>10}")
+    for precision in precisions:
+        ours, port = (memory.growth(side, precision, sizes, batch_size) for side in ("ours", "port"))
+        rows.append({
+            "part": "memory",
+            "precision": precision,
+            "ours_bytes": ours,
+            "port_bytes": port,
+            "ratio": ours / port,
+        })  # fmt: skip
+        print(f"{precision:45} {ours / 2**20:9.0f} {port / 2**20:9.0f} {ours / port:10.3f}", flush=True)
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds in fp32; twice as many in bf16")
+    parser.add_argument(
+        "--also", nargs="+", default=[], choices=["careful"], help="contestants besides the two"
+    )
+    parser.add_argument("--quick", action="store_true", help="a small network: does it all run?")
+    parser.add_argument("--out", type=Path, help="write the record to this JSON file")
+    arguments = parser.parse_args()
+    batch_size, rounds, also = arguments.batch_size, arguments.rounds, arguments.also
+    timed, counted, draws = (SMALL, SMALL, 5) if arguments.quick else (DEFAULT, plain_port.Sizes(), 1000)
+    precisions = ("fp32", "bf16")
+
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}", flush=True)
+    rows = check_cases(("fp64", *precisions))
+    if not all(row["agrees"] for row in rows):
+        print("The sides disagree: nothing was timed.", file=sys.stderr)
+        return 1
+    times: Rows = []
+    for precision in precisions:
+        many = rounds if precision == "fp32" else 2 * rounds
+        checked, found = time_steps(timed, batch_size, precision, many, also)
+        rows.append({"part": "agreement", **checked})
+        if not found:
+            print("The sides disagree at the size that is timed: nothing was timed.", file=sys.stderr)
+            return 1
+        times += found
+    print_times(times)
+    counts = count_flops(counted, 16 if arguments.quick else 128, draws)
+    peaks = measure_memory(timed, batch_size, precisions[:1] if arguments.quick else precisions)
+
+    sizes = {"timed": timed._asdict(), "batch_size": batch_size, "counted": counted._asdict()}
+    rows += [*times, counts, *peaks]
+    if arguments.out:
+        write_record(arguments.out, {**record("training_step", rows), "sizes": sizes})
+    step = next(row for row in times if row["precision"] == "fp32" and row["contestant"] == PORT)
+    print(
+        f"step_time_ratio={step['step_ratio']:.4f} flops_ratio={counts['ratio']:.4f} "
+        f"peak_memory_ratio={peaks[0]['ratio']:.4f}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""Peak memory of one whole step: how far the resident set grows over that of the loaded model.
+
+    python -m training_step.memory ours fp32 8 SIZES_AS_JSON      (in benchmarks/)
+
+Each side runs in a process of its own, which loads the model and the batch, makes one matrix product so that
+the BLAS has its buffers, sets the kernel's high-water mark back to the present, makes one step (objective,
+backward, optimizer), and prints the growth in bytes. The optimizer's state is made in the step and counts.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from plain_port import Sizes
+
+from .sides import Ours, Port, Side, draw_batch, make_model
+
+
+def growth(side: str, precision: str, sizes: Sizes, batch_size: int) -> int:
+    """Bytes, measured in a fresh process."""
+    command = [sys.executable, "-m", "training_step.memory"]
+    command += [side, precision, str(batch_size), json.dumps(sizes._asdict())]
+    folder = Path(__file__).parents[1]
+    search = os.pathsep.join(path for path in sys.path if path)  # the child imports what this process does
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": search},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"measuring the memory of {side} in {precision} failed:\n{done.stderr[-2000:]}")
+    return int(done.stdout.split()[-1])
+
+
+def main(name: str, precision: str, batch_size: str, sizes_json: str) -> None:
+    fields = json.loads(sizes_json)
+    sizes = Sizes(**{**fields, "condition_tokens": tuple(fields["condition_tokens"])})
+    model, batch = make_model(sizes), draw_batch(sizes, int(batch_size), seed=0)
+    side: Side = Ours(model, precision) if name == "ours" else Port(model, sizes, precision)
+    del model
+    torch.ones(256, 256) @ torch.ones(256, 256)
+    before = reset_high_water_mark()
+    side.backward(batch)
+    side.update()
+    print(status("VmHWM") - before)
+
+
+def reset_high_water_mark() -> int:
+    """Sets it to the present resident size, and returns that; see clear_refs in proc(5)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return status("VmRSS")
+
+
+def status(field: str) -> int:
+    """A line of /proc/self/status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}: this needs Linux")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

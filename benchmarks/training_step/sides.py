@@ -1,0 +1,178 @@
+"""One training step by this library and by the plain port, from the same weights, on the same draws."""
+
+import copy
+from contextlib import nullcontext
+from typing import NamedTuple, Protocol
+
+import plain_port
+import torch
+from torch import Tensor
+
+import pmf
+from pmf.flow import Draws, Objective
+
+LEARNING_RATE = 1e-3
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+class Batch(NamedTuple):
+    """Images [B, C, S, S] in [-1, 1], labels [B], and every random number of one step."""
+
+    images: Tensor
+    labels: Tensor
+    draws: Draws
+
+    def given(self) -> dict[str, Tensor]:
+        """The draws that the port takes."""
+        return {name: value for name, value in self.draws._asdict().items() if name != "crop"}
+
+    def to(self, dtype: torch.dtype) -> "Batch":
+        def cast(x: Tensor | None) -> Tensor | None:
+            return x.to(dtype) if x is not None and x.is_floating_point() else x
+
+        return Batch(self.images.to(dtype), self.labels, Draws(*map(cast, self.draws)))
+
+
+DEFAULT = plain_port.Sizes(depth=4, head_depth=2)
+"""pMF-B/16 with fewer blocks: what is timed."""
+SMALL = plain_port.Sizes(
+    num_classes=10,
+    image_size=32,
+    patch_size=8,
+    hidden_size=64,
+    depth=4,
+    head_depth=2,
+    num_heads=2,
+    condition_tokens=(2, 1, 1, 2, 3),
+    bottleneck=24,
+    mlp_width=170,
+)
+"""What every case of a batch is checked on, and what --quick times."""
+
+
+def make_model(sizes: plain_port.Sizes, seed: int = 0) -> pmf.PixelMeanFlow:
+    """A model as it is initialised, but with gates and final layers that are not zero.
+
+    At the start these hide all blocks from loss and gradients. Here gates are N(0, 0.1^2) and the final
+    layers N(0, 1/hidden), so that predicted images have the size of images.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = pmf.create_model(**sizes._asdict())
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("_scale"):
+                    parameter.normal_(0, 0.1)
+                elif name.endswith("final.linear.weight"):
+                    parameter.normal_(0, sizes.hidden_size**-0.5)
+    return model
+
+
+def draw_batch(sizes: plain_port.Sizes, batch_size: int, seed: int) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch_size, sizes.channels, sizes.image_size, sizes.image_size)
+    images = 2 * torch.rand(shape, generator=generator) - 1
+    labels = torch.randint(sizes.num_classes, (batch_size,), generator=generator)
+    return Batch(images, labels, Objective().draw(images, labels, generator))
+
+
+class Side(Protocol):
+    """One implementation with its weights and optimizer."""
+
+    def backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """loss_u and loss_v; leaves the gradients of the loss in .grad of the weights that are updated."""
+        ...
+
+    def update(self) -> None:
+        """The optimizer's step; drops the gradients."""
+        ...
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Under the library's parameter names."""
+        ...
+
+
+class Ours:
+    """`pmf.flow.Objective` and `pmf.optim.Muon`, as `pmf.training` runs them.
+
+    In bf16 a bfloat16 copy of the model computes and the float32 weights take the steps; copying the weights
+    there and the gradients back is part of `backward`. torch.optim.Muon orthogonalises in bfloat16: so does
+    this optimizer, with the settings of torch's.
+    """
+
+    def __init__(self, model: pmf.PixelMeanFlow, precision: str) -> None:
+        self.model = copy.deepcopy(model)
+        if precision == "fp64":
+            self.model.double()
+        self.computing = self.model
+        if precision == "bf16":
+            self.computing = copy.deepcopy(self.model).to(torch.bfloat16)
+        self.objective = Objective(noise_scale=model.config.noise_scale)
+        self.optimizer = pmf.optim.Muon(
+            self.model, lr=LEARNING_RATE, preset="torch", weight_decay=0.0, compute_dtype=torch.bfloat16
+        )
+
+    def backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        if self.computing is not self.model:
+            with torch.no_grad():
+                torch._foreach_copy_(list(self.computing.parameters()), list(self.model.parameters()))
+        terms = self.objective(self.computing, batch.images, batch.labels, batch.draws)
+        terms.loss.backward()
+        if self.computing is not self.model:
+            for weight, low in zip(self.model.parameters(), self.computing.parameters(), strict=True):
+                weight.grad = None if low.grad is None else low.grad.to(weight.dtype)
+                low.grad = None
+        return terms.loss_u, terms.loss_v
+
+    def update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def gradients(self) -> dict[str, Tensor]:
+        return {
+            name: torch.zeros_like(p) if p.grad is None else p.grad
+            for name, p in self.model.named_parameters()
+        }
+
+
+class Port:
+    """`plain_port`, in bf16 under autocast."""
+
+    def __init__(
+        self,
+        model: pmf.PixelMeanFlow,
+        sizes: plain_port.Sizes,
+        precision: str,
+        guidance_heads: str = "uv",
+    ) -> None:
+        self.names = [name for name, _ in model.named_parameters()]
+        self.guidance_heads = guidance_heads
+        self.autocast = precision == "bf16"
+        self.network = plain_port.Network(sizes).to(model.position.device)
+        if precision == "fp64":
+            self.network.double()
+        if not model.position.is_meta:
+            plain_port.load(self.network, model.state_dict())
+        self.optimizers = plain_port.optimizers(self.network, LEARNING_RATE)
+
+    def backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        device = batch.images.device.type
+        context = torch.autocast(device, torch.bfloat16) if self.autocast else nullcontext()
+        with context:
+            losses = plain_port.objective(
+                self.network,
+                batch.images,
+                batch.labels,
+                **batch.given(),
+                guidance_heads=self.guidance_heads,
+            )
+        losses.loss.backward()
+        return losses.loss_u, losses.loss_v
+
+    def update(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def gradients(self) -> dict[str, Tensor]:
+        return plain_port.gradients(self.network, self.names)
