@@ -10,7 +10,7 @@ ones. It imports nothing but torch, so that it can disagree with the library tha
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -45,7 +45,7 @@ def torch_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def written_out_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """As the authors' PyTorch sampler has it."""
+    """As in the authors' PyTorch sampler."""
     scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
     return scores.softmax(-1) @ value
 
@@ -60,8 +60,11 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
 class Attention(nn.Module):
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, attend: Attend) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
@@ -70,7 +73,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.q_norm = RMSNorm(hidden_size // num_heads)
         self.k_norm = RMSNorm(hidden_size // num_heads)
-        self.attend = torch_attention
+        self.attend = attend
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = (
@@ -93,10 +96,10 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: Sizes, attend: Attend) -> None:
         super().__init__()
         self.norm1 = RMSNorm(sizes.hidden_size)
-        self.attn = Attention(sizes.hidden_size, sizes.num_heads)
+        self.attn = Attention(sizes.hidden_size, sizes.num_heads, attend)
         self.attn_scale = nn.Parameter(torch.zeros(sizes.hidden_size))
         self.norm2 = RMSNorm(sizes.hidden_size)
         self.mlp = SwiGLU(sizes.hidden_size, sizes.mlp_width)
@@ -172,7 +175,7 @@ class Network(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: Sizes, attend: Attend = torch_attention) -> None:
         super().__init__()
         self.sizes = sizes
         side = sizes.image_size // sizes.patch_size
@@ -183,9 +186,11 @@ class Network(nn.Module):
         self.patch_up = nn.Conv2d(sizes.bottleneck, sizes.hidden_size, 1)
         tokens = sum(sizes.condition_tokens) + side**2
         self.position = nn.Parameter(torch.randn(1, tokens, sizes.hidden_size) * 0.02)
-        self.shared_blocks = nn.ModuleList(Block(sizes) for _ in range(sizes.depth - sizes.head_depth))
-        self.u_head = nn.ModuleList(Block(sizes) for _ in range(sizes.head_depth))
-        self.v_head = nn.ModuleList(Block(sizes) for _ in range(sizes.head_depth))
+        self.shared_blocks = nn.ModuleList(
+            Block(sizes, attend) for _ in range(sizes.depth - sizes.head_depth)
+        )
+        self.u_head = nn.ModuleList(Block(sizes, attend) for _ in range(sizes.head_depth))
+        self.v_head = nn.ModuleList(Block(sizes, attend) for _ in range(sizes.head_depth))
         self.u_final = FinalLayer(sizes)
         self.v_final = FinalLayer(sizes)
         cos, sin = rotary_tables(sum(sizes.condition_tokens), side, sizes.hidden_size // sizes.num_heads)
@@ -322,14 +327,11 @@ def optimizers(network: Network, lr: float = 1e-3) -> list[torch.optim.Optimizer
 # ---- sampling -------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def sample(
     network: Network, labels: Tensor, noise: Tensor, omega: float, interval: tuple[float, float]
 ) -> Tensor:
-    """Images in one step from noise [B, C, S, S], with attention written out."""
-    for module in network.modules():
-        if isinstance(module, Attention):
-            module.attend = written_out_attention
+    """Images in one step from noise [B, C, S, S]: z - (1 - 0) u(z, 1, 0)."""
     one = torch.ones(len(labels), dtype=noise.dtype, device=noise.device)
     conditions = one, omega * one, interval[0] * one, interval[1] * one, labels
     (x,) = network(noise, *conditions, heads="u")

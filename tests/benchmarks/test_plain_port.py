@@ -2,6 +2,7 @@
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import plain_port
@@ -11,7 +12,6 @@ from torch import Tensor
 from training_step.agreement import batches, relative_error
 from training_step.sides import SMALL, Batch, Ours, Port, make_model
 
-import pmf
 from pmf.models import config_from_state_dict, from_official
 from pmf.reference.objective import objective as reference_objective
 
@@ -59,12 +59,13 @@ def below(golden: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): x for name, x in golden.items() if name.startswith(prefix)}
 
 
-def golden_network(golden: dict[str, Tensor]) -> plain_port.Network:
+def golden_network(golden: dict[str, Tensor], **options: Any) -> plain_port.Network:
     config = config_from_state_dict(below(golden, "param/"), noise_scale=1.0)
     width = golden["param/u_heads.0.mlp.w1._flax_linear.weight"].shape[0]
     rank = golden["param/x_embedder.proj1.weight"].shape[0]
     given = {name: getattr(config, name) for name in plain_port.Sizes._fields}
-    network = plain_port.Network(plain_port.Sizes(**{**given, "mlp_width": width, "bottleneck": rank}))
+    sizes = plain_port.Sizes(**{**given, "mlp_width": width, "bottleneck": rank})
+    network = plain_port.Network(sizes, **options)
     return plain_port.load(network, from_official(below(golden, "param/")))
 
 
@@ -83,10 +84,11 @@ def test_its_losses_and_gradients_are_the_authors(golden: dict[str, Tensor]):
         assert relative_error(found, expected[name].reshape(found.shape)) < GOLDEN_TOLERANCE, name
 
 
-def test_its_samples_are_the_authors(golden: dict[str, Tensor]):
+@pytest.mark.parametrize("attend", [plain_port.torch_attention, plain_port.written_out_attention])
+def test_its_samples_are_the_authors(golden: dict[str, Tensor], attend: plain_port.Attend):
     given = below(golden, "sample1/")
     interval = float(given["t_min"]), float(given["t_max"])
-    network = golden_network(golden)
+    network = golden_network(golden, attend=attend)
     images = plain_port.sample(network, given["labels"], given["z"], float(given["omega"]), interval)
     assert relative_error(images, given["images"]) < GOLDEN_TOLERANCE
 
@@ -130,13 +132,3 @@ def test_the_guidance_passes_need_the_v_path_alone():
     sides = [Port(model, SMALL, "fp32", guidance_heads=heads) for heads in ("uv", "v")]
     both, careful = (side.backward(batch) for side in sides)
     assert all(map(torch.equal, both, careful))
-
-
-def test_the_reference_sampler_of_the_library_agrees():
-    model = make_model(SMALL)
-    network = plain_port.load(plain_port.Network(SMALL), model.state_dict())
-    labels = torch.tensor([0, 3, SMALL.num_classes])
-    noise = torch.randn(3, SMALL.channels, SMALL.image_size, SMALL.image_size)
-    theirs = plain_port.sample(network, labels, noise, 4.0, (0.2, 0.9))
-    ours = pmf.sample(model.double(), labels, omega=4.0, interval=(0.2, 0.9), noise=noise.double())
-    assert relative_error(theirs, ours) < 1e-5

@@ -1,0 +1,110 @@
+"""One-step sampling from pMF-B/16 against a plain float32 sampler with attention written out (plain_port.py).
+
+    python benchmarks/bench_sampling.py [--batch-size 8] [--quick] [--out FILE.json]
+
+Same weights (random, with gates that are not zero and final layers that give images of unit size), noise and
+labels. First the images must agree: in float32 within 1e-4, and in the precision that pmf samples with unless
+told otherwise (bfloat16 products where the CPU has them) with a PSNR of at least 50 dB at a range of 2; or
+else nothing is timed and the exit status is 1. Then all run in turn, and medians are compared.
+
+The last line is `images_per_second_ratio=R psnr_db=P`: pmf by its default over the plain sampler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import plain_port
+import torch
+from torch import Tensor
+from training_step.agreement import relative_error
+from training_step.sides import make_model
+
+from pmf.bench.harness import interleaved_medians, record, write_record
+from pmf.flow import Sampler
+
+OMEGA, INTERVAL = 7.5, (0.1, 0.8)  # the preset's
+LEAST_PSNR = 50.0
+FLOAT32_LIMIT = 1e-4
+RANGE = 2.0
+"""Images lie around [-1, 1]."""
+QUICK = plain_port.Sizes(
+    image_size=64, patch_size=8, hidden_size=256, depth=4, head_depth=2, num_heads=4, mlp_width=682
+)
+
+
+def psnr(images: Tensor, truth: Tensor) -> float:
+    """10 log10(RANGE^2 / mean squared difference)."""
+    error = (images.double() - truth.double()).square().mean().item()
+    return math.inf if error == 0 else 10 * math.log10(RANGE**2 / error)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=60.0, help="time to spend (default: 60)")
+    parser.add_argument("--quick", action="store_true", help="a small network: does it all run?")
+    parser.add_argument("--out", type=Path, help="write the record to this JSON file")
+    arguments = parser.parse_args()
+    sizes = QUICK if arguments.quick else plain_port.Sizes()
+    batch_size, seconds = arguments.batch_size, 1.0 if arguments.quick else arguments.seconds
+
+    model = make_model(sizes)
+    plain = plain_port.Network(sizes, attend=plain_port.written_out_attention)
+    plain_port.load(plain, model.state_dict())
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch_size, sizes.channels, sizes.image_size, sizes.image_size)
+    noise = torch.randn(shape, generator=generator)
+    labels = torch.randint(sizes.num_classes, (batch_size,), generator=generator)
+
+    samplers = {precision: Sampler(model, precision) for precision in ("auto", "fp32")}
+    default = f"pmf, {samplers['auto'].precision} (its default)"
+    runs: dict[str, Any] = {
+        default: lambda: samplers["auto"](labels, omega=OMEGA, interval=INTERVAL, noise=noise),
+        "pmf, fp32": lambda: samplers["fp32"](labels, omega=OMEGA, interval=INTERVAL, noise=noise),
+        "plain sampler, fp32": lambda: plain_port.sample(plain, labels, noise, OMEGA, INTERVAL),
+    }
+    images = {name: run() for name, run in runs.items()}
+    truth = images["plain sampler, fp32"]
+    error = relative_error(images["pmf, fp32"], truth)
+    found = psnr(images[default], truth)
+    size = truth.square().mean().sqrt().item()
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"depth {sizes.depth}, batch {batch_size}, images of root mean square {size:.2f}")
+    print(f"pmf, fp32: relative error {error:.1e} (at most {FLOAT32_LIMIT:.0e})")
+    print(f"{default}: PSNR {found:.2f} dB (at least {LEAST_PSNR:.0f})", flush=True)
+    if not (error <= FLOAT32_LIMIT and found >= LEAST_PSNR):
+        print("The images differ: nothing was timed.", file=sys.stderr)
+        return 1
+
+    medians = interleaved_medians(runs, seconds, least_rounds=3 if arguments.quick else 7)
+    rows = []
+    print(f"{'sampler':30} {'ms a batch':>11} {'images/s':>9} {'ours over it':>13}")
+    for name, median in medians.items():
+        row = {
+            "contestant": name,
+            "median_ms": 1e3 * median,
+            "images_per_second": batch_size / median,
+            "images_per_second_ratio": median / medians[default],
+            "psnr_db": None if name.startswith("plain") else psnr(images[name], truth),
+        }
+        rows.append(row)
+        print(
+            f"{name:30} {row['median_ms']:11.1f} {row['images_per_second']:9.2f} "
+            f"{row['images_per_second_ratio']:13.2f}"
+        )
+    if arguments.out:
+        details = {"sizes": sizes._asdict(), "batch_size": batch_size, "image_rms": size}
+        write_record(arguments.out, {**record("sampling", rows), **details, "float32_error": error})
+    print(f"images_per_second_ratio={rows[-1]['images_per_second_ratio']:.4f} psnr_db={found:.4f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""The sampling benchmark: it compares images before it times anything."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import bench_sampling
+import pytest
+import torch
+from helpers.pmf_process import environment
+
+SCRIPT = Path(bench_sampling.__file__)
+
+
+def test_psnr_of_a_known_difference():
+    images = torch.zeros(2, 3, 4, 4)
+    assert bench_sampling.psnr(images + 0.02, images) == pytest.approx(40.0)  # a hundredth of the range
+    assert bench_sampling.psnr(images, images) == float("inf")
+    assert not bench_sampling.psnr(images * torch.nan, images) >= bench_sampling.LEAST_PSNR
+
+
+def test_images_that_differ_end_the_run_before_anything_is_timed(monkeypatch, capsys):
+    plain = bench_sampling.plain_port.sample
+    monkeypatch.setattr(bench_sampling.plain_port, "sample", lambda *args: 0.99 * plain(*args))
+    monkeypatch.setattr(sys, "argv", ["bench_sampling.py", "--quick", "--batch-size", "2"])
+    assert bench_sampling.main() == 1
+    printed = capsys.readouterr()
+    assert "nothing was timed" in printed.err and "images_per_second_ratio" not in printed.out
+
+
+def test_quick_run_ends_with_ratio_and_psnr(tmp_path: Path):
+    out = tmp_path / "record.json"
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--quick", "--batch-size", "2", "--out", str(out)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
+    match = re.fullmatch(r"images_per_second_ratio=(\d+\.\d+) psnr_db=(\d+\.\d+)", last)
+    assert match and float(match[1]) > 0 and float(match[2]) >= bench_sampling.LEAST_PSNR
+    record = json.loads(out.read_text())
+    assert [row["contestant"].partition(",")[0] for row in record["rows"]] == ["pmf", "pmf", "plain sampler"]
+    assert record["float32_error"] < bench_sampling.FLOAT32_LIMIT
