@@ -37,6 +37,10 @@ STABLE_TORCH_LIBRARY(pmf, m) {
   // Orthogonalisation of every matrix of a list; coefficients are a, b, c of each step, method direct, gram or auto.
   m.def("newton_schulz(Tensor[] matrices, float[] coefficients, str method, ScalarType dtype) -> Tensor[]");
 
+  // a b and c + a b of matrices in CPU memory, by the faster of the libraries that PyTorch carries.
+  m.def("product(Tensor left, Tensor right) -> Tensor");
+  m.def("add_product(Tensor add, Tensor left, Tensor right) -> Tensor");
+
   // The level the CPU kernels run at; a name asks for it first ("auto": the best this processor has).
   m.def("cpu_level(str request) -> str");
 }

@@ -25,7 +25,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "ops/torch_shim.h"
+#include "ops/products.h"
 
 namespace pmf {
 namespace {
@@ -73,6 +73,8 @@ Tensor columns_of(const Tensor& matrix, int64_t begin, int64_t count) {
   return torch::stable::narrow(view, 1, begin, count);
 }
 
+Tensor transposed(Tensor matrix) { return torch::stable::transpose(matrix, 0, 1); }
+
 // Rounds to the nearest float16 in place: float16 storage with float32 products, as a GPU does it.
 // (The CPU's own float16 GEMM is a scalar loop, two orders of magnitude slower.)
 void round_to_half(Tensor block) {
@@ -82,6 +84,45 @@ void round_to_half(Tensor block) {
   torch::stable::copy_(block, rounded);
 }
 
+// out = beta add + alpha product for float32 matrices with contiguous rows; no `add` stands for
+// zero.
+void combine(const Tensor& out, const Tensor* add, const Tensor& product, double beta,
+             double alpha) {
+  const int64_t rows = out.size(0), columns = out.size(1);
+  const auto scale = static_cast<float>(alpha), share = static_cast<float>(beta);
+  for (int64_t i = 0; i < rows; ++i) {
+    float* to = static_cast<float*>(out.mutable_data_ptr()) + i * out.stride(0);
+    const float* from = static_cast<const float*>(product.const_data_ptr()) + i * columns;
+    if (add == nullptr) {
+      for (int64_t j = 0; j < columns; ++j) to[j] = scale * from[j];
+    } else {
+      const float* other = static_cast<const float*>(add->const_data_ptr()) + i * add->stride(0);
+      for (int64_t j = 0; j < columns; ++j) to[j] = share * other[j] + scale * from[j];
+    }
+  }
+}
+
+// Copies what is below the diagonal of a square block above it.
+template <class Element>
+void mirror(const Tensor& block) {
+  auto* x = static_cast<Element*>(block.mutable_data_ptr());
+  const int64_t stride = block.stride(0);
+  for (int64_t i = 1; i < block.size(0); ++i) {
+    for (int64_t j = 0; j < i; ++j) x[j * stride + i] = x[i * stride + j];
+  }
+}
+
+void mirror(const Tensor& block) {
+  switch (block.element_size()) {
+    case 2:
+      return mirror<uint16_t>(block);
+    case 4:
+      return mirror<uint32_t>(block);
+    default:
+      return mirror<uint64_t>(block);
+  }
+}
+
 struct Executor {
   bool shared;        // tasks of this matrix are shared between threads
   bool half_storage;  // round every stored product to float16
@@ -89,6 +130,10 @@ struct Executor {
   // out = beta add + alpha left right, all rows of the block at once.
   void multiply(Tensor out, const Tensor& add, const Tensor& left, const Tensor& right, double beta,
                 double alpha) const {
+    if (prefers_onednn(left, right)) {
+      combine(out, beta == 0 ? nullptr : &add, onednn_product(left, right), beta, alpha);
+      return;
+    }
     const AOTITorchError status =
         beta == 0
             ? aoti_torch_cpu_mm_out(out.get(), left.get(), right.get())
@@ -108,7 +153,9 @@ struct Executor {
     });
   }
 
-  // The same where the result is known to be symmetric: rows up to the diagonal block, mirrored.
+  // out = beta add + alpha left right^T where the result is known to be symmetric: rows up to the
+  // diagonal block, then mirrored to the last bit. So a symmetric `right` is its own transpose, and
+  // its rows, unlike its columns, lie together.
   void symmetric(const Tensor& out, const Tensor& add, const Tensor& left, const Tensor& right,
                  double beta, double alpha) const {
     const int64_t m = out.size(0), blocks = (m + kSymmetricRows - 1) / kSymmetricRows;
@@ -117,7 +164,8 @@ struct Executor {
       const int64_t count = std::min(kSymmetricRows, m - begin), width = begin + count;
       const Tensor row = columns_of(rows_of(out, begin, count), 0, width);
       multiply(row, columns_of(rows_of(add, begin, count), 0, width), rows_of(left, begin, count),
-               columns_of(right, 0, width), beta, alpha);
+               transposed(rows_of(right, 0, width)), beta, alpha);
+      mirror(columns_of(row, begin, count));
       if (begin > 0) {
         Tensor mirrored = columns_of(rows_of(out, 0, begin), begin, count);
         Tensor below = columns_of(row, 0, begin);
@@ -235,7 +283,7 @@ Tensor direct(Tensor x, const Settings& settings, const Executor& run) {
          polynomial = torch::stable::new_empty(x, {m, m});
   for (int64_t step = 0; step < settings.steps(); ++step) {
     const double* k = &settings.coefficients[3 * step];
-    run.symmetric(gram, gram, x, torch::stable::transpose(x, 0, 1), 0, 1);
+    run.symmetric(gram, gram, x, x, 0, 1);
     run.symmetric(polynomial, gram, gram, gram, k[1], k[2]);
     run.full(next, x, polynomial, x, k[0]);
     std::swap(x, next);
@@ -250,7 +298,7 @@ Tensor on_gram(Tensor x, const Settings& settings, const Executor& run) {
   Tensor gram = square(), product = square(), z = square(), q = square(), spare = square();
   for (int64_t begin = 0, end; begin < steps; begin = end) {
     end = begin == 0 ? std::min(kRestart, steps) : steps;
-    run.symmetric(gram, gram, x, torch::stable::transpose(x, 0, 1), 0, 1);
+    run.symmetric(gram, gram, x, x, 0, 1);
     for (int64_t step = begin; step < end; ++step) {
       const double* k = &settings.coefficients[3 * step];
       run.symmetric(z, gram, gram, gram, k[1], k[2]);

@@ -1,0 +1,115 @@
+// Which library multiplies float32 matrices on the CPU; the reason is in products.h.
+#include "ops/products.h"
+
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+// oneDNN's doors in PyTorch's C interface. Weak: a PyTorch built without oneDNN lacks them.
+extern "C" {
+__attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise(
+    AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias, const char* attribute,
+    const double** scalars, int64_t scalar_count, const char** algorithm, AtenTensorHandle* result);
+__attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise_binary(
+    AtenTensorHandle x, AtenTensorHandle other, AtenTensorHandle weight, AtenTensorHandle* bias,
+    const char* attribute, AtenTensorHandle* result);
+}
+
+namespace pmf {
+namespace {
+
+// A processor with AVX-512 that MKL does not use.
+bool detect() {
+#if defined(__x86_64__)
+  if (aoti_torch_cpu__linear_pointwise == nullptr ||
+      aoti_torch_cpu__linear_pointwise_binary == nullptr) {
+    return false;
+  }
+  unsigned int largest = 0, vendor[3] = {};  // the name's letters come in EBX, EDX, ECX
+  if (__get_cpuid(0, &largest, &vendor[0], &vendor[2], &vendor[1]) == 0) return false;
+  __builtin_cpu_init();
+  return std::memcmp(vendor, "GenuineIntel", sizeof(vendor)) != 0 &&
+         __builtin_cpu_supports("avx512f");
+#else
+  return false;
+#endif
+}
+
+bool is_float_matrix(const Tensor& x) {
+  return x.is_cpu() && x.dim() == 2 && x.scalar_type() == ScalarType::Float && x.numel() > 0;
+}
+
+}  // namespace
+
+bool prefers_onednn(const Tensor& left, const Tensor& right) {
+  static const bool faster = detect();
+  return faster && is_float_matrix(left) && is_float_matrix(right);
+}
+
+namespace {
+
+// right [K, N] as oneDNN's linear layer wants it: transposed, and without gaps between rows or
+// columns, for which oneDNN has only its reference loops, a thousand times slower.
+Tensor weight_of(const Tensor& right) {
+  const int64_t rows = right.size(0), columns = right.size(1);
+  const bool by_rows = right.stride(1) == 1 && right.stride(0) == columns;
+  const bool by_columns = right.stride(0) == 1 && right.stride(1) == rows;
+  Tensor dense = by_rows || by_columns ? right : torch::stable::contiguous(right);
+  return torch::stable::transpose(dense, 0, 1);
+}
+
+}  // namespace
+
+Tensor onednn_product(const Tensor& left, const Tensor& right) {
+  AtenTensorHandle result = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(
+      left.get(), weight_of(right).get(), nullptr, "none", nullptr, 0, nullptr, &result));
+  return Tensor(result);
+}
+
+Tensor onednn_add_product(const Tensor& add, const Tensor& left, const Tensor& right) {
+  AtenTensorHandle result = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise_binary(
+      left.get(), add.get(), weight_of(right).get(), nullptr, "add", &result));
+  return Tensor(result);
+}
+
+namespace {
+
+// torch.ops.pmf.product and add_product: what Python calls in place of torch.mm and torch.addmm.
+
+void check_matrices(const Tensor& left, const Tensor& right, const char* op) {
+  require_cpu(left, op);
+  check_value(left.dim() == 2 && right.dim() == 2 && left.size(1) == right.size(0), op,
+              ": needs matrices [M, K] and [K, N], got ", shape_of(left), " and ", shape_of(right));
+}
+
+Tensor product(Tensor left, Tensor right) {
+  check_matrices(left, right, "product");
+  if (prefers_onednn(left, right)) return onednn_product(left, right);
+  Tensor result = torch::stable::new_empty(left, {left.size(0), right.size(1)});
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(result.get(), left.get(), right.get()));
+  return result;
+}
+
+Tensor add_product(Tensor add, Tensor left, Tensor right) {
+  check_matrices(left, right, "add_product");
+  check_value(add.dim() == 2 && add.size(0) == left.size(0) && add.size(1) == right.size(1),
+              "add_product: the addend must be [", left.size(0), ", ", right.size(1), "], got ",
+              shape_of(add));
+  if (prefers_onednn(left, right)) return onednn_add_product(add, left, right);
+  Tensor result = torch::stable::new_empty(left, {left.size(0), right.size(1)});
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_addmm_out(result.get(), add.get(), left.get(), right.get(), 1, 1));
+  return result;
+}
+
+}  // namespace
+}  // namespace pmf
+
+PMF_IMPLEMENT(m) {
+  m.impl("product", TORCH_BOX(&pmf::product));
+  m.impl("add_product", TORCH_BOX(&pmf::add_product));
+}

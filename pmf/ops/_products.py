@@ -1,0 +1,39 @@
+"""Matrix products for the layers' own derivatives: PyTorch's, or a faster library's where there is one.
+
+In float32 the BLAS of PyTorch's x86 builds (MKL) keeps to 256-bit vectors on processors that are not Intel's;
+oneDNN, which PyTorch also carries, does not. See csrc/ops/products.h for the choice and what it was measured
+to be worth. Neither function is differentiable: they are for use inside autograd Functions.
+"""
+
+import torch
+from torch import Tensor
+
+from pmf import _library
+
+from ._autograd import register_fake
+
+__all__ = ["add_product", "product"]
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """left [M, K] right [K, N], any strides."""
+    if _is_ours(left):
+        return torch.ops.pmf.product(left, right)
+    return torch.mm(left, right)
+
+
+def add_product(add: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """add [M, N] + left [M, K] right [K, N], rounded once."""
+    if _is_ours(left):
+        return torch.ops.pmf.add_product(add, left, right)
+    return torch.addmm(add, left, right)
+
+
+def _is_ours(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.device.type == "cpu" and not _library.missing()
+
+
+register_fake("product", lambda left, right: left.new_empty(left.shape[0], right.shape[1]))
+register_fake(
+    "add_product", lambda add, left, right: torch.empty_like(add, memory_format=torch.contiguous_format)
+)
