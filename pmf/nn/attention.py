@@ -1,15 +1,33 @@
-"""Self-attention with normalised queries and keys and rotary embedding on the image tokens."""
+"""The attention branch of a block: norm, self-attention with normalised and rotated queries, gated sum."""
 
+from typing import Any, ClassVar, NamedTuple
+
+import torch
 from torch import Tensor, nn
 
-from . import tangent
+from pmf import reference
+from pmf.ops._autograd import KernelFunction, call, in_float32, register, vjp
+
+from .branch import (
+    add_branch,
+    branch_gradients,
+    cast_for_products,
+    project,
+    project_gradients,
+    scale_rows,
+)
 from .norm import RMSNorm
 
 __all__ = ["Attention"]
 
 
 class Attention(nn.Module):
-    """out_proj(softmax(q k^T / sqrt(d)) v), q and k RMS-normalised per head and rotated; x [B, N, D]."""
+    """y = x + gate out_proj(softmax(q k^T / sqrt(d)) v), q, k and v of RMSNorm(x); x [B, N, D].
+
+    q and k are RMS-normalised per head, and the last tokens' rotated. Backward keeps x, q, k, v and the
+    attention's output, 5 D numbers a token, and one float32 a token and head; all else is computed again (see
+    `pmf.nn.branch`).
+    """
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -22,32 +40,196 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(hidden_size // num_heads)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, x_t: Tensor | None = None, keep: int | None = None
+        self,
+        x: Tensor,
+        norm: RMSNorm,
+        gate: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        x_t: Tensor | None = None,
+        keep: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """x [B, N, D], x_t [n, N, D] or None -> [B, N, D], its tangent; of the last `keep` tokens only."""
-        q, q_t = tangent.linear(self.q_proj, x, x_t)
-        k, k_t = tangent.linear(self.k_proj, x, x_t)
-        v, v_t = tangent.linear(self.v_proj, x, x_t)
-        q, k, q_t, k_t = tangent.rotary_qk_norm(
-            self._split(q),
-            self._split(k),
-            self.q_norm.weight,
-            self.k_norm.weight,
+        """x [B, N, D], x_t [n, N, D] or None -> y [B, N, D], its tangent; of the last `keep` tokens only.
+
+        gate [D]; cos, sin [P, D / H / 2] turn the last P tokens. y has x's dtype; the products are in the
+        matrices' dtype, or autocast's.
+        """
+        layers = self.q_proj, self.k_proj, self.v_proj, self.out_proj
+        query, key, value, out = cast_for_products(x, *(layer.weight for layer in layers))
+        inputs = _Inputs(
+            x,
+            norm.weight.to(x.dtype),
+            query,
+            key,
+            value,
+            self.q_norm.weight.to(out.dtype),
+            self.k_norm.weight.to(out.dtype),
+            out,
+            gate,
             cos,
             sin,
-            None if q_t is None else self._split(q_t),
-            None if k_t is None else self._split(k_t),
+            self.num_heads,
+            x.shape[1] if keep is None else keep,
+            norm.eps,
             self.q_norm.eps,
         )
-        if keep is not None:
-            q, q_t = q[:, :, -keep:], None if q_t is None else q_t[:, :, -keep:]
-        y, y_t = tangent.attention(q, k, self._split(v), q_t, k_t, None if v_t is None else self._split(v_t))
-        return tangent.linear(self.out_proj, self._join(y), None if y_t is None else self._join(y_t))
+        if x_t is None:
+            return call("attention_branch", *inputs)[0], None
+        return call("attention_branch_jvp_detached", *inputs, x_t)[:2]
 
-    def _split(self, x: Tensor) -> Tensor:
-        """[B, N, D] -> [B, H, N, D / H], a view."""
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-    def _join(self, x: Tensor) -> Tensor:
-        """[B, H, N, D / H] -> [B, N, D], a view where attention kept the layout of the query."""
-        return x.transpose(1, 2).flatten(2)
+class _Inputs(NamedTuple):
+    x: Tensor  # [B, N, D]
+    norm: Tensor  # [D]
+    query: Tensor  # [D, D], as the next two and `out`
+    key: Tensor
+    value: Tensor
+    query_norm: Tensor  # [D / H], as the next
+    key_norm: Tensor
+    out: Tensor
+    gate: Tensor  # [D]
+    cos: Tensor
+    sin: Tensor
+    num_heads: int
+    keep: int
+    eps: float
+    head_eps: float
+
+    @property
+    def norms(self) -> tuple[Any, ...]:
+        """What rotary_qk_norm takes after queries and keys."""
+        return self.query_norm, self.key_norm, self.cos, self.sin
+
+    @property
+    def scale(self) -> float:
+        return self.query_norm.shape[0] ** -0.5
+
+    def heads(self, y: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values of y [B, N, D]: views [B, H, N, D / H]."""
+        return tuple(_split(p, self.num_heads) for p in project(y, self.query, self.key, self.value))
+
+    def last(self, x: Tensor, dim: int = 1) -> Tensor:
+        """The last `keep` tokens, a view."""
+        return x.narrow(dim, x.shape[dim] - self.keep, self.keep)
+
+
+class _AttentionBranch(KernelFunction):
+    """_Inputs -> (y, and for backward q, k, v, o, lse)."""
+
+    op = "attention_branch"
+    constants = 5
+    residuals: ClassVar[tuple[int, ...]] = (1, 2, 3, 4, 5)
+    samples: ClassVar[tuple[int, ...]] = (0,)
+    by_reference: ClassVar[tuple[int, ...]] = (9, 10)
+
+    @classmethod
+    def forward(cls, *args: Any) -> tuple[Tensor, ...]:
+        w, raw = _Inputs(*args), torch.ops.pmf
+        q, k, v = w.heads(raw.rms_norm(w.x, w.norm, w.eps))
+        turned_q, turned_k = raw.rotary_qk_norm(q, k, *w.norms, w.head_eps)
+        o, lse = raw.attention_forward(w.last(turned_q, 2), turned_k, v, None, False, w.scale)
+        y = add_branch(w.last(w.x), scale_rows(w.gate, w.out), _join(o))
+        return y, q, k, v, o, lse
+
+    @staticmethod
+    @in_float32
+    def reference(*args: Any) -> tuple[Tensor, ...]:
+        w = _Inputs(*args)
+        y = reference.rms_norm(w.x, w.norm, w.eps)
+        q, k, v = (_split(y @ matrix.t(), w.num_heads) for matrix in (w.query, w.key, w.value))
+        q, k = reference.rotary_qk_norm(q, k, w.query_norm, w.key_norm, w.cos, w.sin, w.head_eps)
+        o = reference.attention(w.last(q, 2), k, v, scale=w.scale)
+        return (w.last(w.x) + w.gate * (_join(o) @ w.out.t()),)
+
+    @classmethod
+    def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
+        return (*_AttentionBranchBackward.apply(*grads, *residuals, *args), *(None,) * 6)
+
+
+class _AttentionBranchBackward(KernelFunction):
+    """(grad, q, k, v, o, lse, *_Inputs) -> gradients of the first nine."""
+
+    op = "attention_branch_backward"
+
+    @classmethod
+    def forward(
+        cls, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *args: Any
+    ) -> tuple[Tensor, ...]:
+        w, raw = _Inputs(*args), torch.ops.pmf
+        grad_gate, grad_out, grad_o = branch_gradients(grad, w.gate, w.out, _join(o))
+        turned_q, turned_k = raw.rotary_qk_norm(q, k, *w.norms, w.head_eps)
+        grad_q, grad_k, grad_v = raw.attention_backward(
+            _split(grad_o, w.num_heads), w.last(turned_q, 2), turned_k, v, lse, None, False, w.scale
+        )
+        grad_q, grad_k, grad_query_norm, grad_key_norm = raw.rotary_qk_norm_backward(
+            _behind_zeros(grad_q, q), grad_k, q, k, *w.norms, w.head_eps
+        )
+        y = raw.rms_norm(w.x, w.norm, w.eps)
+        grad_heads = _join(grad_q), _join(grad_k), _join(grad_v)
+        grad_y, grad_matrices = project_gradients(grad_heads, y, w.query, w.key, w.value)
+        grad_x, grad_norm = raw.rms_norm_backward(grad_y, w.x, w.norm, w.eps)
+        w.last(grad_x).add_(grad)
+        return grad_x, grad_norm, *grad_matrices, grad_query_norm, grad_key_norm, grad_out, grad_gate
+
+    @staticmethod
+    def reference(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        return vjp(_AttentionBranch.reference, args[5:], (grad,))[:9]
+
+
+class _AttentionBranchJvpDetached(_AttentionBranch):
+    """(*_Inputs, x_t) -> (y, y_t, and for backward q, k, v, o, lse)."""
+
+    constants = 6
+    residuals: ClassVar[tuple[int, ...]] = (2, 3, 4, 5, 6)
+    unsaved: ClassVar[tuple[int, ...]] = (15,)
+    samples: ClassVar[tuple[int, ...]] = (0, 15)
+
+    @classmethod
+    def forward(cls, *args: Any) -> tuple[Tensor, ...]:
+        *inputs, x_t = args
+        w, raw = _Inputs(*inputs), torch.ops.pmf
+        y, y_t = raw.rms_norm_jvp(w.x, w.norm, x_t, None, w.eps)
+        (q, k, v), (q_t, k_t, v_t) = w.heads(y), w.heads(y_t)
+        turned_q, turned_k, turned_q_t, turned_k_t = raw.rotary_qk_norm_jvp(
+            q, k, *w.norms, q_t, k_t, None, None, w.head_eps
+        )
+        last = w.last(turned_q, 2), turned_k, v, w.last(turned_q_t, 2), turned_k_t, v_t
+        o, o_t, lse = raw.attention_jvp_forward(*last, None, False, w.scale)
+        scaled = scale_rows(w.gate, w.out)
+        y, y_t = (add_branch(w.last(x), scaled, _join(branch)) for x, branch in ((w.x, o), (x_t, o_t)))
+        return y, y_t, q, k, v, o, lse
+
+    @staticmethod
+    def reference(*args: Any) -> tuple[Tensor, ...]:
+        return _AttentionBranch.reference(*args[:-1])
+
+    @classmethod
+    def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
+        return (*_AttentionBranch.gradient(grads, args[:-1], residuals, needed), None)
+
+    @classmethod
+    def tangent(cls, args: Any, tangents: Any) -> Any:
+        return _AttentionBranch.tangent(args[:-1], tangents[:-1])
+
+
+def _split(x: Tensor, num_heads: int) -> Tensor:
+    """[B, N, D] -> [B, H, N, D / H], a view."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def _join(x: Tensor) -> Tensor:
+    """[B, H, N, D / H] -> [B, N, D], a view where the kernels kept the layout of the projections."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def _behind_zeros(grad: Tensor, q: Tensor) -> Tensor:
+    """The gradient of all queries, given that of the last ones."""
+    if grad.shape == q.shape:
+        return grad
+    whole = torch.zeros_like(q)
+    whole[:, :, q.shape[2] - grad.shape[2] :] = grad
+    return whole
+
+
+register("attention_branch", _AttentionBranch)
+register("attention_branch_jvp_detached", _AttentionBranchJvpDetached)

@@ -2,13 +2,13 @@
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from . import tangent
 from .attention import Attention
 from .mlp import SwiGLU
 from .norm import RMSNorm
 
-__all__ = ["Block"]
+__all__ = ["Block", "checkpointed"]
 
 
 class Block(nn.Module):
@@ -41,11 +41,28 @@ class Block(nn.Module):
 
         keep: compute the last that many tokens only, which still attend to all; the result is [B, keep, D].
         """
-        y, y_t = self.norm1(x, x_t)
-        y, y_t = self.attn(y, cos, sin, y_t, keep)
-        if keep is not None:
-            x, x_t = x[:, -keep:], None if x_t is None else x_t[:, -keep:]
-        x, x_t = tangent.gated_residual(x, y, self.attn_scale, x_t, y_t)
-        y, y_t = self.norm2(x, x_t)
-        y, y_t = self.mlp(y, y_t)
-        return tangent.gated_residual(x, y, self.mlp_scale, x_t, y_t)
+        x, x_t = self.attn(x, self.norm1, self.attn_scale, cos, sin, x_t, keep)
+        pair: tuple[Tensor, Tensor | None] = self.mlp(x, self.norm2, self.mlp_scale, x_t)
+        return pair
+
+
+def checkpointed(
+    block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, x_t: Tensor | None = None, keep: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """block(x, ...) that keeps x alone for backward, which runs the block again: the value, not the tangent.
+
+    A tangent is a constant for autograd and none of the block's saved tensors depends on it, so the second
+    run need not carry it. Under torch.compile the partitioner finds that out by itself.
+    """
+    tangents = [x_t]
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor | None]:
+        pair: tuple[Tensor, Tensor | None] = block(x, cos, sin, tangents.pop() if tangents else None, keep)
+        return pair
+
+    if torch.compiler.is_compiling():
+        args: tuple[object, ...] = (block, x, cos, sin, x_t, keep)
+    else:
+        args = run, x
+    pair: tuple[Tensor, Tensor | None] = checkpoint(*args, use_reentrant=False, preserve_rng_state=False)
+    return pair

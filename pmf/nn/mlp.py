@@ -1,8 +1,15 @@
-"""The SwiGLU feed-forward layer."""
+"""The MLP branch of a block: norm, SwiGLU, gated sum."""
 
+from typing import Any, ClassVar, NamedTuple
+
+import torch
 from torch import Tensor, nn
 
-from . import tangent
+from pmf import reference
+from pmf.ops._autograd import KernelFunction, call, in_float32, register, vjp
+
+from .branch import add_branch, branch_gradients, cast_for_products, project, project_gradients, scale_rows
+from .norm import RMSNorm
 
 __all__ = ["SwiGLU", "swiglu_width"]
 
@@ -14,7 +21,11 @@ def swiglu_width(hidden_size: int) -> int:
 
 
 class SwiGLU(nn.Module):
-    """y = w2(silu(w1 x) * w3 x) without biases; x [B, N, D] (Shazeer, 2020)."""
+    """y = x + gate w2(silu(w1 n) * w3 n), n = RMSNorm(x), no biases; x [B, N, D] (Shazeer, 2020).
+
+    Backward keeps x, w1 n and w3 n, D + 2 W numbers a token of the inner width W; all else is computed again
+    (see `pmf.nn.branch`).
+    """
 
     def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()
@@ -22,8 +33,106 @@ class SwiGLU(nn.Module):
         self.w2 = nn.Linear(width, hidden_size, bias=False)
         self.w3 = nn.Linear(hidden_size, width, bias=False)
 
-    def forward(self, x: Tensor, x_t: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        gate, gate_t = tangent.linear(self.w1, x, x_t)
-        up, up_t = tangent.linear(self.w3, x, x_t)
-        y, y_t = tangent.swiglu(gate, up, gate_t, up_t)
-        return tangent.linear(self.w2, y, y_t)
+    def forward(
+        self, x: Tensor, norm: RMSNorm, gate: Tensor, x_t: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x [B, N, D], x_t [n, N, D] or None -> y [B, N, D], its tangent; gate [D].
+
+        y has x's dtype; the products are in the matrices' dtype, or autocast's.
+        """
+        w1, w3, w2 = cast_for_products(x, self.w1.weight, self.w3.weight, self.w2.weight)
+        inputs = _Inputs(x, norm.weight.to(x.dtype), w1, w3, w2, gate, norm.eps)
+        if x_t is None:
+            return call("mlp_branch", *inputs)[0], None
+        return call("mlp_branch_jvp_detached", *inputs, x_t)[:2]
+
+
+class _Inputs(NamedTuple):
+    x: Tensor  # [B, N, D]
+    norm: Tensor  # [D]
+    w1: Tensor  # [W, D], as the next
+    w3: Tensor
+    w2: Tensor  # [D, W]
+    gate: Tensor  # [D]
+    eps: float
+
+
+class _MlpBranch(KernelFunction):
+    """_Inputs -> (y, and for backward w1 n and w3 n)."""
+
+    op = "mlp_branch"
+    constants = 2
+    residuals: ClassVar[tuple[int, ...]] = (1, 2)
+    samples: ClassVar[tuple[int, ...]] = (0,)
+
+    @classmethod
+    def forward(cls, *args: Any) -> tuple[Tensor, ...]:
+        w, raw = _Inputs(*args), torch.ops.pmf
+        a, b = project(raw.rms_norm(w.x, w.norm, w.eps), w.w1, w.w3)
+        return add_branch(w.x, scale_rows(w.gate, w.w2), raw.swiglu(a, b)), a, b
+
+    @staticmethod
+    @in_float32
+    def reference(*args: Any) -> tuple[Tensor, ...]:
+        w = _Inputs(*args)
+        y = reference.rms_norm(w.x, w.norm, w.eps)
+        y = reference.swiglu(y @ w.w1.t(), y @ w.w3.t()) @ w.w2.t()
+        return (w.x + w.gate * y,)
+
+    @classmethod
+    def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
+        return (*_MlpBranchBackward.apply(*grads, *residuals, *args), None)
+
+
+class _MlpBranchBackward(KernelFunction):
+    """(grad, w1 n, w3 n, *_Inputs) -> gradients of the first six."""
+
+    op = "mlp_branch_backward"
+
+    @classmethod
+    def forward(cls, grad: Tensor, a: Tensor, b: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        w, raw = _Inputs(*args), torch.ops.pmf
+        grad_gate, grad_w2, grad_s = branch_gradients(grad, w.gate, w.w2, raw.swiglu(a, b))
+        grads = raw.swiglu_backward(grad_s, a, b)
+        grad_y, (grad_w1, grad_w3) = project_gradients(grads, raw.rms_norm(w.x, w.norm, w.eps), w.w1, w.w3)
+        grad_x, grad_norm = raw.rms_norm_backward(grad_y, w.x, w.norm, w.eps)
+        return grad_x.add_(grad), grad_norm, grad_w1, grad_w3, grad_w2, grad_gate
+
+    @staticmethod
+    def reference(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        return vjp(_MlpBranch.reference, args[2:], (grad,))[:6]
+
+
+class _MlpBranchJvpDetached(_MlpBranch):
+    """(*_Inputs, x_t) -> (y, y_t, and for backward w1 n and w3 n)."""
+
+    constants = 3
+    residuals: ClassVar[tuple[int, ...]] = (2, 3)
+    unsaved: ClassVar[tuple[int, ...]] = (7,)
+    samples: ClassVar[tuple[int, ...]] = (0, 7)
+
+    @classmethod
+    def forward(cls, *args: Any) -> tuple[Tensor, ...]:
+        *inputs, x_t = args
+        w, raw = _Inputs(*inputs), torch.ops.pmf
+        y, y_t = raw.rms_norm_jvp(w.x, w.norm, x_t, None, w.eps)
+        (a, b), (a_t, b_t) = project(y, w.w1, w.w3), project(y_t, w.w1, w.w3)
+        s, s_t = raw.swiglu_jvp(a, b, a_t, b_t)
+        scaled = scale_rows(w.gate, w.w2)
+        return add_branch(w.x, scaled, s), add_branch(x_t, scaled, s_t), a, b
+
+    @staticmethod
+    def reference(*args: Any) -> tuple[Tensor, ...]:
+        return _MlpBranch.reference(*args[:-1])
+
+    @classmethod
+    def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
+        return (*_MlpBranch.gradient(grads, args[:-1], residuals, needed), None)
+
+    @classmethod
+    def tangent(cls, args: Any, tangents: Any) -> Any:
+        return _MlpBranch.tangent(args[:-1], tangents[:-1])
+
+
+register("mlp_branch", _MlpBranch)
+register("mlp_branch_jvp_detached", _MlpBranchJvpDetached)

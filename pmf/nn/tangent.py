@@ -8,6 +8,13 @@ FIRST n samples:
 
 The tangent is a constant for autograd: du/dt stands under a stop-gradient in the MeanFlow identity, so
 nothing is saved for a backward pass through it.
+
+Why two buffers and not one of B + n samples, with one matrix product for both? What backward keeps of the
+value would then keep the tangent's rows in memory too: half as much again, when half of the samples carry a
+tangent. And joining the rows hardly saves time: on two cores a product of 2208 and 1104 rows by a 768 x 768
+matrix took 54.5 ms joined and 55.6 ms apart in float32, 14.3 and 14.5 ms in bfloat16. All else is joined:
+every kernel reads value and tangent in one pass (the `_jvp` ops), and the branches of a block are one
+function of both (`pmf.nn.attention`, `pmf.nn.mlp`).
 """
 
 import torch
@@ -16,7 +23,7 @@ from torch import Tensor, nn
 
 from pmf import ops
 
-__all__ = ["attention", "gated_residual", "linear", "patch_embed", "rms_norm", "rotary_qk_norm", "swiglu"]
+__all__ = ["linear", "patch_embed", "rms_norm"]
 
 Pair = tuple[Tensor, Tensor | None]
 
@@ -35,54 +42,6 @@ def rms_norm(x: Tensor, weight: Tensor, x_t: Tensor | None, eps: float) -> Pair:
     if x_t is None:
         return ops.rms_norm(x, weight, eps), None
     return ops.rms_norm_jvp(x, weight, x_t, eps=eps, detach_tangent=True)
-
-
-def swiglu(gate: Tensor, up: Tensor, gate_t: Tensor | None, up_t: Tensor | None) -> Pair:
-    """`pmf.ops.swiglu` and its tangent; gate, up [B, ..., D]."""
-    if gate_t is None or up_t is None:
-        return ops.swiglu(gate, up), None
-    return ops.swiglu_jvp(gate, up, gate_t, up_t, detach_tangent=True)
-
-
-def gated_residual(
-    x: Tensor, branch: Tensor, gate: Tensor, x_t: Tensor | None, branch_t: Tensor | None
-) -> Pair:
-    """`pmf.ops.gated_residual` and its tangent; x, branch [B, ..., D], gate [D]."""
-    if x_t is None or branch_t is None:
-        return ops.gated_residual(x, branch, gate), None
-    return ops.gated_residual_jvp(x, branch, gate, x_t, branch_t, detach_tangent=True)
-
-
-def rotary_qk_norm(
-    query: Tensor,
-    key: Tensor,
-    query_weight: Tensor,
-    key_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    query_t: Tensor | None,
-    key_t: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """`pmf.ops.rotary_qk_norm` and its tangent; query, key [B, H, N, D]."""
-    inputs = query, key, query_weight, key_weight, cos, sin
-    if query_t is None or key_t is None:
-        return *ops.rotary_qk_norm(*inputs, eps), None, None
-    return ops.rotary_qk_norm_jvp(*inputs, query_t, key_t, eps, detach_tangent=True)
-
-
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_t: Tensor | None,
-    key_t: Tensor | None,
-    value_t: Tensor | None,
-) -> Pair:
-    """`pmf.ops.attention` and its tangent; query, key, value [B, H, N, D]."""
-    if query_t is None:
-        return ops.attention(query, key, value), None
-    return ops.attention_jvp(query, key, value, query_t, key_t, value_t, detach_tangent=True)
 
 
 def patch_embed(

@@ -182,6 +182,14 @@ def orthogonalisation_flops(rows: int, columns: int, steps: int = 5, method: str
     return 2 * flops
 
 
+def _product(left: Tensor, right: Tensor, *, out_val: Any = None) -> int:
+    return 2 * left.shape[0] * left.shape[1] * right.shape[1]
+
+
+def _add_product(add: Tensor, left: Tensor, right: Tensor, *, out_val: Any = None) -> int:
+    return _product(left, right)
+
+
 FORMULAS: dict[str, Callable[..., int]] = {
     "attention_forward": _attention_forward,
     "attention_jvp_forward": _attention_jvp_forward,
@@ -192,6 +200,8 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "patch_embed_backward": _patch_embed_backward,
     "patch_embed_jvp_backward": _patch_embed_jvp_backward,
     "newton_schulz": _newton_schulz,
+    "product": _product,
+    "add_product": _add_product,
 }
 """By raw op, torch.ops.pmf.<name>: a function of its arguments."""
 

@@ -41,21 +41,29 @@ def random(module: nn.Module) -> nn.Module:
 def layers() -> dict[str, tuple[tuple[int, ...], Layer]]:
     """Name -> shape of one sample's input, and the layer as a function of value and tangent."""
     cos, sin = rotary_tables(SIDE, HIDDEN // HEADS, dtype=torch.float64)
-    attention = random(Attention(HIDDEN, HEADS))
+    attention, mlp, norm = (
+        random(layer) for layer in (Attention(HIDDEN, HEADS), SwiGLU(HIDDEN, 24), RMSNorm(HIDDEN))
+    )
+    gate = torch.randn(HIDDEN, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     block = random(Block(HIDDEN, HEADS, 24))
     patch = random(PatchEmbedding(3, 2, 5, HIDDEN))
     position, prefix = torch.randn(TOKENS, HIDDEN).double(), torch.randn(BATCH, PREFIX, HIDDEN).double()
 
     def embed(x: Tensor, x_t: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return patch(
-            x, position[None], prefix[: len(x)], x_t, None if x_t is None else torch.zeros_like(prefix[: len(x_t)])
+            x,
+            position[None],
+            prefix[: len(x)],
+            x_t,
+            None if x_t is None else torch.zeros_like(prefix[: len(x_t)]),
         )
 
     return {
         "rms norm": ((TOKENS, HIDDEN), random(RMSNorm(HIDDEN))),
-        "swiglu": ((TOKENS, HIDDEN), random(SwiGLU(HIDDEN, 24))),
-        "attention": ((TOKENS, HIDDEN), lambda x, x_t: attention(x, cos, sin, x_t)),
+        "mlp": ((TOKENS, HIDDEN), lambda x, x_t: mlp(x, norm, gate, x_t)),
+        "attention": ((TOKENS, HIDDEN), lambda x, x_t: attention(x, norm, gate, cos, sin, x_t)),
         "block": ((TOKENS, HIDDEN), lambda x, x_t: block(x, cos, sin, x_t)),
+        "block, last tokens": ((TOKENS, HIDDEN), lambda x, x_t: block(x, cos, sin, x_t, SIDE * SIDE)),
         "final": ((SIDE * SIDE, HIDDEN), random(FinalLayer(HIDDEN, 2, 3))),
         "patch embedding": ((3, 2 * SIDE, 2 * SIDE), embed),
         "scalar embedder": ((ScalarEmbedder.features,), random(ScalarEmbedder(HIDDEN))),
