@@ -56,6 +56,16 @@ def require() -> None:
         raise RuntimeError(_error)
 
 
+def takes_cuda_kernel(tensor: torch.Tensor) -> bool:
+    """Which of an op's two kernels gets this tensor. (The tests' emulator answers for CPU tensors.)"""
+    return tensor.is_cuda
+
+
+def allow_tf32() -> bool:
+    """Whether float32 products on CUDA may round their operands to TF32: PyTorch's own setting."""
+    return torch.get_float32_matmul_precision() != "highest"
+
+
 def cpu_level() -> str:
     """The level the CPU kernels run at: portable, avx2, avx512 or avx512_bf16."""
     require()

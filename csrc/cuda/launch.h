@@ -5,6 +5,8 @@
 #pragma once
 
 #include "pmf/gated_residual.h"
+#include "pmf/newton_schulz.h"
+#include "pmf/optimizer.h"
 
 namespace pmf::cuda {
 
@@ -13,6 +15,12 @@ namespace pmf::cuda {
 const char* device_problem(int device);
 
 const char* gated_residual(const GatedResidualParams& params, void* stream);
+
+// Newton-Schulz, and with params.muon a step of Muon; Adam's step.
+int64_t newton_schulz_workspace_bytes(const NewtonSchulzParams& params);
+const char* newton_schulz(const NewtonSchulzParams& params, void* stream);
+int64_t adam_workspace_bytes();
+const char* adam(const AdamParams& params, void* stream);
 
 // What a CUDA runtime status means; null for success. (int: cudaError_t.)
 const char* error_sentence(int status);

@@ -35,11 +35,15 @@ STABLE_TORCH_LIBRARY(pmf, m) {
   m.def("patch_embed_jvp_backward(Tensor? grad, Tensor grad_t, Tensor images, Tensor images_t, Tensor weight_down, Tensor weight_up, Tensor hidden, Tensor hidden_t, bool images_need_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // Orthogonalisation of every matrix of a list; coefficients are a, b, c of each step, method direct, gram or auto.
-  m.def("newton_schulz(Tensor[] matrices, float[] coefficients, str method, ScalarType dtype) -> Tensor[]");
+  m.def("newton_schulz(Tensor[] matrices, float[] coefficients, str method, ScalarType dtype, bool allow_tf32=False) -> Tensor[]");
 
   // a b and c + a b of matrices in CPU memory, by the faster of the libraries that PyTorch carries.
   m.def("product(Tensor left, Tensor right) -> Tensor");
   m.def("add_product(Tensor add, Tensor left, Tensor right) -> Tensor");
+
+  // An optimizer's step on CUDA: `step` counts up by one, a learning rate or weight decay may be a tensor, masters may be none.
+  m.def("muon_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] masters, Tensor(d!) step, Tensor? lr, float lr_value, Tensor? weight_decay, float weight_decay_value, float momentum, bool nesterov, bool bias_correction, float[] scales, float[] coefficients, str method, ScalarType dtype, bool allow_tf32) -> ()");
+  m.def("adam_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] squares, Tensor(d!)[] masters, Tensor(e!) step, Tensor? lr, float lr_value, Tensor? weight_decay, float weight_decay_value, float beta1, float beta2, float eps, bool nesterov) -> ()");
 
   // The level the CPU kernels run at; a name asks for it first ("auto": the best this processor has).
   m.def("cpu_level(str request) -> str");

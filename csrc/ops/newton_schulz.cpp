@@ -25,6 +25,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "ops/newton_schulz.h"
 #include "ops/products.h"
 
 namespace pmf {
@@ -346,7 +347,10 @@ void orthogonalise(const Tensor& source, const Tensor& out, const Settings& sett
 }
 
 std::vector<Tensor> newton_schulz(std::vector<Tensor> matrices, std::vector<double> coefficients,
-                                  std::string method, ScalarType dtype) {
+                                  std::string method, ScalarType dtype, bool allow_tf32) {
+  if (!matrices.empty() && takes_cuda_kernel(matrices[0])) {
+    return newton_schulz_by_kernels(matrices, coefficients, method, dtype, allow_tf32);
+  }
   const Settings settings{std::move(coefficients), std::move(method), dtype};
   std::vector<Tensor> results;
   for (const Tensor& matrix : matrices) {

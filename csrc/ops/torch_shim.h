@@ -147,6 +147,9 @@ void run_on_cuda(const Tensor& tensor, const char* op, Launch launch, const Para
 #endif
 }
 
+// Which of an op's two kernels gets these tensors.
+inline bool takes_cuda_kernel(const Tensor& tensor) { return tensor.is_cuda(); }
+
 // "cpu", "cuda:0"
 inline std::string device_of(const Tensor& tensor) {
   return tensor.is_cpu() ? "cpu" : sentence("cuda:", tensor.get_device_index());

@@ -157,13 +157,17 @@ def _newton_schulz(
     matrices: Sequence[Tensor],
     coefficients: Sequence[float],
     method: str,
-    dtype: Any,
-    *,
+    *_: Any,
     out_val: Any = None,
 ) -> int:
     return sum(
         orthogonalisation_flops(x.shape[0], x.shape[1], len(coefficients) // 3, method) for x in matrices
     )
+
+
+def _muon_step(params: Sequence[Tensor], *settings: Any, out_val: Any = None) -> int:
+    coefficients, method = settings[-4:-2]
+    return _newton_schulz(params, coefficients, method)
 
 
 def orthogonalisation_flops(rows: int, columns: int, steps: int = 5, method: str = "auto") -> int:
@@ -200,12 +204,13 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "patch_embed_backward": _patch_embed_backward,
     "patch_embed_jvp_backward": _patch_embed_jvp_backward,
     "newton_schulz": _newton_schulz,
+    "muon_step": _muon_step,
     "product": _product,
     "add_product": _add_product,
 }
 """By raw op, torch.ops.pmf.<name>: a function of its arguments."""
 
-ELEMENTWISE = ("rms_norm", "swiglu", "gated_residual", "rotary_qk_norm")
+ELEMENTWISE = ("rms_norm", "swiglu", "gated_residual", "rotary_qk_norm", "adam_step")
 """Stems whose raw ops make no matrix product."""
 
 

@@ -67,11 +67,14 @@ def newton_schulz(
     Returns the same shapes in the dtype of each matrix. The norm is taken in float32 (float64 for float64)
     after an exact scaling by a power of two, so the scale does not matter: f(2^k G) = f(G) bitwise. Zero
     gives exactly zero; a matrix with NaN or infinity gives NaN, and spoils no other. On the CPU a matrix
-    gives the same bits alone, in a batch, in a list, and with any number of threads.
+    gives the same bits alone, in a batch, in a list, and with any number of threads; on CUDA alone, in a
+    batch and in a list.
 
     On the CPU the work is PyTorch's GEMM, with symmetric products half computed and matrices spread over
-    threads; elsewhere it is batched GEMMs, one batch for each shape. Where autograd or a functional transform
-    needs a derivative, the plain iteration of `pmf.reference` runs.
+    threads. On CUDA one launch computes a product of all matrices, whatever their shapes: 16-bit operands,
+    float32 sums; float32 operands are rounded to TF32 where `torch.set_float32_matmul_precision` is not
+    "highest", and otherwise split into two TF32 numbers, for the accuracy of float32. float64 on CUDA, and
+    wherever autograd or a functional transform needs a derivative, is the plain iteration of `pmf.reference`.
 
     Raises ValueError for a wrong rank, dtype, method, number of steps or coefficients.
 
@@ -111,21 +114,31 @@ def newton_schulz(
 def _in_groups(
     matrices: list[Tensor], factors: list[Coefficients], method: str, compute_dtype: torch.dtype | None
 ) -> list[Tensor]:
-    """One call for all CPU matrices of a compute dtype; elsewhere one for each device, dtype and shape."""
-    groups: dict[tuple[torch.dtype, Any], list[int]] = defaultdict(list)
+    """One call for a device and compute dtype; where that is plain PyTorch, one for each shape."""
+    groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for i, matrix in enumerate(matrices):
-        alike = None if matrix.device.type == "cpu" else (matrix.device, matrix.dtype, matrix.shape)
-        groups[_dtype(matrix, compute_dtype), alike].append(i)
+        dtype = _dtype(matrix, compute_dtype)
+        if _library.takes_cuda_kernel(matrix):
+            compiled = bool(factors) and kernels_take(matrix, dtype)
+        else:
+            compiled = matrix.device.type == "cpu"
+        groups[dtype, matrix.device, None if compiled else (matrix.dtype, matrix.shape)].append(i)
     results: dict[int, Tensor] = {}
-    for (dtype, alike), members in groups.items():
+    for (dtype, _, alike), members in groups.items():
         group = [matrices[i].detach() for i in members]
         if alike is None:
             _library.require()
-            done = torch.ops.pmf.newton_schulz(group, list(chain.from_iterable(factors)), method, dtype)
+            numbers = list(chain.from_iterable(factors))
+            done = torch.ops.pmf.newton_schulz(group, numbers, method, dtype, _library.allow_tf32())
         else:
             done = plain(torch.stack(group), len(factors), factors, method, dtype).unbind()
         results.update(zip(members, done, strict=True))
     return [results[i] for i in range(len(matrices))]
+
+
+def kernels_take(matrix: Tensor, compute_dtype: torch.dtype) -> bool:
+    """Whether the CUDA kernels run on this tensor, computing in that dtype."""
+    return _library.takes_cuda_kernel(matrix) and torch.float64 not in (matrix.dtype, compute_dtype)
 
 
 def _dtype(matrix: Tensor, compute_dtype: torch.dtype | None) -> torch.dtype:
@@ -133,7 +146,8 @@ def _dtype(matrix: Tensor, compute_dtype: torch.dtype | None) -> torch.dtype:
         return compute_dtype
     if matrix.dtype == torch.float64:
         return torch.float64
-    return torch.float32 if matrix.device.type == "cpu" else torch.float16
+    on_cpu = matrix.device.type == "cpu" and not _library.takes_cuda_kernel(matrix)
+    return torch.float32 if on_cpu else torch.float16
 
 
 def _needs_derivative(matrices: Sequence[Tensor]) -> bool:
@@ -153,7 +167,13 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def _fake(matrices: list[Tensor], coefficients: list[float], method: str, dtype: torch.dtype) -> list[Tensor]:
+def _fake(
+    matrices: list[Tensor],
+    coefficients: list[float],
+    method: str,
+    dtype: torch.dtype,
+    allow_tf32: bool = False,
+) -> list[Tensor]:
     return [torch.empty(matrix.shape, dtype=matrix.dtype, device=matrix.device) for matrix in matrices]
 
 

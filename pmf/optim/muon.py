@@ -11,6 +11,7 @@ from torch import Tensor
 from pmf.ops.newton_schulz import DTYPES, METHODS, newton_schulz
 from pmf.reference.newton_schulz import Coefficients, step_coefficients
 
+from . import _kernels
 from .routing import ParamsLike, check_tensors, frozen_names, route
 
 __all__ = ["Muon"]
@@ -75,13 +76,19 @@ class Muon(torch.optim.Optimizer):
         params: a module, (name, parameter) pairs, parameters, or groups: dicts with "params", any of the
             settings below, and "algorithm" "muon" or "adam". `pmf.optim.routing.route` says who gets what,
             `routing()` lists it.
-        lr: learning rate of both; a one-element tensor works.
+        lr: learning rate of both; a one-element tensor works, as it does for weight_decay.
         preset: "pmf"; "torch" (torch.optim.Muon's: bfloat16 iteration, no bias correction, weight decay 0.1,
             and AdamW); or "moonlight" (the same with scale "match_rms"). The settings below default to it.
         momentum, nesterov, bias_correction, scale, weight_decay: as above.
         ns_steps, ns_coefficients, ns_method, compute_dtype: as in `pmf.ops.newton_schulz`.
         betas, eps, adam_nesterov: Adam's.
         adam_lr: learning rate of the Adam groups, if it is another.
+
+    On CUDA the step is compiled kernels (float64 parameters: plain PyTorch): two dozen launches for a whole
+    model, none of which waits for the device, so that a CUDA graph can capture a step once the first has made
+    the state. A captured step follows its own step count, and `lr` and `weight_decay` where they are tensors
+    on the parameters' device, which are not checked there; numbers stay as they were captured. The result
+    does not pass through the compute dtype: it is added in float32.
 
     State is float32 (float64 for float64 parameters). 16-bit parameters get float32 master weights, which
     take the steps and are rounded into the parameters; a parameter changed from outside starts a new master.
@@ -105,7 +112,7 @@ class Muon(torch.optim.Optimizer):
         nesterov: bool | None = None,
         bias_correction: bool | None = None,
         scale: str | None = None,
-        weight_decay: float | None = None,
+        weight_decay: float | Tensor | None = None,
         ns_steps: int = 5,
         ns_coefficients: str | Coefficients | Sequence[Coefficients] = "quintic",
         ns_method: str = "auto",
@@ -175,6 +182,9 @@ class Muon(torch.optim.Optimizer):
             _check(group)  # a schedule may have set it
         for group in self.param_groups:
             for parameters in self._in_step(group):
+                if isinstance(self.state[parameters[0]]["step"], Tensor):
+                    self._by_kernels(group, parameters)
+                    continue
                 work = [self._working(p) for p in parameters]
                 grads = [_gradient(p, w) for p, w in zip(parameters, work, strict=True)]
                 states = [self.state[p] for p in parameters]
@@ -186,6 +196,18 @@ class Muon(torch.optim.Optimizer):
                     if p is not w:
                         p.copy_(w)
         return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as numbers and tensors; step counts that live on a device are read."""
+        saved = super().state_dict()
+        counts: dict[int, int] = {}
+        for i, state in saved["state"].items():
+            step = state["step"]
+            if isinstance(step, Tensor):
+                if id(step) not in counts:
+                    counts[id(step)] = int(step)
+                saved["state"][i] = {**state, "step": counts[id(step)]}
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from `state_dict()`. Raises ValueError where the parameters' names or shapes differ."""
@@ -207,14 +229,19 @@ class Muon(torch.optim.Optimizer):
         # torch casts the state to the parameter's dtype; a 16-bit parameter's is float32.
         for p, state in states.items():
             for key, value in state.items():
-                if isinstance(value, Tensor):
+                if key == "step":
+                    self.state[p][key] = int(value)
+                elif isinstance(value, Tensor):
                     self.state[p][key] = value.detach().to(p.device, copy=True)
 
     def _in_step(self, group: dict[str, Any]) -> Iterator[list[Tensor]]:
         """The parameters that have gradients, in lists that share step count, dtype and device."""
         together: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+        counters: dict[tuple[Any, ...], Tensor] = {}
+        left_out: set[int] = set()
         for name, p in zip(group["param_names"], group["params"], strict=True):
             if p.grad is None:
+                left_out.add(id(self.state[p].get("step")) if p in self.state else 0)
                 continue
             if p.grad.is_sparse:
                 raise RuntimeError(f"Muon: the gradient of {name} is sparse; make it dense")
@@ -227,9 +254,33 @@ class Muon(torch.optim.Optimizer):
                     state["square"] = torch.zeros_like(p, dtype=dtype)
                 if p.dtype != dtype:
                     state["master"] = p.detach().to(dtype)
-            together[state["step"], p.dtype, p.device].append(p)
+            if not _kernels.take(group, p):
+                state["step"] = int(state["step"])
+            elif not isinstance(state["step"], Tensor):
+                key = state["step"], p.dtype, p.device
+                if key not in counters:
+                    counters[key] = torch.full((), state["step"], dtype=torch.int64, device=p.device)
+                state["step"] = counters[key]
+            step = state["step"]
+            together[id(step) if isinstance(step, Tensor) else step, p.dtype, p.device].append(p)
         # A copy: the step counts change while these are consumed.
-        yield from list(together.values())
+        for parameters in list(together.values()):
+            step = self.state[parameters[0]]["step"]
+            if (
+                isinstance(step, Tensor) and id(step) in left_out
+            ):  # those without gradients keep the old count
+                step = step.clone()
+                for p in parameters:
+                    self.state[p]["step"] = step
+            yield parameters
+
+    def _by_kernels(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        states = [self.state[p] for p in parameters]
+        if group["algorithm"] == "muon":
+            scales = [SCALES[group["scale"]](*p.shape) if p.numel() else 1.0 for p in parameters]
+            _kernels.muon_step(group, parameters, states, scales)
+        else:
+            _kernels.adam_step(group, parameters, states)
 
     def _working(self, p: Tensor) -> Tensor:
         """The parameter itself, or its master weights: new ones if someone else changed the parameter."""
@@ -245,11 +296,11 @@ class Muon(torch.optim.Optimizer):
 def _muon(
     group: dict[str, Any], k: int, params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]]
 ) -> None:
-    mu, lr = group["momentum"], float(group["lr"])
+    mu, lr, decay = group["momentum"], float(group["lr"]), float(group["weight_decay"])
     momenta = [state["momentum"] for state in states]
     torch._foreach_lerp_(momenta, grads, 1 - mu)
     of_momentum, of_gradient = _nesterov(mu, k, group["nesterov"], group["bias_correction"])
-    dtype = None if group["compute_dtype"] is None else getattr(torch, group["compute_dtype"])
+    dtype = _kernels.compute_dtype(group)
     for chunk in _chunks(params):
         update = torch._foreach_mul(momenta[chunk], of_momentum)
         if of_gradient != 0:
@@ -257,8 +308,8 @@ def _muon(
         directions = newton_schulz(
             update, group["ns_steps"], group["ns_coefficients"], group["ns_method"], dtype
         )
-        if group["weight_decay"] != 0:
-            torch._foreach_mul_(params[chunk], 1 - lr * group["weight_decay"])
+        if decay != 0:
+            torch._foreach_mul_(params[chunk], 1 - lr * decay)
         for p, direction in zip(params[chunk], directions, strict=True):
             p.add_(direction, alpha=-lr * SCALES[group["scale"]](*p.shape))
 
@@ -266,7 +317,7 @@ def _muon(
 def _adam(
     group: dict[str, Any], k: int, params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]]
 ) -> None:
-    (beta1, beta2), lr = group["betas"], float(group["lr"])
+    (beta1, beta2), lr, decay = group["betas"], float(group["lr"]), float(group["weight_decay"])
     momenta, squares = [state["momentum"] for state in states], [state["square"] for state in states]
     torch._foreach_lerp_(momenta, grads, 1 - beta1)
     torch._foreach_mul_(squares, beta2)
@@ -278,8 +329,8 @@ def _adam(
     deviation = torch._foreach_div(squares, 1 - beta2**k)
     torch._foreach_sqrt_(deviation)
     torch._foreach_add_(deviation, group["eps"])
-    if group["weight_decay"] != 0:
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+    if decay != 0:
+        torch._foreach_mul_(params, 1 - lr * decay)
     torch._foreach_addcdiv_(params, update, deviation, -lr)
 
 
@@ -314,11 +365,15 @@ def _name(dtype: torch.dtype | str | None) -> str | None:
 
 def _check(group: dict[str, Any]) -> None:
     """Raises ValueError in one sentence for a setting out of range."""
-    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
-        raise ValueError(f"Muon: a learning rate must be one number, got shape {list(group['lr'].shape)}")
-    lr = float(group["lr"])
-    if not (math.isfinite(lr) and lr >= 0):
-        raise ValueError(f"Muon: the learning rate must be finite and not negative, got {lr}")
+    for name, words in (("lr", "the learning rate"), ("weight_decay", "weight_decay")):
+        value = group[name]
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise ValueError(f"Muon: {words} must be one number, got shape {list(value.shape)}")
+            if value.device.type != "cpu":
+                continue  # reading it would wait for the device, and end a capture
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"Muon: {words} must be finite and not negative, got {float(value)}")
     for name, value in (
         ("momentum", group["momentum"]),
         ("betas[0]", group["betas"][0]),
@@ -326,9 +381,8 @@ def _check(group: dict[str, Any]) -> None:
     ):
         if not 0 <= value < 1:
             raise ValueError(f"Muon: {name} must be at least 0 and less than 1, got {value}")
-    for name in ("weight_decay", "eps"):
-        if not (math.isfinite(group[name]) and group[name] >= 0):
-            raise ValueError(f"Muon: {name} must be finite and not negative, got {group[name]}")
+    if not (math.isfinite(group["eps"]) and group["eps"] >= 0):
+        raise ValueError(f"Muon: eps must be finite and not negative, got {group['eps']}")
     if group["scale"] not in SCALES:
         raise ValueError(f"Muon: scale must be one of {', '.join(SCALES)}, got {group['scale']!r}")
     if group["ns_method"] not in METHODS:

@@ -322,7 +322,7 @@ def test_bad_arguments_are_named():
         (lambda: Muon(p, ns_method="svd"), "ns_method must be one of auto, direct, gram"),
         (lambda: Muon(p, ns_coefficients="cubic"), "coefficients must be quintic or taylor"),
         (lambda: Muon([{"params": p, "compute_dtype": "fp8"}]), "compute_dtype must be a floating dtype"),
-        (lambda: Muon(p, lr=torch.ones(2)), "a learning rate must be one number"),
+        (lambda: Muon(p, lr=torch.ones(2)), "the learning rate must be one number"),
     ):
         with pytest.raises(ValueError, match=message):
             make()

@@ -1,0 +1,90 @@
+"""The optimizer's step by CUDA kernels: few launches, nothing read back, so that it can be captured.
+
+What changes from step to step lives on the device: the step count always, a learning rate and a weight decay
+where they are given as tensors there. All else is an argument of a launch, which a captured graph keeps.
+"""
+
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pmf import _library
+from pmf.ops._autograd import register_fake
+from pmf.ops.newton_schulz import kernels_take
+from pmf.reference.newton_schulz import step_coefficients
+
+__all__ = ["adam_step", "muon_step", "take"]
+
+State = dict[str, Any]
+
+
+def take(group: dict[str, Any], p: Tensor) -> bool:
+    """Whether the kernels step this parameter, which has a gradient; else it is plain PyTorch's."""
+    assert p.grad is not None
+    if not (p.is_contiguous() and p.grad.dtype == p.dtype):
+        return False
+    if group["algorithm"] == "adam":
+        return kernels_take(p, p.dtype)
+    return group["ns_steps"] > 0 and kernels_take(p, compute_dtype(group) or torch.float16)
+
+
+def compute_dtype(group: dict[str, Any]) -> torch.dtype | None:
+    """The dtype of a group's Newton-Schulz iteration, None for the device's own choice."""
+    return None if group["compute_dtype"] is None else getattr(torch, group["compute_dtype"])
+
+
+def muon_step(group: dict[str, Any], params: list[Tensor], states: list[State], scales: list[float]) -> None:
+    """One step of matrices that share dtype, device and step count."""
+    coefficients = step_coefficients(group["ns_steps"], group["ns_coefficients"])
+    torch.ops.pmf.muon_step(
+        *_lists(params, states, "momentum"),
+        *_settings(group, params[0], states[0]),
+        group["momentum"],
+        group["nesterov"],
+        group["bias_correction"],
+        scales,
+        list(chain.from_iterable(coefficients)),
+        group["ns_method"],
+        compute_dtype(group) or torch.float16,
+        _library.allow_tf32(),
+    )
+
+
+def adam_step(group: dict[str, Any], params: list[Tensor], states: list[State]) -> None:
+    """One step of any parameters that share dtype, device and step count."""
+    torch.ops.pmf.adam_step(
+        *_lists(params, states, "momentum", "square"),
+        *_settings(group, params[0], states[0]),
+        *group["betas"],
+        group["eps"],
+        group["adam_nesterov"],
+    )
+
+
+def _lists(params: list[Tensor], states: list[State], *names: str) -> list[list[Tensor]]:
+    """Parameters, gradients, their state by name, and masters, if they have any."""
+    grads = [p.grad.contiguous() for p in params if p.grad is not None]
+    return [
+        [p.detach() for p in params],
+        grads,
+        *([state[name] for state in states] for name in names),
+        [state["master"] for state in states if "master" in state],
+    ]
+
+
+def _settings(group: dict[str, Any], p: Tensor, state: State) -> list[Any]:
+    """The step count, learning rate and weight decay: each of the last two a tensor or a number."""
+    settings = [state["step"]]
+    for name in ("lr", "weight_decay"):
+        value = group[name]
+        if isinstance(value, Tensor) and value.device == p.device:
+            settings += [value.detach(), 0.0]
+        else:
+            settings += [None, float(value)]
+    return settings
+
+
+register_fake("muon_step", lambda *_: None)
+register_fake("adam_step", lambda *_: None)
