@@ -78,12 +78,17 @@ class Objective:
 
     Only what the numbers depend on is computed (see `pmf.flow.plan`). Images, scalars and losses are float32,
     or float64 where the images are, whatever dtype the model has.
+
+    row_multiple rounds the number of samples in a guidance pass, and of those with tangents, up to a multiple
+    of it: the same numbers for a little more work, from a network that meets few different shapes
+    (torch.compile, CUDA graphs).
     """
 
     noise_scale: float = 1.0
     norm_p: float = 1.0
     norm_eps: float = 0.01
     class_dropout: float = 0.1
+    row_multiple: int = 1
     prediction: Prediction = field(default_factory=XPrediction)
     preconditioner: Preconditioner = field(default_factory=NoPreconditioner)
     times: TimeSampling = field(default_factory=PlaneTimes)
@@ -96,6 +101,8 @@ class Objective:
             raise ValueError(f"objective: norm_eps must be positive, got {self.norm_eps}")
         if not 0 <= self.class_dropout <= 1:
             raise ValueError(f"objective: class_dropout must lie in [0, 1], got {self.class_dropout}")
+        if self.row_multiple < 1:
+            raise ValueError(f"objective: row_multiple must be at least 1, got {self.row_multiple}")
 
     def draw(self, images: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Draws:
         """Draws for images [B, C, S, S] from a CPU generator, the same on every device. Only noise is moved.
@@ -120,7 +127,7 @@ class Objective:
                 f"{model.config.noise_scale}: use Objective(noise_scale=model.config.noise_scale)"
             )
         device, dtype = images.device, images.dtype
-        plan = make_plan(draws, self.guidance, dtype)
+        plan = make_plan(draws, self.guidance, dtype, self.row_multiple)
         s = {name: value.to(device, non_blocking=True) for name, value in plan.scalars.items()}
         order = plan.order.to(device)
         x, labels = images[order], labels[order]
@@ -133,7 +140,7 @@ class Objective:
         given = Condition(
             h, s["omega"], s["t_min"], s["t_max"], labels.masked_fill(s["drop"], model.config.num_classes)
         )
-        z_t, t_t = (v_c[:n], torch.ones_like(t[:n])) if n else (None, None)
+        z_t, t_t = _direction(v_c[:n], t, plan.num_tangents) if n else (None, None)
         x_u, du_dt, x_v = self._training_pass(model, z, t, given, z_t, t_t)
         u = self.prediction.velocity(z, x_u, t)
         v = self.prediction.velocity(z, x_v, t)
@@ -147,6 +154,7 @@ class Objective:
             u_target = v_target
             if du_dt is not None:
                 u_target = v_target.clone()
+                du_dt = du_dt[:n]
                 u_target[:n] -= over_pixels(h[:n]) * du_dt
         error_u = (u - u_target).square().flatten(1).sum(1)
         error_v = (v - v_target).square().flatten(1).sum(1)
@@ -165,14 +173,14 @@ class Objective:
         num_conditional, num_guided = len(plan.conditional), len(plan.guided)
         if num_conditional + num_guided == 0:
             return z[:0], z[:0]
-        rows = torch.cat((plan.conditional, plan.guided)).to(z.device)
+        rows = torch.cat((plan.conditional, plan.guided, plan.repeated)).to(z.device)
         z, t, omega, labels = z[rows], s["t"][rows], s["effective_omega"][rows], labels[rows]
         omega[num_conditional:] = 1.0
         labels[num_conditional:] = model.config.num_classes
         condition = Condition(torch.zeros_like(t), omega, torch.zeros_like(t), torch.ones_like(t), labels)
         raw = model(self.preconditioner.input(z, t), condition, heads="v").v.to(z.dtype)
         v = self.prediction.velocity(z, self.preconditioner.output(z, raw, t), t)
-        return v[:num_conditional], v[num_conditional:]
+        return v[:num_conditional], v[num_conditional : num_conditional + num_guided]
 
     def _training_pass(
         self,
@@ -203,6 +211,14 @@ class Objective:
     def _adaptive(self, error: Tensor) -> Tensor:
         """adp(l) = l / stopgrad((l + norm_eps)^norm_p)."""
         return error / (error.detach() + self.norm_eps) ** self.norm_p
+
+
+def _direction(v_c: Tensor, t: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The direction of du/dt in z and t: v_c and 1; zeros up to `count`, where du/dt is not used."""
+    z_t = torch.nn.functional.pad(v_c, (0, 0) * 3 + (0, count - len(v_c)))
+    t_t = torch.zeros_like(t[:count])
+    t_t[: len(v_c)] = 1
+    return z_t, t_t
 
 
 def _check(images: Tensor, labels: Tensor, draws: Draws, num_classes: int) -> None:

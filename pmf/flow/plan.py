@@ -18,21 +18,29 @@ class Plan(NamedTuple):
     need du/dt and its direction v_c. A flow-matching sample's guidance input (h = 0, its omega, the interval
     [0, 1], its label) is its training input, so v_c is there already. Where the weight 1 - 1/w' is 0, or the
     label was dropped, v_u has no effect.
+
+    Rows may be rounded up to a multiple, so that the network meets few different shapes. Which rows fill up
+    changes no number either: guidance passes repeat a row whose result nobody reads, and a flow-matching
+    sample's tangent meets the factor (t - r) = 0.
     """
 
     order: Tensor
     """Internal order -> given order, int64 [B]."""
     num_meanflow: int
     """The first that many samples have r < t."""
+    num_tangents: int
+    """The first that many samples carry a tangent: num_meanflow, rounded up to at most B."""
     conditional: Tensor
     """Rows whose v_c comes from a pass of its own: the MeanFlow samples, then rare others."""
     guided: Tensor
     """Rows whose target has a guidance term: they need v_u."""
+    repeated: Tensor
+    """Rows that fill up the guidance pass, behind conditional and guided."""
     scalars: dict[str, Tensor]
     """Per sample, on the host: t, r, omega, t_min, t_max, effective_omega, weight (1 - 1/w'), drop."""
 
 
-def make_plan(draws: Draws, guidance: Guidance, dtype: torch.dtype) -> Plan:
+def make_plan(draws: Draws, guidance: Guidance, dtype: torch.dtype, row_multiple: int = 1) -> Plan:
     """The plan for these draws; scalars are converted to dtype after all decisions are made."""
     t, r, omega, t_min, t_max, drop = (
         x.detach().cpu() for x in (draws.t, draws.r, draws.omega, draws.t_min, draws.t_max, draws.drop)
@@ -55,4 +63,13 @@ def make_plan(draws: Draws, guidance: Guidance, dtype: torch.dtype) -> Plan:
     whole_interval = (scalars["t_min"] == 0) & (scalars["t_max"] == 1)
     needs_pass = is_guided & ~whole_interval
     needs_pass[:num_meanflow] = True  # the direction of du/dt, guided or not
-    return Plan(order, num_meanflow, needs_pass.nonzero().flatten(), is_guided.nonzero().flatten(), scalars)
+    conditional, guided = needs_pass.nonzero().flatten(), is_guided.nonzero().flatten()
+    rows = torch.cat((conditional, guided))
+    repeated = rows[:1].expand(_missing(len(rows), row_multiple))
+    num_tangents = min(num_meanflow + _missing(num_meanflow, row_multiple), len(t))
+    return Plan(order, num_meanflow, num_tangents, conditional, guided, repeated, scalars)
+
+
+def _missing(count: int, multiple: int) -> int:
+    """What count lacks to the next multiple; nothing where it is 0."""
+    return -count % multiple

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.tolerance import error
 from torch import Tensor
 
 from pmf.flow import Draws, IntervalGuidance, Objective, PlaneTimes
@@ -25,6 +26,8 @@ CONFIG = ModelConfig(
 )
 # Both sides work in float64 on the same equations, in another order: rounding is all that may differ.
 FLOAT64_TOLERANCE = 1e-10
+# Rounding through a dozen layers, and a division by t of as little as 0.05.
+FLOAT32_TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -110,11 +113,42 @@ def compare(model: PixelMeanFlow, objective: Objective, images: Tensor, labels: 
         torch.testing.assert_close(ours, theirs, rtol=FLOAT64_TOLERANCE, atol=FLOAT64_TOLERANCE, msg=name)
 
 
+def batch_of(name: str) -> tuple[Tensor, Tensor, Draws]:
+    rows = [SAMPLES[sample] for sample in BATCHES[name]]
+    return batch({key: [row[key] for row in rows] for key in FLOW_MATCHING})
+
+
 @pytest.mark.parametrize("name", BATCHES)
 def test_agrees_with_the_plain_port(model: PixelMeanFlow, name: str) -> None:
-    rows = [SAMPLES[sample] for sample in BATCHES[name]]
-    draws = {key: [row[key] for row in rows] for key in FLOW_MATCHING}
-    compare(model, Objective(), *batch(draws))
+    compare(model, Objective(), *batch_of(name))
+
+
+@pytest.mark.parametrize("name", [name for name, samples in BATCHES.items() if len(samples) > 1])
+def test_agrees_with_blocks_checkpointed_and_rows_rounded_up(
+    model: PixelMeanFlow, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "checkpointing", "blocks")
+    compare(model, Objective(row_multiple=4), *batch_of(name))
+
+
+@pytest.mark.parametrize("name", [name for name, samples in BATCHES.items() if len(samples) > 1])
+def test_float32_agrees_with_the_plain_port_in_float64(model: PixelMeanFlow, name: str) -> None:
+    images, labels, draws = batch_of(name)
+    params = dict(model.named_parameters())
+    given = {field: value for field, value in draws._asdict().items() if field != "crop"}
+    plain = plain_objective(params, images, labels, **given, num_heads=CONFIG.num_heads)
+    expected = torch.autograd.grad(plain.loss, list(params.values()), allow_unused=True)
+
+    single = PixelMeanFlow(CONFIG)
+    single.load_state_dict(model.state_dict())
+    narrow = Draws(*(f.float() if f is not None and f.is_floating_point() else f for f in draws))
+    terms = Objective()(single, images.float(), labels, narrow)
+    terms.loss.backward()
+    assert error(terms.loss_u, plain.loss_u.detach()) < FLOAT32_TOLERANCE
+    assert error(terms.loss_v, plain.loss_v.detach()) < FLOAT32_TOLERANCE
+    for (name, parameter), gradient in zip(single.named_parameters(), expected, strict=True):
+        gradient = torch.zeros_like(parameter) if gradient is None else gradient
+        assert error(parameter.grad, gradient) < FLOAT32_TOLERANCE, name
 
 
 @pytest.mark.parametrize("norm_p", [0.0, 0.5, 1.0])
@@ -174,6 +208,23 @@ def test_computes_no_more_than_the_numbers_depend_on(rows: list[str], guidance: 
     assert model.counts.get("v", 0) == guidance
     assert model.counts["tangents"] == tangents
     assert model.counts["uv"] == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("rows", "guidance", "tangents"),
+    [
+        (["meanflow"] * 3 + ["flow matching"] * 2, 8, 4),  # 3 v_c and 5 v_u already; one tangent more
+        (["meanflow"] * 3, 8, 3),  # no more tangents than samples
+        (["meanflow"] * 5 + ["flow matching, dropped"] * 3, 12, 8),  # 10 of 12, 5 of 8
+        (["flow matching, dropped"] * 3, 0, 0),  # nothing stays nothing
+    ],
+)
+def test_rows_are_rounded_up(rows: list[str], guidance: int, tangents: int) -> None:
+    model = CountingModel(CONFIG).double()
+    model.counts = {}
+    given = batch({key: [SAMPLES[row][key] for row in rows] for key in FLOW_MATCHING})
+    Objective(row_multiple=4)(model, *given)
+    assert (model.counts.get("v", 0), model.counts["tangents"]) == (guidance, tangents)
 
 
 def test_gradients_reach_neither_targets_nor_tangents(model: PixelMeanFlow) -> None:
@@ -245,6 +296,7 @@ def test_batches_that_do_not_fit_together_are_refused() -> None:
         ({"noise_scale": float("nan")}, "noise_scale must be positive"),
         ({"norm_eps": 0.0}, "norm_eps must be positive"),
         ({"class_dropout": 1.5}, "class_dropout must lie in"),
+        ({"row_multiple": 0}, "row_multiple must be at least 1"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, float], message: str) -> None:
