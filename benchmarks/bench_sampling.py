@@ -25,6 +25,7 @@ from training_step.agreement import relative_error
 from training_step.sides import make_model
 
 from pmf.bench.harness import interleaved_medians, record, write_record
+from pmf.bench.load import OtherLoad
 from pmf.flow import Sampler
 
 OMEGA, INTERVAL = 7.5, (0.1, 0.8)  # the preset's
@@ -83,7 +84,8 @@ def main() -> int:
         print("The images differ: nothing was timed.", file=sys.stderr)
         return 1
 
-    medians = interleaved_medians(runs, seconds, least_rounds=3 if arguments.quick else 7)
+    with OtherLoad() as others:
+        medians = interleaved_medians(runs, seconds, least_rounds=3 if arguments.quick else 7)
     rows = []
     print(f"{'sampler':30} {'ms a batch':>11} {'images/s':>9} {'ours over it':>13}")
     for name, median in medians.items():
@@ -99,9 +101,11 @@ def main() -> int:
             f"{name:30} {row['median_ms']:11.1f} {row['images_per_second']:9.2f} "
             f"{row['images_per_second_ratio']:13.2f}"
         )
+    print(others.sentence())
     if arguments.out:
         details = {"sizes": sizes._asdict(), "batch_size": batch_size, "image_rms": size}
-        write_record(arguments.out, {**record("sampling", rows), **details, "float32_error": error})
+        details |= {"float32_error": error, "others_share": others.share}
+        write_record(arguments.out, {**record("sampling", rows), **details})
     print(f"images_per_second_ratio={rows[-1]['images_per_second_ratio']:.4f} psnr_db={found:.4f}")
     return 0
 

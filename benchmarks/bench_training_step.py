@@ -8,7 +8,8 @@ batches of every case, then in the precision and size that is timed; otherwise n
 status is 1. Then, for objective + backward + optimizer step:
 
 - time: interleaved medians, in fp32, and in bf16 (ours: a bfloat16 model with float32 master weights; the
-  port: autocast). torch.optim.Muon orthogonalises in bfloat16, so our Muon is asked to do the same.
+  port: autocast). torch.optim.Muon orthogonalises in bfloat16, so our Muon is asked to do the same. The
+  memory allocator keeps what is freed, for both.
 - FLOPs executed by objective and backward at depth 16, batch 128, averaged over draws, counted by
   torch.utils.flop_counter on tensors without data.
 - peak memory: growth of the largest resident set over the loaded model, a fresh process for each side.
@@ -20,6 +21,7 @@ those of the whole step in fp32.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,9 +33,10 @@ from training_step.sides import DEFAULT, SMALL, Ours, Port, Side, draw_batch, ma
 from training_step.timing import interleaved
 
 from pmf.bench.harness import record, write_record
+from pmf.bench.load import OtherLoad
 
 OURS, PORT, CAREFUL = "pmf", "plain port", "port, guidance by the v path alone"
-TARGETS = {"fp32": 0.55, "bf16": 0.5, "flops": 0.62, "memory": 0.45}
+KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_MMAP_MAX_": "0"}  # see mallopt(3)
 
 Rows = list[dict[str, Any]]
 
@@ -71,7 +74,9 @@ def time_steps(
         if name not in (OURS, PORT):
             side.backward(batches[0])
         side.update()
-    times = interleaved(sides, batches[1:])
+    with OtherLoad() as others:
+        times = interleaved(sides, batches[1:])
+    print(f"{precision}: {others.sentence()}", flush=True)
     rows: Rows = []
     for name, found in times.items():
         rows.append({
@@ -84,6 +89,7 @@ def time_steps(
             "update_ms": 1e3 * found.update,
             "step_ratio": times[OURS].step / found.step,
             "backward_ratio": times[OURS].backward / found.backward,
+            "others_share": others.share,
         })  # fmt: skip
     return checked, rows
 
@@ -126,6 +132,16 @@ def measure_memory(sizes: plain_port.Sizes, batch_size: int, precisions: tuple[s
         })  # fmt: skip
         print(f"{precision:45} {ours / 2**20:9.0f} {port / 2**20:9.0f} {ours / port:10.3f}", flush=True)
     return rows
+
+
+def keep_freed_memory() -> None:
+    """Start anew with glibc told to keep what is freed.
+
+    By its defaults it returns large blocks to the system and asks for them again in every step: a second of
+    page faults in the port, which anyone who cares turns off, and which depends on the machine's mood.
+    """
+    if any(name not in os.environ for name in KEEP_MEMORY):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
 
 
 def main() -> int:
@@ -175,4 +191,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main())

@@ -5,6 +5,7 @@
 Each side runs in a process of its own, which loads the model and the batch, makes one matrix product so that
 the BLAS has its buffers, sets the kernel's high-water mark back to the present, makes one step (objective,
 backward, optimizer), and prints the growth in bytes. The optimizer's state is made in the step and counts.
+The memory allocator runs by its defaults.
 """
 
 import json
@@ -24,11 +25,12 @@ def growth(side: str, precision: str, sizes: Sizes, batch_size: int) -> int:
     command = [sys.executable, "-m", "training_step.memory"]
     command += [side, precision, str(batch_size), json.dumps(sizes._asdict())]
     folder = Path(__file__).parents[1]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     search = os.pathsep.join(path for path in sys.path if path)  # the child imports what this process does
     done = subprocess.run(
         command,
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": search},
+        env={**kept, "PYTHONPATH": search},
         capture_output=True,
         text=True,
         check=False,
