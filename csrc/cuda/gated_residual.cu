@@ -1,139 +1,164 @@
-// Gated residual on CUDA: y = x + g b, ty = tx + g tb + tg b. The contract is pmf/gated_residual.h.
+// Gated residual on CUDA, values, tangents and gradients. The mathematics is in
+// pmf/gated_residual.h.
 //
-// Tiling: each thread owns one 16-byte vector of a row (8 bf16 or fp16, 4 fp32), the widest load
-// there is. The threads of a block lie side by side along the row, and over several rows where a
-// row has fewer vectors than a block has threads, so that every warp reads whole lines; the gate,
-// the same for neighbouring rows, comes from L1. Rows beyond the grid are looped over.
+// Tiling, forward: a thread takes one 16-byte slot of every operand at a time (rows.cuh); the gate,
+// the same for neighbouring rows, comes from L1. Backward: a block takes a run of rows; its threads
+// own the columns and add up the gate's gradient in registers on the way (row_sums.cuh).
 //
-// Bytes, in units of one [rows, W] tensor: 3 (x, b, y), with tangents 6. There is one FMA for every
-// 3 elements moved, so copy bandwidth is the bound: [256, 276, 768] in bf16 would take 0.11 ms at
-// 3.0 TB/s, 0.22 ms with tangents (an estimate; not measured). Sums are in fp32; each result is
-// rounded once, at the store.
-//
-// Rows that are not 16-byte aligned, or whose width is no multiple of a vector, take the same
-// kernel with vectors of one element.
-#include "cuda/common/vector.cuh"
-#include "cuda/launch.h"
+// Bytes, in units of one [rows, W] tensor: forward 3 (x, b, y), with tangents 6; backward 3 (Y, b,
+// db), through both 6. There are at most three FMAs for every 3 elements moved, so copy bandwidth
+// is the bound: [256, 276, 768] in bf16 would take 0.11 ms at 3.0 TB/s, 0.22 ms with tangents
+// (estimates; not measured). Sums are in fp32; each result is rounded once, at the store.
+#include "pmf/gated_residual.h"
+
+#include "cuda/row_sums.cuh"
 
 namespace pmf::cuda {
 namespace {
 
-constexpr int kThreads = 256, kWarp = 32;
-constexpr int64_t kMaxBlocks = 1 << 16;  // enough to fill any device
+template <bool kTangent>
+struct Forward {
+  GatedResidualParams p;
 
-// Element offset of row `row`. One leading dimension, the usual case, needs no division.
-__device__ inline int64_t row_offset(const RowShape& shape, const int64_t* stride, int64_t row) {
-  int64_t offset = 0;
+  template <class Access>
+  __device__ void run(const RowIndex& row, int64_t column, int64_t width) const {
+    using T = typename Access::Element;
+    constexpr int kWidth = Access::kWidth;
+    const auto x = Access::load(row.in<T>(p.x), column, width);
+    const auto b = Access::load(row.in<T>(p.branch), column, width);
+    const auto g = Access::load(row.in<T>(p.gate), column, width);
+    float y[kWidth];
 #pragma unroll
-  for (int d = kMaxLeading - 1; d >= 1; --d) {
-    if (d < shape.leading) {
-      const int64_t rest = row / shape.size[d];
-      offset += (row - rest * shape.size[d]) * stride[d];
-      row = rest;
+    for (int k = 0; k < kWidth; ++k) y[k] = fmaf(g[k], b[k], x[k]);
+    Access::store(row.in<T>(p.y), column, width, y);
+    if constexpr (kTangent) {
+      const auto tx = Access::load(row.in<T>(p.x_t), column, width);
+      const auto tb = Access::load(row.in<T>(p.branch_t), column, width);
+      const auto tg = Access::load(row.in<T>(p.gate_t), column, width);
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) y[k] = fmaf(tg[k], b[k], fmaf(g[k], tb[k], tx[k]));
+      Access::store(row.in<T>(p.y_t), column, width, y);
     }
   }
-  return offset + row * stride[0];
-}
+};
 
-template <typename T, int kWidth>
-__device__ inline Vector<T, kWidth> load(const ConstRows& rows, const RowShape& shape, int64_t row,
-                                         int64_t column) {
-  return load_vector<T, kWidth>(static_cast<const T*>(rows.data) +
-                                row_offset(shape, rows.stride, row) + column);
-}
+// ---- backward -----------------------------------------------------------------------------------
 
-template <typename T, int kWidth>
-__device__ inline void store(const Rows& rows, const RowShape& shape, int64_t row, int64_t column,
-                             const float (&values)[kWidth]) {
-  store_vector<T, kWidth>(static_cast<T*>(rows.data) + row_offset(shape, rows.stride, row) + column,
-                          values);
-}
+constexpr int kThreads = 256;
 
-template <typename T, int kWidth, bool kTangent>
-__device__ inline void gated_residual_vector(const GatedResidualParams& p, int64_t row,
-                                             int64_t column) {
-  const auto x = load<T, kWidth>(p.x, p.shape, row, column);
-  const auto b = load<T, kWidth>(p.branch, p.shape, row, column);
-  const auto g = load<T, kWidth>(p.gate, p.shape, row, column);
-  float y[kWidth];
+// Rows first to last of one group, for the columns of this thread.
+template <class Access, bool kTangent>
+using GateSums = ColumnSums<Access, 1, kTangent ? 2 : 1>;
+
+template <class Access, bool kTangent>
+__device__ inline void backward_rows(const GatedResidualBackwardParams& p, int64_t first,
+                                     int64_t last, int64_t column,
+                                     GateSums<Access, kTangent>& sums) {
+  using T = typename Access::Element;
+  constexpr int kWidth = Access::kWidth;
+  const int64_t width = p.shape.width;
+  for (int64_t r = first + threadIdx.y; r < last; r += blockDim.y) {
+    const RowIndex row(p.shape, r);
+    const auto y = Access::load(row.in<T>(p.grad), column, width);
+    const auto b = Access::load(row.in<T>(p.branch), column, width);
+    const auto g = Access::load(row.in<T>(p.gate), column, width);
+    typename Access::Slot t{}, tb{}, tg{};
+    if constexpr (kTangent) {
+      t = Access::load(row.in<T>(p.grad_t), column, width);
+      tb = Access::load(row.in<T>(p.branch_t), column, width);
+      tg = Access::load(row.in<T>(p.gate_t), column, width);
+    }
+    float db[kWidth], db_t[kWidth];
 #pragma unroll
-  for (int k = 0; k < kWidth; ++k) y[k] = fmaf(g[k], b[k], x[k]);
-  store<T, kWidth>(p.y, p.shape, row, column, y);
-  if constexpr (kTangent) {
-    const auto tx = load<T, kWidth>(p.x_t, p.shape, row, column);
-    const auto tb = load<T, kWidth>(p.branch_t, p.shape, row, column);
-    const auto tg = load<T, kWidth>(p.gate_t, p.shape, row, column);
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) y[k] = fmaf(tg[k], b[k], fmaf(g[k], tb[k], tx[k]));
-    store<T, kWidth>(p.y_t, p.shape, row, column, y);
+    for (int k = 0; k < kWidth; ++k) {
+      db[k] = g[k] * y[k];
+      sums.sum[0][0][k] = fmaf(b[k], y[k], sums.sum[0][0][k]);
+      if constexpr (kTangent) {
+        db[k] = fmaf(tg[k], t[k], db[k]);
+        db_t[k] = g[k] * t[k];
+        sums.sum[0][0][k] = fmaf(tb[k], t[k], sums.sum[0][0][k]);
+        sums.sum[1][0][k] = fmaf(b[k], t[k], sums.sum[1][0][k]);
+      }
+    }
+    Access::store(row.in<T>(p.grad_branch), column, width, db);
+    if constexpr (kTangent) Access::store(row.in<T>(p.grad_branch_t), column, width, db_t);
   }
 }
 
-// Threads x run along the row, threads y over rows.
-template <typename T, int kWidth, bool kTangent>
+// A group of a single run needs no second stage: its sums are the gradient.
+template <class Access, bool kTangent>
 __global__ void __launch_bounds__(kThreads)
-    gated_residual_kernel(const __grid_constant__ GatedResidualParams p, int64_t rows) {
-  const int64_t row_step = static_cast<int64_t>(gridDim.x) * blockDim.y;
-  for (int64_t row = blockIdx.x * static_cast<int64_t>(blockDim.y) + threadIdx.y; row < rows;
-       row += row_step) {
-    for (int64_t column = threadIdx.x * kWidth; column < p.shape.width;
-         column += blockDim.x * kWidth) {
-      gated_residual_vector<T, kWidth, kTangent>(p, row, column);
-    }
+    backward_kernel(const __grid_constant__ GatedResidualBackwardParams p,
+                    const __grid_constant__ RowSums sums, int64_t rows) {  // rows of a group
+  using T = typename Access::Element;
+  constexpr int kKinds = kTangent ? 2 : 1;
+  float* const shared = reinterpret_cast<float*>(dynamic_shared());
+  float* const workspace = static_cast<float*>(p.workspace);
+  const int64_t width = p.shape.width;
+  const int64_t tile = static_cast<int64_t>(blockIdx.y) * blockDim.x * Access::kWidth;
+  for (int64_t item = blockIdx.x; item < p.groups * sums.runs; item += gridDim.x) {
+    const int64_t group = divide(item, sums.runs), run = item - group * sums.runs;
+    const int64_t first = run * sums.run_rows, end = first + sums.run_rows;
+    GateSums<Access, kTangent> gate;
+    backward_rows<Access, kTangent>(p, group * rows + first,
+                                    group * rows + (end < rows ? end : rows),
+                                    tile + threadIdx.x * Access::kWidth, gate);
+    gate.finish(tile, width, shared, [&](int kind, int64_t column, float total) {
+      if (sums.runs > 1) {
+        workspace[(item * kKinds + kind) * sums.pitch + column] = total;
+      } else {
+        T* const out = static_cast<T*>(kind == 0 ? p.grad_gate : p.grad_gate_t);
+        out[group * width + column] = from_float<T>(total);
+      }
+    });
   }
 }
 
-bool aligned(const void* data, const int64_t* stride, int leading, int64_t width) {
-  bool result = reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0;
-  for (int d = 0; d < leading; ++d) result = result && stride[d] % width == 0;
-  return result;
+template <class Access, bool kTangent>
+cudaError_t launch_backward(const GatedResidualBackwardParams& p, cudaStream_t stream) {
+  const RowSums sums = gate_sums(p, true);
+  const int64_t slots = (p.shape.width + Access::kWidth - 1) / Access::kWidth;
+  const int64_t tiles = (slots + kThreads - 1) / kThreads;
+  const int along = team_width((slots + tiles - 1) / tiles);
+  const int64_t runs = p.groups * sums.runs;
+  const dim3 block(along, kThreads / along);
+  const dim3 grid(static_cast<unsigned>(runs < kMaxBlocks ? runs : kMaxBlocks),
+                  static_cast<unsigned>(tiles));
+  const cudaError_t status = launch(backward_kernel<Access, kTangent>, grid, block,
+                                    GateSums<Access, kTangent>::shared_bytes(block), stream, p,
+                                    sums, p.shape.rows() / p.groups);
+  if (status != cudaSuccess || sums.runs == 1) return status;
+  return add_runs<typename Access::Element>(sums, p.groups, p.shape.width, p.workspace, p.grad_gate,
+                                            kTangent ? p.grad_gate_t : nullptr, stream);
 }
 
-template <typename T, int kWidth>
-cudaError_t launch(const GatedResidualParams& p, cudaStream_t stream) {
-  const int64_t rows = p.shape.rows(), vectors = p.shape.width / kWidth;
-  int along = 1;  // threads along the row: its vectors, rounded up to keep warps whole
-  while (along < vectors && along < kWarp) along *= 2;
-  while (along < vectors && along < kThreads) along += kWarp;
-  const dim3 threads(along, kThreads / along);
-  const int64_t needed = (rows + threads.y - 1) / threads.y;
-  const dim3 blocks(static_cast<unsigned>(needed < kMaxBlocks ? needed : kMaxBlocks));
-  if (p.x_t.data == nullptr) {
-    gated_residual_kernel<T, kWidth, false><<<blocks, threads, 0, stream>>>(p, rows);
-  } else {
-    gated_residual_kernel<T, kWidth, true><<<blocks, threads, 0, stream>>>(p, rows);
-  }
-  return cudaGetLastError();
-}
-
-template <typename T>
-cudaError_t launch_widest(const GatedResidualParams& p, cudaStream_t stream) {
-  constexpr int kWidth = kVectorBytes / sizeof(T);
-  const int n = p.shape.leading;
-  bool wide = p.shape.width % kWidth == 0 && aligned(p.y.data, p.y.stride, n, kWidth);
-  for (const ConstRows* rows : {&p.x, &p.branch, &p.gate, &p.x_t, &p.branch_t, &p.gate_t}) {
-    wide = wide && aligned(rows->data, rows->stride, n, kWidth);
-  }
-  if (p.x_t.data != nullptr) wide = wide && aligned(p.y_t.data, p.y_t.stride, n, kWidth);
-  return wide ? launch<T, kWidth>(p, stream) : launch<T, 1>(p, stream);
+template <class Access>
+cudaError_t launch_backward(const GatedResidualBackwardParams& p, cudaStream_t stream) {
+  return p.grad_t.data == nullptr ? launch_backward<Access, false>(p, stream)
+                                  : launch_backward<Access, true>(p, stream);
 }
 
 }  // namespace
 
-const char* gated_residual(const GatedResidualParams& params, void* stream) {
-  if (params.shape.rows() * params.shape.width == 0) return nullptr;
+const char* gated_residual(const GatedResidualParams& p, void* stream) {
   const auto queue = static_cast<cudaStream_t>(stream);
-  switch (params.dtype) {
-    case DType::f32:
-      return error_sentence(launch_widest<float>(params, queue));
-    case DType::bf16:
-      return error_sentence(launch_widest<__nv_bfloat16>(params, queue));
-    case DType::f16:
-      return error_sentence(launch_widest<__half>(params, queue));
-    case DType::f64:
-      return "float64 runs on the CPU only";
-  }
-  return nullptr;
+  return with_type(p.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const RowOperands operands{p.x, p.branch, p.gate, p.y, p.x_t, p.branch_t, p.gate_t, p.y_t};
+    return p.x_t.data == nullptr ? for_slots<T>(Forward<false>{p}, p.shape, operands, queue)
+                                 : for_slots<T>(Forward<true>{p}, p.shape, operands, queue);
+  });
+}
+
+const char* gated_residual_backward(const GatedResidualBackwardParams& p, void* stream) {
+  const auto queue = static_cast<cudaStream_t>(stream);
+  return with_type(p.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const bool aligned = rows_aligned(
+        p.shape, Whole<T>::kWidth,
+        {p.grad, p.grad_t, p.branch, p.gate, p.branch_t, p.gate_t, p.grad_branch, p.grad_branch_t});
+    return aligned ? launch_backward<Whole<T>>(p, queue) : launch_backward<Pairs<T>>(p, queue);
+  });
 }
 
 }  // namespace pmf::cuda

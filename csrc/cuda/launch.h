@@ -7,6 +7,9 @@
 #include "pmf/gated_residual.h"
 #include "pmf/newton_schulz.h"
 #include "pmf/optimizer.h"
+#include "pmf/rms_norm.h"
+#include "pmf/rotary_qk_norm.h"
+#include "pmf/swiglu.h"
 
 namespace pmf::cuda {
 
@@ -15,6 +18,13 @@ namespace pmf::cuda {
 const char* device_problem(int device);
 
 const char* gated_residual(const GatedResidualParams& params, void* stream);
+const char* gated_residual_backward(const GatedResidualBackwardParams& params, void* stream);
+const char* rms_norm(const RmsNormParams& params, void* stream);
+const char* rms_norm_backward(const RmsNormBackwardParams& params, void* stream);
+const char* rotary_qk_norm(const RotaryQkNormParams& params, void* stream);
+const char* rotary_qk_norm_backward(const RotaryQkNormBackwardParams& params, void* stream);
+const char* swiglu(const SwigluParams& params, void* stream);
+const char* swiglu_backward(const SwigluBackwardParams& params, void* stream);
 
 // Newton-Schulz, and with params.muon a step of Muon; Adam's step.
 int64_t newton_schulz_workspace_bytes(const NewtonSchulzParams& params);

@@ -41,9 +41,15 @@ Tensor gate_samples(const Tensor& gate, const Tensor& x, int64_t first, int64_t 
   return per_sample ? samples(gate, first, count) : gate;
 }
 
-void run(const Tensor& x, const GatedResidualParams& p) {
-  if (x.is_cuda()) return run_on_cuda(x, kOp, PMF_CUDA_KERNEL(gated_residual), p);
-  cpu::gated_residual(p, torch_parallel());
+void launch(const GatedResidualParams& p, const Tensor& x) {
+  run(x, kOp, &cpu::gated_residual, PMF_CUDA_KERNEL(gated_residual), p);
+}
+
+void launch_backward(GatedResidualBackwardParams& p, const Tensor& branch) {
+  if (branch.numel() == 0) return;
+  const Workspace workspace(branch, gated_residual_workspace_bytes(p, takes_cuda_kernel(branch)));
+  p.workspace = workspace.data();
+  run(branch, kOp, &cpu::gated_residual_backward, PMF_CUDA_KERNEL(gated_residual_backward), p);
 }
 
 void launch(const Tensor& x, const Tensor& branch, const Tensor& gate, const Tensor& y) {
@@ -56,7 +62,7 @@ void launch(const Tensor& x, const Tensor& branch, const Tensor& gate, const Ten
   rows.bind(p.gate, gate);
   rows.bind(p.y, y);
   p.shape = rows.finish();
-  run(x, p);
+  launch(p, x);
 }
 
 void launch_jvp(const Tensor& x, const Tensor& branch, const Tensor& gate, const Tensor& x_t,
@@ -74,7 +80,7 @@ void launch_jvp(const Tensor& x, const Tensor& branch, const Tensor& gate, const
   rows.bind(p.y, y);
   rows.bind(p.y_t, y_t);
   p.shape = rows.finish();
-  run(x, p);
+  launch(p, x);
 }
 
 Tensor gated_residual(Tensor x, Tensor branch, Tensor gate) {
@@ -106,7 +112,6 @@ std::tuple<Tensor, Tensor> gated_residual_jvp(Tensor x, Tensor branch, Tensor ga
 }
 
 std::tuple<Tensor, Tensor> gated_residual_backward(Tensor grad, Tensor branch, Tensor gate) {
-  require_cpu(branch, "gated_residual (gradient)");
   const int64_t groups = check_inputs(branch, gate);
   check_like(kOp, "grad", grad, "branch", branch);
   Output grad_branch(branch);
@@ -121,9 +126,7 @@ std::tuple<Tensor, Tensor> gated_residual_backward(Tensor grad, Tensor branch, T
   rows.bind(p.gate, gate);
   rows.bind(p.grad_branch, grad_branch);
   p.shape = rows.finish();
-  const Workspace workspace(branch, gated_residual_workspace_bytes(p));
-  p.workspace = workspace.data();
-  if (branch.numel() > 0) cpu::gated_residual_backward(p, torch_parallel());
+  launch_backward(p, branch);
   return {grad_branch.result(), grad_gate};
 }
 
@@ -131,7 +134,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_jvp_backward(OptionalT
                                                                        Tensor grad_t, Tensor branch,
                                                                        Tensor gate, Tensor branch_t,
                                                                        OptionalTensor gate_t) {
-  require_cpu(branch, "gated_residual (gradient)");
   const int64_t groups = check_inputs(branch, gate);
   check_like(kOp, "branch_t", branch_t, "branch", branch);
   check_like(kOp, "grad_t", grad_t, "branch", branch);
@@ -156,9 +158,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_jvp_backward(OptionalT
   rows.bind(p.grad_branch, grad_branch);
   rows.bind(p.grad_branch_t, grad_branch_t);
   p.shape = rows.finish();
-  const Workspace workspace(branch, gated_residual_workspace_bytes(p));
-  p.workspace = workspace.data();
-  if (branch.numel() > 0) cpu::gated_residual_backward(p, torch_parallel());
+  launch_backward(p, branch);
   return {grad_branch.result(), grad_gate, grad_branch_t.result(),
           gate_t ? grad_gate_t : no_gradient(gate)};
 }

@@ -9,7 +9,6 @@ namespace {
 constexpr const char* kOp = "rms_norm";
 
 void check_inputs(const Tensor& x, const Tensor& weight) {
-  require_cpu(x, kOp);
   dtype_of(x, kOp, "x");
   check_value(x.dim() >= 1, kOp, ": x must be [..., D], got a scalar");
   check_vector(kOp, "weight", weight, "x", x);
@@ -25,7 +24,7 @@ void launch(const Tensor& x, const Tensor& weight, const Tensor& y, double eps) 
   rows.bind(p.x, x);
   rows.bind(p.y, y);
   p.shape = rows.finish();
-  cpu::rms_norm(p, torch_parallel());
+  run(x, kOp, &cpu::rms_norm, PMF_CUDA_KERNEL(rms_norm), p);
 }
 
 void launch_jvp(const Tensor& x, const Tensor& weight, const Tensor& x_t, const Tensor& weight_t,
@@ -42,7 +41,14 @@ void launch_jvp(const Tensor& x, const Tensor& weight, const Tensor& x_t, const 
   rows.bind(p.y, y);
   rows.bind(p.y_t, y_t);
   p.shape = rows.finish();
-  cpu::rms_norm(p, torch_parallel());
+  run(x, kOp, &cpu::rms_norm, PMF_CUDA_KERNEL(rms_norm), p);
+}
+
+void launch_backward(RmsNormBackwardParams& p, const Tensor& x) {
+  if (x.numel() == 0) return;
+  const Workspace workspace(x, rms_norm_workspace_bytes(p, takes_cuda_kernel(x)));
+  p.workspace = workspace.data();
+  run(x, kOp, &cpu::rms_norm_backward, PMF_CUDA_KERNEL(rms_norm_backward), p);
 }
 
 // weight_t as the kernel wants it: contiguous, zeros where there is none.
@@ -87,9 +93,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad, Tensor x, Tensor weigh
   rows.bind(p.x, x);
   rows.bind(p.grad_x, grad_x);
   p.shape = rows.finish();
-  const Workspace workspace(x, rms_norm_workspace_bytes(p));
-  p.workspace = workspace.data();
-  if (x.numel() > 0) cpu::rms_norm_backward(p, torch_parallel());
+  launch_backward(p, x);
   return {grad_x.result(), grad_weight};
 }
 
@@ -121,9 +125,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_jvp_backward(OptionalTensor 
   rows.bind(p.grad_x, grad_x);
   rows.bind(p.grad_x_t, grad_x_t);
   p.shape = rows.finish();
-  const Workspace workspace(x, rms_norm_workspace_bytes(p));
-  p.workspace = workspace.data();
-  if (x.numel() > 0) cpu::rms_norm_backward(p, torch_parallel());
+  launch_backward(p, x);
   return {grad_x.result(), grad_weight, grad_x_t.result(),
           weight_t ? grad_weight_t : no_gradient(weight)};
 }

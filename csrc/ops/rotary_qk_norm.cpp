@@ -60,7 +60,6 @@ struct Frame {
   static RotaryShape checked(const Tensor& query, const Tensor& key, const Tensor& query_weight,
                              const Tensor& key_weight, const Tensor& cos, const Tensor& sin,
                              double eps) {
-    require_cpu(query, kOp);
     RotaryShape s;
     s.dtype = dtype_of(query, kOp, "query");
     check_side("query", query, "query_weight", query_weight, query);
@@ -90,15 +89,16 @@ Tensor tangent_of_weight(const Tensor& weight, const char* name, const OptionalT
   return readable(*weight_t);
 }
 
-void launch(const RotaryQkNormParams& p) {
-  if (p.shape.batch * p.shape.tokens * p.shape.width > 0) cpu::rotary_qk_norm(p, torch_parallel());
+void launch(const RotaryQkNormParams& p, const Tensor& query) {
+  if (p.shape.batch * p.shape.tokens * p.shape.width == 0) return;
+  run(query, kOp, &cpu::rotary_qk_norm, PMF_CUDA_KERNEL(rotary_qk_norm), p);
 }
 
 void launch_backward(RotaryQkNormBackwardParams& p, const Tensor& query) {
   if (p.shape.batch * p.shape.tokens * p.shape.width == 0) return;
-  const Workspace workspace(query, rotary_workspace_bytes(p));
+  const Workspace workspace(query, rotary_workspace_bytes(p, takes_cuda_kernel(query)));
   p.workspace = workspace.data();
-  cpu::rotary_qk_norm_backward(p, torch_parallel());
+  run(query, kOp, &cpu::rotary_qk_norm_backward, PMF_CUDA_KERNEL(rotary_qk_norm_backward), p);
 }
 
 std::tuple<Tensor, Tensor> rotary_qk_norm(Tensor query, Tensor key, Tensor query_weight,
@@ -111,7 +111,7 @@ std::tuple<Tensor, Tensor> rotary_qk_norm(Tensor query, Tensor key, Tensor query
   p.shape = frame.shape;
   p.sides[0] = {q.size(1), view_of(q), {}, qw.const_data_ptr(), nullptr, view_of(q_out), {}};
   p.sides[1] = {k.size(1), view_of(k), {}, kw.const_data_ptr(), nullptr, view_of(k_out), {}};
-  launch(p);
+  launch(p, query);
   return {q_out.result(), k_out.result()};
 }
 
@@ -140,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotary_qk_norm_jvp(
   p.sides[1] = {
       k.size(1),      view_of(k),      view_of(k_t), kw.const_data_ptr(), kw_t.const_data_ptr(),
       view_of(k_out), view_of(k_out_t)};
-  launch(p);
+  launch(p, query);
   if (const int64_t rest = q.size(0) - n; rest > 0) {
     const DType dtype = p.shape.dtype;
     p.shape.batch = rest;
@@ -153,7 +153,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotary_qk_norm_jvp(
                   {},        kw.const_data_ptr(),
                   nullptr,   first_samples(view_of(k_out), n, dtype),
                   {}};
-    launch(p);
+    launch(p, query);
   }
   return {q_out.result(), k_out.result(), q_out_t.result(), k_out_t.result()};
 }

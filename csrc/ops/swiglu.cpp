@@ -9,7 +9,6 @@ namespace {
 constexpr const char* kOp = "swiglu";
 
 void check_inputs(const Tensor& gate, const Tensor& up) {
-  require_cpu(gate, kOp);
   dtype_of(gate, kOp, "gate");
   check_value(gate.dim() >= 1, kOp, ": gate must be [..., D], got a scalar");
   check_like(kOp, "up", up, "gate", gate);
@@ -24,7 +23,7 @@ void launch(const Tensor& gate, const Tensor& up, const Tensor& y) {
   rows.bind(p.up, up);
   rows.bind(p.y, y);
   p.shape = rows.finish();
-  cpu::swiglu(p, torch_parallel());
+  run(gate, kOp, &cpu::swiglu, PMF_CUDA_KERNEL(swiglu), p);
 }
 
 void launch_jvp(const Tensor& gate, const Tensor& up, const Tensor& gate_t, const Tensor& up_t,
@@ -40,7 +39,7 @@ void launch_jvp(const Tensor& gate, const Tensor& up, const Tensor& gate_t, cons
   rows.bind(p.y, y);
   rows.bind(p.y_t, y_t);
   p.shape = rows.finish();
-  cpu::swiglu(p, torch_parallel());
+  run(gate, kOp, &cpu::swiglu, PMF_CUDA_KERNEL(swiglu), p);
 }
 
 Tensor swiglu(Tensor gate, Tensor up) {
@@ -75,7 +74,9 @@ std::tuple<Tensor, Tensor> swiglu_backward(Tensor grad, Tensor gate, Tensor up) 
   rows.bind(p.grad_gate, grad_gate);
   rows.bind(p.grad_up, grad_up);
   p.shape = rows.finish();
-  if (gate.numel() > 0) cpu::swiglu_backward(p, torch_parallel());
+  if (gate.numel() > 0) {
+    run(gate, kOp, &cpu::swiglu_backward, PMF_CUDA_KERNEL(swiglu_backward), p);
+  }
   return {grad_gate.result(), grad_up.result()};
 }
 
@@ -102,7 +103,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> swiglu_jvp_backward(OptionalTensor gr
   rows.bind(p.grad_gate_t, grad_gate_t);
   rows.bind(p.grad_up_t, grad_up_t);
   p.shape = rows.finish();
-  if (gate.numel() > 0) cpu::swiglu_backward(p, torch_parallel());
+  if (gate.numel() > 0) {
+    run(gate, kOp, &cpu::swiglu_backward, PMF_CUDA_KERNEL(swiglu_backward), p);
+  }
   return {grad_gate.result(), grad_up.result(), grad_gate_t.result(), grad_up_t.result()};
 }
 

@@ -175,6 +175,14 @@ inline ParallelFor torch_parallel() {
   return parallel;
 }
 
+// Runs the kernel that belongs to the tensor's device:
+//   run(x, "swiglu", &cpu::swiglu, PMF_CUDA_KERNEL(swiglu), params);
+template <class Cpu, class Launch, class Params>
+void run(const Tensor& tensor, const char* op, Cpu cpu, Launch launch, const Params& params) {
+  if (takes_cuda_kernel(tensor)) return run_on_cuda(tensor, op, launch, params);
+  cpu(params, torch_parallel());
+}
+
 constexpr int64_t kWorkspaceAlignment = 64;  // a cache line, and a 512-bit vector
 
 // Uninitialised scratch memory from PyTorch's allocator, freed with the object.

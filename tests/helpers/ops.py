@@ -34,11 +34,7 @@ ABSENT = {
     ("csrc/include/pmf/{}.h", "patch_embed"): GEMM,
     **{("csrc/cpu/{}.cpp", stem): GEMM for stem in ("newton_schulz", "patch_embed")},
     ("csrc/cpu/{}.cpp", "attention"): TWO_FILES,
-    **{
-        ("csrc/cuda/{}.cu", stem): NO_CUDA
-        for stem in STEMS
-        if stem not in ("gated_residual", "newton_schulz")
-    },
+    **{("csrc/cuda/{}.cu", stem): NO_CUDA for stem in ("attention", "patch_embed")},
 }
 
 

@@ -36,8 +36,13 @@ struct GatedResidualBackwardParams {
   void* workspace = nullptr;        // gated_residual_workspace_bytes() bytes, 64-aligned
 };
 
-inline int64_t gated_residual_workspace_bytes(const GatedResidualBackwardParams& p) {
-  const RowSums sums(p.groups == 0 ? 0 : p.shape.rows() / p.groups, p.shape.width);
+inline RowSums gate_sums(const GatedResidualBackwardParams& p, bool gpu) {
+  const int64_t rows = p.groups == 0 ? 0 : p.shape.rows() / p.groups;
+  return gpu ? RowSums::on_gpu(p.groups, rows, p.shape.width) : RowSums(rows, p.shape.width);
+}
+
+inline int64_t gated_residual_workspace_bytes(const GatedResidualBackwardParams& p, bool gpu) {
+  const RowSums sums = gate_sums(p, gpu);
   const int64_t vectors = p.groups * sums.runs * (p.grad_t.data == nullptr ? 1 : 2);
   return vectors * sums.pitch * (p.dtype == DType::f64 ? 8 : 4);
 }

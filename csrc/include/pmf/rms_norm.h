@@ -41,8 +41,9 @@ struct RmsNormBackwardParams {
   void* workspace = nullptr;      // rms_norm_workspace_bytes() bytes, 64-aligned
 };
 
-inline int64_t rms_norm_workspace_bytes(const RmsNormBackwardParams& p) {
-  const RowSums sums(p.shape.rows(), p.shape.width);
+inline int64_t rms_norm_workspace_bytes(const RmsNormBackwardParams& p, bool gpu) {
+  const int64_t rows = p.shape.rows(), width = p.shape.width;
+  const RowSums sums = gpu ? RowSums::on_gpu(1, rows, width) : RowSums(rows, width);
   const int64_t vectors = sums.runs * (p.grad_t.data == nullptr ? 1 : 2);
   return vectors * sums.pitch * (p.dtype == DType::f64 ? 8 : 4);
 }

@@ -41,7 +41,7 @@ struct RotaryShape {
   double eps = 1e-6;
   const void* cos = nullptr;  // [P, D/2] contiguous, fp32 (fp64 for fp64)
   const void* sin = nullptr;
-  void* tables = nullptr;  // rotary_table_bytes() bytes, 64-aligned: scratch
+  void* tables = nullptr;  // rotary_table_bytes() bytes, 64-aligned: scratch of the CPU's
 };
 
 struct RotaryQkNormParams {
@@ -60,15 +60,18 @@ inline int64_t rotary_table_bytes(const RotaryShape& s) {
   return 2 * (s.rotated + 1) * s.width * (s.dtype == DType::f64 ? 8 : 4);
 }
 
-inline int64_t rotary_workspace_bytes(const RotaryQkNormBackwardParams& p) {
-  int64_t vectors = 0, pitch = 0;
+// On the CPU one side after the other uses it, on a GPU both at once.
+inline int64_t rotary_workspace_bytes(const RotaryQkNormBackwardParams& p, bool gpu) {
+  int64_t largest = 0, all = 0;
   for (const RotaryHeadsBackward& side : p.sides) {
-    const RowSums sums(p.shape.batch * side.heads * p.shape.tokens, p.shape.width);
-    const int64_t needed = sums.runs * (side.grad_t.data == nullptr ? 1 : 2);
-    if (needed > vectors) vectors = needed;  // one side after the other
-    pitch = sums.pitch;
+    const int64_t rows = p.shape.batch * side.heads * p.shape.tokens, width = p.shape.width;
+    const RowSums sums = gpu ? RowSums::on_gpu(1, rows, width) : RowSums(rows, width);
+    const int64_t vectors = sums.runs * (side.grad_t.data == nullptr ? 1 : 2);
+    const int64_t bytes = vectors * sums.pitch * (p.shape.dtype == DType::f64 ? 8 : 4);
+    if (bytes > largest) largest = bytes;
+    all += bytes;
   }
-  return vectors * pitch * (p.shape.dtype == DType::f64 ? 8 : 4);
+  return gpu ? all : largest;
 }
 
 namespace cpu {

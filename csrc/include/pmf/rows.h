@@ -44,10 +44,20 @@ struct RowSums {
   int64_t pitch = 0;     // elements from one vector to the next
 
   static constexpr int64_t kMaxRuns = 64, kMinRunRows = 16, kPitchStep = 16;
+  // A GPU runs about a thousand blocks at once; a run worth a block has some thousand elements.
+  static constexpr int64_t kGpuRuns = 1024, kGpuRunElements = 1 << 14;
 
-  RowSums(int64_t rows, int64_t width) {
-    run_rows = (rows + kMaxRuns - 1) / kMaxRuns;
-    if (run_rows < kMinRunRows) run_rows = kMinRunRows;
+  RowSums(int64_t rows, int64_t width) : RowSums(rows, width, rows, kMaxRuns, kMinRunRows) {}
+
+  // `groups` of `rows` each share the runs.
+  static RowSums on_gpu(int64_t groups, int64_t rows, int64_t width) {
+    return RowSums(rows, width, groups * rows, kGpuRuns, kGpuRunElements / (width + 1) + 1);
+  }
+
+ private:
+  RowSums(int64_t rows, int64_t width, int64_t all_rows, int64_t max_runs, int64_t min_rows) {
+    run_rows = (all_rows + max_runs - 1) / max_runs;
+    if (run_rows < min_rows) run_rows = min_rows;
     runs = (rows + run_rows - 1) / run_rows;
     pitch = (width + kPitchStep - 1) / kPitchStep * kPitchStep;
   }
