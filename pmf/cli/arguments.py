@@ -38,13 +38,15 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         kind = typing.get_type_hints(section)[setting.name]
         options: dict[str, Any] = {"help": setting.metadata["help"], "default": argparse.SUPPRESS}
         element, is_tuple = _element_type(kind)
-        if is_tuple:
-            options.update(nargs="+", metavar=element.__name__.upper())
+        if element is bool:  # and --no-..., so that a resumed run can switch it off
+            options.update(action=argparse.BooleanOptionalAction)
+        elif is_tuple:
+            options.update(type=element, nargs="+", metavar=element.__name__.upper())
         elif setting.metadata["choices"]:
-            options.update(choices=setting.metadata["choices"])
+            options.update(type=element, choices=setting.metadata["choices"])
         else:
-            options.update(metavar=element.__name__.upper())
-        groups[group].add_argument(flag(setting.name), type=element, **options)
+            options.update(type=element, metavar=element.__name__.upper())
+        groups[group].add_argument(flag(setting.name), **options)
 
 
 def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
     total = len(classes) * columns
     album = _Album(arguments.out, names, sampler, len(classes), columns)
     try:
-        with tqdm(total=total, unit="image", disable=None) as bar:  # None: a bar on a terminal alone
+        with album, tqdm(total=total, unit="image", disable=None) as bar:  # None: a bar on a terminal alone
             while batch := list(islice(jobs, batch_size)):
                 album.write(batch, _draw(sampler, batch, arguments))
                 bar.update(len(batch))
@@ -149,6 +149,7 @@ class _Album:
     def __init__(self, folder: Path, names: list[str], sampler: Sampler, rows: int, columns: int) -> None:
         self.folder, self.names = folder, names
         self.written, self._lock = 0, threading.Lock()
+        self._threads = ThreadPoolExecutor()  # of the batch being written
         config = sampler.network.config
         limit = max(1, _GRID_SIDE // config.image_size)
         self.rows, self.columns = min(rows, limit), min(columns, limit)
@@ -158,10 +159,17 @@ class _Album:
         is_whole = (self.rows, self.columns) == (rows, columns)
         self.left_out = "" if is_whole else f" of {self.rows} x {self.columns} of {rows} x {columns} images"
 
+    def __enter__(self) -> "_Album":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Finish the files that are begun, even where Ctrl-C met `write` waiting for them."""
+        self._threads.shutdown(cancel_futures=True)
+
     def write(self, jobs: Sequence[_Job], pictures: torch.Tensor) -> None:
         """Write every picture, several at a time because compressing them is slow."""
-        with ThreadPoolExecutor(min(_WRITERS, os.cpu_count() or 1)) as threads:
-            list(threads.map(self._write_one, jobs, pictures))
+        with ThreadPoolExecutor(min(_WRITERS, os.cpu_count() or 1)) as self._threads:
+            list(self._threads.map(self._write_one, jobs, pictures))
         for job, picture in zip(jobs, pictures, strict=True):
             if job.row < self.rows and job.column < self.columns:
                 self.grid.put(job.row, job.column, picture)

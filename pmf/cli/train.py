@@ -65,7 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
     millions = sum(weight.numel() for weight in trainer.weights().values()) / 1e6
     print(
         f"{out}: {millions:.1f} M parameters, {len(trainer.dataset)} images in "
-        f"{len(trainer.dataset.class_names)} classes, {trainer.config.run.precision} on {trainer.device}",
+        f"{len(trainer.dataset.class_names)} classes, {trainer.config.run.precision} on {trainer.device}"
+        + (", compiling in the first steps" if trainer.config.run.compile else ""),
         flush=True,
     )
     result = Run(trainer, out, progress=True).run()

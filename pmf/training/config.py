@@ -13,8 +13,9 @@ from typing import Any
 from pmf.errors import UserError
 
 
-def _setting(default: Any, explanation: str, choices: tuple[str, ...] = ()) -> Any:
-    return field(default=default, metadata={"help": explanation, "choices": choices})
+def _setting(default: Any, explanation: str, choices: tuple[str, ...] = (), added: bool = False) -> Any:
+    """A setting; `added` to the first version, it may be absent from an older config.json."""
+    return field(default=default, metadata={"help": explanation, "choices": choices, "added": added})
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class RunSettings:
         "bf16 computes in bfloat16 with float32 master weights; auto: where the device has such products",
         ("auto", "fp32", "bf16"),
     )
+    compile: bool = _setting(False, "torch.compile the network (slow first steps)", added=True)
     device: str = _setting("cpu", "torch device to train on")
     log_every: int = _setting(50, "steps between two lines of log.jsonl")
     checkpoint_every: int = _setting(1000, "steps between two checkpoints")
@@ -116,7 +118,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for group, setting in settings():
-            _check_finite(setting.name, getattr(getattr(self, group), setting.name))
+            value = getattr(getattr(self, group), setting.name)
+            _check_finite(setting.name, value)
+            if isinstance(setting.default, bool) and not isinstance(value, bool):
+                raise UserError(f"{flag(setting.name)} must be true or false, got {value!r}")
         _check_ranges(self)
 
     def with_settings(self, **overrides: Any) -> "TrainConfig":
@@ -140,7 +145,10 @@ class TrainConfig:
         flat: dict[str, Any] = {}
         for group, setting in settings():
             try:
-                flat[setting.name] = content[group][setting.name]
+                if setting.metadata["added"]:
+                    flat[setting.name] = content[group].get(setting.name, setting.default)
+                else:
+                    flat[setting.name] = content[group][setting.name]
             except (KeyError, TypeError) as error:
                 raise UserError(
                     f"config.json lacks {group}.{setting.name}: it is of another version"

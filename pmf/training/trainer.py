@@ -1,5 +1,6 @@
 """One training step of a pixel MeanFlow model, and everything a run has to remember between two steps."""
 
+import contextlib
 import copy
 import dataclasses
 from pathlib import Path
@@ -11,6 +12,7 @@ from pmf import checkpoint, flow, models, optim
 from pmf.data import ImageDataset, ShuffledStream
 from pmf.devices import find_device, has_bf16_products
 from pmf.errors import UserError
+from pmf.training.compiling import compiled, compiling
 from pmf.training.config import TrainConfig
 from pmf.training.packing import pack, unpack
 
@@ -19,7 +21,8 @@ class Trainer:
     """Model, objective, optimizer, averaged weights, data order and random state of one run.
 
     The weights are float32. With precision bf16 a bfloat16 copy computes, its gradients go to the float32
-    master weights, and the optimizer and the averages see those alone.
+    master weights, and the optimizer and the averages see those alone. With compile the copy, or the model
+    itself, computes through torch.compile; pictures are drawn without it.
     """
 
     def __init__(self, config: TrainConfig, dataset: ImageDataset) -> None:
@@ -48,6 +51,7 @@ class Trainer:
         self.computing = self.model
         if config.run.precision == "bf16":
             self.computing = copy.deepcopy(self.model).to(torch.bfloat16)
+        self.network = compiled(self.computing) if config.run.compile else self.computing
         self.generator = torch.Generator().manual_seed(config.run.seed)
         self.stream = ShuffledStream(dataset, config.data.batch_size, config.run.seed)
 
@@ -57,8 +61,9 @@ class Trainer:
         images, labels = images.to(self.device), labels.to(self.device)
         draws = self.objective.draw(images, labels, self.generator)
         self._refresh_computing_weights()
-        terms = self.objective(self.computing, images, labels, draws)
-        terms.loss.backward()
+        with compiling() if self.config.run.compile else contextlib.nullcontext():
+            terms = self.objective(self.network, images, labels, draws)
+            terms.loss.backward()
         self._gather_gradients()
         for group, full_rate in zip(self.optimizer.param_groups, self.full_rates, strict=True):
             group["lr"] = full_rate * rate

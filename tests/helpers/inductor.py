@@ -1,0 +1,28 @@
+"""Whether torch.compile can make machine code here."""
+
+import functools
+
+import pytest
+import torch
+
+
+@functools.cache
+def why_not() -> str:
+    """Why Inductor cannot run, or nothing."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(2))
+    except Exception as error:  # whatever a compiler that is missing, old or broken makes of it
+        return f"Inductor cannot compile here: {str(error).splitlines()[0]}"
+    return ""
+
+
+def requires_inductor(test):
+    """Skip the test, with the reason, where Inductor has no compiler. Looked up when the test runs."""
+
+    @functools.wraps(test)
+    def wrapper(*args, **kwargs):
+        if reason := why_not():
+            pytest.skip(reason)
+        return test(*args, **kwargs)
+
+    return wrapper
