@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pmf.errors import UserError
+from pmf.models import CHECKPOINTING
 
 
 def _setting(default: Any, explanation: str, choices: tuple[str, ...] = (), added: bool = False) -> Any:
@@ -86,6 +87,15 @@ class RunSettings:
         ("auto", "fp32", "bf16"),
     )
     compile: bool = _setting(False, "torch.compile the network (slow first steps)", added=True)
+    row_multiple: int = _setting(
+        1, "pad guidance passes and tangents to a multiple of this many images: few shapes", added=True
+    )
+    checkpointing: str = _setting(
+        "none",
+        "blocks: keep only each block's input for the backward pass and compute the rest again",
+        CHECKPOINTING,
+        added=True,
+    )
     device: str = _setting("cpu", "torch device to train on")
     log_every: int = _setting(50, "steps between two lines of log.jsonl")
     checkpoint_every: int = _setting(1000, "steps between two checkpoints")
@@ -181,6 +191,7 @@ def _check_ranges(config: TrainConfig) -> None:
     at_least_one = {
         "batch_size": config.data.batch_size,
         "steps": config.run.steps,
+        "row_multiple": config.run.row_multiple,
         "log_every": config.run.log_every,
         "checkpoint_every": config.run.checkpoint_every,
         "keep_checkpoints": config.run.keep_checkpoints,
@@ -220,6 +231,9 @@ def _check_ranges(config: TrainConfig) -> None:
         raise UserError("--sample-interval must be two numbers t_min t_max with 0 <= t_min <= t_max <= 1")
     if config.run.precision not in ("auto", "fp32", "bf16"):
         raise UserError(f"--precision must be auto, fp32 or bf16, got {config.run.precision!r}")
+    if config.run.checkpointing not in CHECKPOINTING:
+        known = " or ".join(CHECKPOINTING)
+        raise UserError(f"--checkpointing must be {known}, got {config.run.checkpointing!r}")
     if not 0 <= config.run.seed < 2**63:
         raise UserError(f"--seed must lie between 0 and 2^63 - 1, got {config.run.seed}")
 

@@ -36,6 +36,7 @@ class Trainer:
                 torch.manual_seed(config.run.seed)
                 network = model_config(config, len(dataset.class_names))
                 self.model = models.PixelMeanFlow(network).to(self.device)
+            self.model.checkpointing = config.run.checkpointing
             self.objective = build_objective(config, self.model.config.noise_scale)
             self.optimizer = optim.Muon(
                 self.model,
@@ -153,6 +154,7 @@ def build_objective(config: TrainConfig, noise_scale: float) -> flow.Objective:
     settings = config.objective
     return flow.Objective(
         noise_scale=noise_scale,
+        row_multiple=config.run.row_multiple,
         norm_p=settings.norm_p,
         norm_eps=settings.norm_eps,
         class_dropout=settings.class_dropout,

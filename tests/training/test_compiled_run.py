@@ -9,7 +9,6 @@ import torch
 from helpers.inductor import requires_inductor
 from helpers.pmf_process import TINY, run_in
 
-from pmf.errors import UserError
 from pmf.training import TrainConfig, Trainer, train
 from pmf.training.folders import resume_config
 
@@ -75,11 +74,3 @@ def test_a_missing_compiler_is_one_sentence_before_the_run_begins(tmp_path: Path
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: --compile: torch.compile failed (") and done.stderr.count("\n") == 1
     assert "train without --compile" in done.stderr and not (tmp_path / "run").exists()
-
-
-def test_compile_is_a_switch_and_older_runs_did_without(tiny: Tiny) -> None:
-    with pytest.raises(UserError, match="--compile must be true or false, got 'yes'"):
-        tiny(compile="yes")
-    older = tiny().to_json()
-    del older["run"]["compile"]
-    assert not TrainConfig.from_json(older).run.compile

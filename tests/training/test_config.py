@@ -57,6 +57,9 @@ def test_paper_presets_hold_the_paper_recipe() -> None:
         ("sample_ema", 7.0, "--sample-ema must be one of"),
         ("sample_interval", (0.9, 0.1), "--sample-interval"),
         ("precision", "fp8", "--precision"),
+        ("compile", "yes", "--compile must be true or false, got 'yes'"),
+        ("checkpointing", "all", "--checkpointing must be none or blocks, got 'all'"),
+        ("row_multiple", 0, "--row-multiple must be 1 or more"),
         ("seed", -1, "--seed"),
         ("learning_rate", 1.0, "there is no setting 'learning_rate'"),
     ],
@@ -85,6 +88,13 @@ def test_config_of_another_version_says_what_it_lacks() -> None:
     del content["optimizer"]["lr"]
     with pytest.raises(UserError, match=r"lacks optimizer\.lr"):
         TrainConfig.from_json(content)
+
+
+def test_settings_newer_than_a_run_have_their_defaults() -> None:
+    content = PRESETS["digits"].to_json()
+    for name in ("compile", "checkpointing", "row_multiple"):
+        del content["run"][name]
+    assert TrainConfig.from_json(content) == PRESETS["digits"]
 
 
 def test_learning_rate_falls_over_the_last_share_of_the_run() -> None:

@@ -259,3 +259,14 @@ def test_minutes_end_a_run(tiny: Tiny) -> None:
 def test_a_run_without_an_end_is_refused(tiny: Tiny) -> None:
     with pytest.raises(UserError, match="--steps or --minutes"):
         train(tiny(steps=None))
+
+
+def test_checkpointing_and_padded_rows_change_no_loss(tmp_path: Path, tiny: Tiny) -> None:
+    rows = []
+    for name, settings in {"plain": {}, "saving": {"checkpointing": "blocks", "row_multiple": 3}}.items():
+        train(tiny(steps=4, log_every=1, **settings), tmp_path / name)
+        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        rows.append([(json.loads(line)["loss_u"], json.loads(line)["loss_v"]) for line in lines])
+    for plain, saving in zip(*rows, strict=True):
+        assert saving == pytest.approx(plain, rel=1e-4)
+    assert prepare(tiny(checkpointing="blocks", precision="bf16")).computing.checkpointing == "blocks"
