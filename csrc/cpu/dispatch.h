@@ -13,10 +13,12 @@
 // one compiled for AVX-512.
 #pragma once
 
+#ifndef PMF_X86  // -DPMF_X86=0 leaves the portable level alone
 #if defined(__x86_64__) || defined(_M_X64)
 #define PMF_X86 1
 #else
 #define PMF_X86 0
+#endif
 #endif
 
 namespace pmf::cpu {

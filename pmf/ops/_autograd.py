@@ -163,6 +163,8 @@ functions: dict[str, type[KernelFunction]] = {}
 def call(name: str, *args: Any) -> Any:
     """Run a registered KernelFunction so that every derivative is right, or raise."""
     _library.require()
+    if any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in args) and _on_cuda(args):
+        return _plain(name, args)
     if not torch.compiler.is_compiling():
         return functions[name].apply(*args)
     from . import _compiled  # imports torch._dynamo, which costs seconds
@@ -175,6 +177,21 @@ def call(name: str, *args: Any) -> Any:
             f"call pmf.ops.{op}_jvp with explicit tangents, or torch.func.jvp, instead"
         )
     return _compiled.apply(name, *args)
+
+
+def _on_cuda(args: Args) -> bool:
+    return _library.takes_cuda_kernel(next(x for x in args if isinstance(x, Tensor)))
+
+
+def _plain(name: str, args: Args) -> Outputs:
+    """float64 on CUDA: the reference, which PyTorch differentiates; None for what only a backward reads."""
+    function = functions[name]
+    outputs = function.reference(*args)
+    if name.endswith("_detached"):
+        half = len(outputs) // 2
+        outputs = (*outputs[:half], *(y.detach() for y in outputs[half:]))
+    read = (None,) * len(function.residuals)
+    return outputs[0] if len(outputs) == 1 and not read else (*outputs, *read)
 
 
 def register(name: str, function: type[KernelFunction], fake: Callable[..., Outputs] | None = None) -> None:

@@ -1,20 +1,65 @@
-"""The levels of the CPU kernels, switched inside one process."""
+"""Where the kernels run: the levels of the CPU kernels, the emulator, and a GPU; switched inside one process.
 
-from collections.abc import Iterator
+Each is a namespace of raw ops in the place of torch.ops.pmf. The emulator's takes CPU tensors to the CUDA
+kernels, compiled for the CPU (tests/emulator); the GPU's takes copies there and brings the results back, so
+that one test serves all.
+"""
+
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from helpers import emulator
+from helpers.ops import ABSENT, NO_CUDA
+from torch import Tensor
 
 from pmf import _library
 
 
 @contextmanager
 def at_level(name: str) -> Iterator[None]:
-    """Run the kernels at a level, then at the default again; ValueError if the processor lacks it."""
+    """Run the kernels there, then at the default again; ValueError if the processor lacks the level."""
+    if name in ("emulated", "cuda"):
+        namespace = emulator.namespace() if name == "emulated" else _OnGpu(torch.ops.pmf)
+        with (
+            mock.patch.object(torch.ops, "pmf", namespace),
+            mock.patch.object(_library, "takes_cuda_kernel", lambda tensor: True),
+        ):
+            yield
+        return
     _library.set_cpu_level(name)
     try:
         assert _library.cpu_level() == name
         yield
     finally:
         _library.set_cpu_level("auto")
+
+
+class _OnGpu:
+    """torch.ops.pmf for tensors on the CPU, computed on the GPU."""
+
+    def __init__(self, namespace: Any) -> None:
+        self._namespace = namespace
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        op = getattr(self._namespace, name)
+        return lambda *args: _map(lambda x: x.cpu(), op(*_map(_to_gpu, args)))
+
+
+def _to_gpu(x: Tensor) -> Tensor:
+    """A copy of the whole storage, so that strides and what lies between the elements stay."""
+    whole = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+    return whole.cuda().as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+def _map(function: Callable[[Tensor], Tensor], values: Any) -> Any:
+    if isinstance(values, Tensor):
+        return function(values)
+    if isinstance(values, (tuple, list)):
+        return type(values)(_map(function, x) for x in values)
+    return values
 
 
 def _exists(name: str) -> bool:
@@ -25,4 +70,17 @@ def _exists(name: str) -> bool:
         return False
 
 
-LEVELS = tuple(name for name in ("portable", "avx2", "avx512", "avx512_bf16") if _exists(name))
+CPU_LEVELS = tuple(name for name in ("portable", "avx2", "avx512", "avx512_bf16") if _exists(name))
+EMULATED = ("emulated",) if emulator.why_not() is None else ()
+LEVELS = (*CPU_LEVELS, *EMULATED, *(("cuda",) if torch.cuda.is_available() else ()))
+
+
+def without_cuda(stem: str) -> str | None:
+    """Why an op runs on the levels of the CPU alone; None if it has CUDA kernels."""
+    reason = ABSENT.get(("csrc/cuda/{}.cu", stem))
+    return reason if reason == NO_CUDA else None
+
+
+def levels_of(stem: str) -> tuple[str, ...]:
+    """The levels that an op has kernels for."""
+    return LEVELS if without_cuda(stem) is None else CPU_LEVELS

@@ -1,0 +1,71 @@
+// What the emulator does for a kernel: the doors between csrc/cuda/common's stand-ins (compiled
+// with the kernels, every access to memory watched) and the runtime (not watched).
+//
+// Operands travel in vector registers, never through memory: what a lane holds is no access.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace pmf::emulator {
+
+struct Index {
+  unsigned x, y, z;
+};
+
+using Word4 = uint32_t __attribute__((vector_size(16)));
+using Float4 = float __attribute__((vector_size(16)));
+
+// ---- who am I: the same for the life of a thread, so the compiler may keep the answers
+// -------------
+
+__attribute__((const)) Index thread_index();
+__attribute__((const)) Index block_index();
+__attribute__((const)) Index block_size();
+__attribute__((const)) Index grid_size();
+__attribute__((const)) unsigned char* shared_memory();
+
+// ---- together
+// ------------------------------------------------------------------------------------
+
+enum class Shuffle { exclusive_or, down, index };
+enum class Element { bf16, f16, tf32 };
+
+uint64_t shuffle(Shuffle how, uint64_t bits, int amount);
+uint32_t ballot(bool value);
+void sync_warp();
+void sync_threads(int barrier, int threads);  // threads 0: the whole block
+Word4 load_matrices(const void* row, int count, bool transposed);
+Float4 multiply(Element element, Float4 c, Word4 a, uint64_t b);
+
+// ---- memory
+// --------------------------------------------------------------------------------------
+
+void copy_async(void* to, const void* from, bool valid);
+void commit_copies();
+void wait_for_copies(int pending);
+void check_aligned(const void* address, int bytes);
+void atomic(const void* address, int bytes);  // around the update itself, which nothing interrupts
+
+// ---- from the host
+// -------------------------------------------------------------------------------
+
+struct Launch {
+  Index grid, block;
+  int64_t shared_bytes, allowed_bytes;  // allowed: what launch() has asked the device for
+  void (*thread)(const void* call);     // one thread of the kernel
+  const void* call;                     // the kernel and its arguments
+  size_t call_bytes;
+};
+
+// Runs a grid. Null, or what went wrong, valid until the next launch.
+const char* run(const Launch& launch);
+const char* last_problem();
+
+bool memory_set(void* address, int value, size_t bytes);  // by the host, in the stream's order
+
+constexpr int64_t kSharedLimit = 163 * 1024;         // of one block: an A100's
+constexpr int64_t kSharedPerProcessor = 164 * 1024;  // of all blocks on a multiprocessor
+constexpr int kProcessors = 4;                       // few, so that small grids make several waves
+
+}  // namespace pmf::emulator

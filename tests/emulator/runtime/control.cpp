@@ -1,0 +1,18 @@
+// What tests call by ctypes: the order of warps, and memory for kernels that no op calls.
+#include "memory.h"
+
+#define PMF_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace pmf::emulator {
+
+// Another seed is another order of warps and blocks.
+PMF_EXPORT void pmf_emulator_seed(uint64_t seed) { machine.seed(seed); }
+
+PMF_EXPORT void pmf_emulator_forget_tensors() { memory.forget(); }
+
+PMF_EXPORT void pmf_emulator_add_tensor(void* data, size_t bytes, bool writable, bool initialised) {
+  const auto at = reinterpret_cast<uintptr_t>(data);
+  memory.region(at, bytes).allow(at, bytes, writable, initialised);
+}
+
+}  // namespace pmf::emulator

@@ -1,0 +1,48 @@
+// What g++ -fsanitize=thread calls before every access to memory, without the sanitizer's own
+// runtime.
+#include "machine.h"
+#include "memory.h"
+
+namespace {
+
+using pmf::emulator::Access;
+using pmf::emulator::machine;
+using pmf::emulator::memory;
+
+inline void access(const void* address, size_t bytes, Access kind, const void* place) {
+  if (machine.lane == nullptr) return;  // the host's own
+  machine.place = place;
+  memory.access(address, bytes, kind);
+}
+
+}  // namespace
+
+#define PMF_HOOK(name, bytes, kind)                                    \
+  extern "C" void name(const void* address) {                          \
+    access(address, bytes, Access::kind, __builtin_return_address(0)); \
+  }
+#define PMF_HOOKS(bytes)                              \
+  PMF_HOOK(__tsan_read##bytes, bytes, read)           \
+  PMF_HOOK(__tsan_write##bytes, bytes, write)         \
+  PMF_HOOK(__tsan_unaligned_read##bytes, bytes, read) \
+  PMF_HOOK(__tsan_unaligned_write##bytes, bytes, write)
+
+PMF_HOOKS(1)
+PMF_HOOKS(2)
+PMF_HOOKS(4)
+PMF_HOOKS(8)
+PMF_HOOKS(16)
+
+extern "C" {
+void __tsan_init() {}
+void __tsan_func_entry(const void*) {}
+void __tsan_func_exit() {}
+void __tsan_vptr_update(const void*, const void*) {}
+void __tsan_vptr_read(const void*) {}
+void __tsan_read_range(const void* address, size_t bytes) {
+  access(address, bytes, Access::read, __builtin_return_address(0));
+}
+void __tsan_write_range(const void* address, size_t bytes) {
+  access(address, bytes, Access::write, __builtin_return_address(0));
+}
+}

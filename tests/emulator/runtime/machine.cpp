@@ -1,0 +1,259 @@
+#include "machine.h"
+
+#include <cstring>
+#include <sstream>
+
+#include "memory.h"
+#include "place.h"
+
+namespace pmf::emulator {
+
+Machine machine;
+
+namespace {
+const std::string kFound = "the emulator found: ";
+}
+
+const char* together_name(Together kind) {
+  switch (kind) {
+    case Together::shuffle:
+      return "a shuffle";
+    case Together::ballot:
+      return "a ballot";
+    case Together::sync_warp:
+      return "__syncwarp()";
+    case Together::barrier:
+      return "a block barrier";
+    case Together::load_matrices:
+      return "ldmatrix";
+    case Together::multiply:
+      return "mma";
+  }
+  return "";
+}
+
+Machine::Machine() : stacks_(kMaxThreads), lanes_(kMaxThreads), warps_(kMaxWarps) {
+  for (int i = 0; i < kMaxThreads; ++i) lanes_[i].lowest = stacks_.lowest(i);
+  for (int w = 0; w < kMaxWarps; ++w) {
+    warps_[w].number = w;
+    warps_[w].lanes = &lanes_[w * kLanes];
+  }
+}
+
+// xorshift64* (Vigna 2016).
+unsigned Machine::random(unsigned below) {
+  random_ ^= random_ >> 12;
+  random_ ^= random_ << 25;
+  random_ ^= random_ >> 27;
+  return static_cast<unsigned>((random_ * 0x2545f4914f6cdd1dull >> 33) % below);
+}
+
+// ---- fibers
+// --------------------------------------------------------------------------------------
+
+void Machine::thread_entry() {
+  machine.launch.thread(machine.launch.call);
+  machine.lane->done = true;
+  machine.warp->done += 1;
+  machine.next_lane();
+}
+
+void Machine::resume(Lane& next) {
+  void** from = lane == nullptr ? &host_ : &lane->stack;
+  lane = &next;
+  pmf_switch_stack(from, next.stack);
+}
+
+void Machine::to_host() {
+  Lane* left = lane;
+  lane = nullptr;
+  pmf_switch_stack(&left->stack, host_);
+}
+
+void Machine::yield() {
+  Lane* self = lane;
+  warp->turn = static_cast<int>(self - warp->lanes);
+  to_host();
+}
+
+void Machine::fail(const std::string& text) {
+  std::ostringstream out;
+  out << kFound << text;
+  if (lane != nullptr) {
+    out << " (block " << block.x << ", " << block.y << ", " << block.z << "; thread "
+        << lane->index.x << ", " << lane->index.y << ", " << lane->index.z << "; "
+        << describe_place(place) << ")";
+  }
+  problem = out.str();
+  void* abandoned = nullptr;
+  lane = nullptr;
+  pmf_switch_stack(&abandoned, host_);
+  __builtin_unreachable();
+}
+
+// ---- warps
+// ---------------------------------------------------------------------------------------
+
+void Machine::arrive(Together kind, int option) {
+  Warp& w = *warp;
+  if (w.waiting > 0 && (w.kind != kind || w.option != option)) {
+    fail(std::string("lanes of one warp part ways: one is at ") + together_name(kind) +
+         " while others are at " + together_name(w.kind) +
+         (w.kind == kind ? " with other options" : ""));
+  }
+  w.kind = kind, w.option = option;
+  w.waiting += 1;
+  lane->waits = true;
+}
+
+// Goes on with a lane that has not yet come to where the others wait.
+void Machine::next_lane() {
+  Warp& w = *warp;
+  if (w.done == w.count) return to_host();
+  if (w.waiting > 0 && w.waiting + w.done == w.count) {
+    fail(std::string("lanes of a warp are missing at ") + together_name(w.kind) + ": " +
+         std::to_string(w.done) + " of " + std::to_string(w.count) + " have ended");
+  }
+  int i = static_cast<int>(lane - w.lanes);
+  do {
+    i = i + 1 == w.count ? 0 : i + 1;
+  } while (w.lanes[i].waits || w.lanes[i].done);
+  resume(w.lanes[i]);
+}
+
+void Machine::barrier(int id, int threads) {
+  const int all = static_cast<int>(launch.block.x * launch.block.y * launch.block.z);
+  if (threads == 0) threads = all;
+  if (threads % kLanes != 0 && threads != all) {
+    fail("barrier_sync() takes whole warps, got " + std::to_string(threads) + " threads");
+  }
+  if (id < 0 || id > 15) fail("there are barriers 0 to 15, not " + std::to_string(id));
+  together(Together::barrier, id << 16 | threads, [&] {
+    warp->at_barrier = true, warp->barrier = id, warp->barrier_threads = threads;
+    int arrived = 0;
+    for (Warp& w : warps_) {
+      if (w.count == 0 || !w.at_barrier || w.barrier != id) continue;
+      if (w.barrier_threads != threads) {
+        fail("barrier " + std::to_string(id) + " is asked to join " +
+             std::to_string(w.barrier_threads) + " threads by one warp and " +
+             std::to_string(threads) + " by another");
+      }
+      arrived += w.count;
+    }
+    if (arrived < threads) return;
+    uint32_t known[kMaxWarps] = {};
+    for (Warp& w : warps_) {
+      if (w.count == 0 || !w.at_barrier || w.barrier != id) continue;
+      w.tick();
+      for (int v = 0; v < kMaxWarps; ++v) known[v] = known[v] < w.known[v] ? w.known[v] : known[v];
+    }
+    for (Warp& w : warps_) {
+      if (w.count == 0 || !w.at_barrier || w.barrier != id) continue;
+      std::memcpy(w.known, known, sizeof(known));
+      w.at_barrier = false;
+    }
+  });
+  while (warp->at_barrier) yield();  // the lane that came last; the others run after it
+}
+
+// ---- blocks
+// --------------------------------------------------------------------------------------
+
+std::string Machine::stuck() const {
+  std::ostringstream out;
+  out << "a barrier that not all threads reach:";
+  for (const Warp& w : warps_) {
+    if (w.count == 0) continue;
+    out << (w.number ? ", " : " ") << "warp " << w.number;
+    if (w.at_barrier) {
+      out << " waits at barrier " << w.barrier;
+    } else {
+      out << " has ended";
+    }
+  }
+  return out.str();
+}
+
+void Machine::run_warps() {
+  for (;;) {
+    Warp* ready[kMaxWarps];
+    unsigned count = 0, unfinished = 0;
+    for (Warp& w : warps_) {
+      if (w.done == w.count) continue;
+      unfinished += 1;
+      if (!w.at_barrier) ready[count++] = &w;
+    }
+    if (unfinished == 0) return;
+    if (count == 0) {
+      problem = kFound + stuck();
+      return;
+    }
+    warp = ready[random(count)];
+    resume(warp->lanes[warp->turn]);
+    if (!problem.empty()) return;
+  }
+}
+
+void Machine::run_block(int64_t number) {
+  const Index g = launch.grid, size = launch.block;
+  block = {static_cast<unsigned>(number % g.x), static_cast<unsigned>(number / g.x % g.y),
+           static_cast<unsigned>(number / g.x / g.y)};
+  const int threads = static_cast<int>(size.x * size.y * size.z);
+  const int warps = (threads + kLanes - 1) / kLanes;
+  for (Lane& l : lanes_) {
+    for (const Copy& copy : l.copies) memory.copy_dropped(copy.to);
+    l.copies.clear();
+    l.group = 0;
+  }
+  first_clock_ = memory.begin_block(first_clock_, launch.shared_bytes, warps);
+  for (int i = 0; i < threads; ++i) {
+    Lane& l = lanes_[i];
+    l.stack = stacks_.fresh(i, &thread_entry);
+    l.number = i;
+    l.index = {i % size.x, i / size.x % size.y, i / size.x / size.y};
+    l.waits = l.done = false;
+  }
+  for (Warp& w : warps_) {
+    const int rest = threads - w.number * kLanes;
+    w.count = rest < 0 ? 0 : rest < kLanes ? rest : kLanes;
+    w.waiting = w.done = 0;
+    w.turn = w.count == 0 ? 0 : static_cast<int>(random(static_cast<unsigned>(w.count)));
+    w.at_barrier = false;
+    w.clock = first_clock_;
+    for (uint32_t& known : w.known) known = first_clock_ - 1;
+  }
+  run_warps();
+  for (const Warp& w : warps_) first_clock_ = first_clock_ > w.clock ? first_clock_ : w.clock + 1;
+}
+
+const char* Machine::run(const Launch& what) {
+  launch = what;
+  problem.clear();
+  lane = nullptr;
+  const Index g = what.grid, b = what.block;
+  const uint64_t threads = uint64_t{b.x} * b.y * b.z;
+  std::ostringstream out;
+  if (threads < 1 || threads > kMaxThreads || b.z > 64) {
+    out << "a block of " << b.x << " x " << b.y << " x " << b.z << " threads";
+  } else if (g.x < 1 || g.y < 1 || g.z < 1 || g.x > 0x7fffffffu || g.y > 65535 || g.z > 65535) {
+    out << "a grid of " << g.x << " x " << g.y << " x " << g.z << " blocks";
+  } else if (what.shared_bytes < 0 || what.shared_bytes > what.allowed_bytes) {
+    out << what.shared_bytes << " bytes of shared memory asked for, where a block may have "
+        << what.allowed_bytes;
+  } else if (constexpr size_t kMostParameters = 32764; what.call_bytes > kMostParameters) {
+    out << what.call_bytes << " bytes of kernel parameters, of at most " << kMostParameters;
+  }
+  problem = out.str();
+  if (!problem.empty()) {
+    problem = "the emulator cannot launch " + problem;
+    return problem.c_str();
+  }
+  memory.begin_launch();
+  const int64_t blocks = int64_t{g.x} * g.y * g.z;
+  const int64_t first = random(static_cast<unsigned>(blocks < 0x7fffffff ? blocks : 0x7fffffff));
+  for (int64_t i = 0; i < blocks && problem.empty(); ++i) run_block((first + i) % blocks);
+  lane = nullptr;
+  return problem.empty() ? nullptr : problem.c_str();
+}
+
+}  // namespace pmf::emulator

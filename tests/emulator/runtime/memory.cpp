@@ -1,0 +1,313 @@
+#include "memory.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace pmf::emulator {
+
+Memory memory;
+uint64_t block_serial = 0, launch_serial = 1;
+
+namespace {
+
+constexpr int kLaneBits = 6;
+constexpr uint32_t kLaneMask = (1u << kLaneBits) - 1, kSeveralLanes = kLanes;
+constexpr int kPoison = 0xff;  // a NaN of every floating type
+constexpr size_t kCopyBytes = 16;
+constexpr size_t kGranules = kSharedLimit / kGranule;
+
+std::string bytes_of(const char* what, size_t bytes, Access access) {
+  return std::to_string(bytes) + " bytes of " + what +
+         (access == Access::read ? " are read" : " are written");
+}
+
+uint32_t stamp() { return machine.warp->clock << kThreadBits | uint32_t(machine.lane->number); }
+
+std::string by(uint32_t thread) { return "thread " + std::to_string(thread & kThreadMask); }
+
+}  // namespace
+
+Memory::Memory() : writer_(kGranules, 0) {
+  void* space = mmap(nullptr, kSharedSpace, PROT_READ | PROT_WRITE,
+                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (space == MAP_FAILED) throw std::runtime_error("emulator: no room for shared memory");
+  shared_begin_ = reinterpret_cast<uintptr_t>(space);
+  shared_ = static_cast<unsigned char*>(space) + kSharedStart;
+}
+
+// ---- the machine
+// ---------------------------------------------------------------------------------
+
+void Memory::begin_launch() {
+  launch_serial = block_serial + 1;
+  last_ = nullptr;
+}
+
+uint32_t Memory::begin_block(uint32_t clock, int64_t shared_bytes, int warps) {
+  block_serial += 1;
+  shared_bytes_ = shared_bytes;
+  // Stamps of earlier blocks are older than this block's first clock: nothing to erase, until the
+  // clock runs full or readers are laid out for another number of warps.
+  const size_t readers = (shared_bytes + kGranule - 1) / kGranule * warps;
+  if (clock > kUnderWay / 2 || warps != warps_ || readers > reader_.size()) {
+    warps_ = warps;
+    std::fill(writer_.begin(), writer_.end(), 0);
+    reader_.assign(std::max(readers, reader_.size()), 0);
+    clock = 1;
+  }
+  first_clock_ = clock;
+  std::memset(shared_, kPoison, shared_bytes);
+  return clock;
+}
+
+void Memory::access(const void* address, size_t bytes, Access access) {
+  const auto at = reinterpret_cast<uintptr_t>(address);
+  const Lane& lane = *machine.lane;
+  if (at - reinterpret_cast<uintptr_t>(lane.lowest) < Stacks::kStackBytes) return;  // its own
+  if (is_shared(at)) return shared_access(at, bytes, access, false);
+  if (at - reinterpret_cast<uintptr_t>(machine.launch.call) < machine.launch.call_bytes) {
+    if (access == Access::write) machine.fail("a kernel parameter is written");
+    return;
+  }
+  Region* region = last_ != nullptr && at >= last_->begin() && at < last_->end() ? last_ : find(at);
+  if (region == nullptr) {
+    machine.fail(bytes_of("memory that belongs to no tensor of this call", bytes, access));
+  }
+  last_ = region;
+  region->check(at, bytes, access);
+}
+
+void Memory::access_by_warp(const void* address, size_t bytes) {
+  const auto at = reinterpret_cast<uintptr_t>(address);
+  if (!is_shared(at)) machine.fail("ldmatrix reads shared memory only");
+  shared_access(at, bytes, Access::read, true);
+}
+
+// ---- shared memory
+// -------------------------------------------------------------------------------
+
+void Memory::shared_access(uintptr_t address, size_t bytes, Access access, bool by_warp) {
+  const auto offset = static_cast<int64_t>(address - reinterpret_cast<uintptr_t>(shared_));
+  if (offset < 0 || offset + static_cast<int64_t>(bytes) > shared_bytes_) {
+    machine.fail(bytes_of("shared memory", bytes, access) + " at " + std::to_string(offset) +
+                 ", where the launch asked for " + std::to_string(shared_bytes_) + " bytes");
+  }
+  const size_t first = offset / kGranule, last = (offset + bytes - 1) / kGranule;
+  access == Access::read ? shared_read(first, last, by_warp) : shared_write(first, last);
+}
+
+void Memory::shared_read(size_t first, size_t last, bool by_warp) {
+  const Warp& warp = *machine.warp;
+  const uint32_t own = stamp(), lane = uint32_t(machine.lane->number) % kLanes;
+  const uint32_t now = warp.clock << kLaneBits;
+  const uint32_t mine = now | (by_warp ? kSeveralLanes : lane);
+  for (size_t g = first; g <= last; ++g) {
+    const uint32_t writer = writer_[g], clock = writer >> kThreadBits;
+    if (writer != own || by_warp) {
+      const std::string where = "shared memory at " + std::to_string(g * kGranule);
+      if (clock < first_clock_) machine.fail(where + " is read and was never written");
+      if (clock == kUnderWay) {
+        machine.fail(where + " is read while an asynchronous copy of " + by(writer) +
+                     " to it has not been waited for");
+      }
+      const bool same = (writer & kThreadMask) == (own & kThreadMask) && !by_warp;
+      if (!same && clock > warp.known[(writer & kThreadMask) / kLanes]) {
+        machine.fail(where + " is read after " + by(writer) + " wrote it, with no barrier between");
+      }
+    }
+    uint32_t& reader = reader_[g * warps_ + warp.number];
+    reader = (reader & ~kLaneMask) == now && reader != mine ? now | kSeveralLanes : mine;
+  }
+}
+
+void Memory::shared_write(size_t first, size_t last) {
+  const Warp& warp = *machine.warp;
+  const uint32_t own = stamp(), lane = uint32_t(machine.lane->number) % kLanes;
+  for (size_t g = first; g <= last; ++g) {
+    const uint32_t writer = writer_[g], clock = writer >> kThreadBits;
+    if (writer != own && clock >= first_clock_) {
+      const std::string where = "shared memory at " + std::to_string(g * kGranule);
+      if (clock == kUnderWay) {
+        machine.fail(where + " is written while an asynchronous copy of " + by(writer) +
+                     " to it has not been waited for");
+      }
+      if ((writer & kThreadMask) != (own & kThreadMask) &&
+          clock > warp.known[(writer & kThreadMask) / kLanes]) {
+        machine.fail(where + " is written after " + by(writer) +
+                     " wrote it, with no barrier between");
+      }
+    }
+    const uint32_t* readers = &reader_[g * warps_];
+    for (int v = 0; v < warps_; ++v) {
+      const bool own_warp = v == warp.number;
+      const uint32_t read = readers[v];
+      if (read >> kLaneBits > warp.known[v] && !(own_warp && (read & kLaneMask) == lane)) {
+        machine.fail("shared memory at " + std::to_string(g * kGranule) +
+                     " is written after warp " + std::to_string(v) +
+                     " read it, with no barrier between");
+      }
+    }
+    writer_[g] = own;
+  }
+}
+
+void Memory::copy_issued(void* to) {
+  if (!is_shared(reinterpret_cast<uintptr_t>(to)))
+    machine.fail("cp.async writes shared memory only");
+  access(to, kCopyBytes, Access::write);
+  const size_t first = (static_cast<unsigned char*>(to) - shared_) / kGranule;
+  for (size_t g = first; g < first + kCopyBytes / kGranule; ++g)
+    writer_[g] |= kUnderWay << kThreadBits;
+  std::memset(to, kPoison, kCopyBytes);
+}
+
+void Memory::copy_landed(void* to) {
+  const size_t first = (static_cast<unsigned char*>(to) - shared_) / kGranule;
+  std::fill_n(&writer_[first], kCopyBytes / kGranule, stamp());
+}
+
+void Memory::atomic(const void* address, size_t bytes) {
+  const auto at = reinterpret_cast<uintptr_t>(address);
+  if (is_shared(at)) {
+    const auto offset = static_cast<int64_t>(at - reinterpret_cast<uintptr_t>(shared_));
+    if (offset < 0 || offset + static_cast<int64_t>(bytes) > shared_bytes_ ||
+        writer_[offset / kGranule] >> kThreadBits < first_clock_) {
+      machine.fail("an atomic operation on shared memory never written, or not asked for");
+    }
+    return;
+  }
+  Region* region = find(at);
+  if (region == nullptr) {
+    machine.fail(bytes_of("memory that belongs to no tensor of this call", bytes, Access::write));
+  }
+  region->check(at, bytes, Access::read, false);
+  region->check(at, bytes, Access::write, false);
+}
+
+void Memory::copy_dropped(void* to) {
+  const size_t first = (static_cast<unsigned char*>(to) - shared_) / kGranule;
+  std::fill_n(&writer_[first], kCopyBytes / kGranule, 0);
+}
+
+// ---- global memory
+// -------------------------------------------------------------------------------
+
+void Memory::forget() {
+  regions_.clear();
+  last_ = nullptr;
+}
+
+Region* Memory::find(uintptr_t address) {
+  auto after = std::upper_bound(
+      regions_.begin(), regions_.end(), address,
+      [](uintptr_t a, const std::unique_ptr<Region>& r) { return a < r->begin(); });
+  if (after == regions_.begin()) return nullptr;
+  Region* region = std::prev(after)->get();
+  return address < region->end() ? region : nullptr;
+}
+
+Region& Memory::region(uintptr_t begin, size_t bytes) {
+  Region* found = find(begin);
+  if (found != nullptr && found->begin() == begin && found->end() == begin + bytes) return *found;
+  // Storages do not overlap: what does is older, and its memory was freed and given out again.
+  const auto overlaps = [&](const std::unique_ptr<Region>& r) {
+    return r->begin() < begin + bytes && begin < r->end();
+  };
+  regions_.erase(std::remove_if(regions_.begin(), regions_.end(), overlaps), regions_.end());
+  last_ = nullptr;
+  auto place = std::upper_bound(
+      regions_.begin(), regions_.end(), begin,
+      [](uintptr_t a, const std::unique_ptr<Region>& r) { return a < r->begin(); });
+  return **regions_.insert(place, std::make_unique<Region>(begin, bytes));
+}
+
+void Region::allow(uintptr_t address, size_t bytes, bool writable, bool initialised) {
+  uint8_t* flags = &flags_[address - begin_];
+  const uint8_t more =
+      kReadable | (writable ? kWritable : 0) | (initialised ? uint8_t{kInitialised} : 0);
+  if (!initialised) {
+    for (size_t i = 0; i < bytes; ++i) {
+      if ((flags[i] & kInitialised) == 0) *reinterpret_cast<uint8_t*>(address + i) = kPoison;
+    }
+  }
+  for (size_t i = 0; i < bytes; ++i) flags[i] |= more;
+  if (writable && !traces_) {
+    // Zeros that cost nothing until they are touched.
+    void* traces = std::calloc(flags_.size() / kGranule + 2, sizeof(Trace));
+    if (traces == nullptr) throw std::runtime_error("emulator: no room for traces of accesses");
+    traces_ = {static_cast<Trace*>(traces), &std::free};
+  }
+}
+
+bool Region::written_by_host(uintptr_t address, size_t bytes) {
+  if (address + bytes > end()) return false;
+  uint8_t* flags = &flags_[address - begin_];
+  for (size_t i = 0; i < bytes; ++i) {
+    if ((flags[i] & kWritable) == 0) return false;
+    flags[i] |= kInitialised;
+  }
+  return true;
+}
+
+void Region::check(uintptr_t address, size_t bytes, Access access, bool ordered) {
+  if (address + bytes > end()) {
+    machine.fail(bytes_of("memory beyond a tensor's end", bytes, access));
+  }
+  uint8_t* flags = &flags_[address - begin_];
+  uint8_t all = 0xff;
+  for (size_t i = 0; i < bytes; ++i) all &= flags[i];
+  if (access == Access::read) {
+    if ((all & kReadable) == 0)
+      machine.fail(bytes_of("memory outside a tensor's elements", bytes, access));
+    if ((all & kInitialised) == 0)
+      machine.fail(bytes_of("global memory never written", bytes, access));
+  } else {
+    if ((all & kWritable) == 0) {
+      machine.fail(
+          bytes_of((all & kReadable) != 0 ? "an input" : "memory outside a tensor's elements",
+                   bytes, access));
+    }
+    for (size_t i = 0; i < bytes; ++i) flags[i] |= kInitialised;
+  }
+  if (traces_ && ordered) check_order(address, bytes, access);
+}
+
+void Region::check_order(uintptr_t address, size_t bytes, Access access) {
+  const Warp& warp = *machine.warp;
+  const uint64_t own = block_serial << 32 | stamp();
+  // Whether what `trace` tells of came before what happens now.
+  const auto ordered = [&](uint64_t trace) {
+    if (trace >> 32 < launch_serial) return true;
+    if (trace >> 32 != block_serial) return false;
+    const uint32_t thread = trace & kThreadMask,
+                   clock = static_cast<uint32_t>(trace) >> kThreadBits;
+    return int(thread) == machine.lane->number || clock <= warp.known[thread / kLanes];
+  };
+  const auto check_ordered = [&](uint64_t trace, const char* did) {
+    if (ordered(trace)) return;
+    const bool other = trace >> 32 != block_serial;
+    machine.fail(std::string("global memory is ") + (access == Access::read ? "read" : "written") +
+                 " after " + (other ? "another block" : by(uint32_t(trace))) + " " + did + " it, " +
+                 (other ? "and nothing orders the blocks of a launch" : "with no barrier between"));
+  };
+  const size_t first = (address - begin_) / kGranule,
+               last = (address + bytes - 1 - begin_) / kGranule;
+  for (size_t g = first; g <= last; ++g) {
+    Trace& trace = traces_[g];
+    check_ordered(trace.writer, "wrote");
+    if (access == Access::read) {
+      if (trace.reader >> 32 != block_serial) trace.other_reader = trace.reader;
+      trace.reader = own;
+    } else {
+      check_ordered(trace.reader, "read");
+      check_ordered(trace.other_reader, "read");
+      trace.writer = own;
+    }
+  }
+}
+
+}  // namespace pmf::emulator

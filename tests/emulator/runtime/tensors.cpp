@@ -1,0 +1,167 @@
+// What csrc/ops asks PyTorch, answered for the emulator. The linker leads these functions' callers
+// here (ld --wrap=NAME: calls of NAME reach __wrap_NAME, which may call __real_NAME).
+//
+// Tensors on the CPU seem to be on CUDA device 0; and whoever takes a tensor's address tells the
+// emulator of its elements: to read, or to write too. Tensors made by new_empty() are unwritten.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/c/shim.h>
+
+#include <algorithm>
+#include <cstring>
+#include <string_view>
+#include <vector>
+
+#include "cuda/launch.h"
+#include "memory.h"
+
+extern "C" {
+AOTITorchError __real_torch_get_const_data_ptr(AtenTensorHandle, const void**);
+AOTITorchError __real_torch_get_mutable_data_ptr(AtenTensorHandle, void**);
+AOTITorchError __real_torch_call_dispatcher(const char*, const char*, StableIValue*, uint64_t);
+}
+
+namespace pmf::emulator {
+namespace {
+
+std::vector<uintptr_t> unwritten_storages;  // of this call's new_empty()
+
+// A tensor's storage, and its elements as runs of bytes that lie together.
+struct Elements {
+  uintptr_t storage = 0, first = 0;
+  int64_t storage_bytes = 0, run_bytes = 0;
+  std::vector<int64_t> sizes, steps;  // between runs; steps in bytes
+
+  explicit Elements(AtenTensorHandle tensor) {
+    const void* data = nullptr;
+    int64_t dims = 0, offset = 0, *size = nullptr, *stride = nullptr;
+    int32_t dtype = 0;
+    __real_torch_get_const_data_ptr(tensor, &data);
+    aoti_torch_get_dim(tensor, &dims);
+    aoti_torch_get_sizes(tensor, &size);
+    aoti_torch_get_strides(tensor, &stride);
+    aoti_torch_get_storage_offset(tensor, &offset);
+    aoti_torch_get_storage_size(tensor, &storage_bytes);
+    aoti_torch_get_dtype(tensor, &dtype);
+    const auto item = static_cast<int64_t>(aoti_torch_dtype_element_size(dtype));
+    first = reinterpret_cast<uintptr_t>(data);
+    storage = first - offset * item;
+    run_bytes = item;
+    std::vector<std::pair<int64_t, int64_t>> order;
+    for (int64_t d = 0; d < dims; ++d) {
+      if (size[d] == 0) run_bytes = 0;
+      if (size[d] > 1 && stride[d] > 0) order.emplace_back(stride[d] * item, size[d]);
+    }
+    std::sort(order.begin(), order.end());
+    for (const auto& [step, count] : order) {
+      if (sizes.empty() && step == run_bytes) {
+        run_bytes *= count;
+      } else {
+        sizes.push_back(count), steps.push_back(step);
+      }
+    }
+  }
+
+  template <class Function>
+  void for_each_run(Function function) const {
+    if (run_bytes == 0 || first == 0) return;
+    std::vector<int64_t> at(sizes.size(), 0);
+    uintptr_t address = first;
+    for (;;) {
+      function(address, static_cast<size_t>(run_bytes));
+      size_t d = 0;
+      for (; d < sizes.size(); ++d) {
+        address += steps[d];
+        if (++at[d] < sizes[d]) break;
+        address -= sizes[d] * steps[d];
+        at[d] = 0;
+      }
+      if (d == sizes.size()) return;
+    }
+  }
+};
+
+void bind(AtenTensorHandle tensor, bool writable) {
+  const Elements elements(tensor);
+  if (elements.run_bytes == 0 || elements.first == 0) return;
+  const bool unwritten =
+      std::count(unwritten_storages.begin(), unwritten_storages.end(), elements.storage) != 0;
+  Region& region = memory.region(elements.storage, static_cast<size_t>(elements.storage_bytes));
+  elements.for_each_run(
+      [&](uintptr_t address, size_t bytes) { region.allow(address, bytes, writable, !unwritten); });
+}
+
+AtenTensorHandle handle_of(StableIValue value) {
+  AtenTensorHandle tensor = nullptr;
+  std::memcpy(&tensor, &value, sizeof(tensor));
+  return tensor;
+}
+
+}  // namespace
+
+void forget_tensors() {
+  memory.forget();
+  unwritten_storages.clear();
+}
+
+extern "C" {
+
+AOTITorchError __wrap_torch_get_const_data_ptr(AtenTensorHandle tensor, const void** data) {
+  bind(tensor, false);
+  return __real_torch_get_const_data_ptr(tensor, data);
+}
+
+AOTITorchError __wrap_torch_get_mutable_data_ptr(AtenTensorHandle tensor, void** data) {
+  bind(tensor, true);
+  return __real_torch_get_mutable_data_ptr(tensor, data);
+}
+
+AOTITorchError __wrap_torch_call_dispatcher(const char* name, const char* overload,
+                                            StableIValue* stack, uint64_t version) {
+  const AOTITorchError status = __real_torch_call_dispatcher(name, overload, stack, version);
+  const std::string_view op(name);
+  if (status != AOTI_TORCH_SUCCESS) return status;
+  if (op == "aten::new_empty") {
+    unwritten_storages.push_back(Elements(handle_of(stack[0])).storage);
+  } else if (op.back() == '_') {  // in place: what it wrote counts as written
+    const Elements elements(handle_of(stack[0]));
+    elements.for_each_run([&](uintptr_t address, size_t bytes) {
+      memory.region(elements.storage, static_cast<size_t>(elements.storage_bytes))
+          .allow(address, bytes, false, true);
+    });
+  }
+  return status;
+}
+
+AOTITorchError __wrap_aoti_torch_get_device_type(AtenTensorHandle, int32_t* type) {
+  *type = aoti_torch_device_type_cuda();
+  return AOTI_TORCH_SUCCESS;
+}
+
+AOTITorchError __wrap_aoti_torch_get_device_index(AtenTensorHandle, int32_t* index) {
+  *index = 0;
+  return AOTI_TORCH_SUCCESS;
+}
+
+AOTITorchError __wrap_aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) {
+  *guard = nullptr;
+  return AOTI_TORCH_SUCCESS;
+}
+
+AOTITorchError __wrap_aoti_torch_delete_device_guard(DeviceGuardHandle) {
+  return AOTI_TORCH_SUCCESS;
+}
+
+AOTITorchError __wrap_aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  *stream = nullptr;
+  return AOTI_TORCH_SUCCESS;
+}
+}
+
+}  // namespace pmf::emulator
+
+namespace pmf::cuda {
+
+const char* device_problem(int) { return nullptr; }
+const char* error_sentence(int status) { return status == 0 ? nullptr : emulator::last_problem(); }
+
+}  // namespace pmf::cuda

@@ -1,0 +1,133 @@
+"""The emulated instructions against the tables of the PTX ISA, written down here, and plain numpy."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from helpers.emulator import Planted
+
+LANES = range(32)
+Place = Callable[[int, int], tuple[int, int]]
+
+# PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type" and "... mma.m16n8k8": the row and
+# column of element i of a lane's fragment; group = lane >> 2, member = lane % 4. 16-bit elements: two in a
+# register, the first in the lower half.
+
+
+def a_16bit(lane: int, i: int) -> tuple[int, int]:
+    group, member = lane >> 2, lane % 4
+    row = group if 0 <= i < 2 or 4 <= i < 6 else group + 8
+    return row, member * 2 + (i & 1) + (0 if i < 4 else 8)
+
+
+def b_16bit(lane: int, i: int) -> tuple[int, int]:
+    group, member = lane >> 2, lane % 4
+    return member * 2 + (i & 1) + (0 if i < 2 else 8), group
+
+
+def a_tf32(lane: int, i: int) -> tuple[int, int]:
+    group, member = lane >> 2, lane % 4
+    return (group if i in (0, 2) else group + 8), (member if i in (0, 1) else member + 4)
+
+
+def b_tf32(lane: int, i: int) -> tuple[int, int]:
+    group, member = lane >> 2, lane % 4
+    return (member if i == 0 else member + 4), group
+
+
+def c_any(lane: int, i: int) -> tuple[int, int]:
+    group, member = lane >> 2, lane % 4
+    return (group if i < 2 else group + 8), member * 2 + (i & 1)
+
+
+KINDS = {"bf16": (0, 16, a_16bit, b_16bit), "f16": (1, 16, a_16bit, b_16bit), "tf32": (2, 8, a_tf32, b_tf32)}
+
+
+@pytest.fixture(scope="module")
+def planted() -> Planted:
+    return Planted()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mma(planted: Planted, kind: str) -> None:
+    """Small whole numbers: every product and sum is exact."""
+    number, depth, a_place, b_place = KINDS[kind]
+    generator = np.random.default_rng(0)
+    a, b, c = (generator.integers(-8, 9, shape) for shape in ((16, depth), (depth, 8), (16, 8)))
+    a_registers, b_registers = registers(a, a_place, 4, kind), registers(b, b_place, 2, kind)
+    fragment = np.array([[c[c_any(lane, i)] for i in range(4)] for lane in LANES], np.float32)
+    planted.begin(0, inputs=[a_registers, b_registers], outputs=[fragment], written=True)
+    assert planted.mma(number, a_registers, b_registers, fragment) is None
+    expected = a @ b + c
+    for lane in LANES:
+        for i in range(4):
+            assert fragment[lane, i] == expected[c_any(lane, i)], (lane, i)
+
+
+def test_tf32_ignores_the_last_13_bits(planted: Planted) -> None:
+    one_and_a_bit = np.full((32, 4), 0x3F801FFF, np.uint32)
+    ones = np.full((32, 2), 0x3F800000, np.uint32)
+    fragment = np.zeros((32, 4), np.float32)
+    planted.begin(0, inputs=[one_and_a_bit, ones], outputs=[fragment], written=True)
+    assert planted.mma(2, one_and_a_bit, ones, fragment) is None
+    assert (fragment == 8).all()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("count", [2, 4])
+def test_ldmatrix(planted: Planted, count: int, transposed: bool) -> None:
+    """PTX ISA, ldmatrix: lanes 8 m to 8 m + 7 give matrix m's rows; a lane gets a pair of row lane / 4."""
+    generator = np.random.default_rng(1)
+    elements = np.arange(32 * 8, dtype=np.uint16).reshape(32, 8)
+    of_lane = generator.permutation(32).astype(np.int32)
+    result = np.zeros((32, 4), np.uint32)
+    planted.begin(1, inputs=[elements, of_lane], outputs=[result])
+    assert planted.ldmatrix(count, transposed, elements, of_lane, result) is None
+    for m in range(count):
+        matrix = elements[of_lane[8 * m : 8 * m + 8]]
+        matrix = matrix.T if transposed else matrix
+        for lane in LANES:
+            first, second = matrix[lane // 4, lane % 4 * 2], matrix[lane // 4, lane % 4 * 2 + 1]
+            assert result[lane, m] == int(second) << 16 | int(first), (m, lane)
+
+
+def test_lanes(planted: Planted) -> None:
+    x = np.random.default_rng(2).standard_normal(32, dtype=np.float32)
+    result = np.zeros((32, 4), np.uint32)
+    planted.begin(2, inputs=[x], outputs=[result])
+    assert planted.lanes(x, result) is None
+    floats = result.view(np.float32)
+    assert (floats[:, 0] == x[[lane ^ 5 for lane in LANES]]).all()
+    assert (floats[:, 1] == x[[lane + 3 if lane + 3 < 32 else lane for lane in LANES]]).all()
+    assert (result[:, 2] == sum(1 << lane for lane in LANES if x[lane] > 0)).all()
+    # To the nearest number of 10 bits of mantissa; there is no tie among these.
+    mantissa, exponent = np.frexp(x.astype(np.float64))
+    assert (floats[:, 3] == np.ldexp(np.round(mantissa * 2**11) / 2**11, exponent)).all()
+
+
+@pytest.mark.parametrize(
+    ("grid", "block", "shared", "sentence"),
+    [
+        (1, 32, 163 * 1024 + 1, "166913 bytes of shared memory asked for, where a block may have 166912"),
+        (1, 1025, 0, "a block of 1025 x 1 x 1 threads"),
+        (1, 0, 0, "a block of 0 x 1 x 1 threads"),
+        (0, 32, 0, "a grid of 0 x 1 x 1 blocks"),
+    ],
+)
+def test_launches_that_no_device_takes(
+    planted: Planted, grid: int, block: int, shared: int, sentence: str
+) -> None:
+    x, result = np.zeros(32, np.float32), np.zeros((32, 4), np.uint32)
+    planted.begin(0, inputs=[x], outputs=[result])
+    said = planted.launch(grid, block, shared, x, result)
+    assert said == f"the emulator cannot launch {sentence}"
+
+
+def registers(matrix: np.ndarray, place: Place, count: int, kind: str) -> np.ndarray:
+    """The fragments of all lanes, [32, count] words."""
+    if kind == "tf32":
+        values = [[np.float32(matrix[place(lane, i)]) for i in range(count)] for lane in LANES]
+        return np.array(values, np.float32).view(np.uint32)
+    halves = np.array([[matrix[place(lane, i)] for i in range(2 * count)] for lane in LANES], np.float32)
+    bits = halves.view(np.uint32) >> 16 if kind == "bf16" else halves.astype(np.float16).view(np.uint16)
+    return np.ascontiguousarray(bits.astype(np.uint16)).view(np.uint32)

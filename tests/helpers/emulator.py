@@ -1,0 +1,123 @@
+"""Builds and loads the emulator's libraries (tests/emulator): once for all processes, when first needed."""
+
+import ctypes
+import fcntl
+import functools
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "tests" / "emulator"
+BUILD = Path(os.environ.get("PMF_EMULATOR_DIR", ROOT / "build" / "emulator"))
+
+
+def why_not() -> str | None:
+    """Why this machine cannot run the emulator; None if it can."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return "the emulator switches stacks in x86-64 assembly"
+    if not {"avx2", "fma", "f16c"} <= _processor_flags():
+        return "the emulator multiplies with AVX2, FMA and F16C, which this processor lacks"
+    return None
+
+
+def library(name: str) -> Path:
+    """libpmf_emulated.so or libplanted.so, up to date."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        configure = [
+            _tool("cmake"), "-S", SOURCE, "-B", BUILD, "-G", "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}",
+            f"-DPMF_TORCH_DIR={Path(torch.__file__).parent}",
+        ]  # fmt: skip
+        if not (BUILD / "build.ninja").exists():
+            _run(configure)
+        _run([_tool("cmake"), "--build", BUILD, "--target", name])
+    return BUILD / f"lib{name}.so"
+
+
+@functools.cache
+def namespace() -> Any:
+    """torch.ops.pmf_emulated, which takes tensors on the CPU to the CUDA kernels."""
+    torch.ops.load_library(library("pmf_emulated"))
+    return torch.ops.pmf_emulated
+
+
+class Planted:
+    """The emulator by itself: kernels with planted bugs, and single instructions, on numpy arrays."""
+
+    def __init__(self) -> None:
+        if (reason := why_not()) is not None:
+            pytest.skip(reason)
+        self._library = ctypes.CDLL(str(library("planted")))
+        for name in ("name", "run"):
+            getattr(self._library, f"pmf_planted_{name}").restype = ctypes.c_char_p
+        self.names: list[str] = []
+        while (found := self._library.pmf_planted_name(len(self.names))) is not None:
+            self.names.append(found.decode())
+
+    def begin(
+        self, seed: int, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray], written: bool = False
+    ) -> None:
+        """The arrays that the next launch may touch; `written`: outputs hold values that may be read."""
+        self._library.pmf_emulator_seed(ctypes.c_uint64(seed))
+        self._library.pmf_emulator_forget_tensors()
+        for arrays, writable, initialised in ((inputs, False, True), (outputs, True, written)):
+            for x in arrays:
+                size = ctypes.c_size_t(x.nbytes)
+                self._library.pmf_emulator_add_tensor(_pointer(x), size, writable, initialised)
+
+    def run(self, name: str, bug: bool, given: np.ndarray, result: np.ndarray) -> str | None:
+        """What the emulator found in a planted kernel, or in its correct twin; None if nothing."""
+        return self._call("pmf_planted_run", self.names.index(name), bug, given, result)
+
+    def mma(self, kind: int, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> str | None:
+        return self._call("pmf_probe_mma", kind, a, b, c)
+
+    def ldmatrix(self, count: int, transposed: bool, *arrays: np.ndarray) -> str | None:
+        return self._call("pmf_probe_ldmatrix", count, transposed, *arrays)
+
+    def lanes(self, x: np.ndarray, result: np.ndarray) -> str | None:
+        return self._call("pmf_probe_lanes", x, result)
+
+    def launch(self, grid: int, block: int, shared: int, x: np.ndarray, result: np.ndarray) -> str | None:
+        return self._call("pmf_probe_launch", grid, block, ctypes.c_int64(shared), x, result)
+
+    def _call(self, function: str, *args: Any) -> str | None:
+        call = getattr(self._library, function)
+        call.restype = ctypes.c_char_p
+        said = call(*(_pointer(x) if isinstance(x, np.ndarray) else x for x in args))
+        return None if said is None else said.decode()
+
+
+def _pointer(x: np.ndarray) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.ctypes.data)
+
+
+def _processor_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+def _tool(name: str) -> str:
+    found = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    assert found is not None, f"the emulator is built with {name}: pip install {name}"
+    return found
+
+
+def _run(command: list[Any]) -> None:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert done.returncode == 0, f"building the emulator failed:\n{(done.stdout + done.stderr)[-6000:]}"
