@@ -53,6 +53,13 @@ def namespace() -> Any:
     return torch.ops.pmf_emulated
 
 
+def launches() -> int:
+    """How many kernels torch.ops.pmf_emulated has launched since the process began."""
+    count = ctypes.CDLL(str(BUILD / "libpmf_emulated.so")).pmf_emulator_launches
+    count.restype = ctypes.c_int64
+    return count()
+
+
 class Planted:
     """The emulator by itself: kernels with planted bugs, and single instructions, on numpy arrays."""
 

@@ -1,4 +1,5 @@
-// What tests call by ctypes: the order of warps, and memory for kernels that no op calls.
+// What tests call by ctypes: the order of warps, the number of launches, and memory for kernels
+// that no op calls.
 #include "memory.h"
 
 #define PMF_EXPORT extern "C" __attribute__((visibility("default")))
@@ -7,6 +8,8 @@ namespace pmf::emulator {
 
 // Another seed is another order of warps and blocks.
 PMF_EXPORT void pmf_emulator_seed(uint64_t seed) { machine.seed(seed); }
+
+PMF_EXPORT int64_t pmf_emulator_launches() { return machine.launches; }
 
 PMF_EXPORT void pmf_emulator_forget_tensors() { memory.forget(); }
 

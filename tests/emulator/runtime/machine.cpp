@@ -228,6 +228,7 @@ void Machine::run_block(int64_t number) {
 
 const char* Machine::run(const Launch& what) {
   launch = what;
+  launches += 1;
   problem.clear();
   lane = nullptr;
   const Index g = what.grid, b = what.block;

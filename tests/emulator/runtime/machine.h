@@ -69,6 +69,7 @@ class Machine {
   Launch launch = {};
   Index block = {};
   std::string problem;
+  int64_t launches = 0;  // since the process began
 
   // Ends the launch. Never returns: no fiber runs again.
   [[noreturn]] void fail(const std::string& text);
