@@ -23,19 +23,31 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import plain_port
 import torch
 from training_step import agreement, flops, memory
-from training_step.sides import DEFAULT, SMALL, Ours, Port, Side, draw_batch, make_model
+from training_step.sides import (
+    CAREFUL,
+    CHECKPOINTING,
+    COMPILED,
+    DEFAULT,
+    OURS,
+    PORT,
+    SMALL,
+    draw_batch,
+    make_model,
+    make_side,
+)
 from training_step.timing import interleaved
 
 from pmf.bench.harness import record, write_record
 from pmf.bench.load import OtherLoad
 
-OURS, PORT, CAREFUL = "pmf", "plain port", "port, guidance by the v path alone"
+ALSO = {"careful": CAREFUL, "checkpointing": CHECKPOINTING, "compiled": COMPILED}
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_MMAP_MAX_": "0"}  # see mallopt(3)
 
 Rows = list[dict[str, Any]]
@@ -43,7 +55,7 @@ Rows = list[dict[str, Any]]
 
 def check_cases(precisions: tuple[str, ...]) -> Rows:
     rows = agreement.check(precisions)
-    print(f"{'agreement: worst relative error':40} {'limit':>8} {'loss_u':>8} {'loss_v':>8} {'any':>8}  of")
+    print(f"{'agreement: worst relative error':51} {'limit':>8} {'loss_u':>8} {'loss_v':>8} {'any':>8}  of")
     for row in rows:
         print_agreement(row)
     return [{"part": "agreement", **row} for row in rows]
@@ -52,28 +64,34 @@ def check_cases(precisions: tuple[str, ...]) -> Rows:
 def print_agreement(row: dict[str, Any]) -> None:
     figures = " ".join(f"{row[name]:8.1e}" for name in ("limit", "loss_u", "loss_v", "error"))
     verdict = "" if row["agrees"] else "  DISAGREES"
-    print(f"{row['precision']} {row['case']:35} {figures}  {row['worst']}{verdict}", flush=True)
+    print(f"{row['precision']} {row['case']:46} {figures}  {row['worst']}{verdict}", flush=True)
 
 
 def time_steps(
-    sizes: plain_port.Sizes, batch_size: int, precision: str, rounds: int, also: list[str]
-) -> tuple[dict[str, Any], Rows]:
-    """Whether the sides agree at this size, and their times if they do."""
+    sizes: plain_port.Sizes, batch_size: int, precision: str, rounds: int, contestants: Sequence[str]
+) -> tuple[Rows, Rows]:
+    """How well each form of this library agrees with the port at this size; the times, if all do."""
     model = make_model(sizes)
-    sides: dict[str, Side] = {OURS: Ours(model, precision), PORT: Port(model, sizes, precision)}
-    if "careful" in also:
-        sides[CAREFUL] = Port(model, sizes, precision, guidance_heads="v")
+    sides = {name: make_side(name, model, sizes, precision) for name in contestants}
     del model
     batches = [draw_batch(sizes, batch_size, seed) for seed in range(rounds + 1)]
-    errors = agreement.disagreements(sides[OURS], sides[PORT], batches[0])
-    checked = agreement.row("the step that is timed", precision, sizes, errors)
-    print_agreement(checked)
-    if not checked["agrees"]:
-        return checked, []
+    expected = agreement.evaluate(sides[PORT], batches[0])
+    checked: Rows = []
     for name, side in sides.items():
-        if name not in (OURS, PORT):
-            side.backward(batches[0])
+        if name != PORT:
+            errors = agreement.differences(agreement.evaluate(side, batches[0]), expected)
+            checked.append(agreement.row(f"as timed: {name}", precision, sizes, errors))
+            print_agreement(checked[-1])
+    del expected
+    if not all(row["agrees"] for row in checked):
+        return checked, []
+
+    for name, side in sides.items():
         side.update()
+        if name == COMPILED:  # its graphs for every number of samples
+            for batch in batches[1:]:
+                side.backward(batch)
+                side.update()
     with OtherLoad() as others:
         times = interleaved(sides, batches[1:])
     print(f"{precision}: {others.sentence()}", flush=True)
@@ -118,19 +136,18 @@ def count_flops(sizes: plain_port.Sizes, batch_size: int, draws: int) -> dict[st
     return {"part": "flops", **row}
 
 
-def measure_memory(sizes: plain_port.Sizes, batch_size: int, precisions: tuple[str, ...]) -> Rows:
+def measure_memory(
+    sizes: plain_port.Sizes, batch_size: int, precisions: Sequence[str], contestants: Sequence[str]
+) -> Rows:
     rows: Rows = []
-    print(f"\n{'peak memory of a step, MB over the model':45} {'ours':>9} {'port':>9} {'ours / it':>10}")
+    print(f"\n{'peak memory of a step, over the loaded model':45} {'MB':>9} {'ours / it':>10}")
     for precision in precisions:
-        ours, port = (memory.growth(side, precision, sizes, batch_size) for side in ("ours", "port"))
-        rows.append({
-            "part": "memory",
-            "precision": precision,
-            "ours_bytes": ours,
-            "port_bytes": port,
-            "ratio": ours / port,
-        })  # fmt: skip
-        print(f"{precision:45} {ours / 2**20:9.0f} {port / 2**20:9.0f} {ours / port:10.3f}", flush=True)
+        grown = {name: memory.growth(name, precision, sizes, batch_size) for name in contestants}
+        for name, size in grown.items():
+            row = {"part": "memory", "precision": precision, "contestant": name, "bytes": size}
+            rows.append({**row, "ratio": grown[OURS] / size})
+            label = f"{precision} {name}"
+            print(f"{label:45} {size / 2**20:9.0f} {rows[-1]['ratio']:10.3f}", flush=True)
     return rows
 
 
@@ -151,14 +168,15 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds in fp32; twice as many in bf16")
     parser.add_argument(
-        "--also", nargs="+", default=[], choices=["careful"], help="contestants besides the two"
+        "--also", nargs="+", default=[], choices=list(ALSO), help="contestants besides the two"
     )
     parser.add_argument("--quick", action="store_true", help="a small network: does it all run?")
     parser.add_argument("--out", type=Path, help="write the record to this JSON file")
     arguments = parser.parse_args()
-    batch_size, rounds, also = arguments.batch_size, arguments.rounds, arguments.also
+    batch_size, rounds = arguments.batch_size, arguments.rounds
     timed, counted, draws = (SMALL, SMALL, 5) if arguments.quick else (DEFAULT, plain_port.Sizes(), 1000)
     precisions = ("fp32", "bf16")
+    contestants = [OURS, PORT, *(ALSO[name] for name in arguments.also)]
 
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}", flush=True)
     rows = check_cases(("fp64", *precisions))
@@ -168,24 +186,28 @@ def main() -> int:
     times: Rows = []
     for precision in precisions:
         many = rounds if precision == "fp32" else 2 * rounds
-        checked, found = time_steps(timed, batch_size, precision, many, also)
-        rows.append({"part": "agreement", **checked})
+        checked, found = time_steps(timed, batch_size, precision, many, contestants)
+        rows += [{"part": "agreement", **row} for row in checked]
         if not found:
             print("The sides disagree at the size that is timed: nothing was timed.", file=sys.stderr)
             return 1
         times += found
     print_times(times)
     counts = count_flops(counted, 16 if arguments.quick else 128, draws)
-    peaks = measure_memory(timed, batch_size, precisions[:1] if arguments.quick else precisions)
+    weighed = [name for name in contestants if name in (OURS, PORT, CHECKPOINTING)]
+    peaks = measure_memory(timed, batch_size, precisions[:1] if arguments.quick else precisions, weighed)
 
     sizes = {"timed": timed._asdict(), "batch_size": batch_size, "counted": counted._asdict()}
     rows += [*times, counts, *peaks]
     if arguments.out:
         write_record(arguments.out, {**record("training_step", rows), "sizes": sizes})
-    step = next(row for row in times if row["precision"] == "fp32" and row["contestant"] == PORT)
+    step, peak = (
+        next(row for row in part if row["precision"] == "fp32" and row["contestant"] == PORT)
+        for part in (times, peaks)
+    )
     print(
         f"step_time_ratio={step['step_ratio']:.4f} flops_ratio={counts['ratio']:.4f} "
-        f"peak_memory_ratio={peaks[0]['ratio']:.4f}"
+        f"peak_memory_ratio={peak['ratio']:.4f}"
     )
     return 0
 

@@ -97,9 +97,9 @@ def training_table() -> str:
         ):
             milliseconds = [f"{side[f'{key}_ms']:.0f} ms" for side in (ours, port)]
             line(f"{precision}: {what}", *milliseconds, port[f"{key}_ratio"])
-    for row in rows["memory"]:
-        megabytes = [f"{row[f'{side}_bytes'] / 2**20:.0f} MB" for side in ("ours", "port")]
-        line(f"{row['precision']}: peak memory over the loaded model", *megabytes, row["ratio"])
+        peaks = {row["contestant"]: row for row in rows["memory"] if row["precision"] == precision}
+        megabytes = [f"{peaks[side]['bytes'] / 2**20:.0f} MB" for side in ("pmf", "plain port")]
+        line(f"{precision}: peak memory over the loaded model", *megabytes, peaks["plain port"]["ratio"])
     (flops,) = rows["flops"]
     tera = [f"{flops['flops'][side] / 1e12:.1f} TFLOP" for side in ("ours", "port")]
     line(

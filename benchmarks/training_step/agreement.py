@@ -7,7 +7,7 @@ import torch
 from plain_port import Sizes
 from torch import Tensor
 
-from .sides import SMALL, Batch, Ours, Port, Side, draw_batch, make_model
+from .sides import OURS, PORT, SMALL, Batch, Side, draw_batch, make_model, make_side
 
 FLOW_MATCHING = {"t": 0.6, "r": 0.6, "omega": 3.0, "t_min": 0.0, "t_max": 1.0, "drop": False}
 MEANFLOW = {"t": 0.7, "r": 0.2, "omega": 4.0, "t_min": 0.3, "t_max": 0.9, "drop": False}
@@ -65,12 +65,15 @@ def batches(precision: str) -> Iterator[tuple[str, Batch]]:
         yield name, Batch(images, labels, draws._replace(**given)).to(dtype)
 
 
-def disagreements(ours: Side, port: Side, batch: Batch) -> dict[str, float]:
-    """Relative errors of loss_u, loss_v and every gradient; leaves the gradients in place."""
-    losses = [torch.stack(side.backward(batch)) for side in (ours, port)]
-    found, expected = ours.gradients(), port.gradients()
-    for name, index in (("loss_u", 0), ("loss_v", 1)):
-        found[name], expected[name] = (values[index] for values in losses)
+def evaluate(side: Side, batch: Batch) -> dict[str, Tensor]:
+    """loss_u, loss_v, and the gradient of the loss for every weight, by name."""
+    loss_u, loss_v = side.backward(batch)
+    return {"loss_u": loss_u, "loss_v": loss_v, **side.gradients()}
+
+
+def differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Relative errors of everything that `evaluate` gives."""
+    assert found.keys() == expected.keys()
     return {name: relative_error(found[name], truth) for name, truth in expected.items()}
 
 
@@ -90,8 +93,10 @@ def check(precisions: Sequence[str]) -> list[dict[str, Any]]:
     for precision in precisions:
         model = make_model(SMALL)
         for name, batch in batches(precision):
-            ours, port = Ours(model, precision), Port(model, SMALL, precision)
-            rows.append(row(name, precision, SMALL, disagreements(ours, port, batch)))
+            found, expected = (
+                evaluate(make_side(side, model, SMALL, precision), batch) for side in (OURS, PORT)
+            )
+            rows.append(row(name, precision, SMALL, differences(found, expected)))
     return rows
 
 

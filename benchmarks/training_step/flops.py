@@ -15,7 +15,7 @@ from pmf.flow import Draws, Objective
 from pmf.flow.plan import make_plan
 from pmf.nn import Block
 
-from .sides import Batch, Ours, Port, Side, make_model
+from .sides import CAREFUL, OURS, Batch, Port, Side, make_model, make_side
 
 EXPLANATION = """by hand 98 / 168 = 0.583: depth 16 with heads of 8, in units
   port  48 training pass with tangents + 48 backward + 72 three guidance passes               = 168
@@ -42,8 +42,8 @@ def count(sizes: Sizes, batch_size: int, draws: int) -> dict[str, Any]:
     shape = (batch_size, sizes.channels, sizes.image_size, sizes.image_size)
     images, labels = torch.empty(shape, device="meta"), torch.zeros(batch_size, dtype=torch.int64)
     model = make_model(sizes).to("meta")
-    ours, port = Ours(model, "fp32"), Port(model, sizes, "fp32")
-    careful = Port(model, sizes, "fp32", guidance_heads="v")
+    ours, careful = (make_side(name, model, sizes, "fp32") for name in (OURS, CAREFUL))
+    port = Port(model, sizes, "fp32")
     generator = torch.Generator().manual_seed(0)
 
     # Draws that plan the same numbers of rows cost the same.
@@ -64,7 +64,7 @@ def count(sizes: Sizes, batch_size: int, draws: int) -> dict[str, Any]:
         "ours": total / draws,
         "port": whole,
         "port, without products with zero tangents": whole - weight_products(port, batch),
-        "port, guidance by the v path alone": backward_flops(careful, batch),
+        CAREFUL: backward_flops(careful, batch),
     }
     unit = block_flops(sizes, batch_size)
     return {

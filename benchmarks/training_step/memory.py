@@ -1,6 +1,6 @@
 """Peak memory of one whole step: how far the resident set grows over that of the loaded model.
 
-    python -m training_step.memory ours fp32 8 SIZES_AS_JSON      (in benchmarks/)
+    python -m training_step.memory pmf fp32 8 SIZES_AS_JSON      (in benchmarks/)
 
 Each side runs in a process of its own, which loads the model and the batch, makes one matrix product so that
 the BLAS has its buffers, sets the kernel's high-water mark back to the present, makes one step (objective,
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from plain_port import Sizes
 
-from .sides import Ours, Port, Side, draw_batch, make_model
+from .sides import draw_batch, make_model, make_side
 
 
 def growth(side: str, precision: str, sizes: Sizes, batch_size: int) -> int:
@@ -44,7 +44,7 @@ def main(name: str, precision: str, batch_size: str, sizes_json: str) -> None:
     fields = json.loads(sizes_json)
     sizes = Sizes(**{**fields, "condition_tokens": tuple(fields["condition_tokens"])})
     model, batch = make_model(sizes), draw_batch(sizes, int(batch_size), seed=0)
-    side: Side = Ours(model, precision) if name == "ours" else Port(model, sizes, precision)
+    side = make_side(name, model, sizes, precision)
     del model
     torch.ones(256, 256) @ torch.ones(256, 256)
     before = reset_high_water_mark()

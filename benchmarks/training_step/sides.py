@@ -12,7 +12,13 @@ import pmf
 from pmf.flow import Draws, Objective
 
 LEARNING_RATE = 1e-3
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+COMPILED_ROWS = 4
+OURS, PORT = "pmf", "plain port"
+CHECKPOINTING, COMPILED, CAREFUL = (
+    "pmf, checkpointing",
+    "pmf, torch.compile",
+    "port, guidance by the v path alone",
+)
 
 
 class Batch(NamedTuple):
@@ -98,16 +104,33 @@ class Ours:
     In bf16 a bfloat16 copy of the model computes and the float32 weights take the steps; copying the weights
     there and the gradients back is part of `backward`. torch.optim.Muon orthogonalises in bfloat16: so does
     this optimizer, with the settings of torch's.
+
+    checkpointing: blocks keep their input alone for backward. compiled: through torch.compile, full graph,
+    with the numbers of samples rounded up, so that few graphs serve all draws.
     """
 
-    def __init__(self, model: pmf.PixelMeanFlow, precision: str) -> None:
+    def __init__(
+        self,
+        model: pmf.PixelMeanFlow,
+        precision: str,
+        *,
+        checkpointing: bool = False,
+        compiled: bool = False,
+    ) -> None:
         self.model = copy.deepcopy(model)
         if precision == "fp64":
             self.model.double()
         self.computing = self.model
         if precision == "bf16":
             self.computing = copy.deepcopy(self.model).to(torch.bfloat16)
-        self.objective = Objective(noise_scale=model.config.noise_scale)
+        self.network = self.computing
+        row_multiple = 1
+        if checkpointing:
+            self.computing.checkpointing = "blocks"
+        if compiled:
+            self.network = torch.compile(self.computing, fullgraph=True)
+            row_multiple = COMPILED_ROWS
+        self.objective = Objective(noise_scale=model.config.noise_scale, row_multiple=row_multiple)
         self.optimizer = pmf.optim.Muon(
             self.model, lr=LEARNING_RATE, preset="torch", weight_decay=0.0, compute_dtype=torch.bfloat16
         )
@@ -116,7 +139,7 @@ class Ours:
         if self.computing is not self.model:
             with torch.no_grad():
                 torch._foreach_copy_(list(self.computing.parameters()), list(self.model.parameters()))
-        terms = self.objective(self.computing, batch.images, batch.labels, batch.draws)
+        terms = self.objective(self.network, batch.images, batch.labels, batch.draws)
         terms.loss.backward()
         if self.computing is not self.model:
             for weight, low in zip(self.model.parameters(), self.computing.parameters(), strict=True):
@@ -176,3 +199,10 @@ class Port:
 
     def gradients(self) -> dict[str, Tensor]:
         return plain_port.gradients(self.network, self.names)
+
+
+def make_side(name: str, model: pmf.PixelMeanFlow, sizes: plain_port.Sizes, precision: str) -> Side:
+    """A contestant by its name in the tables, with weights of its own copied from the model's."""
+    if name in (PORT, CAREFUL):
+        return Port(model, sizes, precision, guidance_heads="v" if name == CAREFUL else "uv")
+    return Ours(model, precision, checkpointing=name == CHECKPOINTING, compiled=name == COMPILED)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.pmf_process import environment
 from plain_port import Sizes
-from training_step import agreement, flops, memory
+from training_step import agreement, flops, memory, sides
 from training_step.sides import SMALL, Ours, Port, draw_batch, make_model
 
 from pmf.flow import XPrediction
@@ -31,7 +31,8 @@ def test_a_tangent_of_zero_is_found_in_every_precision(precision: str):
     _, batch = next(b for b in agreement.batches(precision) if b[0] == "no flow-matching")
     ours, port = Ours(model, precision), Port(model, SMALL, precision)
     ours.objective = type(ours.objective)(prediction=NoTangent())
-    found = agreement.row("", precision, SMALL, agreement.disagreements(ours, port, batch))
+    errors = agreement.differences(*(agreement.evaluate(side, batch) for side in (ours, port)))
+    found = agreement.row("", precision, SMALL, errors)
     assert not found["agrees"]
     assert found["loss_u"] > found["limit"] > found["loss_v"]
 
@@ -76,7 +77,7 @@ def test_the_count_is_the_derivation_by_hand_plus_what_it_leaves_out():
 
 def test_memory_is_the_growth_over_the_loaded_model():
     """Twice the batch: the optimizer's part stays, activations double."""
-    small, large = (memory.growth("ours", "fp32", SMALL, batch) for batch in (64, 256))
+    small, large = (memory.growth("pmf", "fp32", SMALL, batch) for batch in (64, 256))
     batch_bytes = 4 * SMALL.channels * SMALL.image_size**2
     assert 192 * batch_bytes < large - small
 
@@ -84,7 +85,18 @@ def test_memory_is_the_growth_over_the_loaded_model():
 def test_quick_run_ends_with_the_three_ratios(tmp_path: Path):
     out = tmp_path / "record.json"
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--quick", "--rounds", "1", "--also", "careful", "--out", str(out)],
+        [
+            sys.executable,
+            str(SCRIPT),
+            "--quick",
+            "--rounds",
+            "1",
+            "--also",
+            "careful",
+            "checkpointing",
+            "--out",
+            str(out),
+        ],
         env=environment(),
         capture_output=True,
         text=True,
@@ -101,5 +113,7 @@ def test_quick_run_ends_with_the_three_ratios(tmp_path: Path):
     parts = {row["part"] for row in record["rows"]}
     assert parts == {"agreement", "time", "flops", "memory"}
     assert all(row["agrees"] for row in record["rows"] if row["part"] == "agreement")
+    contestants = {row["contestant"] for row in record["rows"] if row["part"] == "time"}
+    assert contestants == {sides.OURS, sides.PORT, sides.CAREFUL, sides.CHECKPOINTING}
     cases = {(row["precision"], row["case"]) for row in record["rows"] if row["part"] == "agreement"}
     assert {(p, case) for p in ("fp64", "fp32", "bf16") for case in agreement.CASES} < cases

@@ -15,9 +15,9 @@ for precision, ours, port in (("fp32", 3000.0, 10000.0), ("bf16", 1000.0, 5000.0
     for contestant, step in (("pmf", ours), ("plain port", port)):
         times = {"step_ms": step, "backward_ms": step / 2}
         ROWS.append({"part": "time", "precision": precision, "contestant": contestant, **times, **ratio})
-    ROWS.append({
-        "part": "memory", "precision": precision, "ours_bytes": 2**30, "port_bytes": 2**32, "ratio": 0.25,
-    })  # fmt: skip
+    for contestant, size, part in (("pmf", 2**30, 1.0), ("plain port", 2**32, 0.25)):
+        peak = {"contestant": contestant, "bytes": size, "ratio": part}
+        ROWS.append({"part": "memory", "precision": precision, **peak})
 ROWS.append({
     "part": "flops", "depth": 16, "batch_size": 128, "ratio": 0.5,
     "flops": {"ours": 5e13, "port": 1e14, "port, without products with zero tangents": 8e13},
