@@ -34,6 +34,11 @@ STABLE_TORCH_LIBRARY(pmf, m) {
   m.def("patch_embed_backward(Tensor grad, Tensor images, Tensor weight_down, Tensor weight_up, Tensor hidden, bool images_need_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("patch_embed_jvp_backward(Tensor? grad, Tensor grad_t, Tensor images, Tensor images_t, Tensor weight_down, Tensor weight_up, Tensor hidden, Tensor hidden_t, bool images_need_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
+  // Tokens to images and their velocity; the backward reads dtype and token shape of `tokens` alone, t is fp32 or fp64.
+  m.def("patch_velocity(Tensor tokens, Tensor images, Tensor t, float floor) -> Tensor");
+  m.def("patch_velocity_jvp(Tensor tokens, Tensor images, Tensor t, Tensor tokens_t, Tensor images_t, Tensor t_t, float floor) -> (Tensor, Tensor)");
+  m.def("patch_velocity_backward(Tensor grad, Tensor tokens, Tensor t, float floor) -> Tensor");
+
   // Orthogonalisation of every matrix of a list; coefficients are a, b, c of each step, method direct, gram or auto.
   m.def("newton_schulz(Tensor[] matrices, float[] coefficients, str method, ScalarType dtype, bool allow_tf32=False) -> Tensor[]");
 

@@ -9,6 +9,7 @@ from pathlib import Path
 BENCHMARKS = (
     "attention",
     "patch_embed",
+    "patch_velocity",
     "rms_norm",
     "swiglu",
     "rotary_qk_norm",

@@ -11,6 +11,7 @@ from .attention import attention, attention_jvp
 from .gated_residual import gated_residual, gated_residual_jvp
 from .newton_schulz import newton_schulz
 from .patch_embed import patch_embed, patch_embed_jvp
+from .patch_velocity import patch_velocity, patch_velocity_jvp
 from .rms_norm import rms_norm, rms_norm_jvp
 from .rotary_qk_norm import rotary_qk_norm, rotary_qk_norm_jvp
 from .swiglu import swiglu, swiglu_jvp
@@ -23,6 +24,8 @@ __all__ = [
     "newton_schulz",
     "patch_embed",
     "patch_embed_jvp",
+    "patch_velocity",
+    "patch_velocity_jvp",
     "rms_norm",
     "rms_norm_jvp",
     "rotary_qk_norm",

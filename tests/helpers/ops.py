@@ -23,6 +23,7 @@ STEMS = (
     "gated_residual",
     "newton_schulz",
     "patch_embed",
+    "patch_velocity",
     "rms_norm",
     "rotary_qk_norm",
     "swiglu",
@@ -34,7 +35,7 @@ ABSENT = {
     ("csrc/include/pmf/{}.h", "patch_embed"): GEMM,
     **{("csrc/cpu/{}.cpp", stem): GEMM for stem in ("newton_schulz", "patch_embed")},
     ("csrc/cpu/{}.cpp", "attention"): TWO_FILES,
-    **{("csrc/cuda/{}.cu", stem): NO_CUDA for stem in ("attention", "patch_embed")},
+    **{("csrc/cuda/{}.cu", stem): NO_CUDA for stem in ("attention", "patch_embed", "patch_velocity")},
 }
 
 
@@ -88,6 +89,12 @@ def _cases() -> dict[str, Case]:
             (0, 6),
             kind="gemm",
             weave=lambda args, tangents: (*args[:5], tangents[0], *args[5:], tangents[1]),
+        ),
+        Case(
+            "patch_velocity",
+            (r(2, 4, 8), r(2, 2, 4, 4), torch.tensor([0.3, 0.7]).double()),
+            (0, 1),
+            weave=lambda args, tangents: (*args, *tangents, None),
         ),
         Case(
             "attention",

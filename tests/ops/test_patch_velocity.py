@@ -1,0 +1,143 @@
+"""patch_velocity against float64: levels, dtypes, sizes, few tangents, the clip, what is kept, bad input."""
+
+import pytest
+import torch
+from helpers.elementwise import (
+    DTYPES,
+    FEW_TERMS,
+    check,
+    check_first_samples,
+    check_repeatable,
+    dtypes,
+    few_examples,
+    normal,
+)
+from helpers.levels import at_level, levels_of
+from helpers.tolerance import assert_close, tolerance
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from pmf import reference
+from pmf.ops import patch_velocity, patch_velocity_jvp
+from pmf.reference.patch_velocity import to_images
+
+
+def inputs(
+    batch: int, channels: int, patch: int, rows: int, columns: int, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """tokens, images and times inside the clip's bounds, where the derivative is continuous."""
+    tokens, images, t = normal(
+        (batch, rows * columns, patch * patch * channels),
+        (batch, channels, rows * patch, columns * patch),
+        (batch,),
+        seed=seed,
+    )
+    return tokens, images, 0.1 + 0.8 * torch.sigmoid(t)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", levels_of("patch_velocity"))
+def test_accuracy(name: str, dtype: torch.dtype) -> None:
+    x, x_t = ([y.to(dtype) for y in inputs(3, 3, 16, 4, 4, seed)] for seed in (0, 2))
+    check(name, "patch_velocity", x, x_t, terms=2)  # the gradient of t has three entries
+
+
+@few_examples
+@given(st.sampled_from(levels_of("patch_velocity")), dtypes(), *[st.integers(1, 4)] * 5)
+def test_sizes(level, dtype, batch, channels, patch, rows, columns) -> None:
+    x, x_t = ([y.to(dtype) for y in inputs(batch, channels, patch, rows, columns, seed)] for seed in (0, 2))
+    check(level, "patch_velocity", x, x_t, terms=FEW_TERMS)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", levels_of("patch_velocity"))
+def test_narrow_tokens_beside_wide_images(name: str, dtype: torch.dtype) -> None:
+    tokens, images, t = inputs(3, 3, 4, 2, 2)
+    tokens_t, images_t, t_t = inputs(2, 3, 4, 2, 2, seed=2)
+    tokens, tokens_t = tokens.to(dtype), tokens_t.to(dtype)
+    images, t, images_t, t_t = (x.float() for x in (images, t, images_t, t_t))
+    leaf = tokens.clone().requires_grad_()
+    with at_level(name):
+        found = patch_velocity_jvp(leaf, images, t, tokens_t, images_t, t_t, detach_tangent=True)
+        (gradient,) = torch.autograd.grad(found[0], leaf, images)
+    wide = [x.double() for x in (tokens, images, t, tokens_t, images_t, t_t)]
+    assert found[0].dtype == found[1].dtype == torch.float32 and gradient.dtype == dtype
+    assert_close(found, reference.patch_velocity_jvp(*wide), tolerance("elementwise", torch.float32))
+    wide[0].requires_grad_()
+    (expected,) = torch.autograd.grad(reference.patch_velocity(*wide[:3]), wide[0], images.double())
+    assert_close(gradient, expected, tolerance("elementwise", dtype))
+
+
+def test_strides() -> None:
+    """Any strides, among them an image tangent that takes no memory."""
+    tokens, images, t = inputs(2, 3, 2, 3, 2)
+    strided = tokens.mT.contiguous().mT, images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), t
+    assert torch.equal(patch_velocity(*strided), patch_velocity(tokens, images, t))
+    zero = torch.zeros(()).double().expand_as(images)
+    found = patch_velocity_jvp(*strided, tokens, zero, t)[1]
+    assert torch.equal(found, patch_velocity_jvp(tokens, images, t, tokens, None, t)[1])
+
+
+def test_first_samples() -> None:
+    check_first_samples("patch_velocity", inputs(4, 2, 2, 2, 3), inputs(4, 2, 2, 2, 3, seed=2), shared=set())
+
+
+def test_bitwise_repeatable(threads: None) -> None:
+    x, x_t = ([y.float() for y in inputs(8, 3, 16, 8, 8, seed)] for seed in (0, 2))
+    check_repeatable("patch_velocity", x, x_t)
+
+
+def test_below_the_floor_and_above_one_time_stands_still() -> None:
+    tokens, images, _ = inputs(4, 1, 2, 1, 1)
+    t = torch.tensor([0.0, 0.05, 1.0, 1.5]).double()
+    one, zero = torch.ones_like(t), torch.zeros_like(images)
+    v, v_t = patch_velocity_jvp(tokens, images, t, torch.zeros_like(tokens), zero, one)
+    x = to_images(tokens, 1, 2, 2)
+    clipped = torch.tensor([0.05, 0.05, 1.0, 1.0]).double()[:, None, None, None]
+    torch.testing.assert_close(v, (images - x) / clipped)
+    torch.testing.assert_close(v_t[1:3], (-v / clipped)[1:3])
+    assert not v_t[[0, 3]].any()
+
+
+def test_backward_keeps_times_alone() -> None:
+    tokens, images, t = (x.float().requires_grad_(i == 0) for i, x in enumerate(inputs(4, 3, 4, 2, 2)))
+    kept = []
+    with saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        patch_velocity(tokens, images, t)
+        patch_velocity_jvp(tokens, images, t, tokens[:2], images[:2], t[:2], detach_tangent=True)
+    assert kept and all(x.numel() <= len(t) for x in kept)
+
+
+@pytest.mark.parametrize("batch", [0, 2])
+def test_empty(batch: int) -> None:
+    tokens, images, t = torch.zeros(batch, 4, 12), torch.zeros(batch, 3, 4, 4), torch.ones(batch)
+    v, v_t = patch_velocity_jvp(tokens, images, t, tokens[:0], images[:0], t[:0])
+    assert v.shape == images.shape and len(v_t) == 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "images", "t", "message"),
+    [
+        ((2, 4, 12), (2, 3, 4), (2,), r"tokens must be \[B, N, p p C\] and images \[B, C, H, W\]"),
+        ((2, 4, 13), (2, 3, 4, 4), (2,), "are no .* of patches of images"),
+        ((2, 5, 12), (2, 3, 4, 4), (2,), "are no .* of patches of images"),
+        ((2, 4, 12), (2, 3, 5, 4), (2,), "are no .* of patches of images"),
+        ((3, 4, 12), (2, 3, 4, 4), (2,), "must be of one batch, got 3 and 2 samples"),
+        ((2, 4, 12), (2, 3, 4, 4), (3,), r"t must be \[2\], got \[3\]"),
+    ],
+)
+def test_bad_input(tokens, images, t, message: str) -> None:
+    with pytest.raises(ValueError, match="patch_velocity: .*" + message):
+        patch_velocity(torch.zeros(tokens), torch.zeros(images), torch.ones(t))
+
+
+def test_bad_dtype_floor_and_tangent() -> None:
+    tokens, images, t = torch.zeros(2, 4, 12), torch.zeros(2, 3, 4, 4), torch.ones(2)
+    with pytest.raises(ValueError, match="patch_velocity: images must have the dtype of tokens"):
+        patch_velocity(tokens, images.double(), t)
+    with pytest.raises(ValueError, match="patch_velocity: floor must be positive, got 0"):
+        patch_velocity(tokens, images, t, 0.0)
+    with pytest.raises(ValueError, match="patch_velocity_jvp: tokens_t must have the shape of"):
+        patch_velocity_jvp(tokens, images, t, tokens[:, :2], images, t)
