@@ -136,7 +136,11 @@ CHECKPOINTING = ("none", "blocks")
 
 
 class NetworkOutput(NamedTuple):
-    """Images [B, C, S, S], one per head that was asked for, and the u head's tangent [n, C, S, S]."""
+    """Images [B, C, S, S], one per head that was asked for, and the u head's tangent [n, C, S, S].
+
+    Or, where the caller asked for tokens, the same pixels as [B, N, p p C]: the patches row by row, each
+    (p, p, C).
+    """
 
     u: Tensor | None
     u_t: Tensor | None
@@ -215,12 +219,14 @@ class PixelMeanFlow(nn.Module):
         h_t: Tensor | None = None,
         *,
         heads: str = "u",
+        as_tokens: bool = False,
     ) -> NetworkOutput:
         """Predicted images for noisy ones.
 
         images [B, C, S, S], condition [B] each. Tangents images_t [n, C, S, S] and h_t [n] belong to the
         first n samples and go through the u head only, as constants for autograd. heads: "u" (sampling), "v"
-        (guidance) or "uv" (training).
+        (guidance) or "uv" (training). as_tokens: leave the pixels in the order of the tokens, for
+        `pmf.ops.patch_velocity` to read.
         """
         if heads not in ("u", "v", "uv"):
             raise ValueError(f"model: heads must be 'u', 'v' or 'uv', got {heads!r}")
@@ -246,21 +252,21 @@ class PixelMeanFlow(nn.Module):
             x, x_t = self._through(block, x, x_t)
         u, u_t, v = None, None, None
         if "v" in heads:
-            v, _ = self._head(self.v_head, self.v_final, x, None)
+            v, _ = self._head(self.v_head, self.v_final, x, None, as_tokens)
         if "u" in heads:
-            u, u_t = self._head(self.u_head, self.u_final, x, x_t)
+            u, u_t = self._head(self.u_head, self.u_final, x, x_t, as_tokens)
         return NetworkOutput(u, u_t, v)
 
     def _head(
-        self, blocks: nn.ModuleList, final: FinalLayer, x: Tensor, x_t: Tensor | None
+        self, blocks: nn.ModuleList, final: FinalLayer, x: Tensor, x_t: Tensor | None, as_tokens: bool
     ) -> tuple[Tensor, Tensor | None]:
         image_tokens = self.config.side**2
         for block in blocks[:-1]:
             x, x_t = self._through(block, x, x_t)
         # Nothing reads what the last block would make of the condition tokens.
         x, x_t = self._through(blocks[-1], x, x_t, image_tokens)
-        image: tuple[Tensor, Tensor | None] = final(x, x_t)
-        return image
+        pixels: tuple[Tensor, Tensor | None] = final(x, x_t, as_tokens=as_tokens)
+        return pixels
 
     def _through(
         self, block: nn.Module, x: Tensor, x_t: Tensor | None, keep: int | None = None

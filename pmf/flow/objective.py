@@ -14,6 +14,7 @@ from .path import conditional_velocity, interpolate, over_pixels
 from .plan import Plan, make_plan
 from .preconditioner import NoPreconditioner, Preconditioner
 from .prediction import Prediction, XPrediction
+from .read_out import read_velocity, read_velocity_jvp
 from .times import PlaneTimes, TimeSampling
 
 __all__ = ["Objective", "Terms"]
@@ -141,9 +142,7 @@ class Objective:
             h, s["omega"], s["t_min"], s["t_max"], labels.masked_fill(s["drop"], model.config.num_classes)
         )
         z_t, t_t = _direction(v_c[:n], t, plan.num_tangents) if n else (None, None)
-        x_u, du_dt, x_v = self._training_pass(model, z, t, given, z_t, t_t)
-        u = self.prediction.velocity(z, x_u, t)
-        v = self.prediction.velocity(z, x_v, t)
+        u, du_dt, v = self._training_pass(model, z, t, given, z_t, t_t)
 
         with torch.no_grad():
             v_target = conditional_velocity(z, x, t)
@@ -178,8 +177,9 @@ class Objective:
         omega[num_conditional:] = 1.0
         labels[num_conditional:] = model.config.num_classes
         condition = Condition(torch.zeros_like(t), omega, torch.zeros_like(t), torch.ones_like(t), labels)
-        raw = model(self.preconditioner.input(z, t), condition, heads="v").v.to(z.dtype)
-        v = self.prediction.velocity(z, self.preconditioner.output(z, raw, t), t)
+        shown = self.preconditioner.input(z, t)
+        tokens = model(shown, condition, heads="v", as_tokens=True).v
+        v = read_velocity(self.prediction, self.preconditioner, z, tokens, t)
         return v[:num_conditional], v[num_conditional : num_conditional + num_guided]
 
     def _training_pass(
@@ -191,22 +191,17 @@ class Objective:
         z_t: Tensor | None,
         t_t: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Predictions of both heads, and du/dt (a constant) of the first samples, those with z_t and t_t."""
-        shown = self.preconditioner.input(z, t)
+        """u, du/dt (a constant) of the first samples, those with z_t and t_t, and v."""
+        shown, how = self.preconditioner.input(z, t), (self.prediction, self.preconditioner)
         if z_t is None or t_t is None:
-            out = model(shown, condition, heads="uv")
-        else:
-            n = len(z_t)
-            shown_t = self.preconditioner.input_tangent(z[:n], t[:n], z_t, t_t)
-            out = model(shown, condition, shown_t, t_t, heads="uv")  # h = t - r moves with t
-        x_u = self.preconditioner.output(z, out.u.to(z.dtype), t)
-        x_v = self.preconditioner.output(z, out.v.to(z.dtype), t)
-        if z_t is None or t_t is None:
-            return x_u, None, x_v
-        with torch.no_grad():
-            first = z[:n], out.u[:n].to(z.dtype), t[:n]
-            x_u_t = self.preconditioner.output_tangent(*first, z_t, out.u_t.to(z.dtype), t_t)
-            return x_u, self.prediction.velocity_tangent(z[:n], x_u[:n], t[:n], z_t, x_u_t, t_t), x_v
+            out = model(shown, condition, heads="uv", as_tokens=True)
+            return read_velocity(*how, z, out.u, t), None, read_velocity(*how, z, out.v, t)
+        n = len(z_t)
+        shown_t = self.preconditioner.input_tangent(z[:n], t[:n], z_t, t_t)
+        # h = t - r moves with t.
+        out = model(shown, condition, shown_t, t_t, heads="uv", as_tokens=True)
+        u, du_dt = read_velocity_jvp(*how, z, out.u, t, z_t, out.u_t, t_t)
+        return u, du_dt, read_velocity(*how, z, out.v, t)
 
     def _adaptive(self, error: Tensor) -> Tensor:
         """adp(l) = l / stopgrad((l + norm_eps)^norm_p)."""

@@ -1,7 +1,11 @@
 """Tokens back to images."""
 
+import math
+
 import torch
 from torch import Tensor, nn
+
+from pmf.reference.patch_velocity import to_images
 
 from . import tangent
 from .norm import RMSNorm
@@ -24,13 +28,16 @@ class FinalLayer(nn.Module):
         self.linear.weight.zero_()
         self.linear.bias.zero_()
 
-    def forward(self, x: Tensor, x_t: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, x_t: Tensor | None = None, *, as_tokens: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """x [B, N, D] -> image [B, C, S, S], or as_tokens its pixels [B, N, p p C]; x_t [n, N, D] or None."""
         y, y_t = self.norm(x, x_t)
         y, y_t = tangent.linear(self.linear, y, y_t)
+        if as_tokens:
+            return y, y_t
         return self._to_image(y), None if y_t is None else self._to_image(y_t)
 
     def _to_image(self, tokens: Tensor) -> Tensor:
-        """[B, rows columns, p p C] -> [B, C, rows p, columns p]; a token holds its pixels as (p, p, C)."""
-        side, p = int(tokens.shape[1] ** 0.5), self.patch_size
-        pixels = tokens.reshape(-1, side, side, p, p, self.channels)
-        return pixels.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.channels, side * p, side * p)
+        side = math.isqrt(tokens.shape[1]) * self.patch_size
+        return to_images(tokens, self.channels, side, side)

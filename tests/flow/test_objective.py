@@ -1,13 +1,14 @@
 """The objective against a plain port of the paper's equations, in float64, on batches of every case."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from helpers.tolerance import error
 from torch import Tensor
 
-from pmf.flow import Draws, IntervalGuidance, Objective, PlaneTimes
+from pmf.flow import Draws, IntervalGuidance, NoPreconditioner, Objective, PlaneTimes, XPrediction
 from pmf.models import ModelConfig, PixelMeanFlow
 from pmf.reference.objective import ObjectiveValues
 from pmf.reference.objective import objective as plain_objective
@@ -163,6 +164,19 @@ def test_agrees_on_its_own_draws_with_any_norm(
     compare(model, objective, images, labels, draws)
 
 
+class ByImages(XPrediction):
+    """The paper's prediction as any other: what the objective knows to be the paper's is one kernel."""
+
+
+class Identity(NoPreconditioner):
+    """Likewise."""
+
+
+@pytest.mark.parametrize("other", [{"prediction": ByImages()}, {"preconditioner": Identity()}])
+def test_a_prediction_or_preconditioner_of_ones_own(model: PixelMeanFlow, other: dict[str, Any]) -> None:
+    compare(model, Objective(**other), *batch_of("every case"))
+
+
 def test_order_of_the_batch_does_not_matter(model: PixelMeanFlow) -> None:
     draws = {key: [row[key] for row in SAMPLES.values()] for key in FLOW_MATCHING}
     images, labels, d = batch(draws)
@@ -184,10 +198,10 @@ def test_order_of_the_batch_does_not_matter(model: PixelMeanFlow) -> None:
 class CountingModel(PixelMeanFlow):
     """Counts samples by what is computed for them."""
 
-    def forward(self, images: Tensor, condition, images_t=None, h_t=None, *, heads: str = "u"):  # type: ignore[no-untyped-def]
+    def forward(self, images: Tensor, condition, images_t=None, h_t=None, *, heads="u", as_tokens=False):  # type: ignore[no-untyped-def]
         self.counts[heads] = self.counts.get(heads, 0) + len(images)
         self.counts["tangents"] = self.counts.get("tangents", 0) + (0 if images_t is None else len(images_t))
-        return super().forward(images, condition, images_t, h_t, heads=heads)
+        return super().forward(images, condition, images_t, h_t, heads=heads, as_tokens=as_tokens)
 
 
 @pytest.mark.parametrize(
