@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..devices import has_bf16_products
 from ..models import PixelMeanFlow
-from ..nn import Condition
+from ..nn import Block, Condition
 from .path import over_pixels
 from .preconditioner import NoPreconditioner, Preconditioner
 from .prediction import Prediction, XPrediction
@@ -159,16 +159,26 @@ def _check_labels(labels: Tensor | Sequence[int], num_classes: int) -> Tensor:
 
 
 def _copy_u_path(model: PixelMeanFlow, matrices: torch.dtype) -> PixelMeanFlow:
-    """The model without its v head: the Linear layers in the dtype `matrices`, all else in float32."""
+    """The model without its v head: the Linear layers in the dtype `matrices`, all else in float32.
+
+    The scales of the blocks' branches are multiplied into the matrices, before these are rounded.
+    """
     model = getattr(model, "_orig_mod", model)  # of torch.compile's wrapper, which renames the weights
     with torch.device("meta"):
         copy = PixelMeanFlow(dataclasses.replace(model.config, v_head=False)).float()
     for module in copy.modules():
         if isinstance(module, nn.Linear):
             module.to(matrices)
+        elif isinstance(module, Block):
+            module.attn_scale = module.mlp_scale = None
     copy = copy.to_empty(device=model.position.device)
     weights = dict(model.named_parameters())
     with torch.no_grad():
         for name, parameter in copy.named_parameters():
-            parameter.copy_(weights[name])
+            value = weights[name]
+            for matrix, scale in Block.scaled.items():
+                gate = weights.get(name.removesuffix(matrix) + scale) if name.endswith(matrix) else None
+                if gate is not None:  # None in a network that came from here
+                    value = gate[:, None] * value
+            parameter.copy_(value)
     return copy.requires_grad_(False).eval()

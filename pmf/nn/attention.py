@@ -43,7 +43,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         norm: RMSNorm,
-        gate: Tensor,
+        gate: Tensor | None,
         cos: Tensor,
         sin: Tensor,
         x_t: Tensor | None = None,
@@ -87,7 +87,7 @@ class _Inputs(NamedTuple):
     query_norm: Tensor  # [D / H], as the next
     key_norm: Tensor
     out: Tensor
-    gate: Tensor  # [D]
+    gate: Tensor | None  # [D]; None is one, and has no gradient
     cos: Tensor
     sin: Tensor
     num_heads: int
@@ -139,7 +139,7 @@ class _AttentionBranch(KernelFunction):
         q, k, v = (_split(y @ matrix.t(), w.num_heads) for matrix in (w.query, w.key, w.value))
         q, k = reference.rotary_qk_norm(q, k, w.query_norm, w.key_norm, w.cos, w.sin, w.head_eps)
         o = reference.attention(w.last(q, 2), k, v, scale=w.scale)
-        return (w.last(w.x) + w.gate * (_join(o) @ w.out.t()),)
+        return (w.last(w.x) + _join(o) @ scale_rows(w.gate, w.out).t(),)
 
     @classmethod
     def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:

@@ -1,5 +1,7 @@
 """One transformer block with a learned scale on each branch."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -12,7 +14,17 @@ __all__ = ["Block", "checkpointed"]
 
 
 class Block(nn.Module):
-    """x += attn_scale Attention(RMSNorm(x)); x += mlp_scale SwiGLU(RMSNorm(x)); scales zero at the start."""
+    """x += attn_scale Attention(RMSNorm(x)); x += mlp_scale SwiGLU(RMSNorm(x)); scales zero at the start.
+
+    A network that only samples may have the scales multiplied into the matrices `scaled` names: they are None
+    then.
+    """
+
+    scaled: ClassVar[dict[str, str]] = {"attn.out_proj.weight": "attn_scale", "mlp.w2.weight": "mlp_scale"}
+    """The matrix whose rows each scale multiplies."""
+
+    attn_scale: nn.Parameter | None
+    mlp_scale: nn.Parameter | None
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_width: int) -> None:
         super().__init__()
@@ -31,8 +43,9 @@ class Block(nn.Module):
                 module.weight.normal_(0.0, 0.32 * module.in_features**-0.5, generator=generator)
             elif isinstance(module, RMSNorm):
                 module.reset_parameters()
-        self.attn_scale.zero_()
-        self.mlp_scale.zero_()
+        for scale in (self.attn_scale, self.mlp_scale):
+            if scale is not None:
+                scale.zero_()
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, x_t: Tensor | None = None, keep: int | None = None

@@ -58,8 +58,10 @@ def project_gradients(grads: tuple[Tensor, ...], y: Tensor, *weights: Tensor) ->
     return grad_y.unflatten(0, y.shape[:2]).to(y.dtype), grad_weights
 
 
-def scale_rows(gate: Tensor, weight: Tensor) -> Tensor:
-    """diag(gate) W of gate [D] and weight [D, E], in the weight's dtype."""
+def scale_rows(gate: Tensor | None, weight: Tensor) -> Tensor:
+    """diag(gate) W of gate [D] and weight [D, E], in the weight's dtype; without a gate, W."""
+    if gate is None:
+        return weight
     return (gate[:, None] * weight).to(weight.dtype)
 
 
@@ -71,11 +73,15 @@ def add_branch(x: Tensor, scaled: Tensor, a: Tensor) -> Tensor:
     return (stream + product(rows, scaled.t())).unflatten(0, x.shape[:2])
 
 
-def branch_gradients(grad: Tensor, gate: Tensor, weight: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def branch_gradients(
+    grad: Tensor, gate: Tensor | None, weight: Tensor, a: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for gate, weight and a of `add_branch(x, scale_rows(gate, weight), a)`; x's is `grad`."""
     rows = grad.to(weight.dtype).flatten(0, 1)
     moment = product(rows.t(), a.flatten(0, 1))
     grad_a = product(rows, scale_rows(gate, weight)).unflatten(0, grad.shape[:2])
+    if gate is None:
+        return grad.new_empty(0), moment, grad_a
     wide = torch.promote_types(weight.dtype, torch.float32)
     grad_gate = (weight.to(wide) * moment.to(wide)).sum(1).to(gate.dtype)
     return grad_gate, scale_rows(gate, moment), grad_a

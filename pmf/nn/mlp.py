@@ -34,7 +34,7 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(hidden_size, width, bias=False)
 
     def forward(
-        self, x: Tensor, norm: RMSNorm, gate: Tensor, x_t: Tensor | None = None
+        self, x: Tensor, norm: RMSNorm, gate: Tensor | None, x_t: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """x [B, N, D], x_t [n, N, D] or None -> y [B, N, D], its tangent; gate [D].
 
@@ -53,7 +53,7 @@ class _Inputs(NamedTuple):
     w1: Tensor  # [W, D], as the next
     w3: Tensor
     w2: Tensor  # [D, W]
-    gate: Tensor  # [D]
+    gate: Tensor | None  # [D]; None is one, and has no gradient
     eps: float
 
 
@@ -76,8 +76,8 @@ class _MlpBranch(KernelFunction):
     def reference(*args: Any) -> tuple[Tensor, ...]:
         w = _Inputs(*args)
         y = reference.rms_norm(w.x, w.norm, w.eps)
-        y = reference.swiglu(y @ w.w1.t(), y @ w.w3.t()) @ w.w2.t()
-        return (w.x + w.gate * y,)
+        y = reference.swiglu(y @ w.w1.t(), y @ w.w3.t())
+        return (w.x + y @ scale_rows(w.gate, w.w2).t(),)
 
     @classmethod
     def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:

@@ -120,6 +120,24 @@ def test_a_sampler_is_made_once_for_many_batches() -> None:
     assert sum(w.numel() for w in sampler.network.parameters()) < sum(w.numel() for w in model.parameters())
 
 
+def test_the_prepared_network_is_the_same_function() -> None:
+    """Its blocks' scales are in their matrices: values and gradients must not show it."""
+    model = deep_model().double()
+    network = Sampler(model, "fp32").network
+    images, labels = torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 3])
+    found = []
+    for candidate, dtype in ((network, torch.float32), (model, torch.float64)):
+        x = images.to(dtype).requires_grad_()
+        condition = Condition(*(torch.full((2,), s, dtype=dtype) for s in (1.0, 2.5, 0.2, 0.9)), labels)
+        u = candidate(x, condition).u
+        (gradient,) = torch.autograd.grad(u.square().sum(), x)
+        found += [(u.double(), gradient.double())]
+    for actual, expected in zip(*found, strict=True):
+        assert (actual - expected).norm() < 1e-5 * expected.norm()
+    again = Sampler(network, "fp32").network  # it has no scales any more
+    assert again is network and Sampler(network, "bf16")([0]).isfinite().all()
+
+
 def test_auto_precision_is_bfloat16_where_it_pays(
     model: PixelMeanFlow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
