@@ -32,7 +32,7 @@ struct NoTurns {
   __device__ Turn at(const RowIndex&) const { return {}; }
 };
 
-// ---- a team and its row -------------------------------------------------------------------------
+// ---- a team and its row ------------------------------------------------------------------------
 
 // The block for rows of `width`, a thread holding `held` elements of each.
 inline dim3 team_block(int64_t width, int held) {
@@ -113,7 +113,7 @@ int64_t norm_shared_bytes(dim3 block) {
   return sums > TeamSums::kSharedBytes ? sums : TeamSums::kSharedBytes;
 }
 
-// ---- forward ------------------------------------------------------------------------------------
+// ---- forward -----------------------------------------------------------------------------------
 
 // y = R (w n), ty = R (w tn + tw n) with tn = g - a n, for every row.
 template <class Access, bool kTangent, class Turns>
@@ -186,7 +186,7 @@ __device__ inline void norm_rows(const RmsNormParams& p, const Turns& turns, int
   }
 }
 
-// ---- backward -----------------------------------------------------------------------------------
+// ---- backward ----------------------------------------------------------------------------------
 
 template <class Access, bool kTangent>
 using WeightSums = ColumnSums<Access, kBackwardVectors, kTangent ? 2 : 1>;

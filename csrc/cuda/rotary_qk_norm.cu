@@ -15,7 +15,7 @@
 namespace pmf::cuda {
 namespace {
 
-// ---- the rotation -------------------------------------------------------------------------------
+// ---- the rotation ------------------------------------------------------------------------------
 
 struct Rotation {
   const float *cos, *sin;  // [P, D/2]
@@ -54,7 +54,7 @@ struct Rotation {
   }
 };
 
-// ---- heads as rows ------------------------------------------------------------------------------
+// ---- heads as rows -----------------------------------------------------------------------------
 
 bool tokens_inside(const ConstView4& x) { return x.stride[2] <= x.stride[1]; }
 
@@ -168,7 +168,7 @@ bool is_aligned(const Sides<Params>& sides, int64_t width) {
          reinterpret_cast<uintptr_t>(r.sin) % kVectorBytes == 0;
 }
 
-// ---- kernels ------------------------------------------------------------------------------------
+// ---- kernels -----------------------------------------------------------------------------------
 
 template <class Access, bool kTangent>
 __global__ void __launch_bounds__(kMaxTeam)

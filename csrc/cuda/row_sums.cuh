@@ -82,7 +82,7 @@ struct ColumnSums {
   }
 };
 
-// ---- the second stage ---------------------------------------------------------------------------
+// ---- the second stage --------------------------------------------------------------------------
 
 constexpr int kRunLanes = 16;  // threads that share the runs of a column
 

@@ -15,7 +15,7 @@
 
 namespace pmf::cuda {
 
-// ---- slots ------------------------------------------------------------------------------------
+// ---- slots -------------------------------------------------------------------------------------
 
 // Elements at and past `width` read as zero and are not stored.
 template <typename T>
@@ -48,7 +48,7 @@ struct Pairs {
   }
 };
 
-// ---- rows -------------------------------------------------------------------------------------
+// ---- rows --------------------------------------------------------------------------------------
 
 // a / b for a, b >= 0. A 64-bit division takes five times as long as one of 32 bits.
 __device__ inline int64_t divide(int64_t a, int64_t b) {
@@ -91,7 +91,7 @@ struct RowIndex {
   }
 };
 
-// ---- choosing the policy and the element type (host) --------------------------------------------
+// ---- choosing the policy and the element type (host) -------------------------------------------
 
 struct RowOperand {
   const void* data;
@@ -133,7 +133,7 @@ const char* with_type(DType dtype, const Body& body) {
   return "float64 has no CUDA kernel: use the plain PyTorch version in pmf.reference";
 }
 
-// ---- every slot by itself -----------------------------------------------------------------------
+// ---- every slot by itself ----------------------------------------------------------------------
 
 constexpr int kSlotThreads = 256;
 constexpr int64_t kMaxBlocks = 1 << 20;

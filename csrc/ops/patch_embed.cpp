@@ -14,17 +14,14 @@
 //
 // float16 is multiplied in float32, copies converting on the way: the CPU's own float16 GEMM is a
 // scalar loop. Everything else is multiplied in its own dtype, summed in float32 or better.
-#include <algorithm>
-
-#include "ops/rows.h"
+#include "ops/patch_embed.h"
 
 namespace pmf {
 namespace {
 
-constexpr const char* kOp = "patch_embed";
-constexpr int64_t kPatchBytes = int64_t{4} << 20;
+using namespace patch_embedding;
 
-// ---- PyTorch's matrix products ------------------------------------------------------------------
+// ---- PyTorch's matrix products -----------------------------------------------------------------
 
 void check_status(AOTITorchError status) {
   if (status != AOTI_TORCH_SUCCESS) fail(kOp, ": PyTorch's matrix product failed");
@@ -35,90 +32,15 @@ void multiply(const Tensor& out, const Tensor& left, const Tensor& right) {
   check_status(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
 }
 
-// A view of t's memory from element `offset` on.
-Tensor strided(const Tensor& t, std::vector<int64_t> sizes, std::vector<int64_t> strides,
-               int64_t offset = 0) {
-  AtenTensorHandle view = nullptr;
-  const int64_t dims = static_cast<int64_t>(sizes.size());
-  if (aoti_torch__reinterpret_tensor(t.get(), dims, sizes.data(), strides.data(), offset, &view)) {
-    fail(kOp, ": a view could not be made");
-  }
-  return Tensor(view);
-}
-
 Tensor transposed(const Tensor& m) {
   return strided(m, {m.size(1), m.size(0)}, {m.stride(1), m.stride(0)});
-}
-
-Tensor rows_of(const Tensor& m, int64_t begin, int64_t count) {
-  return strided(m, {count, m.size(1)}, {m.stride(0), m.stride(1)}, begin * m.stride(0));
 }
 
 Tensor as_dtype(const Tensor& t, ScalarType dtype) {
   return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
 }
 
-// ---- shapes -------------------------------------------------------------------------------------
-
-struct Sizes {
-  int64_t batch, channels, rows, columns, patch;  // rows x columns patches an image
-  int64_t narrow, wide;                           // R, D
-  ScalarType dtype;                               // what products are made in
-
-  int64_t tokens() const { return rows * columns; }
-  int64_t features() const { return channels * patch * patch; }
-  // Images whose patches fit the scratch matrix.
-  int64_t chunk() const {
-    const int64_t bytes = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
-    return std::max<int64_t>(1, kPatchBytes / std::max<int64_t>(1, tokens() * features() * bytes));
-  }
-};
-
-Sizes check_inputs(const Tensor& images, const Tensor& weight_down, const Tensor& weight_up) {
-  require_cpu(images, kOp);
-  dtype_of(images, kOp, "images");
-  check_value(images.dim() == 4, kOp, ": images must be [B, C, H, W], got ", shape_of(images));
-  check_kind(kOp, "weight_down", weight_down, "images", images);
-  check_kind(kOp, "weight_up", weight_up, "images", images);
-  check_value(weight_down.dim() == 4 && weight_down.size(1) == images.size(1) &&
-                  weight_down.size(2) == weight_down.size(3) && weight_down.size(2) > 0,
-              kOp, ": weight_down must be [R, ", images.size(1), ", p, p] for images ",
-              shape_of(images), ", got ", shape_of(weight_down));
-  const int64_t patch = weight_down.size(2);
-  check_value(images.size(2) % patch == 0 && images.size(3) % patch == 0, kOp, ": images ",
-              shape_of(images), " do not divide into patches of ", patch, " x ", patch);
-  check_value(weight_up.dim() == 2 && weight_up.size(1) == weight_down.size(0), kOp,
-              ": weight_up must be [D, ", weight_down.size(0), "], got ", shape_of(weight_up));
-  const ScalarType dtype = images.scalar_type();
-  return {images.size(0),
-          images.size(1),
-          images.size(2) / patch,
-          images.size(3) / patch,
-          patch,
-          weight_down.size(0),
-          weight_up.size(0),
-          dtype == ScalarType::Half ? ScalarType::Float : dtype};
-}
-
-void check_bias(const char* name, const OptionalTensor& bias, int64_t size, const Tensor& images) {
-  if (!bias) return;
-  check_kind(kOp, name, *bias, "images", images);
-  check_value(bias->dim() == 1 && bias->size(0) == size, kOp, ": ", name, " must be [", size,
-              "], got ", shape_of(*bias));
-}
-
-// P, the number of prefix tokens.
-int64_t check_prefix(const char* name, const OptionalTensor& prefix, const Sizes& s,
-                     const Tensor& images) {
-  if (!prefix) return 0;
-  check_kind(kOp, name, *prefix, "images", images);
-  check_value(prefix->dim() == 3 && prefix->size(0) == images.size(0) && prefix->size(2) == s.wide,
-              kOp, ": ", name, " must be [", images.size(0), ", P, ", s.wide, "], got ",
-              shape_of(*prefix));
-  return prefix->size(1);
-}
-
-// ---- the two products ---------------------------------------------------------------------------
+// ---- the two products --------------------------------------------------------------------------
 
 // Images `first` to `first + count` as [count, rows, columns, C, p, p]: patches, without a copy.
 Tensor patches_of(const Tensor& images, const Sizes& s, int64_t first, int64_t count) {
@@ -223,33 +145,34 @@ Tensor up(const Tensor& hidden, const Tensor& weight_up, const OptionalTensor& s
   return tokens;
 }
 
-// ---- forward ------------------------------------------------------------------------------------
+// ---- forward -----------------------------------------------------------------------------------
 
-// The rows of `position` that belong to the prefix, if it has them; checks its shape.
-OptionalTensor prefix_rows(const OptionalTensor& position, int64_t P, const Sizes& s,
-                           const Tensor& images) {
-  if (!position) return std::nullopt;
-  check_kind(kOp, "position", *position, "images", images);
-  const int64_t N = s.tokens();
-  check_value(position->dim() == 2 && position->size(1) == s.wide &&
-                  (position->size(0) == N || position->size(0) == P + N),
-              kOp, ": position must be [", N, ", ", s.wide, "] or, with ", P, " prefix tokens, [",
-              P + N, ", ", s.wide, "], got ", shape_of(*position));
-  if (P == 0 || position->size(0) == N) return std::nullopt;
-  return rows_of(*position, 0, P);
+Sizes check_forward(const Tensor& images, const Tensor& weight_down,
+                    const OptionalTensor& bias_down, const Tensor& weight_up,
+                    const OptionalTensor& bias_up, const OptionalTensor& position,
+                    const OptionalTensor& prefix) {
+  const Sizes s = check_inputs(images, weight_down, weight_up);
+  check_bias("bias_down", bias_down, s.narrow, images);
+  check_bias("bias_up", bias_up, s.wide, images);
+  (void)prefix_rows(position, check_prefix("prefix", prefix, s, images), s, images);
+  return s;
 }
 
 std::tuple<Tensor, Tensor> patch_embed(Tensor images, Tensor weight_down, OptionalTensor bias_down,
                                        Tensor weight_up, OptionalTensor bias_up,
                                        OptionalTensor position, OptionalTensor prefix) {
-  const Sizes s = check_inputs(images, weight_down, weight_up);
-  check_bias("bias_down", bias_down, s.narrow, images);
-  check_bias("bias_up", bias_up, s.wide, images);
-  const int64_t P = check_prefix("prefix", prefix, s, images);
-  const OptionalTensor front = prefix_rows(position, P, s, images);
+  const Sizes s =
+      check_forward(images, weight_down, bias_down, weight_up, bias_up, position, prefix);
+  if (takes_cuda_kernel(images)) {
+    const auto found = forward_on_cuda({images, weight_down, bias_down, weight_up, bias_up,
+                                        position, prefix, std::nullopt, std::nullopt},
+                                       s);
+    return {std::get<0>(found), std::get<2>(found)};
+  }
+  const int64_t P = prefix ? prefix->size(1) : 0;
   const Tensor hidden = down(images, weight_down, bias_down, s);
-  const Tensor tokens =
-      up(hidden, weight_up, shift_of(bias_up, position, s), prefix, front, images, P, s);
+  const Tensor tokens = up(hidden, weight_up, shift_of(bias_up, position, s), prefix,
+                           prefix_rows(position, P, s, images), images, P, s);
   return {tokens, as_dtype(hidden, images.scalar_type())};
 }
 
@@ -259,22 +182,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_embed_jvp(Tensor images, Tensor
                                                            Tensor images_t, OptionalTensor position,
                                                            OptionalTensor prefix,
                                                            OptionalTensor prefix_t) {
-  const auto [tokens, hidden] =
-      patch_embed(images, weight_down, bias_down, weight_up, bias_up, position, prefix);
+  const Sizes all =
+      check_forward(images, weight_down, bias_down, weight_up, bias_up, position, prefix);
   check_tangent(kOp, "images_t", images_t, "images", images);
   const Sizes s = check_inputs(images_t, weight_down, weight_up);
-  const int64_t P = tokens.size(1) - s.tokens();
+  const int64_t P = prefix ? prefix->size(1) : 0;
   if (prefix_t) {
     check_value(check_prefix("prefix_t", prefix_t, s, images_t) == P, kOp,
                 ": prefix_t must have the tokens of prefix, ", P, ", got ", shape_of(*prefix_t));
   }
+  if (takes_cuda_kernel(images)) {
+    return forward_on_cuda(
+        {images, weight_down, bias_down, weight_up, bias_up, position, prefix, images_t, prefix_t},
+        all);
+  }
+  const auto [tokens, hidden] =
+      patch_embed(images, weight_down, bias_down, weight_up, bias_up, position, prefix);
   const Tensor hidden_t = down(images_t, weight_down, std::nullopt, s);
   const Tensor tokens_t =
       up(hidden_t, weight_up, std::nullopt, prefix_t, std::nullopt, images_t, P, s);
   return {tokens, tokens_t, hidden, as_dtype(hidden_t, images.scalar_type())};
 }
 
-// ---- backward -----------------------------------------------------------------------------------
+// ---- backward ----------------------------------------------------------------------------------
 
 // Adds up the weights' gradients over value and tangent: products of each go side by side into one
 // buffer, which a sum in float32 (float64 for float64) reduces at the end.
@@ -380,23 +310,18 @@ struct Gradients {
   }
 };
 
-void check_gradient(const char* name, const Tensor& grad, const char* hidden_name,
-                    const Tensor& hidden, const Tensor& images, const Sizes& s) {
-  check_kind(kOp, name, grad, "images", images);
-  check_kind(kOp, hidden_name, hidden, "images", images);
-  check_value(grad.dim() == 3 && grad.size(0) == s.batch && grad.size(1) >= s.tokens() &&
-                  grad.size(2) == s.wide,
-              kOp, ": ", name, " must be [", s.batch, ", P + ", s.tokens(), ", ", s.wide, "], got ",
-              shape_of(grad));
-  check_value(hidden.is_contiguous() && hidden.numel() == s.batch * s.tokens() * s.narrow, kOp,
-              ": ", hidden_name, " must be the forward's, got ", shape_of(hidden));
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> patch_embed_backward(
     Tensor grad, Tensor images, Tensor weight_down, Tensor weight_up, Tensor hidden,
     bool images_need_grad) {
   const Sizes s = check_inputs(images, weight_down, weight_up);
   check_gradient("grad", grad, "hidden", hidden, images, s);
+  if (takes_cuda_kernel(images)) {
+    auto [grad_images, none, down, bias_down, up, bias_up, position] =
+        backward_on_cuda({grad, std::nullopt, images, std::nullopt, weight_down, weight_up, hidden,
+                          std::nullopt, images_need_grad},
+                         s);
+    return {grad_images, down, bias_down, up, bias_up, position};
+  }
   Gradients g(images, weight_down, weight_up, grad.size(1), s, 1);
   const Tensor grad_images = g.add(grad, images, hidden, true, images_need_grad);
   return {grad_images, g.down.sum(weight_down), g.bias_down, g.up.sum(weight_up), g.bias_up,
@@ -410,6 +335,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> patch_embed_j
   check_like(kOp, "images_t", images_t, "images", images);
   check_gradient("grad_t", grad_t, "hidden_t", hidden_t, images, s);
   if (grad) check_gradient("grad", *grad, "hidden", hidden, images, s);
+  if (takes_cuda_kernel(images)) {
+    return backward_on_cuda({grad, grad_t, images, images_t, weight_down, weight_up, hidden,
+                             hidden_t, images_need_grad},
+                            s);
+  }
   Gradients g(images, weight_down, weight_up, grad_t.size(1), s, 2);
   const Tensor grad_images = grad ? g.add(*grad, images, hidden, true, images_need_grad)
                              : images_need_grad ? torch::stable::new_zeros(images, images.sizes())

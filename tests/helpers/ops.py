@@ -32,10 +32,9 @@ GEMM = "its CPU work is torch's GEMM, called from csrc/ops"
 NO_CUDA = "CUDA kernel not written yet: the op raises on CUDA tensors"
 TWO_FILES = "forward and backward are a kernel file each"
 ABSENT = {
-    ("csrc/include/pmf/{}.h", "patch_embed"): GEMM,
     **{("csrc/cpu/{}.cpp", stem): GEMM for stem in ("newton_schulz", "patch_embed")},
     ("csrc/cpu/{}.cpp", "attention"): TWO_FILES,
-    **{("csrc/cuda/{}.cu", stem): NO_CUDA for stem in ("attention", "patch_embed", "patch_velocity")},
+    **{("csrc/cuda/{}.cu", stem): NO_CUDA for stem in ("attention", "patch_velocity")},
 }
 
 

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from helpers.elementwise import FEW_TERMS
+from helpers.levels import CPU_LEVELS, at_level, levels_of
 from helpers.tolerance import assert_close, tolerance
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +13,9 @@ import pmf.ops as ops
 import pmf.reference as reference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# The work on the CPU is torch's GEMM, the same at all levels.
+LEVELS = tuple(name for name in levels_of("patch_embed") if name not in CPU_LEVELS[:-1])
 
 
 def inputs(batch=3, channels=3, rows=4, columns=4, patch=4, rank=32, width=48, prefix=5, dtype=torch.float64):
@@ -32,16 +37,19 @@ def jvp(module, args, images_t, prefix_t, **options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_values_tangents_and_gradients(dtype):
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("sizes", [{}, {"rows": 9, "columns": 17, "patch": 2, "rank": 136, "width": 200}])
+def test_values_tangents_and_gradients(sizes, level, dtype):
     """Each GEMM rounds its result once more in 16 bits: the down product before the up product reads it."""
-    args = [x.requires_grad_() for x in inputs(dtype=dtype)]
+    args = [x.requires_grad_() for x in inputs(**sizes, dtype=dtype)]
     images_t, prefix_t = (torch.randn_like(args[i]).requires_grad_() for i in (0, 6))
     exact = [x.detach().double().requires_grad_() for x in (*args, images_t, prefix_t)]
-    actual = jvp(ops, args, images_t, prefix_t)
+    with at_level(level):
+        actual = jvp(ops, args, images_t, prefix_t)
+        cotangents = [torch.randn_like(y) for y in actual]
+        found = torch.autograd.grad(actual, [*args, images_t, prefix_t], cotangents)
     expected = jvp(reference, exact[:7], *exact[7:])
     assert_close([x.detach() for x in actual], [x.detach() for x in expected], tolerance("gemm", dtype))
-    cotangents = [torch.randn_like(y) for y in actual]
-    found = torch.autograd.grad(actual, [*args, images_t, prefix_t], cotangents)
     wanted = torch.autograd.grad(expected, exact, [c.double() for c in cotangents])
     assert_close(found, wanted, 1.5 * tolerance("gemm", dtype))
 
@@ -59,11 +67,13 @@ def test_values_tangents_and_gradients(dtype):
     layout=st.sampled_from(("contiguous", "channels last", "flipped sizes", "cropped")),
     which=st.sampled_from(("all tokens", "image tokens", "none")),
     biases=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    level=st.sampled_from(LEVELS),
 )
 def test_any_shape_and_layout(
-    batch, channels, rows, columns, patch, rank, width, prefix, layout, which, biases
+    batch, channels, rows, columns, patch, rank, width, prefix, layout, which, biases, dtype, level
 ):
-    args = list(inputs(batch, channels, rows, columns, patch, rank, width, prefix))
+    args = list(inputs(batch, channels, rows, columns, patch, rank, width, prefix, dtype))
     if layout == "channels last":
         args[0] = args[0].contiguous(memory_format=torch.channels_last)
     elif layout == "flipped sizes":
@@ -76,12 +86,15 @@ def test_any_shape_and_layout(
         args[5] = args[5][prefix:] if which == "image tokens" else None
     if prefix == 0:
         args[6] = None
-    tokens = ops.patch_embed(*args)
-    assert tokens.is_contiguous()
-    assert_close(tokens, reference.patch_embed(*args), 1e-12)
     images_t = torch.randn_like(args[0])
     prefix_t = None if prefix == 0 else torch.randn_like(args[6])
-    assert_close(jvp(ops, args, images_t, prefix_t), jvp(reference, args, images_t, prefix_t), 1e-12)
+    exact = [None if x is None else x.double() for x in (*args, images_t, prefix_t)]
+    with at_level(level):
+        tokens, both = ops.patch_embed(*args), jvp(ops, args, images_t, prefix_t)
+    limit = FEW_TERMS * tolerance("gemm", dtype)
+    assert tokens.is_contiguous()
+    assert_close(tokens, reference.patch_embed(*exact[:7]), limit)
+    assert_close(both, jvp(reference, exact[:7], *exact[7:]), limit)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
