@@ -12,6 +12,7 @@ from ..nn import Block, Condition
 from .path import over_pixels
 from .preconditioner import NoPreconditioner, Preconditioner
 from .prediction import Prediction, XPrediction
+from .read_out import read_velocity
 
 __all__ = ["PRECISIONS", "Sampler", "sample"]
 
@@ -136,15 +137,15 @@ class Sampler:
         for i in range(steps, 0, -1):
             t = z.new_full((len(z),), i / steps)
             h = z.new_full((len(z),), 1 / steps)
-            raw = self._predict(self.preconditioner.input(z, t), Condition(h, omega, t_min, t_max, labels))
-            output = self.preconditioner.output(z, raw.to(z.dtype), t)
-            z = z - over_pixels(h) * self.prediction.velocity(z, output, t)
+            tokens = self._predict(self.preconditioner.input(z, t), Condition(h, omega, t_min, t_max, labels))
+            u = read_velocity(self.prediction, self.preconditioner, z, tokens, t)
+            z = z - over_pixels(h) * u
         return z
 
     def _predict(self, images: Tensor, condition: Condition) -> Tensor:
         """The network's u path: all that runs on the device, and of one shape for batches of one size."""
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return self.network(images, condition, heads="u").u
+            return self.network(images, condition, heads="u", as_tokens=True).u
 
 
 def _check_labels(labels: Tensor | Sequence[int], num_classes: int) -> Tensor:
