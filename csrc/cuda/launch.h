@@ -4,6 +4,8 @@
 // A launch function returns null, or one sentence about what went wrong.
 #pragma once
 
+#include "pmf/attention.h"
+#include "pmf/attention_backward.h"
 #include "pmf/gated_residual.h"
 #include "pmf/newton_schulz.h"
 #include "pmf/optimizer.h"
@@ -18,6 +20,8 @@ namespace pmf::cuda {
 // than the runtime this was compiled with, or a device older than sm_80. Looked up once per device.
 const char* device_problem(int device);
 
+const char* attention_forward(const AttentionParams& params, void* stream);
+const char* attention_backward(const AttentionBackwardParams& params, void* stream);
 const char* gated_residual(const GatedResidualParams& params, void* stream);
 const char* gated_residual_backward(const GatedResidualBackwardParams& params, void* stream);
 const char* patch_embed(const PatchEmbedParams& params, void* stream);

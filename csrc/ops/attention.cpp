@@ -5,10 +5,12 @@ namespace pmf {
 namespace {
 
 void launch(AttentionParams params, const Tensor& like) {
-  const ParallelFor parallel = torch_parallel();
-  const Workspace workspace(like, cpu::attention_forward_workspace_bytes(params, parallel.threads));
+  const bool gpu = takes_cuda_kernel(like);
+  const int64_t bytes =
+      gpu ? 0 : cpu::attention_forward_workspace_bytes(params, torch_parallel().threads);
+  const Workspace workspace(like, bytes);
   params.workspace = workspace.data();
-  cpu::attention_forward(params, parallel);
+  run(like, "attention", &cpu::attention_forward, PMF_CUDA_KERNEL(attention_forward), params);
 }
 
 // Everything but the tangents; `out` and `lse` are the tensors it points to.
@@ -17,11 +19,12 @@ struct Forward {
   Tensor out, lse;
 
   Forward(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& mask,
-          bool is_causal, double scale) {
+          bool is_causal, double scale, bool allow_tf32) {
     params.shape = check_attention(query, key, value);
     params.dtype = dtype_of(query, "attention", "query");
     params.scale = scale;
     params.is_causal = is_causal;
+    params.allow_tf32 = allow_tf32;
     params.mask = check_mask(mask, params.shape, query);
     params.query = const_view4(query);
     params.key = const_view4(key);
@@ -36,19 +39,22 @@ struct Forward {
 };
 
 std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor value,
-                                             OptionalTensor attn_mask, bool is_causal,
-                                             double scale) {
-  const Forward forward(query, key, value, attn_mask, is_causal, scale);
+                                             OptionalTensor attn_mask, bool is_causal, double scale,
+                                             bool allow_tf32) {
+  const Forward forward(query, key, value, attn_mask, is_causal, scale, allow_tf32);
   launch(forward.params, query);
   return {forward.out, forward.lse};
 }
 
 // Tangents may cover the first n samples only: the rest then runs as the plain forward, on the same
 // buffers. Training needs this, where only some samples of a batch have a tangent.
-std::tuple<Tensor, Tensor, Tensor> attention_jvp_forward(
-    Tensor query, Tensor key, Tensor value, OptionalTensor query_t, OptionalTensor key_t,
-    OptionalTensor value_t, OptionalTensor attn_mask, bool is_causal, double scale) {
-  const Forward forward(query, key, value, attn_mask, is_causal, scale);
+std::tuple<Tensor, Tensor, Tensor> attention_jvp_forward(Tensor query, Tensor key, Tensor value,
+                                                         OptionalTensor query_t,
+                                                         OptionalTensor key_t,
+                                                         OptionalTensor value_t,
+                                                         OptionalTensor attn_mask, bool is_causal,
+                                                         double scale, bool allow_tf32) {
+  const Forward forward(query, key, value, attn_mask, is_causal, scale, allow_tf32);
   AttentionParams params = forward.params;
   const AttentionShape shape = params.shape;
   int64_t samples = -1;

@@ -57,8 +57,10 @@ inline AttentionShape check_attention(const Tensor& query, const Tensor& key, co
                 shape_of(*tensor));
     check_same_device(query, *tensor, "attention", "query", name);
   }
-  require_cpu(query, "attention");
   dtype_of(query, "attention", "query");
+  check_value(!takes_cuda_kernel(query) || query.scalar_type() != ScalarType::Double,
+              "attention: the CUDA kernels take float32, bfloat16 and float16; convert, or call "
+              "pmf.reference.attention, which takes float64 as well");
 
   AttentionShape shape;
   shape.batch = query.size(0), shape.heads = query.size(1), shape.queries = query.size(2),

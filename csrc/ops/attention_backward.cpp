@@ -26,11 +26,12 @@ struct Backward {
   Tensor lse, grad_query, grad_key, grad_value;
 
   Backward(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& saved_lse,
-           const OptionalTensor& mask, bool is_causal, double scale) {
+           const OptionalTensor& mask, bool is_causal, double scale, bool allow_tf32) {
     params.shape = check_attention(query, key, value);
     params.dtype = dtype_of(query, "attention", "query");
     params.scale = scale;
     params.is_causal = is_causal;
+    params.allow_tf32 = allow_tf32;
     params.mask = check_mask(mask, params.shape, query);
     params.query = const_view4(query);
     params.key = const_view4(key);
@@ -55,19 +56,21 @@ struct Backward {
   }
 
   void launch() {
-    const ParallelFor parallel = torch_parallel();
-    const Workspace workspace(lse,
-                              cpu::attention_backward_workspace_bytes(params, parallel.threads));
+    const int64_t bytes = takes_cuda_kernel(lse) ? cuda::attention_backward_workspace_bytes(params)
+                                                 : cpu::attention_backward_workspace_bytes(
+                                                       params, torch_parallel().threads);
+    const Workspace workspace(lse, bytes);
     params.workspace = workspace.data();
-    cpu::attention_backward(params, parallel);
+    run(lse, "attention_backward", &cpu::attention_backward, PMF_CUDA_KERNEL(attention_backward),
+        params);
   }
 };
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, Tensor query, Tensor key,
                                                       Tensor value, Tensor lse,
                                                       OptionalTensor attn_mask, bool is_causal,
-                                                      double scale) {
-  Backward backward(query, key, value, lse, attn_mask, is_causal, scale);
+                                                      double scale, bool allow_tf32) {
+  Backward backward(query, key, value, lse, attn_mask, is_causal, scale, allow_tf32);
   backward.params.grad = check_grad(grad, query, backward.params.shape, "grad");
   backward.launch();
   return {backward.grad_query, backward.grad_key, backward.grad_value};
@@ -84,8 +87,8 @@ Tensor tangent_grad(const OptionalTensor& tangent, const Tensor& primal, View4* 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_jvp_backward(
     OptionalTensor grad, Tensor grad_t, Tensor query, Tensor key, Tensor value,
     OptionalTensor query_t, OptionalTensor key_t, OptionalTensor value_t, Tensor lse,
-    OptionalTensor attn_mask, bool is_causal, double scale) {
-  Backward backward(query, key, value, lse, attn_mask, is_causal, scale);
+    OptionalTensor attn_mask, bool is_causal, double scale, bool allow_tf32) {
+  Backward backward(query, key, value, lse, attn_mask, is_causal, scale, allow_tf32);
   AttentionBackwardParams& params = backward.params;
   if (grad) params.grad = check_grad(*grad, query, params.shape, "grad");
   params.grad_t = check_grad(grad_t, query, params.shape, "grad_t");

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from pmf import reference
+from pmf import _library, reference
 
 from ._autograd import KernelFunction, call, in_float32, register, vjp
 from ._inputs import autocast_matmul, check_tangents, is_differentiable
@@ -43,7 +43,8 @@ def attention(
             heads.
 
     Returns [..., H, Nq, Dv] in query's dtype; rows that may attend to nothing are zero. Sums are taken in
-    float32 (float64 for float64).
+    float32 (float64 for float64). On CUDA, float32 products are TF32 where PyTorch's precision setting allows
+    it (torch.set_float32_matmul_precision), otherwise of full precision; float64 there is the reference's.
 
     Raises ValueError where shapes, dtypes or dropout_p do not fit. torch.autograd.forward_ad inside
     torch.compile raises RuntimeError: use `attention_jvp`. Source: Dao et al., "FlashAttention" (2022).
@@ -53,7 +54,7 @@ def attention(
     query, key, value = autocast_matmul(query, key, value)
     plan = _plan(query, key, value, attn_mask, scale, enable_gqa)
     args = (*plan.fold(query, key, value), plan.mask, is_causal, plan.scale)
-    if is_differentiable(attn_mask):
+    if is_differentiable(attn_mask) or _lacks_kernel(query):
         out = _Attention.reference(*args)[0]
     else:
         out = call("attention", *args)[0]
@@ -109,12 +110,13 @@ def attention_jvp(
         )
     tangents = (query_t, key_t, value_t) if fewer else plan.fold(query_t, key_t, value_t)
     args = (*plan.fold(query, key, value), *tangents, plan.mask, is_causal, plan.scale)
-    if is_differentiable(attn_mask):
+    if is_differentiable(attn_mask) or _lacks_kernel(query):
         if fewer:
-            raise ValueError(
-                "attention_jvp: an attn_mask that requires a gradient needs tangents of all samples"
-            )
-        out, out_t = _AttentionJvp.reference(*args)
+            out = _Attention.reference(*args[:3], *args[6:])[0]
+            q, k, v, mask = (x if x is None else x[:count] for x in (*args[:3], args[6]))
+            out_t = _AttentionJvp.reference(q, k, v, *args[3:6], mask, *args[7:])[1]
+        else:
+            out, out_t = _AttentionJvp.reference(*args)
         out_t = out_t.detach() if detach_tangent else out_t
     else:
         out, out_t, _ = call("attention_jvp_detached" if detach_tangent else "attention_jvp", *args)
@@ -137,6 +139,11 @@ class _Plan(NamedTuple):
             None if x is None else _four(x.expand(shape))
             for x, shape in zip(tensors, self.shapes, strict=True)
         ]
+
+
+def _lacks_kernel(query: Tensor) -> bool:
+    """float64 on CUDA is the reference's."""
+    return query.dtype == torch.float64 and _library.takes_cuda_kernel(query)
 
 
 def _plan(
@@ -222,7 +229,15 @@ def _four(x: Tensor) -> Tensor:
     return x[(None,) * (4 - x.dim())]
 
 
-class _Attention(KernelFunction):
+class _Kernel(KernelFunction):
+    """Beside its arguments a raw op takes whether float32 products may be TF32, on CUDA."""
+
+    @classmethod
+    def forward(cls, *args: Any) -> Any:
+        return super().forward(*args, _library.allow_tf32())
+
+
+class _Attention(_Kernel):
     """(query, key, value, mask, is_causal, scale) -> (O, lse), all four-dimensional."""
 
     op = "attention_forward"
@@ -250,7 +265,7 @@ class _Attention(KernelFunction):
         return call("attention_jvp", *args[:3], *tangents[:3], *args[3:])[1:2]
 
 
-class _AttentionBackward(KernelFunction):
+class _AttentionBackward(_Kernel):
     op = "attention_backward"
 
     @staticmethod
@@ -260,7 +275,7 @@ class _AttentionBackward(KernelFunction):
         return vjp(_Attention.reference, (query, key, value, *rest), (grad,))[:3]
 
 
-class _AttentionJvp(KernelFunction):
+class _AttentionJvp(_Kernel):
     """(query, key, value, their tangents or None, mask, is_causal, scale) -> (O, tO, lse)."""
 
     op = "attention_jvp_forward"
@@ -283,7 +298,7 @@ class _AttentionJvp(KernelFunction):
         return (*found, None, None, None)
 
 
-class _AttentionJvpBackward(KernelFunction):
+class _AttentionJvpBackward(_Kernel):
     op = "attention_jvp_backward"
 
     @staticmethod

@@ -34,7 +34,8 @@ TWO_FILES = "forward and backward are a kernel file each"
 ABSENT = {
     **{("csrc/cpu/{}.cpp", stem): GEMM for stem in ("newton_schulz", "patch_embed")},
     ("csrc/cpu/{}.cpp", "attention"): TWO_FILES,
-    **{("csrc/cuda/{}.cu", stem): NO_CUDA for stem in ("attention", "patch_velocity")},
+    ("csrc/cuda/{}.cu", "attention"): TWO_FILES,
+    **{("csrc/cuda/{}.cu", stem): NO_CUDA for stem in ("patch_velocity",)},
 }
 
 

@@ -29,6 +29,11 @@ def tolerance(kind: str, dtype: torch.dtype) -> float:
     return FACTORS[kind][dtype] * UNIT_ROUNDOFF[dtype]
 
 
+def spread(x: Tensor) -> float:
+    """1 + the relative standard deviation of a root mean square of as many errors as x has numbers."""
+    return 1 + (2 * max(1, x.numel())) ** -0.5
+
+
 def error(actual: Tensor, expected: Tensor) -> float:
     """||actual - expected|| / ||expected||, in float64; the absolute error where zero is expected."""
     assert actual.shape == expected.shape, (actual.shape, expected.shape)

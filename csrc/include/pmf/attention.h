@@ -42,6 +42,7 @@ struct AttentionParams {
   DType dtype = DType::f32;  // of query, key, value, their tangents, out and out_t
   double scale = 1.0;        // c; any finite value
   bool is_causal = false;    // query i attends keys j <= i (top-left aligned), besides the mask
+  bool allow_tf32 = false;   // fp32 on CUDA: products may round their factors to TF32
   AttentionMask mask;
 
   ConstView4 query;  // [B, H,  Nq, D ] dtype

@@ -23,6 +23,7 @@ struct AttentionBackwardParams {
   DType dtype = DType::f32;  // of everything but lse and the mask
   double scale = 1.0;        // c, as given to the forward
   bool is_causal = false;
+  bool allow_tf32 = false;  // fp32 on CUDA: products may round their factors to TF32
   AttentionMask mask;
 
   ConstView4 query;  // [B, H,  Nq, D ] dtype
@@ -46,7 +47,8 @@ struct AttentionBackwardParams {
   // Written only with grad_t; null: not wanted, and its product is skipped.
   View4 grad_query_t, grad_key_t, grad_value_t;
 
-  // attention_backward_workspace_bytes() bytes, aligned to 64; contents do not matter.
+  // attention_backward_workspace_bytes() bytes of the namespace, aligned to 64; contents do not
+  // matter.
   void* workspace = nullptr;
 };
 
@@ -61,4 +63,24 @@ int64_t attention_backward_workspace_bytes(const AttentionBackwardParams& params
 void attention_backward(const AttentionBackwardParams& params, const ParallelFor& parallel);
 
 }  // namespace cpu
+
+namespace cuda {
+
+// Statistics of the queries that one kernel leaves for the next, [B, H, statistic, rows]: fp32,
+// rows being the queries and what the last block of them may reach past.
+constexpr int64_t kBackwardMostRows = 96;  // of a block
+constexpr int64_t kBackwardStatistics = 3, kBackwardStatisticsWithTangents = 5;
+
+inline int64_t attention_backward_padded_queries(const AttentionShape& shape) {
+  return (shape.queries + 15) / 16 * 16 + kBackwardMostRows;
+}
+
+inline int64_t attention_backward_workspace_bytes(const AttentionBackwardParams& params) {
+  const int64_t statistics =
+      params.grad_t.data != nullptr ? kBackwardStatisticsWithTangents : kBackwardStatistics;
+  return params.shape.batch * params.shape.heads * statistics *
+         attention_backward_padded_queries(params.shape) * 4;
+}
+
+}  // namespace cuda
 }  // namespace pmf

@@ -1,0 +1,310 @@
+// Tiles of attention in shared memory, and the fragments that tensor cores read from them.
+//
+// A tile is row-major, rows of kWidth elements (zeros beyond the tensor's own width), cut into
+// 16-byte chunks. ldmatrix reads eight rows of one chunk at a time: without conflicts if the eight
+// lie in different banks, so chunk c of row r is stored where chunk c ^ s(r) would be.
+//
+// Fragments of mma m16n8k16 (16-bit) and m16n8k8 (TF32); lane = 4 g + t:
+//
+//   A  [16][k]  rows g, g + 8       C  [16][8]  rows g, g + 8, columns 2t, 2t + 1
+//   B  [k][8]   column g
+//
+// What a warp accumulates (C) becomes the A operand of its next product without leaving its
+// registers: two C tiles are one A of 16-bit elements; one C tile is one A of TF32, if that product
+// takes its rows of B in the order 0, 2, 4, 6, 1, 3, 5, 7, which load_down() does.
+#pragma once
+
+#include "cuda/common/cuda.cuh"
+#include "cuda/common/ptx.cuh"
+#include "cuda/common/shared.cuh"
+#include "cuda/common/vector.cuh"
+#include "pmf/attention.h"
+
+namespace pmf::cuda {
+
+constexpr int kChunkBytes = 16;
+
+// ---- arithmetic ---------------------------------------------------------------------------------
+
+struct FragmentA {
+  uint32_t x[4];
+};
+struct FragmentB {
+  uint32_t x[2];
+};
+
+// Products of a 16-bit type.
+template <typename T>
+struct Arithmetic16 {
+  using Storage = T;
+  static constexpr int kDepth = 16;  // of one product
+  static constexpr int kTilesPerA = 2;
+
+  __device__ static FragmentA pack_a(const float (*c)[4]) {
+    return {{pack2<T>(c[0][0], c[0][1]), pack2<T>(c[0][2], c[0][3]), pack2<T>(c[1][0], c[1][1]),
+             pack2<T>(c[1][2], c[1][3])}};
+  }
+  // All ones in this lane's column, or all zeros.
+  __device__ static FragmentB ones(bool one) {
+    const uint32_t pair = one ? pack2<T>(1.0f, 1.0f) : 0u;
+    return {{pair, pair}};
+  }
+  template <bool kSwapped = false>
+  __device__ static void multiply(float (&c)[4], const FragmentA& a, const FragmentB& b) {
+    mma_m16n8k16<T>(c, a.x, b.x);
+  }
+};
+
+// fp32 rounded to TF32 (11 bits): where PyTorch's precision setting allows it.
+struct ArithmeticTf32 {
+  using Storage = float;
+  static constexpr int kDepth = 8;
+  static constexpr int kTilesPerA = 1;
+
+  __device__ static FragmentA pack_a(const float (*c)[4]) {
+    return {{__float_as_uint(c[0][0]), __float_as_uint(c[0][2]), __float_as_uint(c[0][1]),
+             __float_as_uint(c[0][3])}};
+  }
+  __device__ static FragmentB ones(bool one) {
+    const uint32_t x = one ? __float_as_uint(1.0f) : 0u;
+    return {{x, x}};
+  }
+  template <bool kSwapped = false>
+  __device__ static void multiply(float (&c)[4], const FragmentA& a, const FragmentB& b) {
+    uint32_t ra[4], rb[2];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) ra[i] = round_tf32(__uint_as_float(a.x[i]));
+#pragma unroll
+    for (int i = 0; i < 2; ++i) rb[i] = round_tf32(__uint_as_float(b.x[i]));
+    mma_m16n8k8_tf32(c, ra, rb);
+  }
+};
+
+// Full fp32: every factor is the sum of two TF32 numbers, x = high + low, exact to 2^-22, and of
+// the four products only low low is left out (Markidis et al. 2018).
+struct ArithmeticF32 : ArithmeticTf32 {
+  // kSwapped: A and B have changed places with respect to another kernel that must get the very
+  // same sums.
+  template <bool kSwapped = false>
+  __device__ static void multiply(float (&c)[4], const FragmentA& a, const FragmentB& b) {
+    uint32_t ah[4], al[4], bh[2], bl[2];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) split(a.x[i], ah[i], al[i]);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) split(b.x[i], bh[i], bl[i]);
+    mma_m16n8k8_tf32(c, kSwapped ? ah : al, kSwapped ? bl : bh);
+    mma_m16n8k8_tf32(c, kSwapped ? al : ah, kSwapped ? bh : bl);
+    mma_m16n8k8_tf32(c, ah, bh);
+  }
+
+ private:
+  __device__ static void split(uint32_t x, uint32_t& high, uint32_t& low) {
+    high = round_tf32(__uint_as_float(x));
+    low = round_tf32(__uint_as_float(x) - __uint_as_float(high));
+  }
+};
+
+// ---- tiles --------------------------------------------------------------------------------------
+
+template <typename T, int kWidth>
+struct SharedTile {
+  static constexpr int kChunk = kChunkBytes / int(sizeof(T));  // elements
+  static constexpr int kChunks = kWidth / kChunk;
+  // Rows differ in banks until kChunks times their distance is a multiple of 8 chunks: 128 bytes.
+  static constexpr int kSpread = kChunks % 8 == 0   ? 8
+                                 : kChunks % 4 == 0 ? 4
+                                 : kChunks % 2 == 0 ? 2
+                                                    : 1;
+  static_assert(kWidth % kChunk == 0, "rows are whole chunks");
+
+  T* data;
+
+  static constexpr int64_t bytes(int rows) { return int64_t(rows) * kWidth * sizeof(T); }
+
+  // Where 16-byte chunk `chunk` of `row` starts.
+  __device__ static constexpr int offset(int row, int chunk) {
+    return row * kWidth + (chunk ^ ((row / (8 / kSpread)) & (kSpread - 1))) * kChunk;
+  }
+  // Whether eight rows of any chunk lie in different banks: 128 bytes are eight chunks wide.
+  __device__ static constexpr bool conflict_free() {
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      unsigned banks = 0;
+      for (int row = 0; row < 8; ++row) banks |= 1u << (offset(row, chunk) / kChunk % 8);
+      if (banks != 0xffu) return false;
+    }
+    return true;
+  }
+  __device__ T* at(int row, int chunk) const { return data + offset(row, chunk); }
+
+  // at(row + rows, chunk + even) from start = offset(row, chunk) of chunk 0 or 1, rows a multiple
+  // of 8 and even of 2: lanes differ in `start`, which no loop changes, and the rest is constant.
+  __device__ T* from(int start, int rows, int even) const {
+    static_assert(conflict_free(), "ldmatrix takes one pass");
+    if constexpr (kSpread == 8) {
+      return data + (start ^ even % 8 * kChunk) + (even / 8 * 8 * kChunk + rows * kWidth);
+    } else {
+      static_assert(kSpread <= 2,
+                    "of the widths in use, only rows of 160 bytes are no power of two");
+      return data + start + (even * kChunk + rows * kWidth);
+    }
+  }
+  __device__ T& element(int row, int column) const {
+    return at(row, column / kChunk)[column % kChunk];
+  }
+};
+
+// Rows [first, first + kRows) of one head into a tile, by all `threads` threads of the block; zeros
+// past the tensor's rows and columns. 16-byte asynchronous copies where the view allows; the caller
+// commits and waits.
+template <typename T, int kWidth>
+__device__ inline void load_rows(const SharedTile<T, kWidth>& tile, int rows, const T* head,
+                                 int64_t row_stride, int64_t column_stride, int first,
+                                 int row_count, int columns, int thread, int threads) {
+  using Tile = SharedTile<T, kWidth>;
+  const bool whole =
+      column_stride == 1 && columns % Tile::kChunk == 0 &&
+      (reinterpret_cast<uintptr_t>(head) | uintptr_t(row_stride * sizeof(T))) % kChunkBytes == 0;
+  for (int i = thread; i < rows * Tile::kChunks; i += threads) {
+    const int row = i / Tile::kChunks, chunk = i % Tile::kChunks;
+    const int column = chunk * Tile::kChunk;
+    const bool inside = first + row < row_count && column < columns;
+    const T* from = head + int64_t(first + row) * row_stride + int64_t(column) * column_stride;
+    if (whole) {
+      cp_async_16(tile.at(row, chunk), inside ? from : head, inside);
+    } else {
+      Vector<T, Tile::kChunk> vector;
+#pragma unroll
+      for (int k = 0; k < Tile::kChunk; ++k) {
+        const bool valid = inside && column + k < columns;
+        vector.element[k] = valid ? from[k * column_stride] : from_float<T>(0.0f);
+      }
+      *reinterpret_cast<Vector<T, Tile::kChunk>*>(tile.at(row, chunk)) = vector;
+    }
+  }
+}
+
+// ---- fragments ----------------------------------------------------------------------------------
+
+// A = tile[row .. row + 16][k .. k + depth]; column k in chunks.
+template <typename T, int kWidth>
+__device__ inline FragmentA load_a(const SharedTile<T, kWidth>& tile, int row, int chunk,
+                                   int lane) {
+  FragmentA a;
+  ldmatrix_x4(a.x, tile.from(tile.offset(lane & 15, lane >> 4), row, chunk));
+  return a;
+}
+
+// Two fragments of B = tile^T, columns n .. n + 15: B[k][n] = tile[n][k].
+template <typename T, int kWidth>
+__device__ inline void load_across(FragmentB (&b)[2], const SharedTile<T, kWidth>& tile, int n,
+                                   int chunk, int lane) {
+  uint32_t x[4];
+  ldmatrix_x4(x,
+              tile.from(tile.offset((lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1), n, chunk));
+  b[0] = {{x[0], x[1]}}, b[1] = {{x[2], x[3]}};
+}
+
+// One fragment, columns n .. n + 7.
+template <typename T, int kWidth>
+__device__ inline FragmentB load_across(const SharedTile<T, kWidth>& tile, int n, int chunk,
+                                        int lane) {
+  FragmentB b;
+  ldmatrix_x2(b.x, tile.from(tile.offset(lane & 7, (lane >> 3) & 1), n, chunk));
+  return b;
+}
+
+// Two fragments of B = tile, columns n .. n + 15: B[k][n] = tile[k][n].
+template <typename T, int kWidth>
+__device__ inline void load_down(FragmentB (&b)[2], const SharedTile<T, kWidth>& tile, int k, int n,
+                                 int lane) {
+  if constexpr (sizeof(T) == 2) {
+    uint32_t x[4];
+    ldmatrix_x4_trans(x, tile.from(tile.offset(lane & 15, lane >> 4), k, n / tile.kChunk));
+    b[0] = {{x[0], x[1]}}, b[1] = {{x[2], x[3]}};
+  } else {
+    const int g = lane >> 2, t = lane & 3;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        b[i].x[h] = __float_as_uint(tile.element(k + 2 * t + h, n + 8 * i + g));
+      }
+    }
+  }
+}
+
+// ---- one head of a tensor -----------------------------------------------------------------------
+
+template <typename T>
+struct HeadView {
+  const T* data;  // null: absent
+  int64_t row_stride, column_stride;
+};
+
+template <typename T>
+__device__ inline HeadView<T> head_of(const ConstView4& view, int batch, int head) {
+  const T* data = static_cast<const T*>(view.data);
+  if (data != nullptr) data += int64_t(batch) * view.stride[0] + int64_t(head) * view.stride[1];
+  return {data, view.stride[2], view.stride[3]};
+}
+
+// ---- scores and rows ----------------------------------------------------------------------------
+
+constexpr float kLog2eFloat = 1.4426950408889634f;
+constexpr float kLargestFloat = 3.4028234663852886e38f;
+
+// A mask element in log-2 units. The largest finite values stay finite, so that a row masked with
+// them throughout still averages.
+__device__ inline float mask_bias(const AttentionMask& mask, int64_t offset) {
+  if (mask.kind == MaskKind::boolean) {
+    return static_cast<const uint8_t*>(mask.view.data)[offset] != 0 ? 0.0f : -INFINITY;
+  }
+  float x;
+  if (mask.dtype == DType::f32) {
+    x = static_cast<const float*>(mask.view.data)[offset];
+  } else if (mask.dtype == DType::bf16) {
+    x = to_float(static_cast<const __nv_bfloat16*>(mask.view.data)[offset]);
+  } else {
+    x = to_float(static_cast<const __half*>(mask.view.data)[offset]);
+  }
+  const float y = x * kLog2eFloat;
+  return y < -kLargestFloat && x >= -kLargestFloat ? -kLargestFloat : y;
+}
+
+template <int kTiles>
+__device__ inline void clear(float (&c)[kTiles][4]) {
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) c[j][e] = 0.0f;
+  }
+}
+
+// Over the four lanes that hold a row of an accumulator.
+__device__ inline float quad_sum(float x) {
+  x += shuffle_xor(x, 1);
+  return x + shuffle_xor(x, 2);
+}
+__device__ inline float quad_max(float x) {
+  x = fmaxf(x, shuffle_xor(x, 1));
+  return fmaxf(x, shuffle_xor(x, 2));
+}
+
+// Lane t of a quad holds w[0..3] of its own; afterwards w[c] is what lane c held as w[t].
+__device__ inline void transpose_quad(uint32_t (&w)[4], int lane) {
+  const bool odd = (lane & 1) != 0, high = (lane & 2) != 0;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const uint32_t other = shuffle_xor(odd ? w[i] : w[i + 1], 1);
+    w[i] = odd ? other : w[i];
+    w[i + 1] = odd ? w[i + 1] : other;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t other = shuffle_xor(high ? w[i] : w[i + 2], 2);
+    w[i] = high ? other : w[i];
+    w[i + 2] = high ? w[i + 2] : other;
+  }
+}
+
+}  // namespace pmf::cuda
