@@ -28,8 +28,7 @@ struct Fragments {
   uint32_t a[4][4], b[8][2];
 };
 
-// ---- how elements are stored and multiplied
-// -------------------------------------------------------
+// ---- how elements are stored and multiplied ----------------------------------------------------
 
 // Operands of 16 bits, products exact, sums in fp32.
 template <class T>
@@ -90,8 +89,7 @@ struct SplitTf32Products {
   }
 };
 
-// ---- geometry
-// -------------------------------------------------------------------------------------
+// ---- geometry ----------------------------------------------------------------------------------
 
 constexpr int kTile = 128;  // rows and columns of C
 constexpr int kTileThreads = 128;
@@ -116,8 +114,7 @@ struct Operand {
   int rows;        // of A, or of B transposed; columns of B as it is
 };
 
-// ---- slices: global to shared memory
-// --------------------------------------------------------------
+// ---- slices: global to shared memory -----------------------------------------------------------
 
 // Byte offset of a chunk in a slice of A, or of B transposed: 128 rows of four chunks.
 __device__ inline int row_chunk(int row, int chunk) {
@@ -181,10 +178,9 @@ class SliceCopy {
   bool valid_[kLoads];
 };
 
-// ---- fragments: shared memory to registers
-// -------------------------------------------------------- Half a slice, 32 bytes deep: the depth
-// of one mma, 16 elements of 16 bits or 8 of 32. The 8 x 16 byte matrices that ldmatrix hands out
-// are the quarters of a fragment for either width.
+// ---- fragments: shared memory to registers -----------------------------------------------------
+// Half a slice, 32 bytes deep: the depth of one mma, 16 elements of 16 bits or 8 of 32. The 8 x 16
+// byte matrices that ldmatrix hands out are the quarters of a fragment for either width.
 
 __device__ inline void load_a(uint32_t (&a)[4][4], const unsigned char* slice, int half,
                               int warp_row) {
@@ -235,8 +231,7 @@ __device__ inline void load_b(uint32_t (&b)[8][2], const unsigned char* slice, i
   }
 }
 
-// ---- the main loop
-// ----------------------------------------------------------------------------------
+// ---- the main loop -----------------------------------------------------------------------------
 
 // Where this thread's warp begins within the tile.
 __device__ inline int warp_row() { return threadIdx.x / kWarpThreads % 2 * kWarpTile; }
@@ -318,8 +313,7 @@ __device__ inline void multiply_tile(float (&c)[4][8][4],
   cp_async_wait<0>();
 }
 
-// ---- the tile in shared memory
-// ----------------------------------------------------------------------
+// ---- the tile in shared memory -----------------------------------------------------------------
 
 // C's 128 x 128 in fp32, 64 KB, over the slices: from here threads read it in whatever order suits
 // the store. Conflict-free: fragments written by pairs; rows by 16 bytes; a row's elements by

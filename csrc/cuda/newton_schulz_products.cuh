@@ -86,8 +86,7 @@ __device__ inline void multiply(float (&c)[4][8][4], const Tile& tile) {
                                        dynamic_shared());
 }
 
-// ---- results that stay in the workspace
-// -------------------------------------------------------------
+// ---- results that stay in the workspace --------------------------------------------------------
 
 // Stores the staged tile, or mirrored its transpose, at (row, column) of the product's result.
 template <class Products, bool kMirrored>
@@ -117,7 +116,7 @@ __device__ inline void store_tile(const StagedTile& staged, const Tile& tile) {
       values[q] =
           p.factor * (kMirrored ? *staged.at(column + q, row) : *staged.at(row, column + q));
     }
-    if (p.addend != 0) {
+    if (p.addend != 0 || p.identity != 0) {
       const auto old = load_vector<Element, kWidth>(left + at);
 #pragma unroll
       for (int q = 0; q < kWidth; ++q) {
@@ -162,8 +161,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   }
 }
 
-// ---- results that leave it
-// --------------------------------------------------------------------------
+// ---- results that leave it ---------------------------------------------------------------------
 
 // The arithmetic of the last store.
 struct Step {

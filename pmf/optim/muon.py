@@ -91,7 +91,8 @@ class Muon(torch.optim.Optimizer):
     does not pass through the compute dtype: it is added in float32.
 
     State is float32 (float64 for float64 parameters). 16-bit parameters get float32 master weights, which
-    take the steps and are rounded into the parameters; a parameter changed from outside starts a new master.
+    take the steps and are rounded into the parameters; a parameter changed from outside starts a new master
+    (on CUDA element by element).
     A gradient of None skips its parameter; a zero gradient from the start moves nothing; p.grad is never
     written to. `load_state_dict` continues bit for bit.
 
@@ -241,7 +242,8 @@ class Muon(torch.optim.Optimizer):
         left_out: set[int] = set()
         for name, p in zip(group["param_names"], group["params"], strict=True):
             if p.grad is None:
-                left_out.add(id(self.state[p].get("step")) if p in self.state else 0)
+                if p in self.state:
+                    left_out.add(id(self.state[p].get("step")))
                 continue
             if p.grad.is_sparse:
                 raise RuntimeError(f"Muon: the gradient of {name} is sparse; make it dense")

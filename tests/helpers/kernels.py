@@ -1,0 +1,24 @@
+"""Where tensors go to the CUDA kernels: the emulator, which takes those of the CPU, and a GPU."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from helpers.levels import EMULATED, at_level
+
+PLACES = (*EMULATED, *(("cuda",) if torch.cuda.is_available() else ()))
+
+
+@contextmanager
+def at_place(name: str) -> Iterator[torch.device]:
+    """The device whose tensors the CUDA kernels take, within the block."""
+    if name == "cuda":
+        yield torch.device("cuda")
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with at_level(name):
+            yield torch.device("cpu")
+    finally:
+        torch.set_num_threads(threads)
