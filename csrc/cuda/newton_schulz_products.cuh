@@ -11,9 +11,9 @@
 // shared memory in the order that fills whole sectors of the target.
 //
 // Bytes: operands come from L2 (an X of 768 x 2048 is 3 MB and its tiles run side by side), each
-// result is written once; the update reads and writes p. FLOPs: newton_schulz_plan.h. The tensor
-// cores are the bound: pMF-B/16's whole step is 2.4 TFLOP with symmetric products and direct form,
-// 2.0 as planned here.
+// result is written once; the update reads and writes p. FLOPs: newton_schulz_plan.h, and a little
+// more, as tiles on the diagonal are computed whole: pMF-B/16's step is 2.6 TFLOP in the direct
+// form and 2.2 as planned. The tensor cores are the bound.
 #pragma once
 
 #include "cuda/common/shared.cuh"

@@ -127,6 +127,25 @@ def test_learning_rate_and_weight_decay_are_read_on_the_device(kernels):
         assert all(map(torch.equal, ours, theirs))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+def test_a_captured_step_replays_as_the_next_ones():
+    device = torch.device("cuda")
+    lr = torch.tensor(0.1, device=device)
+    captured, eager = parameters(device), parameters(device)
+    replayed, plain = Muon(captured, lr=lr), Muon(eager, lr=lr)
+    for params, optimizer in ((captured, replayed), (eager, plain)):
+        train(params, optimizer, range(1))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed.step()
+    for rate in (0.1, 0.03):
+        lr.fill_(rate)
+        graph.replay()
+        plain.step()
+    assert all(map(torch.equal, captured, eager))
+    assert replayed.state_dict()["state"][0]["step"] == plain.state_dict()["state"][0]["step"] == 3
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_saved_state_is_numbers_and_continues_bitwise(kernels, dtype):
     first = parameters(kernels, dtype)
