@@ -29,6 +29,14 @@ uint32_t stamp() { return machine.warp->clock << kThreadBits | uint32_t(machine.
 
 std::string by(uint32_t thread) { return "thread " + std::to_string(thread & kThreadMask); }
 
+std::string copy_of(uint32_t writer) {
+  return " an asynchronous copy of " + by(writer) + " to it has not been waited for";
+}
+
+[[noreturn]] void shared_problem(size_t granule, const std::string& what) {
+  machine.fail("shared memory at " + std::to_string(granule * kGranule) + " is " + what);
+}
+
 }  // namespace
 
 Memory::Memory() : writer_(kGranules, 0) {
@@ -108,15 +116,11 @@ void Memory::shared_read(size_t first, size_t last, bool by_warp) {
   for (size_t g = first; g <= last; ++g) {
     const uint32_t writer = writer_[g], clock = writer >> kThreadBits;
     if (writer != own || by_warp) {
-      const std::string where = "shared memory at " + std::to_string(g * kGranule);
-      if (clock < first_clock_) machine.fail(where + " is read and was never written");
-      if (clock == kUnderWay) {
-        machine.fail(where + " is read while an asynchronous copy of " + by(writer) +
-                     " to it has not been waited for");
-      }
       const bool same = (writer & kThreadMask) == (own & kThreadMask) && !by_warp;
+      if (clock < first_clock_) shared_problem(g, "read and was never written");
+      if (clock == kUnderWay) shared_problem(g, "read while" + copy_of(writer));
       if (!same && clock > warp.known[(writer & kThreadMask) / kLanes]) {
-        machine.fail(where + " is read after " + by(writer) + " wrote it, with no barrier between");
+        shared_problem(g, "read after " + by(writer) + " wrote it, with no barrier between");
       }
     }
     uint32_t& reader = reader_[g * warps_ + warp.number];
@@ -130,25 +134,18 @@ void Memory::shared_write(size_t first, size_t last) {
   for (size_t g = first; g <= last; ++g) {
     const uint32_t writer = writer_[g], clock = writer >> kThreadBits;
     if (writer != own && clock >= first_clock_) {
-      const std::string where = "shared memory at " + std::to_string(g * kGranule);
-      if (clock == kUnderWay) {
-        machine.fail(where + " is written while an asynchronous copy of " + by(writer) +
-                     " to it has not been waited for");
-      }
-      if ((writer & kThreadMask) != (own & kThreadMask) &&
-          clock > warp.known[(writer & kThreadMask) / kLanes]) {
-        machine.fail(where + " is written after " + by(writer) +
-                     " wrote it, with no barrier between");
+      const bool same = (writer & kThreadMask) == (own & kThreadMask);
+      if (clock == kUnderWay) shared_problem(g, "written while" + copy_of(writer));
+      if (!same && clock > warp.known[(writer & kThreadMask) / kLanes]) {
+        shared_problem(g, "written after " + by(writer) + " wrote it, with no barrier between");
       }
     }
     const uint32_t* readers = &reader_[g * warps_];
     for (int v = 0; v < warps_; ++v) {
-      const bool own_warp = v == warp.number;
-      const uint32_t read = readers[v];
-      if (read >> kLaneBits > warp.known[v] && !(own_warp && (read & kLaneMask) == lane)) {
-        machine.fail("shared memory at " + std::to_string(g * kGranule) +
-                     " is written after warp " + std::to_string(v) +
-                     " read it, with no barrier between");
+      const bool own_lane = v == warp.number && (readers[v] & kLaneMask) == lane;
+      if (readers[v] >> kLaneBits > warp.known[v] && !own_lane) {
+        shared_problem(
+            g, "written after warp " + std::to_string(v) + " read it, with no barrier between");
       }
     }
     writer_[g] = own;
