@@ -4,6 +4,8 @@
 // behind a prefix, a vector repeated over rows, and any plain matrix: one kernel serves them all.
 #pragma once
 
+#include <initializer_list>
+
 #include "cuda/common/vector.cuh"
 
 namespace pmf::cuda {

@@ -1,14 +1,17 @@
 // Patch embedding on CUDA, values and tangents; the contract is pmf/patch_embed.h.
 //
-// Two products on tensor cores (patch_gemm.cuh), the first straight from the pixels: patches never
-// exist in memory, and tokens land behind the prefix. Value and tangent go in the same launches:
-// the map is affine, so the tangent is one more batch of images without the biases.
+// In 16 bits both products are one kernel (patch_fused.cuh), hidden staying in shared memory; else,
+// in fp32 or where R is above 256 or memory is not aligned, they are one kernel each
+// (patch_gemm.cuh). Either reads the pixels where they lie: patches never exist in memory, and
+// tokens land behind the prefix. Value and tangent go in the same launches: the map is affine, so
+// the tangent is one more batch of images without the biases.
 //
-// Bytes: the images, tokens and weights once, hidden twice. [256, 3, 256, 256] in bf16 with p = 16,
-// R = 256, D = 768: 268 MB, 0.09 ms at 3.0 TB/s, and 52 GFLOP, 0.06 ms at 800 TFLOP/s (estimates;
-// not measured). fp32 takes three TF32 products for one.
+// Bytes: images, tokens and hidden once each (hidden twice by two kernels), the weights from L2.
+// [256, 3, 256, 256] in bf16 with p = 16, R = 256, D = 768: 235 MB, 0.08 ms at 3.0 TB/s, and 52
+// GFLOP, 0.06 ms at 800 TFLOP/s (estimates; not measured). fp32 takes three TF32 products for one.
 #include "pmf/patch_embed.h"
 
+#include "cuda/patch_fused.cuh"
 #include "cuda/patch_views.cuh"
 #include "cuda/rows.cuh"
 
@@ -84,14 +87,59 @@ PatchProduct up_product(const PatchEmbedParams& p) {
   return product;
 }
 
+// ---- both in one kernel -------------------------------------------------------------------------
+
+// Whether the fused kernel takes a call; the two products take every one.
+template <typename T>
+bool fits_fused(const PatchFused& p) {
+  bool fits = sizeof(T) == 2 && p.weight_up.column.count <= kFusedColumns &&
+              device_shared_limit() >= kFusedSharedBytes;
+  for (const GridView* view : {&p.weight_down, &p.weight_up, &p.hidden[0], &p.hidden[1],
+                               &p.tokens[0], &p.tokens[1], &p.bias_up, &p.position}) {
+    fits = fits && (view->data == nullptr || view->words);
+  }
+  return fits;
+}
+
+template <typename T>
+PatchFused fused(const PatchProduct& down, const PatchProduct& up) {
+  PatchFused p;
+  for (int pair = 0; pair < 2; ++pair) {
+    p.patches[pair] = down.left[pair];
+    p.hidden[pair] = down.out[pair];
+    p.tokens[pair] = up.out[pair];
+    p.tiles[pair] = down.tiles[pair];
+  }
+  p.weight_down = down.right[0];
+  p.weight_up = up.right[0];
+  p.bias_down = down.add[0][0];
+  p.bias_up = up.add[0][0];
+  p.position = up.add[0][1];
+  return p;
+}
+
+template <typename T>
+cudaError_t both_products(const PatchEmbedParams& p, cudaStream_t stream) {
+  const PatchProduct down = down_product<T>(p), up = up_product<T>(p);
+  if constexpr (sizeof(T) == 2) {
+    const PatchFused both = fused<T>(down, up);
+    const int64_t tiles = both.tiles[0] + both.tiles[1];
+    if (tiles > 0 && p.sizes.narrow * p.sizes.wide > 0 && fits_fused<T>(both)) {
+      return launch(patch_fused_kernel<T>, dim3(static_cast<unsigned>(tiles)), dim3(kFusedThreads),
+                    kFusedSharedBytes, stream, both);
+    }
+  }
+  const cudaError_t status = launch_product<T, true, true>(down, stream);
+  return status != cudaSuccess ? status : launch_product<T, true, true>(up, stream);
+}
+
 }  // namespace
 
 const char* patch_embed(const PatchEmbedParams& p, void* stream) {
   const auto queue = static_cast<cudaStream_t>(stream);
   return with_type(p.sizes.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    cudaError_t status = launch_product<T, true, true>(down_product<T>(p), queue);
-    if (status == cudaSuccess) status = launch_product<T, true, true>(up_product<T>(p), queue);
+    cudaError_t status = both_products<T>(p, queue);
     for (int pair = 0; pair < 2 && status == cudaSuccess; ++pair) {
       status = write_prefix<T>(p, pair, queue);
     }
