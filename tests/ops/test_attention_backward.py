@@ -1,4 +1,4 @@
-"""Gradients of attention, and of attention_jvp through both outputs, against float64 at every CPU level."""
+"""Gradients of attention, and of attention_jvp through both outputs, against float64 at every level."""
 
 import functools
 import itertools
@@ -22,9 +22,9 @@ from helpers.attention import (
     scattered,
     shaped,
 )
-from helpers.levels import at_level, levels_of
+from helpers.levels import CPU_LEVELS, at_level, levels_of
 from helpers.memory import peak_bytes
-from helpers.tolerance import assert_close, tolerance
+from helpers.tolerance import assert_close, spread, tolerance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,8 +40,10 @@ def assert_right(solved, **options) -> None:
     p, _, plain, both = solved
     actual = gradients(ops, p, **options)
     assert [g.dtype for g in actual] == [p.query.dtype] * 3
-    assert_close(actual, plain, limit(p.query.dtype))
-    assert_close(gradients_of_both(ops, p, **options), both, limit(p.query.dtype))
+    # Three standard deviations: of the smallest gradient, whose few errors all of them share.
+    few = 1 + 3 * (max(map(spread, plain)) - 1)
+    assert_close(actual, plain, few * limit(p.query.dtype))
+    assert_close(gradients_of_both(ops, p, **options), both, few * limit(p.query.dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -95,6 +97,10 @@ def test_what_attends_nothing_and_what_nothing_attends_have_zero_gradients(level
 @pytest.mark.parametrize("shape", HARD_SHAPES)
 @pytest.mark.parametrize("name", HARD)
 def test_hard_cases(level, name, shape, dtype):
+    if level == "emulated":  # thousands of times slower
+        if dtype != torch.bfloat16 or shape != HARD_SHAPES[1]:
+            pytest.skip("one dtype and one shape in the emulator")
+        shape = shape._replace(queries=20, keys=100)
     assert_right(hard(name, shape, dtype), enable_gqa=True)
 
 
@@ -180,7 +186,7 @@ def test_nan_stays_in_its_head(level, dtype):
 def test_two_runs_agree_bitwise_and_a_head_may_be_shared_by_threads(level, heads, dtype):
     """One head and five threads, say: each has a share of the queries, and sums of its own."""
     solved = shaped(Shape(1, *heads, 150, 65, 24, 24), dtype)
-    for count in (1, 2, 5):
+    for count in (1, 2, 5) if level in CPU_LEVELS else (1,):
         torch.set_num_threads(count)
         assert_right(solved, enable_gqa=True)
         runs = [gradients_of_both(ops, solved.problem, enable_gqa=True) for _ in range(2)]
