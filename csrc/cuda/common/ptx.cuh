@@ -19,10 +19,10 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// ---- ldmatrix: 8 x 8 matrices of 16-bit elements (or 8 x 4 of 32 bits) from shared memory
-// --------- Lane 8 i + r gives the address of row r of matrix i, 16 bytes, aligned. r[i] of lane 4
-// g + t gets elements 2t, 2t + 1 of row g; transposed, rows 2t, 2t + 1 of column g. x2 reads the
-// addresses of lanes 0 to 15.
+// ---- ldmatrix: matrices of 8 rows of 16 bytes from shared memory --------------------------------
+// Lane 8 i + r gives the address of row r of matrix i, a multiple of 16. Of 16-bit elements, r[i]
+// of lane 4 g + t gets elements 2t, 2t + 1 of row g; transposed, rows 2t, 2t + 1 of column g. x2
+// reads the addresses of lanes 0 to 15.
 
 __device__ inline void ldmatrix_x2(uint32_t (&r)[2], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
@@ -52,8 +52,7 @@ __device__ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) {
                : "memory");
 }
 
-// ---- mma: C += A B on the tensor cores, sums in fp32
-// ----------------------------------------------
+// ---- mma: C += A B on the tensor cores, sums in fp32 --------------------------------------------
 
 template <typename T>
 __device__ inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
@@ -95,10 +94,10 @@ __device__ inline uint32_t round_tf32(float x) {
   return bits;
 }
 
-// ---- cp.async: global to shared memory without registers
-// ------------------------------------------ Both addresses must be multiples of 16. Not valid: 16
-// zeros, and `from` is not read (it must still be some address). The data is there for this thread
-// after cp_async_wait, for others after a barrier that follows it.
+// ---- cp.async: global to shared memory without registers ----------------------------------------
+// Both addresses must be multiples of 16. Not valid: 16 zeros, and `from` is not read (it must
+// still be some address). The data is there for this thread after cp_async_wait, for others after a
+// barrier that follows it.
 
 __device__ inline void cp_async_16(void* to, const void* from, bool valid = true) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
@@ -115,8 +114,7 @@ __device__ inline void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// ---- approximate functions: about 2 units in the last place; tiny results become 0
-// ----------------
+// ---- approximate functions: about 2 units in the last place; tiny results become 0 --------------
 
 __device__ inline float exp2_approx(float x) {
   float y;
@@ -136,14 +134,7 @@ __device__ inline float rcp_approx(float x) {
   return y;
 }
 
-__device__ inline float rsqrt_approx(float x) {
-  float y;
-  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// ---- two 16-bit numbers in a register; the first is the lower half
-// --------------------------------
+// ---- two 16-bit numbers in a register; the first is the lower half ------------------------------
 
 template <typename T>
 __device__ inline uint32_t pack2(float first, float second);
@@ -160,21 +151,7 @@ __device__ inline uint32_t pack2<__half>(float first, float second) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-template <typename T>
-__device__ inline float2 unpack2(uint32_t pair);
-
-template <>
-__device__ inline float2 unpack2<__nv_bfloat16>(uint32_t pair) {
-  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
-}
-
-template <>
-__device__ inline float2 unpack2<__half>(uint32_t pair) {
-  return __half22float2(*reinterpret_cast<const __half2*>(&pair));
-}
-
-// ---- lanes and threads together
-// -------------------------------------------------------------------
+// ---- lanes and threads together -----------------------------------------------------------------
 
 template <typename T>
 __device__ inline T shuffle_xor(T value, int mask) {

@@ -5,9 +5,7 @@
 
 namespace pmf::cuda {
 
-constexpr int kSharedAlignment = 128;
-
-// The first byte, aligned to kSharedAlignment.
+// The first byte, aligned to 128.
 __device__ inline unsigned char* dynamic_shared() {
   extern __shared__ __align__(128) unsigned char bytes[];
   return bytes;

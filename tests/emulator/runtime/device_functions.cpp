@@ -43,8 +43,7 @@ Index block_size() { return machine.launch.block; }
 Index grid_size() { return machine.launch.grid; }
 unsigned char* shared_memory() { return memory.shared(); }
 
-// ---- together
-// ------------------------------------------------------------------------------------
+// ---- together -----------------------------------------------------------------------------------
 
 uint64_t shuffle(Shuffle how, uint64_t bits, int amount) {
   PMF_HERE;
@@ -86,19 +85,23 @@ void sync_threads(int barrier, int threads) {
   machine.barrier(barrier, threads);
 }
 
-// ---- memory
-// --------------------------------------------------------------------------------------
+// ---- memory -------------------------------------------------------------------------------------
 
 void check_aligned(const void* address, int bytes) {
   PMF_HERE;
   if (machine.lane != nullptr) check_address(address, bytes, "a vector");
 }
 
-void atomic(const void* address, int bytes) {
+uint32_t atomic_load(const void* address) {
   PMF_HERE;
-  check_address(address, bytes, "an atomic operation");
-  memory.atomic(address, bytes);
+  uint32_t bits;
+  check_address(address, sizeof(bits), "an atomic operation");
+  memory.atomic(address, sizeof(bits));
+  std::memcpy(&bits, address, sizeof(bits));
+  return bits;
 }
+
+void atomic_store(void* address, uint32_t bits) { std::memcpy(address, &bits, sizeof(bits)); }
 
 void copy_async(void* to, const void* from, bool valid) {
   PMF_HERE;
@@ -128,8 +131,7 @@ void wait_for_copies(int pending) {
   lane.copies.erase(lane.copies.begin(), lane.copies.begin() + landed);
 }
 
-// ---- the host
-// ------------------------------------------------------------------------------------
+// ---- the host -----------------------------------------------------------------------------------
 
 const char* run(const Launch& launch) {
   static std::mutex one_at_a_time;
@@ -138,14 +140,5 @@ const char* run(const Launch& launch) {
 }
 
 const char* last_problem() { return machine.problem.c_str(); }
-
-bool memory_set(void* address, int value, size_t bytes) {
-  const auto at = reinterpret_cast<uintptr_t>(address);
-  Region* region = memory.find(at);
-  const bool may = region != nullptr && region->written_by_host(at, bytes);
-  if (may) std::memset(address, value, bytes);
-  machine.problem = may ? "" : "the emulator found: memory is set that no tensor gives for writing";
-  return may;
-}
 
 }  // namespace pmf::emulator

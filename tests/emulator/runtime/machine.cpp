@@ -48,8 +48,7 @@ unsigned Machine::random(unsigned below) {
   return static_cast<unsigned>((random_ * 0x2545f4914f6cdd1dull >> 33) % below);
 }
 
-// ---- fibers
-// --------------------------------------------------------------------------------------
+// ---- fibers -------------------------------------------------------------------------------------
 
 void Machine::thread_entry() {
   machine.launch.thread(machine.launch.call);
@@ -91,8 +90,7 @@ void Machine::fail(const std::string& text) {
   __builtin_unreachable();
 }
 
-// ---- warps
-// ---------------------------------------------------------------------------------------
+// ---- warps --------------------------------------------------------------------------------------
 
 void Machine::arrive(Together kind, int option) {
   Warp& w = *warp;
@@ -156,8 +154,7 @@ void Machine::barrier(int id, int threads) {
   while (warp->at_barrier) yield();  // the lane that came last; the others run after it
 }
 
-// ---- blocks
-// --------------------------------------------------------------------------------------
+// ---- blocks -------------------------------------------------------------------------------------
 
 std::string Machine::stuck() const {
   std::ostringstream out;

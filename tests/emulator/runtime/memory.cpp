@@ -47,8 +47,7 @@ Memory::Memory() : writer_(kGranules, 0) {
   shared_ = static_cast<unsigned char*>(space) + kSharedStart;
 }
 
-// ---- the machine
-// ---------------------------------------------------------------------------------
+// ---- the machine --------------------------------------------------------------------------------
 
 void Memory::begin_launch() {
   launch_serial = block_serial + 1;
@@ -95,8 +94,7 @@ void Memory::access_by_warp(const void* address, size_t bytes) {
   shared_access(at, bytes, Access::read, true);
 }
 
-// ---- shared memory
-// -------------------------------------------------------------------------------
+// ---- shared memory ------------------------------------------------------------------------------
 
 void Memory::shared_access(uintptr_t address, size_t bytes, Access access, bool by_warp) {
   const auto offset = static_cast<int64_t>(address - reinterpret_cast<uintptr_t>(shared_));
@@ -190,8 +188,7 @@ void Memory::copy_dropped(void* to) {
   std::fill_n(&writer_[first], kCopyBytes / kGranule, 0);
 }
 
-// ---- global memory
-// -------------------------------------------------------------------------------
+// ---- global memory ------------------------------------------------------------------------------
 
 void Memory::forget() {
   regions_.clear();
@@ -238,16 +235,6 @@ void Region::allow(uintptr_t address, size_t bytes, bool writable, bool initiali
     if (traces == nullptr) throw std::runtime_error("emulator: no room for traces of accesses");
     traces_ = {static_cast<Trace*>(traces), &std::free};
   }
-}
-
-bool Region::written_by_host(uintptr_t address, size_t bytes) {
-  if (address + bytes > end()) return false;
-  uint8_t* flags = &flags_[address - begin_];
-  for (size_t i = 0; i < bytes; ++i) {
-    if ((flags[i] & kWritable) == 0) return false;
-    flags[i] |= kInitialised;
-  }
-  return true;
 }
 
 void Region::check(uintptr_t address, size_t bytes, Access access, bool ordered) {

@@ -34,7 +34,6 @@ class Region {
   void allow(uintptr_t address, size_t bytes, bool writable, bool initialised);
 
   void check(uintptr_t address, size_t bytes, Access access, bool ordered = true);
-  bool written_by_host(uintptr_t address, size_t bytes);
 
  private:
   enum : uint8_t { kReadable = 1, kWritable = 2, kInitialised = 4 };

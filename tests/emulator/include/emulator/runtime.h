@@ -16,8 +16,7 @@ struct Index {
 using Word4 = uint32_t __attribute__((vector_size(16)));
 using Float4 = float __attribute__((vector_size(16)));
 
-// ---- who am I: the same for the life of a thread, so the compiler may keep the answers
-// -------------
+// ---- who am I: the same for the life of a thread, so that answers may be kept -------------------
 
 __attribute__((const)) Index thread_index();
 __attribute__((const)) Index block_index();
@@ -25,8 +24,7 @@ __attribute__((const)) Index block_size();
 __attribute__((const)) Index grid_size();
 __attribute__((const)) unsigned char* shared_memory();
 
-// ---- together
-// ------------------------------------------------------------------------------------
+// ---- together -----------------------------------------------------------------------------------
 
 enum class Shuffle { exclusive_or, down, index };
 enum class Element { bf16, f16, tf32 };
@@ -38,17 +36,16 @@ void sync_threads(int barrier, int threads);  // threads 0: the whole block
 Word4 load_matrices(const void* row, int count, bool transposed);
 Float4 multiply(Element element, Float4 c, Word4 a, uint64_t b);
 
-// ---- memory
-// --------------------------------------------------------------------------------------
+// ---- memory -------------------------------------------------------------------------------------
 
 void copy_async(void* to, const void* from, bool valid);
 void commit_copies();
 void wait_for_copies(int pending);
 void check_aligned(const void* address, int bytes);
-void atomic(const void* address, int bytes);  // around the update itself, which nothing interrupts
+uint32_t atomic_load(const void* address);  // and the store that follows: nothing comes between
+void atomic_store(void* address, uint32_t bits);
 
-// ---- from the host
-// -------------------------------------------------------------------------------
+// ---- from the host ------------------------------------------------------------------------------
 
 struct Launch {
   Index grid, block;
@@ -61,8 +58,6 @@ struct Launch {
 // Runs a grid. Null, or what went wrong, valid until the next launch.
 const char* run(const Launch& launch);
 const char* last_problem();
-
-bool memory_set(void* address, int value, size_t bytes);  // by the host, in the stream's order
 
 constexpr int64_t kSharedLimit = 163 * 1024;         // of one block: an A100's
 constexpr int64_t kSharedPerProcessor = 164 * 1024;  // of all blocks on a multiprocessor

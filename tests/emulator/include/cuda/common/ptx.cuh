@@ -7,8 +7,7 @@
 
 namespace pmf::cuda {
 
-// ---- ldmatrix
-// ------------------------------------------------------------------------------------
+// ---- ldmatrix -----------------------------------------------------------------------------------
 
 template <int kCount, bool kTransposed>
 inline void load_matrices(uint32_t (&r)[kCount], const void* row) {
@@ -21,8 +20,7 @@ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) { load_matrices<4, fa
 inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) { load_matrices<2, true>(r, row); }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) { load_matrices<4, true>(r, row); }
 
-// ---- mma
-// -----------------------------------------------------------------------------------------
+// ---- mma ----------------------------------------------------------------------------------------
 
 template <emulator::Element kElement>
 inline void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -50,8 +48,7 @@ inline uint32_t round_tf32(float x) {
   return (finite ? bits + 0x1000u : bits) & 0xffffe000u;
 }
 
-// ---- cp.async
-// ------------------------------------------------------------------------------------
+// ---- cp.async -----------------------------------------------------------------------------------
 
 inline void cp_async_16(void* to, const void* from, bool valid = true) {
   emulator::copy_async(to, from, valid);
@@ -62,30 +59,21 @@ inline void cp_async_wait() {
   emulator::wait_for_copies(kPending);
 }
 
-// ---- approximate functions: exact here; .ftz makes subnormal numbers zeros
-// -------------------------
+// ---- approximate functions: exact here; .ftz makes subnormal numbers zeros ----------------------
 
 inline float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
 inline float exp2_approx(float x) { return flushed(std::exp2(flushed(x))); }
 inline float log2_approx(float x) { return std::log2(flushed(x)); }
 inline float rcp_approx(float x) { return flushed(1.0f / flushed(x)); }
-inline float rsqrt_approx(float x) { return 1.0f / std::sqrt(flushed(x)); }
 
-// ---- two 16-bit numbers in a register
-// --------------------------------------------------------------
+// ---- two 16-bit numbers in a register -----------------------------------------------------------
 
 template <typename T>
 inline uint32_t pack2(float first, float second) {
   return uint32_t{T(second).bits} << 16 | T(first).bits;
 }
 
-template <typename T>
-inline float2 unpack2(uint32_t pair) {
-  return {float(T::from_bits(pair & 0xffff)), float(T::from_bits(pair >> 16))};
-}
-
-// ---- lanes and threads together
-// --------------------------------------------------------------------
+// ---- lanes and threads together -----------------------------------------------------------------
 
 template <typename T>
 inline T shuffled(emulator::Shuffle how, T value, int amount) {
@@ -114,11 +102,8 @@ inline void barrier_sync(int id, int threads) { emulator::sync_threads(id, threa
 template <typename T>
 inline T atomic_add(T* address, T value) {
   static_assert(sizeof(T) == 4);
-  emulator::atomic(address, sizeof(T));
-  T before;
-  __builtin_memcpy(&before, address, sizeof(T));
-  const T after = before + value;
-  __builtin_memcpy(address, &after, sizeof(T));
+  const T before = __builtin_bit_cast(T, emulator::atomic_load(address));
+  emulator::atomic_store(address, __builtin_bit_cast(uint32_t, before + value));
   return before;
 }
 

@@ -5,8 +5,6 @@
 
 namespace pmf::cuda {
 
-constexpr int kSharedAlignment = 128;
-
 inline unsigned char* dynamic_shared() { return emulator::shared_memory(); }
 
 }  // namespace pmf::cuda
