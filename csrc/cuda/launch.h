@@ -6,6 +6,7 @@
 
 #include "pmf/attention.h"
 #include "pmf/attention_backward.h"
+#include "pmf/ema.h"
 #include "pmf/gated_residual.h"
 #include "pmf/newton_schulz.h"
 #include "pmf/optimizer.h"
@@ -22,6 +23,7 @@ const char* device_problem(int device);
 
 const char* attention_forward(const AttentionParams& params, void* stream);
 const char* attention_backward(const AttentionBackwardParams& params, void* stream);
+const char* ema(const EmaParams& params, void* stream);
 const char* gated_residual(const GatedResidualParams& params, void* stream);
 const char* gated_residual_backward(const GatedResidualBackwardParams& params, void* stream);
 const char* patch_embed(const PatchEmbedParams& params, void* stream);

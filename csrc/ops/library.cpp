@@ -50,6 +50,9 @@ STABLE_TORCH_LIBRARY(pmf, m) {
   m.def("muon_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] masters, Tensor(d!) step, Tensor? lr, float lr_value, Tensor? weight_decay, float weight_decay_value, float momentum, bool nesterov, bool bias_correction, float[] scales, float[] coefficients, str method, ScalarType dtype, bool allow_tf32) -> ()");
   m.def("adam_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] squares, Tensor(d!)[] masters, Tensor(e!) step, Tensor? lr, float lr_value, Tensor? weight_decay, float weight_decay_value, float beta1, float beta2, float eps, bool nesterov) -> ()");
 
+  // Moving averages a <- a + w (p - a) on CUDA: those of all parameters by the first weight, then by the next.
+  m.def("ema_update(Tensor(a!)[] averages, Tensor[] parameters, float[] weights) -> ()");
+
   // The level the CPU kernels run at; a name asks for it first ("auto": the best this processor has).
   m.def("cpu_level(str request) -> str");
 }

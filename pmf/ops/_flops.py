@@ -210,7 +210,15 @@ FORMULAS: dict[str, Callable[..., int]] = {
 }
 """By raw op, torch.ops.pmf.<name>: a function of its arguments."""
 
-ELEMENTWISE = ("rms_norm", "swiglu", "gated_residual", "rotary_qk_norm", "patch_velocity", "adam_step")
+ELEMENTWISE = (
+    "rms_norm",
+    "swiglu",
+    "gated_residual",
+    "rotary_qk_norm",
+    "patch_velocity",
+    "adam_step",
+    "ema_update",
+)
 """Stems whose raw ops make no matrix product."""
 
 

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pmf import _library
+from pmf.ops._autograd import register_fake
+
 __all__ = ["EMA"]
 
 RAMP_UP = 0.05
@@ -25,7 +28,7 @@ class EMA:
         half_lives: in thousand images, increasing or not, all different.
 
     `updates` counts them. `copies[i]` maps each parameter's name to its average, in float32 (float64 for
-    float64 parameters).
+    float64 parameters). On a GPU one kernel updates them all and reads each parameter once.
 
     Raises ValueError where a half-life is not positive or given twice, or where there are no parameters.
 
@@ -57,9 +60,15 @@ class EMA:
         if batch_size <= 0:
             raise ValueError(f"EMA: batch_size must be positive, got {batch_size}")
         self.updates += 1
-        current = [_precise(p) for p in self._parameters.values()]
-        for half_life, averages in zip(self.half_lives, self.copies, strict=True):
-            torch._foreach_lerp_(list(averages.values()), current, 1 - self.decay(half_life, batch_size))
+        weights = [1 - self.decay(half_life, batch_size) for half_life in self.half_lives]
+        parameters = [p.detach() for p in self._parameters.values()]
+        averages = [list(copy.values()) for copy in self.copies]
+        if _kernel_takes(parameters):
+            torch.ops.pmf.ema_update([a for copy in averages for a in copy], parameters, weights)
+            return
+        current = [_precise(p) for p in parameters]
+        for copy, weight in zip(averages, weights, strict=True):
+            torch._foreach_lerp_(copy, current, weight)
 
     def weights(self, half_life: float) -> dict[str, Tensor]:
         """The averages of one half-life by parameter name: the live tensors, not copies."""
@@ -115,6 +124,13 @@ class EMA:
             average.copy_(weights[name])
 
 
+def _kernel_takes(parameters: Sequence[Tensor]) -> bool:
+    """Whether the CUDA kernel updates their averages; those on several GPUs, or in float64, PyTorch does."""
+    return len({p.device for p in parameters}) == 1 and all(
+        _library.takes_cuda_kernel(p) and p.is_contiguous() and p.dtype != torch.float64 for p in parameters
+    )
+
+
 def _precise(parameter: Tensor) -> Tensor:
     parameter = parameter.detach()
     return parameter if parameter.dtype == torch.float64 else parameter.float()
@@ -122,3 +138,6 @@ def _precise(parameter: Tensor) -> Tensor:
 
 def _shape(averages: Mapping[str, Tensor], name: str) -> list[int] | None:
     return list(averages[name].shape) if name in averages else None
+
+
+register_fake("ema_update", lambda *_: None)

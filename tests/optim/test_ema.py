@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers.kernels import PLACES, at_place
 from torch import nn
 
 from pmf.optim import EMA
@@ -75,6 +76,34 @@ def test_a_saved_average_continues_bitwise():
     for half_life in (0.1, 1.0):
         for name, average in first.weights(half_life).items():
             assert torch.equal(average, second.weights(half_life)[name])
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_one_kernel_updates_all_averages(place):
+    """Tensors of all dtypes and of any size and alignment, and more averages than a launch takes."""
+    half_lives = (0.1, 0.3, 1.0, 3.0, 10.0)
+
+    def averaged(device: torch.device) -> EMA:
+        generator = torch.Generator().manual_seed(0)
+        weights = {
+            f"{size}, {dtype}": torch.randn(size, generator=generator).to(device, dtype)
+            for size in ((20, 70), (7,), (3, 4099), (1,))
+            for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        }
+        weights["off by one element"] = torch.randn(101, generator=generator).to(device)[1:]
+        ema = EMA(weights.items(), half_lives)
+        for _ in range(3):
+            for p in weights.values():
+                p.add_(torch.randn(p.shape, generator=generator).to(device, p.dtype))
+            ema.update(100)
+        return ema
+
+    plain = averaged(torch.device("cpu"))
+    with at_place(place) as device:
+        found = averaged(device)
+    for half_life in half_lives:
+        for name, average in found.weights(half_life).items():
+            torch.testing.assert_close(average.cpu(), plain.weights(half_life)[name])
 
 
 def test_bad_arguments_are_named():

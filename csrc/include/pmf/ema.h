@@ -1,0 +1,28 @@
+// Exponential moving averages of many tensors, several averages of each: a <- a + w (p - a).
+//
+// CUDA only; on the CPU pmf/optim/ema.py asks PyTorch for the same, average by average.
+//
+// Bytes an element: the parameter once (4, or 2), 8 for each average.
+#pragma once
+
+#include "pmf/common.h"
+
+namespace pmf {
+
+constexpr int kMaxAverages = 4;  // of a launch; csrc/ops makes several of more
+
+struct EmaTensor {
+  const void* parameter = nullptr;     // [size] dtype
+  DType dtype = DType::f32;            // f32, bf16, f16
+  float* averages[kMaxAverages] = {};  // [size] each, the first `averages` of them
+  int64_t size = 0;
+};
+
+struct EmaParams {
+  const EmaTensor* tensors = nullptr;
+  int64_t count = 0;
+  int averages = 0;
+  float weights[kMaxAverages] = {};  // w of each average, in [0, 1]
+};
+
+}  // namespace pmf
