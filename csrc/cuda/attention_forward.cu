@@ -12,7 +12,7 @@ namespace {
 constexpr int64_t kSharedOverhead = 1024;  // of a block, on top of what it asks for
 constexpr int kSchedulers = 4;             // of a multiprocessor
 constexpr int kEnoughWarps = 8;            // on a multiprocessor, to cover each other's waiting
-constexpr double kAlone = 0.97;            // a block has no other to cover its first copies
+constexpr double kAlone = 0.93;            // a block has no other to cover its first copies
 constexpr int64_t kLargest = 2147483647;
 
 int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
@@ -28,7 +28,9 @@ double utilisation(const ForwardPlan& plan, int64_t units) {
         units / plan.warps * ceil_div(plan.warps, kSchedulers) + ceil_div(rest, kSchedulers);
     return kAlone * hiding * double(units) / double(kSchedulers * steps);
   }
-  return hiding * double(units) / double(ceil_div(units, plan.warps) * plan.warps);
+  // What idle warps leave, the other blocks use at least in part.
+  const double busy = double(units) / double(ceil_div(units, plan.warps) * plan.warps);
+  return hiding * (1 + busy) / 2;
 }
 
 }  // namespace
@@ -45,9 +47,10 @@ const ForwardKernel& attention_forward_kernel(const AttentionParams& params) {
 
 ForwardPlan attention_forward_plan(const ForwardKernel& kernel, const AttentionShape& shape,
                                    const DeviceLimits& limits) {
-  // What reading the head once is worth against reading it per block, a ring of two against three
-  // tiles, and of one, which copies and computes in turns.
-  constexpr double kRereads = 0.9, kShortRing = 0.98, kNoRing = 0.5;
+  // A tile of keys is worth its copy the more queries it meets (a block of kHalfReuse queries is
+  // worth half of an endless one); a ring of two tiles less than one of three, and one that copies
+  // and computes in turns little. Judged, not measured.
+  constexpr double kHalfReuse = 16, kShortRing = 0.98, kNoRing = 0.5;
   const int64_t units = std::max<int64_t>(1, ceil_div(shape.queries, kernel.unit));
   const int64_t tiles = std::max<int64_t>(1, ceil_div(shape.keys, kernel.keys));
   const int64_t parts = ceil_div(shape.value_width, kernel.out);
@@ -71,10 +74,9 @@ ForwardPlan attention_forward_plan(const ForwardKernel& kernel, const AttentionS
                                           int64_t(kernel.warps / warps))));
     plan.row_blocks = int(ceil_div(units, int64_t(warps) * plan.passes));
     plan.blocks = shape.queries == 0 ? 0 : heads * plan.row_blocks;
-    double value = utilisation(plan, units);
-    if (!whole_head && tiles > slots) {
-      value *= kRereads * (slots == 1 ? kNoRing : slots == 2 ? kShortRing : 1);
-    }
+    const double queries = double(std::min(units, int64_t(warps) * plan.passes) * kernel.unit);
+    double value = utilisation(plan, units) * queries / (queries + kHalfReuse);
+    if (tiles > slots) value *= slots == 1 ? kNoRing : slots == 2 ? kShortRing : 1;
     if (value < best_value) return;
     best = plan;
     best_value = value;
