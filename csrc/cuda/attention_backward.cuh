@@ -157,6 +157,27 @@ template <typename E, int kTiles, int kOutTiles, int kWidth>
 __device__ inline void multiply_down(float (&out)[kOutTiles][4], const float (&p)[kTiles][4],
                                      const SharedTile<typename E::Storage, kWidth>& tile,
                                      int column, int width, int lane) {
+  // In fp32 a tile's products are added up by themselves: a thousand keys one by one into large
+  // sums would lose more than the products do.
+  if constexpr (sizeof(typename E::Storage) == 4) {
+#pragma unroll
+    for (int n = 0; n < kOutTiles; n += 2) {
+      if (column + 8 * n >= width) break;
+      float part[2][4];
+      clear(part);
+#pragma unroll
+      for (int k = 0; k < kTiles / E::kTilesPerA; ++k) {
+        const FragmentA a = E::pack_a(p + k * E::kTilesPerA);
+        FragmentB b[2];
+        load_down(b, tile, k * E::kDepth, column + 8 * n, lane);
+        E::template multiply<>(part[0], a, b[0]);
+        E::template multiply<>(part[1], a, b[1]);
+      }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) out[n][e] += part[0][e], out[n + 1][e] += part[1][e];
+    }
+    return;
+  }
 #pragma unroll
   for (int k = 0; k < kTiles / E::kTilesPerA; ++k) {
     const FragmentA a = E::pack_a(p + k * E::kTilesPerA);
