@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pmf import reference
+from pmf._library import allow_tf32
 from pmf.ops._autograd import KernelFunction, call, in_float32, register, vjp
 
 from .branch import (
@@ -127,7 +128,7 @@ class _AttentionBranch(KernelFunction):
         w, raw = _Inputs(*args), torch.ops.pmf
         q, k, v = w.heads(raw.rms_norm(w.x, w.norm, w.eps))
         turned_q, turned_k = raw.rotary_qk_norm(q, k, *w.norms, w.head_eps)
-        o, lse = raw.attention_forward(w.last(turned_q, 2), turned_k, v, None, False, w.scale)
+        o, lse = raw.attention_forward(w.last(turned_q, 2), turned_k, v, None, False, w.scale, allow_tf32())
         y = add_branch(w.last(w.x), scale_rows(w.gate, w.out), _join(o))
         return y, q, k, v, o, lse
 
@@ -159,7 +160,15 @@ class _AttentionBranchBackward(KernelFunction):
         grad_gate, grad_out, grad_o = branch_gradients(grad, w.gate, w.out, _join(o))
         turned_q, turned_k = raw.rotary_qk_norm(q, k, *w.norms, w.head_eps)
         grad_q, grad_k, grad_v = raw.attention_backward(
-            _split(grad_o, w.num_heads), w.last(turned_q, 2), turned_k, v, lse, None, False, w.scale
+            _split(grad_o, w.num_heads),
+            w.last(turned_q, 2),
+            turned_k,
+            v,
+            lse,
+            None,
+            False,
+            w.scale,
+            allow_tf32(),
         )
         grad_q, grad_k, grad_query_norm, grad_key_norm = raw.rotary_qk_norm_backward(
             _behind_zeros(grad_q, q), grad_k, q, k, *w.norms, w.head_eps
@@ -194,7 +203,7 @@ class _AttentionBranchJvpDetached(_AttentionBranch):
             q, k, *w.norms, q_t, k_t, None, None, w.head_eps
         )
         last = w.last(turned_q, 2), turned_k, v, w.last(turned_q_t, 2), turned_k_t, v_t
-        o, o_t, lse = raw.attention_jvp_forward(*last, None, False, w.scale)
+        o, o_t, lse = raw.attention_jvp_forward(*last, None, False, w.scale, allow_tf32())
         scaled = scale_rows(w.gate, w.out)
         y, y_t = (add_branch(w.last(x), scaled, _join(branch)) for x, branch in ((w.x, o), (x_t, o_t)))
         return y, y_t, q, k, v, o, lse

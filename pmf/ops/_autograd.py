@@ -121,7 +121,8 @@ class KernelFunction(torch.autograd.Function):
             found = vjp(cls.reference, args, outputs)
         else:
             found = cls.gradient(outputs, args, saved[n:], ctx.needs_input_grad)
-        return tuple(g if needed else None for g, needed in zip(found, ctx.needs_input_grad, strict=True))
+        # A raw op's defaults, last among its inputs, have no place among its gradients.
+        return tuple(g if needed else None for g, needed in zip(found, ctx.needs_input_grad, strict=False))
 
     @classmethod
     def jvp(cls, ctx: Any, *tangents: Tensor | None) -> Any:

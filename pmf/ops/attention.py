@@ -230,11 +230,16 @@ def _four(x: Tensor) -> Tensor:
 
 
 class _Kernel(KernelFunction):
-    """Beside its arguments a raw op takes whether float32 products may be TF32, on CUDA."""
+    """Beside its arguments a raw op takes whether float32 products may be TF32, on CUDA.
+
+    PyTorch's setting is read here, out of torch.compile's sight; a raw op that is differentiated by itself
+    brings its own.
+    """
 
     @classmethod
     def forward(cls, *args: Any) -> Any:
-        return super().forward(*args, _library.allow_tf32())
+        complete = args if isinstance(args[-1], bool) else (*args, _library.allow_tf32())
+        return super().forward(*complete)
 
 
 class _Attention(_Kernel):
@@ -249,14 +254,20 @@ class _Attention(_Kernel):
     @staticmethod
     @in_float32
     def reference(
-        query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        is_causal: bool,
+        scale: float,
+        *_: bool,
     ) -> tuple[Tensor, ...]:
         return (reference.attention(query, key, value, mask, is_causal, scale=scale, enable_gqa=True),)
 
     @classmethod
     def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
         found = _AttentionBackward.apply(grads[0], *args[:3], *residuals, *args[3:])
-        return (*found, None, None, None)
+        return (*found, *(None,) * len(args[3:]))
 
     @classmethod
     def tangent(cls, args: Any, tangents: Any) -> Any:
@@ -287,7 +298,7 @@ class _AttentionJvp(_Kernel):
     @staticmethod
     @in_float32
     def reference(*args: Any) -> tuple[Tensor, ...]:
-        q, k, v, q_t, k_t, v_t, mask, is_causal, scale = args
+        q, k, v, q_t, k_t, v_t, mask, is_causal, scale, *_ = args
         return reference.attention_jvp(q, k, v, q_t, k_t, v_t, mask, is_causal, scale=scale, enable_gqa=True)
 
     @classmethod
@@ -295,7 +306,7 @@ class _AttentionJvp(_Kernel):
         if grads[1] is None:
             return _AttentionJvpDetached.gradient(grads, args, residuals, needed)
         found = _AttentionJvpBackward.apply(*grads, *args[:6], *residuals, *args[6:])
-        return (*found, None, None, None)
+        return (*found, *(None,) * len(args[6:]))
 
 
 class _AttentionJvpBackward(_Kernel):
