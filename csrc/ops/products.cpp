@@ -82,6 +82,7 @@ namespace {
 
 void check_matrices(const Tensor& left, const Tensor& right, const char* op) {
   require_cpu(left, op);
+  check_same_device(left, right, op, "left", "right");
   check_value(left.dim() == 2 && right.dim() == 2 && left.size(1) == right.size(0), op,
               ": needs matrices [M, K] and [K, N], got ", shape_of(left), " and ", shape_of(right));
 }
@@ -99,6 +100,9 @@ Tensor add_product(Tensor add, Tensor left, Tensor right) {
   check_value(add.dim() == 2 && add.size(0) == left.size(0) && add.size(1) == right.size(1),
               "add_product: the addend must be [", left.size(0), ", ", right.size(1), "], got ",
               shape_of(add));
+  check_value(add.scalar_type() == left.scalar_type(), "add_product: the addend must be ",
+              dtype_name(left.scalar_type()), ", got ", dtype_name(add.scalar_type()));
+  check_same_device(left, add, "add_product", "left", "the addend");
   if (prefers_onednn(left, right)) return onednn_add_product(add, left, right);
   Tensor result = torch::stable::new_empty(left, {left.size(0), right.size(1)});
   STABLE_TORCH_ERROR_CODE_CHECK(

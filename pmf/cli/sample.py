@@ -6,7 +6,7 @@ import re
 import sys
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -149,7 +149,8 @@ class _Album:
     def __init__(self, folder: Path, names: list[str], sampler: Sampler, rows: int, columns: int) -> None:
         self.folder, self.names = folder, names
         self.written, self._lock = 0, threading.Lock()
-        self._threads = ThreadPoolExecutor()  # of the batch being written
+        self._threads = ThreadPoolExecutor(min(_WRITERS, os.cpu_count() or 1))
+        self._writing: list[Future[None]] = []
         config = sampler.network.config
         limit = max(1, _GRID_SIDE // config.image_size)
         self.rows, self.columns = min(rows, limit), min(columns, limit)
@@ -164,12 +165,20 @@ class _Album:
 
     def __exit__(self, *error: object) -> None:
         """Finish the files that are begun, even where Ctrl-C met `write` waiting for them."""
-        self._threads.shutdown(cancel_futures=True)
+        for file in self._writing:
+            file.cancel()
+        wait(self._writing)
+        self._threads.shutdown()
 
     def write(self, jobs: Sequence[_Job], pictures: torch.Tensor) -> None:
         """Write every picture, several at a time because compressing them is slow."""
-        with ThreadPoolExecutor(min(_WRITERS, os.cpu_count() or 1)) as self._threads:
-            list(self._threads.map(self._write_one, jobs, pictures))
+        # Waiting for these and not for their threads: in Python 3.11 a join that Ctrl-C breaks off takes its
+        # thread for finished, and the last file would miss the count.
+        self._writing.clear()
+        for job, picture in zip(jobs, pictures, strict=True):
+            self._writing.append(self._threads.submit(self._write_one, job, picture))
+        for file in self._writing:
+            file.result()
         for job, picture in zip(jobs, pictures, strict=True):
             if job.row < self.rows and job.column < self.columns:
                 self.grid.put(job.row, job.column, picture)

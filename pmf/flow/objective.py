@@ -102,8 +102,10 @@ class Objective:
             raise ValueError(f"objective: norm_eps must be positive, got {self.norm_eps}")
         if not 0 <= self.class_dropout <= 1:
             raise ValueError(f"objective: class_dropout must lie in [0, 1], got {self.class_dropout}")
-        if self.row_multiple < 1:
-            raise ValueError(f"objective: row_multiple must be at least 1, got {self.row_multiple}")
+        if not isinstance(self.row_multiple, int) or self.row_multiple < 1:
+            raise ValueError(
+                f"objective: row_multiple must be a whole number of at least 1, got {self.row_multiple}"
+            )
 
     def draw(self, images: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Draws:
         """Draws for images [B, C, S, S] from a CPU generator, the same on every device. Only noise is moved.
@@ -221,9 +223,12 @@ def _check(images: Tensor, labels: Tensor, draws: Draws, num_classes: int) -> No
         raise ValueError(
             f"objective: images must be float32 [B, C, S, S], got {images.dtype} {list(images.shape)}"
         )
-    if draws.noise.shape != images.shape:
+    if len(images) == 0:
+        raise ValueError("objective: there must be at least one image, got none")
+    if draws.noise.shape != images.shape or draws.noise.dtype != images.dtype:
         raise ValueError(
-            f"objective: noise must be shaped like images {list(images.shape)}, got {list(draws.noise.shape)}"
+            f"objective: noise must be like the images, {images.dtype} {list(images.shape)}, "
+            f"got {draws.noise.dtype} {list(draws.noise.shape)}"
         )
     named = {"labels": labels} | {
         name: getattr(draws, name) for name in ("t", "r", "omega", "t_min", "t_max", "drop")

@@ -24,7 +24,7 @@ def sample(
     model: PixelMeanFlow,
     labels: Tensor | Sequence[int],
     steps: int = 1,
-    omega: float | Tensor | None = None,
+    omega: float | Sequence[float] | Tensor | None = None,
     interval: tuple[float, float] | None = None,
     noise: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -98,7 +98,7 @@ class Sampler:
         self,
         labels: Tensor | Sequence[int],
         steps: int = 1,
-        omega: float | Tensor | None = None,
+        omega: float | Sequence[float] | Tensor | None = None,
         interval: tuple[float, float] | None = None,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
@@ -114,8 +114,15 @@ class Sampler:
         if not 0 <= t_min <= t_max <= 1:
             raise ValueError(f"sample: interval must be 0 <= t_min <= t_max <= 1, got {t_min} and {t_max}")
         omega = config.sample_omega if omega is None else omega
-        if isinstance(omega, (int, float)) and not omega >= 1:
-            raise ValueError(f"sample: omega must be at least 1 (1 is no guidance), got {omega}")
+        omega = torch.as_tensor(omega, dtype=dtype)
+        if omega.shape not in ((), (len(labels),)):
+            raise ValueError(
+                f"sample: omega must be one number or one for each of the {len(labels)} labels, "
+                f"got {list(omega.shape)}"
+            )
+        # Looking at numbers on another device would make the host wait for it.
+        if omega.device.type == "cpu" and not (omega >= 1).all():
+            raise ValueError(f"sample: omega must be at least 1 (1 is no guidance), got {omega.tolist()}")
         shape = (len(labels), config.channels, config.image_size, config.image_size)
         if noise is None:
             source = generator.device if generator is not None else torch.device("cpu")

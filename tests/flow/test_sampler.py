@@ -169,6 +169,8 @@ def test_images_may_be_trained_on(model: PixelMeanFlow) -> None:
         ({"labels": [1], "steps": 0}, "steps must be at least 1, got 0"),
         ({"labels": [1], "omega": 0.5}, r"omega must be at least 1 \(1 is no guidance\), got 0.5"),
         ({"labels": [1], "omega": float("nan")}, "omega must be at least 1"),
+        ({"labels": [1, 2], "omega": torch.tensor([2.0, 0.5])}, "omega must be at least 1"),
+        ({"labels": [1, 2], "omega": [2.0, 3.0, 4.0]}, "omega must be one number or one for each of the 2"),
         (
             {"labels": [1], "interval": (0.9, 0.1)},
             "interval must be 0 <= t_min <= t_max <= 1, got 0.9 and 0.1",
