@@ -149,7 +149,7 @@ class _Album:
     def __init__(self, folder: Path, names: list[str], sampler: Sampler, rows: int, columns: int) -> None:
         self.folder, self.names = folder, names
         self.written, self._lock = 0, threading.Lock()
-        self._threads = ThreadPoolExecutor(min(_WRITERS, os.cpu_count() or 1))
+        self._threads = ThreadPoolExecutor()  # of the batch being written
         self._writing: list[Future[None]] = []
         config = sampler.network.config
         limit = max(1, _GRID_SIDE // config.image_size)
@@ -164,7 +164,11 @@ class _Album:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Finish the files that are begun, even where Ctrl-C met `write` waiting for them."""
+        """Finish the files that are begun, even where Ctrl-C met `write` waiting for them.
+
+        It waits for the files and not for their threads: in Python 3.11 a join that Ctrl-C breaks off takes
+        its thread for finished, and the last file would miss the count.
+        """
         for file in self._writing:
             file.cancel()
         wait(self._writing)
@@ -172,11 +176,10 @@ class _Album:
 
     def write(self, jobs: Sequence[_Job], pictures: torch.Tensor) -> None:
         """Write every picture, several at a time because compressing them is slow."""
-        # Waiting for these and not for their threads: in Python 3.11 a join that Ctrl-C breaks off takes its
-        # thread for finished, and the last file would miss the count.
-        self._writing.clear()
-        for job, picture in zip(jobs, pictures, strict=True):
-            self._writing.append(self._threads.submit(self._write_one, job, picture))
+        with ThreadPoolExecutor(min(_WRITERS, os.cpu_count() or 1)) as self._threads:
+            self._writing.clear()
+            for job, picture in zip(jobs, pictures, strict=True):
+                self._writing.append(self._threads.submit(self._write_one, job, picture))
         for file in self._writing:
             file.result()
         for job, picture in zip(jobs, pictures, strict=True):
