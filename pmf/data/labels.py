@@ -1,9 +1,10 @@
-"""Which image has which class: three layouts of a folder.
+"""Which image has which class: four layouts of a folder.
 
 1. A subfolder per class: ``folder/<class>/**/<image>``; the classes are numbered by their sorted names.
 2. ``folder/labels.csv``: a first row ``file,label``, then one row an image; ``file`` is relative to the
    folder, ``label`` is any word.
 3. ``folder/dataset.json``: ``{"labels": [["<file>", <integer>], ...]}``, as the StyleGAN and EDM tools do.
+4. An unpacked emoji package, whose ``emoji.json`` names the categories (pmf/data/emoji.py).
 
 Labels that are all integers are numbered in numerical order, others in the order of their sorted names.
 Files and folders whose name starts with a dot are ignored; all else in a class folder has to be an image.
@@ -14,6 +15,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from pmf.data.emoji import emoji_by_category, is_emoji_package
 from pmf.errors import UserError
 
 
@@ -34,6 +36,8 @@ def list_images(root: Path) -> LabelledFiles:
         source, pairs = root / "labels.csv", _read_csv(root / "labels.csv")
     elif (root / "dataset.json").is_file():
         source, pairs = root / "dataset.json", _read_json(root / "dataset.json")
+    elif is_emoji_package(root):
+        source, pairs = root / "emoji.json", _read_emoji(root)
     else:
         source, pairs = root, _walk_subfolders(root)
     return _number_classes(source, root, pairs)
@@ -93,6 +97,15 @@ def _read_json(source: Path) -> list[tuple[str, str]]:
             raise UserError(f'entry {number} of "labels" in {source} must be ["file", integer], got {shown}')
         pairs.append((entry[0], str(entry[1])))
     return pairs
+
+
+def _read_emoji(root: Path) -> list[tuple[str, str]]:
+    try:
+        return emoji_by_category(root)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{root / 'emoji.json'} is damaged ({error}): unpack the emoji package again"
+        ) from error
 
 
 def _number_classes(source: Path, root: Path, pairs: list[tuple[str, str]]) -> LabelledFiles:

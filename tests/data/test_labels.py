@@ -132,3 +132,24 @@ def test_a_loaded_folder_gives_its_pixels(folder: Path) -> None:
     images, labels = dataset.get([2, 0])
     assert images.dtype.is_floating_point and images.shape == (2, 1, 8, 8) and labels.tolist() == [1, 0]
     np.testing.assert_allclose(images[:, 0, 0, 0].numpy(), [20 / 127.5 - 1, 11 / 127.5 - 1], rtol=1e-6)
+
+
+def test_an_emoji_package_is_labelled_by_category(folder: Path) -> None:
+    pictures = folder / "img" / "google" / "64"
+    pictures.mkdir(parents=True)
+    names = ["tiger.png", "kiwi.png"]
+    for name in names:
+        Image.new("RGBA", (64, 64)).save(pictures / name)
+    entries = [
+        {"image": "tiger.png", "category": "Animals & Nature"},
+        {"image": "kiwi.png", "category": "Food & Drink"},
+        {"image": "not-drawn-yet.png", "category": "Food & Drink"},
+        {"image": "tone.png", "category": "Component"},
+    ]
+    (folder / "emoji.json").write_text(json.dumps(entries))
+    found = list_images(folder)
+    assert found.paths == [pictures / name for name in names] and found.labels == [0, 1]
+    assert found.class_names == ["Animals & Nature", "Food & Drink"]
+    (folder / "emoji.json").write_text('[{"image": "tiger.png"}]')
+    with pytest.raises(UserError, match="emoji.json is damaged"):
+        list_images(folder)
