@@ -4,7 +4,7 @@ from .draws import Draws
 from .guidance import Guidance, IntervalGuidance
 from .objective import Objective, Terms
 from .preconditioner import NoPreconditioner, Preconditioner
-from .prediction import Prediction, XPrediction
+from .prediction import Prediction, UPrediction, XPrediction
 from .sampler import Sampler, sample
 from .times import PlaneTimes, TimeSampling
 
@@ -20,6 +20,7 @@ __all__ = [
     "Sampler",
     "Terms",
     "TimeSampling",
+    "UPrediction",
     "XPrediction",
     "sample",
 ]

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .path import T_FLOOR, conditional_velocity, over_pixels
 
-__all__ = ["Prediction", "XPrediction"]
+__all__ = ["Prediction", "UPrediction", "XPrediction"]
 
 
 class Prediction(Protocol):
@@ -33,3 +33,15 @@ class XPrediction:
         clipped = t.clamp(T_FLOOR, 1.0)
         direct = (z_t - output_t) / over_pixels(clipped)
         return direct - over_pixels(t_t * moving / clipped.square()) * (z - output)
+
+
+class UPrediction:
+    """The output is the velocity itself, as in MeanFlow (arXiv 2505.13447)."""
+
+    def velocity(self, z: Tensor, output: Tensor, t: Tensor) -> Tensor:
+        return output
+
+    def velocity_tangent(
+        self, z: Tensor, output: Tensor, t: Tensor, z_t: Tensor, output_t: Tensor, t_t: Tensor
+    ) -> Tensor:
+        return output_t
