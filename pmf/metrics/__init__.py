@@ -2,5 +2,6 @@
 
 from pmf.metrics.frechet import frechet_distance
 from pmf.metrics.neighbours import coverage, recall
+from pmf.metrics.wasserstein import sliced_wasserstein
 
-__all__ = ["coverage", "frechet_distance", "recall"]
+__all__ = ["coverage", "frechet_distance", "recall", "sliced_wasserstein"]
