@@ -15,6 +15,8 @@ from .ops.attention import MAX_WIDTH
 
 __all__ = [
     "CHECKPOINTING",
+    "PRECONDITIONERS",
+    "PREDICTIONS",
     "PRESETS",
     "ModelConfig",
     "NetworkOutput",
@@ -25,9 +27,15 @@ __all__ = [
 ]
 
 
+PREDICTIONS = ("x", "u")
+"""What `ModelConfig.prediction` can be."""
+PRECONDITIONERS = ("none", "edm", "scm")
+"""What `ModelConfig.preconditioner` can be."""
+
+
 @dataclass(frozen=True)
 class ModelConfig:
-    """What a checkpoint must say about its network. Every field is a number, a bool or a tuple of numbers."""
+    """What a checkpoint must say about its network. Every field is a number, a word or a tuple of numbers."""
 
     num_classes: int = 1000
     """Labels are 0 .. num_classes - 1; num_classes itself is the null label."""
@@ -48,11 +56,17 @@ class ModelConfig:
     mlp_width: int | None = None
     """Width inside the MLP; by default 8/3 of hidden_size (see `pmf.nn.mlp.swiglu_width`)."""
     v_head: bool = True
-    """Whether the auxiliary head exists, without which the model samples but cannot be trained."""
+    """Whether the auxiliary head exists; without it the model samples, and is trained with u's head alone."""
     sample_omega: float = 7.0
     """Guidance scale that `pmf.sample` uses unless told otherwise."""
     sample_interval: tuple[float, float] = (0.1, 0.7)
     """Guidance interval [t_min, t_max] that `pmf.sample` uses unless told otherwise."""
+    prediction: str = "x"
+    """What both heads' outputs mean: "x" an image, "u" the velocity itself."""
+    preconditioner: str = "none"
+    """Scalings around the network, c_skip z + c_out net(c_in z): "none", "edm" or "scm" (`pmf.flow`)."""
+    sigma_data: float = 0.5
+    """The data's standard deviation, as a pre-conditioner takes it."""
 
     def __post_init__(self) -> None:
         for name in ("condition_tokens", "sample_interval"):  # lists, when they come from JSON
@@ -86,6 +100,16 @@ class ModelConfig:
             )
         if not self.noise_scale > 0:
             raise ValueError(f"model: noise_scale must be positive, got {self.noise_scale}")
+        for name, known in (("prediction", PREDICTIONS), ("preconditioner", PRECONDITIONERS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"model: {name} must be {_either(known)}, got {getattr(self, name)!r}")
+        if not self.sigma_data > 0:
+            raise ValueError(f"model: sigma_data must be positive, got {self.sigma_data}")
+        if self.prediction == "u" and self.preconditioner != "none":
+            raise ValueError(
+                f"model: preconditioner {self.preconditioner} makes images of the network's output: "
+                "it goes with prediction x"
+            )
 
     @property
     def side(self) -> int:
@@ -231,7 +255,10 @@ class PixelMeanFlow(nn.Module):
         if heads not in ("u", "v", "uv"):
             raise ValueError(f"model: heads must be 'u', 'v' or 'uv', got {heads!r}")
         if "v" in heads and not self.config.v_head:
-            raise RuntimeError("model: this checkpoint has no v head, so it can sample but not be trained")
+            raise RuntimeError(
+                "model: this checkpoint has no v head, so it can sample but not be trained (only without "
+                "one: Objective(v_head=False))"
+            )
         expected = (self.config.channels, self.config.image_size, self.config.image_size)
         if tuple(images.shape[1:]) != expected:
             raise ValueError(
@@ -293,6 +320,10 @@ class PixelMeanFlow(nn.Module):
         self.cos, self.sin = rotary_tables(
             self.config.side, head_dim, device=self.position.device, dtype=dtype
         )
+
+
+def _either(words: tuple[str, ...]) -> str:
+    return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def _follow_weights(model: PixelMeanFlow, _: Any) -> None:

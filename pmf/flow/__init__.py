@@ -1,22 +1,28 @@
 """The MeanFlow objective on pixels, its random draws, and the sampler."""
 
 from .draws import Draws
-from .guidance import Guidance, IntervalGuidance
+from .guidance import Guidance, IntervalGuidance, NoGuidance
 from .objective import Objective, Terms
-from .preconditioner import NoPreconditioner, Preconditioner
+from .perceptual import Perceptual
+from .preconditioner import EDMPreconditioner, NoPreconditioner, Preconditioner, SCMPreconditioner
 from .prediction import Prediction, UPrediction, XPrediction
 from .sampler import Sampler, sample
-from .times import PlaneTimes, TimeSampling
+from .times import LineTimes, PlaneTimes, TimeSampling
 
 __all__ = [
     "Draws",
+    "EDMPreconditioner",
     "Guidance",
     "IntervalGuidance",
+    "LineTimes",
+    "NoGuidance",
     "NoPreconditioner",
     "Objective",
+    "Perceptual",
     "PlaneTimes",
     "Preconditioner",
     "Prediction",
+    "SCMPreconditioner",
     "Sampler",
     "Terms",
     "TimeSampling",

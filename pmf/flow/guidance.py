@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Guidance", "IntervalGuidance"]
+__all__ = ["Guidance", "IntervalGuidance", "NoGuidance"]
 
 
 class Guidance(Protocol):
@@ -58,3 +58,16 @@ class IntervalGuidance:
     ) -> Tensor:
         inside = (t_min <= t) & (t <= t_max)
         return torch.where(inside | flow_matching, omega, 1.0)
+
+
+class NoGuidance:
+    """omega = 1 on the interval [0, 1] for every sample: the target is v_t, and no pass for v_u is needed."""
+
+    def draw(self, flow_matching: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+        one = torch.ones(len(flow_matching))
+        return one, torch.zeros_like(one), one.clone()
+
+    def effective_omega(
+        self, t: Tensor, omega: Tensor, t_min: Tensor, t_max: Tensor, flow_matching: Tensor
+    ) -> Tensor:
+        return torch.ones_like(omega)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,9 +12,10 @@ from ..nn import Condition
 from .draws import Draws
 from .guidance import Guidance, IntervalGuidance
 from .path import conditional_velocity, interpolate, over_pixels
+from .perceptual import Perceptual
 from .plan import Plan, make_plan
-from .preconditioner import NoPreconditioner, Preconditioner
-from .prediction import Prediction, XPrediction
+from .preconditioner import Preconditioner, preconditioner_of
+from .prediction import Prediction, prediction_of
 from .read_out import read_velocity, read_velocity_jvp
 from .times import PlaneTimes, TimeSampling
 
@@ -24,15 +26,23 @@ class Terms:
     """What one evaluation gives.
 
     loss is what to differentiate: the batch mean of the weighted terms, about 2 whatever happens when norm_p
-    is 1. loss_u and loss_v, the plain means of (V - v_g)^2 and (v - v_g)^2, are what to watch. The rest are
-    images [B, C, S, S] without gradients, in the order of the batch: the targets' v_target = v_g, v_tangent
-    (the direction of z, zero where no tangent was needed), u, du_dt (zero likewise) and v.
+    is 1. loss_u and loss_v, the plain means of (V - v_g)^2 and (v - v_g)^2, are what to watch, and
+    loss_perceptual, the mean over the batch of the weighted distances; a term that is switched off is 0. The
+    rest are images [B, C, S, S] without gradients, in the order of the batch: the targets' v_target = v_g,
+    v_tangent (the direction of z, zero where no tangent was needed), u, du_dt (zero likewise) and v (zero
+    without a v head).
     """
 
     def __init__(
-        self, loss: Tensor, loss_u: Tensor, loss_v: Tensor, plan: Plan, parts: dict[str, Tensor]
+        self,
+        loss: Tensor,
+        loss_u: Tensor,
+        loss_v: Tensor,
+        loss_perceptual: Tensor,
+        plan: Plan,
+        parts: dict[str, Tensor],
     ) -> None:
-        self.loss, self.loss_u, self.loss_v = loss, loss_u, loss_v
+        self.loss, self.loss_u, self.loss_v, self.loss_perceptual = loss, loss_u, loss_v, loss_perceptual
         self._plan, self._parts = plan, parts
 
     @cached_property
@@ -77,6 +87,10 @@ class Objective:
         loss = mean of adp(sum (V - v_g)^2) + adp(sum (v - v_g)^2)
         adp(l) = l / stopgrad((l + norm_eps)^norm_p)
 
+    perceptual adds weight_k adp(d_k(z - t u, x)) for each of its distances, where t < its max_t. Without
+    v_head, v is the u head at h = 0, in v_c and v_u too, and the loss has no term for it. prediction and
+    preconditioner are the model's own unless given.
+
     Only what the numbers depend on is computed (see `pmf.flow.plan`). Images, scalars and losses are float32,
     or float64 where the images are, whatever dtype the model has.
 
@@ -90,10 +104,12 @@ class Objective:
     norm_eps: float = 0.01
     class_dropout: float = 0.1
     row_multiple: int = 1
-    prediction: Prediction = field(default_factory=XPrediction)
-    preconditioner: Preconditioner = field(default_factory=NoPreconditioner)
+    v_head: bool = True
+    prediction: Prediction | None = None
+    preconditioner: Preconditioner | None = None
     times: TimeSampling = field(default_factory=PlaneTimes)
     guidance: Guidance = field(default_factory=IntervalGuidance)
+    perceptual: Perceptual | None = None
 
     def __post_init__(self) -> None:
         if not self.noise_scale > 0:
@@ -119,7 +135,10 @@ class Objective:
         dropped = int((torch.rand(batch, generator=generator) < self.class_dropout).sum())
         noise = self.noise_scale * torch.randn(images.shape, generator=generator)
         noise = noise.to(images.device, images.dtype, non_blocking=True)
-        return Draws(t, r, noise, omega, t_min, t_max, torch.arange(batch) < dropped)
+        crop = None
+        if self.perceptual is not None:  # last, so that the other draws are those of a run without
+            crop = self.perceptual.draw(batch, images.shape[-1], generator)
+        return Draws(t, r, noise, omega, t_min, t_max, torch.arange(batch) < dropped, crop)
 
     def __call__(self, model: PixelMeanFlow, images: Tensor, labels: Tensor, draws: Draws) -> Terms:
         """Loss terms for images [B, C, S, S] in [-1, 1] and labels [B] (int64, 0 .. num_classes - 1)."""
@@ -148,7 +167,8 @@ class Objective:
 
         with torch.no_grad():
             v_target = conditional_velocity(z, x, t)
-            v_conditional = v.detach().index_copy(0, plan.conditional.to(device), v_c)
+            v_conditional = (u if v is None else v).detach()
+            v_conditional = v_conditional.index_copy(0, plan.conditional.to(device), v_c)
             guided = plan.guided.to(device)
             pull = over_pixels(s["weight"][guided]) * (v_conditional[guided] - v_u)
             v_target.index_add_(0, guided, pull)
@@ -158,19 +178,24 @@ class Objective:
                 du_dt = du_dt[:n]
                 u_target[:n] -= over_pixels(h[:n]) * du_dt
         error_u = (u - u_target).square().flatten(1).sum(1)
-        error_v = (v - v_target).square().flatten(1).sum(1)
-        loss = (self._adaptive(error_u) + self._adaptive(error_v)).mean()
+        loss, error_v = self._adaptive(error_u).mean(), torch.zeros_like(error_u)
+        if v is not None:
+            error_v = (v - v_target).square().flatten(1).sum(1)
+            loss = loss + self._adaptive(error_v).mean()
+        weighted, loss_perceptual = self._perceptual_terms(x, z, u, draws.crop, plan)
 
         pixels = x[0].numel()
-        parts = {"v_target": v_target, "v_tangent": v_c[:n], "u": u.detach(), "v": v.detach()}
+        parts = {"v_target": v_target, "v_tangent": v_c[:n], "u": u.detach()}
+        parts["v"] = v_c[:0] if v is None else v.detach()
         parts["du_dt"] = v_c[:0] if du_dt is None else du_dt
-        return Terms(loss, error_u.detach().mean() / pixels, error_v.detach().mean() / pixels, plan, parts)
+        loss_u, loss_v = error_u.detach().mean() / pixels, error_v.detach().mean() / pixels
+        return Terms(loss + weighted, loss_u, loss_v, loss_perceptual, plan, parts)
 
     @torch.no_grad()
     def _guidance_pass(
         self, model: PixelMeanFlow, z: Tensor, labels: Tensor, s: dict[str, Tensor], plan: Plan
     ) -> tuple[Tensor, Tensor]:
-        """v_c(w') of plan.conditional's rows and v_u of plan.guided's, by one pass of the v path at h = 0."""
+        """v_c(w') of plan.conditional's rows and v_u of plan.guided's, by one pass at h = 0."""
         num_conditional, num_guided = len(plan.conditional), len(plan.guided)
         if num_conditional + num_guided == 0:
             return z[:0], z[:0]
@@ -179,9 +204,11 @@ class Objective:
         omega[num_conditional:] = 1.0
         labels[num_conditional:] = model.config.num_classes
         condition = Condition(torch.zeros_like(t), omega, torch.zeros_like(t), torch.ones_like(t), labels)
-        shown = self.preconditioner.input(z, t)
-        tokens = model(shown, condition, heads="v", as_tokens=True).v
-        v = read_velocity(self.prediction, self.preconditioner, z, tokens, t)
+        how = self._read_out(model)
+        shown = how.preconditioner.input(z, t)
+        head = "v" if self.v_head else "u"
+        tokens = getattr(model(shown, condition, heads=head, as_tokens=True), head)
+        v = read_velocity(*how, z, tokens, t)
         return v[:num_conditional], v[num_conditional : num_conditional + num_guided]
 
     def _training_pass(
@@ -192,22 +219,55 @@ class Objective:
         condition: Condition,
         z_t: Tensor | None,
         t_t: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """u, du/dt (a constant) of the first samples, those with z_t and t_t, and v."""
-        shown, how = self.preconditioner.input(z, t), (self.prediction, self.preconditioner)
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """u, du/dt (a constant) of the first samples, those with z_t and t_t, and v, if there is a v head."""
+        how, heads = self._read_out(model), "uv" if self.v_head else "u"
+        shown, du_dt = how.preconditioner.input(z, t), None
         if z_t is None or t_t is None:
-            out = model(shown, condition, heads="uv", as_tokens=True)
-            return read_velocity(*how, z, out.u, t), None, read_velocity(*how, z, out.v, t)
-        n = len(z_t)
-        shown_t = self.preconditioner.input_tangent(z[:n], t[:n], z_t, t_t)
-        # h = t - r moves with t.
-        out = model(shown, condition, shown_t, t_t, heads="uv", as_tokens=True)
-        u, du_dt = read_velocity_jvp(*how, z, out.u, t, z_t, out.u_t, t_t)
-        return u, du_dt, read_velocity(*how, z, out.v, t)
+            out = model(shown, condition, heads=heads, as_tokens=True)
+            u = read_velocity(*how, z, out.u, t)
+        else:
+            n = len(z_t)
+            shown_t = how.preconditioner.input_tangent(z[:n], t[:n], z_t, t_t)
+            # h = t - r moves with t.
+            out = model(shown, condition, shown_t, t_t, heads=heads, as_tokens=True)
+            u, du_dt = read_velocity_jvp(*how, z, out.u, t, z_t, out.u_t, t_t)
+        return u, du_dt, read_velocity(*how, z, out.v, t) if self.v_head else None
+
+    def _perceptual_terms(
+        self, x: Tensor, z: Tensor, u: Tensor, crop: Tensor | None, plan: Plan
+    ) -> tuple[Tensor, Tensor]:
+        """The batch mean of sum_k weight_k adp(d_k), to differentiate, and of sum_k weight_k d_k."""
+        weighted, plain = x.new_zeros(()), x.new_zeros(())
+        if self.perceptual is None:
+            return weighted, plain
+        near = plan.scalars["t"] < self.perceptual.max_t
+        if not near.any():
+            return weighted, plain
+        rows = near.nonzero().flatten().to(x.device)
+        t = plan.scalars["t"][near].to(x.device, non_blocking=True)
+        x_pred = z[rows] - over_pixels(t) * u[rows]
+        crop = None if crop is None else crop[plan.order[near]].to(x.device, non_blocking=True)
+        for weight, distances in self.perceptual(x_pred, x[rows], crop):
+            weighted = weighted + weight * self._adaptive(distances).sum() / len(x)
+            plain = plain + weight * distances.detach().sum() / len(x)
+        return weighted, plain
+
+    def _read_out(self, model: PixelMeanFlow) -> "_ReadOut":
+        """How this objective reads the model's tokens."""
+        return _ReadOut(
+            self.prediction or prediction_of(model.config),
+            self.preconditioner or preconditioner_of(model.config),
+        )
 
     def _adaptive(self, error: Tensor) -> Tensor:
         """adp(l) = l / stopgrad((l + norm_eps)^norm_p)."""
         return error / (error.detach() + self.norm_eps) ** self.norm_p
+
+
+class _ReadOut(NamedTuple):
+    prediction: Prediction
+    preconditioner: Preconditioner
 
 
 def _direction(v_c: Tensor, t: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -4,9 +4,10 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ..models import ModelConfig
 from .path import T_FLOOR, conditional_velocity, over_pixels
 
-__all__ = ["Prediction", "UPrediction", "XPrediction"]
+__all__ = ["Prediction", "UPrediction", "XPrediction", "prediction_of"]
 
 
 class Prediction(Protocol):
@@ -36,7 +37,10 @@ class XPrediction:
 
 
 class UPrediction:
-    """The output is the velocity itself, as in MeanFlow (arXiv 2505.13447)."""
+    """The output is the velocity itself, for both heads (MeanFlow, arXiv 2505.13447).
+
+    It has to carry the noise, which fills all dimensions of a patch where images fill few.
+    """
 
     def velocity(self, z: Tensor, output: Tensor, t: Tensor) -> Tensor:
         return output
@@ -45,3 +49,8 @@ class UPrediction:
         self, z: Tensor, output: Tensor, t: Tensor, z_t: Tensor, output_t: Tensor, t_t: Tensor
     ) -> Tensor:
         return output_t
+
+
+def prediction_of(config: ModelConfig) -> Prediction:
+    """What a model's output means by its configuration."""
+    return UPrediction() if config.prediction == "u" else XPrediction()

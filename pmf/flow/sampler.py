@@ -10,8 +10,8 @@ from ..devices import has_bf16_products
 from ..models import PixelMeanFlow
 from ..nn import Block, Condition
 from .path import over_pixels
-from .preconditioner import NoPreconditioner, Preconditioner
-from .prediction import Prediction, XPrediction
+from .preconditioner import Preconditioner, preconditioner_of
+from .prediction import Prediction, prediction_of
 from .read_out import read_velocity
 
 __all__ = ["PRECISIONS", "Sampler", "sample"]
@@ -39,9 +39,9 @@ def sample(
 
     labels may hold num_classes, the null label. omega (one number or [B]) and interval default to the model's
     own. noise [B, C, S, S] is e itself, already times noise_scale; without it, it is drawn from generator (on
-    the generator's device, the CPU if there is none). prediction and preconditioner must be those the model
-    was trained with. precision is `Sampler`'s, whose conversion this function repeats in every call: for many
-    batches make one Sampler.
+    the generator's device, the CPU if there is none). prediction and preconditioner are the model's own
+    unless it was trained with others. precision is `Sampler`'s, whose conversion this function repeats in
+    every call: for many batches make one Sampler.
     """
     sampler = Sampler(model, precision, prediction=prediction, preconditioner=preconditioner)
     return sampler(labels, steps, omega, interval, noise, generator)
@@ -91,8 +91,8 @@ class Sampler:
             self.network = _copy_u_path(model, torch.bfloat16)
         elif any(parameter.dtype != torch.float32 for parameter in model.parameters()):
             self.network = _copy_u_path(model, torch.float32)
-        self.prediction = prediction or XPrediction()
-        self.preconditioner = preconditioner or NoPreconditioner()
+        self.prediction = prediction or prediction_of(model.config)
+        self.preconditioner = preconditioner or preconditioner_of(model.config)
 
     def __call__(
         self,

@@ -1,12 +1,12 @@
 """Which pairs of times (t, r) training sees."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["PlaneTimes", "TimeSampling"]
+__all__ = ["LineTimes", "PlaneTimes", "TimeSampling"]
 
 
 class TimeSampling(Protocol):
@@ -46,3 +46,19 @@ class PlaneTimes:
         flow_matching = torch.arange(batch) < int(batch * self.data_proportion)
         r = torch.where(flow_matching, t, r)
         return torch.maximum(t, r), torch.minimum(t, r)
+
+
+@dataclass(frozen=True)
+class LineTimes:
+    """t as in the plane, and r on one of its edges only: "r=t" (flow matching) or "r=0" (one step to x)."""
+
+    plane: PlaneTimes = field(default_factory=PlaneTimes)
+    line: str = "r=t"
+
+    def __post_init__(self) -> None:
+        if self.line not in ("r=t", "r=0"):
+            raise ValueError(f"times: line must be 'r=t' or 'r=0', got {self.line!r}")
+
+    def draw(self, batch: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        t, _ = self.plane.draw(batch, generator)
+        return t, t.clone() if self.line == "r=t" else torch.zeros_like(t)
