@@ -124,7 +124,7 @@ def test_a_loss_that_diverges_names_its_step(tmp_path: Path) -> None:
     assert folders and all(name.startswith("step-") for name in folders)
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "convert", "bench", "env"])
+@pytest.mark.parametrize("command", ["train", "sample", "convert", "toy", "bench", "env"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

@@ -1,0 +1,18 @@
+"""The toy: points of a plane in D dimensions, learnt by x- and by u-prediction (arXiv 2601.22158)."""
+
+from .network import Mlp
+from .shapes import SHAPES, draw_plane, draw_points
+from .training import PREDICTIONS, Outcome, Settings, meanflow_loss, one_step, train_and_measure
+
+__all__ = [
+    "PREDICTIONS",
+    "SHAPES",
+    "Mlp",
+    "Outcome",
+    "Settings",
+    "draw_plane",
+    "draw_points",
+    "meanflow_loss",
+    "one_step",
+    "train_and_measure",
+]

@@ -1,0 +1,57 @@
+"""The toy in one picture: data, x-prediction and u-prediction a row each, a column for every D."""
+
+import io
+import textwrap
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+__all__ = ["Panel", "draw_panels"]
+
+_LIMIT = 2.5  # the axes' end, in standard deviations of the data
+_COLOURS = ("#404040", "#1f6fb4", "#c8451b")
+
+
+class Panel(NamedTuple):
+    """Points in the plane [N, 2], and the two figures below them."""
+
+    points: Tensor
+    wasserstein: float
+    off_plane: float
+
+
+def draw_panels(rows: Sequence[tuple[str, Sequence[Panel]]], columns: Sequence[str], caption: str) -> bytes:
+    """A PNG with a named row of panels for each of `rows`; needs matplotlib."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    size, letters = 2.5, 38  # of a panel, in inches, and in letters of the caption
+    figure = Figure(
+        figsize=(size * len(columns) + 0.6, (size + 0.35) * len(rows) + 0.6), layout="constrained"
+    )
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(rows), len(columns), squeeze=False)
+    for i, ((name, panels), colour) in enumerate(zip(rows, _COLOURS, strict=True)):
+        grid[i][0].set_ylabel(name, fontsize=12)
+        for axes, panel in zip(grid[i], panels, strict=True):
+            _draw_panel(axes, panel, colour)
+    for axes, name in zip(grid[0], columns, strict=True):
+        axes.set_title(name, fontsize=12)
+    figure.supxlabel(textwrap.fill(caption, letters * len(columns)), fontsize=9)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110)
+    return content.getvalue()
+
+
+def _draw_panel(axes: Any, panel: Panel, colour: str) -> None:
+    axes.scatter(*panel.points.T.tolist(), s=1.5, c=colour, alpha=0.5, linewidths=0)
+    axes.set(xlim=(-_LIMIT, _LIMIT), ylim=(-_LIMIT, _LIMIT), aspect="equal", xticks=[], yticks=[])
+    axes.set_xlabel(f"W = {panel.wasserstein:.3f}   off plane {_short(panel.off_plane)}", fontsize=10)
+
+
+def _short(value: float) -> str:
+    """Three digits after the point below 1, fewer above; rounding errors are 0."""
+    if value < 5e-5:
+        return "0"
+    return f"{value:.3f}" if value < 1 else f"{value:.1f}"

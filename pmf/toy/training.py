@@ -1,0 +1,143 @@
+"""MeanFlow on points of a plane in D dimensions: the loss, the training, and what is measured."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pmf.flow import PlaneTimes, Prediction, UPrediction, XPrediction
+from pmf.flow.path import conditional_velocity, interpolate, over_pixels
+from pmf.metrics import sliced_wasserstein
+from pmf.toy.network import Mlp
+from pmf.toy.shapes import draw_plane, draw_points
+
+__all__ = ["PREDICTIONS", "Outcome", "Settings", "meanflow_loss", "one_step", "train_and_measure"]
+
+PREDICTIONS: dict[str, Prediction] = {"x": XPrediction(), "u": UPrediction()}
+"""What the network's output is taken for, by name: a point of the data, or the average velocity."""
+_TIMES = PlaneTimes(uniform_fraction=1.0)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one run of the toy is made of; all but dim, prediction and seed are common to its trainings."""
+
+    shape: str = "spiral"
+    steps: int = 4000
+    batch_size: int = 512
+    width: int = 256
+    depth: int = 4
+    learning_rate: float = 1e-3
+    num_samples: int = 4096
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One trained network: its one-step samples in the plane's coordinates [N, 2], and their figures.
+
+    wasserstein: sliced Wasserstein distance in the plane between the samples and as many new points.
+    off_plane: mean length of the samples' component orthogonal to the plane.
+    to_data: mean distance in D dimensions from a sample to the nearest of those points.
+    """
+
+    seed: int
+    dim: int
+    prediction: str
+    points: Tensor
+    wasserstein: float
+    off_plane: float
+    to_data: float
+    seconds: float
+
+    def to_json(self) -> dict[str, float | int | str]:
+        """All but the samples."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name != "points"
+        }
+
+
+def meanflow_loss(
+    network: Mlp, prediction: Prediction, x: Tensor, noise: Tensor, t: Tensor, r: Tensor
+) -> Tensor:
+    """Mean over the batch of |V - v|^2, the objective of pixel MeanFlow without guidance and weights.
+
+        z = (1 - t) x + t e,  v = e - x
+        V = u(z, t, r) + (t - r) stopgrad(du/dt)      du/dt in the direction (u(z, t, t), 1, 0) of (z, t, r)
+
+    x and noise are points [B, D, 1, 1]; of the times t >= r [B] those with t > r come first, as only these
+    need a tangent. Source: arXiv 2601.22158; the direction, the network's own velocity, is that of improved
+    MeanFlow (arXiv 2512.02012).
+    """
+    z = interpolate(x, noise, t)
+    n = int((t > r).sum())
+    one = torch.ones_like(t[:n])
+    with torch.no_grad():
+        z_t = prediction.velocity(z[:n], network(z[:n], t[:n], torch.zeros_like(one)), t[:n])
+    output, output_t = network.jvp(z, t, t - r, z_t, one)
+    u = prediction.velocity(z, output, t)
+    with torch.no_grad():
+        du_dt = prediction.velocity_tangent(z[:n], output[:n], t[:n], z_t, output_t, one)
+        target = conditional_velocity(z, x, t)
+        target[:n] -= over_pixels(t[:n] - r[:n]) * du_dt
+    return (u - target).square().sum(dim=(1, 2, 3)).mean()
+
+
+@torch.no_grad()
+def one_step(network: Mlp, prediction: Prediction, noise: Tensor) -> Tensor:
+    """Samples x = e - u(e, t = 1, r = 0) from noise e [B, D, 1, 1]."""
+    one = torch.ones(len(noise))
+    return noise - prediction.velocity(noise, network(noise, one, one), one)
+
+
+def train_and_measure(
+    settings: Settings, seed: int, dim: int, prediction: str, on_step: Callable[[], object] = lambda: None
+) -> Outcome:
+    """Train one network by Adam, its rate falling to zero along a cosine, and measure its samples.
+
+    A seed decides all that is random. Both predictions of a dimension see the same plane, the same points,
+    noise and times, and start from the same weights.
+    """
+    start = time.perf_counter()
+    generator = torch.Generator().manual_seed(seed)
+    basis = draw_plane(dim, generator)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = Mlp(dim, settings.width, settings.depth)
+    optimizer = torch.optim.Adam(network.parameters(), lr=settings.learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
+    meaning = PREDICTIONS[prediction]
+
+    def draw(count: int) -> tuple[Tensor, Tensor]:
+        points = draw_points(settings.shape, count, generator)
+        return points, torch.randn(count, dim, 1, 1, generator=generator)
+
+    for _ in range(settings.steps):
+        points, noise = draw(settings.batch_size)
+        t, r = (times.flip(0) for times in _TIMES.draw(settings.batch_size, generator))  # r = t comes last
+        x = (points @ basis.T)[:, :, None, None]
+        optimizer.zero_grad()
+        meanflow_loss(network, meaning, x, noise, t, r).backward()
+        optimizer.step()
+        schedule.step()
+        on_step()
+
+    data, noise = draw(settings.num_samples)
+    samples = one_step(network, meaning, noise).flatten(1)
+    in_plane = samples @ basis
+    off_plane = (samples - in_plane @ basis.T).norm(dim=1)
+    nearest = torch.cdist(in_plane, data).amin(1)
+    return Outcome(
+        seed,
+        dim,
+        prediction,
+        in_plane,
+        wasserstein=sliced_wasserstein(in_plane, data),
+        off_plane=float(off_plane.mean()),
+        to_data=float(torch.hypot(off_plane, nearest).mean()),
+        seconds=time.perf_counter() - start,
+    )
