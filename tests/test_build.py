@@ -23,7 +23,10 @@ from pmf import _library, env
 ROOT = Path(__file__).parents[1]
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
 # What pmf/introspection.h declares; everything else stays inside the library.
-EXPORTS = {"build_facts", "cpu_level", "best_cpu_level", "set_cpu_level", "attention_plan"}
+EXPORTS = {
+    *("build_facts", "cpu_level", "best_cpu_level", "set_cpu_level", "attention_plan"),
+    *("attention_launches", "newton_schulz_launches", "patch_embed_launches"),
+}
 # A wheel for glibc 2.34 (RHEL 9, Ubuntu 22.04, Debian 12) is what README promises.
 NEWEST_GLIBC = (2, 34)
 

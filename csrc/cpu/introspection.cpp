@@ -15,8 +15,8 @@ struct Products {
   int width, value_width;
 };
 
-Products products(AttentionPass pass, bool tangent) {
-  if (pass == AttentionPass::forward) return tangent ? Products{3, 3} : Products{1, 1};
+Products products(Pass pass, bool tangent) {
+  if (pass == Pass::forward) return tangent ? Products{3, 3} : Products{1, 1};
   return tangent ? Products{9, 6} : Products{3, 2};
 }
 
@@ -68,16 +68,16 @@ const char* cpu_level() { return cpu::level_name(cpu::level()); }
 const char* best_cpu_level() { return cpu::level_name(cpu::best_level()); }
 bool set_cpu_level(const char* name) { return cpu::set_level(name); }
 
-AttentionPlan attention_plan(const AttentionShape& s, DType dtype, AttentionPass pass, bool tangent,
-                             int64_t threads) {
+Cost attention_plan(const AttentionShape& s, DType dtype, Pass pass, bool tangent,
+                    int64_t threads) {
   const Products count = products(pass, tangent);
   const double rows = double(s.batch) * s.heads * s.queries;
   const double key_rows = double(s.batch) * s.key_heads * s.keys;
-  AttentionPlan plan;
+  Cost plan;
   plan.flops = 2 * rows * s.keys * (count.width * s.width + count.value_width * s.value_width);
   // Forward: queries and out; keys and values. Backward: queries, grad and grad_query; keys, values
   // and their gradients. Tangents double both. The row statistic is read or written once.
-  const bool forward = pass == AttentionPass::forward;
+  const bool forward = pass == Pass::forward;
   const double elements = rows * (forward ? s.width + s.value_width : 2 * s.width + s.value_width) +
                           key_rows * (s.width + s.value_width) * (forward ? 1 : 2);
   plan.bytes =

@@ -87,6 +87,7 @@ const char* attention_backward(const AttentionBackwardParams& params, void* stre
         attention_backward_plan(kernels, params, by_keys, device_shared_limit());
     if (plan.blocks == 0) continue;
     if (plan.blocks > kLargestGrid) return "more than 2^31 blocks of queries or keys";
+    plan_next_launch(plan.rows, kernels.columns, kernels.blocks);
     const auto status =
         launch(by_keys ? kernels.keys : kernels.queries, dim3(unsigned(plan.blocks)),
                dim3(unsigned(plan.rows / kRowsOfWarp * kWarpThreads)), plan.shared_bytes,

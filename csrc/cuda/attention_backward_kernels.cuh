@@ -18,6 +18,7 @@ constexpr BackwardKernels ordinary_kernels() {
           int(sizeof(typename E::Storage)),
           2,
           kStatistics<false>,
+          kBlocks,
           attention_backward_queries<E, kWidth, kOut, kColumns, kBlockThreads, kBlocks>,
           attention_backward_keys<E, kWidth, kOut, kColumns, false, kBlockThreads, kBlocks>};
 }
@@ -31,6 +32,7 @@ constexpr BackwardKernels tangent_kernels() {
           int(sizeof(typename E::Storage)),
           4,
           kStatistics<true>,
+          1,
           attention_backward_tangents<E, kWidth, kOutQueries, kColumns, kBlockThreads>,
           attention_backward_keys<E, kWidth, kOutKeys, kColumns, true, kBlockThreads, 1>};
 }

@@ -29,6 +29,7 @@ struct BackwardKernels {
   int element_bytes;
   int tensors;             // on each side: 2, or 4 with tangents
   int statistics;          // of a row
+  int blocks;              // on a multiprocessor, that the registers are cut for
   BackwardKernel queries;  // statistics, grad_query, grad_query_t; then
   BackwardKernel keys;     // grad_key, grad_value, grad_key_t, grad_value_t
 };

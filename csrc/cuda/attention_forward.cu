@@ -99,6 +99,7 @@ const char* attention_forward(const AttentionParams& params, void* stream) {
   const ForwardPlan plan = attention_forward_plan(kernel, s, limits);
   if (plan.blocks == 0) return nullptr;
   if (plan.blocks > kLargest) return "more than 2^31 blocks of queries";
+  plan_next_launch(plan.warps * kernel.unit, kernel.keys, plan.blocks_per_processor);
   return error_sentence(launch(kernel.function, dim3(unsigned(plan.blocks)),
                                dim3(unsigned(plan.warps * kWarpThreads)), plan.shared_bytes,
                                static_cast<cudaStream_t>(stream), params, plan));

@@ -93,6 +93,7 @@ struct SplitTf32Products {
 
 constexpr int kTile = 128;  // rows and columns of C
 constexpr int kTileThreads = 128;
+constexpr int kTileBlocks = 2;   // on a multiprocessor: what registers and shared memory allow
 constexpr int kWarpTile = 64;    // of the four warps, two by two
 constexpr int kChunkBytes = 16;  // what cp.async and a row of ldmatrix move
 constexpr int kSliceBytes = 64;  // of a row of A: a slice of the depth

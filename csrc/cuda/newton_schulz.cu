@@ -131,6 +131,7 @@ class Runner {
       table.products[table.count++].first_tile = tiles;
       tiles += (product.symmetric ? down * (down + 1) / 2 : down * across) * count_of(product);
     }
+    plan_next_launch(kTile, kTile, kTileBlocks);
     if (!last) {
       return launch(product_kernel<Products>, dim3(tiles), dim3(kTileThreads), kTileSharedBytes,
                     stream_, table);

@@ -139,7 +139,7 @@ __device__ inline void mirror_within(const StagedTile& staged) {
 }
 
 template <class Products>
-__global__ void __launch_bounds__(kTileThreads, 2)
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks)
     product_kernel(const __grid_constant__ WaveTable wave) {
   const Tile tile(wave);
   float c[4][8][4];
@@ -220,7 +220,7 @@ __device__ inline void update_tile(const StagedTile& staged, const Tile& tile, c
 }
 
 template <class Products>
-__global__ void __launch_bounds__(kTileThreads, 2)
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks)
     update_kernel(const __grid_constant__ WaveTable wave,
                   const __grid_constant__ TargetTable table) {
   const Tile tile(wave);

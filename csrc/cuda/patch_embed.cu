@@ -125,6 +125,7 @@ cudaError_t both_products(const PatchEmbedParams& p, cudaStream_t stream) {
     const PatchFused both = fused<T>(down, up);
     const int64_t tiles = both.tiles[0] + both.tiles[1];
     if (tiles > 0 && p.sizes.narrow * p.sizes.wide > 0 && fits_fused<T>(both)) {
+      plan_next_launch(kTile, kFusedColumns, kFusedBlocks);
       return launch(patch_fused_kernel<T>, dim3(static_cast<unsigned>(tiles)), dim3(kFusedThreads),
                     kFusedSharedBytes, stream, both);
     }

@@ -16,6 +16,7 @@
 namespace pmf::cuda {
 
 constexpr int kFusedThreads = 256;
+constexpr int kFusedBlocks = 1;     // on a multiprocessor
 constexpr int kFusedColumns = 256;  // of a tile, and the most that R may be
 constexpr int kFusedStages = 3;
 constexpr int kWeightBytes = kFusedColumns * kSliceBytes;  // a slice of W_down or W_up
@@ -177,7 +178,7 @@ __device__ inline void store_tokens(const float (&c)[4][8][4], const GridView& o
 
 // blockIdx.x: 128 patches of the value, then of the tangent.
 template <class T>
-__global__ void __launch_bounds__(kFusedThreads, 1)
+__global__ void __launch_bounds__(kFusedThreads, kFusedBlocks)
     patch_fused_kernel(const __grid_constant__ PatchFused p) {
   unsigned char* const shared = dynamic_shared();
   const int pair = blockIdx.x >= p.tiles[0] ? 1 : 0;

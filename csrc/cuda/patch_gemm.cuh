@@ -251,7 +251,7 @@ __device__ inline void store_tile(const GridView& out, const GridView (&add)[2],
 
 // blockIdx.x: tile of the result, columns fastest; blockIdx.y: run.
 template <class T, bool kLeftRows, bool kRightRows>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks)
     patch_product_kernel(const __grid_constant__ PatchProduct p) {
   unsigned char* const shared = dynamic_shared();
   const int64_t row_tile = blockIdx.x / p.column_tiles;

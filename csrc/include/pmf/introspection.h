@@ -4,6 +4,8 @@
 #include <cstdint>
 
 #include "pmf/attention.h"
+#include "pmf/newton_schulz.h"
+#include "pmf/patch_embed.h"
 
 #define PMF_EXPORT __attribute__((visibility("default")))
 
@@ -23,17 +25,55 @@ PMF_EXPORT const char* cpu_level();
 PMF_EXPORT const char* best_cpu_level();
 PMF_EXPORT bool set_cpu_level(const char* name);
 
-// What one call of an attention kernel costs, before it is made.
-struct AttentionPlan {
-  double flops;             // of the tile products, a multiply and an add counted as two
-  double bytes;             // that must move at least: every operand once
-  int64_t workspace_bytes;  // scratch memory at the level in force
+// What one call of an op costs, before it is made.
+struct Cost {
+  double flops = 0;             // of the tile products, a multiply and an add counted as two
+  double bytes = 0;             // that must move at least: every operand once
+  int64_t workspace_bytes = 0;  // scratch memory
 };
 
-enum class AttentionPass { forward, backward };
+enum class Pass { forward, backward };
 
-// tangent: the kernel that also carries tangents. Masks and causality are not counted as savings.
-PMF_EXPORT AttentionPlan attention_plan(const AttentionShape& shape, DType dtype,
-                                        AttentionPass pass, bool tangent, int64_t threads);
+// On the CPU at the level in force. tangent: the kernel that also carries tangents. Masks and
+// causality are not counted as savings.
+PMF_EXPORT Cost attention_plan(const AttentionShape& shape, DType dtype, Pass pass, bool tangent,
+                               int64_t threads);
+
+// ---- launches of the CUDA ops -------------------------------------------------------------------
+// Made by the ops' own launchers, run dry (cuda/dry_run.h): no GPU is needed.
+
+// A GPU, as far as launches depend on it. Bytes of shared memory, as the CUDA runtime gives them.
+struct Device {
+  int64_t shared_per_block = 0;      // that a block may ask for
+  int64_t shared_per_processor = 0;  // that blocks on one multiprocessor share
+  int processors = 0;
+};
+
+struct KernelLaunch {
+  const void* kernel = nullptr;  // its host function in libpmf.so
+  int64_t blocks = 0;            // of the grid
+  int64_t threads = 0, shared_bytes = 0;
+  // What the launcher counts on; 0 where it has no tile, or takes any number of blocks.
+  int64_t tile_rows = 0, tile_columns = 0;
+  int64_t blocks_per_processor = 0;
+};
+
+using NoteLaunch = void (*)(void* context, const KernelLaunch& launch);
+
+struct CudaPlan {
+  Cost cost;
+  const char* problem = nullptr;  // one sentence; null: none
+};
+
+// Each calls note(context, launch) for every launch of a call, in order.
+PMF_EXPORT CudaPlan attention_launches(const AttentionShape& shape, DType dtype, Pass pass,
+                                       bool tangent, const Device& device, NoteLaunch note,
+                                       void* context);
+// Of params, addresses do not matter.
+PMF_EXPORT CudaPlan newton_schulz_launches(const NewtonSchulzParams& params, const Device& device,
+                                           NoteLaunch note, void* context);
+// Contiguous tensors, with biases and position.
+PMF_EXPORT CudaPlan patch_embed_launches(const PatchSizes& sizes, Pass pass, const Device& device,
+                                         NoteLaunch note, void* context);
 
 }  // namespace pmf

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "cuda/common/cuda.cuh"
+#include "cuda/dry_run.h"
 
 namespace pmf::cuda {
 
