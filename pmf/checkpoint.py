@@ -224,7 +224,9 @@ def _choose_file(path: Path, ema: str | None) -> Path:
     folder = newest_checkpoint(path)
     if ema is None:
         try:
-            chosen = ema_file(read_json(folder / "config.json")["sampling"]["sample_ema"])
+            settings = read_json(folder / "config.json")
+            averaged = settings.get("optimizer", {}).get("ema", True)
+            chosen = ema_file(settings["sampling"]["sample_ema"]) if averaged else "weights.safetensors"
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{folder / 'config.json'} lacks sampling.sample_ema: choose with --ema"

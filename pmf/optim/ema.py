@@ -60,6 +60,8 @@ class EMA:
         if batch_size <= 0:
             raise ValueError(f"EMA: batch_size must be positive, got {batch_size}")
         self.updates += 1
+        if not self.copies:
+            return
         weights = [1 - self.decay(half_life, batch_size) for half_life in self.half_lives]
         parameters = [p.detach() for p in self._parameters.values()]
         averages = [list(copy.values()) for copy in self.copies]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pmf.errors import UserError
-from pmf.models import CHECKPOINTING
+from pmf.models import CHECKPOINTING, PRECONDITIONERS, PREDICTIONS
 
 
 def _setting(default: Any, explanation: str, choices: tuple[str, ...] = (), added: bool = False) -> Any:
@@ -45,6 +45,18 @@ class ModelSettings:
     bottleneck: int | None = _setting(None, "channels between the two steps of the patch embedding")
     mlp_width: int | None = _setting(None, "width of the SwiGLU MLP")
     noise_scale: float | None = _setting(None, "standard deviation of the noise at t = 1")
+    prediction: str | None = _setting(
+        None, "what the outputs mean: x an image, u the velocity itself", PREDICTIONS, added=True
+    )
+    preconditioner: str | None = _setting(
+        None, "c_skip z + c_out net(c_in z) as the image: by EDM or sCM", PRECONDITIONERS, added=True
+    )
+    sigma_data: float | None = _setting(
+        None, "standard deviation of the images, for a pre-conditioner (0.5)", added=True
+    )
+    v_head: bool = _setting(
+        True, "auxiliary head for v; without it v is the u head at h = 0, and has no loss", added=True
+    )
 
 
 @dataclass(frozen=True)
@@ -60,18 +72,31 @@ class ObjectiveSettings:
     omega_beta: float = _setting(1.0, "omega's density is proportional to omega^-beta")
     norm_p: float = _setting(1.0, "power of the adaptive loss weight (l + norm_eps)^-norm_p")
     norm_eps: float = _setting(0.01, "offset of the adaptive loss weight")
+    times: str = _setting(
+        "plane",
+        "0 <= r <= t <= 1, or one of its edges alone: r=t (flow matching) or r=0",
+        ("plane", "r=t", "r=0"),
+        added=True,
+    )
+    guidance: bool = _setting(
+        True, "guided targets; without them omega is 1 in training and in samples", added=True
+    )
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """Optimizer: Muon for matrices, Adam for the rest"""
+    """Optimizer"""
 
+    optimizer: str = _setting(
+        "muon", "muon: Muon for matrices, Adam for the rest; adam: Adam for all", ("muon", "adam"), added=True
+    )
     lr: float = _setting(1e-3, "learning rate of Muon, and of Adam unless --adam-lr is given")
     adam_lr: float | None = _setting(None, "learning rate of Adam")
     cooldown: float = _setting(0.0, "last share of the run over which the rate falls linearly to 0")
     ema_half_lives: tuple[float, ...] = _setting(
         (500.0, 1000.0, 2000.0), "half-lives of the averaged weights, in thousand images"
     )
+    ema: bool = _setting(True, "average the weights; without, samples come from the last ones", added=True)
 
 
 @dataclass(frozen=True)
@@ -132,6 +157,10 @@ class TrainConfig:
             _check_finite(setting.name, value)
             if isinstance(setting.default, bool) and not isinstance(value, bool):
                 raise UserError(f"{flag(setting.name)} must be true or false, got {value!r}")
+            choices = setting.metadata["choices"]
+            if choices and value not in choices and value != setting.default:
+                known = f"{', '.join(choices[:-1])} or {choices[-1]}"
+                raise UserError(f"{flag(setting.name)} must be {known}, got {value!r}")
         _check_ranges(self)
 
     def with_settings(self, **overrides: Any) -> "TrainConfig":
@@ -204,6 +233,7 @@ def _check_ranges(config: TrainConfig) -> None:
         "adam_lr": config.optimizer.adam_lr,
         "minutes": config.run.minutes,
         "noise_scale": config.model.noise_scale,
+        "sigma_data": config.model.sigma_data,
     }
     share = {
         "cooldown": config.optimizer.cooldown,
@@ -229,11 +259,16 @@ def _check_ranges(config: TrainConfig) -> None:
     interval = config.sampling.sample_interval
     if interval is not None and (len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1):
         raise UserError("--sample-interval must be two numbers t_min t_max with 0 <= t_min <= t_max <= 1")
-    if config.run.precision not in ("auto", "fp32", "bf16"):
-        raise UserError(f"--precision must be auto, fp32 or bf16, got {config.run.precision!r}")
-    if config.run.checkpointing not in CHECKPOINTING:
-        known = " or ".join(CHECKPOINTING)
-        raise UserError(f"--checkpointing must be {known}, got {config.run.checkpointing!r}")
+    if config.model.prediction == "u" and config.model.preconditioner not in (None, "none"):
+        raise UserError(
+            f"--preconditioner {config.model.preconditioner} makes images of the network's output, but with "
+            "--prediction u the output is a velocity: leave out one of them"
+        )
+    if not config.objective.guidance and (config.sampling.sample_omega or 1.0) != 1:
+        raise UserError(
+            f"--no-guidance trains omega 1 alone, not --sample-omega {config.sampling.sample_omega:g}: "
+            "leave one of them out"
+        )
     if not 0 <= config.run.seed < 2**63:
         raise UserError(f"--seed must lie between 0 and 2^63 - 1, got {config.run.seed}")
 

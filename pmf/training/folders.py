@@ -29,7 +29,7 @@ def resume_config(run: Path, overrides: dict[str, Any]) -> TrainConfig:
     saved = TrainConfig.from_json(checkpoint.read_json(folder / "config.json"))
     config = saved.with_settings(**overrides)
     fixed = {"data": saved.data.data, **dataclasses.asdict(saved.model)}
-    fixed["ema_half_lives"] = saved.optimizer.ema_half_lives
+    fixed |= {name: getattr(saved.optimizer, name) for name in ("optimizer", "ema", "ema_half_lives")}
     for name, value in fixed.items():
         if name in overrides and overrides[name] != value:
             trained = f"{flag(name)} {value}" if value is not None else f"its preset's {flag(name)}"

@@ -18,10 +18,11 @@ from pmf.atomic import write_file, write_folder
 from pmf.data import ImageDataset, load_dataset
 from pmf.errors import UserError
 from pmf.models import PixelMeanFlow
+from pmf.training.building import model_config
 from pmf.training.config import TrainConfig
 from pmf.training.log import RunLog
 from pmf.training.pictures import draw_samples
-from pmf.training.trainer import Trainer, model_config
+from pmf.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class Run:
         trainer, names = self.trainer, self.trainer.dataset.class_names
         model = trainer.model.config
         yield "weights.safetensors", checkpoint.weights_bytes(trainer.weights(), model, names)
-        for half_life in self.config.optimizer.ema_half_lives:
+        for half_life in trainer.ema.half_lives:
             averaged = trainer.ema.weights(half_life)
             yield checkpoint.ema_file(half_life), checkpoint.weights_bytes(averaged, model, names)
         yield "state.safetensors", checkpoint.tensors_bytes(*trainer.state())

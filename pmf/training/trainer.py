@@ -2,16 +2,16 @@
 
 import contextlib
 import copy
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pmf import checkpoint, flow, models, optim
+from pmf import checkpoint, models, optim
 from pmf.data import ImageDataset, ShuffledStream
 from pmf.devices import find_device, has_bf16_products
 from pmf.errors import UserError
+from pmf.training.building import build_objective, build_optimizer, model_config
 from pmf.training.compiling import compiled, compiling
 from pmf.training.config import TrainConfig
 from pmf.training.packing import pack, unpack
@@ -38,17 +38,11 @@ class Trainer:
                 self.model = models.PixelMeanFlow(network).to(self.device)
             self.model.checkpointing = config.run.checkpointing
             self.objective = build_objective(config, self.model.config.noise_scale)
-            self.optimizer = optim.Muon(
-                self.model,
-                lr=config.optimizer.lr,
-                adam_lr=config.optimizer.adam_lr,
-                preset="pmf",
-                compute_dtype=torch.bfloat16 if config.run.precision == "bf16" else None,
-            )
+            self.optimizer = build_optimizer(config, self.model)
         except ValueError as error:
             raise UserError(str(error)) from error
         self.full_rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.ema = optim.EMA(self.model, half_lives=config.optimizer.ema_half_lives)
+        self.ema = optim.EMA(self.model, config.optimizer.ema_half_lives if config.optimizer.ema else ())
         self.computing = self.model
         if config.run.precision == "bf16":
             self.computing = copy.deepcopy(self.model).to(torch.bfloat16)
@@ -75,9 +69,13 @@ class Trainer:
         return torch.stack([terms.loss.detach(), terms.loss_u.detach(), terms.loss_v.detach()])
 
     def averaged_model(self, half_life: float) -> models.PixelMeanFlow:
-        """A copy of the model with the averaged weights of one half-life, in eval mode."""
+        """A copy of the model with the averaged weights of one half-life, in eval mode.
+
+        Where no averages are kept, with the weights themselves.
+        """
         averaged = copy.deepcopy(self.model)
-        checkpoint.assign_weights(averaged, self.ema.weights(half_life), Path("ema"))
+        if self.config.optimizer.ema:
+            checkpoint.assign_weights(averaged, self.ema.weights(half_life), Path("ema"))
         return averaged.eval().requires_grad_(False)
 
     def _refresh_computing_weights(self) -> None:
@@ -119,7 +117,7 @@ class Trainer:
         state = folder / "state.safetensors"
         tensors, header = checkpoint.read_tensors(state)
         try:
-            for half_life in self.config.optimizer.ema_half_lives:
+            for half_life in self.ema.half_lives:
                 file = folder / checkpoint.ema_file(half_life)
                 self.ema.load_weights(half_life, checkpoint.read_tensors(file)[0])
             self.optimizer.load_state_dict(unpack(header["optimizer"], tensors))
@@ -131,38 +129,3 @@ class Trainer:
             self.step, self.seconds = header["step"], header["seconds"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"{state} does not belong to this run ({error}): remove {folder}") from error
-
-
-def model_config(config: TrainConfig, num_classes: int) -> models.ModelConfig:
-    """The network of a configuration: its model preset, with the settings that are given."""
-    given = {name: value for name, value in vars(config.model).items() if value is not None}
-    preset = given.pop("model", None)
-    for name in ("sample_omega", "sample_interval"):
-        if (value := getattr(config.sampling, name)) is not None:
-            given[name] = value
-    if preset is not None and preset not in models.PRESETS:
-        raise UserError(f"there is no model preset {preset!r}: choose one of {', '.join(models.PRESETS)}")
-    base = models.PRESETS[preset] if preset else models.ModelConfig()
-    try:
-        return dataclasses.replace(base, num_classes=num_classes, **given)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def build_objective(config: TrainConfig, noise_scale: float) -> flow.Objective:
-    """The objective of a configuration."""
-    settings = config.objective
-    return flow.Objective(
-        noise_scale=noise_scale,
-        row_multiple=config.run.row_multiple,
-        norm_p=settings.norm_p,
-        norm_eps=settings.norm_eps,
-        class_dropout=settings.class_dropout,
-        times=flow.PlaneTimes(
-            mean=settings.time_mean,
-            std=settings.time_std,
-            data_proportion=settings.data_proportion,
-            uniform_fraction=settings.uniform_fraction,
-        ),
-        guidance=flow.IntervalGuidance(max_omega=settings.max_omega, beta=settings.omega_beta),
-    )

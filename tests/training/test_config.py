@@ -7,11 +7,12 @@ import pytest
 
 from pmf import models
 from pmf.errors import UserError
+from pmf.flow import LineTimes, NoGuidance
 from pmf.training import PRESETS, TrainConfig, get_preset
+from pmf.training.building import build_objective, build_optimizer, model_config
 from pmf.training.config import settings
 from pmf.training.folders import new_run_folder
 from pmf.training.loop import learning_rate_factor
-from pmf.training.trainer import build_objective, model_config
 
 
 def test_names_are_unique_across_groups() -> None:
@@ -60,6 +61,13 @@ def test_paper_presets_hold_the_paper_recipe() -> None:
         ("compile", "yes", "--compile must be true or false, got 'yes'"),
         ("checkpointing", "all", "--checkpointing must be none or blocks, got 'all'"),
         ("row_multiple", 0, "--row-multiple must be 1 or more"),
+        ("prediction", "eps", "--prediction must be x or u, got 'eps'"),
+        ("preconditioner", "ddpm", "--preconditioner must be none, edm or scm, got 'ddpm'"),
+        ("sigma_data", 0.0, "--sigma-data must be above 0"),
+        ("times", "r=1", "--times must be plane, r=t or r=0, got 'r=1'"),
+        ("optimizer", "sgd", "--optimizer must be muon or adam, got 'sgd'"),
+        ("guidance", 1.0, "--guidance must be true or false, got 1.0"),
+        ("v_head", None, "--v-head must be true or false, got None"),
         ("seed", -1, "--seed"),
         ("learning_rate", 1.0, "there is no setting 'learning_rate'"),
     ],
@@ -76,6 +84,11 @@ def test_settings_out_of_range_are_named(setting: str, value: object, sentence: 
         ({"patch_size": 3}, "not a multiple of patch_size"),
         ({"num_heads": 7}, "num_heads"),
         ({"condition_tokens": (1, 1)}, "condition_tokens"),
+        ({"prediction": "u", "preconditioner": "edm"}, "--preconditioner edm makes images .* leave out one"),
+        (
+            {"guidance": False, "sample_omega": 2.0},
+            "--no-guidance trains omega 1 alone",
+        ),
     ],
 )
 def test_networks_that_cannot_be_are_named(overrides: dict[str, object], sentence: str) -> None:
@@ -92,9 +105,37 @@ def test_config_of_another_version_says_what_it_lacks() -> None:
 
 def test_settings_newer_than_a_run_have_their_defaults() -> None:
     content = PRESETS["digits"].to_json()
-    for name in ("compile", "checkpointing", "row_multiple"):
-        del content["run"][name]
+    added = [(group, setting.name) for group, setting in settings() if setting.metadata["added"]]
+    for group, name in added:
+        del content[group][name]
+    assert ("run", "compile") in added and ("objective", "times") in added
     assert TrainConfig.from_json(content) == PRESETS["digits"]
+
+
+def test_every_switch_reaches_its_part() -> None:
+    switches = {
+        "prediction": "u",
+        "v_head": False,
+        "times": "r=0",
+        "guidance": False,
+        "optimizer": "adam",
+        "norm_p": 0.5,
+        "ema": False,
+        "sample_omega": None,
+    }
+    config = get_preset("digits", **switches)
+    assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    network = model_config(config, num_classes=10)
+    assert (network.prediction, network.v_head) == ("u", False)
+    assert (network.sample_omega, network.sample_interval) == (1.0, (0.0, 1.0))
+    objective = build_objective(config, network.noise_scale)
+    assert isinstance(objective.times, LineTimes) and objective.times.line == "r=0"
+    assert isinstance(objective.guidance, NoGuidance)
+    assert (objective.v_head, objective.norm_p) == (False, 0.5)
+    optimizer = build_optimizer(config, models.PixelMeanFlow(network))
+    assert not optimizer.routing()["muon"]
+    scaled = model_config(get_preset("digits", preconditioner="scm", sigma_data=0.25), num_classes=10)
+    assert (scaled.preconditioner, scaled.sigma_data) == ("scm", 0.25)
 
 
 def test_learning_rate_falls_over_the_last_share_of_the_run() -> None:

@@ -1,0 +1,62 @@
+"""The network, the objective and the optimizer that a configuration asks for."""
+
+import dataclasses
+
+import torch
+
+from pmf import flow, models, optim
+from pmf.errors import UserError
+from pmf.training.config import TrainConfig
+
+
+def model_config(config: TrainConfig, num_classes: int) -> models.ModelConfig:
+    """The network of a configuration: its model preset, with the settings that are given."""
+    given = {name: value for name, value in vars(config.model).items() if value is not None}
+    preset = given.pop("model", None)
+    for name in ("sample_omega", "sample_interval"):
+        if (value := getattr(config.sampling, name)) is not None:
+            given[name] = value
+    if not config.objective.guidance:  # all that such a network has seen
+        given.update(sample_omega=1.0, sample_interval=(0.0, 1.0))
+    if preset is not None and preset not in models.PRESETS:
+        raise UserError(f"there is no model preset {preset!r}: choose one of {', '.join(models.PRESETS)}")
+    base = models.PRESETS[preset] if preset else models.ModelConfig()
+    try:
+        return dataclasses.replace(base, num_classes=num_classes, **given)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def build_objective(config: TrainConfig, noise_scale: float) -> flow.Objective:
+    """The objective of a configuration."""
+    settings = config.objective
+    plane = flow.PlaneTimes(
+        mean=settings.time_mean,
+        std=settings.time_std,
+        data_proportion=settings.data_proportion,
+        uniform_fraction=settings.uniform_fraction,
+    )
+    guided = flow.IntervalGuidance(max_omega=settings.max_omega, beta=settings.omega_beta)
+    return flow.Objective(
+        noise_scale=noise_scale,
+        row_multiple=config.run.row_multiple,
+        norm_p=settings.norm_p,
+        norm_eps=settings.norm_eps,
+        class_dropout=settings.class_dropout,
+        v_head=config.model.v_head,
+        times=plane if settings.times == "plane" else flow.LineTimes(plane, settings.times),
+        guidance=guided if settings.guidance else flow.NoGuidance(),
+    )
+
+
+def build_optimizer(config: TrainConfig, model: models.PixelMeanFlow) -> optim.Muon:
+    """The optimizer of a configuration: Muon and Adam, or Adam's part of it for every parameter."""
+    settings = config.optimizer
+    everything = [{"params": list(model.named_parameters()), "algorithm": "adam"}]
+    return optim.Muon(
+        everything if settings.optimizer == "adam" else model,
+        lr=settings.lr,
+        adam_lr=settings.adam_lr,
+        preset="pmf",
+        compute_dtype=torch.bfloat16 if config.run.precision == "bf16" else None,
+    )
