@@ -1,7 +1,19 @@
-"""Distances between two sets of samples, computed on any features (here: pixels)."""
+"""Figures of two sets of samples, computed on any features, and the network whose features FID takes."""
 
-from pmf.metrics.frechet import frechet_distance
+from pmf.metrics.frechet import frechet_distance, frechet_of_moments
+from pmf.metrics.inception import InceptionV3
+from pmf.metrics.inception_score import InceptionScore
+from pmf.metrics.moments import Moments
 from pmf.metrics.neighbours import coverage, recall
 from pmf.metrics.wasserstein import sliced_wasserstein
 
-__all__ = ["coverage", "frechet_distance", "recall", "sliced_wasserstein"]
+__all__ = [
+    "InceptionScore",
+    "InceptionV3",
+    "Moments",
+    "coverage",
+    "frechet_distance",
+    "frechet_of_moments",
+    "recall",
+    "sliced_wasserstein",
+]

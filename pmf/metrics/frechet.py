@@ -36,11 +36,27 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
             f"got {list(a.shape)} and {list(b.shape)}"
         )
     a, b = a.double(), b.double()
-    if not (a.isfinite().all() and b.isfinite().all()):
+    (mean_a, cov_a), (mean_b, cov_b) = ((x.mean(0), torch.atleast_2d(torch.cov(x.T))) for x in (a, b))
+    return frechet_of_moments(mean_a, cov_a, mean_b, cov_b)
+
+
+def frechet_of_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
+    """`frechet_distance` of two Gaussians given by their moments: means ``[D]``, covariances ``[D, D]``.
+
+    Covariances are those of samples (divided by N - 1). Computed in float64. Raises ValueError as
+    `frechet_distance` does.
+    """
+    mean_a, cov_a, mean_b, cov_b = (x.double() for x in (mean_a, cov_a, mean_b, cov_b))
+    size = mean_a.numel()
+    if [x.shape for x in (mean_a, mean_b)] != [(size,)] * 2 or [x.shape for x in (cov_a, cov_b)] != [
+        (size, size)
+    ] * 2:
+        shapes = ", ".join(str(list(x.shape)) for x in (mean_a, cov_a, mean_b, cov_b))
+        raise ValueError(f"frechet_distance: moments must be [D], [D, D], [D], [D, D], got {shapes}")
+    if not all(x.isfinite().all() for x in (mean_a, cov_a, mean_b, cov_b)):
         raise ValueError("frechet_distance: the features must be finite")
-    cov_a, cov_b = (torch.atleast_2d(torch.cov(features.T)) for features in (a, b))
     root = _symmetric_sqrt(cov_a)
     # tr (C_a C_b)^{1/2} through a symmetric matrix: eigvalsh is exact where a general square root is not.
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
-    distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
+    distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
     return float(distance.clamp_min(0))
