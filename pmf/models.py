@@ -152,6 +152,19 @@ PRESETS: dict[str, ModelConfig] = {
         sample_omega=1.0,
         sample_interval=(0.0, 1.0),
     ),
+    "emoji": ModelConfig(
+        num_classes=9,
+        image_size=32,
+        patch_size=8,
+        hidden_size=256,
+        depth=6,
+        head_depth=3,
+        num_heads=4,
+        condition_tokens=(2, 1, 1, 1, 1),
+        mlp_width=704,
+        sample_omega=2.0,
+        sample_interval=(0.0, 1.0),
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""The table of training presets: the authors' recipe at six sizes, one size of our own, and the digits."""
+"""The table of training presets: the authors' recipe at six sizes, one size of our own, digits and emoji."""
 
 from typing import Any
 
@@ -40,6 +40,18 @@ PRESETS: dict[str, TrainConfig] = {
         run=RunSettings(minutes=4.0, checkpoint_every=2000),
         sampling=SamplingSettings(
             sample_every=1000, sample_ema=10.0, sample_omega=1.0, sample_interval=(0.0, 1.0)
+        ),
+    ),
+    # The categories of an emoji package at 32 pixels (pmf/data/emoji.py), for one processor core.
+    "emoji": TrainConfig(
+        preset="emoji",
+        data=DataSettings(data="package", batch_size=128),
+        model=ModelSettings(model="emoji"),
+        objective=ObjectiveSettings(time_mean=0.8, time_std=1.2, uniform_fraction=0.3, max_omega=4.0),
+        optimizer=OptimizerSettings(lr=4e-3, cooldown=0.5, ema_half_lives=(10.0, 30.0, 100.0)),
+        run=RunSettings(steps=5000, checkpoint_every=500),
+        sampling=SamplingSettings(
+            sample_every=500, sample_ema=30.0, sample_omega=2.0, sample_interval=(0.0, 1.0)
         ),
     ),
     "pmf-b/16": _imagenet("pmf-b/16", 2000, mean=0.8),
