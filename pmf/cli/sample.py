@@ -18,6 +18,7 @@ from pmf import checkpoint
 from pmf.cli.arguments import Commands
 from pmf.data import ImageGrid, save_png
 from pmf.devices import find_device
+from pmf.drawing import draw_by_seed
 from pmf.errors import UserError
 from pmf.flow.sampler import PRECISIONS, Sampler
 
@@ -124,23 +125,15 @@ def _open_sampler(arguments: argparse.Namespace, device: torch.device) -> tuple[
 
 
 def _draw(sampler: Sampler, jobs: Sequence[_Job], arguments: argparse.Namespace) -> torch.Tensor:
-    config = sampler.network.config
-    shape = (config.channels, config.image_size, config.image_size)
-    generator = torch.Generator()
-    try:
-        noise = torch.stack([torch.randn(shape, generator=generator.manual_seed(job.seed)) for job in jobs])
-        return sampler(
-            [job.label for job in jobs],
-            steps=arguments.steps,
-            omega=arguments.omega,
-            interval=None if arguments.interval is None else tuple(arguments.interval),
-            noise=config.noise_scale * noise,
-        ).cpu()
-    except (ValueError, RuntimeError) as error:
-        sentence = str(error).splitlines()[0]
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in sentence:
-            sentence = f"{len(jobs)} images at a time do not fit in memory: give a smaller --batch-size"
-        raise UserError(sentence) from error
+    interval = None if arguments.interval is None else tuple(arguments.interval)
+    return draw_by_seed(
+        sampler,
+        [job.label for job in jobs],
+        [job.seed for job in jobs],
+        steps=arguments.steps,
+        omega=arguments.omega,
+        interval=interval,
+    ).cpu()
 
 
 class _Album:

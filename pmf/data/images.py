@@ -23,8 +23,8 @@ def to_float(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Images around [-1, 1] to uint8: round(255 clip((x + 1) / 2, 0, 1)); a NaN becomes 0."""
-    unit = ((images.detach().to("cpu", torch.float32) + 1) / 2).nan_to_num(nan=0.0).clamp(0, 1)
+    """Images around [-1, 1] to uint8, where they are: round(255 clip((x + 1) / 2, 0, 1)); a NaN becomes 0."""
+    unit = ((images.detach().to(torch.float32) + 1) / 2).nan_to_num(nan=0.0).clamp(0, 1)
     return (255 * unit).round().to(torch.uint8)
 
 
@@ -87,7 +87,7 @@ def _open(path: Path, size: int) -> Image.Image:
 def save_png(image: torch.Tensor, path: Path) -> None:
     """Write one image, float around [-1, 1] or uint8, [C, H, W] with C = 1 or 3; raises OSError."""
     pixels = image if image.dtype == torch.uint8 else to_uint8(image)
-    array = pixels.permute(1, 2, 0).numpy()
+    array = pixels.permute(1, 2, 0).cpu().numpy()
     content = io.BytesIO()
     Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(content, format="PNG")
     write_file(path, content.getvalue())

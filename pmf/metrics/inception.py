@@ -5,7 +5,7 @@ It is TensorFlow's graph of 2015-12-05 as its port to PyTorch names the weights 
 torch-fidelity). It is not torchvision's: 1008 classes; pooling branches average without the padding, and the
 last one takes the maximum; images are enlarged as TensorFlow 1 did.
 
-Sources: Szegedy et al. 2016, "Rethinking the Inception Architecture"; Heusel et al. 2017; the two ports above.
+Sources: Szegedy et al. 2016, "Rethinking the Inception Architecture"; Heusel et al. 2017; both ports.
 The test compares it with torch-fidelity's own network.
 """
 

@@ -1,0 +1,35 @@
+"""Images by class and seed, as the commands draw them."""
+
+from collections.abc import Sequence
+
+import torch
+
+from pmf.errors import UserError
+from pmf.flow.sampler import Sampler
+
+
+def draw_by_seed(
+    sampler: Sampler,
+    labels: Sequence[int],
+    seeds: Sequence[int],
+    *,
+    steps: int = 1,
+    omega: float | None = None,
+    interval: tuple[float, float] | None = None,
+) -> torch.Tensor:
+    """Images [B, C, S, S] around [-1, 1] on the sampler's device, each from the noise of its own seed.
+
+    A seed's noise is drawn on the CPU by a generator of its own: it depends neither on the batch nor on the
+    device. Raises UserError for guidance or labels out of range, and where memory does not suffice.
+    """
+    config = sampler.network.config
+    shape = (config.channels, config.image_size, config.image_size)
+    generator = torch.Generator()
+    try:
+        noise = torch.stack([torch.randn(shape, generator=generator.manual_seed(seed)) for seed in seeds])
+        return sampler(labels, steps, omega, interval, config.noise_scale * noise)
+    except (ValueError, RuntimeError) as error:
+        sentence = str(error).splitlines()[0]
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in sentence:
+            sentence = f"{len(seeds)} images at a time do not fit in memory: give a smaller --batch-size"
+        raise UserError(sentence) from error
