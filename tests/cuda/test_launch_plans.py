@@ -1,0 +1,155 @@
+"""What the CUDA ops say they launch, held against what the compiler made of the kernels. No GPU is needed."""
+
+import itertools
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from helpers.machine_code import MachineCode, absent, tool
+from helpers.occupancy import A100, H100, RTX_3090, Gpu, blocks_per_processor
+
+from pmf import _library
+from pmf.ops import _flops
+
+GPUS = {"A100": A100, "RTX 3090": RTX_3090, "H100": H100}
+DTYPES = ("bfloat16", "float16", "float32")
+PMF_B16 = [(768, 768)] * 102 + [(768, 2048)] * 36 + [(2048, 768)] * 36 + [(768, 256)] * 4
+"""The matrices of pMF-B/16 that Muon moves."""
+
+Plan = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def plans() -> ModuleType:
+    module = _library.introspection()
+    if module is None:
+        absent(_library.missing() or "portable wheel: it has no introspection module")
+    if not module.build_facts()["has_cuda"]:
+        absent("this build of pmf has no CUDA kernels")
+    return module
+
+
+@pytest.fixture(scope="module")
+def code(plans: ModuleType) -> MachineCode:
+    if tool("cuobjdump") is None:
+        absent("there is no cuobjdump to read machine code with: pip install nvidia-cuda-cuobjdump")
+    return MachineCode(Path(_library.LIBRARY))
+
+
+def device(gpu: Gpu) -> dict[str, int]:
+    return {
+        "shared_per_block": gpu.shared_per_block,
+        "shared_per_processor": gpu.shared,
+        "processors": gpu.processors,
+    }
+
+
+def attention(
+    plans: ModuleType, gpu: Gpu, heads: int, queries: int, keys: int, width: int, **more: Any
+) -> Plan:
+    sizes = {"batch": 1, "heads": heads, "key_heads": heads, "queries": queries, "keys": keys}
+    return plans.attention_launches(**sizes, width=width, value_width=width, **more, **device(gpu))
+
+
+def patch_embed(plans: ModuleType, gpu: Gpu, **more: Any) -> Plan:
+    """pMF-B/16 at 256 x 256, a batch of 64."""
+    sizes = {"batch": 64, "channels": 3, "height": 256, "width": 256, "patch": 16, "narrow": 256}
+    return plans.patch_embed_launches(**sizes, wide=768, prefix=20, **more, **device(gpu))
+
+
+def every_plan(plans: ModuleType, gpu: Gpu) -> list[Plan]:
+    """Of all ops that have plans, at many sizes."""
+    both = (False, True)
+    found = [
+        attention(plans, gpu, heads, n, n, width, dtype=dtype, backward=backward, tangent=tangent)
+        for heads, n, width in itertools.product((2, 3072), (1, 17, 276, 1024), (32, 64, 72, 80, 128, 256))
+        for dtype, backward, tangent in itertools.product(DTYPES, both, both)
+    ]
+    found += [
+        plans.newton_schulz_launches(
+            shapes=[(64, 48), (2730, 1024)], dtype=dtype, compute_dtype=compute, muon=muon, **device(gpu)
+        )
+        for dtype, compute, muon in itertools.product(DTYPES, DTYPES, both)
+    ]
+    found += [
+        patch_embed(plans, gpu, dtype=dtype, tangents=tangents, backward=backward)
+        for dtype, tangents, backward in itertools.product(DTYPES, (0, 64), both)
+    ]
+    return found
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_what_is_planned_fits_what_was_compiled(plans: ModuleType, code: MachineCode, name: str) -> None:
+    """A launch stays within its kernel's bounds, and as many blocks fit a multiprocessor as it counts on."""
+    gpu = GPUS[name]
+    usage, planned = code.usage(gpu.architecture), set()
+    for launch in (each for plan in every_plan(plans, gpu) for each in plan["launches"]):
+        kernel = code.hosts[launch["kernel"]]
+        threads, shared = launch["threads"], launch["shared_bytes"] + usage[kernel].shared
+        assert 1 <= threads <= code.bounds[kernel].threads, kernel
+        blocks = blocks_per_processor(gpu, threads, usage[kernel].registers, shared)
+        # Registers are cut for large devices: on a small one, shared memory may have room for fewer blocks.
+        counted = launch["blocks_per_processor"] if gpu is not RTX_3090 else 1
+        assert blocks >= max(1, counted), (kernel, launch)
+        assert code.bounds[kernel].blocks in (1, launch["blocks_per_processor"]), kernel
+        planned.add(kernel)
+    assert len(planned) > 60
+
+
+def test_heads_of_276_tokens_are_read_once(plans: ModuleType) -> None:
+    """One block a head: each key and value comes from memory once, and no other block asks for it."""
+    for (gpu, width), tangent in itertools.product(((A100, 64), (H100, 64), (H100, 80)), (False, True)):
+        (launch,) = attention(plans, gpu, 3072, 276, 276, width, tangent=tangent)["launches"]
+        assert launch["blocks"] == 3072, (gpu, launch)
+
+
+def test_a_step_of_muon_is_twenty_launches(plans: ModuleType) -> None:
+    plan = plans.newton_schulz_launches(shapes=PMF_B16, dtype="float32", muon=True)
+    assert len(plan["launches"]) == 20
+    assert sum(launch["tile"] == (128, 128) for launch in plan["launches"]) == 17
+
+
+def test_the_patch_embedding_is_one_kernel_where_it_fits(plans: ModuleType) -> None:
+    """Besides the prefix: both products in 112 KB, or one by one."""
+    kernels = [len(patch_embed(plans, gpu)["launches"]) - 1 for gpu in (H100, A100, RTX_3090)]
+    assert kernels == [1, 1, 2]
+
+
+def test_flops_are_those_that_the_flop_counter_counts(plans: ModuleType) -> None:
+    def meta(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, device="meta")
+
+    x = meta(1, 4, 276, 80)
+    attention_flops = {
+        (False, False): _flops.FORMULAS["attention_forward"](x, x, x),
+        (False, True): _flops.FORMULAS["attention_jvp_forward"](x, x, x, x, x, x),
+        (True, False): _flops.FORMULAS["attention_backward"](x, x, x, x),
+        (True, True): _flops.FORMULAS["attention_jvp_backward"](x, x, x, x, x, x, x, x),
+    }
+    for (backward, tangent), flops in attention_flops.items():
+        plan = attention(plans, H100, 4, 276, 276, 80, backward=backward, tangent=tangent)
+        assert plan["flops"] == flops
+    images, down, up = meta(64, 3, 256, 256), meta(256, 3, 16, 16), meta(768, 256)
+    assert patch_embed(plans, H100)["flops"] == _flops.FORMULAS["patch_embed"](images, down, None, up)
+    for method in ("auto", "direct", "gram"):
+        plan = plans.newton_schulz_launches(shapes=[(768, 768), (2048, 768)], method=method)
+        assert plan["flops"] == sum(
+            _flops.orthogonalisation_flops(768, n, method=method) for n in (768, 2048)
+        )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"width": 300}, "widths must be 1 to 256"),
+        ({"key_heads": 3}, "heads must be a multiple of key_heads"),
+        ({"dtype": "float64"}, "float64 has no CUDA kernels"),
+        ({"shared_per_block": 48 * 1024}, "shared_per_block must be at least 101376 bytes"),
+    ],
+)
+def test_impossible_requests_are_refused(plans: ModuleType, wrong: dict[str, Any], sentence: str) -> None:
+    sizes = {"batch": 1, "heads": 4, "key_heads": 4, "queries": 5, "keys": 5, "width": 64, "value_width": 64}
+    with pytest.raises(ValueError, match=sentence):
+        plans.attention_launches(**{**sizes, **wrong})

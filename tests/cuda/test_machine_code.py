@@ -1,0 +1,231 @@
+"""The machine code of this build, as the compiler left it: nothing is compiled again, no GPU is needed."""
+
+import re
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from helpers.machine_code import ARCHITECTURES, MachineCode, Usage, absent, demangled, tool
+from helpers.occupancy import A100, H100, RTX_3090, blocks_per_processor
+
+from pmf import _library
+
+ROOT = Path(__file__).parents[2]
+
+# Of kernels that multiply 16-bit factors: tensor cores, whole fragments from shared memory, copies past the
+# registers, stores of 16 bytes.
+PRODUCTS = (r"HMMA\.16816\.F32", r"LDSM\.16\.(M88|MT88)", r"LDGSTS\.E.*\.128", r"STG\.E.*\.128")
+WIDE = (r"LDG\.E.*\.128", r"STG\.E.*\.128")
+# Kernels by name, and the instructions that each must have. One type of 16 bits stands for both, as their
+# kernels are one template.
+MEANT = {
+    r"attention_\w+<(ForwardSizes<)?Arithmetic16<__nv_bfloat16>, (64|80), ": PRODUCTS,
+    r"patch_fused_kernel<__nv_bfloat16>": PRODUCTS,
+    r"patch_product_kernel<__nv_bfloat16, ": PRODUCTS,
+    r"product_kernel<HalfProducts<__half>": PRODUCTS,
+    r"update_kernel<HalfProducts<__half>": PRODUCTS[:3],
+    r"(slots|forward|backward)_kernel<Whole<__nv_bfloat16>": WIDE,
+    r"(ema|adam)_kernel": WIDE,
+}
+# Kernels of whole vectors: what they read of a tensor and write to it goes in no smaller pieces.
+WHOLE = r"(slots_kernel|forward_kernel)<Whole<__nv_bfloat16>"
+TUNED = r"attention_\w+<(ForwardSizes<)?Arithmetic16<.*>, (64|80), "
+"""Attention for widths 64 and 80."""
+
+
+def spilling(usage: dict[str, Usage]) -> dict[str, Usage]:
+    """The kernels with memory of a thread's own: a stack frame, spilled registers."""
+    return {name: each for name, each in usage.items() if each.stack or each.local}
+
+
+def lacking(name: str, instructions: Counter[str]) -> list[str]:
+    """What a kernel of this readable name should have and has not, or has and should not."""
+    found = [op for op in instructions if re.match("LDL|STL", op)]
+    for kernels, patterns in MEANT.items():
+        if re.match(kernels, name):
+            found += [
+                pattern for pattern in patterns if not any(re.match(pattern, op) for op in instructions)
+            ]
+    if re.match(r"attention|patch|product_kernel|update_kernel", name):
+        found += [
+            op for op in instructions if re.match(r"LDGSTS", op) and not op.endswith((".128", ".ZFILL"))
+        ]
+    if re.match(WHOLE, name):
+        found += [op for op in instructions if re.match(r"(LDG|STG)\.", op) and ".128" not in op]
+    return found
+
+
+@pytest.fixture(scope="module")
+def code() -> MachineCode:
+    """Of this build."""
+    if _library.missing() is not None:
+        absent(_library.missing())
+    sections = subprocess.run(
+        ["readelf", "-S", "-W", _library.LIBRARY], capture_output=True, text=True, check=True
+    ).stdout
+    if ".nv_fatbin" not in sections:
+        absent("this build of pmf has no CUDA kernels")
+    for name in ("cuobjdump", "nvdisasm"):
+        if tool(name) is None:
+            absent(f"there is no {name} to read machine code with: pip install nvidia-cuda-{name}")
+    return MachineCode(_library.LIBRARY)
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> MachineCode:
+    """Of planted.cu, for sm_80 only."""
+    nvcc = shutil.which("nvcc") or tool("nvcc")
+    if nvcc is None or tool("cuobjdump") is None or tool("nvdisasm") is None:
+        pytest.skip("planting faults takes nvcc, cuobjdump and nvdisasm")
+    out = tmp_path_factory.mktemp("planted") / "planted.o"
+    includes = [f"-I{ROOT / folder}" for folder in ("csrc", "csrc/include")]
+    target = "-gencode=arch=compute_80,code=[sm_80,compute_80]"
+    source = ROOT / "tests" / "cuda" / "planted.cu"
+    subprocess.run([nvcc, "-std=c++17", target, *includes, "-c", source, "-o", out], check=True)
+    return MachineCode(out)
+
+
+def named(code: MachineCode, name: str) -> str:
+    """The mangled name of a planted kernel."""
+    return next(
+        mangled for mangled, readable in demangled(code.bounds).items() if readable.startswith(name + "(")
+    )
+
+
+# ---- this build ----------------------------------------------------------------------------------
+
+
+def test_every_kernel_is_there_for_every_architecture(code: MachineCode) -> None:
+    """Machine code for sm_80 and sm_90a, PTX for newer ones: of all that the host code can launch."""
+    assert code.registered
+    for architecture in ARCHITECTURES:
+        assert set(code.usage(architecture)) == code.registered
+    assert set(code.bounds) == code.registered
+    assert set(code.hosts.values()) == code.registered
+
+
+def test_every_kernel_in_the_sources_is_in_the_library(code: MachineCode) -> None:
+    sources = "".join(path.read_text() for path in sorted((ROOT / "csrc" / "cuda").rglob("*.cu*")))
+    written = re.findall(r"__global__ void\s+(?:__launch_bounds__\([^()]*\)\s+)?(\w+)\(", sources)
+    assert len(written) == sources.count("__global__ void")
+    assert {re.split("[<(]", name)[0] for name in demangled(code.registered).values()} == set(written)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_kernel_has_a_stack_frame(code: MachineCode, architecture: str) -> None:
+    """Spilled registers live in one, so no kernel spills: those for widths 64 and 80, and all others."""
+    usage = code.usage(architecture)
+    assert sum(re.match(TUNED, name) is not None for name in demangled(usage).values()) == 24
+    assert spilling(usage) == {}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_have_the_instructions_meant(code: MachineCode, architecture: str) -> None:
+    names = demangled(code.registered)
+    chosen = [mangled for mangled, name in names.items() if any(re.match(each, name) for each in MEANT)]
+    for kernels in MEANT:
+        assert any(re.match(kernels, names[mangled]) for mangled in chosen), f"no kernel is called {kernels}"
+    found = code.instructions(architecture, chosen)
+    assert set(found) == set(chosen)
+    wrong = {names[mangled]: lacking(names[mangled], ops) for mangled, ops in found.items()}
+    assert {name: what for name, what in wrong.items() if what} == {}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_registers_allow_the_blocks_that_launch_bounds_promise(code: MachineCode, architecture: str) -> None:
+    gpu = {"sm_80": A100, "sm_90a": H100}[architecture]
+    for name, usage in code.usage(architecture).items():
+        bounds = code.bounds[name]
+        assert blocks_per_processor(gpu, bounds.threads, usage.registers, 0) >= bounds.blocks, name
+        assert usage.shared == 0, f"{name} has static shared memory, which no launch counts"
+
+
+def test_the_library_is_small_enough(code: MachineCode, tmp_path: Path) -> None:
+    """A wheel is a zip file, and this library nearly all of it: under 40 MB."""
+    packed = shutil.make_archive(str(tmp_path / "library"), "zip", code.path.parent, code.path.name)
+    assert Path(packed).stat().st_size < 36e6
+
+
+# ---- these checks find what they are for ---------------------------------------------------------
+
+
+def test_planted_faults_are_found(planted: MachineCode) -> None:
+    usage = planted.usage("sm_80")
+    faulty = {named(planted, name) for name in ("stack_frame", "spills")}
+    assert set(spilling(usage)) == faulty
+    assert usage[named(planted, "static_shared")].shared == 40960
+
+    kernels = {name: named(planted, name) for name in ("spills", "narrow", "sound")}
+    found = planted.instructions("sm_80", kernels.values())
+    tuned = "attention_forward_kernel<ForwardSizes<Arithmetic16<__nv_bfloat16>, 64, 64, 32>>"
+    whole = "slots_kernel<Whole<__nv_bfloat16>, Forward>"
+    assert lacking(tuned, found[kernels["sound"]]) == []
+    assert lacking(tuned, found[kernels["narrow"]]) == list(PRODUCTS)
+    assert {"LDL", "STL"} <= {op[:3] for op in lacking(tuned, found[kernels["spills"]])}
+    assert {"LDG.E", "STG.E"} <= set(lacking(whole, found[kernels["narrow"]]))
+
+
+def test_an_absent_architecture_is_found(planted: MachineCode) -> None:
+    assert set(planted.usage("sm_80")) == set(planted.bounds) != set()
+    assert planted.usage("sm_90a") == {}
+
+
+# ---- blocks on a multiprocessor ------------------------------------------------------------------
+
+NVIDIAS = r"""
+#include <cuda_occupancy.h>
+#include <cstdio>
+int main() {
+  int major, minor, threads, registers;
+  unsigned long shared, of_block, of_processor;
+  int most_threads, most_blocks;
+  while (std::scanf("%d %d %lu %lu %d %d %d %d %lu", &major, &minor, &of_block, &of_processor, &most_threads,
+                    &most_blocks, &threads, &registers, &shared) == 9) {
+    cudaOccDeviceProp device;
+    device.computeMajor = major, device.computeMinor = minor;
+    device.maxThreadsPerBlock = 1024, device.maxThreadsPerMultiprocessor = most_threads;
+    device.regsPerBlock = device.regsPerMultiprocessor = 65536;
+    device.warpSize = 32, device.numSms = 100;
+    device.sharedMemPerBlock = 49152, device.sharedMemPerMultiprocessor = of_processor;
+    device.sharedMemPerBlockOptin = of_block, device.reservedSharedMemPerBlock = 1024;
+    cudaOccFuncAttributes kernel;
+    kernel.maxThreadsPerBlock = 1024, kernel.numRegs = registers, kernel.sharedSizeBytes = 0;
+    kernel.partitionedGCConfig = PARTITIONED_GC_OFF;
+    kernel.shmemLimitConfig = FUNC_SHMEM_LIMIT_OPTIN;
+    kernel.maxDynamicSharedSizeBytes = shared, kernel.numBlockBarriers = 1;
+    cudaOccDeviceState state;
+    state.carveoutConfig = SHAREDMEM_CARVEOUT_MAX_SHARED;
+    cudaOccResult result;
+    if (cudaOccMaxActiveBlocksPerMultiprocessor(&result, &device, &kernel, &state, threads, shared)) return 1;
+    std::printf("%d\n", result.activeBlocksPerMultiprocessor);
+  }
+}
+"""
+
+
+def test_occupancy_is_what_nvidias_calculator_says(tmp_path: Path) -> None:
+    nvcc, compiler = shutil.which("nvcc") or tool("nvcc"), shutil.which("c++")
+    if nvcc is None or compiler is None:
+        pytest.skip("NVIDIA's calculator is a header of the CUDA toolkit, which is not here")
+    dry_run = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+    includes = re.findall(r'"(-I[^"]+)"', dry_run)
+    source, program = tmp_path / "occupancy.cpp", tmp_path / "occupancy"
+    source.write_text(NVIDIAS)
+    subprocess.run([compiler, "-w", *includes, source, "-o", program], check=True)
+    cases = [
+        (gpu, threads, registers, shared)
+        for gpu in (A100, RTX_3090, H100)
+        for threads in (32, 96, 128, 192, 256, 1024)
+        for registers in (32, 64, 96, 128, 168, 232, 255)
+        for shared in (0, 8192, 49152, 50000, 99 * 1024, 114000, 163 * 1024, 227 * 1024)
+        if shared <= gpu.shared_per_block
+    ]
+    asked = [
+        (*gpu.capability, gpu.shared_per_block, gpu.shared, gpu.threads, gpu.blocks, *case)
+        for gpu, *case in cases
+    ]
+    lines = "\n".join(" ".join(map(str, numbers)) for numbers in asked)
+    said = subprocess.run([program], input=lines, capture_output=True, text=True, check=True).stdout.split()
+    assert [blocks_per_processor(*case) for case in cases] == list(map(int, said))
