@@ -5,11 +5,12 @@
     python benchmarks/wheel_matrix.py --python ~/py/3.10/bin/python --python ~/py/3.13/bin/python ...
 
 Both wheels are built here, with this interpreter and its PyTorch: the default one (with the pybind11 module,
-for this Python version) and the portable one (py3-none). For each case a new environment gets that PyTorch
-from the package index, then the wheel with its dependencies, which must leave that PyTorch alone; CHECK runs
-in it: values, tangents and gradients of the compiled ops against plain float64 PyTorch. The record says what
-was installed and what came out, failures included. An environment is several GB with CUDA builds of PyTorch;
-it is deleted before the next one is made.
+for this Python version) and the portable one (py3-none), with CUDA kernels if nvcc is found. The record has
+their sizes and what building took: the portable one compiles everything, the default one after it only the
+pybind11 module. For each case a new environment gets that PyTorch from the package index, then the wheel with
+its dependencies, which must leave that PyTorch alone; CHECK runs in it: values, tangents and gradients of the
+compiled ops against plain float64 PyTorch. The record says what was installed and what came out, failures
+included. An environment is several GB with CUDA builds of PyTorch; it is deleted before the next one is made.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -26,12 +28,12 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# Every supported Python and every PyTorch minor version from 2.11 to 2.14, on few environments.
+# Every supported Python and every PyTorch minor version from 2.11 to 2.15, on few environments.
 DEFAULT_CASES = (
     "3.10=2.11.0",
     "3.11=2.13.0",
     "3.12=2.12.1",
-    "3.13=2.14.1",
+    "3.13=2.15.0",
     "3.11=2.11.0",
     "3.11=2.14.1",
 )
@@ -95,12 +97,14 @@ for dtype in (torch.float32, torch.bfloat16):
     check(f"rms_norm {tag}", BOUND[dtype], [raw.rms_norm(x, w, 1e-6)], [rms(xd)])
 
 introspection = _library.introspection()
+sections = open(_library.LIBRARY, "rb").read()
 print(json.dumps({
     "ok": all(entry["ok"] for entry in errors.values()),
     "python": sys.version.split()[0],
     "torch": torch.__version__,
     "cpu_level": _library.cpu_level(),
     "introspection": introspection is not None,
+    "cuda_kernels": b".nv_fatbin" in sections,
     "checks": len(errors),
     "worst": max(errors.items(), key=lambda item: item[1]["error"] / item[1]["bound"])[0],
     "worst_error_over_bound": max(entry["error"] / entry["bound"] for entry in errors.values()),
@@ -120,8 +124,8 @@ def run(*command: object, **options: object) -> subprocess.CompletedProcess[str]
     )  # type: ignore[call-overload]
 
 
-def build_wheels(folder: Path) -> dict[str, Path]:
-    """The portable and the default wheel, from a copy of this checkout's files.
+def build_wheels(folder: Path) -> tuple[dict[str, Path], dict[str, object]]:
+    """The portable and the default wheel, from a copy of this checkout's files; and what it took.
 
     One copy serves both, so that the kernels compile once; the portable wheel comes first, as what it packs
     must not hold the other's pybind11 module.
@@ -132,16 +136,28 @@ def build_wheels(folder: Path) -> dict[str, Path]:
         if (ROOT / entry).is_file():
             (source / entry).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / entry, source / entry)
-    wheels = {}
+    wheels: dict[str, Path] = {}
+    took: dict[str, object] = {
+        "processors": len(os.sched_getaffinity(0)),
+        "nvcc": shutil.which("nvcc") is not None,
+        "load_before": round(os.getloadavg()[0], 1),
+    }
     for name, portable in (("portable", "1"), ("default", "0")):
         out = folder / name
         pip_wheel = (sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation")
+        begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         done = run(*pip_wheel, "-w", out, source, env={"PMF_PORTABLE": portable})
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
         if done.returncode != 0:
             sys.exit(f"building the {name} wheel failed:\n{done.stdout}{done.stderr}")
         wheels[name] = next(out.glob("*.whl"))
-        print(f"built {wheels[name].name}", flush=True)
-    return wheels
+        processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        took[name] = {
+            "seconds": round(time.perf_counter() - begin),
+            "processor_seconds": round(processor),
+        }
+        print(f"built {wheels[name].name} in {took[name]}", flush=True)
+    return wheels, took
 
 
 def find_pythons(extra: list[str]) -> dict[str, str]:
@@ -207,13 +223,14 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        took: dict[str, object] | None = None
         if arguments.wheels:
             files = sorted(arguments.wheels.glob("pixelmeanflow-*.whl"))
             wheels = {
                 "portable" if "-py3-none-" in path.name else "default": path.resolve() for path in files
             }
         else:
-            wheels = build_wheels(folder)
+            wheels, took = build_wheels(folder)
         record = {
             "command": " ".join(["python benchmarks/wheel_matrix.py", *sys.argv[1:]]),
             "date": time.strftime("%Y-%m-%d"),
@@ -223,6 +240,7 @@ def main() -> int:
             "wheels": {
                 name: {"file": path.name, "bytes": path.stat().st_size} for name, path in wheels.items()
             },
+            "building": took,
             "cases": [],
         }
         for case in arguments.case or DEFAULT_CASES:
