@@ -87,16 +87,25 @@ BATCHES = {name: [name] for name in SAMPLES} | {
 }
 
 
-def compare(model: PixelMeanFlow, objective: Objective, images: Tensor, labels: Tensor, draws: Draws) -> None:
+def compare(
+    model: PixelMeanFlow,
+    objective: Objective,
+    images: Tensor,
+    labels: Tensor,
+    draws: Draws,
+    **switches: Any,
+) -> None:
+    """Loss, its parts and all gradients of both sides, which `switches` tell the plain one."""
     params = dict(model.named_parameters())
     plain = plain_objective(
         params,
         images,
         labels,
-        **{name: value for name, value in draws._asdict().items() if name != "crop"},
+        **draws._asdict(),
         num_heads=CONFIG.num_heads,
         norm_p=objective.norm_p,
         norm_eps=objective.norm_eps,
+        **switches,
     )
     terms = objective(model, images, labels, draws)
     needs_tangent = draws.r != draws.t
@@ -108,7 +117,7 @@ def compare(model: PixelMeanFlow, objective: Objective, images: Tensor, labels: 
         torch.testing.assert_close(ours, theirs, rtol=FLOAT64_TOLERANCE, atol=FLOAT64_TOLERANCE, msg=name)
 
     expected = torch.autograd.grad(plain.loss, list(params.values()), allow_unused=True)
-    actual = torch.autograd.grad(terms.loss, list(params.values()))
+    actual = torch.autograd.grad(terms.loss, list(params.values()), materialize_grads=True)
     for name, ours, theirs in zip(params, actual, expected, strict=True):
         theirs = torch.zeros_like(ours) if theirs is None else theirs
         torch.testing.assert_close(ours, theirs, rtol=FLOAT64_TOLERANCE, atol=FLOAT64_TOLERANCE, msg=name)
@@ -136,8 +145,7 @@ def test_agrees_with_blocks_checkpointed_and_rows_rounded_up(
 def test_float32_agrees_with_the_plain_port_in_float64(model: PixelMeanFlow, name: str) -> None:
     images, labels, draws = batch_of(name)
     params = dict(model.named_parameters())
-    given = {field: value for field, value in draws._asdict().items() if field != "crop"}
-    plain = plain_objective(params, images, labels, **given, num_heads=CONFIG.num_heads)
+    plain = plain_objective(params, images, labels, **draws._asdict(), num_heads=CONFIG.num_heads)
     expected = torch.autograd.grad(plain.loss, list(params.values()), allow_unused=True)
 
     single = PixelMeanFlow(CONFIG)
