@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from pmf.data.idx import is_idx_folder, read_idx_folder
 from pmf.data.images import check_image, read_image, to_float
 from pmf.data.labels import LabelledFiles, list_images
 from pmf.errors import UserError
@@ -74,7 +75,7 @@ class FolderImages:
 
 
 def load_dataset(source: str, image_size: int, channels: int) -> ImageDataset:
-    """``digits``, or a folder of images with labels (pmf/data/labels.py describes the layouts).
+    """``digits``, a folder of images with labels (pmf/data/labels.py describes the layouts), or MNIST's files.
 
     Raises UserError where the folder is empty, has one class, or holds a file that is no image or too small.
     A folder of up to 1 GiB of cropped pixels is decoded at once and stays in memory.
@@ -90,6 +91,15 @@ def load_dataset(source: str, image_size: int, channels: int) -> ImageDataset:
                 "asked for: use --image-size 8 --channels 1, or give an image folder with --data"
             )
         return load_digits()
+    if is_idx_folder(Path(source)):
+        images, labels = read_idx_folder(Path(source))
+        if tuple(images.shape[1:]) != (channels, image_size, image_size):
+            height, width = images.shape[2:]
+            raise UserError(
+                f"the images of {source} are {height}x{width} and grey, but {image_size}x{image_size} with "
+                f"{channels} channels was asked for: use --image-size {height} --channels 1"
+            )
+        return MemoryImages(images, labels, [str(label) for label in range(int(labels.max()) + 1)])
     folder = FolderImages(list_images(Path(source)), image_size, channels)
     if len(folder) * channels * image_size**2 > _CACHE_BYTES:
         folder.check_headers()
