@@ -75,7 +75,7 @@ class FolderImages:
 
 
 def load_dataset(source: str, image_size: int, channels: int) -> ImageDataset:
-    """``digits``, a folder of images with labels (pmf/data/labels.py describes the layouts), or MNIST's files.
+    """``digits``, a folder of images (pmf/data/labels.py says how), or a folder of files in MNIST's format.
 
     Raises UserError where the folder is empty, has one class, or holds a file that is no image or too small.
     A folder of up to 1 GiB of cropped pixels is decoded at once and stays in memory.
