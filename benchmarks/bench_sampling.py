@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import statistics
 import sys
 from pathlib import Path
-from typing import Any
 
 import plain_port
 import torch
@@ -24,7 +24,8 @@ from torch import Tensor
 from training_step.agreement import relative_error
 from training_step.sides import make_model
 
-from pmf.bench.harness import interleaved_medians, record, write_record
+from pmf.bench.device import Cpu, Run
+from pmf.bench.harness import record, write_record
 from pmf.bench.load import OtherLoad
 from pmf.flow import Sampler
 
@@ -36,6 +37,28 @@ RANGE = 2.0
 QUICK = plain_port.Sizes(
     image_size=64, patch_size=8, hidden_size=256, depth=4, head_depth=2, num_heads=4, mlp_width=682
 )
+
+
+OURS_FP32, PLAIN = "pmf, fp32", "plain sampler, fp32"
+
+
+def make_runs(sizes: plain_port.Sizes, batch_size: int, device: torch.device) -> dict[str, Run]:
+    """One batch by each sampler, from the same weights, noise and labels; this library's default first."""
+    model = make_model(sizes).to(device)
+    plain = plain_port.Network(sizes, attend=plain_port.written_out_attention).to(device)
+    plain_port.load(plain, model.state_dict())
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch_size, sizes.channels, sizes.image_size, sizes.image_size)
+    noise = torch.randn(shape, generator=generator).to(device)
+    labels = torch.randint(sizes.num_classes, (batch_size,), generator=generator).to(device)
+    samplers = {precision: Sampler(model, precision) for precision in ("auto", "fp32")}
+    return {
+        f"pmf, {samplers['auto'].precision} (its default)": lambda: samplers["auto"](
+            labels, omega=OMEGA, interval=INTERVAL, noise=noise
+        ),
+        OURS_FP32: lambda: samplers["fp32"](labels, omega=OMEGA, interval=INTERVAL, noise=noise),
+        PLAIN: lambda: plain_port.sample(plain, labels, noise, OMEGA, INTERVAL),
+    }
 
 
 def psnr(images: Tensor, truth: Tensor) -> float:
@@ -56,24 +79,11 @@ def main() -> int:
     sizes = QUICK if arguments.quick else plain_port.Sizes()
     batch_size, seconds = arguments.batch_size, 1.0 if arguments.quick else arguments.seconds
 
-    model = make_model(sizes)
-    plain = plain_port.Network(sizes, attend=plain_port.written_out_attention)
-    plain_port.load(plain, model.state_dict())
-    generator = torch.Generator().manual_seed(0)
-    shape = (batch_size, sizes.channels, sizes.image_size, sizes.image_size)
-    noise = torch.randn(shape, generator=generator)
-    labels = torch.randint(sizes.num_classes, (batch_size,), generator=generator)
-
-    samplers = {precision: Sampler(model, precision) for precision in ("auto", "fp32")}
-    default = f"pmf, {samplers['auto'].precision} (its default)"
-    runs: dict[str, Any] = {
-        default: lambda: samplers["auto"](labels, omega=OMEGA, interval=INTERVAL, noise=noise),
-        "pmf, fp32": lambda: samplers["fp32"](labels, omega=OMEGA, interval=INTERVAL, noise=noise),
-        "plain sampler, fp32": lambda: plain_port.sample(plain, labels, noise, OMEGA, INTERVAL),
-    }
+    runs = make_runs(sizes, batch_size, torch.device("cpu"))
+    default = next(iter(runs))
     images = {name: run() for name, run in runs.items()}
-    truth = images["plain sampler, fp32"]
-    error = relative_error(images["pmf, fp32"], truth)
+    truth = images[PLAIN]
+    error = relative_error(images[OURS_FP32], truth)
     found = psnr(images[default], truth)
     size = truth.square().mean().sqrt().item()
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
@@ -85,7 +95,8 @@ def main() -> int:
         return 1
 
     with OtherLoad() as others:
-        medians = interleaved_medians(runs, seconds, least_rounds=3 if arguments.quick else 7)
+        times = Cpu().times(runs, seconds, least_rounds=3 if arguments.quick else 7)
+    medians = {name: statistics.median(found) for name, found in times.items()}
     rows = []
     print(f"{'sampler':30} {'ms a batch':>11} {'images/s':>9} {'ours over it':>13}")
     for name, median in medians.items():
@@ -105,7 +116,7 @@ def main() -> int:
     if arguments.out:
         details = {"sizes": sizes._asdict(), "batch_size": batch_size, "image_rms": size}
         details |= {"float32_error": error, "others_share": others.share}
-        write_record(arguments.out, {**record("sampling", rows), **details})
+        write_record(arguments.out, {**record("sampling", rows, Cpu()), **details})
     print(f"images_per_second_ratio={rows[-1]['images_per_second_ratio']:.4f} psnr_db={found:.4f}")
     return 0
 

@@ -44,6 +44,7 @@ from training_step.sides import (
 )
 from training_step.timing import interleaved
 
+from pmf.bench.device import Cpu
 from pmf.bench.harness import record, write_record
 from pmf.bench.load import OtherLoad
 
@@ -200,7 +201,7 @@ def main() -> int:
     sizes = {"timed": timed._asdict(), "batch_size": batch_size, "counted": counted._asdict()}
     rows += [*times, counts, *peaks]
     if arguments.out:
-        write_record(arguments.out, {**record("training_step", rows), "sizes": sizes})
+        write_record(arguments.out, {**record("training_step", rows, Cpu()), "sizes": sizes})
     step, peak = (
         next(row for row in part if row["precision"] == "fp32" and row["contestant"] == PORT)
         for part in (times, peaks)

@@ -32,6 +32,11 @@ class Batch(NamedTuple):
         """The draws that the port takes."""
         return {name: value for name, value in self.draws._asdict().items() if name != "crop"}
 
+    def on(self, device: torch.device) -> "Batch":
+        """The same in a GPU's memory, every draw included."""
+        draws = Draws(*(None if x is None else x.to(device) for x in self.draws))
+        return Batch(self.images.to(device), self.labels.to(device), draws)
+
     def to(self, dtype: torch.dtype) -> "Batch":
         def cast(x: Tensor | None) -> Tensor | None:
             return x.to(dtype) if x is not None and x.is_floating_point() else x

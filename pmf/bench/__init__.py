@@ -34,16 +34,23 @@ def main(
         "names", nargs="*", metavar="OP", help=f"any of {', '.join(BENCHMARKS)} (default: all)"
     )
     parser.add_argument("--seconds", type=float, default=3.0, help="time to spend on each case (default: 3)")
+    parser.add_argument(
+        "--device", default="cpu", help="cpu, or cuda, which times by CUDA events (default: cpu)"
+    )
     parser.add_argument("--out", type=Path, help="folder for one JSON record a benchmark")
     arguments = parser.parse_args(argv)
     if unknown := [name for name in arguments.names if name not in BENCHMARKS]:
         parser.error(f"there is no benchmark {unknown[0]!r}: choose from {', '.join(BENCHMARKS)}")
 
-    from pmf.bench.harness import run_benchmark
+    from pmf.bench.device import make_device
+    from pmf.bench.harness import Setting, run_benchmark
+    from pmf.devices import find_device
 
+    kind = find_device(arguments.device).type
+    setting = Setting(make_device(kind), "full" if kind == "cuda" else "cpu")
     status = 0
     for name in arguments.names or BENCHMARKS:
         print(f"\n{name}")
         module = importlib.import_module(f"pmf.bench.{name}")
-        status |= run_benchmark(name, module.cases, arguments.seconds, arguments.out)
+        status |= run_benchmark(name, module.cases, setting, arguments.seconds, arguments.out)
     return status

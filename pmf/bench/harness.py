@@ -1,8 +1,9 @@
 """Fair timing of an op against its peers: correctness first, then all in turn, medians, one record.
 
 A case lists contestants, functions without arguments that do the same work. Before any is timed, each one's
-error against float64 is computed; one above the case's limit is marked in the table. Contestants run in turn
-within every round, so that a machine whose speed drifts slows all of them alike.
+error against float64 is computed; one above the case's limit is marked in the table, and one that raises is
+listed with what it said. Contestants run in turn within every round, so that a machine whose speed drifts
+slows all of them alike.
 """
 
 from __future__ import annotations
@@ -11,118 +12,223 @@ import json
 import platform
 import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 import pmf
-from pmf import _library, env
+from pmf.bench.device import Device, Run
 
-Run = Callable[[], Any]
+Row = dict[str, Any]
+Scale = Literal["tiny", "cpu", "quick", "full"]
+
+ZERO = 1e-13
+PEER_SLACK = 4.0
+"""A peer counts as right up to this many times our limit: it may round more often, not compute less."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and how large: "cpu" and "full" are what `pmf bench` runs on a processor and on a GPU."""
+
+    device: Device
+    scale: Scale
+
+    def generator(self, seed: int = 0) -> torch.Generator:
+        return torch.Generator(self.device.device).manual_seed(seed)
+
+    def normal(
+        self, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0
+    ) -> list[Tensor]:
+        """Standard normal tensors on the device."""
+        generator, device = self.generator(seed), self.device.device
+        return [torch.randn(s, generator=generator, device=device).to(dtype) for s in shapes]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One shape and dtype of one piece of work.
+    """One shape and dtype of one piece of work, its inputs made.
 
-    label: what and where, as a reader should see it.
     contestants: name -> function; the first is this library's.
-    errors: name -> relative error against float64, for the contestants whose result is checked.
+    error: name -> relative error of that contestant's result against float64; None: nothing to check.
     limit: largest error that counts as right.
     flops: floating-point operations that the mathematics needs (0: not reported).
     bytes: bytes that must move, each input read once and each output written once (0: not reported).
+    timed: False for a check of correctness alone.
     """
 
-    label: str
     contestants: Mapping[str, Run]
-    errors: Mapping[str, float] = field(default_factory=dict)
+    error: Callable[[str], float] | None = None
     limit: float = float("inf")
     flops: float = 0.0
     bytes: float = 0.0
+    timed: bool = True
 
 
-def relative_error(result: Tensor | tuple[Tensor, ...], exact: Tensor | tuple[Tensor, ...]) -> float:
-    """Largest relative Frobenius error over the tensors of a result; NaN counts as infinite."""
-    results = (result,) if isinstance(result, Tensor) else result
-    exacts = (exact,) if isinstance(exact, Tensor) else exact
+@dataclass(frozen=True)
+class Planned:
+    """A case before its inputs are made.
+
+    label: what and where, as a reader should see it.
+    facts: the same for programs (op, shape, dtype), copied into every row.
+    """
+
+    label: str
+    build: Callable[[], Case]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class DeviceLostError(RuntimeError):
+    """The device answers no more: what failed there spoils all that follows in this process."""
+
+
+def relative_error(result: Tensor | Iterable[Tensor], exact: Tensor | Iterable[Tensor]) -> float:
+    """Largest relative Frobenius error over the tensors of a result; NaN counts as infinite.
+
+    Where the truth is zero, up to float64's rounding of numbers around 1, it is absolute.
+    """
     worst = 0.0
-    for one, truth in zip(results, exacts, strict=True):
-        error = ((one.double() - truth).norm() / truth.norm().clamp_min(1e-300)).item()
+    for one, truth in zip(tensors(result), tensors(exact), strict=True):
+        size, root = truth.norm().item(), max(1, truth.numel()) ** 0.5
+        error = (one.double() - truth).norm().item() / (size if size > ZERO * root else root)
         worst = max(worst, error if error == error else float("inf"))
     return worst
 
 
-def interleaved_medians(
-    contestants: Mapping[str, Run], seconds: float, least_rounds: int = 7
-) -> dict[str, float]:
-    """Median seconds of each contestant over rounds in which every one runs once, for ``seconds`` in all."""
-    for run in contestants.values():  # allocate, compile and fill caches outside the clock
-        run()
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < least_rounds:
-        for name, run in contestants.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(found) for name, found in times.items()}
+def tensors(result: Any) -> tuple[Tensor, ...]:
+    """A tensor, or several, as a tuple."""
+    return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
-def run_case(case: Case, seconds: float) -> list[dict[str, Any]]:
-    """Check, time, and describe one case: a row for each contestant."""
-    wrong = {name for name, error in case.errors.items() if error > case.limit}
+def against(
+    contestants: Mapping[str, Run], exact: Any, part: Callable[[Any], Any] = lambda result: result
+) -> Callable[[str], float]:
+    """The errors of what contestants return; `part` picks the numbers that `exact` holds."""
+    return lambda name: relative_error(part(contestants[name]()), exact)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def run_case(planned: Planned, device: Device, seconds: float) -> list[Row]:
+    """Check, time, and describe one case: a row for each contestant.
+
+    A row has "failed", a sentence, where the contestant raised. Raises DeviceLostError after a failure that
+    the device does not recover from.
+    """
+    base = {"case": planned.label, **planned.facts}
+    failed: dict[str, str] = {}
+    errors: dict[str, float] = {}
+    times: dict[str, list[float]] = {}
+    try:
+        case = planned.build()
+    except Exception as problem:
+        _check_alive(device, problem)
+        return [{**base, "contestant": "pmf", "ours": True, "failed": sentence(problem)}]
+    for name, run in case.contestants.items():
+        try:
+            device.poison()
+            if case.error is None:
+                run()
+            else:
+                errors[name] = case.error(name)
+            device.settle()
+        except Exception as problem:
+            _check_alive(device, problem)
+            failed[name] = sentence(problem)
     ours = next(iter(case.contestants))
-    medians = interleaved_medians(case.contestants, seconds)
+    if case.timed:
+        willing = {name: run for name, run in case.contestants.items() if name not in failed}
+        times = device.times(willing, seconds)
     rows = []
-    for name, median in medians.items():
-        row: dict[str, Any] = {"case": case.label, "contestant": name, "median_ms": median * 1e3}
-        row["time_over_ours"] = median / medians[ours]
-        if case.flops:
-            row["gflop_per_s"] = case.flops / median / 1e9
-        if case.bytes:
-            row["gbyte_per_s"] = case.bytes / median / 1e9
-        if name in case.errors:
-            row["error"] = case.errors[name]
-            row["right"] = name not in wrong
+    for name in case.contestants:
+        row: Row = {**base, "contestant": name, "ours": name == ours}
+        if name in failed:
+            rows.append({**row, "failed": failed[name]})
+            continue
+        if name in errors:
+            limit = case.limit * (1 if name == ours else PEER_SLACK)
+            row |= {"error": errors[name], "limit": limit, "right": errors[name] <= limit}
+        if name in times:
+            row |= _time_row(case, times[name])
+            if ours in times:
+                row["time_over_ours"] = row["median_ms"] / 1e3 / statistics.median(times[ours])
         rows.append(row)
     return rows
 
 
-def print_rows(rows: list[dict[str, Any]]) -> None:
+def _time_row(case: Case, times: list[float]) -> Row:
+    median = statistics.median(times)
+    row: Row = {"median_ms": median * 1e3, "runs": len(times)}
+    if len(times) > 1:
+        low, _, high = statistics.quantiles(times, n=4)
+        row["quartiles_ms"] = [low * 1e3, high * 1e3]
+    if case.flops:
+        row |= {"flops": case.flops, "gflop_per_s": case.flops / median / 1e9}
+    if case.bytes:
+        row |= {"bytes": case.bytes, "gbyte_per_s": case.bytes / median / 1e9}
+    return row
+
+
+def sentence(problem: BaseException) -> str:
+    """The first line of what an exception says, with its kind."""
+    lines = str(problem).strip().splitlines()
+    return f"{type(problem).__name__}: {lines[0]}" if lines else type(problem).__name__
+
+
+def _check_alive(device: Device, problem: Exception) -> None:
+    try:
+        device.settle()
+    except Exception:
+        raise DeviceLostError(sentence(problem)) from problem
+
+
+def is_good(row: Row) -> bool:
+    """Whether a row casts no doubt on this library: peers may fail."""
+    return not row.get("ours") or ("failed" not in row and row.get("right", True))
+
+
+def print_rows(rows: Iterable[Row]) -> None:
     """One table; the last column says how often this library's time fits into the contestant's."""
     print(f"{'case':48} {'contestant':30} {'ms':>9} {'GFLOP/s':>8} {'GB/s':>7} {'error':>9} {'vs ours':>8}")
     for row in rows:
-        rate = f"{row['gflop_per_s']:8.0f}" if "gflop_per_s" in row else " " * 8
-        moved = f"{row['gbyte_per_s']:7.1f}" if "gbyte_per_s" in row else " " * 7
-        error = f"{row['error']:9.1e}" if "error" in row else " " * 9
-        note = "" if row.get("right", True) else "  above limit"
-        line = f"{row['case']:48} {row['contestant']:30} {row['median_ms']:9.3f} {rate} {moved} {error}"
-        print(f"{line} {row['time_over_ours']:7.2f}x{note}", flush=True)
+        print(row_line(row), flush=True)
 
 
-def record(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def row_line(row: Row) -> str:
+    """A line of `print_rows`' table."""
+    what = f"{row['case']:48} {row['contestant']:30}"
+    if "failed" in row:
+        return f"{what} failed: {row['failed']}"
+
+    def cell(key: str, form: str) -> str:
+        return format(row[key], form) if key in row else " " * int(form.split(".")[0])
+
+    note = "" if row.get("right", True) else "  above limit"
+    ratio = f"{row['time_over_ours']:7.2f}x" if "time_over_ours" in row else ""
+    cells = (("median_ms", "9.3f"), ("gflop_per_s", "8.0f"), ("gbyte_per_s", "7.1f"), ("error", "9.1e"))
+    return f"{what} {' '.join(cell(*each) for each in cells)} {ratio}{note}".rstrip()
+
+
+def record(name: str, rows: list[Row], device: Device) -> dict[str, Any]:
     """What a claim must cite: device, versions, command and every row."""
-    return {
-        "benchmark": name,
-        "command": _command(),
-        "device": env.cpu_name(),
-        "threads": torch.get_num_threads(),
-        "cpu_level": _library.cpu_level(),
-        "versions": {"pmf": pmf.__version__, "torch": torch.__version__, "python": platform.python_version()},
-        "rows": rows,
-    }
+    return {"benchmark": name, "command": command(), **device.facts(), "versions": versions(), "rows": rows}
 
 
-def _command() -> str:
+def versions() -> dict[str, str]:
+    return {"pmf": pmf.__version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def command() -> str:
     """How this run was asked for: `pmf bench ...` (or python -m pmf), or a script of benchmarks/."""
     program = Path(sys.argv[0])
-    name = f"python benchmarks/{program.name}" if program.name.startswith("bench_") else "pmf"
-    return " ".join([name, *sys.argv[1:]])
+    is_script = program.parent.name == "benchmarks" or program.name.startswith("bench_")
+    return " ".join([f"python benchmarks/{program.name}" if is_script else "pmf", *sys.argv[1:]])
 
 
 def write_record(path: Path, content: Mapping[str, Any]) -> None:
@@ -131,15 +237,19 @@ def write_record(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def run_benchmark(name: str, cases: Callable[[], Any], seconds: float, out: Path | None) -> int:
+def run_benchmark(
+    name: str,
+    cases: Callable[[Setting], Iterator[Planned]],
+    setting: Setting,
+    seconds: float,
+    out: Path | None,
+) -> int:
     """Run every case of one benchmark; the exit status is 1 where this library's own result is wrong."""
-    rows: list[dict[str, Any]] = []
-    ours_right = True
-    for case in cases():
-        found = run_case(case, seconds)
-        ours_right &= found[0].get("right", True)
-        rows += found
+    rows: list[Row] = []
+    for planned in cases(setting):
+        rows += run_case(planned, setting.device, seconds)
+        setting.device.release()
     print_rows(rows)
     if out is not None:
-        write_record(out / f"bench_{name}.json", record(name, rows))
-    return 0 if ours_right else 1
+        write_record(out / f"bench_{name}.json", record(name, rows, setting.device))
+    return 0 if all(map(is_good, rows)) else 1

@@ -1,76 +1,124 @@
-"""One Muon step on a twentieth of pMF-B/16, beside torch.optim.Muon with torch.optim.AdamW.
+"""One Muon step, beside torch.optim.Muon with torch.optim.AdamW: on the CPU of a twentieth of pMF-B/16.
 
-torch.optim.Muon computes in bfloat16: pmf runs in bfloat16 for equal terms, and in its default, float32.
+torch.optim.Muon computes in bfloat16: pmf runs in bfloat16 for equal terms, and in its default (float32 on
+the CPU, float16 on a GPU). Steps are checked on one matrix of each shape.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from pmf.bench.harness import Case, relative_error
+from pmf.bench.device import Run
+from pmf.bench.harness import Case, Planned, Setting, relative_error
+from pmf.models import create_model
 from pmf.optim import Muon
 
-MATRICES: dict[tuple[int, ...], int] = {(768, 768): 5, (768, 2048): 2, (2048, 768): 1, (768, 256): 1}
-OTHERS: dict[tuple[int, ...], int] = {(768,): 15, (276, 768): 1, (1001, 768): 1, (1, 128, 16, 16, 3): 1}
+Shapes = dict[tuple[int, ...], int]
+_TWENTIETH: tuple[Shapes, Shapes] = (
+    {(768, 768): 5, (768, 2048): 2, (2048, 768): 1, (768, 256): 1},
+    {(768,): 15, (276, 768): 1, (1001, 768): 1, (1, 128, 16, 16, 3): 1},
+)
+_TINY: tuple[Shapes, Shapes] = {(16, 16): 2, (16, 24): 1}, {(16,): 2}
+MODELS = {"quick": ("pmf-b/16",), "full": ("pmf-b/16", "pmf-l/16", "pmf-h/16")}
 STEP_LIMIT = 3e-2  # bfloat16's error in the direction of a step
 
 
-def parameters(shapes: dict[tuple[int, ...], int]) -> list[nn.Parameter]:
-    """The same parameters and gradients at every call."""
-    generator = torch.Generator().manual_seed(0)
-    made = []
-    for shape, count in shapes.items():
-        for _ in range(count):
-            p = nn.Parameter(torch.randn(*shape, generator=generator))
-            p.grad = torch.randn(*shape, generator=generator)
-            made.append(p)
-    return made
+def shapes_of(model: str) -> tuple[Shapes, Shapes]:
+    """What Muon and what Adam owns of a preset: shapes with their numbers."""
+    with torch.device("meta"):
+        network = create_model(model)
+    matrices = set(Muon(network).routing()["muon"])
+    counts: tuple[Counter[tuple[int, ...]], ...] = (Counter(), Counter())
+    for name, p in network.named_parameters():
+        counts[name not in matrices][tuple(p.shape)] += 1
+    return dict(counts[0]), dict(counts[1])
 
 
 class Contestant:
-    """Parameters with the optimizers that step them."""
+    """Parameters with the optimizers that step them; the same numbers in every contestant."""
 
-    def __init__(self, compute_dtype: torch.dtype | None) -> None:
-        """`compute_dtype` None stands for torch's optimizers, which compute in bfloat16."""
-        self.matrices, self.others = parameters(MATRICES), parameters(OTHERS)
-        self.start = [p.detach().clone() for p in self.matrices]
+    def __init__(
+        self,
+        setting: Setting,
+        shapes: tuple[Shapes, Shapes],
+        compute_dtype: torch.dtype | None,
+        optimizer: str = "pmf",
+    ) -> None:
+        """compute_dtype None: the default of this library's optimizer. optimizer: "pmf" or "torch"."""
+        self.matrices, self.others = (self._parameters(setting, s) for s in shapes)
+        self.firsts = list({tuple(p.shape): p for p in reversed(self.matrices)}.values())
+        self.start = [p.detach().clone() for p in self.firsts]
         self.optimizers: list[torch.optim.Optimizer]
-        if compute_dtype is None:
-            matrices = torch.optim.Muon(self.matrices, weight_decay=0.1)
-            others = torch.optim.AdamW(
-                self.others, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, foreach=True
-            )
-            self.optimizers = [matrices, others]
+        if optimizer == "torch":
+            muon = torch.optim.Muon(self.matrices, weight_decay=0.1)
+            adam = torch.optim.AdamW(self.others, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+            self.optimizers = [muon, adam]
         else:
             groups = [
                 {"params": self.matrices, "algorithm": "muon"},
                 {"params": self.others, "algorithm": "adam"},
             ]
-            self.optimizers = [Muon(groups, lr=1e-3, preset="torch", compute_dtype=compute_dtype)]
+            given = {} if compute_dtype is None else {"compute_dtype": compute_dtype}
+            self.optimizers = [Muon(groups, lr=1e-3, preset="pmf", **SAME, **given)]  # type: ignore[arg-type]
+
+    @staticmethod
+    def _parameters(setting: Setting, shapes: Shapes) -> list[nn.Parameter]:
+        made = []
+        for seed, (shape, count) in enumerate(shapes.items()):
+            values = setting.normal(*[shape] * (2 * count), seed=seed)
+            for value, grad in zip(values[::2], values[1::2], strict=True):
+                made.append(nn.Parameter(value))
+                made[-1].grad = grad
+        return made
 
     def step(self) -> None:
         for optimizer in self.optimizers:
             optimizer.step()
 
     def moved(self) -> tuple[Tensor, ...]:
-        return tuple(p.detach() - p0 for p, p0 in zip(self.matrices, self.start, strict=True))
+        """How far the first matrix of each shape is from its start."""
+        return tuple(p.detach() - p0 for p, p0 in zip(self.firsts, self.start, strict=True))
 
 
-def cases() -> Iterator[Case]:
+SAME = {"bias_correction": False, "weight_decay": 0.1, "adam_nesterov": False}
+"""torch.optim.Muon's settings, but for the dtype."""
+
+
+def cases(setting: Setting) -> Iterator[Planned]:
+    scale = setting.scale
+    named = {"tiny": [("", _TINY)], "cpu": [("", _TWENTIETH)]}.get(scale) or [
+        (f" of {model}", shapes_of(model)) for model in MODELS[scale]
+    ]
+    for name, shapes in named:
+        count = sum(n * torch.Size(shape).numel() for part in shapes for shape, n in part.items())
+        facts = {"op": "muon", "model": name.removeprefix(" of ")}
+        label = f"one step{name}, {count / 1e6:.1f} M parameters"
+        yield Planned(label, lambda shapes=shapes: _case(setting, shapes), facts)  # type: ignore[misc]
+
+
+def _case(setting: Setting, shapes: tuple[Shapes, Shapes]) -> Case:
+    default = "float32" if setting.device.device.type == "cpu" else "float16"
     contestants = {
-        "pmf, bfloat16": Contestant(torch.bfloat16),
-        "torch.optim.Muon and AdamW, bfloat16": Contestant(None),
-        "pmf, float32": Contestant(torch.float32),
+        "pmf, bfloat16": Contestant(setting, shapes, torch.bfloat16),
+        "torch.optim.Muon and AdamW, bfloat16": Contestant(setting, shapes, None, "torch"),
+        f"pmf, {default}": Contestant(setting, shapes, None),
     }
-    exact = Contestant(torch.float64)
-    for contestant in (*contestants.values(), exact):
-        contestant.step()
-    truth = tuple(x.double() for x in exact.moved())
-    count = sum(p.numel() for p in (*exact.matrices, *exact.others))
-    yield Case(
-        label=f"one step, {count / 1e6:.1f} M parameters",
-        contestants={name: contestant.step for name, contestant in contestants.items()},
-        errors={name: relative_error(contestant.moved(), truth) for name, contestant in contestants.items()},
-        limit=STEP_LIMIT,
-    )
+    truth = _truth(next(iter(contestants.values())))
+
+    def error(name: str) -> float:
+        contestants[name].step()
+        return relative_error(contestants[name].moved(), truth)
+
+    runs: dict[str, Run] = {name: contestant.step for name, contestant in contestants.items()}
+    return Case(runs, error, STEP_LIMIT)
+
+
+def _truth(contestant: Contestant) -> list[Tensor]:
+    """The first step of `firsts` in float64."""
+    exact = [nn.Parameter(p.detach().double()) for p in contestant.firsts]
+    for p, given in zip(exact, contestant.firsts, strict=True):
+        p.grad = None if given.grad is None else given.grad.double()
+    Muon([{"params": exact, "algorithm": "muon"}], lr=1e-3, **SAME).step()  # type: ignore[arg-type]
+    return [p.detach() - p0.double() for p, p0 in zip(exact, contestant.start, strict=True)]

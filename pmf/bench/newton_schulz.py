@@ -1,22 +1,40 @@
-"""newton_schulz on pMF-B's and L's matrices, beside the same iteration written in PyTorch.
+"""newton_schulz on the matrices of pMF-B, L and H, beside the same iteration written in PyTorch.
 
-At equal compute dtype: for bfloat16 torch.optim.Muon's own function, for float32 its lines without the cast.
+At equal compute dtype: for 16 bits torch.optim.Muon's own function, which computes in bfloat16; for float32
+its lines without the cast.
 """
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz
 
 from pmf import reference
-from pmf.bench.harness import Case, relative_error
+from pmf.bench.device import Run
+from pmf.bench.harness import Case, Planned, Setting, against, dtype_name
 from pmf.ops import newton_schulz
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
-MATRICES = {(768, 768): 2, (768, 2048): 2, (256, 768): 4, (1024, 2730): 2}
-"""B/16's shapes (of which the model has 102, 72 and 4) and L/16's commonest, in numbers that time quickly."""
-LIMITS = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+_F32, _BF16, _F16 = torch.float32, torch.bfloat16, torch.float16
+Matrices = dict[tuple[int, int], int]
+_FEW: Matrices = {(768, 768): 2, (768, 2048): 2, (256, 768): 4, (1024, 2730): 2}
+_B16: Matrices = {(768, 768): 102, (768, 2048): 72}
+MATRICES: dict[str, list[tuple[torch.dtype, Matrices]]] = {
+    "tiny": [(_F32, {(24, 32): 2}), (_BF16, {(16, 40): 2})],
+    "cpu": [(_F32, _FEW), (_BF16, _FEW)],
+    "quick": [(_F16, _B16)],
+    "full": [
+        (_F16, {**_B16, (256, 768): 4, (1024, 2730): 120, (1280, 3416): 168}),
+        (_BF16, _B16),
+        (_F32, {(768, 2048): 8}),
+    ],
+}
+"""On the CPU the commonest shapes of B/16 and L/16 in numbers that time quickly; on a GPU all there are."""
+LIMITS = {_F32: 1e-4, _BF16: 3e-2, _F16: 3e-2}
+
+Peer = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
 def plain_float32(g: Tensor) -> Tensor:
@@ -40,29 +58,30 @@ def flops(m: int, n: int) -> float:
     return min(15 * m * m * n + 5 * m**3, 6 * m * m * n + 14 * m**3)
 
 
-def cases() -> Iterator[Case]:
-    peers: list[tuple[torch.dtype, str, Callable[[Tensor], Tensor]]] = [
-        (torch.float32, "torch, the same iteration", plain_float32),
-        (torch.bfloat16, "torch.optim.Muon's", torch_bfloat16),
-    ]
-    for dtype, name, peer in peers:
-        for (m, n), count in MATRICES.items():
-            yield _case(dtype, name, peer, [torch.randn(m, n) for _ in range(count)])
+def cases(setting: Setting, peers: Mapping[str, Peer] | None = None) -> Iterator[Planned]:
+    """peers: more contestants, functions of the list of matrices."""
+    for dtype, matrices in MATRICES[setting.scale]:
+        for shape, count in matrices.items():
+            name = dtype_name(dtype)
+            facts = {"op": "newton_schulz", "shape": [count, *shape], "dtype": name}
+            build = functools.partial(_case, setting, dtype, shape, count, peers or {})
+            yield Planned(f"{count} of {shape[0]}x{shape[1]} {name}", build, facts)
 
 
-def _case(dtype: torch.dtype, name: str, peer: Callable[[Tensor], Tensor], matrices: list[Tensor]) -> Case:
-    exact = reference.newton_schulz(matrices[0].double())
-    m, n = matrices[0].shape
-    return Case(
-        label=f"{len(matrices)} of {m}x{n} {str(dtype).removeprefix('torch.')}",
-        contestants={
-            "pmf": lambda: newton_schulz(matrices, compute_dtype=dtype),
-            name: lambda: [peer(g) for g in matrices],
-        },
-        errors={
-            "pmf": relative_error(newton_schulz(matrices, compute_dtype=dtype)[0], exact),
-            name: relative_error(peer(matrices[0]), exact),
-        },
-        limit=LIMITS[dtype],
-        flops=len(matrices) * flops(m, n),
+def _case(
+    setting: Setting, dtype: torch.dtype, shape: tuple[int, int], count: int, peers: Mapping[str, Peer]
+) -> Case:
+    matrices = setting.normal(*[shape] * count)
+    plain, name = (
+        (plain_float32, "torch, the same iteration")
+        if dtype == torch.float32
+        else (torch_bfloat16, "torch.optim.Muon's")
     )
+    runs: dict[str, Run] = {
+        "pmf": lambda: newton_schulz(matrices, compute_dtype=dtype),
+        name: lambda: [plain(g) for g in matrices],
+    }
+    runs |= {key: functools.partial(peer, matrices) for key, peer in peers.items()}
+    exact = [reference.newton_schulz(matrices[i].double()) for i in (0, -1)]
+    error = against(runs, exact, lambda result: (result[0], result[-1]))
+    return Case(runs, error, LIMITS[dtype], flops=count * flops(*shape))

@@ -4,97 +4,139 @@ These ops are bound by memory. The bytes of a case are what must move: each inpu
 written once; a large copy, in the table too, shows what this machine can do.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pmf.bench.harness import Case, relative_error
+from pmf.bench.harness import Case, Planned, Setting, against, dtype_name, tensors
+from pmf.bench.tolerance import tolerance
 
-DTYPES = (torch.float32, torch.bfloat16)
-LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-COPY_ELEMENTS = 1 << 24
+_F32, _BF16, _F16 = torch.float32, torch.bfloat16, torch.float16
+DTYPES = {
+    "tiny": (_F32, _BF16),
+    "cpu": (_F32, _BF16),
+    "quick": (_BF16,),
+    "full": (_BF16, _F16, _F32),
+}
+BATCH = {"tiny": 1, "cpu": 8, "quick": 128, "full": 128}
+TOKENS = {"tiny": 20, "cpu": 276, "quick": 276, "full": 276}
+COPY_ELEMENTS = {"tiny": 1 << 12, "cpu": 1 << 24, "quick": 1 << 29, "full": 1 << 29}
 
 
-def copy_case(dtype: torch.dtype) -> Case:
+class Pair(NamedTuple):
+    """An op, its _jvp twin and its plain form, with inputs.
+
+    op, plain: functions of (*inputs, *constants); the first `varying` inputs carry tangents.
+    op_jvp: function of (*inputs, *constants, *tangents).
+    """
+
+    op: Callable[..., Any]
+    op_jvp: Callable[..., Any]
+    plain: Callable[..., Any]
+    inputs: Sequence[Tensor]
+    constants: Sequence[Tensor]
+    varying: int
+
+    def tangents(self) -> list[Tensor]:
+        return [torch.randn_like(x) for x in self.inputs[: self.varying]]
+
+
+def copy_case(setting: Setting, dtype: torch.dtype) -> Planned:
     """The ceiling: torch's copy of a buffer larger than the caches."""
-    source = torch.randn(COPY_ELEMENTS).to(dtype)
-    target = torch.empty_like(source)
-    moved = 2.0 * source.numel() * source.element_size()
-    return Case(
-        f"copy {str(dtype).removeprefix('torch.')}",
-        {"torch copy_": lambda: target.copy_(source)},
-        bytes=moved,
-    )
+
+    def build() -> Case:
+        (source,) = setting.normal((COPY_ELEMENTS[setting.scale],), dtype=dtype)
+        target = torch.empty_like(source)
+        moved = 2.0 * source.numel() * source.element_size()
+        return Case({"torch copy_": lambda: target.copy_(source)}, bytes=moved)
+
+    name = dtype_name(dtype)
+    return Planned(f"copy {name}", build, {"op": "copy", "dtype": name})
 
 
-def _tensors(result: Any) -> tuple[Tensor, ...]:
-    return (result,) if isinstance(result, Tensor) else tuple(result)
+def _bytes(values: Sequence[Tensor]) -> float:
+    return float(sum(x.numel() * x.element_size() for x in values))
 
 
-def _bytes(tensors: Sequence[Tensor]) -> float:
-    return float(sum(x.numel() * x.element_size() for x in tensors))
+def _exactly(values: Sequence[Tensor]) -> list[Tensor]:
+    return [x.detach().double() for x in values]
 
 
 def pair_cases(
-    name: str,
-    op: Callable[..., Any],
-    op_jvp: Callable[..., Any],
-    plain: Callable[..., Any],
-    inputs: Sequence[Tensor],
-    constants: Sequence[Tensor],
-    varying: int,
-    dtype: torch.dtype,
-) -> Iterator[Case]:
-    """value, value + JVP and backward of one op at one size.
+    name: str, setting: Setting, draw: Callable[[torch.dtype], Pair], shape: Sequence[int], copy: bool = True
+) -> Iterator[Planned]:
+    """A copy, then value, value + JVP and backward of one op, in every dtype of the setting.
 
-    op, plain: functions of (*inputs, *constants); the first ``varying`` inputs carry tangents.
-    op_jvp: function of (*inputs, *constants, *tangents).
+    draw: makes the op's inputs. shape: of the first one, for the label.
     """
-    what = f"{list(inputs[0].shape)} {str(dtype).removeprefix('torch.')}"
-    tangents = tuple(torch.randn_like(x) for x in inputs[:varying])
-    fixed = (*inputs[varying:], *constants)
-    limit = LIMITS[dtype]
+    kinds = {"forward": _forward, "forward + JVP": _forward_jvp, "backward": _backward}
+    for dtype in DTYPES[setting.scale]:
+        if copy:
+            yield copy_case(setting, dtype)
+        for kind, build in kinds.items():
+            facts = {"op": f"{name} {kind}", "shape": list(shape), "dtype": dtype_name(dtype)}
+            label = f"{kind} {list(shape)} {dtype_name(dtype)}"
+            yield Planned(label, functools.partial(lambda f, d: f(name, draw(d), d), build, dtype), facts)
 
-    def exact(*tensors: Tensor) -> list[Tensor]:
-        return [x.double() for x in tensors]
 
-    def case(
-        kind: str, ours: Callable[[], Any], theirs: Callable[[], Any], truth: Any, read: Sequence[Tensor]
-    ) -> Case:
-        runs = {f"pmf {name}": ours, "plain PyTorch": theirs}
-        errors = {key: relative_error(_tensors(run()), _tensors(truth)) for key, run in runs.items()}
-        return Case(f"{kind} {what}", runs, errors, limit, bytes=_bytes(read) + _bytes(_tensors(ours())))
+def _case(
+    name: str,
+    ours: Callable[[], Any],
+    theirs: Callable[[], Any],
+    truth: Any,
+    read: Sequence[Tensor],
+    dtype: torch.dtype,
+    kind: str = "elementwise",
+) -> Case:
+    runs = {f"pmf {name}": ours, "plain PyTorch": theirs}
+    written = sum(x.numel() for x in tensors(truth)) * dtype.itemsize
+    limit = tolerance(kind, dtype)
+    return Case(runs, against(runs, tensors(truth)), limit, bytes=_bytes(read) + written)
 
-    arguments = (*inputs, *constants)
-    yield case(
-        "forward", lambda: op(*arguments), lambda: plain(*arguments), plain(*exact(*arguments)), arguments
+
+def _forward(name: str, pair: Pair, dtype: torch.dtype) -> Case:
+    given = (*pair.inputs, *pair.constants)
+    truth = pair.plain(*_exactly(given))
+    return _case(name, lambda: pair.op(*given), lambda: pair.plain(*given), truth, given, dtype)
+
+
+def _jvp_of(pair: Pair, primals: Sequence[Tensor], rest: Sequence[Tensor], along: Sequence[Tensor]) -> Any:
+    out: Any = torch.func.jvp(lambda *x: pair.plain(*x, *rest), tuple(primals), tuple(along))
+    return (*tensors(out[0]), *tensors(out[1]))
+
+
+def _forward_jvp(name: str, pair: Pair, dtype: torch.dtype) -> Case:
+    along = pair.tangents()
+    given = (*pair.inputs, *pair.constants)
+    moving, fixed = given[: pair.varying], given[pair.varying :]
+    truth = _jvp_of(pair, _exactly(moving), _exactly(fixed), _exactly(along))
+    return _case(
+        name,
+        lambda: pair.op_jvp(*given, *along),
+        lambda: _jvp_of(pair, moving, fixed, along),
+        truth,
+        (*given, *along),
+        dtype,
     )
 
-    def jvp_of(
-        function: Callable[..., Any], primals: Sequence[Tensor], rest: Sequence[Tensor], along: Any
-    ) -> Any:
-        pair: Any = torch.func.jvp(lambda *x: function(*x, *rest), tuple(primals), tuple(along))
-        return (*_tensors(pair[0]), *_tensors(pair[1]))
 
-    yield case(
-        "forward + JVP",
-        lambda: op_jvp(*arguments, *tangents),
-        lambda: jvp_of(plain, inputs[:varying], fixed, tangents),
-        jvp_of(plain, exact(*inputs[:varying]), exact(*fixed), exact(*tangents)),
-        (*arguments, *tangents),
-    )
-
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    outs, plain_outs = _tensors(op(*leaves, *constants)), _tensors(plain(*leaves, *constants))
-    grads = [torch.randn_like(x) for x in outs]
-    exact_leaves = [x.detach().double().requires_grad_() for x in inputs]
-    exact_outs = _tensors(plain(*exact_leaves, *exact(*constants)))
-    yield case(
-        "backward",
-        lambda: torch.autograd.grad(outs, leaves, grads, retain_graph=True),
-        lambda: torch.autograd.grad(plain_outs, leaves, grads, retain_graph=True),
-        torch.autograd.grad(exact_outs, exact_leaves, exact(*grads)),
-        (*arguments, *grads),
+def _backward(name: str, pair: Pair, dtype: torch.dtype) -> Case:
+    leaves = [x.detach().requires_grad_() for x in pair.inputs]
+    exact_leaves = [x.requires_grad_() for x in _exactly(pair.inputs)]
+    exact_outs = tensors(pair.plain(*exact_leaves, *_exactly(pair.constants)))
+    grads = [torch.randn_like(x, dtype=dtype) for x in exact_outs]
+    truth = torch.autograd.grad(exact_outs, exact_leaves, _exactly(grads))
+    ours = functools.cache(lambda: tensors(pair.op(*leaves, *pair.constants)))
+    theirs = functools.cache(lambda: tensors(pair.plain(*leaves, *pair.constants)))
+    return _case(
+        name,
+        lambda: torch.autograd.grad(ours(), leaves, grads, retain_graph=True),
+        lambda: torch.autograd.grad(theirs(), leaves, grads, retain_graph=True),
+        truth,
+        (*pair.inputs, *pair.constants, *grads),
+        dtype,
+        kind="gemm",  # gradients of weights sum over all tokens
     )

@@ -1,18 +1,20 @@
 """patch_embed at pMF-B/16: 256 patches of 16 x 16 x 3 through 128 channels to 768, behind 20 other tokens."""
 
-from collections.abc import Iterator
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pmf import ops, reference
-from pmf.bench.harness import Case, relative_error
+from pmf.bench.device import Run
+from pmf.bench.harness import Case, Planned, Setting, against, dtype_name
+from pmf.bench.pairs import BATCH, DTYPES
+from pmf.bench.tolerance import tolerance
 
-BATCH, SIZE, PATCH, CHANNELS, WIDTH, PREFIX = 8, 256, 16, 128, 768, 20
-DTYPES = (torch.float32, torch.bfloat16)
-LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+PATCH, CHANNELS, WIDTH, PREFIX = 16, 128, 768, 20
+SIZE = {"tiny": 32, "cpu": 256, "quick": 256, "full": 256}
 
 
 def convolutions(
@@ -30,41 +32,56 @@ def convolutions(
     return torch.cat((prefix, tokens), 1)
 
 
-def cases() -> Iterator[Case]:
-    tokens = (SIZE // PATCH) ** 2
-    flops = 2.0 * BATCH * tokens * CHANNELS * (3 * PATCH * PATCH + WIDTH)
-    for dtype in DTYPES:
-        shapes: list[tuple[int, ...]] = [
-            (BATCH, 3, SIZE, SIZE),
-            (CHANNELS, 3, PATCH, PATCH),
-            (CHANNELS,),
-            (WIDTH, CHANNELS),
-            (WIDTH,),
-            (tokens, WIDTH),
-            (BATCH, PREFIX, WIDTH),
-        ]
-        arguments = [torch.randn(shape).to(dtype) for shape in shapes]
-        exact = reference.patch_embed(*(x.double() for x in arguments))
-        leaves = [x.detach().requires_grad_() for x in arguments[1:]]
-        grad = torch.randn_like(exact).to(dtype)
-        runs: dict[str, Any] = {
-            "pmf patch_embed": lambda a=arguments: ops.patch_embed(*a),
-            "two convolutions": lambda a=arguments: convolutions(*a),
-        }
-        errors = {name: relative_error(run(), exact) for name, run in runs.items()}
-        name = str(dtype).removeprefix("torch.")
-        yield Case(f"forward {name}", runs, errors, LIMITS[dtype], flops)
+FORMS: dict[str, Callable[..., Tensor]] = {
+    "pmf patch_embed": ops.patch_embed,
+    "two convolutions": convolutions,
+}
 
-        outs = {
-            "pmf patch_embed": ops.patch_embed(arguments[0], *leaves),
-            "two convolutions": convolutions(arguments[0], *leaves),
-        }
-        runs = {
-            key: lambda out=out, g=grad, x=leaves: torch.autograd.grad(out, x, g, retain_graph=True)
-            for key, out in outs.items()
-        }
-        exact_leaves = [x.detach().double().requires_grad_() for x in arguments[1:]]
-        exact_out = reference.patch_embed(arguments[0].double(), *exact_leaves)
-        truth = torch.autograd.grad(exact_out, exact_leaves, grad.double())
-        errors = {key: relative_error(run(), truth) for key, run in runs.items()}
-        yield Case(f"backward {name}", runs, errors, LIMITS[dtype], 2 * flops)
+
+def cases(setting: Setting) -> Iterator[Planned]:
+    batch, size = BATCH[setting.scale], SIZE[setting.scale]
+    tokens = (size // PATCH) ** 2
+    flops = 2.0 * batch * tokens * CHANNELS * (3 * PATCH * PATCH + WIDTH)
+    shapes: list[tuple[int, ...]] = [
+        (batch, 3, size, size),
+        (CHANNELS, 3, PATCH, PATCH),
+        (CHANNELS,),
+        (WIDTH, CHANNELS),
+        (WIDTH,),
+        (tokens, WIDTH),
+        (batch, PREFIX, WIDTH),
+    ]
+    for dtype in DTYPES[setting.scale]:
+        for kind, make in (("forward", _forward), ("backward", _backward)):
+            name = dtype_name(dtype)
+            facts = {"op": f"patch_embed {kind}", "shape": list(shapes[0]), "dtype": name}
+            build = functools.partial(lambda m, d: m(setting.normal(*shapes, dtype=d), flops), make, dtype)
+            yield Planned(f"{kind} {list(shapes[0])} {name}", build, facts)
+
+
+def _bytes(*groups: Sequence[Tensor]) -> float:
+    return float(sum(x.numel() * x.element_size() for group in groups for x in group))
+
+
+def _forward(arguments: list[Tensor], flops: float) -> Case:
+    exact = reference.patch_embed(*(x.double() for x in arguments))
+    runs: dict[str, Run] = {name: functools.partial(form, *arguments) for name, form in FORMS.items()}
+    dtype = arguments[0].dtype
+    moved = _bytes(arguments) + exact.numel() * dtype.itemsize
+    return Case(runs, against(runs, exact), tolerance("gemm", dtype), flops, moved)
+
+
+def _backward(arguments: list[Tensor], flops: float) -> Case:
+    """Gradients of everything but the image."""
+    image, *rest = arguments
+    leaves = [x.detach().requires_grad_() for x in rest]
+    exact_leaves = [x.detach().double().requires_grad_() for x in rest]
+    exact_out = reference.patch_embed(image.double(), *exact_leaves)
+    grad = torch.randn_like(exact_out, dtype=image.dtype)
+    runs: dict[str, Run] = {}
+    for name, form in FORMS.items():
+        made = functools.cache(functools.partial(form, image, *leaves))
+        runs[name] = lambda out=made: torch.autograd.grad(out(), leaves, grad, retain_graph=True)  # type: ignore[misc]
+    exact = torch.autograd.grad(exact_out, exact_leaves, grad.double())
+    moved = _bytes(arguments, [grad], leaves)
+    return Case(runs, against(runs, exact), tolerance("gemm", image.dtype), 2 * flops, moved)

@@ -5,26 +5,28 @@ from collections.abc import Iterator
 import torch
 
 from pmf import ops, reference
-from pmf.bench.harness import Case
-from pmf.bench.pairs import DTYPES, copy_case, pair_cases
+from pmf.bench.harness import Planned, Setting
+from pmf.bench.pairs import BATCH, Pair, pair_cases
 
-BATCH, CHANNELS, SIZE, PATCH = 8, 3, 256, 16
+CHANNELS, PATCH = 3, 16
+SIZE = {"tiny": 32, "cpu": 256, "quick": 256, "full": 256}
 
 
-def cases() -> Iterator[Case]:
-    tokens = (SIZE // PATCH) ** 2
-    for dtype in DTYPES:
-        yield copy_case(dtype)
-        shown = torch.randn(BATCH, tokens, PATCH * PATCH * CHANNELS).to(dtype)
-        images = torch.randn(BATCH, CHANNELS, SIZE, SIZE).to(dtype)
-        t = torch.linspace(0.1, 0.9, BATCH)
-        yield from pair_cases(
-            "patch_velocity",
+def cases(setting: Setting) -> Iterator[Planned]:
+    batch, size = BATCH[setting.scale], SIZE[setting.scale]
+    tokens = (size // PATCH) ** 2
+    shape = (batch, CHANNELS, size, size)
+
+    def draw(dtype: torch.dtype) -> Pair:
+        shown, images = setting.normal((batch, tokens, PATCH * PATCH * CHANNELS), shape, dtype=dtype)
+        t = torch.linspace(0.1, 0.9, batch, device=images.device)
+        return Pair(
             ops.patch_velocity,
             lambda x, z, t, x_t, z_t: ops.patch_velocity_jvp(x, z, t, x_t, z_t, None),
             reference.patch_velocity,
             (shown, images),
             (t,),
             2,
-            dtype,
         )
+
+    yield from pair_cases("patch_velocity", setting, draw, shape)

@@ -5,16 +5,17 @@ from collections.abc import Iterator
 import torch
 
 from pmf import ops, reference
-from pmf.bench.harness import Case
-from pmf.bench.pairs import DTYPES, copy_case, pair_cases
+from pmf.bench.harness import Planned, Setting
+from pmf.bench.pairs import BATCH, TOKENS, Pair, pair_cases
 
-BATCH, TOKENS, WIDTH = 8, 276, 2048
+WIDTH = 2048
 
 
-def cases() -> Iterator[Case]:
-    for dtype in DTYPES:
-        yield copy_case(dtype)
-        gate, up = torch.randn(2, BATCH, TOKENS, WIDTH).to(dtype)
-        yield from pair_cases(
-            "swiglu", ops.swiglu, ops.swiglu_jvp, reference.swiglu, (gate, up), (), 2, dtype
-        )
+def cases(setting: Setting) -> Iterator[Planned]:
+    shape = (BATCH[setting.scale], TOKENS[setting.scale], WIDTH)
+
+    def draw(dtype: torch.dtype) -> Pair:
+        inputs = setting.normal(shape, shape, dtype=dtype)
+        return Pair(ops.swiglu, ops.swiglu_jvp, reference.swiglu, inputs, (), 2)
+
+    yield from pair_cases("swiglu", setting, draw, shape)

@@ -1,37 +1,11 @@
-"""How far a result may be from the float64 answer for the same (rounded) inputs: one table for all tests.
-
-Errors are relative Frobenius norms. The unit roundoff u of a 16-bit type bounds one store from above;
-storing random values costs 0.42 u. What remains is for one more rounding inside (the probabilities).
-"""
+"""Errors, and the limits for them: those of pmf.bench.tolerance, the one table."""
 
 import torch
 from torch import Tensor
 
-UNIT_ROUNDOFF = {
-    torch.bfloat16: 2.0**-8,
-    torch.float16: 2.0**-11,
-    torch.float32: 2.0**-24,
-    torch.float64: 2.0**-53,
-}
+from pmf.bench.tolerance import UNIT_ROUNDOFF, spread, tolerance
 
-# In units of u. 16-bit types: one store, and for attention one rounding of the probabilities before it;
-# gradients add one of the score gradients. 32 and 64 bits: sums of a few hundred terms, and the exponential.
-_BF16, _F16, _F32, _F64 = UNIT_ROUNDOFF
-FACTORS = {
-    "elementwise": {_BF16: 0.5, _F16: 0.5, _F32: 8, _F64: 64},
-    "gemm": {_BF16: 1.5, _F16: 1.5, _F32: 32, _F64: 64},
-    "attention": {_BF16: 0.665, _F16: 0.665, _F32: 160, _F64: 1000},
-    "attention gradient": {_BF16: 0.819, _F16: 0.819, _F32: 160, _F64: 1000},
-}
-
-
-def tolerance(kind: str, dtype: torch.dtype) -> float:
-    return FACTORS[kind][dtype] * UNIT_ROUNDOFF[dtype]
-
-
-def spread(x: Tensor) -> float:
-    """1 + the relative standard deviation of a root mean square of as many errors as x has numbers."""
-    return 1 + (2 * max(1, x.numel())) ** -0.5
+__all__ = ["UNIT_ROUNDOFF", "assert_close", "error", "spread", "tolerance"]
 
 
 def error(actual: Tensor, expected: Tensor) -> float:

@@ -1,0 +1,1 @@
+"""What run_all.py runs: sections of cases, checks of every op, targets, and the process that measures."""

@@ -1,0 +1,198 @@
+"""Runs sections in a process of their own and keeps what they measured, whatever happens to that process.
+
+The child measures and sends rows; the parent, which never touches the device, writes the record after every
+case. A case that raises is a failed row. A case that ends the process, or leaves the device unusable, is a
+failed row too, and a new child goes on behind it. A section whose time is over is ended, and a new child goes
+on with the next one.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from typing import Any
+
+from pmf import _library
+from pmf.bench.device import make_device
+from pmf.bench.harness import DeviceLostError, Row, Scale, Setting, is_good, row_line, run_case, sentence
+from pmf.devices import find_device
+from pmf.errors import UserError
+
+from .sections import PUBLISHED, Section
+from .targets import Rates, add_shares, judge
+
+LAST_CASE = 0.85
+"""Share of a section's time after which it begins no new case."""
+NO_TIME = "no time was left in this section"
+NO_KERNELS = "this build of pmf has no CUDA kernels: install it with PMF_CUDA=on, which says what is missing"
+
+
+class NoDeviceError(Exception):
+    """There is nothing to measure on; the sentence is for the user."""
+
+
+class Runner:
+    """Measures sections one after the other into `record["sections"]`.
+
+    save: called whenever the record has changed.
+    """
+
+    def __init__(self, device: str, scale: Scale, record: dict[str, Any], save: Callable[[], None]) -> None:
+        self.device, self.scale, self.record, self.save = device, scale, record, save
+        self.rates = Rates()
+        self.todo: list[Section] = []
+        self.begun = 0
+        """Cases of todo[0] that are over, or were when their process ended."""
+        self.label: str | None = None
+        """The case that is running."""
+
+    def run(self, sections: Sequence[Section]) -> None:
+        """Raises NoDeviceError before anything is measured where the device is not there."""
+        self.record["sections"] = []
+        self.todo = [section for section in sections if section.limits(self.scale).section > 0]
+        while self.todo:
+            with self._child() as messages:
+                self._follow(messages)
+
+    @contextmanager
+    def _child(self) -> Iterator[Connection]:
+        context = multiprocessing.get_context("fork")  # what the parent has imported need not be again
+        receiver, sender = context.Pipe(duplex=False)
+        spent = self._entry()["seconds"]
+        given = (sender, self.device, self.scale, self.todo, self.begun, spent)
+        child = context.Process(target=_work, args=given)
+        child.start()
+        sender.close()  # so that the end of the child is the end of its messages
+        try:
+            yield receiver
+        finally:
+            child.kill()
+            child.join()
+
+    def _follow(self, messages: Connection) -> None:
+        """Take in what one child sends until all is done, or until another child is needed."""
+        self.label = None
+        last = time.monotonic()
+        while self.todo:
+            entry = self._entry()
+            try:
+                in_time = messages.poll(max(0.0, entry["limit_s"] - entry["seconds"]))
+                kind, value = messages.recv() if in_time else ("late", None)
+            except EOFError:
+                kind, value = "died", None
+            now = time.monotonic()
+            entry["seconds"] += now - last
+            last = now
+            match kind:
+                case "absent":
+                    raise NoDeviceError(value)
+                case "facts":
+                    self.record.update(value)
+                case "case":
+                    self.label = value
+                    if self.begun == 0:
+                        print(f"\n{entry['name']} (at most {entry['limit_s']:.0f} s)", flush=True)
+                    self.begun += 1
+                case "rows":
+                    self.label = None
+                    self._take(value)
+                case "end":
+                    self._next_section()
+                case "lost":
+                    self._take(value)
+                    return
+                case "late":
+                    self._fail(f"ended after {entry['limit_s']:.0f} s, the section's limit")
+                    self._next_section()
+                    return
+                case "died":
+                    self._fail("the process ended without a word")
+                    if self.label is None:  # not a case's doing: it would happen again
+                        self._next_section()
+                    return
+            self.save()
+
+    def _entry(self) -> dict[str, Any]:
+        """The present section's part of the record."""
+        entries, section = self.record["sections"], self.todo[0]
+        if not entries or entries[-1]["name"] != section.name:
+            limit = section.limits(self.scale).section
+            entries.append({"name": section.name, "limit_s": limit, "seconds": 0.0, "rows": []})
+        return entries[-1]
+
+    def _next_section(self) -> None:
+        self.todo, self.begun = self.todo[1:], 0
+        self.save()
+
+    def _fail(self, why: str) -> None:
+        ours = self.todo[0].name != PUBLISHED
+        row = {"case": self.label or "between cases", "contestant": "pmf", "ours": ours, "failed": why}
+        self._take([row])
+        self.save()
+
+    def _take(self, rows: list[Row]) -> None:
+        for row in rows:
+            self.rates.learn(row)
+        self.record["rates"] = self.rates.as_dict()
+        for row in rows:
+            add_shares(row, self.rates)
+        if found := judge(rows):
+            rows[0]["targets"] = found
+        self._entry()["rows"] += rows
+        for row in rows:
+            print(row_line(row), flush=True)
+
+
+def failures(record: dict[str, Any]) -> list[Row]:
+    """Rows that say something of ours is wrong, or that could not be run."""
+    return [row for entry in record["sections"] for row in entry["rows"] if not is_good(row)]
+
+
+def _why_not(name: str) -> str | None:
+    """Why there is nothing to measure on such a device."""
+    try:
+        kind = find_device(name).type
+    except UserError as problem:
+        return str(problem)
+    module = _library.introspection()
+    return NO_KERNELS if kind == "cuda" and module and not module.build_facts()["has_cuda"] else None
+
+
+def _work(
+    sender: Connection, name: str, scale: Scale, sections: Sequence[Section], skip: int, spent: float
+) -> None:
+    """The child. It sends (kind, value): "case" before a case and "rows" behind it, "end" behind a section.
+
+    skip, spent: cases and seconds of the first section that other children have had.
+    """
+    if problem := _why_not(name):
+        sender.send(("absent", problem))
+        return
+    device = make_device(name)
+    sender.send(("facts", device.facts()))
+    setting = Setting(device, scale)
+    for section in sections:
+        limits = section.limits(scale)
+        end = time.monotonic() + LAST_CASE * limits.section - spent
+        for number, planned in enumerate(section.cases(setting)):
+            if number < skip:
+                continue
+            sender.send(("case", planned.label))
+            base = {**planned.facts, "case": planned.label, "contestant": "pmf"}
+            if time.monotonic() > end:
+                sender.send(("rows", [{**base, "skipped": NO_TIME}]))
+                continue
+            try:
+                rows = run_case(planned, device, limits.case)
+            except DeviceLostError as problem:
+                sender.send(("lost", [{**base, "ours": True, "failed": sentence(problem)}]))
+                os._exit(1)  # tidying up would ask the device
+            sender.send(("rows", rows))
+            del planned
+            device.release()
+        skip, spent = 0, 0.0
+        sender.send(("end", section.name))

@@ -1,0 +1,113 @@
+"""The parts of a run, each with the time it may take. Their sum is what a run takes at most."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from peers import published
+from torch import Tensor
+
+from pmf.bench import (
+    attention,
+    gated_residual,
+    muon,
+    newton_schulz,
+    pairs,
+    patch_embed,
+    patch_velocity,
+    rms_norm,
+    rotary_qk_norm,
+    swiglu,
+)
+from pmf.bench.harness import Planned, Scale, Setting
+
+from . import checks, network
+
+Cases = Callable[[Setting], Iterator[Planned]]
+PUBLISHED = "published peers"
+ELEMENTWISE = (rms_norm, swiglu, gated_residual, rotary_qk_norm, patch_velocity)
+
+
+class Limits(NamedTuple):
+    """Seconds: what the section may take in all, and what the timing of one case should."""
+
+    section: float
+    case: float
+
+
+class Section(NamedTuple):
+    """Cases, with the time for them in full and in quick runs."""
+
+    name: str
+    cases: Cases
+    full: Limits
+    quick: Limits
+
+    def limits(self, scale: Scale) -> Limits:
+        """On the CPU those of a quick run; there a case is timed for no longer than it takes."""
+        if scale == "full":
+            return self.full
+        return self.quick if scale == "quick" else self.quick._replace(case=0.0)
+
+
+def rates(setting: Setting) -> Iterator[Planned]:
+    """What the device can do: the ceilings that shares are of."""
+    yield pairs.copy_case(setting, torch.bfloat16)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        yield attention.gemm(setting, dtype)
+
+
+def _without(op: str, cases: Iterator[Planned]) -> Iterator[Planned]:
+    return (planned for planned in cases if planned.facts.get("op") != op)
+
+
+def attention_cases(setting: Setting) -> Iterator[Planned]:
+    """Beside torch's, the Triton baseline, which is right at every length."""
+    jvp_peers: dict[str, attention.Jvp] = {}
+    if setting.device.device.type == "cuda":
+        jvp_peers["Triton baseline"] = triton_baseline
+    return _without("gemm", attention.cases(setting, jvp_peers))
+
+
+def triton_baseline(primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    from peers.attention_jvp import attention_jvp
+
+    return attention_jvp(*primals, *tangents)
+
+
+def elementwise_cases(setting: Setting) -> Iterator[Planned]:
+    for module in ELEMENTWISE:
+        name = module.__name__.rpartition(".")[2]
+        for planned in _without("copy", module.cases(setting)):
+            yield dataclasses.replace(planned, label=f"{name} {planned.label}")
+
+
+def published_cases(setting: Setting) -> Iterator[Planned]:
+    """Once more beside the published packages that are installed; last, as some compile for long."""
+    if published.is_installed("gram_newton_schulz"):
+        made = functools.cache(published.gram_newton_schulz)
+        yield from newton_schulz.cases(setting, {"gram-newton-schulz": lambda matrices: made()(matrices)})
+    if published.is_installed("jvp_flash_attention"):
+        jvp_peers = {"jvp-flash-attention": published.jvp_flash_attention}
+        for planned in attention.cases(setting, jvp_peers):
+            if planned.facts["op"] == "attention forward + JVP":
+                yield planned
+
+
+SECTIONS = (
+    Section("rates", rates, Limits(20, 1.0), Limits(10, 0.3)),
+    Section("checks", checks.cases, Limits(55, 0), Limits(16, 0)),
+    Section("attention", attention_cases, Limits(125, 1.5), Limits(22, 0.5)),
+    Section("training step", network.training_cases, Limits(55, 12), Limits(26, 3)),
+    Section("sampling", network.sampling_cases, Limits(25, 4), Limits(10, 1.5)),
+    Section("muon", muon.cases, Limits(45, 4), Limits(8, 1)),
+    Section("newton_schulz", newton_schulz.cases, Limits(30, 1), Limits(6, 0.5)),
+    Section("elementwise", elementwise_cases, Limits(45, 0.4), Limits(8, 0.15)),
+    Section("patch_embed", patch_embed.cases, Limits(15, 0.6), Limits(4, 0.3)),
+    Section(PUBLISHED, published_cases, Limits(50, 0.6), Limits(0, 0)),
+)
+"""What matters most comes first. Quick runs leave the published packages out."""

@@ -1,0 +1,149 @@
+"""Where a benchmark runs, and how time is taken there: a plain clock on the CPU, events on a GPU."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+
+from pmf import _library, env
+
+Run = Callable[[], Any]
+
+LEAST_ROUNDS = 7
+GPU_ROUNDS, LEAST_GPU_ROUNDS = 5, 2
+SMI_FIELDS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
+SMALL_BLOCK, LARGE_BLOCK = 1 << 18, 1 << 28
+"""Numbers in a block: the caching allocator keeps blocks below a megabyte apart from the others."""
+
+
+class Device(Protocol):
+    """A kind of processor to measure on."""
+
+    device: torch.device
+
+    def facts(self) -> dict[str, Any]:
+        """What a record must say of the machine."""
+        ...
+
+    def times(
+        self, contestants: Mapping[str, Run], seconds: float, least_rounds: int | None = None
+    ) -> dict[str, list[float]]:
+        """Seconds of every run of each contestant, all in turn in every round, for `seconds` in all."""
+        ...
+
+    def settle(self) -> None:
+        """Wait for the device; raises what went wrong there and was not yet reported."""
+        ...
+
+    def poison(self) -> None:
+        """Leave NaN in the memory that the next tensors get, so that numbers never written are seen."""
+        ...
+
+    def release(self) -> None:
+        """Give unused memory back, between cases of different sizes."""
+        ...
+
+
+class Cpu:
+    """The processor, by a wall clock."""
+
+    device = torch.device("cpu")
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "device": env.cpu_name(),
+            "threads": torch.get_num_threads(),
+            "cpu_level": _library.cpu_level(),
+        }
+
+    def times(
+        self, contestants: Mapping[str, Run], seconds: float, least_rounds: int | None = None
+    ) -> dict[str, list[float]]:
+        least = LEAST_ROUNDS if least_rounds is None else least_rounds
+        for run in contestants.values():  # allocate, compile and fill caches outside the clock
+            run()
+        times: dict[str, list[float]] = {name: [] for name in contestants}
+        end = time.perf_counter() + seconds
+        rounds = 0
+        while time.perf_counter() < end or rounds < least:
+            for name, run in contestants.items():
+                start = time.perf_counter()
+                run()
+                times[name].append(time.perf_counter() - start)
+            rounds += 1
+        return times
+
+    def settle(self) -> None:
+        pass
+
+    def poison(self) -> None:
+        pass
+
+    def release(self) -> None:
+        pass
+
+
+class Cuda:
+    """The current NVIDIA GPU, by triton.testing.do_bench: events, and an L2 cache emptied before each run."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda", torch.cuda.current_device())
+
+    def facts(self) -> dict[str, Any]:
+        found = torch.cuda.get_device_properties(self.device)
+        return {
+            "device": found.name,
+            "capability": f"sm_{found.major}{found.minor}",
+            "multiprocessors": found.multi_processor_count,
+            "memory_bytes": found.total_memory,
+            "cuda": torch.version.cuda,
+            "nvidia_smi": _nvidia_smi(),
+            "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        }
+
+    def times(
+        self, contestants: Mapping[str, Run], seconds: float, least_rounds: int | None = None
+    ) -> dict[str, list[float]]:
+        from triton.testing import do_bench  # comes with torch's CUDA builds
+
+        least = LEAST_GPU_ROUNDS if least_rounds is None else least_rounds
+        milliseconds = 1e3 * seconds / GPU_ROUNDS / max(1, len(contestants))
+        times: dict[str, list[float]] = {name: [] for name in contestants}
+        end = time.perf_counter() + seconds
+        rounds = 0
+        while rounds < least or (rounds < GPU_ROUNDS and time.perf_counter() < end):
+            for name, run in contestants.items():
+                found = do_bench(run, warmup=milliseconds / 4, rep=milliseconds / 2, return_mode="all")
+                times[name] += [1e-3 * one for one in found]
+            rounds += 1
+        return times
+
+    def settle(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+    def poison(self) -> None:
+        for count in (LARGE_BLOCK, *[SMALL_BLOCK // 2] * 8):
+            torch.full((count,), torch.nan, device=self.device)
+
+    def release(self) -> None:
+        torch.cuda.empty_cache()
+
+
+def _nvidia_smi() -> dict[str, str] | None:
+    """Driver, clocks and power limit as the tool reports them; None where it is not there."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", f"--query-gpu={','.join(SMI_FIELDS)}", "--format=csv,noheader", "--id=0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    values = [value.strip() for value in done.stdout.strip().split(",")]
+    return dict(zip(SMI_FIELDS, values, strict=True)) if len(values) == len(SMI_FIELDS) else None
+
+
+def make_device(name: str) -> Device:
+    """ "cpu" or "cuda"."""
+    return Cuda() if name == "cuda" else Cpu()
