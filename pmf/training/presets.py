@@ -49,7 +49,7 @@ PRESETS: dict[str, TrainConfig] = {
         model=ModelSettings(model="emoji"),
         objective=ObjectiveSettings(time_mean=0.8, time_std=1.2, uniform_fraction=0.3, max_omega=4.0),
         optimizer=OptimizerSettings(lr=4e-3, cooldown=0.5, ema_half_lives=(10.0, 30.0, 100.0)),
-        run=RunSettings(steps=5000, checkpoint_every=500),
+        run=RunSettings(steps=4000, checkpoint_every=500),
         sampling=SamplingSettings(
             sample_every=500, sample_ema=30.0, sample_omega=2.0, sample_interval=(0.0, 1.0)
         ),
