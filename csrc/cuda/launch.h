@@ -11,6 +11,7 @@
 #include "pmf/newton_schulz.h"
 #include "pmf/optimizer.h"
 #include "pmf/patch_embed.h"
+#include "pmf/patch_velocity.h"
 #include "pmf/rms_norm.h"
 #include "pmf/rotary_qk_norm.h"
 #include "pmf/swiglu.h"
@@ -28,6 +29,8 @@ const char* gated_residual(const GatedResidualParams& params, void* stream);
 const char* gated_residual_backward(const GatedResidualBackwardParams& params, void* stream);
 const char* patch_embed(const PatchEmbedParams& params, void* stream);
 const char* patch_embed_backward(const PatchEmbedBackwardParams& params, void* stream);
+const char* patch_velocity(const PatchVelocityParams& params, void* stream);
+const char* patch_velocity_backward(const PatchVelocityBackwardParams& params, void* stream);
 const char* rms_norm(const RmsNormParams& params, void* stream);
 const char* rms_norm_backward(const RmsNormBackwardParams& params, void* stream);
 const char* rotary_qk_norm(const RotaryQkNormParams& params, void* stream);

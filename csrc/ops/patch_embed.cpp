@@ -112,10 +112,10 @@ OptionalTensor shift_of(const OptionalTensor& bias, const OptionalTensor& positi
 
 // tokens [B, P + N, D] from hidden, the prefix in front.
 Tensor up(const Tensor& hidden, const Tensor& weight_up, const OptionalTensor& shift,
-          const OptionalTensor& prefix, const OptionalTensor& prefix_shift, const Tensor& images,
-          int64_t P, const Sizes& s) {
+          const OptionalTensor& prefix, const OptionalTensor& prefix_shift, int64_t P,
+          const Sizes& s) {
   const int64_t batch = hidden.size(0), N = s.tokens(), D = s.wide;
-  Tensor tokens = torch::stable::new_empty(images, {batch, P + N, D});
+  Tensor tokens = torch::stable::new_empty(weight_up, {batch, P + N, D});
   if (batch == 0) return tokens;
   if (P > 0) {
     Tensor front = strided(tokens, {batch, P, D}, {(P + N) * D, D, 1});
@@ -131,7 +131,7 @@ Tensor up(const Tensor& hidden, const Tensor& weight_up, const OptionalTensor& s
   }
   Tensor back = strided(tokens, {batch, N, D}, {(P + N) * D, D, 1}, P * D);
   const bool convert = tokens.scalar_type() != s.dtype;
-  const Tensor out = convert ? torch::stable::new_empty(images, {batch, N, D}, s.dtype) : back;
+  const Tensor out = convert ? torch::stable::new_empty(tokens, {batch, N, D}, s.dtype) : back;
   const Tensor w = as_dtype(weight_up, s.dtype);
   const Tensor weight = strided(w, {batch, s.narrow, D}, {0, w.stride(1), w.stride(0)});
   if (shift) {
@@ -152,9 +152,9 @@ Sizes check_forward(const Tensor& images, const Tensor& weight_down,
                     const OptionalTensor& bias_up, const OptionalTensor& position,
                     const OptionalTensor& prefix) {
   const Sizes s = check_inputs(images, weight_down, weight_up);
-  check_bias("bias_down", bias_down, s.narrow, images);
-  check_bias("bias_up", bias_up, s.wide, images);
-  (void)prefix_rows(position, check_prefix("prefix", prefix, s, images), s, images);
+  check_bias("bias_down", bias_down, s.narrow, weight_down);
+  check_bias("bias_up", bias_up, s.wide, weight_down);
+  (void)prefix_rows(position, check_prefix("prefix", prefix, s, weight_down), s, weight_down);
   return s;
 }
 
@@ -172,8 +172,8 @@ std::tuple<Tensor, Tensor> patch_embed(Tensor images, Tensor weight_down, Option
   const int64_t P = prefix ? prefix->size(1) : 0;
   const Tensor hidden = down(images, weight_down, bias_down, s);
   const Tensor tokens = up(hidden, weight_up, shift_of(bias_up, position, s), prefix,
-                           prefix_rows(position, P, s, images), images, P, s);
-  return {tokens, as_dtype(hidden, images.scalar_type())};
+                           prefix_rows(position, P, s, weight_down), P, s);
+  return {tokens, as_dtype(hidden, weight_down.scalar_type())};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> patch_embed_jvp(Tensor images, Tensor weight_down,
@@ -188,7 +188,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_embed_jvp(Tensor images, Tensor
   const Sizes s = check_inputs(images_t, weight_down, weight_up);
   const int64_t P = prefix ? prefix->size(1) : 0;
   if (prefix_t) {
-    check_value(check_prefix("prefix_t", prefix_t, s, images_t) == P, kOp,
+    check_value(check_prefix("prefix_t", prefix_t, s, weight_down) == P, kOp,
                 ": prefix_t must have the tokens of prefix, ", P, ", got ", shape_of(*prefix_t));
   }
   if (takes_cuda_kernel(images)) {
@@ -199,9 +199,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_embed_jvp(Tensor images, Tensor
   const auto [tokens, hidden] =
       patch_embed(images, weight_down, bias_down, weight_up, bias_up, position, prefix);
   const Tensor hidden_t = down(images_t, weight_down, std::nullopt, s);
-  const Tensor tokens_t =
-      up(hidden_t, weight_up, std::nullopt, prefix_t, std::nullopt, images_t, P, s);
-  return {tokens, tokens_t, hidden, as_dtype(hidden_t, images.scalar_type())};
+  const Tensor tokens_t = up(hidden_t, weight_up, std::nullopt, prefix_t, std::nullopt, P, s);
+  return {tokens, tokens_t, hidden, as_dtype(hidden_t, weight_down.scalar_type())};
 }
 
 // ---- backward ----------------------------------------------------------------------------------
@@ -247,9 +246,9 @@ struct Gradients {
         up(images, pairs, s.wide, s.narrow, s.dtype),
         down(images, pairs * ((s.batch + s.chunk() - 1) / s.chunk()), s.narrow, s.features(),
              s.dtype),
-        bias_down(torch::stable::new_zeros(images, {s.narrow})),
-        bias_up(torch::stable::new_zeros(images, {s.wide})),
-        position(torch::stable::new_zeros(images, {tokens, s.wide})) {}
+        bias_down(torch::stable::new_zeros(weight_down, {s.narrow})),
+        bias_up(torch::stable::new_zeros(weight_down, {s.wide})),
+        position(torch::stable::new_zeros(weight_down, {tokens, s.wide})) {}
 
   // One pair of tokens and images, the value's (with biases) or the tangent's. Prefix tokens take
   // part in the products with Y as rows of zeros in hidden, so that Y needs no copy; they are few.
@@ -314,7 +313,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> patch_embed_backward(
     Tensor grad, Tensor images, Tensor weight_down, Tensor weight_up, Tensor hidden,
     bool images_need_grad) {
   const Sizes s = check_inputs(images, weight_down, weight_up);
-  check_gradient("grad", grad, "hidden", hidden, images, s);
+  check_gradient("grad", grad, "hidden", hidden, weight_down, s);
   if (takes_cuda_kernel(images)) {
     auto [grad_images, none, down, bias_down, up, bias_up, position] =
         backward_on_cuda({grad, std::nullopt, images, std::nullopt, weight_down, weight_up, hidden,
@@ -333,8 +332,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> patch_embed_j
     Tensor weight_up, Tensor hidden, Tensor hidden_t, bool images_need_grad) {
   const Sizes s = check_inputs(images, weight_down, weight_up);
   check_like(kOp, "images_t", images_t, "images", images);
-  check_gradient("grad_t", grad_t, "hidden_t", hidden_t, images, s);
-  if (grad) check_gradient("grad", *grad, "hidden", hidden, images, s);
+  check_gradient("grad_t", grad_t, "hidden_t", hidden_t, weight_down, s);
+  if (grad) check_gradient("grad", *grad, "hidden", hidden, weight_down, s);
   if (takes_cuda_kernel(images)) {
     return backward_on_cuda({grad, grad_t, images, images_t, weight_down, weight_up, hidden,
                              hidden_t, images_need_grad},

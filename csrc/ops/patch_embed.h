@@ -42,12 +42,17 @@ struct Sizes {
   }
 };
 
+// Everything has the dtype of the weights; images may be float32 beside 16 bits.
 inline Sizes check_inputs(const Tensor& images, const Tensor& weight_down,
                           const Tensor& weight_up) {
-  dtype_of(images, kOp, "images");
+  const bool narrow = dtype_bytes(dtype_of(weight_down, kOp, "weight_down")) == 2;
   check_value(images.dim() == 4, kOp, ": images must be [B, C, H, W], got ", shape_of(images));
-  check_kind(kOp, "weight_down", weight_down, "images", images);
-  check_kind(kOp, "weight_up", weight_up, "images", images);
+  check_same_device(images, weight_down, kOp, "images", "weight_down");
+  check_value(images.scalar_type() == weight_down.scalar_type() ||
+                  (narrow && images.scalar_type() == ScalarType::Float),
+              kOp, ": images must have the dtype of weight_down, or float32 beside 16 bits, got ",
+              dtype_name(images.scalar_type()), " and ", dtype_name(weight_down.scalar_type()));
+  check_kind(kOp, "weight_up", weight_up, "weight_down", weight_down);
   check_value(weight_down.dim() == 4 && weight_down.size(1) == images.size(1) &&
                   weight_down.size(2) == weight_down.size(3) && weight_down.size(2) > 0,
               kOp, ": weight_down must be [R, ", images.size(1), ", p, p] for images ",
@@ -57,7 +62,7 @@ inline Sizes check_inputs(const Tensor& images, const Tensor& weight_down,
               shape_of(images), " do not divide into patches of ", patch, " x ", patch);
   check_value(weight_up.dim() == 2 && weight_up.size(1) == weight_down.size(0), kOp,
               ": weight_up must be [D, ", weight_down.size(0), "], got ", shape_of(weight_up));
-  const ScalarType dtype = images.scalar_type();
+  const ScalarType dtype = weight_down.scalar_type();
   return {images.size(0),
           images.size(1),
           images.size(2) / patch,
@@ -69,29 +74,28 @@ inline Sizes check_inputs(const Tensor& images, const Tensor& weight_down,
 }
 
 inline void check_bias(const char* name, const OptionalTensor& bias, int64_t size,
-                       const Tensor& images) {
+                       const Tensor& weight_down) {
   if (!bias) return;
-  check_kind(kOp, name, *bias, "images", images);
+  check_kind(kOp, name, *bias, "weight_down", weight_down);
   check_value(bias->dim() == 1 && bias->size(0) == size, kOp, ": ", name, " must be [", size,
               "], got ", shape_of(*bias));
 }
 
 // P, the number of prefix tokens.
 inline int64_t check_prefix(const char* name, const OptionalTensor& prefix, const Sizes& s,
-                            const Tensor& images) {
+                            const Tensor& weight_down) {
   if (!prefix) return 0;
-  check_kind(kOp, name, *prefix, "images", images);
-  check_value(prefix->dim() == 3 && prefix->size(0) == images.size(0) && prefix->size(2) == s.wide,
-              kOp, ": ", name, " must be [", images.size(0), ", P, ", s.wide, "], got ",
-              shape_of(*prefix));
+  check_kind(kOp, name, *prefix, "weight_down", weight_down);
+  check_value(prefix->dim() == 3 && prefix->size(0) == s.batch && prefix->size(2) == s.wide, kOp,
+              ": ", name, " must be [", s.batch, ", P, ", s.wide, "], got ", shape_of(*prefix));
   return prefix->size(1);
 }
 
 // The rows of `position` that belong to the prefix, if it has them; checks its shape.
 inline OptionalTensor prefix_rows(const OptionalTensor& position, int64_t P, const Sizes& s,
-                                  const Tensor& images) {
+                                  const Tensor& weight_down) {
   if (!position) return std::nullopt;
-  check_kind(kOp, "position", *position, "images", images);
+  check_kind(kOp, "position", *position, "weight_down", weight_down);
   const int64_t N = s.tokens();
   check_value(position->dim() == 2 && position->size(1) == s.wide &&
                   (position->size(0) == N || position->size(0) == P + N),
@@ -102,9 +106,9 @@ inline OptionalTensor prefix_rows(const OptionalTensor& position, int64_t P, con
 }
 
 inline void check_gradient(const char* name, const Tensor& grad, const char* hidden_name,
-                           const Tensor& hidden, const Tensor& images, const Sizes& s) {
-  check_kind(kOp, name, grad, "images", images);
-  check_kind(kOp, hidden_name, hidden, "images", images);
+                           const Tensor& hidden, const Tensor& weight_down, const Sizes& s) {
+  check_kind(kOp, name, grad, "weight_down", weight_down);
+  check_kind(kOp, hidden_name, hidden, "weight_down", weight_down);
   check_value(grad.dim() == 3 && grad.size(0) == s.batch && grad.size(1) >= s.tokens() &&
                   grad.size(2) == s.wide,
               kOp, ": ", name, " must be [", s.batch, ", P + ", s.tokens(), ", ", s.wide, "], got ",

@@ -8,11 +8,13 @@ namespace {
 
 constexpr int64_t kMaxIndex = int64_t{1} << 31;  // of rows and columns, in the kernels
 
-PatchSizes sizes_for(const Tensor& images, const Sizes& s, int64_t prefix) {
+PatchSizes sizes_for(const Tensor& images, const Tensor& weight_down, const Sizes& s,
+                     int64_t prefix) {
   check_value(s.batch * s.tokens() < kMaxIndex && s.features() < kMaxIndex, kOp,
               ": at most 2^31 patches in a call, got ", s.batch * s.tokens(), "; split the batch");
   PatchSizes sizes;
-  sizes.dtype = sizes.image_dtype = dtype_of(images, kOp, "images");
+  sizes.dtype = dtype_of(weight_down, kOp, "weight_down");
+  sizes.image_dtype = dtype_of(images, kOp, "images");
   sizes.batch = s.batch;
   sizes.channels = s.channels;
   sizes.rows = s.rows;
@@ -57,12 +59,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_on_cuda(const Forward& in, co
   const int64_t P = in.prefix ? in.prefix->size(1) : 0, N = s.tokens();
   const int64_t count = in.images_t ? in.images_t->size(0) : 0;
   PatchEmbedParams p;
-  p.sizes = sizes_for(in.images, s, P);
+  p.sizes = sizes_for(in.images, in.weight_down, s, P);
   p.sizes.tangents = count;
-  const Tensor tokens = torch::stable::new_empty(in.images, {s.batch, P + N, s.wide});
-  const Tensor tokens_t = torch::stable::new_empty(in.images, {count, P + N, s.wide});
-  const Tensor hidden = torch::stable::new_empty(in.images, {s.batch, N, s.narrow});
-  const Tensor hidden_t = torch::stable::new_empty(in.images, {count, N, s.narrow});
+  const Tensor tokens = torch::stable::new_empty(in.weight_up, {s.batch, P + N, s.wide});
+  const Tensor tokens_t = torch::stable::new_empty(in.weight_up, {count, P + N, s.wide});
+  const Tensor hidden = torch::stable::new_empty(in.weight_down, {s.batch, N, s.narrow});
+  const Tensor hidden_t = torch::stable::new_empty(in.weight_down, {count, N, s.narrow});
   Packed packed;
   p.images[0] = view_of(in.images);
   if (in.images_t) p.images[1] = view_of(*in.images_t);
@@ -71,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_on_cuda(const Forward& in, co
   p.weight_up = packed(in.weight_up);
   p.bias_up = packed(in.bias_up);
   if (in.position) p.position = packed(rows_of(*in.position, in.position->size(0) - N, N));
-  p.prefix_position = packed(prefix_rows(in.position, P, s, in.images));
+  p.prefix_position = packed(prefix_rows(in.position, P, s, in.weight_down));
   p.prefix[0] = packed(in.prefix);
   p.prefix[1] = packed(in.prefix_t);
   p.hidden[0] = hidden.mutable_data_ptr();
@@ -86,17 +88,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_on_c
     const Backward& in, const Sizes& s) {
   const Tensor& any_grad = in.grad ? *in.grad : *in.grad_t;
   PatchEmbedBackwardParams p;
-  p.sizes = sizes_for(in.images, s, any_grad.size(1) - s.tokens());
+  p.sizes = sizes_for(in.images, in.weight_down, s, any_grad.size(1) - s.tokens());
   p.sizes.tangents = in.grad_t ? s.batch : 0;
   const bool empty = any_grad.numel() == 0 || s.tokens() == 0;
   // A gradient that no kernel writes is zero.
+  const auto gradient_like = [&](const Tensor& like, std::vector<int64_t> shape, bool written) {
+    return written && !empty ? torch::stable::new_empty(like, shape)
+                             : torch::stable::new_zeros(like, shape);
+  };
   const auto gradient = [&](std::vector<int64_t> shape, bool written) {
-    return written && !empty ? torch::stable::new_empty(in.images, shape)
-                             : torch::stable::new_zeros(in.images, shape);
+    return gradient_like(in.weight_down, shape, written);
   };
   const bool value = in.grad.has_value();
   const auto of_images = [&](const Tensor& images, bool written) {
-    return in.images_need_grad ? gradient(sizes_of(images), written) : no_gradient(images);
+    return in.images_need_grad ? gradient_like(images, sizes_of(images), written)
+                               : no_gradient(images);
   };
   const Tensor grad_images = of_images(in.images, value);
   const Tensor grad_images_t = in.images_t ? of_images(*in.images_t, true) : no_gradient(in.images);

@@ -57,7 +57,6 @@ struct Inputs {
 
 PatchVelocityParams checked(const Tensor& tokens, const Tensor& images, const Tensor& t,
                             double floor) {
-  require_cpu(tokens, kOp);
   check_same_device(tokens, images, kOp, "tokens", "images");
   check_same_device(tokens, t, kOp, "tokens", "t");
   PatchVelocityParams p;
@@ -80,12 +79,17 @@ void set_inputs(PatchVelocityParams& p, const Inputs& in, const Tensor& velocity
   p.velocity = velocity.mutable_data_ptr();
 }
 
+void launch(const PatchVelocityParams& p, const Tensor& images) {
+  if (images.numel() == 0) return;
+  run(images, kOp, &cpu::patch_velocity, PMF_CUDA_KERNEL(patch_velocity), p);
+}
+
 Tensor patch_velocity(Tensor tokens, Tensor images, Tensor t, double floor) {
   PatchVelocityParams p = checked(tokens, images, t, floor);
   const Inputs in(tokens, images, t);
   const Tensor velocity = torch::stable::new_empty(images, images.sizes());
   set_inputs(p, in, velocity);
-  if (images.numel() > 0) cpu::patch_velocity(p, torch_parallel());
+  launch(p, images);
   return velocity;
 }
 
@@ -106,13 +110,12 @@ std::tuple<Tensor, Tensor> patch_velocity_jvp(Tensor tokens, Tensor images, Tens
   p.images_t = in_t.images.const_data_ptr();
   p.t_t = in_t.t.const_data_ptr();
   p.velocity_t = velocity_t.mutable_data_ptr();
-  if (images.numel() > 0) cpu::patch_velocity(p, torch_parallel());
+  launch(p, images);
   return {velocity, velocity_t};
 }
 
 // `tokens` tells dtype and shape of a token alone: it may have no samples.
 Tensor patch_velocity_backward(Tensor grad, Tensor tokens, Tensor t, double floor) {
-  require_cpu(grad, kOp);
   check_same_device(grad, tokens, kOp, "grad", "tokens");
   check_same_device(grad, t, kOp, "grad", "t");
   PatchVelocityBackwardParams p;
@@ -127,7 +130,9 @@ Tensor patch_velocity_backward(Tensor grad, Tensor tokens, Tensor t, double floo
   p.grad = source.const_data_ptr();
   p.t = times.const_data_ptr();
   p.grad_tokens = grad_tokens.mutable_data_ptr();
-  if (grad.numel() > 0) cpu::patch_velocity_backward(p, torch_parallel());
+  if (grad.numel() > 0) {
+    run(grad, kOp, &cpu::patch_velocity_backward, PMF_CUDA_KERNEL(patch_velocity_backward), p);
+  }
   return grad_tokens;
 }
 

@@ -187,12 +187,30 @@ def _on_cuda(args: Args) -> bool:
 def _plain(name: str, args: Args) -> Outputs:
     """float64 on CUDA: the reference, which PyTorch differentiates; None for what only a backward reads."""
     function = functions[name]
-    outputs = function.reference(*args)
     if name.endswith("_detached"):
-        half = len(outputs) // 2
-        outputs = (*outputs[:half], *(y.detach() for y in outputs[half:]))
+        outputs = _plain_detached(functions[name.removesuffix("_detached")], function, args)
+    else:
+        outputs = function.reference(*args)
     read = (None,) * len(function.residuals)
     return outputs[0] if len(outputs) == 1 and not read else (*outputs, *read)
+
+
+def _plain_detached(
+    jvp: type[KernelFunction], detached: type[KernelFunction], args: Args
+) -> tuple[Tensor, ...]:
+    """The reference wants tangents of all samples: zeros follow those of the first n, and are cut off again."""
+    rows = [args[i].shape[0] for i in jvp.samples if isinstance(args[i], Tensor)]
+    count, batch = min(rows), max(rows)
+
+    def whole(i: int, x: Any) -> Any:
+        per_sample = i in jvp.samples or (i in detached.unsaved and isinstance(x, Tensor) and x.dim() > 1)
+        if not isinstance(x, Tensor) or not per_sample or x.shape[0] != count:
+            return x
+        return torch.cat((x, x.new_zeros((batch - count, *x.shape[1:]))))
+
+    outputs = jvp.reference(*(whole(i, x) for i, x in enumerate(args)))
+    half = len(outputs) // 2
+    return (*outputs[:half], *(y[:count].detach() for y in outputs[half:]))
 
 
 def register(name: str, function: type[KernelFunction], fake: Callable[..., Outputs] | None = None) -> None:
@@ -241,15 +259,17 @@ def jvp(function: Callable[..., tuple[Tensor, ...]], args: Args, tangents: Args)
     return pull(directions)
 
 
-def in_float32(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """Let plain PyTorch code compute 16-bit inputs in float32, in spite of autocast, and round once."""
+def in_float32(
+    function: Callable[..., tuple[Tensor, ...]], like: int = 0
+) -> Callable[..., tuple[Tensor, ...]]:
+    """Let plain PyTorch code compute 16-bit inputs in float32, in spite of autocast, and round once: to the
+    dtype of argument `like`.
+    """
 
     @functools.wraps(function)
     def wrapper(*args: Any) -> tuple[Tensor, ...]:
-        first = next(x for x in args if isinstance(x, Tensor))
-        dtype = next(x.dtype for x in args if isinstance(x, Tensor) and x.is_floating_point())
-        with torch.autocast(first.device.type, enabled=False):
-            return tuple(y.to(dtype) for y in function(*map(_widen, args)))
+        with torch.autocast(args[like].device.type, enabled=False):
+            return tuple(y.to(args[like].dtype) for y in function(*map(_widen, args)))
 
     return wrapper
 

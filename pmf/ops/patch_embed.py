@@ -1,5 +1,6 @@
 """Images to tokens through a narrow layer, written behind the prefix tokens in one buffer."""
 
+import functools
 from typing import Any, ClassVar
 
 import torch
@@ -27,20 +28,21 @@ def patch_embed(
         tokens = W_up (W_down patches + b_down) + b_up + position, behind the prefix
 
     Args:
-        images: [B, C, H, W], H and W multiples of the patch size p; float32, bfloat16, float16 or float64.
-        weight_down: [R, C, p, p]; bias_down: [R] or None.
+        images: [B, C, H, W], H and W multiples of the patch size p; in the dtype of the weights, or float32
+            beside 16-bit weights: their pixels are rounded where they are read, without a copy.
+        weight_down: [R, C, p, p]; bias_down: [R] or None; float32, bfloat16, float16 or float64, as all else.
         weight_up: [D, R]; bias_up: [D] or None.
         position: [n, D], added to the last n tokens: N rows for the image tokens alone, P + N for all.
         prefix: [B, P, D], tokens that go in front.
 
-    Returns tokens [B, P + N, D] with N = (H / p) (W / p), row by row.
+    Returns tokens [B, P + N, D] with N = (H / p) (W / p), row by row, in the dtype of the weights.
 
     Raises ValueError where shapes or dtypes do not fit. torch.autograd.forward_ad inside torch.compile
     raises RuntimeError: use `patch_embed_jvp`. Source: Li and He, "Back to Basics: Let Denoising
     Generative Models Denoise" (2025).
     """
-    args = autocast_matmul(images, weight_down, bias_down, weight_up, bias_up, position, prefix)
-    return call("patch_embed", *args)[0]
+    args = autocast_matmul(weight_down, bias_down, weight_up, bias_up, position, prefix)
+    return call("patch_embed", *_autocast_pixels(images), *args)[0]
 
 
 def patch_embed_jvp(
@@ -67,10 +69,9 @@ def patch_embed_jvp(
 
     Returns (tokens, tokens_t), tokens_t of n samples. Both are differentiable unless detached.
     """
-    images, weight_down, bias_down, weight_up, bias_up, images_t, position, prefix, prefix_t = (
-        autocast_matmul(
-            images, weight_down, bias_down, weight_up, bias_up, images_t, position, prefix, prefix_t
-        )
+    images, images_t = _autocast_pixels(images, images_t)
+    weight_down, bias_down, weight_up, bias_up, position, prefix, prefix_t = autocast_matmul(
+        weight_down, bias_down, weight_up, bias_up, position, prefix, prefix_t
     )
     pairs = [("images_t", images, images_t)]
     if prefix is not None:
@@ -89,6 +90,15 @@ def patch_embed_jvp(
     return call(op, *args)[:2]
 
 
+def _autocast_pixels(*images: Tensor | None) -> tuple[Any, ...]:
+    """Autocast leaves float32 pixels as they are: beside 16-bit weights they are rounded where read."""
+    wide = all(x is None or x.dtype == torch.float32 for x in images)
+    return images if wide else autocast_matmul(*images)
+
+
+_in_float32 = functools.partial(in_float32, like=1)  # tokens have the dtype of the weights
+
+
 class _PatchEmbed(KernelFunction):
     """(images, weight_down, bias_down, weight_up, bias_up, position, prefix) -> (tokens, hidden)."""
 
@@ -98,7 +108,7 @@ class _PatchEmbed(KernelFunction):
     samples: ClassVar[tuple[int, ...]] = (0, 6)
 
     @staticmethod
-    @in_float32
+    @_in_float32
     def reference(*args: Any) -> tuple[Tensor, ...]:
         return (reference.patch_embed(*args),)
 
@@ -145,7 +155,7 @@ class _PatchEmbedJvp(KernelFunction):
     samples: ClassVar[tuple[int, ...]] = (0, 5, 7, 8)
 
     @staticmethod
-    @in_float32
+    @_in_float32
     def reference(*args: Any) -> tuple[Tensor, ...]:
         return reference.patch_embed_jvp(*args)
 
@@ -252,7 +262,7 @@ def _fake_jvp_backward(
 
 def _tokens(images: Tensor, weight_down: Tensor, weight_up: Tensor, prefix: Tensor | None) -> Tensor:
     count = 0 if prefix is None else prefix.shape[1]
-    return images.new_empty(
+    return weight_up.new_empty(
         (images.shape[0], count + _hidden(images, weight_down).shape[1], weight_up.shape[0])
     )
 
@@ -260,7 +270,7 @@ def _tokens(images: Tensor, weight_down: Tensor, weight_up: Tensor, prefix: Tens
 def _hidden(images: Tensor, weight_down: Tensor) -> Tensor:
     batch, _, height, width = images.shape
     patch = weight_down.shape[-1]
-    return images.new_empty((batch, (height // patch) * (width // patch), weight_down.shape[0]))
+    return weight_down.new_empty((batch, (height // patch) * (width // patch), weight_down.shape[0]))
 
 
 def _image_grad(images: Tensor, need: bool) -> Tensor:

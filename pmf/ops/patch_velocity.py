@@ -85,7 +85,7 @@ class _PatchVelocity(KernelFunction):
 
     @staticmethod
     def reference(tokens: Tensor, images: Tensor, t: Tensor, floor: float) -> tuple[Tensor, ...]:
-        return _as_images(reference.patch_velocity)(images, tokens, t, floor)
+        return _as_images(reference.patch_velocity)(tokens, images, t, floor)
 
     @classmethod
     def save(cls, ctx: Any, inputs: Any, output: Any) -> None:
@@ -127,8 +127,7 @@ class _PatchVelocityJvp(KernelFunction):
 
     @staticmethod
     def reference(*args: Any) -> tuple[Tensor, ...]:
-        tokens, images, *rest = args
-        return _as_images(reference.patch_velocity_jvp)(images, tokens, *rest)
+        return _as_images(reference.patch_velocity_jvp)(*args)
 
 
 class _PatchVelocityJvpDetached(_PatchVelocityJvp):
@@ -156,8 +155,8 @@ class _PatchVelocityJvpDetached(_PatchVelocityJvp):
 
 
 def _as_images(function: Any) -> Any:
-    """A reference of (tokens, images, ...), called with images first: the result has their dtype."""
-    return in_float32(lambda images, tokens, *rest: _tuple(function(tokens, images, *rest)))
+    """A reference of (tokens, images, ...), whose results have the dtype of images."""
+    return in_float32(lambda *args: _tuple(function(*args)), like=1)
 
 
 def _tuple(x: Any) -> tuple[Tensor, ...]:

@@ -12,7 +12,6 @@ from unittest import mock
 
 import torch
 from helpers import emulator
-from helpers.ops import ABSENT, NO_CUDA
 from torch import Tensor
 
 from pmf import _library
@@ -73,14 +72,3 @@ def _exists(name: str) -> bool:
 CPU_LEVELS = tuple(name for name in ("portable", "avx2", "avx512", "avx512_bf16") if _exists(name))
 EMULATED = ("emulated",) if emulator.why_not() is None else ()
 LEVELS = (*CPU_LEVELS, *EMULATED, *(("cuda",) if torch.cuda.is_available() else ()))
-
-
-def without_cuda(stem: str) -> str | None:
-    """Why an op runs on the levels of the CPU alone; None if it has CUDA kernels."""
-    reason = ABSENT.get(("csrc/cuda/{}.cu", stem))
-    return reason if reason == NO_CUDA else None
-
-
-def levels_of(stem: str) -> tuple[str, ...]:
-    """The levels that an op has kernels for."""
-    return LEVELS if without_cuda(stem) is None else CPU_LEVELS

@@ -29,13 +29,11 @@ STEMS = (
     "swiglu",
 )
 GEMM = "its CPU work is torch's GEMM, called from csrc/ops"
-NO_CUDA = "CUDA kernel not written yet: the op raises on CUDA tensors"
 TWO_FILES = "forward and backward are a kernel file each"
 ABSENT = {
     **{("csrc/cpu/{}.cpp", stem): GEMM for stem in ("newton_schulz", "patch_embed")},
     ("csrc/cpu/{}.cpp", "attention"): TWO_FILES,
     ("csrc/cuda/{}.cu", "attention"): TWO_FILES,
-    **{("csrc/cuda/{}.cu", stem): NO_CUDA for stem in ("patch_velocity",)},
 }
 
 

@@ -16,7 +16,7 @@ from helpers.attention import (
     scattered,
     shaped,
 )
-from helpers.levels import at_level, levels_of
+from helpers.levels import LEVELS, at_level
 from helpers.memory import peak_bytes
 from helpers.tolerance import assert_close, spread, tolerance
 from hypothesis import given, settings
@@ -153,7 +153,7 @@ STEPS = st.tuples(*[st.sampled_from([1, 1, 2, 3, 0])] * 3, st.sampled_from([1, 1
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
-    level=st.sampled_from(levels_of("attention")),
+    level=st.sampled_from(LEVELS),
     dtype=st.sampled_from(DTYPES),
     sizes=st.tuples(*[st.integers(1, 3)] * 3, *[st.integers(0, 80)] * 2, *[st.integers(1, 40)] * 2),
     layouts=st.tuples(*[st.tuples(ORDERS, STEPS)] * 3),

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from helpers import levels
 from helpers.elementwise import FEW_TERMS
-from helpers.levels import CPU_LEVELS, at_level, levels_of
+from helpers.levels import at_level
 from helpers.tolerance import assert_close, tolerance
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ import pmf.reference as reference
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # The work on the CPU is torch's GEMM, the same at all levels.
-LEVELS = tuple(name for name in levels_of("patch_embed") if name not in CPU_LEVELS[:-1])
+LEVELS = tuple(name for name in levels.LEVELS if name not in levels.CPU_LEVELS[:-1])
 
 
 def inputs(batch=3, channels=3, rows=4, columns=4, patch=4, rank=32, width=48, prefix=5, dtype=torch.float64):
@@ -52,6 +53,30 @@ def test_values_tangents_and_gradients(sizes, level, dtype):
     assert_close([x.detach() for x in actual], [x.detach() for x in expected], tolerance("gemm", dtype))
     wanted = torch.autograd.grad(expected, exact, [c.double() for c in cotangents])
     assert_close(found, wanted, 1.5 * tolerance("gemm", dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("sizes", [{}, {"rows": 3, "columns": 5, "patch": 3, "rank": 20, "width": 30}])
+def test_float32_pixels_beside_16_bit_weights(sizes, level, dtype):
+    images, *args = inputs(**sizes)
+    args = [x.to(dtype).requires_grad_() for x in args]
+    images, images_t = (x.float().requires_grad_() for x in (images, torch.randn_like(images)))
+    prefix_t = torch.randn_like(args[-1]).requires_grad_()
+    given = [images, *args, images_t, prefix_t]
+    exact = [x.detach().double().requires_grad_() for x in given]
+    with at_level(level):
+        actual = jvp(ops, given[:7], images_t, prefix_t)
+        cotangents = [torch.randn_like(y) for y in actual]
+        found = torch.autograd.grad(actual, given, cotangents)
+        assert torch.equal(actual[0], ops.patch_embed(*given[:7]))
+    expected = jvp(reference, exact[:7], *exact[7:])
+    wanted = torch.autograd.grad(expected, exact, [c.double() for c in cotangents])
+    assert [y.dtype for y in actual] == [dtype, dtype]
+    assert [g.dtype for g in found] == [x.dtype for x in given]
+    limit = 1.5 * tolerance("gemm", dtype)  # the pixels are rounded too
+    assert_close([y.detach() for y in actual], [y.detach() for y in expected], limit)
+    assert_close(found, wanted, limit)
 
 
 @settings(max_examples=30, deadline=None)

@@ -12,7 +12,7 @@ from helpers.elementwise import (
     few_examples,
     normal,
 )
-from helpers.levels import at_level, levels_of
+from helpers.levels import LEVELS, at_level
 from helpers.tolerance import assert_close, tolerance
 from hypothesis import given
 from hypothesis import strategies as st
@@ -38,21 +38,21 @@ def inputs(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", levels_of("patch_velocity"))
+@pytest.mark.parametrize("name", LEVELS)
 def test_accuracy(name: str, dtype: torch.dtype) -> None:
     x, x_t = ([y.to(dtype) for y in inputs(3, 3, 16, 4, 4, seed)] for seed in (0, 2))
     check(name, "patch_velocity", x, x_t, terms=2)  # the gradient of t has three entries
 
 
 @few_examples
-@given(st.sampled_from(levels_of("patch_velocity")), dtypes(), *[st.integers(1, 4)] * 5)
+@given(st.sampled_from(LEVELS), dtypes(), *[st.integers(1, 4)] * 5)
 def test_sizes(level, dtype, batch, channels, patch, rows, columns) -> None:
     x, x_t = ([y.to(dtype) for y in inputs(batch, channels, patch, rows, columns, seed)] for seed in (0, 2))
     check(level, "patch_velocity", x, x_t, terms=FEW_TERMS)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", levels_of("patch_velocity"))
+@pytest.mark.parametrize("name", LEVELS)
 def test_narrow_tokens_beside_wide_images(name: str, dtype: torch.dtype) -> None:
     tokens, images, t = inputs(3, 3, 4, 2, 2)
     tokens_t, images_t, t_t = inputs(2, 3, 4, 2, 2, seed=2)
@@ -70,12 +70,14 @@ def test_narrow_tokens_beside_wide_images(name: str, dtype: torch.dtype) -> None
     assert_close(gradient, expected, tolerance("elementwise", dtype))
 
 
-def test_strides() -> None:
-    """Any strides, among them an image tangent that takes no memory."""
-    tokens, images, t = inputs(2, 3, 2, 3, 2)
+def test_strides(level: str) -> None:
+    """Any strides, among them an image tangent that takes no memory, and memory that is not aligned."""
+    tokens, images, t = (x.float() for x in inputs(2, 3, 8, 3, 2))
     strided = tokens.mT.contiguous().mT, images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), t
     assert torch.equal(patch_velocity(*strided), patch_velocity(tokens, images, t))
-    zero = torch.zeros(()).double().expand_as(images)
+    shifted = [torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape) for x in (tokens, images)]
+    assert torch.equal(patch_velocity(*shifted, t), patch_velocity(tokens, images, t))
+    zero = torch.zeros(()).expand_as(images)
     found = patch_velocity_jvp(*strided, tokens, zero, t)[1]
     assert torch.equal(found, patch_velocity_jvp(tokens, images, t, tokens, None, t)[1])
 

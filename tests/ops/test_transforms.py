@@ -79,7 +79,7 @@ def test_absent_tangents_are_zero(case):
     assert all((t == 0).all() for t in nothing[len(values) :])
 
 
-def test_tangents_of_the_first_samples_alone(case):
+def test_tangents_of_the_first_samples_alone(case, level):
     args, tangents = case.args, case.directions()
     batched = case.args[0].shape[0]
     fewer = tuple(t[:1] if t.shape[0] == batched and t.dim() > 1 else t for t in tangents)
@@ -140,7 +140,7 @@ def test_second_derivatives(case):
     assert_close(*third, EXACT)
 
 
-def test_detached_tangent_is_a_constant(case):
+def test_detached_tangent_is_a_constant(case, level):
     inputs = leaves(*case.args, *case.directions())
     outputs = case.jvp(ops, detach_tangent=True)(*inputs)
     values = tuple_of(case.plain(ops)(*inputs[: len(case.args)]))
