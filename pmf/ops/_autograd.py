@@ -198,7 +198,7 @@ def _plain(name: str, args: Args) -> Outputs:
 def _plain_detached(
     jvp: type[KernelFunction], detached: type[KernelFunction], args: Args
 ) -> tuple[Tensor, ...]:
-    """The reference wants tangents of all samples: zeros follow those of the first n, and are cut off again."""
+    """The reference wants tangents of all samples: zeros follow the first n, and come off again."""
     rows = [args[i].shape[0] for i in jvp.samples if isinstance(args[i], Tensor)]
     count, batch = min(rows), max(rows)
 
