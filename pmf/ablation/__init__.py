@@ -1,0 +1,18 @@
+"""Ablations: variants of one training run on one data set, each with several seeds, in one table."""
+
+from pmf.ablation.report import judge_orderings, summarise, write_report
+from pmf.ablation.study import Study
+from pmf.ablation.suites import SUITES, Growth, Ordering, Suite
+from pmf.ablation.variants import Variant
+
+__all__ = [
+    "SUITES",
+    "Growth",
+    "Ordering",
+    "Study",
+    "Suite",
+    "Variant",
+    "judge_orderings",
+    "summarise",
+    "write_report",
+]

@@ -1,0 +1,141 @@
+"""A small classifier of the real images, whose features and verdicts measure the samples.
+
+It needs no downloaded weights and serves every labelled data set. A Frechet distance in its features is no
+FID and can be compared only within one study.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pmf.data import ImageDataset
+from pmf.metrics import frechet_distance
+
+__all__ = ["Judge", "Reference", "Split", "train_judge"]
+
+_WIDTH = 64  # features
+_BATCH, _RATE = 128, 2e-3
+_CHUNK = 1000  # images judged at a time
+_PIXELS = 1024  # numbers of an image when pixels are compared; larger images are averaged down
+
+
+class Judge(nn.Module):
+    """Three convolutions, 64 features and a linear classifier, for images [B, C, S, S] from 8 pixels on."""
+
+    def __init__(self, channels: int, image_size: int, num_classes: int) -> None:
+        super().__init__()
+        first = 2 if image_size >= 16 else 1
+        self.trunk = nn.Sequential(
+            nn.Conv2d(channels, 32, 3, first, 1),
+            nn.GELU(),
+            nn.Conv2d(32, _WIDTH, 3, 2, 1),
+            nn.GELU(),
+            nn.Conv2d(_WIDTH, _WIDTH, 3, 2, 1),
+            nn.GELU(),
+            nn.AdaptiveAvgPool2d(min(4, image_size // 4)),
+            nn.Flatten(),
+            nn.Linear(_WIDTH * min(4, image_size // 4) ** 2, _WIDTH),
+            nn.GELU(),
+        )
+        self.classify = nn.Linear(_WIDTH, num_classes)
+
+    @classmethod
+    def like(cls, dataset: ImageDataset, seed: int = 0) -> "Judge":
+        """An untrained one for a data set's images and classes."""
+        image = dataset.get([0])[0][0]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(image.shape[0], image.shape[-1], len(dataset.class_names))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.classify(self.trunk(images))
+        return logits
+
+    @torch.inference_mode()
+    def features(self, images: Tensor) -> Tensor:
+        """[N, 64] of images [N, C, S, S]."""
+        return torch.cat([self.trunk(part) for part in images.split(_CHUNK)])
+
+    @torch.inference_mode()
+    def recognised(self, features: Tensor, labels: Tensor) -> float:
+        """The share of features whose class is their label."""
+        return float((self.classify(features).argmax(1) == labels).double().mean())
+
+
+class Split(NamedTuple):
+    """Rows of a data set, in an order drawn once."""
+
+    unseen: list[int]
+    """A tenth, at most 5000, that the judge is not trained on: they say how good it is."""
+    seen: list[int]
+    real: list[int]
+    """What samples are held against."""
+    others: list[int]
+    """As many others, as far as there are any: what perfect samples would be."""
+
+    @classmethod
+    def of(cls, dataset: ImageDataset, samples: int, seed: int = 0) -> "Split":
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+        held_out = min(len(order) // 10, 5000)
+        others = order[samples : 2 * samples]
+        others = others if len(others) == samples else []
+        return cls(order[:held_out], order[held_out:], order[:samples], others)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A judge, and real images with their labels as it sees them."""
+
+    judge: Judge
+    labels: Tensor
+    features: Tensor
+    pixels: Tensor
+    accuracy: float
+    """Of the judge, on real images that it was not trained on."""
+    real: dict[str, float]
+    """`measure` of other real images; empty where there are none."""
+
+    @classmethod
+    def of(cls, judge: Judge, dataset: ImageDataset, split: Split) -> "Reference":
+        images, labels = dataset.get(split.unseen)
+        accuracy = judge.recognised(judge.features(images), labels)
+        images, labels = dataset.get(split.real)
+        reference = cls(judge, labels, judge.features(images), as_pixels(images), accuracy, {})
+        if split.others:
+            reference.real.update(reference.measure(*dataset.get(split.others)))
+        return reference
+
+    def measure(self, images: Tensor, labels: Tensor | None = None) -> dict[str, float]:
+        """Figures of samples [N, C, S, S] in [-1, 1] of these labels, by default those of the real images."""
+        features = self.judge.features(images)
+        return {
+            "frechet": frechet_distance(features, self.features),
+            "frechet_pixels": frechet_distance(as_pixels(images), self.pixels),
+            "recognised": self.judge.recognised(features, self.labels if labels is None else labels),
+        }
+
+
+def train_judge(dataset: ImageDataset, split: Split, steps: int, seed: int = 0) -> Judge:
+    """A judge trained for `steps` batches of 128, at a rate that is constant for one half and falls to 0."""
+    judge, generator = Judge.like(dataset, seed), torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(judge.parameters(), _RATE)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = _RATE * min(1.0, 2 * (steps - step) / steps)
+        chosen = torch.randint(len(split.seen), (_BATCH,), generator=generator).tolist()
+        images, labels = dataset.get([split.seen[row] for row in chosen])
+        optimizer.zero_grad()
+        F.cross_entropy(judge(images), labels).backward()
+        optimizer.step()
+    return judge
+
+
+def as_pixels(images: Tensor) -> Tensor:
+    """[N, D] of images [N, C, S, S], averaged down by whole factors until D is at most 1024."""
+    factor = 1
+    while images.shape[1] * (images.shape[-1] // factor) ** 2 > _PIXELS:
+        factor += 1
+    return F.avg_pool2d(images, factor).flatten(1)

@@ -1,0 +1,156 @@
+"""Runs every variant with every seed, one after another, and remembers what is done."""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pmf import checkpoint, flow
+from pmf.ablation.judge import Judge, Reference, Split, train_judge
+from pmf.ablation.variants import Variant, check_names
+from pmf.atomic import write_file
+from pmf.data import image_grid, load_dataset, save_png
+from pmf.errors import UserError
+from pmf.models import PixelMeanFlow
+from pmf.training import TrainConfig, train
+from pmf.training.building import model_config
+
+__all__ = ["Study"]
+
+_SAMPLES = 5000  # drawn of each run, where there are twice as many real images
+_JUDGE_STEPS = 1000
+_DRAWN_AT_A_TIME = 500
+_GRID = 10  # classes, and samples of each, in a variant's picture
+
+
+class Study:
+    """Variants of one configuration, for several seeds, in one folder.
+
+    out/runs/<variant>-seed<k>.json holds the settings and figures of each finished run; a study that is
+    started again with the same settings goes on behind them. The data, the judge, the labels and noise of the
+    samples and the number of steps are the same for all variants.
+
+    Raises UserError, before anything runs, where a variant cannot be trained, two have one name, there are
+    fewer images than samples, or a finished run had other settings.
+    """
+
+    def __init__(
+        self,
+        base: TrainConfig,
+        variants: Sequence[Variant],
+        seeds: Sequence[int],
+        out: Path,
+        *,
+        samples: int | None = None,
+        judge_steps: int | None = None,
+    ) -> None:
+        check_names(variants)
+        if base.run.steps is None or base.run.minutes is not None:
+            raise UserError("variants are compared at equal steps: give --steps, and no --minutes")
+        self.base, self.variants, self.seeds, self.out = base, list(variants), list(seeds), out
+        self.judge_steps = _JUDGE_STEPS if judge_steps is None else judge_steps
+        self.configs = {variant.name: self._config_of(variant) for variant in variants}
+        model = model_config(base, num_classes=1)
+        self.dataset = load_dataset(base.data.data, model.image_size, model.channels)
+        self.samples = min(_SAMPLES, len(self.dataset) // 2) if samples is None else samples
+        if not 2 <= self.samples <= len(self.dataset):
+            raise UserError(f"--samples must lie between 2 and the {len(self.dataset)} images, got {samples}")
+        if self.judge_steps < 1:
+            raise UserError(f"--judge-steps must be 1 or more, got {judge_steps}")
+        self.finished: dict[tuple[str, int], dict[str, Any]] = {}
+        for variant, seed in self.runs():
+            if self._file(variant, seed).is_file():
+                self.finished[variant.name, seed] = self._read(variant, seed)
+
+    def runs(self) -> Iterator[tuple[Variant, int]]:
+        """Seed by seed, so that a study cut short has compared all variants, only at fewer seeds."""
+        for seed in self.seeds:
+            for variant in self.variants:
+                yield variant, seed
+
+    def prepare(self) -> Reference:
+        """The judge, trained or read from the folder, and what it measures samples against."""
+        path = self.out / "judge.safetensors"
+        split = Split.of(self.dataset, self.samples)
+        if path.is_file():
+            tensors, about = checkpoint.read_tensors(path)
+            if about.get("steps") != self.judge_steps:
+                raise UserError(f"{path} had other --judge-steps: give another --out, or remove {self.out}")
+            judge = Judge.like(self.dataset)
+            checkpoint.assign_weights(judge, tensors, path)
+        else:
+            judge = train_judge(self.dataset, split, self.judge_steps)
+            write_file(path, checkpoint.tensors_bytes(judge.state_dict(), {"steps": self.judge_steps}))
+        return Reference.of(judge.eval().requires_grad_(False), self.dataset, split)
+
+    def run(self, variant: Variant, seed: int, reference: Reference) -> dict[str, Any] | None:
+        """Train, draw, measure and write the result; None where Ctrl-C stopped the training."""
+        config = self.configs[variant.name].with_settings(seed=seed)
+        begin = time.perf_counter()
+        result = train(config, dataset=self.dataset)
+        if result.interrupted:
+            return None
+        trained = time.perf_counter()
+        images = self._draw(result.model, reference.labels, seed)
+        figures = reference.measure(images)
+        row = {
+            "variant": variant.name,
+            "seed": seed,
+            **figures,
+            "steps": result.step,
+            "parameters": sum(parameter.numel() for parameter in result.model.parameters()),
+            "training_seconds": round(trained - begin, 2),
+            "seconds": round(time.perf_counter() - begin, 2),
+        }
+        if seed == self.seeds[0]:
+            self._save_picture(variant, images, reference.labels)
+        content = {"result": row, "measured_by": self._measure(), "settings": config.to_json()}
+        write_file(self._file(variant, seed), (json.dumps(content, indent=2) + "\n").encode())
+        self.finished[variant.name, seed] = row
+        return row
+
+    def _config_of(self, variant: Variant) -> TrainConfig:
+        """The variant's settings, which must give a network."""
+        try:
+            config = self.base.with_settings(**variant.settings)
+            model_config(config, num_classes=2)
+        except UserError as error:
+            raise UserError(f"variant {variant.name!r}: {error}") from error
+        return config
+
+    def _draw(self, model: PixelMeanFlow, labels: torch.Tensor, seed: int) -> torch.Tensor:
+        """One-step samples [N, C, S, S] in [-1, 1] on the host."""
+        sampler, generator = flow.Sampler(model), torch.Generator().manual_seed(seed)
+        parts = [sampler(part, generator=generator).cpu() for part in labels.split(_DRAWN_AT_A_TIME)]
+        return torch.cat(parts).clamp(-1, 1)
+
+    def _save_picture(self, variant: Variant, images: torch.Tensor, labels: torch.Tensor) -> None:
+        """The first samples of the first classes, a class a row."""
+        rows = [(labels == label).nonzero().flatten()[:_GRID] for label in labels.unique()[:_GRID]]
+        full = [row for row in rows if len(row) == min(_GRID, max(map(len, rows)))]
+        path = self.out / "samples" / f"{variant.stem}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_png(image_grid(images[torch.cat(full)], len(full[0])), path)
+
+    def _file(self, variant: Variant, seed: int) -> Path:
+        return self.out / "runs" / f"{variant.stem}-seed{seed}.json"
+
+    def _measure(self) -> dict[str, int]:
+        return {"samples": self.samples, "judge_steps": self.judge_steps}
+
+    def _read(self, variant: Variant, seed: int) -> dict[str, Any]:
+        """The result of a finished run; UserError where its file is damaged or it had other settings."""
+        path = self._file(variant, seed)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            row: dict[str, Any] = content["result"]
+            same = content["measured_by"] == self._measure()
+            settings = TrainConfig.from_json(content["settings"])
+        except (OSError, ValueError, KeyError, TypeError, UserError) as error:
+            raise UserError(f"{path} is damaged ({error}): remove it, and its run is done again") from error
+        if not same or settings != self.configs[variant.name].with_settings(seed=seed):
+            raise UserError(f"{path} is of a run with other settings: give another --out, or remove it")
+        return row

@@ -1,0 +1,90 @@
+"""Lists of variants that come with the package, and what the paper says of their order."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pmf.ablation.variants import Variant
+
+__all__ = ["SUITES", "Growth", "Ordering", "Suite"]
+
+
+@dataclass(frozen=True)
+class Ordering:
+    """A claim that one variant is better than another."""
+
+    claim: str
+    better: str
+    worse: str
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A claim that the distance of the second of each pair, divided by the first's, grows along the pairs."""
+
+    claim: str
+    pairs: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Variants of one training preset, the first of them the base itself, and claims about them."""
+
+    preset: str
+    settings: Mapping[str, Any]
+    """What the base changes of its preset."""
+    variants: tuple[Variant, ...]
+    orderings: tuple[Ordering | Growth, ...]
+
+
+def _paper(
+    preset: str,
+    patches: Sequence[int],
+    adam_lr: float,
+    perceptual: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Suite:
+    """The ablations of arXiv 2601.22158 on a preset whose patches are the largest of `patches`."""
+    *smaller, largest = patches
+    base, u = f"x patch {largest}", f"u patch {largest}"
+    variants = [Variant(base), Variant(u, {"prediction": "u"})]
+    orderings: list[Ordering | Growth] = [Ordering(f"x before u, patch {largest}", base, u)]
+    for patch in reversed(smaller):
+        x_small, u_small = f"x patch {patch}", f"u patch {patch}"
+        variants += [
+            Variant(x_small, {"patch_size": patch}),
+            Variant(u_small, {"patch_size": patch, "prediction": "u"}),
+        ]
+        orderings.append(Ordering(f"x before u, patch {patch}", x_small, u_small))
+    pairs = tuple((f"x patch {patch}", f"u patch {patch}") for patch in patches)
+    orderings.append(Growth("the more so the larger the patch", pairs))
+
+    others = [
+        ("Muon before Adam at equal steps", Variant("Adam", {"optimizer": "adam", "adam_lr": adam_lr})),
+        ("the plane before r=t", Variant("r-t", {"times": "r=t"})),
+        ("the plane before r=0", Variant("r-0", {"times": "r=0"})),
+        ("plain before EDM's pre-conditioner", Variant("EDM", {"preconditioner": "edm"})),
+        ("plain before sCM's pre-conditioner", Variant("sCM", {"preconditioner": "scm"})),
+        ("averaged weights before the last", Variant("no EMA", {"ema": False})),
+        ("a v head before none", Variant("no v head", {"v_head": False})),
+        ("norm_p 1 before 0", Variant("norm_p 0", {"norm_p": 0.0})),
+    ]
+    for claim, variant in others:
+        variants.append(variant)
+        orderings.append(Ordering(claim, base, variant.name))
+    if perceptual is not None:
+        variants.append(Variant("perceptual", {"perceptual": perceptual}))
+        orderings.append(Ordering("a perceptual loss before none", "perceptual", base))
+    variants.append(Variant("guided", {"max_omega": 4.0, "sample_omega": 2.0}))
+    variants.append(Variant("no guidance", {"guidance": False, "sample_omega": None}))
+    orderings.append(Ordering("guidance before none", "guided", "no guidance"))
+    return Suite(preset, settings or {}, tuple(variants), tuple(orderings))
+
+
+SUITES: dict[str, Suite] = {
+    "paper": _paper("fashion", (4, 7, 14), adam_lr=2e-3),
+    "digits": _paper(
+        "digits", (2, 4, 8), adam_lr=3e-3, settings={"patch_size": 8, "steps": 1000, "minutes": None}
+    ),
+}
+"""Suites by name. Adam's learning rate is the best of a few tried for each."""

@@ -1,0 +1,50 @@
+"""Variants of a run: a name, and the settings in which it differs from the others."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pmf.errors import UserError
+from pmf.training.config import flag, settings
+
+# What all variants of a study share, so that their figures can be compared.
+SHARED = ("data", "image_size", "channels", "steps", "minutes", "seed", "device")
+_IN_NAMES = " .-_/+"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One line of the table: ``Variant("adam", {"optimizer": "adam"})``."""
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.name.strip() or not all(letter.isalnum() or letter in _IN_NAMES for letter in self.name):
+            raise UserError(
+                f"a variant's name is letters, digits, spaces and {_IN_NAMES!r}, got {self.name!r}"
+            )
+        known = {setting.name for _, setting in settings()}
+        for name in self.settings:
+            if name not in known:
+                raise UserError(f"variant {self.name!r}: there is no setting {flag(name)}")
+            if name in SHARED:
+                raise UserError(
+                    f"variant {self.name!r} changes {flag(name)}, which all variants share: "
+                    "give it to the whole study"
+                )
+
+    @property
+    def stem(self) -> str:
+        """The start of its files' names."""
+        return "".join(letter if letter.isalnum() else "-" for letter in self.name)
+
+
+def check_names(variants: Sequence[Variant]) -> None:
+    """UserError where there is no variant, or two would share their files."""
+    if not variants:
+        raise UserError("there is nothing to compare: give --suite, --variant or --variants")
+    stems = [variant.stem for variant in variants]
+    for variant in variants:
+        if stems.count(variant.stem) > 1:
+            raise UserError(f"two variants are called {variant.name!r} or nearly so: give them other names")

@@ -1,0 +1,216 @@
+"""``pmf ablate``: variants of one training run, compared in one table and one plot."""
+
+import argparse
+import json
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pmf import env
+from pmf.ablation import SUITES, Study, Suite, Variant, judge_orderings, summarise, write_report
+from pmf.cli.arguments import Commands, Parser, add_settings, given_settings
+from pmf.cli.sample import parse_seeds
+from pmf.errors import UserError
+from pmf.training import PRESETS, TrainConfig, get_preset
+from pmf.version import VERSION
+
+_INTERRUPTED = 130
+_QUICK: dict[str, Any] = {"steps": 4, "batch_size": 16, "hidden_size": 32, "num_heads": 2}
+_QUICK_JUDGE_STEPS, _QUICK_SAMPLES = 20, 64
+_DESCRIPTION = """Train variants of one run for equal steps and compare their one-step samples.
+
+Every variant is trained with every seed. A classifier that is trained on the real images first judges the
+samples: the Frechet distance in its features (no FID: it compares within one table only), and the share of
+samples that it takes for the class asked for. The folder of the study gets table.md, record.json and
+plot.png; a finished run is not done again when the same command is given again.
+
+  pmf ablate --suite digits                                   the paper's ablations on the digits
+  pmf ablate --suite paper --data /usr/share/datasets/fashion-mnist
+  pmf ablate --steps 2000 --variant base= --variant adam=optimizer=adam,adam-lr=0.003 --variant u=prediction=u
+
+A variant is NAME=flag=value,flag=value with the flags of pmf train, such as no-guidance; NAME= is the base
+itself. --variants takes a JSON file {"NAME": {"flag": value, ...}, ...}. Settings given to this command
+belong to all variants.
+"""
+
+
+def add_parser(commands: Commands) -> None:
+    """Register the command."""
+    parser = commands.add_parser(
+        "ablate",
+        help="compare variants of a training run",
+        usage="pmf ablate [--suite NAME] [--variant NAME=flag=value,...] [options]",
+        description=_DESCRIPTION,
+    )
+    parser.add_argument("--suite", choices=list(SUITES), help="variants that come with the package")
+    parser.add_argument("--variant", action="append", default=[], metavar="NAME=...", help="a variant more")
+    parser.add_argument("--variants", type=Path, metavar="FILE", help="variants from a JSON file")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="of all these variants, those with these names"
+    )
+    parser.add_argument("--preset", choices=list(PRESETS), help="the base (the suite's, or digits)")
+    parser.add_argument("--seeds", default="0-2", help="numbers and ranges, such as 0-2 (%(default)s)")
+    parser.add_argument("--samples", type=int, help="images drawn per run (5000, or half of the real ones)")
+    parser.add_argument("--judge-steps", type=int, help="training steps of the classifier (1000)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("ablation"), help="folder of the study (%(default)s)"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"a trial of seconds: {_QUICK['steps']} steps of a network {_QUICK['hidden_size']} wide, "
+        f"{_QUICK_SAMPLES} samples, one seed; the figures mean nothing",
+    )
+    add_settings(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run what is not finished, write the report, and print it."""
+    suite = SUITES[arguments.suite] if arguments.suite else None
+    variants = _variants(arguments, suite)
+    config = _base(arguments, suite)
+    seeds = [0] if arguments.quick else list(chain.from_iterable(parse_seeds(arguments.seeds)))
+    study = Study(
+        config,
+        variants,
+        seeds,
+        arguments.out,
+        samples=_given(arguments.samples, _QUICK_SAMPLES if arguments.quick else None),
+        judge_steps=_given(arguments.judge_steps, _QUICK_JUDGE_STEPS if arguments.quick else None),
+    )
+    total, begin = len(variants) * len(seeds), time.perf_counter()
+    print(f"{arguments.out}: {len(study.finished)} of {total} runs are finished", flush=True)
+    reference = study.prepare()
+    print(f"the classifier is right for {reference.accuracy:.1%} of held-out images", flush=True)
+    for number, (variant, seed) in enumerate(study.runs(), start=1):
+        if (variant.name, seed) in study.finished:
+            continue
+        row = study.run(variant, seed, reference)
+        if row is None:
+            print(
+                f"interrupted: {len(study.finished)} of {total} runs are in {arguments.out}", file=sys.stderr
+            )
+            return _INTERRUPTED
+        print(
+            f"{number}/{total} {variant.name}, seed {seed}: Frechet {row['frechet']:.2f}, "
+            f"recognised {row['recognised']:.3f}, {row['seconds']:.0f} s",
+            flush=True,
+        )
+    rows = [study.finished[variant.name, seed] for variant, seed in study.runs()]
+    lines = summarise(rows, [variant.name for variant in variants])
+    record = {
+        "command": shlex.join(["pmf", *sys.argv[1:]]),
+        "data": config.data.data,
+        "device": _device_name(config.run.device),
+        "threads": torch.get_num_threads(),
+        "versions": {"pmf": VERSION, "torch": torch.__version__, "python": platform.python_version()},
+        "seconds": round(sum(row["seconds"] for row in rows), 1),
+        "session_seconds": round(time.perf_counter() - begin, 1),
+        "runs": len(rows),
+        "steps": config.run.steps,
+        "batch_size": config.data.batch_size,
+        "metric": {
+            "features": "64 of a classifier trained on the data",
+            "judge_steps": study.judge_steps,
+            "judge_accuracy": reference.accuracy,
+            "samples": study.samples,
+            "real_images": reference.real,
+        },
+        "variants": [
+            {**line, "settings": dict(variant.settings)}
+            for line, variant in zip(lines, variants, strict=True)
+        ],
+        "orderings": judge_orderings(rows, suite.orderings if suite else ()),
+        "base": config.to_json(),
+    }
+    written = write_report(arguments.out, record)
+    print(written[0].read_text(encoding="utf-8"), end="")
+    print("written: " + ", ".join(str(path) for path in written))
+    return 0
+
+
+def _given(value: int | None, default: int | None) -> int | None:
+    return default if value is None else value
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else env.cpu_name()
+
+
+def _variants(arguments: argparse.Namespace, suite: Suite | None) -> list[Variant]:
+    variants = list(suite.variants) if suite else []
+    if arguments.variants is not None:
+        variants += read_variants(arguments.variants)
+    variants += [parse_variant(text) for text in arguments.variant]
+    if arguments.only is None:
+        return variants
+    names = [variant.name for variant in variants]
+    for name in arguments.only:
+        if name not in names:
+            raise UserError(f"--only: there is no variant {name!r}; there are {', '.join(names) or 'none'}")
+    return [variant for variant in variants if variant.name in arguments.only]
+
+
+def _base(arguments: argparse.Namespace, suite: Suite | None) -> TrainConfig:
+    """The preset with the settings of the command line; a preset that ends by time needs --steps."""
+    given = given_settings(arguments)
+    if "seed" in given:
+        raise UserError("--seed is for one run: a study takes --seeds")
+    if arguments.quick:
+        given = {**_QUICK, **given}
+    if suite is not None and arguments.preset in (None, suite.preset):
+        given = {**suite.settings, **given}
+    if "steps" in given and "minutes" not in given:
+        given["minutes"] = None
+    return get_preset(arguments.preset or (suite.preset if suite else "digits"), **given)
+
+
+def parse_variant(text: str) -> Variant:
+    """``NAME=flag=value,flag=value``: flags as `pmf train` takes them, without the dashes."""
+    name, equals, rest = text.partition("=")
+    if not equals:
+        raise UserError(f"--variant {text}: write NAME=flag=value,flag=value, such as adam=optimizer=adam")
+    words: list[str] = []
+    for part in filter(None, rest.split(",")):
+        key, has_value, value = part.partition("=")
+        words += [f"--{key.strip().lstrip('-')}", *(value.split() if has_value else ())]
+    return Variant(name.strip(), _parse(words, name))
+
+
+def read_variants(path: Path) -> list[Variant]:
+    """Variants of a JSON file {"NAME": {"flag": value, ...}, ...}; UserError where it holds anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--variants {path} cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict) or not all(isinstance(value, dict) for value in content.values()):
+        raise UserError(f'--variants {path} must hold {{"NAME": {{"flag": value, ...}}, ...}}')
+    variants = []
+    for name, given in content.items():
+        words: list[str] = []
+        for key, value in given.items():
+            option = key.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{option}" if value else f"--no-{option}")
+            else:
+                words += [f"--{option}", *map(str, value if isinstance(value, list) else [value])]
+        variants.append(Variant(name, _parse(words, name)))
+    return variants
+
+
+def _parse(words: Sequence[str], name: str) -> dict[str, Any]:
+    """Settings from the words of a command line; UserError names the variant."""
+    parser = Parser(prog="pmf ablate", add_help=False)
+    add_settings(parser)
+    try:
+        return given_settings(parser.parse_args(list(words)))
+    except UserError as error:
+        raise UserError(f"variant {name!r}: {error}") from error

@@ -1,0 +1,138 @@
+"""``pmf ablate`` as a person runs it: its table, going on where it stopped, and its words to wrong ones."""
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers.pmf_process import TINY, run_in
+from PIL import Image
+
+from pmf.ablation import SUITES
+from pmf.cli import main
+
+QUICK = [
+    "ablate",
+    "--quick",
+    "--samples",
+    "24",
+    "--judge-steps",
+    "2",
+    *TINY,
+    "--steps",
+    "2",
+    "--out",
+    "study",
+]
+
+
+def test_two_variants_become_a_table_and_are_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*QUICK, "--variant", "base=", "--variant", "adam=optimizer=adam,adam-lr=0.01,no-guidance,no-ema"]
+    done = run_in(tmp_path, *words)
+    assert done.returncode == 0, done.stderr
+    study = tmp_path / "study"
+    record = json.loads((study / "record.json").read_text())
+    base, adam = record["variants"]
+    assert (base["variant"], base["settings"]) == ("base", {})
+    assert adam["settings"] == {"optimizer": "adam", "adam_lr": 0.01, "guidance": False, "ema": False}
+    assert (record["steps"], record["runs"], base["seeds"], record["data"]) == (2, 2, [0], "digits")
+    assert record["command"] == "pmf " + " ".join(words)
+    for name in ("frechet", "frechet_pixels", "recognised", "seconds"):
+        assert base[name]["mean"] == base[name]["each"][0] and base[name]["sd"] is None
+    assert base["frechet"]["mean"] > 5 * record["metric"]["real_images"]["frechet"] > 0
+    assert base["frechet"]["mean"] != adam["frechet"]["mean"]
+
+    table = (study / "table.md").read_text()
+    assert f"| base | {base['frechet']['mean']:.2f} |" in table
+    assert "- adam: optimizer adam, adam_lr 0.01, guidance off, ema off" in table
+    assert table in done.stdout
+    with Image.open(study / "plot.png") as plot, Image.open(study / "samples" / "adam.png") as grid:
+        assert plot.width > 300 and min(grid.size) > 8
+
+    first = (study / "runs" / "base-seed0.json").read_bytes()
+    (study / "runs" / "adam-seed0.json").unlink()
+    again = run_in(tmp_path, *words)
+    assert "study: 1 of 2 runs are finished" in again.stdout
+    assert "2/2 adam, seed 0" in again.stdout and "1/2 base" not in again.stdout
+    assert (study / "runs" / "base-seed0.json").read_bytes() == first
+    assert (study / "table.md").read_text().splitlines()[8:11] == table.splitlines()[8:11]
+
+    monkeypatch.chdir(tmp_path)
+    assert main([*words, "--lr", "0.5"]) == 2
+    assert "is of a run with other settings: give another --out" in capsys.readouterr().err
+    (study / "runs" / "base-seed0.json").write_text("{")
+    assert main(words) == 2
+    assert "base-seed0.json is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "there is nothing to compare: give --suite, --variant or --variants"),
+        (["--variant", "adam"], "--variant adam: write NAME=flag=value"),
+        (["--variant", "a=speed=3"], "variant 'a': unrecognized arguments: --speed 3"),
+        (["--variant", "a=optimizer=sgd"], "variant 'a': argument --optimizer: invalid choice: 'sgd'"),
+        (["--variant", "a=lr=-1"], "variant 'a': --lr must be above 0"),
+        (
+            ["--variant", "a=prediction=u,preconditioner=scm"],
+            "variant 'a': --preconditioner scm makes images",
+        ),
+        (["--variant", "a=patch-size=3"], "variant 'a': model: image_size 8 is not a multiple"),
+        (["--variant", "a=steps=3"], "variant 'a' changes --steps, which all variants share"),
+        (["--variant", "a=", "--variant", "a=lr=1"], "two variants are called 'a'"),
+        (["--variant", "a/b=", "--variant", "a b="], "two variants are called 'a/b' or nearly so"),
+        (["--variant", "a*="], "a variant's name is letters"),
+        (["--suite", "digits", "--only", "Eve"], "--only: there is no variant 'Eve'; there are x patch 8"),
+        (["--variant", "a=", "--seed", "1"], "--seed is for one run: a study takes --seeds"),
+        (["--variant", "a=", "--minutes", "1"], "variants are compared at equal steps"),
+        (
+            ["--variant", "a=", "--samples", "1798"],
+            "--samples must lie between 2 and the 1797 images, got 1798",
+        ),
+        (["--variant", "a=", "--judge-steps", "0"], "--judge-steps must be 1 or more"),
+        (["--variants", "none.json"], "--variants none.json cannot be read as JSON"),
+        (["--suite", "imagenet"], "invalid choice: 'imagenet'"),
+    ],
+)
+def test_wrong_words_end_before_anything_runs(
+    words: list[str],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    quick = ["--quick"] if "--judge-steps" not in words else ["--steps", "1"]
+    assert main(["ablate", *quick, *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and sentence in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_variants_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for content, sentence in (
+        ([1], '--variants v.json must hold {"NAME": {"flag": value, ...}, ...}'),
+        ({"a": {"lr": "fast"}}, "variant 'a': argument --lr: invalid float value: 'fast'"),
+    ):
+        Path("v.json").write_text(json.dumps(content))
+        assert main(["ablate", "--quick", "--variants", "v.json"]) == 2
+        assert sentence in capsys.readouterr().err
+    Path("v.json").write_text(
+        json.dumps({"a": {"ema_half_lives": [1, 10], "v-head": False}, "b": {"lr": "x"}})
+    )
+    assert main(["ablate", *QUICK[1:], "--variants", "v.json", "--only", "none"]) == 2
+    assert "variant 'b'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_the_orderings_of_a_suite_name_its_variants(name: str) -> None:
+    suite = SUITES[name]
+    names = {variant.name for variant in suite.variants}
+    for ordering in suite.orderings:
+        told = [ordering.better, ordering.worse] if hasattr(ordering, "better") else sum(ordering.pairs, ())
+        assert names.issuperset(told)
+    assert not suite.variants[0].settings
