@@ -1,19 +1,26 @@
-"""Prints the README's tables from the committed records, so that no figure there is typed by hand.
+"""Prints the tables of README.md and docs/ from the committed records: no figure there is typed by hand.
 
 python benchmarks/readme_table.py            print them
-python benchmarks/readme_table.py --write    put them between the README's <!-- table: NAME --> marks
+python benchmarks/readme_table.py --write    put them between the pages' <!-- table: NAME --> marks
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-from collections.abc import Callable
+import re
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # however this file is loaded
+from gpu.targets import targets_of  # noqa: E402
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "amd-epyc"
+GPU_RECORD = ROOT / "benchmarks" / "results" / "nvidia-h100" / "run_all.json"
 
 
 def load(name: str) -> dict[str, Any]:
@@ -137,8 +144,144 @@ def sampling_table() -> str:
     return "\n".join(lines)
 
 
+# ---- every kernel on the CPU -------------------------------------------------------------------------------
+
+KERNELS = (
+    "attention",
+    "patch_embed",
+    "patch_velocity",
+    "rms_norm",
+    "swiglu",
+    "rotary_qk_norm",
+    "gated_residual",
+    "newton_schulz",
+    "muon",
+)
+CEILINGS = {"torch copy_": "gbyte_per_s", "torch.mm": "gflop_per_s"}
+"""What measures the machine itself: contestants that are no kernel's, and the rate that they set."""
+
+
+def by_case(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each case: this library's first, then its peers'."""
+    for _, group in itertools.groupby(rows, key=lambda row: (row.get("op"), row["case"])):
+        yield list(group)
+
+
+def kernels_table() -> str:
+    """Every op of every record: time, rate, that over torch's own in the same record, and the peers."""
+    lines = [
+        "| op | case | pmf | rate | of torch's | times faster than |",
+        "|---|---|---|---|---|---|",
+    ]
+    seen = {}
+    for name in KERNELS:
+        if not (RESULTS / f"bench_{name}.json").exists():
+            continue
+        record = load(f"bench_{name}")
+        seen[record["device"], record["threads"], record["versions"]["torch"]] = None
+        ceilings: dict[tuple[str, str], float] = {}
+        for ours, *peers in by_case(record["rows"]):
+            dtype = ours["case"].split()[-1]
+            if rate := CEILINGS.get(ours["contestant"]):
+                ceilings[rate, dtype] = ours[rate]
+                continue
+            peer = ", ".join(f"{row['contestant']}: {row['time_over_ours']:.1f}" for row in peers)
+            rate, share = _rate_and_share(ours, ceilings, dtype)
+            cells = (name, ours["case"], f"{ours['median_ms']:.2f} ms", rate, share, peer)
+            lines.append(f"| {' | '.join(cells)} |")
+    machines = "; ".join(f"{device}, {threads} cores, torch {torch}" for device, threads, torch in seen)
+    head = (
+        f"Medians on {machines}. A rate is compared with that of torch's own copy of a large buffer, or of "
+        "its 2048^3 matrix product, where the same run measured it."
+    )
+    return "\n".join([head, "", *lines])
+
+
+def _rate_and_share(
+    row: dict[str, Any], ceilings: dict[tuple[str, str], float], dtype: str
+) -> tuple[str, str]:
+    """Of the rate whose ceiling the record has, or else of the one that the row has."""
+    units = {"gflop_per_s": "GFLOP/s", "gbyte_per_s": "GB/s"}
+    known = [rate for rate in units if rate in row]
+    for rate in known:
+        if (rate, dtype) in ceilings:
+            return f"{row[rate]:.0f} {units[rate]}", f"{row[rate] / ceilings[rate, dtype]:.0%}"
+    return (f"{row[known[0]]:.0f} {units[known[0]]}", "") if known else ("", "")
+
+
+# ---- a GPU -------------------------------------------------------------------------------------------------
+
+NOT_MEASURED = "not measured"
+
+
+def _attention(kind: str, shape: tuple[int, ...]) -> tuple[str, dict[str, Any]]:
+    facts = {"op": f"attention {kind}", "shape": list(shape), "dtype": "bfloat16"}
+    return f"attention {kind}, bf16, {' x '.join(map(str, shape))}", facts
+
+
+GPU_ROWS: tuple[tuple[str, dict[str, Any]], ...] = (
+    _attention("forward + JVP", (256, 12, 276, 64)),
+    _attention("forward + JVP", (256, 16, 276, 80)),
+    _attention("forward + JVP", (64, 12, 1024, 64)),
+    _attention("forward + JVP", (64, 12, 1024, 128)),
+    _attention("forward + JVP", (2, 12, 4096, 64)),
+    _attention("forward", (256, 12, 276, 64)),
+    _attention("backward", (256, 12, 276, 64)),
+    _attention("backward through both", (256, 12, 276, 64)),
+    ("pMF-B/16 training step, batch 32, bf16", {"op": "training step", "batch": 32}),
+    ("pMF-B/16 one-step sampling, batch 64", {"op": "sampling", "batch": 64}),
+    ("Muon step of pMF-B/16", {"op": "muon", "model": "pmf-b/16"}),
+    ("Muon step of pMF-H/16", {"op": "muon", "model": "pmf-h/16"}),
+)
+"""What the README shows of a GPU run, and how to find it in the record."""
+
+
+def gpu_table() -> str:
+    """The main rows of benchmarks/run_all.py's record, or that there is none."""
+    rows: list[dict[str, Any]] = []
+    head = "No GPU has run these kernels yet. On an H100:"
+    if GPU_RECORD.exists():
+        record = json.loads(GPU_RECORD.read_text())
+        rows = [row for section in record["sections"] for row in section["rows"]]
+        rates = record["rates"]
+        driver = (record["nvidia_smi"] or {}).get("driver_version", "unknown")
+        products = rates["matrix_gflop_per_s"].get("bfloat16", 0) / 1e3
+        head = (
+            f"On one {record['device']} (driver {driver}, torch {record['versions']['torch']}); copies ran "
+            f"at {(rates['copy_gbyte_per_s'] or 0) / 1e3:.2f} TB/s, bf16 products at {products:.0f} TFLOP/s; "
+            "medians:"
+        )
+    lines = ["| | pmf | best right peer | times faster | target |", "|---|---|---|---|---|"]
+    for label, facts in GPU_ROWS:
+        case = next((c for c in by_case(rows) if facts.items() <= c[0].items()), None)
+        lines.append(f"| {label} | {' | '.join(_gpu_cells(case, facts))} |")
+    return "\n".join([head, "", *lines])
+
+
+def _gpu_cells(case: list[dict[str, Any]] | None, facts: dict[str, Any]) -> list[str]:
+    asked = "; ".join(target.text for target in targets_of(facts))
+    if case is None or "median_ms" not in case[0]:
+        return [NOT_MEASURED, NOT_MEASURED, NOT_MEASURED, asked]
+    ours = case[0]
+    others = (row for row in case if not row["contestant"].startswith("pmf"))
+    peers = [row for row in others if "median_ms" in row and row.get("right", True)]
+    best = min(peers, key=lambda row: row["median_ms"], default=None)
+    verdict = {True: "met", False: "missed", None: "not judged"}
+    found = "; ".join(f"{t['target']}: {t['found']}, {verdict[t['met']]}" for t in ours.get("targets", []))
+    return [
+        f"{ours['median_ms']:.3g} ms" + ("" if ours.get("right", True) else " (wrong)"),
+        f"{best['median_ms']:.3g} ms ({best['contestant']})" if best else "none",
+        f"{best['median_ms'] / ours['median_ms']:.1f}" if best else "",
+        found or asked,
+    ]
+
+
+# ---- pages -------------------------------------------------------------------------------------------------
+
+
 class Table(NamedTuple):
-    record: str
+    record: str | None
+    """Without it there is no table; None: there always is one."""
     make: Callable[[], str]
 
 
@@ -147,35 +290,48 @@ TABLES = {
     "quality": Table("digits_quality", quality_table),
     "training": Table("bench_training_step", training_table),
     "sampling": Table("bench_sampling", sampling_table),
+    "kernels": Table("bench_attention", kernels_table),
+    "gpu": Table(None, gpu_table),
 }
+MARK = re.compile(r"^<!-- table: (?P<name>\w+) -->\n(?P<table>.*?)^<!-- end -->$", re.M | re.S)
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def tables() -> dict[str, str]:
     """Every table whose record has been made, by name."""
     return {
-        name: table.make() for name, table in TABLES.items() if (RESULTS / f"{table.record}.json").exists()
+        name: table.make()
+        for name, table in TABLES.items()
+        if table.record is None or (RESULTS / f"{table.record}.json").exists()
     }
 
 
-def with_tables(readme: str) -> str:
-    """The README with the present records' tables between its marks."""
-    for name, table in tables().items():
-        start, end = f"<!-- table: {name} -->\n", "<!-- end -->"
-        if readme.count(start) != 1:
-            raise SystemExit(f"README.md must have one {start.strip()} mark, closed by {end}")
-        before, rest = readme.split(start)
-        readme = f"{before}{start}{table}\n{end}{rest.partition(end)[2]}"
-    return readme
+def with_tables(page: str) -> str:
+    """A page with the present records' tables between its marks."""
+    made = tables()
+
+    def fill(match: re.Match[str]) -> str:
+        if match["name"] not in TABLES:
+            raise SystemExit(f"there is no table {match['name']!r}: choose from {', '.join(TABLES)}")
+        table = made.get(match["name"])
+        return match[0] if table is None else f"<!-- table: {match['name']} -->\n{table}\n<!-- end -->"
+
+    if page.count("<!-- table: ") != len(MARK.findall(page)):
+        raise SystemExit("a <!-- table: NAME --> mark stands alone on its line, and <!-- end --> closes it")
+    return MARK.sub(fill, page)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--write", action="store_true", help="update README.md")
+    parser.add_argument("--write", action="store_true", help="update README.md and docs/")
     if parser.parse_args().write:
-        readme = ROOT / "README.md"
-        readme.write_text(with_tables(readme.read_text()))
+        for page in pages():
+            page.write_text(with_tables(page.read_text()))
     else:
         print("\n\n".join(tables().values()))
 

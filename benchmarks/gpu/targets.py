@@ -5,15 +5,25 @@ A target is judged within one case: rows measured in turn. The numbers were set 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 Row = dict[str, Any]
+Verdict = tuple[str, bool | None]
+"""What was found, and whether that meets the target; None where there was nothing to compare with."""
 
 MATH_JVP = "torch.func.jvp of torch math"
 FLOOR_FACTOR, MATRIX_SHARE = 1.4, 0.6
 SHORT = 276
 """At this length attention is bound by memory, from 1024 on by the matrix units."""
+NOTHING = "nothing to compare with", None
+
+
+class Target(NamedTuple):
+    """text: for readers. find: (our row, the others' timed rows) -> verdict."""
+
+    text: str
+    find: Callable[[Row, Sequence[Row]], Verdict]
 
 
 class Rates:
@@ -43,75 +53,75 @@ def add_shares(row: Row, rates: Rates) -> None:
 
 
 def judge(rows: Sequence[Row]) -> list[Row]:
-    """The targets of the case that these rows are of: what was asked, what was found, whether it was met.
-
-    "met" is None where there is nothing to compare with.
-    """
+    """The targets of the case that these rows are of: what was asked, what was found, whether it was met."""
     ours = next((row for row in rows if row.get("ours")), None)
     if ours is None or "median_ms" not in ours:
         return []
-    peers = [row for row in rows if not row.get("ours") and "median_ms" in row]
-    find = TARGETS.get(ours.get("op", ""))
-    return [] if find is None else list(find(ours, peers))
+    others = [row for row in rows if "median_ms" in row and not row["contestant"].startswith("pmf")]
+    verdicts = ((target, target.find(ours, others)) for target in targets_of(ours))
+    return [{"target": t.text, "found": found, "met": met} for t, (found, met) in verdicts]
 
 
-def _times_faster(ours: Row, peers: Sequence[Row], factor: float, whom: str) -> Row:
+def targets_of(facts: Mapping[str, Any]) -> tuple[Target, ...]:
+    """Of a case by its op, shape and dtype."""
+    op = facts.get("op", "")
+    if not op.startswith("attention"):
+        return OF_OP.get(op, ())
+    if facts["dtype"] != "bfloat16":
+        return ()
+    is_short = facts["shape"][2] == SHORT
+    if op == "attention forward + JVP":
+        return (NEAR_MEMORY if is_short else NEAR_PRODUCTS, TWICE_BEST, FIVE_TIMES_MATH)
+    return (NOT_SLOWER,) if is_short and op in ("attention forward", "attention backward") else ()
+
+
+def _faster(ours: Row, peers: Sequence[Row], factor: float) -> Verdict:
     """At least `factor` times as fast as the fastest of `peers`."""
-    target = f"at least {factor:g}x {whom}"
     if not peers:
-        return {"target": target, "found": "nothing to compare with", "met": None}
+        return NOTHING
     best = min(peers, key=lambda row: row["median_ms"])
     ratio = best["median_ms"] / ours["median_ms"]
-    return {"target": target, "found": f"{ratio:.2f}x {best['contestant']}", "met": ratio >= factor}
+    return f"{ratio:.2f}x {best['contestant']}", ratio >= factor
 
 
-def _right(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if row.get("right", True)]
+def _faster_than(factor: float, start: str) -> Callable[[Row, Sequence[Row]], Verdict]:
+    """Than the peer whose name begins so, be its result right or not."""
+    return lambda ours, others: _faster(
+        ours, [row for row in others if row["contestant"].startswith(start)], factor
+    )
 
 
-def _forward_jvp(ours: Row, peers: Sequence[Row]) -> Iterator[Row]:
-    if ours["dtype"] != "bfloat16":
-        return
-    if ours["shape"][2] == SHORT:
-        if "memory_floor_ms" in ours:
-            ratio = ours["median_ms"] / ours["memory_floor_ms"]
-            target = f"at most {FLOOR_FACTOR:g}x the memory floor"
-            yield {"target": target, "found": f"{ratio:.2f}x", "met": ratio <= FLOOR_FACTOR}
-    elif "share_of_matrix_rate" in ours:
-        share = ours["share_of_matrix_rate"]
-        target = f"at least {MATRIX_SHARE:.0%} of the matrix rate"
-        yield {"target": target, "found": f"{share:.0%}", "met": share >= MATRIX_SHARE}
-    math = [row for row in peers if row["contestant"] == MATH_JVP]
-    others = [row for row in _right(peers) if row["contestant"] != MATH_JVP]
-    yield _times_faster(ours, others, 2, "best right peer")
-    yield _times_faster(ours, math, 5, MATH_JVP)
+def _faster_than_right(factor: float) -> Callable[[Row, Sequence[Row]], Verdict]:
+    """Than the best peer whose result is right, func.jvp of math left out."""
+    return lambda ours, others: _faster(
+        ours,
+        [row for row in others if row.get("right", True) and row["contestant"] != MATH_JVP],
+        factor,
+    )
 
 
-def _not_slower(ours: Row, peers: Sequence[Row]) -> Iterator[Row]:
-    if ours["dtype"] == "bfloat16" and ours["shape"][2] == SHORT:
-        yield _times_faster(ours, _right(peers), 1, "best torch backend")
+def _near_memory(ours: Row, others: Sequence[Row]) -> Verdict:
+    if "memory_floor_ms" not in ours:
+        return NOTHING
+    ratio = ours["median_ms"] / ours["memory_floor_ms"]
+    return f"{ratio:.2f}x", ratio <= FLOOR_FACTOR
 
 
-def _factor(factor: float, whom: str) -> Callable[[Row, Sequence[Row]], Iterator[Row]]:
-    def find(ours: Row, peers: Sequence[Row]) -> Iterator[Row]:
-        others = [row for row in peers if not row["contestant"].startswith("pmf")]
-        yield _times_faster(ours, others, factor, whom)
-
-    return find
+def _near_products(ours: Row, others: Sequence[Row]) -> Verdict:
+    share = ours.get("share_of_matrix_rate")
+    return NOTHING if share is None else (f"{share:.0%}", share >= MATRIX_SHARE)
 
 
-def _newton_schulz(ours: Row, peers: Sequence[Row]) -> Iterator[Row]:
-    gram = [row for row in peers if row["contestant"] == "gram-newton-schulz"]
-    if gram:
-        yield _times_faster(ours, gram, 1, "gram-newton-schulz")
-
-
-TARGETS: dict[str, Callable[[Row, Sequence[Row]], Iterator[Row]]] = {
-    "attention forward": _not_slower,
-    "attention backward": _not_slower,
-    "attention forward + JVP": _forward_jvp,
-    "training step": _factor(2, "plain port"),
-    "sampling": _factor(3, "plain sampler"),
-    "muon": _factor(2, "torch.optim.Muon"),
-    "newton_schulz": _newton_schulz,
+NEAR_MEMORY = Target(f"at most {FLOOR_FACTOR:g}x the memory floor", _near_memory)
+NEAR_PRODUCTS = Target(f"at least {MATRIX_SHARE:.0%} of the matrix rate", _near_products)
+TWICE_BEST = Target("2x the best right peer", _faster_than_right(2))
+FIVE_TIMES_MATH = Target("5x torch.func.jvp through math attention", _faster_than(5, MATH_JVP))
+NOT_SLOWER = Target("as fast as torch's best right backend", _faster_than_right(1))
+OF_OP = {
+    "training step": (Target("2x the plain port", _faster_than(2, "plain port")),),
+    "sampling": (Target("3x the plain sampler", _faster_than(3, "plain sampler")),),
+    "muon": (Target("2x torch.optim.Muon", _faster_than(2, "torch.optim.Muon")),),
+    "newton_schulz": (
+        Target("faster than gram-newton-schulz, where installed", _faster_than(1, "gram-newton-schulz")),
+    ),
 }

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz
 
 from pmf import reference
+from pmf.bench.attention import gemm
 from pmf.bench.device import Run
 from pmf.bench.harness import Case, Planned, Setting, against, dtype_name
 from pmf.ops import newton_schulz
@@ -61,6 +62,7 @@ def flops(m: int, n: int) -> float:
 def cases(setting: Setting, peers: Mapping[str, Peer] | None = None) -> Iterator[Planned]:
     """peers: more contestants, functions of the list of matrices."""
     for dtype, matrices in MATRICES[setting.scale]:
+        yield gemm(setting, dtype)
         for shape, count in matrices.items():
             name = dtype_name(dtype)
             facts = {"op": "newton_schulz", "shape": [count, *shape], "dtype": name}

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pmf import ops, reference
+from pmf.bench.attention import gemm
 from pmf.bench.device import Run
 from pmf.bench.harness import Case, Planned, Setting, against, dtype_name
 from pmf.bench.pairs import BATCH, DTYPES
@@ -52,6 +53,7 @@ def cases(setting: Setting) -> Iterator[Planned]:
         (batch, PREFIX, WIDTH),
     ]
     for dtype in DTYPES[setting.scale]:
+        yield gemm(setting, dtype)
         for kind, make in (("forward", _forward), ("backward", _backward)):
             name = dtype_name(dtype)
             facts = {"op": f"patch_embed {kind}", "shape": list(shapes[0]), "dtype": name}

@@ -55,11 +55,74 @@ def test_sampling_table(results: Path):
     assert "| plain sampler, fp32 | 1.50 |  |" in table
 
 
-def test_a_record_without_its_mark_is_an_error(results: Path):
-    assert readme_table.with_tables("a readme") == "a readme"
-    record = {**HEADER, "batch_size": 8, "rows": []}
-    (results / "bench_sampling.json").write_text(json.dumps(record))
-    with pytest.raises(SystemExit, match="table: sampling"):
-        readme_table.with_tables("a readme")
-    filled = readme_table.with_tables("<!-- table: sampling -->\nold\n<!-- end -->\nrest\n")
-    assert "old" not in filled and filled.endswith("<!-- end -->\nrest\n")
+def test_marks(results: Path):
+    page = "a page\n<!-- table: sampling -->\nold\n<!-- end -->\nrest\n"
+    assert readme_table.with_tables(page) == page  # no record, no table
+    (results / "bench_sampling.json").write_text(json.dumps({**HEADER, "batch_size": 8, "rows": []}))
+    filled = readme_table.with_tables(page)
+    assert "old" not in filled and filled.startswith("a page\n") and filled.endswith("<!-- end -->\nrest\n")
+    assert readme_table.with_tables(filled) == filled
+    with pytest.raises(SystemExit, match="no table 'sampled'"):
+        readme_table.with_tables(page.replace("sampling", "sampled"))
+    with pytest.raises(SystemExit, match="closes it"):
+        readme_table.with_tables(page.replace("<!-- end -->", ""))
+
+
+def test_kernels_table(results: Path):
+    """A rate is compared with torch's copy or product of the same dtype in the same record."""
+    rows = [
+        {"case": "copy float32", "contestant": "torch copy_", "median_ms": 1.0, "gbyte_per_s": 80.0},
+        {
+            "case": "forward [2, 3] float32",
+            "contestant": "pmf rms_norm",
+            "median_ms": 2.0,
+            "gbyte_per_s": 60.0,
+        },
+        {"case": "forward [2, 3] float32", "contestant": "plain", "median_ms": 5.0, "time_over_ours": 2.5},
+        {
+            "case": "forward [2, 3] bfloat16",
+            "contestant": "pmf rms_norm",
+            "median_ms": 1.0,
+            "gbyte_per_s": 9.0,
+        },
+    ]
+    for name in ("attention", "rms_norm"):
+        content = {**HEADER, "rows": rows if name == "rms_norm" else []}
+        (results / f"bench_{name}.json").write_text(json.dumps(content))
+    table = readme_table.tables()["kernels"]
+    assert "| rms_norm | forward [2, 3] float32 | 2.00 ms | 60 GB/s | 75% | plain: 2.5 |" in table
+    assert "| rms_norm | forward [2, 3] bfloat16 | 1.00 ms | 9 GB/s |  |  |" in table
+    assert "copy_" not in table and table.count("a processor, 2 cores") == 1
+
+
+def test_gpu_table_without_a_record_gives_no_figure(results: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(readme_table, "GPU_RECORD", results / "run_all.json")
+    rows = readme_table.tables()["gpu"].splitlines()[4:]
+    assert len(rows) == len(readme_table.GPU_ROWS)
+    assert all(row.count(readme_table.NOT_MEASURED) == 3 for row in rows)
+
+
+def test_gpu_table_of_a_record(results: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(readme_table, "GPU_RECORD", results / "run_all.json")
+    facts = {"case": "c", "op": "attention forward", "shape": [256, 12, 276, 64], "dtype": "bfloat16"}
+    target = {"target": "as fast as torch's best right backend", "found": "1.50x torch cudnn", "met": True}
+    case = [
+        {**facts, "contestant": "pmf.ops.attention", "ours": True, "median_ms": 0.2, "targets": [target]},
+        {**facts, "contestant": "torch flash", "median_ms": 0.1, "right": False},
+        {**facts, "contestant": "torch cudnn", "median_ms": 0.3, "right": True},
+        {**facts, "contestant": "torch mem-efficient", "failed": "RuntimeError: no"},
+    ]
+    record = {
+        "device": "a GPU",
+        "nvidia_smi": {"driver_version": "580.1"},
+        "versions": {"torch": "2.13.0"},
+        "rates": {"copy_gbyte_per_s": 3000.0, "matrix_gflop_per_s": {"bfloat16": 8e5}},
+        "sections": [{"name": "attention", "rows": case}],
+    }
+    (results / "run_all.json").write_text(json.dumps(record))
+    table = readme_table.tables()["gpu"]
+    assert (
+        "a GPU (driver 580.1, torch 2.13.0); copies ran at 3.00 TB/s, bf16 products at 800 TFLOP/s" in table
+    )
+    assert "64 | 0.2 ms | 0.3 ms (torch cudnn) | 1.5 | as fast as torch's best right backend: 1.50x" in table
+    assert table.count("not measured |") == 3 * (len(readme_table.GPU_ROWS) - 1)
