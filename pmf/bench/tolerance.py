@@ -8,26 +8,32 @@ storing random values costs 0.42 u. What remains is for one more rounding inside
 import torch
 from torch import Tensor
 
-UNIT_ROUNDOFF = {
+TF32 = "tf32"
+"""Stands for float32 inputs and outputs with products whose operands are rounded to TF32."""
+
+UNIT_ROUNDOFF: dict[torch.dtype | str, float] = {
     torch.bfloat16: 2.0**-8,
     torch.float16: 2.0**-11,
     torch.float32: 2.0**-24,
     torch.float64: 2.0**-53,
+    TF32: 2.0**-11,
 }
 
 # In units of u. 16-bit types: one store, and for attention one rounding of the probabilities before it;
 # gradients add one of the score gradients. 32 and 64 bits: sums of a few hundred terms, and the exponential.
-_BF16, _F16, _F32, _F64 = UNIT_ROUNDOFF
-FACTORS = {
+# TF32: the same roundings inside, of probabilities and score gradients, but no store in 16 bits; for inputs
+# that are TF32 numbers. Found by rounding just these in float64.
+_BF16, _F16, _F32, _F64, _TF32 = UNIT_ROUNDOFF
+FACTORS: dict[str, dict[torch.dtype | str, float]] = {
     "elementwise": {_BF16: 0.5, _F16: 0.5, _F32: 8, _F64: 64},
     "gemm": {_BF16: 1.5, _F16: 1.5, _F32: 32, _F64: 64},
-    "attention": {_BF16: 0.665, _F16: 0.665, _F32: 160, _F64: 1000},
-    "attention gradient": {_BF16: 0.819, _F16: 0.819, _F32: 160, _F64: 1000},
+    "attention": {_BF16: 0.665, _F16: 0.665, _F32: 160, _F64: 1000, _TF32: 0.45},
+    "attention gradient": {_BF16: 0.819, _F16: 0.819, _F32: 160, _F64: 1000, _TF32: 0.8},
 }
 
 
-def tolerance(kind: str, dtype: torch.dtype) -> float:
-    """Largest relative Frobenius error of an op of that kind that computes in `dtype`."""
+def tolerance(kind: str, dtype: torch.dtype | str) -> float:
+    """Largest relative Frobenius error of an op of that kind that computes in `dtype` (or TF32)."""
     return FACTORS[kind][dtype] * UNIT_ROUNDOFF[dtype]
 
 

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from pmf.bench.tolerance import UNIT_ROUNDOFF, spread, tolerance
+from pmf.bench.tolerance import TF32, UNIT_ROUNDOFF, spread, tolerance
 
-__all__ = ["UNIT_ROUNDOFF", "assert_close", "error", "spread", "tolerance"]
+__all__ = ["TF32", "UNIT_ROUNDOFF", "assert_close", "error", "round_to_tf32", "spread", "tolerance"]
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
@@ -14,6 +14,12 @@ def error(actual: Tensor, expected: Tensor) -> float:
     assert torch.isfinite(actual).all()
     distance = (actual.double() - expected.double()).norm().item()
     return distance / (expected.double().norm().item() or 1.0)
+
+
+def round_to_tf32(x: Tensor) -> Tensor:
+    """The nearest numbers with 10 bits behind the point, ties away from zero, in x's dtype."""
+    bits = x.float().contiguous().view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32).to(x.dtype)
 
 
 def assert_close(actual, expected, limit: float) -> None:
