@@ -25,11 +25,12 @@ View contiguous(int64_t d1, int64_t d2, int64_t d3) {
 template <class Launcher>
 const char* run_dry(const Device& device, NoteLaunch note, void* context,
                     const Launcher& launcher) {
+  struct Ended {
+    ~Ended() { cuda::dry_run = nullptr; }
+  } ended;  // also where note() throws
   cuda::DryRun dry(device, note, context);
   cuda::dry_run = &dry;
-  const char* const problem = launcher();
-  cuda::dry_run = nullptr;
-  return problem;
+  return launcher();
 }
 
 const char* dry_attention(const AttentionShape& s, DType dtype, bool tangent) {

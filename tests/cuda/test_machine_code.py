@@ -28,6 +28,7 @@ MEANT = {
     r"update_kernel<HalfProducts<__half>": PRODUCTS[:3],
     r"(slots|forward|backward)_kernel<Whole<__nv_bfloat16>": WIDE,
     r"(ema|adam)_kernel": WIDE,
+    r"places_kernel<Forward<__nv_bfloat16, __nv_bfloat16, 8, 3>": WIDE,
 }
 # Kernels of whole vectors: what they read of a tensor and write to it goes in no smaller pieces.
 WHOLE = r"(slots_kernel|forward_kernel)<Whole<__nv_bfloat16>"
