@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["describe_state_dict", "from_official"]
+__all__ = ["describe_state_dict", "from_official", "to_official"]
 
 _GROUPS = ("class", "omega", "t_min", "t_max", "time")
 _EMBEDDERS = {"time": "h", "omega": "omega", "t_min": "cfg_t_start", "t_max": "cfg_t_end"}  # ours: theirs
@@ -30,7 +30,7 @@ def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     given = {key.removeprefix("net."): tensor for key, tensor in state_dict.items()}
     ours = "position" in given
-    names = _names(given, ours)
+    names = {name if ours else theirs: name for name, theirs in _names(given, ours).items()}
     missing = [theirs for theirs in names if theirs not in given]
     left_over = [key for key in given if key not in names and key not in _IGNORED]
     if missing or left_over:
@@ -42,6 +42,19 @@ def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     # Theirs is a 1 x 1 convolution.
     renamed["patch_embedding.weight_up"] = renamed["patch_embedding.weight_up"].flatten(1)
     return renamed
+
+
+def to_official(state_dict: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """The authors' state dict from `PixelMeanFlow`'s: the inverse of `from_official`, tensors shared.
+
+    prefix goes in front of every key: the authors' own module calls the network ``net.``. Their constant
+    ``rope_freqs`` is not a weight and is left out. Raises ValueError as `from_official` does.
+    """
+    ours = from_official(state_dict)
+    theirs = {prefix + key: ours[name] for name, key in _names(ours, ours=True).items()}
+    up = f"{prefix}x_embedder.proj2.weight"
+    theirs[up] = theirs[up][:, :, None, None]  # theirs is a 1 x 1 convolution
+    return theirs
 
 
 def describe_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -68,9 +81,9 @@ def describe_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _names(given: Iterable[str], ours: bool) -> dict[str, str]:
-    """Key in the file -> our name, for every weight of a model with the blocks seen in the file.
+    """Our name -> the authors' key, for every weight of a model with the blocks seen in the file.
 
-    The v head is expected whole where any part of it is there.
+    ours: whether the file has our names. The v head is expected whole where any part of it is there.
     """
     pairs = {
         "position": "pos_embed",
@@ -101,7 +114,7 @@ def _names(given: Iterable[str], ours: bool) -> dict[str, str]:
         pairs[f"{head}_final.norm.weight"] = f"{head}_final_layer.norm.weight"
         for part in ("weight", "bias"):
             pairs[f"{head}_final.linear.{part}"] = _linear(f"{head}_final_layer.linear", part)
-    return {name if ours else theirs: name for name, theirs in pairs.items()}
+    return pairs
 
 
 def _linear(name: str, part: str = "weight") -> str:

@@ -1,14 +1,14 @@
-"""The command ``pmf``: train, sample, ablate, convert, toy, bench, env."""
+"""The command ``pmf``: train, sample, evaluate, ablate, convert, flops, toy, bench, env."""
 
 import sys
 from collections.abc import Sequence
 
 from pmf import _library
-from pmf.cli import ablate, bench, convert, env, sample, toy, train
+from pmf.cli import ablate, bench, convert, env, evaluate, flops, sample, toy, train
 from pmf.cli.arguments import Parser
 from pmf.errors import UserError
 
-_NEED_KERNELS = ("train", "sample", "ablate", "bench")
+_NEED_KERNELS = ("train", "sample", "evaluate", "ablate", "flops", "bench")
 _INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 _DESCRIPTION = """Train Pixel MeanFlow models and draw images from them in one step.
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return bench.run(words[1:])
         parser = Parser(prog="pmf", description=_DESCRIPTION)
         commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-        for module in (train, sample, ablate, convert, toy, bench, env):
+        for module in (train, sample, evaluate, ablate, convert, flops, toy, bench, env):
             module.add_parser(commands)
         arguments = parser.parse_args(words)
         return int(arguments.run(arguments))

@@ -1,17 +1,25 @@
-"""``pmf convert``: any checkpoint as one safetensors file of this project."""
+"""``pmf convert``: any checkpoint as one file, of this project or under the authors' names."""
 
 import argparse
+import io
 from pathlib import Path
+
+import torch
 
 from pmf import checkpoint, models
 from pmf.atomic import write_file
 from pmf.cli.arguments import Commands
 from pmf.errors import UserError
+from pmf.official import to_official
 
-_DESCRIPTION = """Write one safetensors file, which carries its model's configuration, from any checkpoint.
+_SUFFIXES = (".safetensors", ".pth", ".pt")
+
+_DESCRIPTION = """Write one file from any checkpoint: a .safetensors, which carries its model's configuration,
+or a .pth under the names of the authors' PyTorch code, which knows the configuration from elsewhere.
 
   pmf convert pMF-B-16.pth pmf-b-16.safetensors --preset pmf-b/16
   pmf convert runs/00000-digits digits.safetensors --ema 50
+  pmf convert runs/imagenet pMF-B-16.pth
 
 The authors' files are read without running any code they may hold; anything but tensors in them is an error.
 """
@@ -21,11 +29,19 @@ def add_parser(commands: Commands) -> None:
     """Register the command."""
     parser = commands.add_parser("convert", help="turn a checkpoint into one file", description=_DESCRIPTION)
     parser.add_argument("source", type=Path, help="a run's folder, .safetensors, or the authors' .pth")
-    parser.add_argument("target", type=Path, help="the .safetensors file to write; it must not exist yet")
+    parser.add_argument(
+        "target", type=Path, help="the .safetensors or .pth file to write; it must not exist yet"
+    )
     parser.add_argument("--ema", help="which averaged weights of a run: a half-life such as 500, or none")
     parser.add_argument("--preset", choices=list(models.PRESETS), help="check that it is this model")
     parser.add_argument(
         "--noise-scale", type=float, help="standard deviation of the noise, for weights of no preset's shape"
+    )
+    parser.add_argument(
+        "--class-names",
+        type=Path,
+        metavar="FILE",
+        help="names for pmf sample --classes, one a line, for a .safetensors (the authors' are numbers)",
     )
     parser.set_defaults(run=run)
 
@@ -33,21 +49,63 @@ def add_parser(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Convert, and say what was found."""
     target: Path = arguments.target
-    if target.suffix != ".safetensors":
-        raise UserError(f"the target must end in .safetensors, got {target}")
+    if target.suffix not in _SUFFIXES:
+        raise UserError(
+            f"the target must end in .safetensors, or in .pth for the authors' names, got {target}"
+        )
     if target.exists():
         raise UserError(f"{target} exists: choose another name")
     loaded = checkpoint.load_model(arguments.source, arguments.ema, noise_scale=arguments.noise_scale)
     weights = {name: parameter.detach() for name, parameter in loaded.model.named_parameters()}
     if arguments.preset is not None:
         _require_preset(loaded, arguments.preset)
+    names, config = loaded.class_names, loaded.model.config
+    if arguments.class_names is not None:
+        names = _read_names(arguments.class_names, config.num_classes)
+    if target.suffix == ".safetensors":
+        content = checkpoint.weights_bytes(weights, config, names)
+    else:
+        content = _official_bytes(loaded.model)
     try:
-        write_file(target, checkpoint.weights_bytes(weights, loaded.model.config, loaded.class_names))
+        write_file(target, content)
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror or error}") from error
     millions = sum(weight.numel() for weight in weights.values()) / 1e6
     print(f"{target}: {millions:.1f} M parameters from {loaded.path}")
+    if target.suffix != ".safetensors":
+        print(f"what such a file cannot say: {_settings(config)}")
     return 0
+
+
+def _settings(config: models.ModelConfig) -> str:
+    low, high = config.sample_interval
+    return f"noise scale {config.noise_scale:g}, omega {config.sample_omega:g}, interval {low:g} to {high:g}"
+
+
+def _official_bytes(model: models.PixelMeanFlow) -> bytes:
+    config = model.config
+    if config.prediction != "x" or config.preconditioner != "none":
+        raise UserError(
+            f"the authors' code would misread this model (prediction {config.prediction}, preconditioner "
+            f"{config.preconditioner}): write a .safetensors"
+        )
+    content = io.BytesIO()
+    torch.save(to_official(dict(model.state_dict())), content)
+    return content.getvalue()
+
+
+def _read_names(path: Path, count: int) -> list[str]:
+    """One class name a line, in the order of the labels."""
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--class-names {path} cannot be read as text ({error})") from error
+    if len(names) != count or len(set(names)) != count:
+        raise UserError(
+            f"--class-names {path} has {len(set(names))} different names, but the model has {count} classes: "
+            "give one name a line"
+        )
+    return names
 
 
 def _require_preset(loaded: checkpoint.LoadedModel, preset: str) -> None:

@@ -59,6 +59,15 @@ BAD: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "device for sampling": (lambda p: ["sample", str(p), "--device", "abacus"], "is not a torch device"),
     "no width": (lambda p: ["train", "--mlp-width", "0"], "mlp_width must be at least 1"),
     "negative width": (lambda p: ["train", "--bottleneck", "-1"], "bottleneck must be at least 1"),
+    "unknown perceptual loss": (lambda p: ["train", "--perceptual", "vgg"], "invalid choice: 'vgg'"),
+    "no such weights": (
+        lambda p: ["train", "--perceptual", "lite0", "--perceptual-weights", str(p / "no.pth")],
+        "no.pth does not exist",
+    ),
+    "unwanted weights": (
+        lambda p: ["train", "--perceptual-weights", save(p / "d.pth", {"fc": torch.ones(1)})],
+        "holds weights of none of the networks asked for",
+    ),
     "no such folder": (lambda p: ["train", "--data", str(p / "no")], "is not a folder"),
     "empty folder": (lambda p: ["train", "--data", str(image_folder(p, "empty"))], "empty is empty"),
     "one class": (lambda p: ["train", "--data", str(image_folder(p, "one", "cat"))], "one class only"),
@@ -85,7 +94,7 @@ BAD: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "code in checkpoint": (lambda p: ["sample", save(p / "a.pth", {"f": print})], "more than tensors"),
     "foreign weights": (lambda p: ["sample", save(p / "b.pth", {"fc": torch.ones(1)})], "fc"),
     "nameless weights": (lambda p: ["sample", save(p / "c.pth", {3: torch.ones(1)})], "named tensors only"),
-    "convert suffix": (lambda p: ["convert", "x", "y.pth"], "must end in .safetensors"),
+    "convert suffix": (lambda p: ["convert", "x", "y.bin"], "must end in .safetensors"),
 }
 
 
@@ -124,7 +133,7 @@ def test_a_loss_that_diverges_names_its_step(tmp_path: Path) -> None:
     assert folders and all(name.startswith("step-") for name in folders)
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "convert", "toy", "bench", "env"])
+@pytest.mark.parametrize("command", ["train", "sample", "evaluate", "convert", "flops", "toy", "bench", "env"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

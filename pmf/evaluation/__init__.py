@@ -1,0 +1,26 @@
+"""How good a model's images are: features of many images, counted over processes, continued after a stop."""
+
+from pmf.evaluation.counting import count_features, describe
+from pmf.evaluation.digest import file_digest
+from pmf.evaluation.features import SPACES, FeatureSpace, open_space
+from pmf.evaluation.ranks import Ranks
+from pmf.evaluation.sources import ImageSource, Samples, open_images
+from pmf.evaluation.statistics import Statistics, read_statistics, write_statistics
+from pmf.evaluation.sums import Sums
+
+__all__ = [
+    "SPACES",
+    "FeatureSpace",
+    "ImageSource",
+    "Ranks",
+    "Samples",
+    "Statistics",
+    "Sums",
+    "count_features",
+    "describe",
+    "file_digest",
+    "open_images",
+    "open_space",
+    "read_statistics",
+    "write_statistics",
+]

@@ -1,0 +1,107 @@
+"""Counting the features of many images: batch by batch, over processes, continued where it was broken off."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pmf.evaluation.features import FeatureSpace
+from pmf.evaluation.ranks import Ranks
+from pmf.evaluation.sources import ImageSource
+from pmf.evaluation.sums import Sums
+
+__all__ = ["count_features", "describe"]
+
+_SAVE_SECONDS = 60.0
+_AHEAD = 2  # batches of files read while one is computed with
+
+
+def describe(source: ImageSource, space: FeatureSpace, batch_size: int) -> dict[str, Any]:
+    """What decides the sums: images, features, and how they are cut into batches."""
+    return {"evaluated": source.identity(), "features": space.identity(), "batch_size": batch_size}
+
+
+def count_features(
+    source: ImageSource,
+    space: FeatureSpace,
+    batch_size: int,
+    file: Path,
+    ranks: Ranks,
+    on_images: Callable[[int], object] = lambda count: None,
+    save_seconds: float = _SAVE_SECONDS,
+) -> Sums:
+    """The sums over all images of the source, which every process returns and ``file`` then holds.
+
+    Batch b goes to process b mod their number. Each process saves its own sums about once a minute, in one
+    write of a whole file: ``file`` itself for the first process, ``<stem>-rank<r>`` beside it for the others.
+    Called again, on any number of processes, it counts only what no file holds; one process that was
+    broken off ends with the same bits as one that was not. on_images hears how many images have been counted.
+    """
+    batches = -(-len(source) // batch_size)
+    identity = describe(source, space, batch_size)
+    device = space.device if space.device.type == "cuda" else torch.device("cpu")  # others may lack float64
+    sums = Sums(len(source), batches, space.width, space.classes, device)
+    if ranks.is_first:
+        parts = sorted(file.parent.glob(f"{file.stem}-rank*{file.suffix}"))
+        for part in [file, *parts] if file.is_file() else parts:
+            sums.add_file(part, identity)
+        if parts:
+            sums.save(file, identity)
+            for part in parts:
+                part.unlink()
+    done = sums.done.to(torch.uint8)
+    ranks.from_first(done)
+    own_file = file if ranks.is_first else file.with_stem(f"{file.stem}-rank{ranks.rank}")
+    missing = (done == 0).nonzero().flatten().tolist()
+    on_images(sum(len(_rows(source, batch, batch_size)) for batch in done.nonzero().flatten().tolist()))
+
+    saved = time.monotonic()
+    try:
+        for batch, pixels in _read_ahead(source, missing[ranks.rank :: ranks.size], batch_size):
+            rows = _rows(source, batch, batch_size)
+            features, logits = space(pixels)
+            sums.add(batch, torch.tensor(rows), features, logits)
+            on_images(len(rows))
+            if time.monotonic() - saved >= save_seconds:
+                sums.save(own_file, identity)
+                saved = time.monotonic()
+    except KeyboardInterrupt:
+        sums.save(own_file, identity)
+        raise
+    if missing:
+        sums.save(own_file, identity)
+    for tensor in sums.tensors().values():
+        ranks.add_up(tensor)
+    sums.done.fill_(True)
+    if ranks.is_first and ranks.size > 1:
+        sums.save(file, identity)
+        for part in file.parent.glob(f"{file.stem}-rank*{file.suffix}"):
+            part.unlink()
+    return sums
+
+
+def _rows(source: ImageSource, batch: int, batch_size: int) -> range:
+    """The images of one batch; the last may be smaller."""
+    return range(batch * batch_size, min((batch + 1) * batch_size, len(source)))
+
+
+def _read_ahead(source: ImageSource, batches: Sequence[int], batch_size: int) -> Iterator[tuple[int, Tensor]]:
+    """Every batch with its pixels; images of files are read while the batch before is computed with."""
+    if not source.from_files:
+        for batch in batches:
+            yield batch, source.read(_rows(source, batch, batch_size))
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="pmf-batch") as thread:
+        ahead: deque[tuple[int, Future[Tensor]]] = deque()
+        for batch in batches:
+            ahead.append((batch, thread.submit(source.read, _rows(source, batch, batch_size))))
+            if len(ahead) > _AHEAD:
+                first, pixels = ahead.popleft()
+                yield first, pixels.result()
+        for first, pixels in ahead:
+            yield first, pixels.result()

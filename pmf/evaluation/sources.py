@@ -1,0 +1,269 @@
+"""Where the images of an evaluation come from: a model, a folder, an array in a file, a data set."""
+
+import struct
+import zipfile
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pmf.data import load_dataset, read_image, save_png, to_uint8
+from pmf.drawing import draw_by_seed
+from pmf.errors import UserError
+from pmf.flow.sampler import Sampler
+
+__all__ = ["ImageSource", "Samples", "open_images"]
+
+_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+_WORKERS = 8  # threads that read or write image files
+_LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member: the lengths of its name and of its extra field
+
+
+class ImageSource(Protocol):
+    """Images by index, the same whenever they are asked for."""
+
+    shape: tuple[int, int, int]
+
+    @property
+    def from_files(self) -> bool:
+        """Whether reading waits for a disk, so that it is worth doing ahead."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the images, for the record and for knowing a continued evaluation again."""
+        ...
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """uint8 [B, C, H, W]."""
+        ...
+
+
+@dataclass
+class Samples:
+    """Samples of a model, class-balanced: image i is of class classes[i mod their number], from seed + i."""
+
+    sampler: Sampler
+    model: dict[str, Any]
+    """What tells the weights from others."""
+    classes: list[int]
+    count: int
+    seed: int = 0
+    steps: int = 1
+    omega: float | None = None
+    interval: tuple[float, float] | None = None
+    from_files: ClassVar[bool] = False
+    keep: Path | None = None
+    """Where every image is kept, in a folder per class that pmf train can read; None keeps none."""
+
+    def __post_init__(self) -> None:
+        config = self.sampler.network.config
+        self.shape = (config.channels, config.image_size, config.image_size)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def identity(self) -> dict[str, Any]:
+        config = self.sampler.network.config
+        return {
+            **self.model,
+            "images": self.count,
+            "classes": self.classes if len(self.classes) < config.num_classes else "all",
+            "seed": self.seed,
+            "steps": self.steps,
+            "omega": config.sample_omega if self.omega is None else self.omega,
+            "interval": list(config.sample_interval if self.interval is None else self.interval),
+            "precision": self.sampler.precision,
+            "keep": None if self.keep is None else str(self.keep),
+        }
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        labels = [self.classes[i % len(self.classes)] for i in indices]
+        images = draw_by_seed(
+            self.sampler,
+            labels,
+            [self.seed + i for i in indices],
+            steps=self.steps,
+            omega=self.omega,
+            interval=self.interval,
+        )
+        pixels = to_uint8(images)
+        if self.keep is not None:
+            self._save(self.keep, pixels.cpu(), labels, indices)
+        return pixels
+
+    def _save(self, folder: Path, pixels: Tensor, labels: list[int], indices: Sequence[int]) -> None:
+        def save(image: Tensor, label: int, index: int) -> None:
+            save_png(image, folder / f"{label:04d}" / f"{index:08d}.png")
+
+        try:
+            with ThreadPoolExecutor(_WORKERS) as threads:
+                list(threads.map(save, pixels, labels, indices))
+        except OSError as error:
+            raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
+def open_images(source: str, *, channels: int | None = None, size: int | None = None) -> ImageSource:
+    """Images of a folder (any depth), of a .npz file (``arr_0``), or of a data set such as ``digits``.
+
+    channels: 1 for grey, 3 for colour, the default of files. size: files are cut to their centre square of
+    this side; without it all must be squares of one side. Raises UserError where there are no such images.
+    """
+    path = Path(source)
+    if path.is_dir() and (files := _find_images(path)):
+        return _Files(path, files, channels or 3, size)
+    if path.suffix == ".npz":
+        return _Array(path, channels, size)
+    if source == "digits":
+        return _DataSet(source, channels or 1, size or 8)
+    if not path.is_dir():
+        raise UserError(f"there are no images {source}: give a folder, a .npz file of images, or digits")
+    if size is None:
+        raise UserError(f"{source} holds no image files: if it is a data set, say its --image-size")
+    return _DataSet(source, channels or 3, size)
+
+
+def _find_images(root: Path) -> list[Path]:
+    """Image files of any depth, but for hidden ones."""
+    return sorted(
+        path
+        for path in root.rglob("*")
+        if path.suffix.lower() in _ENDINGS
+        and not any(part.startswith(".") for part in path.relative_to(root).parts)
+    )
+
+
+class _Files:
+    """Image files, decoded by several threads."""
+
+    from_files = True
+
+    def __init__(self, root: Path, paths: list[Path], channels: int, size: int | None) -> None:
+        self.root, self.paths, self.exact = root, paths, size is None
+        side = self._common_side() if size is None else size
+        self.shape = (channels, side, side)
+        self._threads = ThreadPoolExecutor(_WORKERS, thread_name_prefix="pmf-read")
+
+    def _common_side(self) -> int:
+        """The side of the first image; `read` finds out whether all have it."""
+        pixels = _size(self.paths[0])
+        if pixels[0] != pixels[1]:
+            raise UserError(
+                f"{self.paths[0]} is {pixels[0]}x{pixels[1]} pixels: give --image-size to cut the centre "
+                "squares of all images to one size"
+            )
+        return pixels[0]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def identity(self) -> dict[str, Any]:
+        names = "\n".join(f"{path.relative_to(self.root)} {path.stat().st_size}" for path in self.paths)
+        return {
+            "source": str(self.root),
+            "images": len(self),
+            "files": f"{zlib.crc32(names.encode()):08x}",
+            "shape": list(self.shape),
+        }
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        return torch.stack(list(self._threads.map(self._read, (self.paths[i] for i in indices))))
+
+    def _read(self, path: Path) -> Tensor:
+        side = self.shape[1]
+        if self.exact and _size(path) != (side, side):
+            raise UserError(
+                f"{path} is not {side}x{side} pixels as {self.paths[0]} is: give --image-size to cut the "
+                "centre squares of all images to one size"
+            )
+        return read_image(path, side, self.shape[0])
+
+
+def _size(path: Path) -> tuple[int, int]:
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read as an image ({error}): replace or remove it") from error
+
+
+class _Array:
+    """``arr_0`` of a .npz file, uint8 [N, H, W, C]: read from the disk row by row unless it is compressed."""
+
+    from_files = True
+
+    def __init__(self, path: Path, channels: int | None, size: int | None) -> None:
+        self.path = path
+        try:
+            self.pixels = _map_member(path, "arr_0")
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path} holds no array of images arr_0 ({error}): copy it again") from error
+        found = self.pixels.shape
+        if self.pixels.dtype != np.uint8 or len(found) != 4 or found[1] != found[2] or found[3] not in (1, 3):
+            raise UserError(
+                f"{path} holds {self.pixels.dtype} {list(found)}: "
+                "images must be uint8 [N, side, side, 1 or 3]"
+            )
+        self.shape = (found[3], found[1], found[2])
+        wanted = (channels or self.shape[0], size or self.shape[1], size or self.shape[1])
+        if wanted != self.shape:
+            raise UserError(
+                f"{path} holds images {list(self.shape)} (channels, height, width), but {list(wanted)} are "
+                "wanted: arrays are taken as they are"
+            )
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def identity(self) -> dict[str, Any]:
+        return {"source": str(self.path), "images": len(self), "shape": list(self.shape)}
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        return torch.from_numpy(np.array(self.pixels[list(indices)])).permute(0, 3, 1, 2)
+
+
+def _map_member(path: Path, name: str) -> np.ndarray:
+    """An array of a .npz file, mapped into memory where the file holds it as it is."""
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        member = archive.getinfo(f"{name}.npy")
+        if member.compress_type != zipfile.ZIP_STORED:
+            return np.load(path, allow_pickle=False)[name]
+        file.seek(member.header_offset)
+        lengths = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
+        file.seek(sum(lengths), 1)
+        version = np.lib.format.read_magic(file)
+        read_header = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }
+        shape, is_fortran, dtype = read_header[version](file)
+        if is_fortran or dtype.hasobject:
+            return np.load(path, allow_pickle=False)[name]
+        return np.memmap(path, dtype, "r", file.tell(), shape)
+
+
+class _DataSet:
+    """A data set that pmf train knows too."""
+
+    from_files = False
+
+    def __init__(self, name: str, channels: int, side: int) -> None:
+        self.name, self.data = name, load_dataset(name, side, channels)
+        self.shape = (channels, side, side)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def identity(self) -> dict[str, Any]:
+        return {"source": self.name, "images": len(self), "shape": list(self.shape)}
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        return to_uint8(self.data.get(indices)[0])

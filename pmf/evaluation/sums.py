@@ -1,0 +1,102 @@
+"""What an evaluation has counted so far, on disk and in memory."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pmf import checkpoint
+from pmf.atomic import write_file
+from pmf.errors import UserError
+from pmf.metrics import InceptionScore, Moments
+
+__all__ = ["Sums"]
+
+
+class Sums:
+    """Sums of the features of all images, and of their class probabilities where the space has them.
+
+    done [batches] says which batches are in them. Sums of disjoint batches add up.
+    """
+
+    def __init__(
+        self, images: int, batches: int, width: int, classes: int | None, device: torch.device | str
+    ) -> None:
+        self.done = torch.zeros(batches, dtype=torch.bool)
+        self.moments = Moments(width, device)
+        self.score = None
+        if classes is not None:
+            self.score = InceptionScore(images, classes, min(_SPLITS, images), device)
+        self._whole = True
+
+    def add(self, batch: int, indices: Tensor, features: Tensor, logits: Tensor | None) -> None:
+        """Count one batch."""
+        self._whole = False  # Ctrl-C in here leaves sums that nobody may save
+        self.moments.add(features)
+        if self.score is not None and logits is not None:
+            self.score.add(logits, indices)
+        self.done[batch] = True
+        self._whole = True
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All sums by name, without `done`."""
+        named = {f"moments.{name}": tensor for name, tensor in self.moments.tensors().items()}
+        if self.score is not None:
+            named |= {f"score.{name}": tensor for name, tensor in self.score.tensors().items()}
+        return named
+
+    def save(self, path: Path, identity: dict[str, Any]) -> None:
+        """Replace the file; nothing where a batch was only counted in part."""
+        if not self._whole:
+            return
+        tensors = {name: tensor.cpu() for name, tensor in self.tensors().items()} | {"done": self.done}
+        try:
+            write_file(path, checkpoint.tensors_bytes(tensors, {"evaluation": identity}))
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+    def add_file(self, path: Path, identity: dict[str, Any]) -> None:
+        """Add the sums in a file, unless they are in these already.
+
+        Raises UserError where they belong to another evaluation, and says in what it differs.
+        """
+        tensors, header = checkpoint.read_tensors(path)
+        found = header.get("evaluation")
+        if found != json.loads(json.dumps(identity)):
+            raise UserError(
+                f"{path} belongs to another evaluation ({_difference(found, identity)}): give another --out, "
+                "or remove the file"
+            )
+        mine = self.tensors()
+        if {name: x.shape for name, x in tensors.items()} != {
+            name: x.shape for name, x in (mine | {"done": self.done}).items()
+        }:
+            raise UserError(f"{path} does not hold the sums of this evaluation: remove it")
+        done = tensors["done"]
+        if (done & self.done).any():
+            if not (done & ~self.done).any():  # saved before it was added to the whole
+                return
+            raise UserError(f"{path} counts images that are counted elsewhere too: remove it")
+        for name, tensor in mine.items():
+            tensor += tensors[name].to(tensor.device)
+        self.done |= done
+
+
+_SPLITS = 10  # parts of the images that Inception Score is the mean of
+
+
+def _difference(found: Any, wanted: dict[str, Any], path: str = "") -> str:
+    """The first setting in which two identities differ."""
+    wanted = json.loads(json.dumps(wanted))
+    if not isinstance(found, dict):
+        return "it does not say which"
+    for name in [*wanted, *(name for name in found if name not in wanted)]:
+        old, new = found.get(name), wanted.get(name)
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            return _difference(old, new)
+        return f"its {name} is {old}, now it is {new}"
+    return "unknown"

@@ -1,0 +1,143 @@
+"""Multiply-adds of one-step sampling and of a training step, counted on tensors without data.
+
+Two counts of a sample. `paper_multiply_adds` is the paper's: every block whole, half of all floating-point
+operations, elementwise ones included; it gives the 271 G that the paper states for pMF-H/16 (products alone
+are 270.4 G). What this library executes is counted by PyTorch's FlopCounterMode, as half of the operations of
+matrix products: less, because nothing reads what the last block makes of the condition tokens.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from pmf.flow.plan import make_plan
+from pmf.models import ModelConfig, PixelMeanFlow
+from pmf.nn import Condition, ScalarEmbedder
+from pmf.ops._flops import orthogonalisation_flops
+from pmf.optim.routing import route
+from pmf.training.building import build_objective
+from pmf.training.config import TrainConfig
+
+__all__ = ["Cost", "PEERS", "count_cost", "paper_multiply_adds", "product_multiply_adds"]
+
+PEERS = {"StyleGAN-XL": {256: 1574e9}, "a latent model's decoder alone": {256: 310e9, 512: 1230e9}}
+"""Multiply-adds per image by image size, as the paper (arXiv 2601.22158) quotes them."""
+
+_DRAWN = 8192  # samples whose draws give a training step's mean work
+# Floating-point operations of one element.
+_NORM, _ROTATION, _SOFTMAX, _SWIGLU, _GATE = 4, 3, 5, 5, 2
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one preset costs; multiply-adds are per image, `optimizer` per step."""
+
+    parameters_sampling: int
+    parameters_training: int
+    sampling_paper: float
+    """A one-step sample as the paper counts."""
+    sampling: float
+    """A one-step sample as executed."""
+    training: float
+    """Objective and backward as executed, the mean over the draws of t, r and omega."""
+    optimizer: float
+    """Muon's orthogonalisation of all its matrices."""
+
+
+def product_multiply_adds(config: ModelConfig) -> int:
+    """Multiply-adds of all matrix products on the way to u, every block whole.
+
+        depth N (4 D^2 + 3 D W + 2 N D) + patches (p R + R D + D p) + 4 (256 D + D^2)
+
+    N tokens of width D, W the MLP's width, p = C patch^2 pixels of a patch, R the embedding's bottleneck.
+    """
+    sizes = _Sizes(config)
+    n, d, w = config.num_tokens, config.hidden_size, sizes.mlp_width
+    blocks = config.depth * n * (4 * d * d + 3 * d * w + 2 * n * d)
+    pixels, patches = config.channels * config.patch_size**2, config.side**2
+    ends = patches * (pixels * sizes.bottleneck + sizes.bottleneck * d + d * pixels)
+    return blocks + ends + 4 * (ScalarEmbedder.features * d + d * d)
+
+
+def paper_multiply_adds(config: ModelConfig) -> float:
+    """`product_multiply_adds` and half of the blocks' elementwise operations.
+
+    An addition, a multiplication, a division or an exponential is one operation: a norm has 4 an element
+    (square, sum, scale, weight), softmax 5 a score (scale, maximum, exponential, sum, quotient).
+    """
+    n, d, patches = config.num_tokens, config.hidden_size, config.side**2
+    block = (
+        4 * n * d * _NORM  # before each branch; of queries and keys
+        + 2 * patches * d * _ROTATION
+        + config.num_heads * n * n * _SOFTMAX
+        + n * _Sizes(config).mlp_width * _SWIGLU
+        + 2 * n * d * _GATE
+    )
+    return product_multiply_adds(config) + (config.depth * block + patches * d * _NORM) / 2
+
+
+def count_cost(config: ModelConfig, training: TrainConfig) -> Cost:
+    """The cost of a model, and of its training with these settings. The perceptual networks are left out."""
+    sizes = _Sizes(config)
+    model = sizes.model
+    size = (1, config.channels, config.image_size, config.image_size)
+    with torch.device("meta"):
+        image, scalar, label = torch.empty(size), torch.empty(1), torch.empty(1, dtype=torch.int64)
+    condition = Condition(scalar, scalar, scalar, scalar, label)
+    tangents = (image, scalar)
+
+    def train(*inputs: Any) -> None:
+        out = model(image, condition, *inputs, heads="uv")
+        (out.u.sum() + out.v.sum()).backward()
+
+    with torch.no_grad():
+        sampling = _count(lambda: model(image, condition))
+        guidance = _count(lambda: model(image, condition, heads="v"))
+    plain = _count(train)
+    tangent = _count(lambda: train(*tangents)) - plain
+    with_tangent, guidance_rows = _mean_rows(training)
+    v_path = sum(p.numel() for name, p in model.named_parameters() if name.startswith("v_"))
+    parameters = sum(p.numel() for p in model.parameters())
+    return Cost(
+        parameters - v_path,
+        parameters,
+        paper_multiply_adds(config),
+        sampling,
+        plain + with_tangent * tangent + guidance_rows * guidance,
+        _orthogonalisation(model),
+    )
+
+
+class _Sizes:
+    """The model without data, and the widths that its configuration leaves to it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        with torch.device("meta"):
+            self.model = PixelMeanFlow(config)
+        self.bottleneck = len(self.model.patch_embedding.weight_down)
+        self.mlp_width = len(self.model.u_head.get_submodule("0").get_parameter("mlp.w1.weight"))
+
+
+def _mean_rows(training: TrainConfig) -> tuple[float, float]:
+    """Shares of the images that carry a tangent, and guidance passes an image."""
+    objective = build_objective(training.with_settings(perceptual="none"), noise_scale=1.0)
+    generator = torch.Generator().manual_seed(0)
+    draws = objective.draw(torch.empty(_DRAWN, 1, 1, 1), torch.zeros(_DRAWN, dtype=torch.int64), generator)
+    plan = make_plan(draws, objective.guidance, torch.float32)
+    return plan.num_tangents / _DRAWN, (len(plan.conditional) + len(plan.guided)) / _DRAWN
+
+
+def _orthogonalisation(model: PixelMeanFlow) -> float:
+    groups = [group["params"] for group in route(model) if group["algorithm"] == "muon"]
+    matrices = [matrix for group in groups for _, matrix in group]
+    return sum(orthogonalisation_flops(*matrix.shape) for matrix in matrices) / 2
+
+
+def _count(run: Callable[[], object]) -> float:
+    """Multiply-adds: half of the operations of all matrix products."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops() / 2

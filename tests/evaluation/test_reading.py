@@ -1,0 +1,171 @@
+"""Reference statistics, images and weights as people have them, and those that cannot be used."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pmf.errors import UserError
+from pmf.evaluation import Statistics, open_images, open_space, read_statistics, write_statistics
+from pmf.evaluation.features import Pixels
+from pmf.perceptual import EfficientNetLite0
+
+SPACE = Pixels(1, 2, torch.device("cpu"))
+MEAN, COVARIANCE = np.arange(4.0), np.diag([1.0, 2, 3, 4])
+
+
+@pytest.mark.parametrize("names", [("mu", "sigma"), ("ref_mu", "ref_sigma"), ("m", "s"), ("mean", "cov")])
+def test_statistics_are_found_under_the_names_people_use(tmp_path: Path, names: tuple[str, str]) -> None:
+    np.savez(tmp_path / "a.npz", **dict(zip(names, (MEAN, COVARIANCE.astype(np.float32)), strict=True)), n=5)
+    found = read_statistics(tmp_path / "a.npz", SPACE)
+    assert found is not None and found.mean.dtype == found.covariance.dtype == torch.float64
+    assert found.mean.tolist() == MEAN.tolist() and found.covariance.tolist() == COVARIANCE.tolist()
+
+
+def test_what_is_written_is_read_and_knows_its_features(tmp_path: Path) -> None:
+    written = Statistics(torch.from_numpy(MEAN), torch.from_numpy(COVARIANCE))
+    write_statistics(tmp_path / "a.npz", written, SPACE, 7)
+    found = read_statistics(tmp_path / "a.npz", SPACE)
+    assert found is not None and torch.equal(found.covariance, written.covariance)
+    with np.load(tmp_path / "a.npz") as arrays:  # as other tools do
+        assert arrays["mu"].shape == (4,) and int(arrays["images"]) == 7
+    other = Pixels(1, 2, torch.device("cpu"))
+    other.name = "lite"
+    with pytest.raises(UserError, match="of the features 'pixels', not 'lite': give --features pixels"):
+        read_statistics(tmp_path / "a.npz", other)
+
+
+def test_a_batch_of_images_is_no_statistics_unless_it_holds_them_too(tmp_path: Path) -> None:
+    pixels = np.zeros((3, 2, 2, 3), np.uint8)
+    np.savez(tmp_path / "images.npz", pixels)
+    assert read_statistics(tmp_path / "images.npz", SPACE) is None
+    np.savez(tmp_path / "adm.npz", pixels, mu=MEAN, sigma=COVARIANCE)
+    assert read_statistics(tmp_path / "adm.npz", SPACE) is not None
+
+
+@pytest.mark.parametrize(
+    ("arrays", "sentence"),
+    [
+        ({"mu": np.zeros(5), "sigma": np.eye(5)}, r"mu \[5\] and sigma \[5, 5\].*'pixels'.*have 4 numbers"),
+        ({"mu": np.zeros(4), "sigma": np.eye(5)}, r"sigma \[5, 5\]"),
+        ({"m": np.zeros(4), "s": np.full((4, 4), np.nan)}, "not finite"),
+        ({"mu": np.zeros(4)}, "holds mu, but neither mu and sigma nor images in arr_0"),
+        ({"mu": np.array([None]), "sigma": np.eye(4)}, "is cut off or is no .npz file"),
+    ],
+)
+def test_statistics_that_do_not_fit_are_named(tmp_path: Path, arrays: dict[str, Any], sentence: str) -> None:
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(UserError, match=sentence):
+        read_statistics(tmp_path / "a.npz", SPACE)
+
+
+def test_damaged_files_of_statistics_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no file of reference statistics"):
+        read_statistics(tmp_path / "a.npz", SPACE)
+    np.savez(tmp_path / "a.npz", mu=MEAN, sigma=COVARIANCE)
+    whole = (tmp_path / "a.npz").read_bytes()
+    for kept in (0, 10, len(whole) // 2):
+        (tmp_path / "a.npz").write_bytes(whole[:kept])
+        with pytest.raises(UserError, match="is cut off or is no .npz file"):
+            read_statistics(tmp_path / "a.npz", SPACE)
+    np.save(tmp_path / "b.npy", MEAN)
+    (tmp_path / "b.npy").rename(tmp_path / "b.npz")
+    with pytest.raises(UserError, match="is no .npz file .it holds a single array"):
+        read_statistics(tmp_path / "b.npz", SPACE)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_an_array_of_images_is_read_by_rows(tmp_path: Path, save: Any) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), np.uint8)
+    save(tmp_path / "images.npz", pixels, np.arange(5))
+    source = open_images(str(tmp_path / "images.npz"))
+    assert (len(source), source.shape) == (5, (3, 4, 4))
+    assert torch.equal(source.read([3, 1]), torch.from_numpy(pixels[[3, 1]]).permute(0, 3, 1, 2))
+    with pytest.raises(UserError, match=r"holds images \[3, 4, 4\].* but \[3, 8, 8\] are wanted"):
+        open_images(str(tmp_path / "images.npz"), size=8)
+
+
+def test_a_folder_is_read_whole_and_cut_only_when_asked(tmp_path: Path) -> None:
+    for name, size in (("b/x.png", (8, 8)), ("a.JPEG", (8, 8)), (".hidden.png", (2, 2))):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.effect_noise(size, 50).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("not an image")
+    source = open_images(str(tmp_path))
+    assert (len(source), source.shape) == (2, (3, 8, 8))
+    assert source.read([1, 0]).dtype == torch.uint8
+    Image.new("L", (12, 9), 7).save(tmp_path / "c.png")
+    grown = open_images(str(tmp_path))
+    assert grown.identity() != source.identity()
+    with pytest.raises(UserError, match=r"c\.png is not 8x8 pixels as .*a\.JPEG is: give --image-size"):
+        grown.read([2])
+    cut = open_images(str(tmp_path), channels=1, size=8)
+    assert cut.read([2]).tolist() == [[[[7] * 8] * 8]]
+
+
+def test_images_that_are_not_there_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there are no images .*nowhere: give a folder"):
+        open_images(str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="holds no image files: if it is a data set, say its --image-size"):
+        open_images(str(tmp_path))
+    np.savez(tmp_path / "a.npz", np.zeros((2, 4, 4, 3)))
+    with pytest.raises(UserError, match=r"holds float64 \[2, 4, 4, 3\]: images must be uint8"):
+        open_images(str(tmp_path / "a.npz"))
+    np.savez(tmp_path / "a.npz", labels=np.zeros(2))
+    with pytest.raises(UserError, match="holds no array of images arr_0"):
+        open_images(str(tmp_path / "a.npz"))
+    Image.new("L", (8, 4)).save(tmp_path / "wide.png")
+    with pytest.raises(UserError, match="wide.png is 8x4 pixels: give --image-size"):
+        open_images(str(tmp_path))
+
+
+def test_large_images_are_averaged_for_the_space_of_pixels() -> None:
+    space = Pixels(3, 64, torch.device("cpu"))
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    features, _ = space(pixels)
+    assert features.shape == (2, space.width) == (2, 3 * 32 * 32)
+    first = pixels[0, 0, :2, :2].double().mean() / 127.5 - 1
+    assert float(features[0, 0]) == pytest.approx(float(first), abs=1e-6)
+
+
+def open_inception(weights: Path | None) -> None:
+    open_space("inception", channels=3, side=8, device=torch.device("cpu"), weights=weights)
+
+
+def test_weights_that_are_missing_or_another_networks_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(
+        UserError, match=r"pt_inception-2015-12-05-6726825d\.pth.*https://.*--weights.*pixels"
+    ):
+        open_inception(None)
+    with pytest.raises(UserError, match=r"--weights .*none\.pth does not exist: download it from https://"):
+        open_inception(tmp_path / "none.pth")
+    torch.save({"fc.weight": torch.zeros(1000, 2048)}, tmp_path / "vision.pth")
+    with pytest.raises(UserError, match="does not hold FID's Inception network .it lacks 'Conv2d_1a"):
+        open_inception(tmp_path / "vision.pth")
+    cached = tmp_path / "hub" / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(b"half")
+    with pytest.raises(UserError, match=r"weights-inception-2015-12-05-6726825d\.pth is cut off"):
+        open_inception(None)
+
+
+def test_lite0_takes_grey_images_of_any_size(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        network = EfficientNetLite0()
+    network = network.to_empty(device="cpu")
+    for name, tensor in network.state_dict().items():
+        tensor.normal_(0, 0.1) if tensor.ndim > 1 else tensor.fill_(float(name.endswith(("weight", "var"))))
+    torch.save(network.state_dict(), tmp_path / "lite0.pth")
+    space = open_space(
+        "lite0", channels=1, side=8, device=torch.device("cpu"), weights=tmp_path / "lite0.pth"
+    )
+    grey = torch.randint(0, 256, (2, 1, 8, 8), dtype=torch.uint8)
+    features, logits = space(grey)
+    assert features.shape == (2, space.width) and logits is None and features.std(0).any()
+    assert torch.equal(features, space(grey.expand(-1, 3, -1, -1))[0])
+    assert space.title == "Frechet distance (lite0)"
