@@ -20,6 +20,7 @@ from pmf.models import (
     from_official,
 )
 from pmf.nn import Condition
+from pmf.official import to_official
 
 TINY = ModelConfig(
     num_classes=3, image_size=8, patch_size=4, channels=1, hidden_size=16, depth=3, head_depth=1, num_heads=2
@@ -202,6 +203,19 @@ def test_the_authors_names_load(prefix: str) -> None:
     assert renamed.keys() == model.state_dict().keys()
     for name, tensor in model.state_dict().items():
         assert torch.equal(renamed[name], tensor), name
+
+
+@pytest.mark.parametrize("prefix", ["", "net."])
+@pytest.mark.parametrize("v_head", [True, False])
+def test_the_authors_names_come_back(prefix: str, v_head: bool) -> None:
+    theirs = to_authors_names(PixelMeanFlow(replace(TINY, v_head=v_head)).state_dict())
+    given = {prefix + name: tensor for name, tensor in theirs.items()}
+    again = to_official(from_official(given), prefix)
+    assert again.keys() == given.keys()
+    for name, tensor in given.items():
+        assert again[name].shape == tensor.shape and torch.equal(again[name], tensor), name
+    with pytest.raises(ValueError, match="unknown fc"):
+        to_official({**from_official(given), "fc": torch.zeros(1)})
 
 
 def test_our_own_names_load() -> None:
