@@ -63,6 +63,8 @@ class CroppedDistances:
         """(weight, distances [n]) of each network; gradients flow to x_pred alone."""
         if crop is None:
             raise ValueError("perceptual: draws.crop is missing: take the draws from Objective.draw")
+        if x.shape[1] not in (1, 3):
+            raise ValueError(f"perceptual: images must have 1 or 3 channels, got {x.shape[1]}")
         a, b = (
             # Channels last: the fastest layout for these networks (1.4 to 1.7 times on a CPU core).
             crop_and_resize(images, crop, self.size)

@@ -68,6 +68,15 @@ BAD: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         lambda p: ["train", "--perceptual-weights", save(p / "d.pth", {"fc": torch.ones(1)})],
         "holds weights of none of the networks asked for",
     ),
+    "unknown perceptual loss": (lambda p: ["train", "--perceptual", "vgg"], "invalid choice: 'vgg'"),
+    "no such weights": (
+        lambda p: ["train", "--perceptual", "lite0", "--perceptual-weights", str(p / "no.pth")],
+        "no.pth does not exist",
+    ),
+    "unwanted weights": (
+        lambda p: ["train", "--perceptual-weights", save(p / "d.pth", {"fc": torch.ones(1)})],
+        "holds weights of none of the networks asked for",
+    ),
     "no such folder": (lambda p: ["train", "--data", str(p / "no")], "is not a folder"),
     "empty folder": (lambda p: ["train", "--data", str(image_folder(p, "empty"))], "empty is empty"),
     "one class": (lambda p: ["train", "--data", str(image_folder(p, "one", "cat"))], "one class only"),

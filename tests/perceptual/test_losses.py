@@ -72,6 +72,16 @@ def test_the_objective_compares_x_pred_of_late_samples() -> None:
     torch.testing.assert_close(terms.loss_perceptual, 0.4 * distances.sum() / len(images))
 
 
+def test_what_cannot_be_compared_is_told() -> None:
+    perceptual = CroppedDistances([])
+    with pytest.raises(ValueError, match="draws.crop is missing"):
+        perceptual(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8), None)
+    with pytest.raises(ValueError, match="1 or 3 channels, got 2"):
+        perceptual(torch.zeros(1, 2, 8, 8), torch.zeros(1, 2, 8, 8), torch.tensor([[0, 0, 8, 8]]))
+    with pytest.raises(ValueError, match="must be one of none, lpips"):
+        build("vgg")
+
+
 def test_other_draws_do_not_move() -> None:
     images, labels = torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)
     plain = Objective().draw(images, labels, torch.Generator().manual_seed(0))

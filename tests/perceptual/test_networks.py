@@ -24,6 +24,13 @@ def test_lpips_vgg_is_the_packages_value(load: Load) -> None:
     assert difference.abs().max() < 1e-5 and ours(*PAIR).min() > 0.01
 
 
+def test_torchvisions_vgg16_fits_the_trunk(load: Load) -> None:
+    with torch.device("meta"):
+        features = load("torchvision").models.vgg16(weights=None).features.state_dict()
+        ours = {name: x for part in LPIPS("vgg").net for name, x in part.state_dict().items()}
+    assert {name: x.shape for name, x in ours.items()} == {name: x.shape for name, x in features.items()}
+
+
 @pytest.mark.parametrize("net", ["alex", "vgg"])
 def test_shift_tolerant_lpips_is_the_packages_value(load: Load, net: str) -> None:
     package = load("stlpips_pytorch.stlpips")
