@@ -44,8 +44,9 @@ OURS_FP32, PLAIN = "pmf, fp32", "plain sampler, fp32"
 
 def make_runs(sizes: plain_port.Sizes, batch_size: int, device: torch.device) -> dict[str, Run]:
     """One batch by each sampler, from the same weights, noise and labels; this library's default first."""
-    model = make_model(sizes).to(device)
-    plain = plain_port.Network(sizes, attend=plain_port.written_out_attention).to(device)
+    with device:
+        model = make_model(sizes)
+        plain = plain_port.Network(sizes, attend=plain_port.written_out_attention)
     plain_port.load(plain, model.state_dict())
     generator = torch.Generator().manual_seed(0)
     shape = (batch_size, sizes.channels, sizes.image_size, sizes.image_size)

@@ -32,7 +32,8 @@ def training_cases(setting: Setting) -> Iterator[Planned]:
 
 def _training(setting: Setting, sizes: plain_port.Sizes, batch_size: int) -> Case:
     device = setting.device.device
-    model = make_model(sizes).to(device)
+    with device:
+        model = make_model(sizes)
     sides = {name: make_side(name, model, sizes, PRECISION) for name in (OURS, PORT)}
     batches = {
         name: [_batch(name, sizes, batch_size, seed, device) for seed in range(BATCHES)] for name in sides

@@ -101,6 +101,8 @@ class Runner:
                     self.label = None
                     self._take(value)
                 case "end":
+                    if value:  # while they are still those of the work
+                        entry["clocks"] = value
                     self._next_section()
                 case "lost":
                     self._take(value)
@@ -172,7 +174,7 @@ def _work(
     if problem := _why_not(name):
         sender.send(("absent", problem))
         return
-    device = make_device(name)
+    device = make_device(find_device(name))
     sender.send(("facts", device.facts()))
     setting = Setting(device, scale)
     for section in sections:
@@ -195,4 +197,4 @@ def _work(
             del planned
             device.release()
         skip, spent = 0, 0.0
-        sender.send(("end", section.name))
+        sender.send(("end", device.clocks()))

@@ -176,7 +176,8 @@ class Port:
         self.names = [name for name, _ in model.named_parameters()]
         self.guidance_heads = guidance_heads
         self.autocast = precision == "bf16"
-        self.network = plain_port.Network(sizes).to(model.position.device)
+        with model.position.device:
+            self.network = plain_port.Network(sizes)
         if precision == "fp64":
             self.network.double()
         if not model.position.is_meta:

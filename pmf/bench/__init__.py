@@ -46,8 +46,8 @@ def main(
     from pmf.bench.harness import Setting, run_benchmark
     from pmf.devices import find_device
 
-    kind = find_device(arguments.device).type
-    setting = Setting(make_device(kind), "full" if kind == "cuda" else "cpu")
+    device = find_device(arguments.device)
+    setting = Setting(make_device(device), "full" if device.type == "cuda" else "cpu")
     status = 0
     for name in arguments.names or BENCHMARKS:
         print(f"\n{name}")

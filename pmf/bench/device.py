@@ -30,6 +30,10 @@ class Device(Protocol):
         """What a record must say of the machine."""
         ...
 
+    def clocks(self) -> dict[str, str] | None:
+        """Driver, clocks and power limit at this moment; None where nothing tells."""
+        ...
+
     def times(
         self, contestants: Mapping[str, Run], seconds: float, least_rounds: int | None = None
     ) -> dict[str, list[float]]:
@@ -61,6 +65,9 @@ class Cpu:
             "cpu_level": _library.cpu_level(),
         }
 
+    def clocks(self) -> dict[str, str] | None:
+        return None
+
     def times(
         self, contestants: Mapping[str, Run], seconds: float, least_rounds: int | None = None
     ) -> dict[str, list[float]]:
@@ -91,7 +98,8 @@ class Cpu:
 class Cuda:
     """The current NVIDIA GPU, by triton.testing.do_bench: events, and an L2 cache emptied before each run."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        torch.cuda.set_device(device)
         self.device = torch.device("cuda", torch.cuda.current_device())
 
     def facts(self) -> dict[str, Any]:
@@ -102,9 +110,18 @@ class Cuda:
             "multiprocessors": found.multi_processor_count,
             "memory_bytes": found.total_memory,
             "cuda": torch.version.cuda,
-            "nvidia_smi": _nvidia_smi(),
+            "nvidia_smi": self.clocks(),
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
         }
+
+    def clocks(self) -> dict[str, str] | None:
+        if shutil.which("nvidia-smi") is None:
+            return None
+        command = ["nvidia-smi", f"--query-gpu={','.join(SMI_FIELDS)}", "--format=csv,noheader"]
+        command.append(f"--id=GPU-{torch.cuda.get_device_properties(self.device).uuid}")
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+        values = [value.strip() for value in done.stdout.strip().split(",")]
+        return dict(zip(SMI_FIELDS, values, strict=True)) if len(values) == len(SMI_FIELDS) else None
 
     def times(
         self, contestants: Mapping[str, Run], seconds: float, least_rounds: int | None = None
@@ -134,16 +151,6 @@ class Cuda:
         torch.cuda.empty_cache()
 
 
-def _nvidia_smi() -> dict[str, str] | None:
-    """Driver, clocks and power limit as the tool reports them; None where it is not there."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    command = ["nvidia-smi", f"--query-gpu={','.join(SMI_FIELDS)}", "--format=csv,noheader", "--id=0"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
-    values = [value.strip() for value in done.stdout.strip().split(",")]
-    return dict(zip(SMI_FIELDS, values, strict=True)) if len(values) == len(SMI_FIELDS) else None
-
-
-def make_device(name: str) -> Device:
-    """ "cpu" or "cuda"."""
-    return Cuda() if name == "cuda" else Cpu()
+def make_device(device: torch.device) -> Device:
+    """For a device of the CPU or of CUDA that is there."""
+    return Cuda(device) if device.type == "cuda" else Cpu()

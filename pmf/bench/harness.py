@@ -144,7 +144,11 @@ def run_case(planned: Planned, device: Device, seconds: float) -> list[Row]:
     ours = next(iter(case.contestants))
     if case.timed:
         willing = {name: run for name, run in case.contestants.items() if name not in failed}
-        times = device.times(willing, seconds)
+        try:
+            times = device.times(willing, seconds)
+        except Exception as problem:
+            _check_alive(device, problem)
+            failed |= {name: f"while timed beside the others: {sentence(problem)}" for name in willing}
     rows = []
     for name in case.contestants:
         row: Row = {**base, "contestant": name, "ours": name == ours}

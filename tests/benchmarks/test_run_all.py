@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import readme_table
 import run_all
 import torch
 from gpu import targets
@@ -15,7 +16,8 @@ from gpu.runner import NO_TIME, Runner, failures
 from gpu.sections import SECTIONS, Limits, Section
 from helpers.pmf_process import environment
 
-from pmf.bench.harness import Case, Planned
+from pmf.bench.device import Cpu
+from pmf.bench.harness import Case, Planned, Setting
 
 
 def test_the_sections_fit_into_the_time_that_is_promised():
@@ -159,3 +161,11 @@ def test_targets_are_judged_by_what_was_measured():
     assert near == {"target": "at least 60% of the matrix rate", "found": "65%", "met": True}
     assert best["met"] is None and math["met"] is None
     assert targets.judge([{**rows[0], "dtype": "float16"}]) == []
+
+
+def test_every_row_of_the_readme_is_measured_by_a_full_run():
+    setting = Setting(Cpu(), "full")
+    planned = [planned for section in SECTIONS for planned in section.cases(setting)]
+    for label, facts in readme_table.GPU_ROWS:
+        found = [p for p in planned if facts.items() <= p.facts.items()]
+        assert len(found) == 1, label

@@ -1,0 +1,85 @@
+"""The harness finds what is wrong before it times, and times every contestant in turn."""
+
+import sys
+import types
+
+import pytest
+import torch
+
+from pmf.bench.device import Cpu, Cuda
+from pmf.bench.harness import (
+    PEER_SLACK,
+    Case,
+    DeviceLostError,
+    Planned,
+    against,
+    is_good,
+    relative_error,
+    run_case,
+)
+
+EXACT = torch.ones(4, dtype=torch.float64)
+
+
+def run(errors: dict[str, float], limit: float = 0.1, **options):
+    """Contestants whose results are off by so much."""
+    runs = {name: lambda e=e: torch.full((4,), 1 + e) for name, e in errors.items()}
+    case = Case(runs, against(runs, EXACT), limit, **options)
+    rows = run_case(Planned("a case", lambda: case, {"op": "o"}), Cpu(), 0.0)
+    return {row["contestant"]: row for row in rows}
+
+
+def test_peers_may_round_more_often_than_we():
+    rows = run({"ours": 0.05, "near": 0.1 * PEER_SLACK - 0.01, "far": 0.1 * PEER_SLACK + 0.01})
+    assert [row["right"] for row in rows.values()] == [True, True, False]
+    assert rows["near"]["time_over_ours"] > 0 and rows["ours"]["op"] == "o"
+    assert all(map(is_good, rows.values()))
+    assert not is_good(run({"ours": 0.11})["ours"])
+
+
+def test_nan_is_wrong_and_zero_is_compared_absolutely():
+    assert relative_error(EXACT * torch.nan, EXACT) == float("inf")
+    assert relative_error(1e-3 * EXACT, 0 * EXACT) == pytest.approx(1e-3)
+    assert relative_error((EXACT, 1.5 * EXACT), (EXACT, EXACT)) == pytest.approx(0.5)
+
+
+def test_a_check_alone_is_not_timed():
+    assert "median_ms" not in run({"ours": 0.0}, timed=False)["ours"]
+
+
+def test_a_failure_while_timing_is_reported():
+    calls = []
+
+    def fails_later():
+        calls.append(0)
+        if len(calls) > 2:
+            raise RuntimeError("tired")
+
+    rows = run_case(Planned("c", lambda: Case({"ours": fails_later})), Cpu(), 0.0)
+    assert rows[0]["failed"] == "while timed beside the others: RuntimeError: tired"
+
+
+def test_a_lost_device_ends_the_process():
+    class Lost(Cpu):
+        def settle(self) -> None:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    with pytest.raises(DeviceLostError, match="illegal memory access"):
+        run_case(Planned("c", lambda: Case({"ours": lambda: None})), Lost(), 0.0)
+
+
+def test_gpu_sides_are_timed_in_turn_by_do_bench(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def do_bench(run, warmup, rep, return_mode):
+        assert return_mode == "all" and warmup < rep < 1000
+        asked.append(run())
+        return [2.0, 4.0] if run() == "a" else [6.0]
+
+    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+    module = types.ModuleType("triton.testing")
+    module.do_bench = do_bench
+    monkeypatch.setitem(sys.modules, "triton.testing", module)
+    times = Cuda.times(object.__new__(Cuda), {"a": lambda: "a", "b": lambda: "b"}, 1.0)
+    assert asked == ["a", "b"] * (len(asked) // 2) and len(asked) >= 4
+    assert times["a"][:2] == [0.002, 0.004] and times["b"][0] == 0.006
