@@ -1,7 +1,11 @@
-"""The packages that the networks are compared with; a test skips where its package is missing."""
+"""The packages that the networks are compared with.
+
+A test skips where its package is missing, and fails with PMF_PEERS=required, as continuous integration sets.
+"""
 
 import importlib
 import importlib.util
+import os
 import sys
 import types
 from typing import Any
@@ -29,7 +33,8 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
     def load_or_skip(name: str) -> Any:
         for package in ("torchvision", name.partition(".")[0]):
             if importlib.util.find_spec(package) is None:
-                pytest.skip(f"{package} is not installed")
+                missing = pytest.fail if os.environ.get("PMF_PEERS") == "required" else pytest.skip
+                missing(f"{package} is not installed")
         return importlib.import_module(name)
 
     return load_or_skip
