@@ -108,13 +108,13 @@ def published_cases(setting: Setting) -> Iterator[Planned]:
 
 
 SECTIONS = (
-    Section("rates", rates, Limits(20, 1.0), Limits(10, 0.3)),
+    Section("rates", rates, Limits(20, 1.0), Limits(8, 0.3)),
     Section("checks", checks.cases, Limits(55, 0), Limits(14, 0)),
-    Section("attention", attention_cases, Limits(125, 1.5), Limits(22, 0.5)),
-    Section("training step", network.training_cases, Limits(55, 12), Limits(26, 3)),
+    Section("attention", attention_cases, Limits(125, 1.5), Limits(28, 0.5)),
+    Section("training step", network.training_cases, Limits(55, 12), Limits(24, 3)),
     Section("sampling", network.sampling_cases, Limits(25, 4), Limits(10, 1.5)),
     Section("muon", muon.cases, Limits(45, 4), Limits(8, 1)),
-    Section("newton_schulz", newton_schulz_cases, Limits(30, 1), Limits(6, 0.5)),
+    Section("newton_schulz", newton_schulz_cases, Limits(30, 1), Limits(5, 0.5)),
     Section("elementwise", elementwise_cases, Limits(45, 0.4), Limits(8, 0.15)),
     Section("patch_embed", patch_embed_cases, Limits(15, 0.6), Limits(4, 0.3)),
     Section(PUBLISHED, published_cases, Limits(50, 0.6), Limits(0, 0)),

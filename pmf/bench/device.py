@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import subprocess
 import time
@@ -17,6 +18,8 @@ Run = Callable[[], Any]
 LEAST_ROUNDS = 7
 GPU_ROUNDS, LEAST_GPU_ROUNDS = 5, 2
 SMI_FIELDS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
+LEFTOVER = 1 << 30
+"""Bytes still in use behind a case from which on it is worth looking for forgotten objects."""
 SMALL_BLOCK, LARGE_BLOCK = 1 << 18, 1 << 28
 """Numbers in a block: the caching allocator keeps blocks below a megabyte apart from the others."""
 
@@ -148,6 +151,8 @@ class Cuda:
             torch.full((count,), torch.nan, device=self.device)
 
     def release(self) -> None:
+        if torch.cuda.memory_allocated(self.device) > LEFTOVER:
+            gc.collect()  # modules and optimizers refer to themselves
         torch.cuda.empty_cache()
 
 

@@ -1,7 +1,9 @@
 """The harness finds what is wrong before it times, and times every contestant in turn."""
 
+import os
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,6 +68,23 @@ def test_a_lost_device_ends_the_process():
 
     with pytest.raises(DeviceLostError, match="illegal memory access"):
         run_case(Planned("c", lambda: Case({"ours": lambda: None})), Lost(), 0.0)
+
+
+def test_clocks_are_what_nvidia_smi_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(
+        f"#!/bin/sh\necho \"$@\" > {tmp_path}/asked\necho '580.1, 1980 MHz, 2619 MHz, 1, 2, 700 W'\n"
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="7-8"))
+    gpu = object.__new__(Cuda)
+    gpu.device = torch.device("cuda", 1)
+    found = gpu.clocks()
+    assert found and found["driver_version"] == "580.1" and found["clocks.sm"] == "1980 MHz"
+    assert "--id=GPU-7-8" in (tmp_path / "asked").read_text()
+    tool.write_text("#!/bin/sh\necho No devices were found\n")
+    assert gpu.clocks() is None
 
 
 def test_gpu_sides_are_timed_in_turn_by_do_bench(monkeypatch: pytest.MonkeyPatch):
