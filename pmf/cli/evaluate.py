@@ -22,6 +22,7 @@ from pmf.evaluation import (
     ImageSource,
     Ranks,
     Samples,
+    Some,
     Statistics,
     Sums,
     count_features,
@@ -50,6 +51,7 @@ Sums of the features are kept in --out, about once a minute: the same command, o
 goes on where it was stopped. The figures are in --out/result.json. Without --keep no image is stored.
 """
 _BATCH_ON_CPU, _BATCH_ELSEWHERE = 16, 64
+_QUICK = 20  # images of a look whether a command works
 
 
 def add_parser(commands: Commands) -> None:
@@ -69,6 +71,12 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("evaluation"), help="folder of sums and result.json (%(default)s)"
     )
+    parser.add_argument("--num-images", type=int, metavar="N", help="how many (50000; all of --images)")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"{_QUICK} images on each side: to see that a command works, for no figure",
+    )
     features = parser.add_argument_group("Features")
     features.add_argument(
         "--features", choices=SPACES, default="inception", help="feature space (%(default)s: FID)"
@@ -81,7 +89,6 @@ def add_parser(commands: Commands) -> None:
         "--channels", type=int, choices=(1, 3), help="read the files of --images as grey (1) or colour (3)"
     )
     sampling = parser.add_argument_group("Samples")
-    sampling.add_argument("--num-images", type=int, metavar="N", help="how many (50000; all of --images)")
     sampling.add_argument("--classes", nargs="+", metavar="CLASS", help="class names or numbers (all)")
     sampling.add_argument(
         "--seed", type=int, default=0, help="seed of the first; i is of seed + i (%(default)s)"
@@ -169,6 +176,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--make-stats must end in .npz, got {arguments.make_stats}")
     if arguments.make_stats is not None and arguments.make_stats.exists():
         raise UserError(f"{arguments.make_stats} exists: choose another name")
+    if arguments.quick and arguments.num_images is not None:
+        raise UserError("give --quick or --num-images, not both")
     for name in ("steps", "batch_size", "image_size"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
@@ -186,12 +195,14 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _open_source(arguments: argparse.Namespace, device: torch.device) -> ImageSource:
     if arguments.images is not None:
-        if arguments.num_images is not None or arguments.classes is not None or arguments.keep is not None:
-            raise UserError("--num-images, --classes and --keep are for samples, not for --images")
+        if arguments.classes is not None or arguments.keep is not None:
+            raise UserError("--classes and --keep are for samples, not for --images")
         source = open_images(arguments.images, channels=arguments.channels, size=arguments.image_size)
         if len(source) < 2:
             raise UserError(f"{arguments.images} holds one image: a distance needs two or more")
-        return source
+        if arguments.quick:
+            return _few(source)
+        return source if arguments.num_images is None else Some(source, arguments.num_images)
     if arguments.image_size is not None or arguments.channels is not None:
         raise UserError("--image-size and --channels are for --images: samples are of the model's own size")
     loaded = checkpoint.load_model(arguments.checkpoint, arguments.ema, v_head=False)
@@ -207,7 +218,7 @@ def _open_source(arguments: argparse.Namespace, device: torch.device) -> ImageSo
         sampler,
         {"checkpoint": str(loaded.path), "sha256": file_digest(loaded.path)},
         classes,
-        arguments.num_images or 50_000,
+        _QUICK if arguments.quick else arguments.num_images or 50_000,
         seed=arguments.seed,
         steps=arguments.steps,
         omega=arguments.omega,
@@ -229,7 +240,11 @@ def _find_reference(
     images = open_images(arguments.reference, channels=source.shape[0], size=source.shape[1])
     if len(images) < 2:
         raise UserError(f"{arguments.reference} holds one image: a distance needs two or more")
-    return None, images
+    return None, _few(images) if arguments.quick else images
+
+
+def _few(source: ImageSource) -> ImageSource:
+    return Some(source, min(_QUICK, len(source)))
 
 
 def _count(

@@ -4,7 +4,7 @@ from pmf.evaluation.counting import count_features, describe
 from pmf.evaluation.digest import file_digest
 from pmf.evaluation.features import SPACES, FeatureSpace, open_space
 from pmf.evaluation.ranks import Ranks
-from pmf.evaluation.sources import ImageSource, Samples, open_images
+from pmf.evaluation.sources import ImageSource, Samples, Some, open_images
 from pmf.evaluation.statistics import Statistics, read_statistics, write_statistics
 from pmf.evaluation.sums import Sums
 
@@ -14,6 +14,7 @@ __all__ = [
     "ImageSource",
     "Ranks",
     "Samples",
+    "Some",
     "Statistics",
     "Sums",
     "count_features",

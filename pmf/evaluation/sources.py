@@ -19,7 +19,7 @@ from pmf.drawing import draw_by_seed
 from pmf.errors import UserError
 from pmf.flow.sampler import Sampler
 
-__all__ = ["ImageSource", "Samples", "open_images"]
+__all__ = ["ImageSource", "Samples", "Some", "open_images"]
 
 _ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 _WORKERS = 8  # threads that read or write image files
@@ -109,6 +109,25 @@ class Samples:
                 list(threads.map(save, pixels, labels, indices))
         except OSError as error:
             raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
+class Some:
+    """So many images of a source, at even distances, so that sorted classes all have their share."""
+
+    def __init__(self, source: ImageSource, count: int) -> None:
+        if not 0 < count <= len(source):
+            raise UserError(f"--num-images must be at most the {len(source)} images there are, got {count}")
+        self.source, self.count = source, count
+        self.shape, self.from_files = source.shape, source.from_files
+
+    def __len__(self) -> int:
+        return self.count
+
+    def identity(self) -> dict[str, Any]:
+        return {**self.source.identity(), "images": self.count, "of": len(self.source)}
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        return self.source.read([i * len(self.source) // self.count for i in indices])
 
 
 def open_images(source: str, *, channels: int | None = None, size: int | None = None) -> ImageSource:

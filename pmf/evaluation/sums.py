@@ -14,6 +14,8 @@ from pmf.metrics import InceptionScore, Moments
 
 __all__ = ["Sums"]
 
+_SPLITS = 10  # parts of the images that Inception Score is the mean of
+
 
 class Sums:
     """Sums of the features of all images, and of their class probabilities where the space has them.
@@ -63,10 +65,10 @@ class Sums:
         Raises UserError where they belong to another evaluation, and says in what it differs.
         """
         tensors, header = checkpoint.read_tensors(path)
-        found = header.get("evaluation")
-        if found != json.loads(json.dumps(identity)):
+        found, wanted = header.get("evaluation"), json.loads(json.dumps(identity))
+        if found != wanted:
             raise UserError(
-                f"{path} belongs to another evaluation ({_difference(found, identity)}): give another --out, "
+                f"{path} belongs to another evaluation ({_difference(found, wanted)}): give another --out, "
                 "or remove the file"
             )
         mine = self.tensors()
@@ -84,19 +86,14 @@ class Sums:
         self.done |= done
 
 
-_SPLITS = 10  # parts of the images that Inception Score is the mean of
-
-
-def _difference(found: Any, wanted: dict[str, Any], path: str = "") -> str:
-    """The first setting in which two identities differ."""
-    wanted = json.loads(json.dumps(wanted))
+def _difference(found: Any, wanted: dict[str, Any]) -> str:
+    """The first setting in which two identities, as JSON gives them back, differ."""
     if not isinstance(found, dict):
         return "it does not say which"
     for name in [*wanted, *(name for name in found if name not in wanted)]:
         old, new = found.get(name), wanted.get(name)
-        if old == new:
-            continue
-        if isinstance(old, dict) and isinstance(new, dict):
+        if isinstance(old, dict) and isinstance(new, dict) and old != new:
             return _difference(old, new)
-        return f"its {name} is {old}, now it is {new}"
-    return "unknown"
+        if old != new:
+            return f"its {name} is {old}, now it is {new}"
+    raise AssertionError("the identities are equal")

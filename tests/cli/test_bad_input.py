@@ -68,15 +68,6 @@ BAD: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         lambda p: ["train", "--perceptual-weights", save(p / "d.pth", {"fc": torch.ones(1)})],
         "holds weights of none of the networks asked for",
     ),
-    "unknown perceptual loss": (lambda p: ["train", "--perceptual", "vgg"], "invalid choice: 'vgg'"),
-    "no such weights": (
-        lambda p: ["train", "--perceptual", "lite0", "--perceptual-weights", str(p / "no.pth")],
-        "no.pth does not exist",
-    ),
-    "unwanted weights": (
-        lambda p: ["train", "--perceptual-weights", save(p / "d.pth", {"fc": torch.ones(1)})],
-        "holds weights of none of the networks asked for",
-    ),
     "no such folder": (lambda p: ["train", "--data", str(p / "no")], "is not a folder"),
     "empty folder": (lambda p: ["train", "--data", str(image_folder(p, "empty"))], "empty is empty"),
     "one class": (lambda p: ["train", "--data", str(image_folder(p, "one", "cat"))], "one class only"),
@@ -142,7 +133,9 @@ def test_a_loss_that_diverges_names_its_step(tmp_path: Path) -> None:
     assert folders and all(name.startswith("step-") for name in folders)
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "evaluate", "convert", "flops", "toy", "bench", "env"])
+@pytest.mark.parametrize(
+    "command", ["train", "sample", "evaluate", "convert", "flops", "toy", "bench", "env"]
+)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

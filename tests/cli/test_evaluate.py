@@ -113,6 +113,22 @@ def test_fid_and_inception_score_with_weights_of_a_file(
     assert found["features"]["name"] == "inception" and len(found["features"]["weights_sha256"]) == 64
 
 
+def test_a_quick_look_takes_few_images_of_both_sides(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(weights), *PIXELS, "--quick", "--out", str(tmp_path / "a")]) == 0
+    assert " of 20 images: " in capsys.readouterr().out
+    sums, _ = checkpoint.read_tensors(tmp_path / "a" / "reference.safetensors")
+    assert sums["moments.count"] == 20
+    # A share of sorted images is taken at even distances, and a thing compared with itself is at 0.
+    words = ["--images", "digits", "--num-images", "1797", *PIXELS, "--out", str(tmp_path / "b")]
+    assert main(["evaluate", *words]) == 0
+    assert result(tmp_path / "b")["frechet_distance"] == pytest.approx(0, abs=1e-9)
+    words = ["--images", "digits", "--num-images", "1798", *PIXELS, "--out", str(tmp_path / "c")]
+    assert main(["evaluate", *words]) == 2
+    assert "--num-images must be at most the 1797 images there are, got 1798" in capsys.readouterr().err
+
+
 def stats(folder: Path, width: int) -> str:
     np.savez(folder / "stats.npz", mu=np.zeros(width), sigma=np.eye(width))
     return str(folder / "stats.npz")
@@ -133,6 +149,10 @@ BAD: dict[str, tuple[Words, str]] = {
     "weights": (lambda p: ["--reference", "digits"], "--weights"),
     "features": (lambda p: ["--reference", "digits", "--features", "vgg"], "invalid choice: 'vgg'"),
     "no network": (lambda p: [*PIXELS, "--weights", "x"], "pixels have none"),
+    "too many": (
+        lambda p: ["--quick", "--num-images", "3", *PIXELS],
+        "give --quick or --num-images, not both",
+    ),
     "nothing": (lambda p: [], "give --reference to compare with, or --make-stats"),
     "both": (lambda p: [*PIXELS, "--images", "digits"], "give a checkpoint to sample from or --images"),
     "suffix": (lambda p: [*PIXELS, "--make-stats", "x.pt"], "--make-stats must end in .npz"),

@@ -31,9 +31,7 @@ def plain_count(config: ModelConfig) -> int:
         images = torch.empty(1, config.channels, config.image_size, config.image_size)
         scalar, labels = torch.empty(1), torch.empty(1, dtype=torch.int64)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(
-            model.state_dict(), images, *[scalar] * 4, labels, num_heads=config.num_heads, head="u"
-        )
+        network(model.state_dict(), images, *[scalar] * 4, labels, num_heads=config.num_heads, head="u")
     return counter.get_total_flops() // 2
 
 
