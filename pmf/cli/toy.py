@@ -37,7 +37,7 @@ largest D.
   pmf toy --out toy --shape checkerboard --dims 2 64 --seeds 0-2
 """
 _FIGURES = ("wasserstein", "off_plane", "to_data")
-_DIMS, _QUICK_DIMS, _QUICK_STEPS = [2, 8, 16, 512], [2, 512], 150
+_DIMS, _QUICK_DIMS, _QUICK_STEPS, _QUICK_SAMPLES = [2, 8, 16, 512], [2, 512], 150, 4096
 _LARGEST_DIM = 65536
 
 
@@ -82,7 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("pmf toy draws with matplotlib, which is not installed: pip install matplotlib")
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)  # now, and not after minutes of training
-    settings = Settings(shape=arguments.shape, steps=steps)
+    num_samples = _QUICK_SAMPLES if arguments.quick else Settings.num_samples
+    settings = Settings(shape=arguments.shape, steps=steps, num_samples=num_samples)
 
     start = time.perf_counter()
     jobs = [(seed, dim, prediction) for seed in seeds for dim in dims for prediction in PREDICTIONS]

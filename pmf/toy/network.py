@@ -36,7 +36,7 @@ class Mlp(nn.Module):
         value, tangent = _row(z, t, h), _row(z_t, t_t, t_t)
         for layer in self.hidden:
             before = layer(value)
-            tangent = F.linear(tangent, layer.weight.detach()) * (before[: len(tangent)] > 0)
+            tangent = F.linear(tangent, layer.get_parameter("weight").detach()) * (before[: len(tangent)] > 0)
             value = F.relu(before)
         output, output_t = self.last(value), F.linear(tangent, self.last.weight.detach())
         return output.view_as(z), output_t.view_as(z_t)

@@ -10,6 +10,7 @@ from torch import Tensor
 __all__ = ["Panel", "draw_panels"]
 
 _LIMIT = 2.5  # the axes' end, in standard deviations of the data
+_DRAWN = 4096  # points of a panel, at most
 _COLOURS = ("#404040", "#1f6fb4", "#c8451b")
 
 
@@ -45,7 +46,7 @@ def draw_panels(rows: Sequence[tuple[str, Sequence[Panel]]], columns: Sequence[s
 
 
 def _draw_panel(axes: Any, panel: Panel, colour: str) -> None:
-    axes.scatter(*panel.points.T.tolist(), s=1.5, c=colour, alpha=0.5, linewidths=0)
+    axes.scatter(*panel.points[:_DRAWN].T.tolist(), s=1.5, c=colour, alpha=0.5, linewidths=0)
     axes.set(xlim=(-_LIMIT, _LIMIT), ylim=(-_LIMIT, _LIMIT), aspect="equal", xticks=[], yticks=[])
     axes.set_xlabel(f"W = {panel.wasserstein:.3f}   off plane {_short(panel.off_plane)}", fontsize=10)
 
