@@ -96,8 +96,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   float* const shared = reinterpret_cast<float*>(dynamic_shared());
   float* const workspace = static_cast<float*>(p.workspace);
   const int64_t width = p.shape.width;
-  const int64_t tile = static_cast<int64_t>(blockIdx.y) * blockDim.x * Access::kWidth;
-  for (int64_t item = blockIdx.x; item < p.groups * sums.runs; item += gridDim.x) {
+  const int64_t tile = static_cast<int64_t>(blockIdx.x) * blockDim.x * Access::kWidth;
+  for (int64_t item = blockIdx.y; item < p.groups * sums.runs; item += gridDim.y) {
     const int64_t group = divide(item, sums.runs), run = item - group * sums.runs;
     const int64_t first = run * sums.run_rows, end = first + sums.run_rows;
     GateSums<Access, kTangent> gate;
@@ -123,8 +123,8 @@ cudaError_t launch_backward(const GatedResidualBackwardParams& p, cudaStream_t s
   const int along = team_width((slots + tiles - 1) / tiles);
   const int64_t runs = p.groups * sums.runs;
   const dim3 block(along, kThreads / along);
-  const dim3 grid(static_cast<unsigned>(runs < kMaxBlocks ? runs : kMaxBlocks),
-                  static_cast<unsigned>(tiles));
+  const dim3 grid(static_cast<unsigned>(tiles),
+                  static_cast<unsigned>(runs < kMaxBlocksDown ? runs : kMaxBlocksDown));
   const cudaError_t status = launch(backward_kernel<Access, kTangent>, grid, block,
                                     GateSums<Access, kTangent>::shared_bytes(block), stream, p,
                                     sums, p.shape.rows() / p.groups);

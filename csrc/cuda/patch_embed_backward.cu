@@ -26,8 +26,8 @@ __global__ void __launch_bounds__(kSumThreads)
     sum_rows_kernel(const typename Access::Element* in, float* vectors,
                     const __grid_constant__ RowSums sums, int64_t rows, int64_t width) {
   using Sums = ColumnSums<Access, 1, 1>;
-  const int64_t tile = static_cast<int64_t>(blockIdx.y) * blockDim.x * Access::kWidth;
-  const int64_t column = tile + threadIdx.x * Access::kWidth, first = blockIdx.x * sums.run_rows;
+  const int64_t tile = static_cast<int64_t>(blockIdx.x) * blockDim.x * Access::kWidth;
+  const int64_t column = tile + threadIdx.x * Access::kWidth, first = blockIdx.y * sums.run_rows;
   const int64_t end = first + sums.run_rows < rows ? first + sums.run_rows : rows;
   Sums total;
 #pragma unroll 4
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kSumThreads)
     for (int k = 0; k < Access::kWidth; ++k) total.sum[0][0][k] += slot[k];
   }
   total.finish(tile, width, reinterpret_cast<float*>(dynamic_shared()),
-               [&](int, int64_t at, float sum) { vectors[blockIdx.x * sums.pitch + at] = sum; });
+               [&](int, int64_t at, float sum) { vectors[blockIdx.y * sums.pitch + at] = sum; });
 }
 
 template <class Access>
@@ -46,8 +46,8 @@ cudaError_t launch_sum_rows(const void* in, void* vectors, const RowSums& sums, 
   using T = typename Access::Element;
   const dim3 block(kSumAlong, kSumThreads / kSumAlong);
   const int64_t columns = kSumAlong * Access::kWidth;
-  const dim3 grid(static_cast<unsigned>(sums.runs),
-                  static_cast<unsigned>((width + columns - 1) / columns));
+  const dim3 grid(static_cast<unsigned>((width + columns - 1) / columns),
+                  static_cast<unsigned>(sums.runs));
   return launch(sum_rows_kernel<Access>, grid, block, ColumnSums<Access, 1, 1>::shared_bytes(block),
                 stream, static_cast<const T*>(in), static_cast<float*>(vectors), sums, rows, width);
 }

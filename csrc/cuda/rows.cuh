@@ -137,6 +137,7 @@ const char* with_type(DType dtype, const Body& body) {
 
 constexpr int kSlotThreads = 256;
 constexpr int64_t kMaxBlocks = 1 << 20;
+constexpr int64_t kMaxBlocksDown = 65535;  // of a grid in y
 
 // A thread takes slots a grid apart, numbered row by row, so that a warp reads whole lines whatever
 // the width of a row. Work has work<Access>(row index, column, width).

@@ -354,7 +354,7 @@ std::vector<Tensor> newton_schulz(std::vector<Tensor> matrices, std::vector<doub
   const Settings settings{std::move(coefficients), std::move(method), dtype};
   std::vector<Tensor> results;
   for (const Tensor& matrix : matrices) {
-    require_cpu(matrix, "newton_schulz");
+    check_same_device(matrix, matrices[0], "newton_schulz", "every matrix", "the first");
     check_value(matrix.dim() == 2, "newton_schulz: every matrix must have two dimensions, got ",
                 shape_of(matrix));
     results.push_back(torch::stable::new_empty(matrix, {matrix.size(0), matrix.size(1)}));

@@ -81,7 +81,7 @@ namespace {
 // torch.ops.pmf.product and add_product: what Python calls in place of torch.mm and torch.addmm.
 
 void check_matrices(const Tensor& left, const Tensor& right, const char* op) {
-  require_cpu(left, op);
+  if (!left.is_cpu()) fail(op, ": for tensors on the CPU; on a GPU use torch.mm or torch.addmm");
   check_same_device(left, right, op, "left", "right");
   check_value(left.dim() == 2 && right.dim() == 2 && left.size(1) == right.size(0), op,
               ": needs matrices [M, K] and [K, N], got ", shape_of(left), " and ", shape_of(right));

@@ -109,16 +109,6 @@ inline ScalarType statistics_dtype(const Tensor& tensor) {
 
 // ---- devices ------------------------------------------------------------------------------------
 
-// Every op is registered for CPU and CUDA with the same function, so that both get the same checks.
-// One without a CUDA kernel calls this first.
-inline void require_cpu(const Tensor& tensor, const char* op) {
-  if (!tensor.is_cpu()) {
-    fail(op,
-         ": the CUDA kernel is not written yet; move the tensors to the CPU, or use the plain "
-         "PyTorch version in pmf.reference");
-  }
-}
-
 #if PMF_WITH_CUDA
 #define PMF_CUDA_KERNEL(name) &::pmf::cuda::name
 #else
@@ -203,7 +193,7 @@ class Workspace {
 
 }  // namespace pmf
 
-// Registers the functions of one file for both devices:
+// Registers the functions of one file for both devices, so that both get the same checks:
 //   PMF_IMPLEMENT(m) { m.impl("swiglu", TORCH_BOX(&pmf::swiglu)); }
 #define PMF_IMPLEMENT(m)                                            \
   static void pmf_implement(torch::stable::detail::StableLibrary&); \

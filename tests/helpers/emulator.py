@@ -8,7 +8,8 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,34 @@ def launches() -> int:
     count = ctypes.CDLL(str(BUILD / "libpmf_emulated.so")).pmf_emulator_launches
     count.restype = ctypes.c_int64
     return count()
+
+
+@contextmanager
+def elsewhere(*tensors: torch.Tensor, device: str) -> Iterator[None]:
+    """Let tensors seem to be on "cpu", or on "cuda:1": all others are on cuda:0."""
+    namespace()
+    machine = ctypes.CDLL(str(BUILD / "libpmf_emulated.so"))
+    kind, _, index = device.partition(":")
+    for x in tensors:
+        storage = ctypes.c_void_p(x.untyped_storage().data_ptr())
+        machine.pmf_emulator_place(storage, ctypes.c_bool(kind == "cuda"), ctypes.c_int32(int(index or 0)))
+    try:
+        yield
+    finally:
+        machine.pmf_emulator_forget_places()
+
+
+@contextmanager
+def hardware(index: int, *, capability: tuple[int, int] = (9, 0), driver: int = 13000) -> Iterator[None]:
+    """Let CUDA device `index` be another one than sm_90; it is asked once in the life of the process."""
+    namespace()
+    machine = ctypes.CDLL(str(BUILD / "libpmf_emulated.so"))
+    machine.pmf_emulator_device(index, *capability)
+    machine.pmf_emulator_driver(driver)
+    try:
+        yield
+    finally:
+        machine.pmf_emulator_driver(13000)
 
 
 class Planted:

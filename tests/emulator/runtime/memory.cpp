@@ -219,6 +219,13 @@ Region& Memory::region(uintptr_t begin, size_t bytes) {
   return **regions_.insert(place, std::make_unique<Region>(begin, bytes));
 }
 
+Region::Region(uintptr_t begin, size_t bytes)
+    : begin_(begin),
+      bytes_(bytes),
+      flags_(static_cast<uint8_t*>(std::calloc(bytes + 1, 1)), &std::free) {
+  if (!flags_) throw std::runtime_error("emulator: no room for what is known of a tensor");
+}
+
 void Region::allow(uintptr_t address, size_t bytes, bool writable, bool initialised) {
   uint8_t* flags = &flags_[address - begin_];
   const uint8_t more =
@@ -230,8 +237,7 @@ void Region::allow(uintptr_t address, size_t bytes, bool writable, bool initiali
   }
   for (size_t i = 0; i < bytes; ++i) flags[i] |= more;
   if (writable && !traces_) {
-    // Zeros that cost nothing until they are touched.
-    void* traces = std::calloc(flags_.size() / kGranule + 2, sizeof(Trace));
+    void* traces = std::calloc(bytes_ / kGranule + 2, sizeof(Trace));
     if (traces == nullptr) throw std::runtime_error("emulator: no room for traces of accesses");
     traces_ = {static_cast<Trace*>(traces), &std::free};
   }

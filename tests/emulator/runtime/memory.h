@@ -25,10 +25,10 @@ enum class Access { read, write };
 // A piece of global memory: a tensor's storage.
 class Region {
  public:
-  Region(uintptr_t begin, size_t bytes) : begin_(begin), flags_(bytes, 0) {}
+  Region(uintptr_t begin, size_t bytes);
 
   uintptr_t begin() const { return begin_; }
-  uintptr_t end() const { return begin_ + flags_.size(); }
+  uintptr_t end() const { return begin_ + bytes_; }
 
   // Elements [address, address + bytes) belong to a tensor.
   void allow(uintptr_t address, size_t bytes, bool writable, bool initialised);
@@ -46,7 +46,10 @@ class Region {
   void check_order(uintptr_t address, size_t bytes, Access access);
 
   uintptr_t begin_;
-  std::vector<uint8_t> flags_;  // a byte each
+  size_t bytes_;
+  // Zeros that cost nothing until they are touched: a tensor may be far larger than what is used of
+  // it.
+  std::unique_ptr<uint8_t[], void (*)(void*)> flags_;  // a byte each
   std::unique_ptr<Trace[], void (*)(void*)> traces_{nullptr, nullptr};
 };
 

@@ -1,17 +1,19 @@
 // What csrc/ops asks PyTorch, answered for the emulator. The linker leads these functions' callers
 // here (ld --wrap=NAME: calls of NAME reach __wrap_NAME, which may call __real_NAME).
 //
-// Tensors on the CPU seem to be on CUDA device 0; and whoever takes a tensor's address tells the
-// emulator of its elements: to read, or to write too. Tensors made by new_empty() are unwritten.
+// Tensors on the CPU seem to be on CUDA device 0, or where a test says; and whoever takes a
+// tensor's address tells the emulator of its elements: to read, or to write too. Tensors made by
+// new_empty() are unwritten.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
 
 #include <algorithm>
 #include <cstring>
+#include <map>
 #include <string_view>
 #include <vector>
 
-#include "cuda/launch.h"
+#include "emulator/device.h"
 #include "memory.h"
 
 extern "C" {
@@ -90,6 +92,19 @@ void bind(AtenTensorHandle tensor, bool writable) {
       [&](uintptr_t address, size_t bytes) { region.allow(address, bytes, writable, !unwritten); });
 }
 
+// Where a tensor seems to be.
+struct Place {
+  bool on_cuda = true;
+  int32_t index = 0;
+};
+std::map<uintptr_t, Place> places;  // by storage, of those that a test has moved
+
+Place place_of(AtenTensorHandle tensor) {
+  if (places.empty()) return {};
+  const auto found = places.find(Elements(tensor).storage);
+  return found == places.end() ? Place{} : found->second;
+}
+
 AtenTensorHandle handle_of(StableIValue value) {
   AtenTensorHandle tensor = nullptr;
   std::memcpy(&tensor, &value, sizeof(tensor));
@@ -132,13 +147,13 @@ AOTITorchError __wrap_torch_call_dispatcher(const char* name, const char* overlo
   return status;
 }
 
-AOTITorchError __wrap_aoti_torch_get_device_type(AtenTensorHandle, int32_t* type) {
-  *type = aoti_torch_device_type_cuda();
+AOTITorchError __wrap_aoti_torch_get_device_type(AtenTensorHandle tensor, int32_t* type) {
+  *type = place_of(tensor).on_cuda ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu();
   return AOTI_TORCH_SUCCESS;
 }
 
-AOTITorchError __wrap_aoti_torch_get_device_index(AtenTensorHandle, int32_t* index) {
-  *index = 0;
+AOTITorchError __wrap_aoti_torch_get_device_index(AtenTensorHandle tensor, int32_t* index) {
+  *index = place_of(tensor).index;
   return AOTI_TORCH_SUCCESS;
 }
 
@@ -157,11 +172,23 @@ AOTITorchError __wrap_aoti_torch_get_current_cuda_stream(int32_t, void** stream)
 }
 }
 
+// ---- what tests call by ctypes ------------------------------------------------------------------
+
+#define PMF_EXPORT extern "C" __attribute__((visibility("default")))
+
+// A storage to the CPU, or to CUDA device `index`.
+PMF_EXPORT void pmf_emulator_place(const void* storage, bool on_cuda, int32_t index) {
+  places[reinterpret_cast<uintptr_t>(storage)] = {on_cuda, index};
+}
+
+PMF_EXPORT void pmf_emulator_forget_places() { places.clear(); }
+
+// Before anything runs on device `index`: it is examined once.
+PMF_EXPORT void pmf_emulator_device(int32_t index, int major, int minor) {
+  capabilities[index] = {major, minor};
+}
+
+// 0: no driver.
+PMF_EXPORT void pmf_emulator_driver(int version) { driver_version = version; }
+
 }  // namespace pmf::emulator
-
-namespace pmf::cuda {
-
-const char* device_problem(int) { return nullptr; }
-const char* error_sentence(int status) { return status == 0 ? nullptr : emulator::last_problem(); }
-
-}  // namespace pmf::cuda
