@@ -111,8 +111,8 @@ def objective(
         counts = (t < perceptual_max_t).to(t)
         loss = loss + (weight * counts * adaptive(distances)).mean()
         loss_perceptual = loss_perceptual + (weight * counts * distances).mean()
-    means = (error.mean() / images[0].numel() for error in (error_u, error_v))
-    return ObjectiveValues(loss, *means, loss_perceptual, v_g, v_c_inside, u, du_dt, v)
+    loss_u, loss_v = (error.mean() / images[0].numel() for error in (error_u, error_v))
+    return ObjectiveValues(loss, loss_u, loss_v, loss_perceptual, v_g, v_c_inside, u, du_dt, v)
 
 
 def coefficients(
