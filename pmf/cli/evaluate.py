@@ -75,7 +75,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help=f"{_QUICK} images on each side: to see that a command works, for no figure",
+        help=f"{_QUICK} images on each side: whatever else is asked: to see that a command works",
     )
     features = parser.add_argument_group("Features")
     features.add_argument(
@@ -176,8 +176,6 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--make-stats must end in .npz, got {arguments.make_stats}")
     if arguments.make_stats is not None and arguments.make_stats.exists():
         raise UserError(f"{arguments.make_stats} exists: choose another name")
-    if arguments.quick and arguments.num_images is not None:
-        raise UserError("give --quick or --num-images, not both")
     for name in ("steps", "batch_size", "image_size"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
