@@ -15,18 +15,28 @@ def write_folder(target: Path, files: Iterable[tuple[str, bytes]]) -> None:
     Every file is synced and read back, then one rename makes the folder visible. Raises OSError, and then
     removes what was written.
     """
-    partial = target.with_name(f".{target.name}.partial")
+    partial = partial_folder(target)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         for name, content in files:
             _write_and_verify(partial / name, content)
-        _sync_folder(partial)
-        partial.rename(target)
-        _sync_folder(target.parent)
+        finish_folder(partial, target)
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def partial_folder(target: Path) -> Path:
+    """What a folder is called while it is written."""
+    return target.with_name(f".{target.name}.partial")
+
+
+def finish_folder(partial: Path, target: Path) -> None:
+    """Make a complete folder, whose files are synced, visible by one rename; raises OSError."""
+    _sync_folder(partial)
+    partial.rename(target)
+    _sync_folder(target.parent)
 
 
 def write_file(target: Path, content: bytes) -> None:

@@ -7,6 +7,9 @@ A run keeps its checkpoints in ``<run>/checkpoints/step-<number>/``::
     state.safetensors       optimizer, random generator, position in the data: what resuming needs
     config.json             every setting of the run
 
+Several ranks write their parts beside each other instead of the first three (`pmf.sharded`), and the weights
+files once more, whole, at the end of the run.
+
 Each weights file also carries its model's configuration in its header, so that it can be moved and loaded
 alone. A checkpoint becomes visible by one rename of a complete, synced and re-read folder: a crash, a kill or
 a full disk leaves a folder called ``.step-<number>.partial`` and every earlier checkpoint as it was.
@@ -26,8 +29,9 @@ import safetensors
 import safetensors.torch
 import torch
 
-from pmf import models
+from pmf import models, sharded
 from pmf.errors import UserError
+from pmf.optim import fill
 
 _FORMAT = "pixelmeanflow-1"
 _STEP_PREFIX = "step-"
@@ -68,6 +72,8 @@ def load_model(
 ) -> LoadedModel:
     """As `load_checkpoint`, and with the class names beside the model."""
     file = _choose_file(Path(path), ema)
+    if file.parent.name == sharded.SHARDS:
+        return _load_sharded(file.parent.parent, file.name, v_head)
     if file.suffix == ".safetensors":
         tensors, header = read_tensors(file, skip=() if v_head else _V_HEAD)
         try:
@@ -91,11 +97,30 @@ def load_model(
         class_names = [str(index) for index in range(config.num_classes)]
     if not v_head:
         config = dataclasses.replace(config, v_head=False)
-    with torch.device("meta"):  # drawing random weights first would take longer than reading these
-        model = models.PixelMeanFlow(config)
-    model = model.to_empty(device="cpu")
+    model = _empty_model(config)
     assign_weights(model, tensors, file)
     return LoadedModel(model.eval(), class_names, file)
+
+
+def _empty_model(config: models.ModelConfig) -> models.PixelMeanFlow:
+    with torch.device("meta"):  # drawing random weights first would take longer than reading others
+        model = models.PixelMeanFlow(config)
+    return model.to_empty(device="cpu")
+
+
+def _load_sharded(folder: Path, part: str, v_head: bool) -> LoadedModel:
+    """One set of weights of what several ranks wrote."""
+    header = sharded.read_header(folder)
+    try:
+        config, class_names = models.ModelConfig(**header["model"]), list(header["class_names"])
+    except (TypeError, KeyError, ValueError) as error:
+        raise UserError(f"{folder} does not describe its model ({error}): use another checkpoint") from error
+    if not v_head:
+        config = dataclasses.replace(config, v_head=False)
+    model = _empty_model(config)
+    weights = {f"{part}/{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    sharded.load_into(folder, weights, alone=True)
+    return LoadedModel(model.eval(), class_names, folder / sharded.HEADER)
 
 
 def assign_weights(model: torch.nn.Module, tensors: Tensors, source: Path) -> None:
@@ -113,7 +138,7 @@ def assign_weights(model: torch.nn.Module, tensors: Tensors, source: Path) -> No
             )
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+            fill(parameter, tensors[name])
 
 
 def weights_bytes(weights: Tensors, config: models.ModelConfig, class_names: list[str]) -> bytes:
@@ -196,7 +221,7 @@ def newest_checkpoint(run: Path) -> Path:
     """The newest complete checkpoint of a run folder, or ``run`` itself where it is a checkpoint folder."""
     if not run.is_dir():
         raise UserError(f"there is no run folder {run}")
-    if (run / "weights.safetensors").is_file():
+    if (run / "weights.safetensors").is_file() or sharded.is_sharded(run):
         return run
     folders = checkpoint_folders(run)
     if not folders:
@@ -235,6 +260,12 @@ def _choose_file(path: Path, ema: str | None) -> Path:
         chosen = "weights.safetensors"
     else:
         chosen = f"ema-{ema}.safetensors"
+    if not (folder / chosen).is_file() and sharded.is_sharded(folder):
+        part, parts = chosen.removesuffix(".safetensors"), list(sharded.parts(folder))
+        if part in parts:
+            return folder / sharded.SHARDS / part
+        known = sorted(part.removeprefix("ema-") for part in parts[1:])
+        raise UserError(f"{folder} has no {part}: --ema can be none, {', '.join(known)}")
     if not (folder / chosen).is_file():
         known = sorted(file.stem.removeprefix("ema-") for file in folder.glob("ema-*.safetensors"))
         raise UserError(f"{folder} has no {chosen}: --ema can be none, {', '.join(known)}")

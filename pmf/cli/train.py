@@ -8,7 +8,8 @@ from pathlib import Path
 from pmf import checkpoint
 from pmf.cli.arguments import Commands, add_settings, given_settings
 from pmf.errors import UserError
-from pmf.training import PRESETS, Run, get_preset, new_run_folder, prepare, resume_config
+from pmf.training import PRESETS, Run, TrainConfig, get_preset, new_run_folder, prepare, resume_config
+from pmf.training.ranks import Ranks, joined_ranks
 
 _INTERRUPTED = 130
 _DESCRIPTION = """Train a model, and end with a picture of samples that took one network evaluation each.
@@ -45,36 +46,58 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train, and say where the results are."""
-    overrides = given_settings(arguments)
-    if arguments.resume is not None:
-        if arguments.preset is not None or arguments.out is not None:
-            raise UserError("--resume takes the run's own folder and settings: leave out --preset and --out")
-        out = arguments.resume
-        config = resume_config(out, overrides)
-    else:
-        config = get_preset(arguments.preset or "digits", **overrides)
-        out = arguments.out
-        if out is not None and out.is_dir() and checkpoint.checkpoint_folders(out):
-            raise UserError(f"{out} already holds a run: give --resume {out}, or another --out")
+    with joined_ranks() as ranks:
+        try:
+            return _run(arguments, ranks)
+        except UserError:
+            if ranks.first:
+                raise
+            return 2  # every rank knows the sentence; one says it
+
+
+def _run(arguments: argparse.Namespace, ranks: Ranks) -> int:
+    out, config = ranks.together(lambda: _choose(arguments))
     if arguments.dry_run:
-        print(json.dumps(config.to_json(), indent=2))
+        if ranks.first:
+            print(json.dumps(config.to_json(), indent=2))
         return 0
-    trainer = prepare(config, resume_from=arguments.resume)
+    trainer = prepare(config, resume_from=arguments.resume, ranks=ranks)
     if out is None:  # only now, so that settings or data that cannot be used leave no folder behind
-        out = new_run_folder(Path("runs"), config.preset)
+        made = ranks.together(lambda: new_run_folder(Path("runs"), config.preset) if ranks.first else None)
+        out = ranks.tell(made)
+    assert out is not None
     millions = sum(weight.numel() for weight in trainer.weights().values()) / 1e6
-    print(
+    told = print if ranks.first else _say_nothing
+    told(
         f"{out}: {millions:.1f} M parameters, {len(trainer.dataset)} images in "
         f"{len(trainer.dataset.class_names)} classes, {trainer.config.run.precision} on {trainer.device}"
+        + (f", {ranks.size} ranks by {config.run.parallel}" if ranks.size > 1 else "")
         + (", compiling in the first steps" if trainer.config.run.compile else ""),
         flush=True,
     )
     result = Run(trainer, out, progress=True).run()
-    saved = checkpoint.newest_checkpoint(out)
+    saved = checkpoint.step_folder(out, result.step)
     if result.interrupted:
-        print(f"stopped at step {result.step}; checkpoint: {saved}")
-        print(f"continue with: pmf train --resume {out}", file=sys.stderr)
+        told(f"stopped at step {result.step}; checkpoint: {saved}")
+        told(f"continue with: pmf train --resume {out}", file=sys.stderr)
         return _INTERRUPTED
-    print(f"trained {result.step} steps in {result.seconds / 60:.1f} minutes; checkpoint: {saved}")
-    print(f"one-step samples: {result.picture}")
+    told(f"trained {result.step} steps in {result.seconds / 60:.1f} minutes; checkpoint: {saved}")
+    told(f"one-step samples: {result.picture}")
     return 0
+
+
+def _say_nothing(*words: object, **how: object) -> None:
+    """What ranks but the first print."""
+
+
+def _choose(arguments: argparse.Namespace) -> tuple[Path | None, TrainConfig]:
+    """The run's folder, if it is known, and its settings."""
+    overrides = given_settings(arguments)
+    if arguments.resume is not None:
+        if arguments.preset is not None or arguments.out is not None:
+            raise UserError("--resume takes the run's own folder and settings: leave out --preset and --out")
+        return arguments.resume, resume_config(arguments.resume, overrides)
+    config, out = get_preset(arguments.preset or "digits", **overrides), arguments.out
+    if out is not None and out.is_dir() and checkpoint.checkpoint_folders(out):
+        raise UserError(f"{out} already holds a run: give --resume {out}, or another --out")
+    return out, config

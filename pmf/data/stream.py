@@ -17,11 +17,22 @@ class ShuffledStream:
     """Batches of a data set, shuffled anew in each epoch; ``position`` (images seen so far) is all its state.
 
     The image at position p is entry p % n of the permutation drawn from (seed, p // n): a stream set to a
-    position continues exactly as the one that reached it, whatever the batch sizes were.
+    position continues exactly as the one that reached it, whatever the batch sizes were. One of several ranks
+    gets every ranks-th image of a batch, and counts all.
     """
 
-    def __init__(self, dataset: ImageDataset, batch_size: int, seed: int, position: int = 0) -> None:
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        batch_size: int,
+        seed: int,
+        position: int = 0,
+        *,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
         self.dataset, self.batch_size, self.seed, self.position = dataset, batch_size, seed, position
+        self.mine = slice(rank, None, ranks)
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
         self._ahead: deque[Future[Batch]] = deque()
         self._reader = None if dataset.in_memory else ThreadPoolExecutor(1, thread_name_prefix="pmf-batch")
@@ -40,13 +51,13 @@ class ShuffledStream:
         return rows
 
     def next_batch(self) -> Batch:
-        """The next images [B, C, H, W] and labels [B]; files are read ahead on threads."""
+        """This rank's next images [B, C, H, W] and labels [B]; files are read ahead on threads."""
         if self._reader is None:
-            batch = self.dataset.get(self.indices(self.position, self.batch_size))
+            batch = self.dataset.get(self.indices(self.position, self.batch_size)[self.mine])
         else:
             while len(self._ahead) <= _AHEAD:
                 rows = self.indices(self.position + len(self._ahead) * self.batch_size, self.batch_size)
-                self._ahead.append(self._reader.submit(self.dataset.get, rows))
+                self._ahead.append(self._reader.submit(self.dataset.get, rows[self.mine]))
             batch = self._ahead.popleft().result()
         self.position += self.batch_size
         return batch

@@ -96,7 +96,8 @@ class Objective:
 
     row_multiple rounds the number of samples in a guidance pass, and of those with tangents, up to a multiple
     of it: the same numbers for a little more work, from a network that meets few different shapes
-    (torch.compile, CUDA graphs).
+    (torch.compile, CUDA graphs). even_passes calls the network twice whatever the draws are, as ranks that
+    share its weights have to.
     """
 
     noise_scale: float = 1.0
@@ -104,6 +105,7 @@ class Objective:
     norm_eps: float = 0.01
     class_dropout: float = 0.1
     row_multiple: int = 1
+    even_passes: bool = False
     v_head: bool = True
     prediction: Prediction | None = None
     preconditioner: Preconditioner | None = None
@@ -149,7 +151,7 @@ class Objective:
                 f"{model.config.noise_scale}: use Objective(noise_scale=model.config.noise_scale)"
             )
         device, dtype = images.device, images.dtype
-        plan = make_plan(draws, self.guidance, dtype, self.row_multiple)
+        plan = make_plan(draws, self.guidance, dtype, self.row_multiple, self.even_passes)
         s = {name: value.to(device, non_blocking=True) for name, value in plan.scalars.items()}
         order = plan.order.to(device)
         x, labels = images[order], labels[order]
@@ -197,7 +199,7 @@ class Objective:
     ) -> tuple[Tensor, Tensor]:
         """v_c(w') of plan.conditional's rows and v_u of plan.guided's, by one pass at h = 0."""
         num_conditional, num_guided = len(plan.conditional), len(plan.guided)
-        if num_conditional + num_guided == 0:
+        if num_conditional + num_guided + len(plan.repeated) == 0:
             return z[:0], z[:0]
         rows = torch.cat((plan.conditional, plan.guided, plan.repeated)).to(z.device)
         z, t, omega, labels = z[rows], s["t"][rows], s["effective_omega"][rows], labels[rows]

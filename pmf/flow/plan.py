@@ -40,8 +40,17 @@ class Plan(NamedTuple):
     """Per sample, on the host: t, r, omega, t_min, t_max, effective_omega, weight (1 - 1/w'), drop."""
 
 
-def make_plan(draws: Draws, guidance: Guidance, dtype: torch.dtype, row_multiple: int = 1) -> Plan:
-    """The plan for these draws; scalars are converted to dtype after all decisions are made."""
+def make_plan(
+    draws: Draws,
+    guidance: Guidance,
+    dtype: torch.dtype,
+    row_multiple: int = 1,
+    even_passes: bool = False,
+) -> Plan:
+    """The plan for these draws; scalars are converted to dtype after all decisions are made.
+
+    even_passes: a guidance pass that no row needs is made with the first, for nobody.
+    """
     t, r, omega, t_min, t_max, drop = (
         x.detach().cpu() for x in (draws.t, draws.r, draws.omega, draws.t_min, draws.t_max, draws.drop)
     )
@@ -66,6 +75,8 @@ def make_plan(draws: Draws, guidance: Guidance, dtype: torch.dtype, row_multiple
     conditional, guided = needs_pass.nonzero().flatten(), is_guided.nonzero().flatten()
     rows = torch.cat((conditional, guided))
     repeated = rows[:1].expand(_missing(len(rows), row_multiple))
+    if even_passes and len(rows) == 0:
+        repeated = torch.zeros(row_multiple, dtype=torch.int64)
     num_tangents = min(num_meanflow + _missing(num_meanflow, row_multiple), len(t))
     return Plan(order, num_meanflow, num_tangents, conditional, guided, repeated, scalars)
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from pmf import _library
 from pmf.ops._autograd import register_fake
 
+from ._sharing import fill, local
+
 __all__ = ["EMA"]
 
 RAMP_UP = 0.05
@@ -28,7 +30,7 @@ class EMA:
         half_lives: in thousand images, increasing or not, all different.
 
     `updates` counts them. `copies[i]` maps each parameter's name to its average, in float32 (float64 for
-    float64 parameters). On a GPU one kernel updates them all and reads each parameter once.
+    float64 parameters), sharded as it is. On a GPU one kernel updates them all and reads each parameter once.
 
     Raises ValueError where a half-life is not positive or given twice, or where there are no parameters.
 
@@ -63,8 +65,8 @@ class EMA:
         if not self.copies:
             return
         weights = [1 - self.decay(half_life, batch_size) for half_life in self.half_lives]
-        parameters = [p.detach() for p in self._parameters.values()]
-        averages = [list(copy.values()) for copy in self.copies]
+        parameters = [local(p.detach()) for p in self._parameters.values()]
+        averages = [[local(average) for average in copy.values()] for copy in self.copies]
         if _kernel_takes(parameters):
             torch.ops.pmf.ema_update([a for copy in averages for a in copy], parameters, weights)
             return
@@ -123,7 +125,7 @@ class EMA:
                     f"{_shape(weights, name)}, not {_shape(averages, name)}"
                 )
         for name, average in averages.items():
-            average.copy_(weights[name])
+            fill(average, weights[name])
 
 
 def _kernel_takes(parameters: Sequence[Tensor]) -> bool:

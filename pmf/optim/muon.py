@@ -3,16 +3,21 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from pmf.ops.newton_schulz import DTYPES, METHODS, newton_schulz
+from pmf.ops.newton_schulz import DTYPES, METHODS
 from pmf.reference.newton_schulz import Coefficients, step_coefficients
 
 from . import _kernels
+from ._plain import SCALES, adam_step, muon_apply, muon_directions
+from ._sharing import SharedSteps, gradient, new_state
 from .routing import ParamsLike, check_tensors, frozen_names, route
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["Muon"]
 
@@ -42,17 +47,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 PRESETS["moonlight"] = {**PRESETS["torch"], "scale": "match_rms"}
 
-SCALES: dict[str, Callable[[int, int], float]] = {
-    "spectral": lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
-    "match_rms": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
-    "none": lambda rows, columns: 1.0,
-}
 
-CHUNK = 1 << 26
-"""Elements orthogonalised at a time: bounds the memory of updates (256 MB each in float32), not the bits."""
-
-
-class Muon(torch.optim.Optimizer):
+class Muon(SharedSteps):
     """Muon: momentum, orthogonalised, for matrices; Adam for everything else.
 
     For a matrix p [rows, columns] (torch's [out, in]) with gradient g, at its step k = 1, 2, ...:
@@ -83,6 +79,14 @@ class Muon(torch.optim.Optimizer):
         ns_steps, ns_coefficients, ns_method, compute_dtype: as in `pmf.ops.newton_schulz`.
         betas, eps, adam_nesterov: Adam's.
         adam_lr: learning rate of the Adam groups, if it is another.
+        process_group: the ranks that have the same parameters, and gradients of their own samples, when the
+            optimizer is to share them: `torch.distributed.group.WORLD`. step() averages the gradients (those
+            that DDP has averaged stay what they are). Parameters sharded by `fully_shard` need no such word.
+
+    Over several ranks each matrix has one owner, who keeps its momentum and orthogonalises it
+    (`pmf.optim._ranks`), all ranks apply the result, and a gradient of None counts as zero. The numbers are
+    one process's for the same mean gradients; the step is plain PyTorch around `newton_schulz`.
+    `named_state` is the state for `torch.distributed.checkpoint`.
 
     On CUDA the step is compiled kernels (float64 parameters: plain PyTorch): two dozen launches for a whole
     model, none of which waits for the device, so that a CUDA graph can capture a step once the first has made
@@ -122,6 +126,7 @@ class Muon(torch.optim.Optimizer):
         eps: float | None = None,
         adam_nesterov: bool | None = None,
         adam_lr: float | Tensor | None = None,
+        process_group: "ProcessGroup | None" = None,
     ) -> None:
         if preset not in PRESETS:
             raise ValueError(f"Muon: preset must be one of {', '.join(PRESETS)}, got {preset!r}")
@@ -151,6 +156,8 @@ class Muon(torch.optim.Optimizer):
                 group.setdefault("lr", adam_lr)
         _check({**defaults})
         self._frozen = frozen_names(params)
+        self._process_group = process_group
+        self._exchanges = {}
         super().__init__(groups, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -163,7 +170,14 @@ class Muon(torch.optim.Optimizer):
             super().add_param_group(group)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_frozen": self._frozen}
+        if self._process_group is not None:
+            raise RuntimeError("Muon: an optimizer with a process group cannot be copied or pickled")
+        return {
+            **super().__getstate__(),
+            "_frozen": self._frozen,
+            "_process_group": None,
+            "_exchanges": {},
+        }
 
     def routing(self) -> dict[str, list[str]]:
         """Names of the parameters that go by "muon", by "adam", and those of the module that are "frozen"."""
@@ -181,18 +195,27 @@ class Muon(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             _check(group)  # a schedule may have set it
-        for group in self.param_groups:
+        for index, group in enumerate(self.param_groups):
+            if self._is_shared(group):
+                for exchange, parameters in self._exchanges_of(index):
+                    self._step_on_ranks(group, exchange, parameters)
+                continue
             for parameters in self._in_step(group):
                 if isinstance(self.state[parameters[0]]["step"], Tensor):
                     self._by_kernels(group, parameters)
                     continue
                 work = [self._working(p) for p in parameters]
-                grads = [_gradient(p, w) for p, w in zip(parameters, work, strict=True)]
+                grads = [gradient(p, w) for p, w in zip(parameters, work, strict=True)]
                 states = [self.state[p] for p in parameters]
                 k = states[0]["step"] = states[0]["step"] + 1
                 for state in states[1:]:
                     state["step"] = k
-                (_muon if group["algorithm"] == "muon" else _adam)(group, k, work, grads, states)
+                if group["algorithm"] == "adam":
+                    adam_step(group, k, work, grads, states)
+                else:
+                    directions = muon_directions(group, k, grads, [state["momentum"] for state in states])
+                    for w, direction in zip(work, directions, strict=True):
+                        muon_apply(group, w, direction, w.shape)
                 for p, w in zip(parameters, work, strict=True):
                     if p is not w:
                         p.copy_(w)
@@ -226,6 +249,9 @@ class Muon(torch.optim.Optimizer):
         for p, state in states.items():
             if any(isinstance(x, Tensor) and x.shape != p.shape for x in state.values()):
                 raise ValueError("Muon: the saved state is of parameters of other shapes")
+        if any(self._is_shared(group) for group in self.param_groups):
+            self._load_on_ranks(state_dict, states)
+            return
         super().load_state_dict(state_dict)
         # torch casts the state to the parameter's dtype; a 16-bit parameter's is float32.
         for p, state in states.items():
@@ -249,13 +275,7 @@ class Muon(torch.optim.Optimizer):
                 raise RuntimeError(f"Muon: the gradient of {name} is sparse; make it dense")
             state = self.state[p]
             if not state:
-                dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-                state["step"] = 0
-                state["momentum"] = torch.zeros_like(p, dtype=dtype)
-                if group["algorithm"] == "adam":
-                    state["square"] = torch.zeros_like(p, dtype=dtype)
-                if p.dtype != dtype:
-                    state["master"] = p.detach().to(dtype)
+                state.update(new_state(group, p))
             if not _kernels.take(group, p):
                 state["step"] = int(state["step"])
             elif not isinstance(state["step"], Tensor):
@@ -283,81 +303,6 @@ class Muon(torch.optim.Optimizer):
             _kernels.muon_step(group, parameters, states, scales)
         else:
             _kernels.adam_step(group, parameters, states)
-
-    def _working(self, p: Tensor) -> Tensor:
-        """The parameter itself, or its master weights: new ones if someone else changed the parameter."""
-        master: Tensor | None = self.state[p].get("master")
-        if master is None:
-            return p
-        rounded = master.to(p.dtype)
-        if not torch.equal(rounded, p) and not (rounded.isnan() | p.isnan()).any():
-            master.copy_(p)
-        return master
-
-
-def _muon(
-    group: dict[str, Any], k: int, params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]]
-) -> None:
-    mu, lr, decay = group["momentum"], float(group["lr"]), float(group["weight_decay"])
-    momenta = [state["momentum"] for state in states]
-    torch._foreach_lerp_(momenta, grads, 1 - mu)
-    of_momentum, of_gradient = _nesterov(mu, k, group["nesterov"], group["bias_correction"])
-    dtype = _kernels.compute_dtype(group)
-    for chunk in _chunks(params):
-        update = torch._foreach_mul(momenta[chunk], of_momentum)
-        if of_gradient != 0:
-            torch._foreach_add_(update, grads[chunk], alpha=of_gradient)
-        directions = newton_schulz(
-            update, group["ns_steps"], group["ns_coefficients"], group["ns_method"], dtype
-        )
-        if decay != 0:
-            torch._foreach_mul_(params[chunk], 1 - lr * decay)
-        for p, direction in zip(params[chunk], directions, strict=True):
-            p.add_(direction, alpha=-lr * SCALES[group["scale"]](*p.shape))
-
-
-def _adam(
-    group: dict[str, Any], k: int, params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]]
-) -> None:
-    (beta1, beta2), lr, decay = group["betas"], float(group["lr"]), float(group["weight_decay"])
-    momenta, squares = [state["momentum"] for state in states], [state["square"] for state in states]
-    torch._foreach_lerp_(momenta, grads, 1 - beta1)
-    torch._foreach_mul_(squares, beta2)
-    torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
-    of_momentum, of_gradient = _nesterov(beta1, k, group["adam_nesterov"], True)
-    update = torch._foreach_mul(momenta, of_momentum)
-    if of_gradient != 0:
-        torch._foreach_add_(update, grads, alpha=of_gradient)
-    deviation = torch._foreach_div(squares, 1 - beta2**k)
-    torch._foreach_sqrt_(deviation)
-    torch._foreach_add_(deviation, group["eps"])
-    if decay != 0:
-        torch._foreach_mul_(params, 1 - lr * decay)
-    torch._foreach_addcdiv_(params, update, deviation, -lr)
-
-
-def _nesterov(beta: float, k: int, nesterov: bool, bias_correction: bool) -> tuple[float, float]:
-    """What momentum and gradient are multiplied by in the update of step k."""
-    if not nesterov:
-        return (1 / (1 - beta**k) if bias_correction else 1.0), 0.0
-    if not bias_correction:
-        return beta, 1 - beta
-    return beta / (1 - beta ** (k + 1)), (1 - beta) / (1 - beta**k)
-
-
-def _chunks(params: list[Tensor]) -> Iterator[slice]:
-    begin = elements = 0
-    for i, p in enumerate(params):
-        if elements and elements + p.numel() > CHUNK:
-            yield slice(begin, i)
-            begin, elements = i, 0
-        elements += p.numel()
-    yield slice(begin, len(params))
-
-
-def _gradient(p: Tensor, work: Tensor) -> Tensor:
-    assert p.grad is not None
-    return p.grad.detach().to(work.dtype)
 
 
 def _name(dtype: torch.dtype | str | None) -> str | None:

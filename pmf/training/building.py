@@ -57,8 +57,11 @@ def build_objective(config: TrainConfig, noise_scale: float) -> flow.Objective:
     )
 
 
-def build_optimizer(config: TrainConfig, model: models.PixelMeanFlow) -> optim.Muon:
-    """The optimizer of a configuration: Muon and Adam, or Adam's part of it for every parameter."""
+def build_optimizer(config: TrainConfig, model: models.PixelMeanFlow, replicated: bool = False) -> optim.Muon:
+    """The optimizer of a configuration: Muon and Adam, or Adam's part of it for every parameter.
+
+    replicated: all ranks have these parameters, and gradients of their own samples.
+    """
     settings = config.optimizer
     everything = [{"params": list(model.named_parameters()), "algorithm": "adam"}]
     return optim.Muon(
@@ -67,4 +70,5 @@ def build_optimizer(config: TrainConfig, model: models.PixelMeanFlow) -> optim.M
         adam_lr=settings.adam_lr,
         preset="pmf",
         compute_dtype=torch.bfloat16 if config.run.precision == "bf16" else None,
+        process_group=torch.distributed.group.WORLD if replicated else None,
     )

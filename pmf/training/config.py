@@ -25,7 +25,10 @@ class DataSettings:
     """Data"""
 
     data: str = _setting("digits", "'digits', or a folder of images: a subfolder per class, or labels.csv")
-    batch_size: int = _setting(1024, "images per step")
+    batch_size: int = _setting(1024, "images per step, of all ranks together")
+    accumulate: int = _setting(
+        1, "go through the network with a rank's images in that many parts, one after another", added=True
+    )
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,12 @@ class RunSettings:
         CHECKPOINTING,
         added=True,
     )
+    parallel: str = _setting(
+        "ddp",
+        "what several ranks share: ddp the images and Muon's work, fsdp (FSDP2) also the weights",
+        ("ddp", "fsdp"),
+        added=True,
+    )
     device: str = _setting("cpu", "torch device to train on")
     log_every: int = _setting(50, "steps between two lines of log.jsonl")
     checkpoint_every: int = _setting(1000, "steps between two checkpoints")
@@ -234,6 +243,7 @@ def _check_finite(name: str, value: Any) -> None:
 def _check_ranges(config: TrainConfig) -> None:
     at_least_one = {
         "batch_size": config.data.batch_size,
+        "accumulate": config.data.accumulate,
         "steps": config.run.steps,
         "row_multiple": config.run.row_multiple,
         "log_every": config.run.log_every,

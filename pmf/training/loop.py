@@ -13,15 +13,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from pmf import checkpoint
+from pmf import checkpoint, optim, sharded
 from pmf.atomic import write_file, write_folder
 from pmf.data import ImageDataset, load_dataset
 from pmf.errors import UserError
 from pmf.models import PixelMeanFlow
 from pmf.training.building import model_config
-from pmf.training.config import TrainConfig
+from pmf.training.config import TrainConfig, flag, settings
 from pmf.training.log import RunLog
+from pmf.training.parallel import whole
 from pmf.training.pictures import draw_samples
+from pmf.training.ranks import Ranks
 from pmf.training.trainer import Trainer
 
 
@@ -57,25 +59,46 @@ def train(
 
 
 def prepare(
-    config: TrainConfig, *, resume_from: Path | None = None, dataset: ImageDataset | None = None
+    config: TrainConfig,
+    *,
+    resume_from: Path | None = None,
+    dataset: ImageDataset | None = None,
+    ranks: Ranks | None = None,
 ) -> Trainer:
-    """Read the data, build the model, and load the newest checkpoint of a run to resume; writes nothing."""
+    """Read the data, build the model, and load the newest checkpoint of a run to resume; writes nothing.
+
+    ranks: those that train together (`pmf.training.ranks`); all of them call this.
+    """
+    ranks = ranks or Ranks()
+    ranks.require_same(
+        "their settings", {flag(s.name): getattr(getattr(config, g), s.name) for g, s in settings()}
+    )
+    trainer = ranks.together(lambda: _prepare(config, dataset, ranks))
+    ranks.require_same(
+        "their images", {"classes": trainer.dataset.class_names, "number": len(trainer.dataset)}
+    )
+    if resume_from is not None:
+        newest = ranks.together(lambda: checkpoint.newest_checkpoint(resume_from))
+        ranks.require_same("what to resume", {"newest checkpoint": newest.name})
+        ranks.together(lambda: trainer.load(newest))
+    return trainer
+
+
+def _prepare(config: TrainConfig, dataset: ImageDataset | None, ranks: Ranks) -> Trainer:
     if config.run.steps is None and config.run.minutes is None:
         raise UserError("the run has no end: give --steps or --minutes")
     if dataset is None:
         model = model_config(config, num_classes=1)  # image size and channels; the data set tells the classes
         dataset = load_dataset(config.data.data, model.image_size, model.channels)
-    trainer = Trainer(config, dataset)
-    if resume_from is not None:
-        trainer.load(checkpoint.newest_checkpoint(resume_from))
-    return trainer
+    return Trainer(config, dataset, ranks)
 
 
 class Run:
-    """Drives a `Trainer` to the end of its budget."""
+    """Drives a `Trainer` to the end of its budget; each of several ranks has one, and the first writes."""
 
     def __init__(self, trainer: Trainer, out: Path | None, progress: bool) -> None:
         self.trainer, self.config, self.out, self.progress = trainer, trainer.config, out, progress
+        self.ranks = trainer.ranks
         self.log: RunLog | None = None
         self.first_step, self.first_second = trainer.step, trainer.seconds
         self.losses = torch.zeros(self.config.run.log_every, 3, device=trainer.device)
@@ -85,12 +108,12 @@ class Run:
     def run(self) -> TrainResult:
         trainer, config = self.trainer, self.config
         try:
-            with self._files(), self._progress_bar() as bar, _catch_stop_signals() as stop:
-                if self.out is not None:
+            with self._files(), self._progress_bar() as bar, _catch_stop_signals(self.ranks) as stop:
+                if self.out is not None and self.ranks.first:
                     write_file(self.out / "config.json", _json_bytes(config))
                     self.log = RunLog(self.out, trainer.step)
                 started = time.monotonic() - trainer.seconds
-                while not stop.is_set() and self._spent() < 1:
+                while not self._stops(stop) and self._spent() < 1:
                     rate = learning_rate_factor(self._spent(), config.optimizer.cooldown)
                     self.losses[self.unread] = self._train_step(rate)
                     self.unread += 1
@@ -103,8 +126,8 @@ class Run:
                     if self.out is not None and trainer.step % config.sampling.sample_every == 0:
                         self._draw(self.out / "samples" / f"{trainer.step:08d}.png")
                 self._read_losses()
+                interrupted = self._stops(stop)
                 picture = self._finish()
-                interrupted = stop.is_set()
         finally:
             if self.log is not None:
                 self.log.close()
@@ -114,61 +137,81 @@ class Run:
     def _train_step(self, rate: float) -> torch.Tensor:
         """One step; an image that turns out to be unreadable costs none of the steps before it."""
         try:
-            return self.trainer.train_step(rate)
+            self.ranks.together(self.trainer.fetch)
         except UserError:
+            self.trainer.put_back()
             if self.out is not None:
                 self.save()
             raise
+        return self.trainer.train_step(rate)
+
+    def _stops(self, stop: threading.Event) -> bool:
+        """Whether any rank was told to stop; ranks then count the same time, too."""
+        told, self.trainer.seconds = self.ranks.agree(float(stop.is_set()), self.trainer.seconds)
+        return told > 0
 
     def save(self) -> Path:
         """Write a checkpoint of the present step and drop the oldest; UserError where the disk refuses."""
         assert self.out is not None
         trainer, folder = self.trainer, checkpoint.step_folder(self.out, self.trainer.step)
-        if folder.is_dir():
+        if self.ranks.tell(folder.is_dir()):
             return folder
         self._read_losses()
-        self._refuse_broken_weights()
+        self.ranks.together(self._refuse_broken_weights)
         try:
-            write_folder(folder, self._checkpoint_files())
+            if self.ranks.size > 1:
+                sharded.save(folder, *trainer.shared_state(), _json_bytes(self.config))
+            else:
+                write_folder(folder, self._checkpoint_files())
         except OSError as error:
             raise UserError(
                 f"cannot save the checkpoint of step {trainer.step} to {folder}: {error.strerror or error}; "
                 f"{self._last_checkpoint()}; make room and continue with pmf train --resume {self.out}"
             ) from error
-        for old in checkpoint.checkpoint_folders(self.out)[: -self.config.run.keep_checkpoints]:
-            shutil.rmtree(old, ignore_errors=True)
+        if self.ranks.first:
+            for old in checkpoint.checkpoint_folders(self.out)[: -self.config.run.keep_checkpoints]:
+                shutil.rmtree(old, ignore_errors=True)
         return folder
 
     def _checkpoint_files(self) -> Iterator[tuple[str, bytes]]:
         """One file at a time, so that no more than one copy of the weights is held in memory."""
-        trainer, names = self.trainer, self.trainer.dataset.class_names
-        model = trainer.model.config
-        yield "weights.safetensors", checkpoint.weights_bytes(trainer.weights(), model, names)
-        for half_life in trainer.ema.half_lives:
-            averaged = trainer.ema.weights(half_life)
-            yield checkpoint.ema_file(half_life), checkpoint.weights_bytes(averaged, model, names)
+        trainer = self.trainer
+        yield from self._weights_files()
         yield "state.safetensors", checkpoint.tensors_bytes(*trainer.state())
         yield "config.json", _json_bytes(self.config)
+
+    def _weights_files(self) -> Iterator[tuple[str, bytes]]:
+        """The weights and their averages, whole; every rank gathers them, the first gets the bytes."""
+        trainer, names = self.trainer, self.trainer.dataset.class_names
+        files = {"weights.safetensors": trainer.weights()}
+        for half_life in trainer.ema.half_lives:
+            files[checkpoint.ema_file(half_life)] = trainer.ema.weights(half_life)
+        for name, weights in files.items():
+            gathered = whole(weights)
+            if self.ranks.first:
+                yield name, checkpoint.weights_bytes(gathered, trainer.model.config, names)
 
     def _finish(self) -> Path | None:
         if self.out is None:
             return None
-        self.save()
+        folder = self.save()
+        if self.ranks.size > 1:
+            for name, content in self._weights_files():
+                write_file(folder / name, content)
         return self._draw(self.out / "samples.png")
 
     def _draw(self, path: Path) -> Path:
-        assert self.log is not None
-        sampling = self.config.sampling
-        grid = draw_samples(self.trainer.averaged_model(sampling.sample_ema), self.config.run.seed, path)
-        self.log.add_picture(self.trainer.step, grid)
-        self.log.draw_plot()
+        model = self.trainer.averaged_model(self.config.sampling.sample_ema)
+        if self.log is not None:
+            self.log.add_picture(self.trainer.step, draw_samples(model, self.config.run.seed, path))
+            self.log.draw_plot()
         return path
 
     def _read_losses(self) -> None:
         """Fetch the losses since the last look: one synchronisation with the device for log_every steps."""
         if self.unread == 0:
             return
-        rows, self.unread = self.losses[: self.unread].cpu(), 0
+        rows, self.unread = self.ranks.mean(self.losses[: self.unread].cpu()), 0
         finite = rows.isfinite().all(dim=1)
         if not finite.all():
             step = self.trainer.step - len(rows) + int(finite.int().argmin()) + 1
@@ -181,7 +224,7 @@ class Run:
 
     def _refuse_broken_weights(self) -> None:
         for name, weight in self.trainer.weights().items():
-            if not weight.isfinite().all():
+            if not optim.local(weight).isfinite().all():
                 raise self._diverged(f"the weights {name} are no longer finite at step {self.trainer.step}")
 
     def _diverged(self, what: str) -> UserError:
@@ -217,7 +260,7 @@ class Run:
         return tqdm(
             total=100.0,
             initial=min(100.0, 100 * self._spent()),
-            disable=not self.progress,
+            disable=not (self.progress and self.ranks.first),
             bar_format="{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left{postfix}",
             mininterval=0.5,
         )
@@ -235,8 +278,11 @@ def learning_rate_factor(spent: float, cooldown: float) -> float:
 
 
 @contextlib.contextmanager
-def _catch_stop_signals() -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM set the event, so that the step can end; a second Ctrl-C interrupts at once."""
+def _catch_stop_signals(ranks: Ranks) -> Iterator[threading.Event]:
+    """Ctrl-C and SIGTERM set the event, so that the step can end; a second Ctrl-C interrupts at once.
+
+    Unless torchrun started this process: it passes on the Ctrl-C that the process has had already.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -245,7 +291,8 @@ def _catch_stop_signals() -> Iterator[threading.Event]:
 
     def handle(number: int, frame: object) -> None:
         stop.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if ranks.size == 1:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     for number in previous:
         signal.signal(number, handle)

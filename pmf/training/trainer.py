@@ -2,19 +2,22 @@
 
 import contextlib
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pmf import checkpoint, models, optim
-from pmf.data import ImageDataset, ShuffledStream
+from pmf import checkpoint, flow, models, optim, sharded
+from pmf.data import ImageDataset, ShuffledStream, to_float
 from pmf.devices import find_device, has_bf16_products
 from pmf.errors import UserError
 from pmf.training.building import build_objective, build_optimizer, model_config
 from pmf.training.compiling import compiled, compiling
 from pmf.training.config import TrainConfig
 from pmf.training.packing import pack, unpack
+from pmf.training.parallel import check_parts, shard_model, slice_draws, whole
+from pmf.training.ranks import Ranks
 
 
 class Trainer:
@@ -23,13 +26,20 @@ class Trainer:
     The weights are float32. With precision bf16 a bfloat16 copy computes, its gradients go to the float32
     master weights, and the optimizer and the averages see those alone. With compile the copy, or the model
     itself, computes through torch.compile; pictures are drawn without it.
+
+    Every rank makes the random draws of the whole batch, and takes every size-th image of it: the losses and
+    the gradients' mean are one process's, but for the order of sums. With accumulate, the rank's images go
+    through the network in that many parts, likewise.
     """
 
-    def __init__(self, config: TrainConfig, dataset: ImageDataset) -> None:
-        self.device = find_device(config.run.device)
+    def __init__(self, config: TrainConfig, dataset: ImageDataset, ranks: Ranks | None = None) -> None:
+        self.ranks = ranks or Ranks()
+        self.device = find_device(self.ranks.device(config.run.device))
         if config.run.precision == "auto":  # settled here, so that the saved settings say what was computed
             config = config.with_settings(precision="bf16" if has_bf16_products(self.device) else "fp32")
         self.config, self.dataset = config, dataset
+        self.sharded = self.ranks.size > 1 and config.run.parallel == "fsdp"
+        check_parts(config, self.ranks.size)
         self.step, self.seconds = 0, 0.0
         try:
             with torch.random.fork_rng(devices=[]):
@@ -37,35 +47,78 @@ class Trainer:
                 network = model_config(config, len(dataset.class_names))
                 self.model = models.PixelMeanFlow(network).to(self.device)
             self.model.checkpointing = config.run.checkpointing
+            if self.sharded:
+                shard_model(self.model, config.run.precision)
             self.objective = build_objective(config, self.model.config.noise_scale)
-            self.optimizer = build_optimizer(config, self.model)
+            if self.sharded:
+                self.objective = dataclasses.replace(self.objective, even_passes=True)
+            self.optimizer = build_optimizer(config, self.model, self.ranks.size > 1 and not self.sharded)
         except ValueError as error:
             raise UserError(str(error)) from error
         self.full_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.ema = optim.EMA(self.model, config.optimizer.ema_half_lives if config.optimizer.ema else ())
         self.computing = self.model
-        if config.run.precision == "bf16":
+        if config.run.precision == "bf16" and not self.sharded:
             self.computing = copy.deepcopy(self.model).to(torch.bfloat16)
         self.network = compiled(self.computing) if config.run.compile else self.computing
         self.generator = torch.Generator().manual_seed(config.run.seed)
-        self.stream = ShuffledStream(dataset, config.data.batch_size, config.run.seed)
+        self.stream = ShuffledStream(
+            dataset, config.data.batch_size, config.run.seed, rank=self.ranks.rank, ranks=self.ranks.size
+        )
+        self._fetched: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def fetch(self) -> None:
+        """Read this rank's images of the next step, if they are not there; UserError where one is damaged."""
+        if self._fetched is None:
+            self._fetched = self.stream.next_batch()
+
+    def put_back(self) -> None:
+        """Forget the images that no step has used, so that a checkpoint starts with them."""
+        if self._fetched is not None:
+            self.stream.position -= self.config.data.batch_size
+            self._fetched = None
 
     def train_step(self, rate: float = 1.0) -> torch.Tensor:
-        """One step at ``rate`` times the learning rates; returns loss, loss_u, loss_v as [3], not synced."""
-        images, labels = self.stream.next_batch()
-        images, labels = images.to(self.device), labels.to(self.device)
-        draws = self.objective.draw(images, labels, self.generator)
+        """One step at ``rate`` times the learning rates; returns loss, loss_u, loss_v as [3], not synced.
+
+        They are the means over this rank's images.
+        """
+        self.fetch()
+        assert self._fetched is not None
+        (images, labels), self._fetched = self._fetched, None
+        draws = self._draw(images)
         self._refresh_computing_weights()
-        with compiling() if self.config.run.compile else contextlib.nullcontext():
-            terms = self.objective(self.network, images, labels, draws)
-            terms.loss.backward()
-        self._gather_gradients()
+        parts = self.config.data.accumulate
+        losses = torch.zeros(3, device=self.device)
+        for part in range(parts):
+            if self.sharded:
+                self.model.set_requires_gradient_sync(part == parts - 1)  # type: ignore[operator]
+            rows = slice(part, None, parts)
+            losses += self._backward(images[rows], labels[rows], slice_draws(draws, rows)) / parts
         for group, full_rate in zip(self.optimizer.param_groups, self.full_rates, strict=True):
             group["lr"] = full_rate * rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update(len(labels))
+        self.ema.update(self.config.data.batch_size)
         self.step += 1
+        return losses
+
+    def _draw(self, images: torch.Tensor) -> flow.Draws:
+        """The draws of this rank's images: its slice of those of the whole batch."""
+        whole = torch.empty(()).expand(self.config.data.batch_size, *images.shape[1:])  # a shape alone
+        draws = self.objective.draw(whole, whole, self.generator)
+        return slice_draws(draws, slice(self.ranks.rank, None, self.ranks.size))
+
+    def _backward(self, images: torch.Tensor, labels: torch.Tensor, draws: flow.Draws) -> torch.Tensor:
+        """Add the gradients of one part of this rank's images; returns its losses [3]."""
+        images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        if images.dtype == torch.uint8:
+            images = to_float(images)
+        draws = draws._replace(noise=draws.noise.to(self.device, non_blocking=True))
+        with compiling() if self.config.run.compile else contextlib.nullcontext():
+            terms = self.objective(self.network, images, labels, draws)
+            (terms.loss / self.config.data.accumulate).backward()
+        self._gather_gradients()
         return torch.stack([terms.loss.detach(), terms.loss_u.detach(), terms.loss_v.detach()])
 
     def averaged_model(self, half_life: float) -> models.PixelMeanFlow:
@@ -73,9 +126,11 @@ class Trainer:
 
         Where no averages are kept, with the weights themselves.
         """
-        averaged = copy.deepcopy(self.model)
-        if self.config.optimizer.ema:
-            checkpoint.assign_weights(averaged, self.ema.weights(half_life), Path("ema"))
+        weights = self.ema.weights(half_life) if self.config.optimizer.ema else self.weights()
+        with torch.device("meta"):
+            averaged = models.PixelMeanFlow(self.model.config)
+        averaged = averaged.to_empty(device=self.device)
+        checkpoint.assign_weights(averaged, whole(weights), Path("ema"))
         return averaged.eval().requires_grad_(False)
 
     def _refresh_computing_weights(self) -> None:
@@ -86,7 +141,9 @@ class Trainer:
     def _gather_gradients(self) -> None:
         if self.computing is not self.model:
             for master, low in zip(self.model.parameters(), self.computing.parameters(), strict=True):
-                master.grad = None if low.grad is None else low.grad.to(master.dtype)
+                if low.grad is not None:  # summed in float32
+                    grad = low.grad.to(master.dtype)
+                    master.grad = grad if master.grad is None else master.grad.add_(grad)
                 low.grad = None
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -105,14 +162,32 @@ class Trainer:
         }
         return tensors, header
 
+    def shared_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """All that resuming needs, as several ranks save it: live tensors by name, and a JSON-able header."""
+        tensors = {f"weights/{name}": weight for name, weight in self.weights().items()}
+        for half_life in self.ema.half_lives:
+            averages = self.ema.weights(half_life).items()
+            tensors |= {f"ema-{half_life:g}/{name}": average for name, average in averages}
+        tensors |= {f"optimizer/{name}": x for name, x in self.optimizer.named_state().items()}
+        tensors["generator"] = self.generator.get_state()
+        header = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "position": self.stream.position,
+            "ema_updates": self.ema.updates,
+            "model": dataclasses.asdict(self.model.config),
+            "class_names": self.dataset.class_names,
+            "half_lives": self.ema.half_lives,
+        }
+        return tensors, header
+
     def load(self, folder: Path) -> None:
         """Continue from a checkpoint folder; UserError where it is damaged or of another model."""
+        if sharded.is_sharded(folder):
+            self._load_shared(folder)
+            return
         weights, about = checkpoint.read_tensors(folder / "weights.safetensors")
-        if about.get("class_names") != self.dataset.class_names:
-            raise UserError(
-                f"{folder} was trained on other classes than those of {self.config.data.data} now: "
-                "put the images back as they were"
-            )
+        self._require_classes(about.get("class_names"), folder)
         checkpoint.assign_weights(self.model, weights, folder / "weights.safetensors")
         state = folder / "state.safetensors"
         tensors, header = checkpoint.read_tensors(state)
@@ -129,3 +204,23 @@ class Trainer:
             self.step, self.seconds = header["step"], header["seconds"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"{state} does not belong to this run ({error}): remove {folder}") from error
+
+    def _load_shared(self, folder: Path) -> None:
+        header = sharded.read_header(folder)
+        self._require_classes(header.get("class_names"), folder)
+        tensors, _ = self.shared_state()
+        sharded.load_into(folder, tensors, alone=self.ranks.size == 1)
+        self.generator.set_state(tensors["generator"])
+        try:
+            self.step, self.seconds = header["step"], header["seconds"]
+            self.stream.position, self.ema.updates = header["position"], header["ema_updates"]
+        except KeyError as error:
+            raise UserError(f"{folder / sharded.HEADER} lacks {error}: use another checkpoint") from error
+        self.optimizer.set_steps(self.step)
+
+    def _require_classes(self, trained: object, folder: Path) -> None:
+        if trained != self.dataset.class_names:
+            raise UserError(
+                f"{folder} was trained on other classes than those of {self.config.data.data} now: "
+                "put the images back as they were"
+            )

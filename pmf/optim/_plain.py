@@ -1,0 +1,87 @@
+"""The optimizer's step in plain PyTorch: by lists of parameters that share dtype, device and step count."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pmf.ops.newton_schulz import newton_schulz
+
+from . import _kernels
+
+__all__ = ["SCALES", "adam_step", "muon_apply", "muon_directions"]
+
+SCALES: dict[str, Callable[[int, int], float]] = {
+    "spectral": lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
+    "match_rms": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
+    "none": lambda rows, columns: 1.0,
+}
+
+CHUNK = 1 << 26
+"""Elements orthogonalised at a time: bounds the memory of updates (256 MB each in float32), not the bits."""
+
+
+def muon_directions(
+    group: dict[str, Any], k: int, grads: list[Tensor], momenta: list[Tensor]
+) -> Iterator[Tensor]:
+    """newton_schulz(u) of each matrix at step k; their momenta take in the gradients."""
+    mu = group["momentum"]
+    torch._foreach_lerp_(momenta, grads, 1 - mu)
+    of_momentum, of_gradient = _nesterov(mu, k, group["nesterov"], group["bias_correction"])
+    dtype = _kernels.compute_dtype(group)
+    for chunk in _chunks(grads):
+        update = torch._foreach_mul(momenta[chunk], of_momentum)
+        if of_gradient != 0:
+            torch._foreach_add_(update, grads[chunk], alpha=of_gradient)
+        yield from newton_schulz(
+            update, group["ns_steps"], group["ns_coefficients"], group["ns_method"], dtype
+        )
+
+
+def muon_apply(group: dict[str, Any], p: Tensor, direction: Tensor, shape: Sequence[int]) -> None:
+    """p <- (1 - lr wd) p - lr s direction; p may be rows of a matrix of this shape."""
+    lr, decay = float(group["lr"]), float(group["weight_decay"])
+    if decay != 0:
+        p.mul_(1 - lr * decay)
+    p.add_(direction, alpha=-lr * SCALES[group["scale"]](*shape))
+
+
+def adam_step(
+    group: dict[str, Any], k: int, params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]]
+) -> None:
+    (beta1, beta2), lr, decay = group["betas"], float(group["lr"]), float(group["weight_decay"])
+    momenta, squares = [state["momentum"] for state in states], [state["square"] for state in states]
+    torch._foreach_lerp_(momenta, grads, 1 - beta1)
+    torch._foreach_mul_(squares, beta2)
+    torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+    of_momentum, of_gradient = _nesterov(beta1, k, group["adam_nesterov"], True)
+    update = torch._foreach_mul(momenta, of_momentum)
+    if of_gradient != 0:
+        torch._foreach_add_(update, grads, alpha=of_gradient)
+    deviation = torch._foreach_div(squares, 1 - beta2**k)
+    torch._foreach_sqrt_(deviation)
+    torch._foreach_add_(deviation, group["eps"])
+    if decay != 0:
+        torch._foreach_mul_(params, 1 - lr * decay)
+    torch._foreach_addcdiv_(params, update, deviation, -lr)
+
+
+def _nesterov(beta: float, k: int, nesterov: bool, bias_correction: bool) -> tuple[float, float]:
+    """What momentum and gradient are multiplied by in the update of step k."""
+    if not nesterov:
+        return (1 / (1 - beta**k) if bias_correction else 1.0), 0.0
+    if not bias_correction:
+        return beta, 1 - beta
+    return beta / (1 - beta ** (k + 1)), (1 - beta) / (1 - beta**k)
+
+
+def _chunks(params: list[Tensor]) -> Iterator[slice]:
+    begin = elements = 0
+    for i, p in enumerate(params):
+        if elements and elements + p.numel() > CHUNK:
+            yield slice(begin, i)
+            begin, elements = i, 0
+        elements += p.numel()
+    yield slice(begin, len(params))
