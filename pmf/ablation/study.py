@@ -16,7 +16,7 @@ from pmf.data import image_grid, load_dataset, save_png
 from pmf.errors import UserError
 from pmf.models import PixelMeanFlow
 from pmf.training import TrainConfig, train
-from pmf.training.building import model_config
+from pmf.training.building import build_objective, model_config
 
 __all__ = ["Study"]
 
@@ -113,11 +113,11 @@ class Study:
         return row
 
     def _config_of(self, variant: Variant) -> TrainConfig:
-        """The variant's settings, which must give a network."""
+        """The variant's settings, which must give a network and an objective."""
         try:
             config = self.base.with_settings(**variant.settings)
-            model_config(config, num_classes=2)
-        except UserError as error:
+            build_objective(config, model_config(config, num_classes=2).noise_scale)
+        except (UserError, ValueError) as error:
             raise UserError(f"variant {variant.name!r}: {error}") from error
         return config
 

@@ -41,7 +41,7 @@ def _paper(
     preset: str,
     patches: Sequence[int],
     adam_lr: float,
-    perceptual: str | None = None,
+    perceptual: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Suite:
     """The ablations of arXiv 2601.22158 on a preset whose patches are the largest of `patches`."""
@@ -73,7 +73,7 @@ def _paper(
         variants.append(variant)
         orderings.append(Ordering(claim, base, variant.name))
     if perceptual is not None:
-        variants.append(Variant("perceptual", {"perceptual": perceptual}))
+        variants.append(Variant("perceptual", perceptual))
         orderings.append(Ordering("a perceptual loss before none", "perceptual", base))
     variants.append(Variant("guided", {"max_omega": 4.0, "sample_omega": 2.0}))
     variants.append(Variant("no guidance", {"guidance": False, "sample_omega": None}))
@@ -82,7 +82,9 @@ def _paper(
 
 
 SUITES: dict[str, Suite] = {
-    "paper": _paper("fashion", (4, 7, 14), adam_lr=2e-3),
+    "paper": _paper(
+        "fashion", (4, 7, 14), adam_lr=2e-3, perceptual={"perceptual": "stlpips", "perceptual_size": 32}
+    ),
     "digits": _paper(
         "digits", (2, 4, 8), adam_lr=3e-3, settings={"patch_size": 8, "steps": 1000, "minutes": None}
     ),

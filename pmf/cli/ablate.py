@@ -22,8 +22,8 @@ from pmf.training import PRESETS, TrainConfig, get_preset
 from pmf.version import VERSION
 
 _INTERRUPTED = 130
-_QUICK: dict[str, Any] = {"steps": 4, "batch_size": 16, "hidden_size": 32, "num_heads": 2}
-_QUICK_JUDGE_STEPS, _QUICK_SAMPLES = 20, 64
+_QUICK_NETWORK = {"hidden_size": 32, "num_heads": 2}
+_QUICK = {"steps": 4, "batch_size": 16, "judge_steps": 20, "samples": 64}  # at most
 _DESCRIPTION = """Train variants of one run for equal steps and compare their one-step samples.
 
 Every variant is trained with every seed. A classifier that is trained on the real images first judges the
@@ -59,14 +59,12 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--seeds", default="0-2", help="numbers and ranges, such as 0-2 (%(default)s)")
     parser.add_argument("--samples", type=int, help="images drawn per run (5000, or half of the real ones)")
     parser.add_argument("--judge-steps", type=int, help="training steps of the classifier (1000)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("ablation"), help="folder of the study (%(default)s)"
-    )
+    parser.add_argument("--out", type=Path, help="folder of the study (ablation, or ablation-quick)")
     parser.add_argument(
         "--quick",
         action="store_true",
-        help=f"a trial of seconds: {_QUICK['steps']} steps of a network {_QUICK['hidden_size']} wide, "
-        f"{_QUICK_SAMPLES} samples, one seed; the figures mean nothing",
+        help=f"a trial of seconds: one seed, at most {_QUICK['steps']} steps of a network "
+        f"{_QUICK_NETWORK['hidden_size']} wide and {_QUICK['samples']} samples; the figures mean nothing",
     )
     add_settings(parser)
     parser.set_defaults(run=run)
@@ -74,6 +72,10 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run what is not finished, write the report, and print it."""
+    if arguments.out is None:
+        arguments.out = Path("ablation-quick" if arguments.quick else "ablation")
+    if arguments.quick:
+        _cut(arguments)
     suite = SUITES[arguments.suite] if arguments.suite else None
     variants = _variants(arguments, suite)
     config = _base(arguments, suite)
@@ -83,8 +85,8 @@ def run(arguments: argparse.Namespace) -> int:
         variants,
         seeds,
         arguments.out,
-        samples=_given(arguments.samples, _QUICK_SAMPLES if arguments.quick else None),
-        judge_steps=_given(arguments.judge_steps, _QUICK_JUDGE_STEPS if arguments.quick else None),
+        samples=arguments.samples,
+        judge_steps=arguments.judge_steps,
     )
     total, begin = len(variants) * len(seeds), time.perf_counter()
     print(f"{arguments.out}: {len(study.finished)} of {total} runs are finished", flush=True)
@@ -137,8 +139,13 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _given(value: int | None, default: int | None) -> int | None:
-    return default if value is None else value
+def _cut(arguments: argparse.Namespace) -> None:
+    """Make what was asked for small enough for --quick; flags not given are set."""
+    for name, most in _QUICK.items():
+        given = getattr(arguments, name, None)
+        setattr(arguments, name, most if given is None else min(given, most))
+    if not hasattr(arguments, "hidden_size"):
+        vars(arguments).update(_QUICK_NETWORK)
 
 
 def _device_name(device: str) -> str:
@@ -164,8 +171,6 @@ def _base(arguments: argparse.Namespace, suite: Suite | None) -> TrainConfig:
     given = given_settings(arguments)
     if "seed" in given:
         raise UserError("--seed is for one run: a study takes --seeds")
-    if arguments.quick:
-        given = {**_QUICK, **given}
     if suite is not None and arguments.preset in (None, suite.preset):
         given = {**suite.settings, **given}
     if "steps" in given and "minutes" not in given:

@@ -87,8 +87,8 @@ def test_two_variants_become_a_table_and_are_not_run_again(
         (["--variant", "a=", "--seed", "1"], "--seed is for one run: a study takes --seeds"),
         (["--variant", "a=", "--minutes", "1"], "variants are compared at equal steps"),
         (
-            ["--variant", "a=", "--samples", "1798"],
-            "--samples must lie between 2 and the 1797 images, got 1798",
+            ["--variant", "a=", "--samples", "1"],
+            "--samples must lie between 2 and the 1797 images, got 1",
         ),
         (["--variant", "a=", "--judge-steps", "0"], "--judge-steps must be 1 or more"),
         (["--variants", "none.json"], "--variants none.json cannot be read as JSON"),
@@ -103,8 +103,7 @@ def test_wrong_words_end_before_anything_runs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    quick = ["--quick"] if "--judge-steps" not in words else ["--steps", "1"]
-    assert main(["ablate", *quick, *words]) == 2
+    assert main(["ablate", "--quick", *words]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and sentence in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
