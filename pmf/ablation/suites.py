@@ -40,11 +40,11 @@ class Suite:
 def _paper(
     preset: str,
     patches: Sequence[int],
-    adam_lr: float,
+    adam_rates: Sequence[float],
     perceptual: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Suite:
-    """The ablations of arXiv 2601.22158 on a preset whose patches are the largest of `patches`."""
+    """The ablations of arXiv 2601.22158; the base has the largest of `patches`, which rise."""
     *smaller, largest = patches
     base, u = f"x patch {largest}", f"u patch {largest}"
     variants = [Variant(base), Variant(u, {"prediction": "u"})]
@@ -60,9 +60,15 @@ def _paper(
     orderings.append(Growth("the more so the larger the patch", pairs))
 
     others = [
-        ("Muon before Adam at equal steps", Variant("Adam", {"optimizer": "adam", "adam_lr": adam_lr})),
-        ("the plane before r=t", Variant("r-t", {"times": "r=t"})),
-        ("the plane before r=0", Variant("r-0", {"times": "r=0"})),
+        *(
+            (
+                f"Muon before Adam at {rate:g}, equal steps",
+                Variant(f"Adam {rate:g}", {"optimizer": "adam", "adam_lr": rate}),
+            )
+            for rate in adam_rates
+        ),
+        ("the plane before r=t", Variant("r=t", {"times": "r=t"})),
+        ("the plane before r=0", Variant("r=0", {"times": "r=0"})),
         ("plain before EDM's pre-conditioner", Variant("EDM", {"preconditioner": "edm"})),
         ("plain before sCM's pre-conditioner", Variant("sCM", {"preconditioner": "scm"})),
         ("averaged weights before the last", Variant("no EMA", {"ema": False})),
@@ -83,10 +89,13 @@ def _paper(
 
 SUITES: dict[str, Suite] = {
     "paper": _paper(
-        "fashion", (4, 7, 14), adam_lr=2e-3, perceptual={"perceptual": "stlpips", "perceptual_size": 32}
+        "fashion",
+        (4, 7, 14),
+        (1e-3, 2e-3, 5e-3),
+        perceptual={"perceptual": "stlpips", "perceptual_size": 32},
     ),
     "digits": _paper(
-        "digits", (2, 4, 8), adam_lr=3e-3, settings={"patch_size": 8, "steps": 1000, "minutes": None}
+        "digits", (2, 4, 8), (1e-3, 3e-3, 7e-3), settings={"patch_size": 8, "steps": 1000, "minutes": None}
     ),
 }
-"""Suites by name. Adam's learning rate is the best of a few tried for each."""
+"""Suites by name. Adam gets several learning rates, Muon only its preset's."""
