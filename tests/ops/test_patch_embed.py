@@ -79,6 +79,24 @@ def test_float32_pixels_beside_16_bit_weights(sizes, level, dtype):
     assert_close(found, wanted, limit)
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("tokens", "width"), [(1, 32), (17, 64), (63, 72), (64, 80), (65, 96), (276, 128)])
+def test_lengths_and_widths(tokens, width, level):
+    args = inputs(1, 3, 1, tokens, 2, 16, width, 4, torch.bfloat16)
+    images_t, prefix_t = torch.randn_like(args[0]), torch.randn_like(args[6])
+    leaves = [x.requires_grad_() for x in args]
+    exact = [x.detach().double().requires_grad_() for x in args]
+    with at_level(level):
+        actual = jvp(ops, leaves, images_t, prefix_t)
+        cotangents = [torch.randn_like(y) for y in actual]
+        found = torch.autograd.grad(actual, leaves, cotangents)
+    expected = jvp(reference, exact, images_t.double(), prefix_t.double())
+    wanted = torch.autograd.grad(expected, exact, [c.double() for c in cotangents])
+    limit = 1.5 * tolerance("gemm", torch.bfloat16)
+    assert_close([x.detach() for x in actual], [x.detach() for x in expected], limit)
+    assert_close(found, wanted, limit)
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     batch=st.integers(1, 4),
