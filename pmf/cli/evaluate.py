@@ -5,7 +5,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -20,7 +20,6 @@ from pmf.evaluation import (
     SPACES,
     FeatureSpace,
     ImageSource,
-    Ranks,
     Samples,
     Some,
     Statistics,
@@ -35,6 +34,7 @@ from pmf.evaluation import (
 )
 from pmf.flow.sampler import PRECISIONS, Sampler
 from pmf.metrics import frechet_of_moments
+from pmf.training.ranks import Ranks, joined_ranks
 
 _DESCRIPTION = """Compare images by the Frechet distance of their features, FID if these are Inception's.
 
@@ -114,38 +114,51 @@ def add_parser(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Count the features of all images, compare, and record."""
     _check(arguments)
-    ranks = Ranks()
-    try:
-        return _evaluate(arguments, ranks)
-    except KeyboardInterrupt:
-        print(f"interrupted: the same command goes on from the sums in {arguments.out}", file=sys.stderr)
-        raise
-    finally:
-        ranks.close()
+    with joined_ranks() as ranks:
+        try:
+            task = ranks.together(lambda: _prepare(arguments, ranks))
+        except UserError:
+            if ranks.first:
+                raise
+            return 2  # every rank knows the sentence; one says it
+        try:
+            return _evaluate(arguments, task, ranks)
+        except KeyboardInterrupt:
+            if ranks.first:
+                again = "interrupted: the same command goes on from the sums in"
+                print(f"{again} {arguments.out}", file=sys.stderr)
+            raise
 
 
-def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> int:
+class _Task(NamedTuple):
+    """What to compare: the images, in a space, with statistics or with the images to count for them."""
+
+    source: ImageSource
+    space: FeatureSpace
+    reference: Statistics | None
+    compared: ImageSource | None
+    batch_size: int
+
+
+def _prepare(arguments: argparse.Namespace, ranks: Ranks) -> _Task:
+    """Open everything, so that what cannot be used is said before anything is drawn."""
     device = find_device(ranks.device(arguments.device))
     batch_size = arguments.batch_size or (_BATCH_ON_CPU if device.type == "cpu" else _BATCH_ELSEWHERE)
     source = _open_source(arguments, device)
+    channels, side, _ = source.shape
     space = open_space(
-        arguments.features,
-        channels=source.shape[0],
-        side=source.shape[1],
-        device=device,
-        weights=arguments.weights,
+        arguments.features, channels=channels, side=side, device=device, weights=arguments.weights
     )
-    reference, compared = _find_reference(arguments, space, source)  # what cannot be used is said first
+    return _Task(source, space, *_find_reference(arguments, space, source), batch_size)
 
+
+def _evaluate(arguments: argparse.Namespace, task: _Task, ranks: Ranks) -> int:
+    source, space, reference, compared, batch_size = task
     sums = _count("samples", source, space, batch_size, arguments.out, ranks)
-    found = Statistics(*(x.cpu() for x in sums.moments.mean_and_covariance()))
+    found = _statistics(sums)
     if compared is not None:
-        reference = Statistics(
-            *_count(
-                "reference", compared, space, batch_size, arguments.out, ranks
-            ).moments.mean_and_covariance()
-        )
-    if not ranks.is_first:
+        reference = _statistics(_count("reference", compared, space, batch_size, arguments.out, ranks))
+    if not ranks.first:
         return 0
     if arguments.make_stats is not None:
         write_statistics(arguments.make_stats, found, space, len(source))
@@ -248,9 +261,14 @@ def _few(source: ImageSource) -> ImageSource:
 def _count(
     name: str, source: ImageSource, space: FeatureSpace, batch_size: int, out: Path, ranks: Ranks
 ) -> Sums:
-    hidden = None if ranks.is_first else True  # None: a bar on a terminal alone
+    hidden = None if ranks.first else True  # None: a bar on a terminal alone
     with tqdm(total=len(source), desc=name, unit="image", disable=hidden) as bar:
         return count_features(source, space, batch_size, out / f"{name}.safetensors", ranks, bar.update)
+
+
+def _statistics(sums: Sums) -> Statistics:
+    mean, covariance = sums.moments.mean_and_covariance()
+    return Statistics(mean.cpu(), covariance.cpu())
 
 
 def _figures(space: FeatureSpace, found: Statistics, reference: Statistics, sums: Sums) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from pmf.evaluation.counting import count_features, describe
 from pmf.evaluation.digest import file_digest
 from pmf.evaluation.features import SPACES, FeatureSpace, open_space
-from pmf.evaluation.ranks import Ranks
 from pmf.evaluation.sources import ImageSource, Samples, Some, open_images
 from pmf.evaluation.statistics import Statistics, read_statistics, write_statistics
 from pmf.evaluation.sums import Sums
@@ -12,7 +11,6 @@ __all__ = [
     "SPACES",
     "FeatureSpace",
     "ImageSource",
-    "Ranks",
     "Samples",
     "Some",
     "Statistics",

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from pmf.evaluation.features import FeatureSpace
-from pmf.evaluation.ranks import Ranks
 from pmf.evaluation.sources import ImageSource
 from pmf.evaluation.sums import Sums
+from pmf.training.ranks import Ranks
 
 __all__ = ["count_features", "describe"]
 
@@ -46,18 +46,19 @@ def count_features(
     identity = describe(source, space, batch_size)
     device = space.device if space.device.type == "cuda" else torch.device("cpu")  # others may lack float64
     sums = Sums(len(source), batches, space.width, space.classes, device)
-    if ranks.is_first:
-        parts = sorted(file.parent.glob(f"{file.stem}-rank*{file.suffix}"))
+
+    def collect() -> None:
+        """What files hold goes to the first process, and into one file."""
+        parts = _parts(file)
         for part in [file, *parts] if file.is_file() else parts:
             sums.add_file(part, identity)
         if parts:
-            sums.save(file, identity)
-            for part in parts:
-                part.unlink()
-    done = sums.done.to(torch.uint8)
-    ranks.from_first(done)
-    own_file = file if ranks.is_first else file.with_stem(f"{file.stem}-rank{ranks.rank}")
-    missing = (done == 0).nonzero().flatten().tolist()
+            _merge(sums, file, identity)
+
+    ranks.together(lambda: collect() if ranks.first else None)
+    done = ranks.tell(sums.done)
+    own_file = file if ranks.first else file.with_stem(f"{file.stem}-rank{ranks.rank}")
+    missing = (~done).nonzero().flatten().tolist()
     on_images(sum(len(_rows(source, batch, batch_size)) for batch in done.nonzero().flatten().tolist()))
 
     saved = time.monotonic()
@@ -76,13 +77,23 @@ def count_features(
     if missing:
         sums.save(own_file, identity)
     for tensor in sums.tensors().values():
-        ranks.add_up(tensor)
+        tensor.copy_(ranks.total(tensor.cpu()))
     sums.done.fill_(True)
-    if ranks.is_first and ranks.size > 1:
-        sums.save(file, identity)
-        for part in file.parent.glob(f"{file.stem}-rank*{file.suffix}"):
-            part.unlink()
+    if ranks.first and ranks.size > 1:
+        _merge(sums, file, identity)
     return sums
+
+
+def _parts(file: Path) -> list[Path]:
+    """The files of the processes but the first."""
+    return sorted(file.parent.glob(f"{file.stem}-rank*{file.suffix}"))
+
+
+def _merge(sums: Sums, file: Path, identity: dict[str, Any]) -> None:
+    """One file for all; only then the others go."""
+    sums.save(file, identity)
+    for part in _parts(file):
+        part.unlink()
 
 
 def _rows(source: ImageSource, batch: int, batch_size: int) -> range:

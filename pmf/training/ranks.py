@@ -57,13 +57,16 @@ class Ranks:
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return found.tolist()
 
-    def mean(self, numbers: torch.Tensor) -> torch.Tensor:
-        """The mean of a tensor in host memory over the ranks."""
+    def total(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor in host memory over the ranks."""
         if self.size > 1:
             numbers = numbers.clone()
             dist.all_reduce(numbers)
-            numbers /= self.size
         return numbers
+
+    def mean(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The mean of a tensor in host memory over the ranks."""
+        return self.total(numbers) / self.size
 
     def tell(self, value: T) -> T:
         """What the first rank says."""
@@ -104,7 +107,7 @@ def joined_ranks() -> Iterator[Ranks]:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"WORLD_SIZE is {size}, but the other ranks cannot be reached ({reason}): start with "
-            "torchrun --nproc-per-node N -m pmf train ..., or unset WORLD_SIZE"
+            "torchrun --nproc-per-node N -m pmf ..., or unset WORLD_SIZE"
         ) from error
     try:
         yield Ranks(dist.get_rank(), size)
