@@ -9,7 +9,9 @@ import torch
 
 from pmf.data.idx import is_idx_folder, read_idx_folder
 from pmf.data.images import check_image, read_image, to_float
-from pmf.data.labels import LabelledFiles, list_images
+from pmf.data.labels import list_images
+from pmf.data.parquet import find_tables, index_tables
+from pmf.data.shards import Stored, find_shards, index_shards
 from pmf.errors import UserError
 
 _CACHE_BYTES = 1 << 30  # folders whose cropped pixels fit in this are read once and kept in memory
@@ -24,8 +26,12 @@ class ImageDataset(Protocol):
 
     def __len__(self) -> int: ...
 
+    def read(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images [B, C, H, W], uint8 or float32 in [-1, 1], as they are kept, and labels [B] int64."""
+        ...
+
     def get(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images [B, C, H, W] float32 in [-1, 1] and labels [B] int64."""
+        """The same, float32 in [-1, 1] always."""
         ...
 
 
@@ -40,27 +46,41 @@ class MemoryImages:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def get(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         rows = torch.as_tensor(indices)
-        pixels = self.pixels[rows]
-        return (to_float(pixels) if pixels.dtype == torch.uint8 else pixels), self.labels[rows]
+        return self.pixels[rows], self.labels[rows]
+
+    def get(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        pixels, labels = self.read(indices)
+        return (to_float(pixels) if pixels.dtype == torch.uint8 else pixels), labels
 
 
 class FolderImages:
-    """Images of a folder, read from their files each time they are asked for."""
+    """Images in files, or in larger files, read and decoded on threads each time they are asked for."""
 
     in_memory = False
 
-    def __init__(self, files: LabelledFiles, size: int, channels: int) -> None:
-        self.paths, self.labels = files.paths, torch.tensor(files.labels)
-        self.class_names, self.size, self.channels = files.class_names, size, channels
+    def __init__(
+        self,
+        paths: Sequence[Path | Stored],
+        labels: Sequence[int],
+        class_names: list[str],
+        size: int,
+        channels: int,
+    ) -> None:
+        self.paths, self.labels = paths, torch.tensor(labels)
+        self.class_names, self.size, self.channels = class_names, size, channels
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="pmf-read")
 
     def __len__(self) -> int:
         return len(self.paths)
 
+    def read(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.read_pixels(indices), self.labels[torch.as_tensor(indices)]
+
     def get(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        return to_float(self.read_pixels(indices)), self.labels[torch.as_tensor(indices)]
+        pixels, labels = self.read(indices)
+        return to_float(pixels), labels
 
     def read_pixels(self, indices: Iterable[int]) -> torch.Tensor:
         """uint8 [B, C, H, W]; the first file that cannot be read raises UserError."""
@@ -75,10 +95,12 @@ class FolderImages:
 
 
 def load_dataset(source: str, image_size: int, channels: int) -> ImageDataset:
-    """``digits``, a folder of images (pmf/data/labels.py says how), or a folder of files in MNIST's format.
+    """``digits``, or images from files.
 
-    Raises UserError where the folder is empty, has one class, or holds a file that is no image or too small.
-    A folder of up to 1 GiB of cropped pixels is decoded at once and stays in memory.
+    A folder of images (pmf/data/labels.py says how), of files in MNIST's format, of WebDataset shards (or a
+    pattern of them, pmf/data/shards.py) or of parquet files (pmf/data/parquet.py). Raises UserError where
+    there is nothing, one class only, or a file that is damaged, no image, or too small. Up to 1 GiB of
+    cropped pixels is decoded at once and stays in memory.
     """
     if channels not in (1, 3):
         raise UserError(f"--channels must be 1 (grey) or 3 (colour), got {channels}")
@@ -100,8 +122,27 @@ def load_dataset(source: str, image_size: int, channels: int) -> ImageDataset:
                 f"{channels} channels was asked for: use --image-size {height} --channels 1"
             )
         return MemoryImages(images, labels, [str(label) for label in range(int(labels.max()) + 1)])
-    folder = FolderImages(list_images(Path(source)), image_size, channels)
+    folder = FolderImages(*_find_images(source), image_size, channels)
     if len(folder) * channels * image_size**2 > _CACHE_BYTES:
         folder.check_headers()
         return folder
     return MemoryImages(folder.read_pixels(range(len(folder))), folder.labels, folder.class_names)
+
+
+def _find_images(source: str) -> tuple[Sequence[Path | Stored], list[int], list[str]]:
+    """Where the images are, the class index of each, and the name of every class."""
+    if shards := find_shards(source):
+        images, labels = index_shards(shards)
+        return images, labels, _numbered(labels, source)
+    if tables := find_tables(source):
+        images, labels, names = index_tables(tables)
+        return images, labels, names or _numbered(labels, source)
+    files = list_images(Path(source))
+    return files.paths, files.labels, files.class_names
+
+
+def _numbered(labels: list[int], source: str) -> list[str]:
+    """Names of classes that are numbers from 0 on; a class without images is one nevertheless."""
+    if len(set(labels)) < 2:
+        raise UserError(f"{source} has images of one class only: training needs two or more")
+    return [str(number) for number in range(max(labels) + 1)]

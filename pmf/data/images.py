@@ -9,6 +9,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from pmf.atomic import write_file
+from pmf.data.shards import Stored
 from pmf.errors import UserError
 
 _MODES = {1: "L", 3: "RGB"}  # Pillow's name for an 8-bit image of 1 or 3 channels
@@ -42,13 +43,13 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def check_image(path: Path, size: int) -> None:
+def check_image(path: Path | Stored, size: int) -> None:
     """Read the header only: UserError where ``path`` is no image, or smaller than ``size`` pixels."""
     with _open(path, size):
         pass
 
 
-def read_image(path: Path, size: int, channels: int) -> torch.Tensor:
+def read_image(path: Path | Stored, size: int, channels: int) -> torch.Tensor:
     """One image file as uint8 [channels, size, size]: centre crop, transparency laid over white.
 
     Raises UserError where the file is no image, is cut off, is too small, or has 16-bit or float pixels.
@@ -67,9 +68,9 @@ def read_image(path: Path, size: int, channels: int) -> torch.Tensor:
     return torch.from_numpy(pixels.copy()).reshape(size, size, channels).permute(2, 0, 1).contiguous()
 
 
-def _open(path: Path, size: int) -> Image.Image:
+def _open(path: Path | Stored, size: int) -> Image.Image:
     try:
-        image = Image.open(path)
+        image = Image.open(path if isinstance(path, Path) else io.BytesIO(path.read()))
     except UnidentifiedImageError as error:
         raise UserError(f"{path} is not an image that Pillow can read: remove it from the folder") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

@@ -51,13 +51,13 @@ class ShuffledStream:
         return rows
 
     def next_batch(self) -> Batch:
-        """This rank's next images [B, C, H, W] and labels [B]; files are read ahead on threads."""
+        """This rank's next images [B, C, H, W], as they are kept, and labels [B]; files are read ahead."""
         if self._reader is None:
-            batch = self.dataset.get(self.indices(self.position, self.batch_size)[self.mine])
+            batch = self.dataset.read(self.indices(self.position, self.batch_size)[self.mine])
         else:
             while len(self._ahead) <= _AHEAD:
                 rows = self.indices(self.position + len(self._ahead) * self.batch_size, self.batch_size)
-                self._ahead.append(self._reader.submit(self.dataset.get, rows[self.mine]))
+                self._ahead.append(self._reader.submit(self.dataset.read, rows[self.mine]))
             batch = self._ahead.popleft().result()
         self.position += self.batch_size
         return batch

@@ -24,7 +24,11 @@ def _setting(default: Any, explanation: str, choices: tuple[str, ...] = (), adde
 class DataSettings:
     """Data"""
 
-    data: str = _setting("digits", "'digits', or a folder of images: a subfolder per class, or labels.csv")
+    data: str = _setting(
+        "digits",
+        "'digits', a folder of images (a subfolder per class, or labels.csv), of .tar shards or of parquet "
+        "files, or shards by number: 'shards/{000000..000063}.tar'",
+    )
     batch_size: int = _setting(1024, "images per step, of all ranks together")
     accumulate: int = _setting(
         1, "go through the network with a rank's images in that many parts, one after another", added=True

@@ -51,7 +51,8 @@ def test_files_read_ahead_come_in_the_same_order_as_from_memory(tmp_path: Path) 
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(np.full((4, 4), 10 * index, dtype=np.uint8)).save(path)
     in_memory = load_dataset(str(tmp_path), 4, 1)
-    from_files = FolderImages(list_images(tmp_path), 4, 1)
+    files = list_images(tmp_path)
+    from_files = FolderImages(files.paths, files.labels, files.class_names, 4, 1)
     from_files.check_headers()
     one, other = (
         ShuffledStream(in_memory, 3, seed=5, position=6),

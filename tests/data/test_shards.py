@@ -1,0 +1,160 @@
+"""WebDataset shards and parquet files: the images and labels in them, and what is wrong with a file."""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from pmf.data import ShuffledStream, load_dataset
+from pmf.errors import UserError
+
+
+def encoded(number: int, kind: str = "png") -> bytes:
+    """A grey 4x4 picture of the level `number`."""
+    content = io.BytesIO()
+    Image.new("L", (4, 4), number).save(content, format=kind, lossless=True)
+    return content.getvalue()
+
+
+def pack(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in members:
+            about = tarfile.TarInfo(name)
+            about.size = len(content)
+            archive.addfile(about, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Three shards of four images; image n has level n and class n % 3."""
+    for shard in range(3):
+        members = []
+        for number in range(4 * shard, 4 * shard + 4):
+            kind = "webp" if number % 2 else "png"
+            members += [(f"{number:03d}.cls", f"{number % 3}\n".encode())]
+            members += [(f"{number:03d}.{kind}", encoded(number, kind))]
+        pack(tmp_path / "shards" / f"{shard:06d}.tar", members)
+    return tmp_path / "shards"
+
+
+def levels(source: str) -> list[tuple[int, int]]:
+    pixels, labels = (dataset := load_dataset(source, 4, 1)).read(range(len(dataset)))
+    return [(int(image[0, 0, 0]), int(label)) for image, label in zip(pixels, labels, strict=True)]
+
+
+def test_a_folder_a_pattern_and_one_shard(shards: Path) -> None:
+    expected = [(number, number % 3) for number in range(12)]
+    assert levels(str(shards)) == expected
+    assert levels(f"{shards}/{{000001..000002}}.tar") == expected[4:]
+    assert levels(f"{shards}/000000.tar") == expected[:4]
+    assert load_dataset(str(shards), 4, 1).class_names == ["0", "1", "2"]
+
+
+def test_images_read_from_shards_are_those_in_memory(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_memory = ShuffledStream(load_dataset(str(shards), 4, 1), 6, seed=1, position=3)
+    monkeypatch.setattr("pmf.data.datasets._CACHE_BYTES", 0)
+    halves = [
+        ShuffledStream(load_dataset(str(shards), 4, 1), 6, seed=1, position=3, rank=rank, ranks=2)
+        for rank in range(2)
+    ]
+    for _ in range(4):
+        images, labels = in_memory.next_batch()
+        for rank, half in enumerate(halves):
+            part, part_labels = half.next_batch()
+            assert part.dtype == torch.uint8
+            assert torch.equal(part, images[rank::2]) and torch.equal(part_labels, labels[rank::2])
+        assert half.position == in_memory.position
+
+
+def test_a_missing_or_damaged_shard_is_named(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"shard .*000003\.tar is missing"):
+        load_dataset(f"{shards}/{{000000..000003}}.tar", 4, 1)
+    whole = (shards / "000001.tar").read_bytes()
+    end = len(whole.rstrip(b"\0")) // 512 * 512 + 512  # of the last member
+    for length in (100, 700, end - 600, end):
+        (shards / "000001.tar").write_bytes(whole[:length])
+        with pytest.raises(UserError, match=r"shard .*000001\.tar is cut off"):
+            load_dataset(str(shards), 4, 1)
+    (shards / "000001.tar").write_bytes(whole)
+    monkeypatch.setattr("pmf.data.datasets._CACHE_BYTES", 0)
+    dataset = load_dataset(str(shards), 4, 1)
+    (shards / "000001.tar").write_bytes(whole[:1024])  # while training
+    with pytest.raises(UserError, match=r"000001\.tar is cut off: 007\.webp ends after it"):
+        dataset.read([7])
+    (shards / "000001.tar").unlink()
+    with pytest.raises(UserError, match=r"000001\.tar cannot be read"):
+        dataset.read([7])
+
+
+@pytest.mark.parametrize(
+    ("members", "sentence"),
+    [
+        ([("a.txt", b"1")], "holds no image"),
+        ([("a.png", encoded(1))], r"no label .*a\.cls beside a\.png"),
+        ([("a.png", encoded(1)), ("a.cls", b"cat")], "must hold a class number"),
+        ([("a.png", encoded(1)), ("a.cls", b"1")], "one class only"),
+        (
+            [("a.png", b"x"), ("a.cls", b"1"), ("b.png", encoded(1)), ("b.cls", b"2")],
+            r"a\.png in .* not an image",
+        ),
+    ],
+)
+def test_what_a_shard_must_hold(tmp_path: Path, members: list[tuple[str, bytes]], sentence: str) -> None:
+    shard = pack(tmp_path / "0.tar", members)
+    with pytest.raises(UserError, match=sentence):
+        load_dataset(str(shard), 4, 1)
+
+
+@pytest.fixture
+def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two tables as Hugging Face writes them."""
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    noted = {"info": {"features": {"label": {"names": ["cat", "dog", "owl"], "_type": "ClassLabel"}}}}
+    (tmp_path / "tables").mkdir()
+    for part in range(2):
+        numbers = range(5 * part, 5 * part + 5)
+        table = arrow.table(
+            {
+                "image": [{"bytes": encoded(number), "path": None} for number in numbers],
+                "label": [number % 3 for number in numbers],
+            }
+        ).replace_schema_metadata({"huggingface": json.dumps(noted)})
+        parquet.write_table(table, tmp_path / "tables" / f"train-{part:05d}.parquet", row_group_size=2)
+    return tmp_path / "tables"
+
+
+def test_parquet_is_unpacked_once(tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [(number, number % 3) for number in range(10)]
+    assert levels(str(tables)) == expected
+    monkeypatch.setattr("pmf.data.parquet._unpack", None)
+    assert levels(str(tables)) == expected
+    assert load_dataset(str(tables), 4, 1).class_names == ["cat", "dog", "owl"]
+
+
+def test_a_damaged_table_is_named(tables: Path) -> None:
+    table = tables / "train-00001.parquet"
+    whole = table.read_bytes()
+    table.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"train-00001\.parquet is cut off"):
+        load_dataset(str(tables), 4, 1)
+    assert list((tables.parent / "cache" / "pixelmeanflow").iterdir()) == []
+
+
+def test_a_table_without_images_is_named(tables: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "label": [1]}), tables / "train-00000.parquet")
+    with pytest.raises(
+        UserError, match=r"train-00000\.parquet must have a column of images .* got text, label"
+    ):
+        load_dataset(str(tables), 4, 1)
