@@ -33,5 +33,7 @@ def resume_config(run: Path, overrides: dict[str, Any]) -> TrainConfig:
     for name, value in fixed.items():
         if name in overrides and overrides[name] != value:
             trained = f"{flag(name)} {value}" if value is not None else f"its preset's {flag(name)}"
+            if isinstance(value, bool):
+                trained = flag(name) if value else flag(f"no_{name}")
             raise UserError(f"{run} was trained with {trained}, which cannot change when resuming")
     return config
