@@ -48,10 +48,10 @@ class Section(NamedTuple):
     quick: Limits
 
     def limits(self, scale: Scale) -> Limits:
-        """On the CPU those of a quick run; there a case is timed for no longer than it takes."""
-        if scale == "full":
-            return self.full
-        return self.quick if scale == "quick" else self.quick._replace(case=0.0)
+        """On the CPU those of a full run, but a case is timed no longer than the fewest rounds take."""
+        if scale == "quick":
+            return self.quick
+        return self.full if scale == "full" else self.full._replace(case=0.0)
 
 
 def rates(setting: Setting) -> Iterator[Planned]:

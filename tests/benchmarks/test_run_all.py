@@ -38,7 +38,7 @@ def test_a_run_on_the_cpu(tmp_path: Path):
     record = json.loads((tmp_path / "run_all.json").read_text())
     assert record["command"].startswith("python benchmarks/run_all.py --out") and record["scale"] == "tiny"
     rows = {section["name"]: section["rows"] for section in record["sections"]}
-    assert list(rows) == [section.name for section in SECTIONS if section.quick.section]
+    assert list(rows) == [section.name for section in SECTIONS]
     assert all(row["right"] for row in rows["checks"]) and len(rows["checks"]) > 30
     (judged,) = (row for row in rows["training step"] if row["ours"])
     assert [target["target"] for target in judged["targets"]] == ["2x the plain port"]
@@ -46,7 +46,7 @@ def test_a_run_on_the_cpu(tmp_path: Path):
     assert all("seconds" in section for section in record["sections"])
     last = done.stdout.rpartition("target\n")[2].splitlines()  # the table of the end
     assert last[4].endswith(f"{len(rows['checks'])} of {len(rows['checks'])} right")
-    assert last[-1].startswith("patch_embed")
+    assert any(line.startswith("patch_embed") for line in last)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -75,7 +75,7 @@ def run(*sections: Section) -> dict[str, list[dict]]:
 
 
 def section(name: str, *cases: Planned, limit: float = 20.0) -> Section:
-    return Section(name, lambda setting: iter(cases), Limits(0, 0), Limits(limit, 0))
+    return Section(name, lambda setting: iter(cases), Limits(limit, 0), Limits(0, 0))
 
 
 def test_what_fails_is_a_row_and_the_rest_goes_on():
@@ -127,7 +127,7 @@ def test_a_generator_that_fails_ends_its_section_alone():
         yield case("good", lambda: None)
         fail("no more")
 
-    rows = run(Section("broken", broken, Limits(0, 0), Limits(20, 0)), section("next", case("good", len)))
+    rows = run(Section("broken", broken, Limits(20, 0), Limits(0, 0)), section("next", case("good", len)))
     assert [row["case"] for row in rows["broken"]] == ["good", "good", "between cases"]
     assert rows["next"]
 
