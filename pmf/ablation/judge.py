@@ -79,7 +79,7 @@ class Split(NamedTuple):
     @classmethod
     def of(cls, dataset: ImageDataset, samples: int, seed: int = 0) -> "Split":
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-        held_out = min(len(order) // 10, 5000)
+        held_out = min(max(1, len(order) // 10), 5000)
         others = order[samples : 2 * samples]
         others = others if len(others) == samples else []
         return cls(order[:held_out], order[held_out:], order[:samples], others)
