@@ -131,7 +131,7 @@ class Some:
 
 
 def open_images(source: str, *, channels: int | None = None, size: int | None = None) -> ImageSource:
-    """Images of a folder (any depth), of a .npz file (``arr_0``), or of a data set such as ``digits``.
+    """Images of a folder (any depth), of a .npz file (``arr_0``), or of a data set as `pmf train` takes it.
 
     channels: 1 for grey, 3 for colour, the default of files. size: files are cut to their centre square of
     this side; without it all must be squares of one side. Raises UserError where there are no such images.
@@ -143,7 +143,7 @@ def open_images(source: str, *, channels: int | None = None, size: int | None = 
         return _Array(path, channels, size)
     if source == "digits":
         return _DataSet(source, channels or 1, size or 8)
-    if not path.is_dir():
+    if not path.is_dir() and "{" not in source:  # else a pattern of shards
         raise UserError(f"there are no images {source}: give a folder, a .npz file of images, or digits")
     if size is None:
         raise UserError(f"{source} holds no image files: if it is a data set, say its --image-size")
@@ -272,11 +272,9 @@ def _map_member(path: Path, name: str) -> np.ndarray:
 class _DataSet:
     """A data set that pmf train knows too."""
 
-    from_files = False
-
     def __init__(self, name: str, channels: int, side: int) -> None:
         self.name, self.data = name, load_dataset(name, side, channels)
-        self.shape = (channels, side, side)
+        self.shape, self.from_files = (channels, side, side), not self.data.in_memory
 
     def __len__(self) -> int:
         return len(self.data)

@@ -105,6 +105,16 @@ def test_a_folder_is_read_whole_and_cut_only_when_asked(tmp_path: Path) -> None:
     assert cut.read([2]).tolist() == [[[[7] * 8] * 8]]
 
 
+def test_data_sets_of_training_are_taken_too(tmp_path: Path) -> None:
+    pixels, labels = np.arange(48, dtype=np.uint8).reshape(3, 4, 4), np.arange(3, dtype=np.uint8)
+    for name, array in (("images-idx3", pixels), ("labels-idx1", labels)):
+        header = np.array([0x800 + array.ndim, *array.shape], ">u4").tobytes()
+        (tmp_path / f"train-{name}-ubyte").write_bytes(header + array.tobytes())
+    source = open_images(str(tmp_path), channels=1, size=4)
+    assert (len(source), source.shape, source.from_files) == (3, (1, 4, 4), False)
+    assert source.read([2]).flatten().tolist() == list(range(32, 48))
+
+
 def test_images_that_are_not_there_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there are no images .*nowhere: give a folder"):
         open_images(str(tmp_path / "nowhere"))
