@@ -1,0 +1,144 @@
+"""What each of two processes does for tests/training/test_ranks.py; all checks share one pair of them."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pmf.data import MemoryImages
+from pmf.errors import UserError
+from pmf.optim import Muon
+from pmf.training import Run, TrainConfig, Trainer, get_preset, prepare, resume_config
+from pmf.training.parallel import whole
+from pmf.training.ranks import Ranks, joined_ranks
+
+TINY: dict[str, Any] = {
+    "hidden_size": 16,
+    "depth": 2,
+    "head_depth": 1,
+    "num_heads": 2,
+    "bottleneck": 4,
+    "condition_tokens": (1, 1, 1, 1, 1),
+    "batch_size": 8,
+    "precision": "fp32",
+    "lr": 1e-3,
+    "cooldown": 0.0,
+    "minutes": None,
+    "steps": 10,
+    "log_every": 1,
+    "ema_half_lives": (0.02,),
+    "sample_ema": 0.02,
+}
+IMAGES = MemoryImages(
+    torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)),
+    torch.arange(40) % 10,
+    [str(digit) for digit in range(10)],
+)
+SHAPES = [(6, 4), (3, 9), (5, 5), (2, 8), (7, 3), (1, 4), (4,), (2, 3, 2)]
+
+
+def config(**overrides: Any) -> TrainConfig:
+    return get_preset("digits", **(TINY | overrides))
+
+
+def steps(trainer: Trainer) -> dict[str, Any]:
+    """Losses of all steps, and the weights and averages at the end, whole."""
+    run = trainer.config.run
+    losses = [trainer.ranks.mean(trainer.train_step()) for _ in range(trainer.step, run.steps or 0)]
+    averages = trainer.ema.weights(trainer.config.sampling.sample_ema)
+    return {"losses": torch.stack(losses), "weights": whole(trainer.weights()), "averages": whole(averages)}
+
+
+def muon_steps(process_group: Any, rank: int = 0, ranks: int = 1) -> list[torch.Tensor]:
+    """Four steps; each rank brings every ranks-th gradient of two a step."""
+    generator = torch.Generator().manual_seed(1)
+    params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+    optimizer = Muon(params, lr=0.1, weight_decay=0.1, process_group=process_group)
+    for _ in range(4):
+        for p in params:
+            pair = torch.randn(2, *p.shape, generator=generator)
+            p.grad = pair[rank::ranks].mean(dim=0)
+        optimizer.step()
+    return [p.detach() for p in params]
+
+
+def stop_one(trainer: Trainer) -> None:
+    """From its third step on, the second rank is told to stop."""
+    step = trainer.train_step
+
+    def told(rate: float = 1.0) -> torch.Tensor:
+        if trainer.step == 2 and trainer.ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(rate)
+
+    trainer.train_step = told  # type: ignore[method-assign]
+
+
+def break_one(trainer: Trainer) -> None:
+    """The fourth batch of the second rank cannot be read."""
+    fetch = trainer.fetch
+
+    def broken() -> None:
+        if trainer.step == 3 and trainer.ranks.rank == 1:
+            raise UserError("7.png is damaged")
+        fetch()
+
+    trainer.fetch = broken  # type: ignore[method-assign]
+
+
+def sentence(action: Callable[[], Any]) -> str:
+    try:
+        action()
+    except UserError as error:
+        return str(error)
+    return "nothing was wrong"
+
+
+def check(ranks: Ranks, out: Path) -> dict[str, Any]:
+    """Everything that takes two processes; `out` holds the run of one process as "one"."""
+
+    def made(**overrides: Any) -> Trainer:
+        return prepare(config(**overrides), dataset=IMAGES, ranks=ranks)
+
+    def resumed(name: str, **overrides: Any) -> Trainer:
+        return prepare(
+            resume_config(out / name, overrides), resume_from=out / name, dataset=IMAGES, ranks=ranks
+        )
+
+    found: dict[str, Any] = {}
+    for parallel in ("ddp", "fsdp"):
+        found[parallel] = steps(made(parallel=parallel))
+        found[f"{parallel}, accumulated"] = steps(made(parallel=parallel, accumulate=2))
+        found[f"{parallel}, bf16"] = steps(made(parallel=parallel, precision="bf16", steps=4))
+        Run(made(parallel=parallel, steps=4), out / parallel, progress=False).run()
+    found["fm"] = steps(made(parallel="fsdp", data_proportion=1.0, class_dropout=1.0, batch_size=2, steps=2))
+    found["ddp by ddp"] = steps(resumed("ddp", steps=10))
+    found["ddp by fsdp"] = steps(resumed("ddp", steps=10, parallel="fsdp"))
+    found["fsdp by fsdp"] = steps(resumed("fsdp", steps=10))
+    found["one by ddp"] = steps(resumed("one", steps=10))
+    found["one by fsdp"] = steps(resumed("one", steps=10, parallel="fsdp"))
+    found["muon"] = muon_steps(torch.distributed.group.WORLD, ranks.rank, ranks.size)
+
+    trainer = made(steps=9)
+    stop_one(trainer)
+    result = Run(trainer, out / "stopped", progress=False).run()
+    found["stopped"] = (result.step, result.interrupted)
+    trainer = made(steps=9)
+    break_one(trainer)
+    found["damaged"] = sentence(Run(trainer, out / "damaged", progress=False).run), trainer.stream.position
+    found["settings"] = sentence(lambda: made(lr=1e-3 * (1 + ranks.rank)))
+    found["batch"] = sentence(lambda: made(batch_size=9))
+    found["parts"] = sentence(lambda: made(accumulate=3))
+    found["compile"] = sentence(lambda: made(parallel="fsdp", compile=True))
+    return found
+
+
+def main(rank: int, port: int, out: Path) -> None:
+    """One of the two processes."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    with joined_ranks() as ranks:
+        torch.save(check(ranks, out), out / f"rank{rank}.pt")

@@ -1,0 +1,181 @@
+"""Two processes against one: losses, weights, checkpoints, and what they say when something is wrong."""
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import two_ranks
+
+from pmf import checkpoint
+from pmf.errors import UserError
+from pmf.optim._ranks import assign_owners
+from pmf.training import prepare, resume_config, train
+from pmf.training.ranks import joined_ranks
+
+EXACT = 1e-5
+"""Of losses and weights after ten steps in float32: sums are taken in another order."""
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two ranks have left their results: one pair of processes, which cost seconds to start."""
+    out = tmp_path_factory.mktemp("ranks")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    train(two_ranks.config(steps=4), out / "one", dataset=two_ranks.IMAGES)
+    torch.set_num_threads(threads)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(two_ranks.main, (port, out), nprocs=2)
+    return out
+
+
+@pytest.fixture(scope="module")
+def two(out: Path) -> dict[str, Any]:
+    """What the first rank found; the second found the same weights."""
+    first, second = (torch.load(out / f"rank{rank}.pt") for rank in range(2))
+    assert first.keys() == second.keys()
+    for name in first:
+        if isinstance(first[name], dict):
+            assert difference(first[name], second[name]) == 0, name
+    return first
+
+
+@pytest.fixture(scope="module")
+def one() -> dict[str, Any]:
+    return two_ranks.steps(prepare(two_ranks.config(), dataset=two_ranks.IMAGES))
+
+
+def difference(found: dict[str, Any], expected: dict[str, Any]) -> float:
+    """The largest difference of losses, weights and averages; losses are compared from the end."""
+    count = min(len(found["losses"]), len(expected["losses"]))
+    worst = (found["losses"][-count:] - expected["losses"][-count:]).abs().max().item()
+    for kind in ("weights", "averages"):
+        assert found[kind].keys() == expected[kind].keys()
+        for name, weight in expected[kind].items():
+            worst = max(worst, (found[kind][name] - weight).abs().max().item())
+    return worst
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "ddp, accumulated", "fsdp, accumulated"])
+def test_two_ranks_are_one_process(two: dict[str, Any], one: dict[str, Any], how: str) -> None:
+    assert one["losses"][:, 1:].std(dim=0).min() > 1e-3  # the steps do something
+    assert difference(two[how], one) < EXACT
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_bf16_computes_on_ranks_as_alone(two: dict[str, Any], parallel: str) -> None:
+    alone = two_ranks.steps(prepare(two_ranks.config(precision="bf16", steps=4), dataset=two_ranks.IMAGES))
+    losses = two[f"{parallel}, bf16"]["losses"]
+    assert losses.isfinite().all() and not torch.equal(losses, two[parallel]["losses"][:4])
+    assert torch.allclose(losses[:, 1:], alone["losses"][:, 1:], rtol=0.03)
+
+
+@pytest.mark.parametrize("how", ["ddp by ddp", "ddp by fsdp", "fsdp by fsdp", "one by ddp", "one by fsdp"])
+def test_a_run_goes_on_with_other_ranks(two: dict[str, Any], one: dict[str, Any], how: str) -> None:
+    assert difference(two[how], one) < EXACT
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_the_same_ranks_go_on_bit_for_bit(two: dict[str, Any], parallel: str) -> None:
+    assert difference(two[f"{parallel} by {parallel}"], two[parallel]) == 0
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_one_process_goes_on_with_what_two_left(out: Path, one: dict[str, Any], parallel: str) -> None:
+    config = resume_config(out / parallel, {"steps": 10})
+    alone = prepare(config, resume_from=out / parallel, dataset=two_ranks.IMAGES)
+    assert alone.step == 4
+    assert difference(two_ranks.steps(alone), one) < EXACT
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_checkpoints_of_two_ranks_load_for_sampling(out: Path, parallel: str) -> None:
+    expected = checkpoint.load_checkpoint(out / "one")
+    (folder,) = checkpoint.checkpoint_folders(out / parallel)
+    final = checkpoint.load_model(out / parallel)
+    assert final.path == folder / "ema-0.02.safetensors"
+    for file in folder.glob("*.safetensors"):  # as any but the last checkpoint of such a run
+        file.rename(file.with_suffix(".moved"))
+    try:
+        with pytest.raises(UserError, match=r"has no ema-7: --ema can be none, 0\.02"):
+            checkpoint.load_model(out / parallel, "7")
+        middle = checkpoint.load_model(out / parallel, v_head=False)
+        assert middle.class_names == [str(digit) for digit in range(10)]
+    finally:
+        for file in folder.glob("*.moved"):
+            file.rename(file.with_suffix(".safetensors"))
+    assert not any(name.startswith("v_") for name, _ in middle.model.named_parameters())
+    weights = dict(expected.named_parameters())
+    for loaded in (final.model, middle.model):
+        for name, weight in loaded.named_parameters():
+            assert (weight - weights[name]).abs().max() < EXACT
+
+
+def test_a_damaged_shard_of_a_checkpoint_is_named(out: Path) -> None:
+    folder = checkpoint.newest_checkpoint(out / "stopped")
+    for file in (folder / "shards").glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"shards is cut off, or is of another model"):
+        prepare(resume_config(out / "stopped", {}), resume_from=out / "stopped", dataset=two_ranks.IMAGES)
+
+
+def test_one_rank_s_log_has_the_means_of_all(out: Path, one: dict[str, Any]) -> None:
+    rows = [json.loads(line) for line in (out / "fsdp" / "log.jsonl").read_text().splitlines()]
+    assert [row["images"] for row in rows] == [8, 16, 24, 32]
+    losses = torch.tensor([[row["loss_u"], row["loss_v"]] for row in rows])
+    assert (losses - one["losses"][:4, 1:]).abs().max() < EXACT
+
+
+def test_sharing_the_matrices_changes_no_bit(two: dict[str, Any]) -> None:
+    for found, expected in zip(two["muon"], two_ranks.muon_steps(None), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_the_longest_matrix_is_given_away_first() -> None:
+    shapes = [torch.Size(shape) for shape in ((2, 2), (64, 64), (32, 32), (33, 33), (8, 8))]
+    assert assign_owners(shapes, 2) == [1, 0, 1, 1, 1]
+    assert sorted(assign_owners([torch.Size((9, 9))] * 6, 3)) == [0, 0, 1, 1, 2, 2]
+
+
+def test_samples_that_need_no_guidance_leave_the_ranks_in_step(two: dict[str, Any]) -> None:
+    assert two["fm"]["losses"].isfinite().all()
+
+
+def test_one_signal_stops_all(two: dict[str, Any], out: Path) -> None:
+    assert two["stopped"] == (3, True)
+    assert checkpoint.newest_checkpoint(out / "stopped").name == "step-00000003"
+
+
+def test_one_unreadable_image_costs_no_step(two: dict[str, Any], out: Path) -> None:
+    assert two["damaged"] == ("7.png is damaged", 24)
+    assert checkpoint.newest_checkpoint(out / "damaged").name == "step-00000003"
+
+
+def test_ranks_that_disagree_and_batches_that_cannot_be_cut_are_refused(two: dict[str, Any]) -> None:
+    assert "disagree on their settings: --lr is 0.001 on rank 0 and 0.002 on rank 1" in two["settings"]
+    assert "--batch-size 9 cannot be cut into 2 ranks x 1 parts" in two["batch"]
+    assert "use a multiple of 6" in two["parts"]
+    assert "--compile does not work with --parallel fsdp" in two["compile"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE must be a whole number"),
+        ({"WORLD_SIZE": "2"}, "the other ranks cannot be reached .* start with torchrun"),
+    ],
+)
+def test_a_broken_environment_is_explained(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], words: str
+) -> None:
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=words), joined_ranks():
+        pass
