@@ -8,7 +8,7 @@ from pathlib import Path
 from pmf import checkpoint
 from pmf.cli.arguments import Commands, add_settings, given_settings
 from pmf.errors import UserError
-from pmf.training import PRESETS, Run, TrainConfig, get_preset, new_run_folder, prepare, resume_config
+from pmf.training import PRESETS, Run, TrainConfig, get_preset, new_run_folder, prepare, quick, resume_config
 from pmf.training.ranks import Ranks, joined_ranks
 
 _INTERRUPTED = 130
@@ -20,10 +20,14 @@ folder holds config.json, log.jsonl, loss.png, samples/*.png, samples.png and ch
   pmf train --minutes 10 --seed 1
   pmf train --preset pmf-b/16 --data photos --batch-size 64 --precision bf16 --out runs/photos
   pmf train --resume runs/photos --steps 500000
+  torchrun --nproc-per-node 8 -m pmf train --preset pmf-b/16 --data 'shards/{000000..000063}.tar' \\
+      --device cuda --parallel fsdp
 
-Images: a folder with one subfolder per class; or a folder with labels.csv, whose first row is file,label and
-every other row an image and its class; or with dataset.json as the StyleGAN and EDM tools write it. Images
-are cropped to their centre square and never mirrored. Ctrl-C ends the step, saves a checkpoint and stops.
+Images: a folder with one subfolder per class; or with labels.csv, whose first row is file,label and every
+other row an image and its class; or with dataset.json as the StyleGAN and EDM tools write it; or a folder
+of WebDataset shards (.tar with <key>.jpg|png|webp and <key>.cls), or of parquet files as Hugging Face writes
+them (pip install pyarrow). Images are cropped to their centre square and never mirrored. Ctrl-C ends the
+step, saves a checkpoint and stops. A run goes on with any number of ranks.
 """
 
 
@@ -40,6 +44,11 @@ def add_parser(commands: Commands) -> None:
         "--resume", type=Path, metavar="RUN", help="continue the newest checkpoint of this run's folder"
     )
     parser.add_argument("--dry-run", action="store_true", help="print all settings as JSON and stop")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="two steps of a small network on few images, all else as asked: to see that it works",
+    )
     add_settings(parser)
     parser.set_defaults(run=run)
 
@@ -56,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace, ranks: Ranks) -> int:
-    out, config = ranks.together(lambda: _choose(arguments))
+    out, config = ranks.together(lambda: _choose(arguments, ranks))
     if arguments.dry_run:
         if ranks.first:
             print(json.dumps(config.to_json(), indent=2))
@@ -90,14 +99,18 @@ def _say_nothing(*words: object, **how: object) -> None:
     """What ranks but the first print."""
 
 
-def _choose(arguments: argparse.Namespace) -> tuple[Path | None, TrainConfig]:
+def _choose(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Path | None, TrainConfig]:
     """The run's folder, if it is known, and its settings."""
     overrides = given_settings(arguments)
     if arguments.resume is not None:
-        if arguments.preset is not None or arguments.out is not None:
-            raise UserError("--resume takes the run's own folder and settings: leave out --preset and --out")
+        if arguments.preset is not None or arguments.out is not None or arguments.quick:
+            raise UserError(
+                "--resume takes the run's own folder and settings: leave out --preset and --out, and --quick"
+            )
         return arguments.resume, resume_config(arguments.resume, overrides)
     config, out = get_preset(arguments.preset or "digits", **overrides), arguments.out
+    if arguments.quick:
+        config = quick(config, ranks.size)
     if out is not None and out.is_dir() and checkpoint.checkpoint_folders(out):
         raise UserError(f"{out} already holds a run: give --resume {out}, or another --out")
     return out, config

@@ -3,7 +3,7 @@
 from pmf.training.config import TrainConfig
 from pmf.training.folders import new_run_folder, resume_config
 from pmf.training.loop import Run, TrainResult, prepare, train
-from pmf.training.presets import PRESETS, get_preset
+from pmf.training.presets import PRESETS, get_preset, quick
 from pmf.training.trainer import Trainer
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "get_preset",
     "new_run_folder",
     "prepare",
+    "quick",
     "resume_config",
     "train",
 ]

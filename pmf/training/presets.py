@@ -98,3 +98,22 @@ def get_preset(name: str, **overrides: Any) -> TrainConfig:
     if name not in PRESETS:
         raise UserError(f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}")
     return PRESETS[name].with_settings(**overrides)
+
+
+def quick(config: TrainConfig, ranks: int = 1) -> TrainConfig:
+    """Two steps of a small network, everything else as asked: to see that a command and its data work.
+
+    Two blocks 32 wide, one of them each head's, and at most 8 images for each part of each rank's batch.
+    """
+    most = 8 * ranks * config.data.accumulate
+    return config.with_settings(
+        steps=2,
+        minutes=None,
+        log_every=1,
+        batch_size=min(config.data.batch_size, most),
+        hidden_size=32,
+        depth=2,
+        head_depth=1,
+        num_heads=2,
+        mlp_width=64,
+    )

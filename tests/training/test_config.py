@@ -8,7 +8,7 @@ import pytest
 from pmf import models
 from pmf.errors import UserError
 from pmf.flow import LineTimes, NoGuidance
-from pmf.training import PRESETS, TrainConfig, get_preset
+from pmf.training import PRESETS, TrainConfig, get_preset, quick
 from pmf.training.building import build_objective, build_optimizer, model_config
 from pmf.training.config import settings
 from pmf.training.folders import new_run_folder
@@ -156,3 +156,18 @@ def test_run_folders_are_numbered(tmp_path: Path) -> None:
     (tmp_path / "runs" / "notes-here").mkdir()
     assert new_run_folder(tmp_path / "runs", "pmf-b/16").name == "00008-pmf-b-16"
     assert new_run_folder(tmp_path / "runs", "digits").name == "00009-digits"
+
+
+def test_quick_cuts_the_network_and_the_steps_alone() -> None:
+    config = get_preset("pmf-b/16", accumulate=2, lr=3e-4, minutes=5.0)
+    small = quick(config, ranks=2)
+    assert (small.run.steps, small.run.minutes, small.data.batch_size) == (2, None, 32)
+    network = model_config(small, 10)
+    assert (network.hidden_size, network.depth, network.image_size, network.patch_size) == (32, 2, 256, 16)
+    same = ("image_size", "accumulate", "lr", "parallel", "times", "prediction")
+    flat = [
+        {name: v for group in c.to_json().values() if isinstance(group, dict) for name, v in group.items()}
+        for c in (config, small)
+    ]
+    assert [flat[0][name] for name in same] == [flat[1][name] for name in same]
+    assert quick(get_preset("digits", batch_size=4)).data.batch_size == 4
