@@ -79,8 +79,12 @@ def _paper(
         variants.append(variant)
         orderings.append(Ordering(claim, base, variant.name))
     if perceptual is not None:
-        variants.append(Variant("perceptual", perceptual))
-        orderings.append(Ordering("a perceptual loss before none", "perceptual", base))
+        for name, settings_of in (
+            ("perceptual", perceptual),
+            ("perceptual, all t", {**perceptual, "perceptual_max_t": 1.0}),
+        ):
+            variants.append(Variant(name, settings_of))
+            orderings.append(Ordering(f"{name} loss before none", name, base))
     variants.append(Variant("guided", {"max_omega": 4.0, "sample_omega": 2.0}))
     variants.append(Variant("no guidance", {"guidance": False, "sample_omega": None}))
     orderings.append(Ordering("guidance before none", "guided", "no guidance"))

@@ -9,7 +9,7 @@ from pmf.training.config import flag, settings
 
 # What all variants of a study share, so that their figures can be compared.
 SHARED = ("data", "image_size", "channels", "steps", "minutes", "seed", "device")
-_IN_NAMES = " .-_/+="
+_IN_NAMES = " .,-_/+="
 
 
 @dataclass(frozen=True)
