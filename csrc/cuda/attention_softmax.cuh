@@ -3,12 +3,14 @@
 // Per query, before a tile: m = running maximum of the scores (log-2 units), p = pivot,
 //   l = sum P,   r = sum P (tS - p),   P = 2^(s - m).
 // The tangent of attention does not change when a constant is subtracted from a row of tS. p
-// follows the row's mean tangent, so that H = P o (tS - p) and r stay small and what cancels in (H
-// V) - r O cancels before it is rounded:
-//   rescale  a = 2^(m_old - m_new):  l *= a, r *= a                     (the caller: O *= a, tO *=
-//   a) delta  = (r + sum P (tS - p)) / (l + sum P)       unrounded P, this tile included p +=
-//   delta,  r -= delta l                                           (the caller: tO -= delta O) l +=
-//   sum round(P),  r += sum round(P o (tS - p))  the very numbers the products use
+// follows the row's mean tangent, so that H = P o (tS - p) and r stay small and what cancels in
+// (H V) - r O cancels before it is rounded:
+//
+//   rescale   a = 2^(m_old - m_new):  l *= a, r *= a            (the caller: O *= a, tO *= a)
+//   delta     = (r + sum P (tS - p)) / (l + sum P)              (unrounded P, this tile included)
+//             p += delta,  r -= delta l                         (the caller: tO -= delta O)
+//   sums      l += sum round(P),  r += sum round(P o (tS - p))  (the very numbers products use)
+//
 // The last two are products with ones: the tensor cores add up what they multiply.
 #pragma once
 

@@ -44,13 +44,27 @@ class _OnGpu:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         op = getattr(self._namespace, name)
-        return lambda *args: _map(lambda x: x.cpu(), op(*_map(_to_gpu, args)))
+        return lambda *args: _map(lambda x: x.cpu(), op(*_map(_ToGpu(), args)))
 
 
-def _to_gpu(x: Tensor) -> Tensor:
-    """A copy of the whole storage, so that strides and what lies between the elements stay."""
-    whole = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
-    return whole.cuda().as_strided(x.shape, x.stride(), x.storage_offset())
+class _ToGpu:
+    """Copies whole storages, so that strides and what lies between the elements stay; a huge one stays empty
+    but for the elements.
+    """
+
+    HUGE = 2**30
+
+    def __init__(self) -> None:
+        self._copies: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        huge, key = storage.nbytes() >= self.HUGE, (storage.data_ptr(), x.dtype)
+        if key not in self._copies or storage.nbytes() == 0:
+            whole = torch.empty(0, dtype=x.dtype).set_(storage)
+            self._copies[key] = torch.empty_like(whole, device="cuda") if huge else whole.cuda()
+        view = self._copies[key].as_strided(x.shape, x.stride(), x.storage_offset())
+        return view.copy_(x) if huge else view
 
 
 def _map(function: Callable[[Tensor], Tensor], values: Any) -> Any:

@@ -2,9 +2,11 @@
 //
 //   x[b, c, r p + i, q p + j] = tokens[b, r columns + q, (i p + j) C + c]
 //   s = clip(t, floor, 1)
-//   forward:    v = (z - x) / s        tv = (tz - tx) / s - (tt m / s) v,  m = 1 where the clip
-//   moves backward:   dtokens = -V / s in the tokens' order                      (V: the gradient
-//   of v)
+//
+//   forward    v = (z - x) / s
+//              tv = (tz - tx) / s - (tt m / s) v,  m = 1 where s follows t, else 0
+//   backward   dtokens = -V / s in the tokens' order  (V: the gradient of v)
+//
 // z are the noisy images. The gradients of z and t are not a kernel's.
 //
 // Bytes, in units of one image: forward 3, with tangent 6; backward 2.
