@@ -234,6 +234,11 @@ def step_folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"{_STEP_PREFIX}{step:08d}"
 
 
+def step_of(folder: Path) -> int:
+    """The inverse of `step_folder`."""
+    return int(folder.name.removeprefix(_STEP_PREFIX))
+
+
 def ema_file(half_life: float) -> str:
     """The file name of a moving average with this half-life in thousand images."""
     return f"ema-{half_life:g}.safetensors"

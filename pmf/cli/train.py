@@ -47,7 +47,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="two steps of a small network on few images, all else as asked: to see that it works",
+        help="two steps of a small network on few images (of a resumed run: two more), all else as asked",
     )
     add_settings(parser)
     parser.set_defaults(run=run)
@@ -103,11 +103,13 @@ def _choose(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Path | None, T
     """The run's folder, if it is known, and its settings."""
     overrides = given_settings(arguments)
     if arguments.resume is not None:
-        if arguments.preset is not None or arguments.out is not None or arguments.quick:
-            raise UserError(
-                "--resume takes the run's own folder and settings: leave out --preset and --out, and --quick"
-            )
-        return arguments.resume, resume_config(arguments.resume, overrides)
+        if arguments.preset is not None or arguments.out is not None:
+            raise UserError("--resume takes the run's own folder and settings: leave out --preset and --out")
+        config = resume_config(arguments.resume, overrides)
+        if arguments.quick:
+            done = checkpoint.step_of(checkpoint.newest_checkpoint(arguments.resume))
+            config = config.with_settings(steps=done + 2, minutes=None)
+        return arguments.resume, config
     config, out = get_preset(arguments.preset or "digits", **overrides), arguments.out
     if arguments.quick:
         config = quick(config, ranks.size)
