@@ -30,7 +30,7 @@ class Settings:
     steps: int = 4000
     batch_size: int = 512
     width: int = 256
-    depth: int = 4
+    depth: int = 2
     learning_rate: float = 1e-3
     num_samples: int = 16384
 
