@@ -37,7 +37,7 @@ largest D.
   pmf toy --out toy --shape checkerboard --dims 2 64 --seeds 0-2
 """
 _FIGURES = ("wasserstein", "off_plane", "to_data")
-_DIMS, _QUICK_DIMS, _QUICK_STEPS, _QUICK_SAMPLES = [2, 8, 16, 512], [2, 512], 150, 4096
+_DIMS, _QUICK_DIMS, _QUICK_STEPS, _QUICK_SAMPLES = [2, 8, 16, 512], [2, 512], 200, 4096
 _LARGEST_DIM = 65536
 
 
