@@ -95,7 +95,7 @@ SUITES: dict[str, Suite] = {
     "paper": _paper(
         "fashion",
         (4, 7, 14),
-        (1e-3, 2e-3, 5e-3),
+        (1e-3, 2e-3, 5e-3, 1e-2),
         perceptual={"perceptual": "stlpips", "perceptual_size": 32},
     ),
     "digits": _paper(
