@@ -63,7 +63,10 @@ def takes_cuda_kernel(tensor: torch.Tensor) -> bool:
 
 def allow_tf32() -> bool:
     """Whether float32 products on CUDA may round their operands to TF32: PyTorch's own setting."""
-    return torch.get_float32_matmul_precision() != "highest"
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # it was chosen by torch's newer switch, of which the older one does not tell
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def cpu_level() -> str:

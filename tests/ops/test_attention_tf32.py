@@ -13,7 +13,7 @@ from helpers.levels import CPU_LEVELS, LEVELS, at_level
 from helpers.tolerance import TF32, assert_close, error, round_to_tf32, spread, tolerance
 from torch import Tensor
 
-from pmf import ops
+from pmf import _library, ops
 
 SHAPE = Shape(1, 4, 4, 276, 276, 64, 64)
 SMALL = Shape(1, 2, 2, 17, 65, 64, 64)
@@ -96,3 +96,18 @@ def test_kernels(allowed, name: str):
     assert_close(gradients(ops, p), exact.gradients, few * tolerance("attention gradient", TF32))
     both = gradients_of_both(ops, p)
     assert_close(both, exact.gradients_of_both, few * tolerance("attention gradient", TF32))
+
+
+@pytest.mark.parametrize(("chosen", "allows"), [("tf32", True), ("ieee", False)])
+def test_either_of_torchs_switches_is_followed(chosen: str, allows: bool):
+    """After the newer one, torch.get_float32_matmul_precision() raises: ops failed then, on the CPU too."""
+    p = [torch.randn(1, 1, 4, 8) for _ in range(3)]
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.backends.cuda.matmul.fp32_precision = chosen
+        assert _library.allow_tf32() is allows
+        ops.attention(*p)
+        torch.set_float32_matmul_precision("high" if allows else "highest")
+        assert _library.allow_tf32() is allows
+    finally:
+        torch.set_float32_matmul_precision(before)
