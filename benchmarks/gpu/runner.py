@@ -27,6 +27,8 @@ from .targets import Rates, add_shares, judge
 
 LAST_CASE = 0.85
 """Share of a section's time after which it begins no new case."""
+START_S = 30.0
+"""Seconds that a process may take to reach its device. They are no section's: a cold machine needs many."""
 NO_TIME = "no time was left in this section"
 NO_KERNELS = "this build of pmf has no CUDA kernels: install it with PMF_CUDA=on, which says what is missing"
 
@@ -75,22 +77,25 @@ class Runner:
 
     def _follow(self, messages: Connection) -> None:
         """Take in what one child sends until all is done, or until another child is needed."""
-        self.label = None
+        self.label, has_device = None, False
         last = time.monotonic()
         while self.todo:
             entry = self._entry()
+            left = entry["limit_s"] - entry["seconds"] if has_device else START_S
             try:
-                in_time = messages.poll(max(0.0, entry["limit_s"] - entry["seconds"]))
+                in_time = messages.poll(max(0.0, left))
                 kind, value = messages.recv() if in_time else ("late", None)
             except EOFError:
                 kind, value = "died", None
             now = time.monotonic()
-            entry["seconds"] += now - last
+            if has_device:
+                entry["seconds"] += now - last
             last = now
             match kind:
                 case "absent":
                     raise NoDeviceError(value)
                 case "facts":
+                    has_device = True
                     self.record.update(value)
                 case "case":
                     self.label = value
@@ -108,7 +113,8 @@ class Runner:
                     self._take(value)
                     return
                 case "late":
-                    self._fail(f"ended after {entry['limit_s']:.0f} s, the section's limit")
+                    limit = f"{entry['limit_s']:.0f} s, the section's limit"
+                    self._fail(f"ended after {limit}" if has_device else f"no device after {START_S:.0f} s")
                     self._next_section()
                     return
                 case "died":

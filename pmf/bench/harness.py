@@ -148,7 +148,7 @@ def run_case(planned: Planned, device: Device, seconds: float) -> list[Row]:
             times = device.times(willing, seconds)
         except Exception as problem:
             _check_alive(device, problem)
-            failed |= {name: f"while timed beside the others: {sentence(problem)}" for name in willing}
+            times = _times_alone(willing, device, seconds / len(willing), failed)
     rows = []
     for name in case.contestants:
         row: Row = {**base, "contestant": name, "ours": name == ours}
@@ -164,6 +164,20 @@ def run_case(planned: Planned, device: Device, seconds: float) -> list[Row]:
                 row["time_over_ours"] = row["median_ms"] / 1e3 / statistics.median(times[ours])
         rows.append(row)
     return rows
+
+
+def _times_alone(
+    contestants: Mapping[str, Run], device: Device, seconds: float, failed: dict[str, str]
+) -> dict[str, list[float]]:
+    """After a failure in turn: each by itself, so that one that cannot be timed costs no other its time."""
+    times: dict[str, list[float]] = {}
+    for name, run in contestants.items():
+        try:
+            times |= device.times({name: run}, seconds)
+        except Exception as problem:
+            _check_alive(device, problem)
+            failed[name] = f"while timed: {sentence(problem)}"
+    return times
 
 
 def _time_row(case: Case, times: list[float]) -> Row:

@@ -11,7 +11,7 @@ import pytest
 import readme_table
 import run_all
 import torch
-from gpu import targets
+from gpu import runner, targets
 from gpu.runner import NO_TIME, Runner, failures
 from gpu.sections import SECTIONS, Limits, Section
 from helpers.pmf_process import environment
@@ -169,3 +169,20 @@ def test_every_row_of_the_readme_is_measured_by_a_full_run():
     for label, facts in readme_table.GPU_ROWS:
         found = [p for p in planned if facts.items() <= p.facts.items()]
         assert len(found) == 1, label
+
+
+def test_reaching_the_device_is_no_sections_time(monkeypatch: pytest.MonkeyPatch):
+    def slow(name: str) -> Cpu:
+        time.sleep(1.0)
+        return Cpu()
+
+    monkeypatch.setattr(runner, "make_device", slow)  # the process is a fork of this one
+    rows = run(section("first", case("good", lambda: None), limit=0.6))
+    assert all("median_ms" in row for row in rows["first"])
+
+
+def test_a_device_that_is_not_reached_is_a_row(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runner, "START_S", 0.2)
+    monkeypatch.setattr(runner, "make_device", lambda device: time.sleep(60))
+    rows = run(section("first", case("good", lambda: None)))
+    assert [row["failed"] for row in rows["first"]] == ["no device after 0 s"]
