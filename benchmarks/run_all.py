@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gpu.runner import NoDeviceError, Runner, failures
+from gpu.runner import NO_TIME, NoDeviceError, Runner, failures
 from gpu.sections import SECTIONS
 
 from pmf import _library
@@ -51,7 +51,9 @@ def table(record: dict[str, Any]) -> str:
         checked = [rows[0] for rows in cases if rows[0].get("op", "").startswith("check")]
         if checked:
             right = sum("error" in row and is_good(row) for row in checked)
-            lines.append(f"{entry['name']:14} {right} of {len(checked)} right")
+            late = sum("skipped" in row for row in checked)
+            note = f", {late} not checked: {NO_TIME}" if late else ""
+            lines.append(f"{entry['name']:14} {right} of {len(checked)} right{note}")
         for rows in cases:
             if rows[0] not in checked or not is_good(rows[0]):
                 lines += _case_lines(entry["name"], rows)

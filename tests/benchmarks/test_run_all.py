@@ -186,3 +186,13 @@ def test_a_device_that_is_not_reached_is_a_row(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(runner, "make_device", lambda device: time.sleep(60))
     rows = run(section("first", case("good", lambda: None)))
     assert [row["failed"] for row in rows["first"]] == ["no device after 0 s"]
+
+
+def test_checks_without_time_are_counted():
+    checked = {"op": "check swiglu", "contestant": "pmf", "ours": True}
+    rows = [
+        {**checked, "case": "a", "error": 0.5, "right": True},
+        {**checked, "case": "b", "skipped": NO_TIME},
+    ]
+    printed = run_all.table({"sections": [{"name": "checks", "rows": rows}]}).splitlines()
+    assert printed[1:] == [f"checks         1 of 2 right, 1 not checked: {NO_TIME}"]

@@ -37,5 +37,17 @@ def test_all_passes(level: str, queries: int, width: int, dtype: torch.dtype) ->
         assert_close(actual, exact, limit)
 
 
+@pytest.mark.parametrize(("keys", "width"), [(276, 64), (250, 80)])
+def test_heads_that_fit_in_shared_memory(level: str, keys: int, width: int) -> None:
+    """On a GPU 276 tokens make one block a head, if heads are enough: it keeps all keys, and its warps pass
+    over them again and again. An emulated device counts four heads as enough and has room for 8 tiles of
+    width 80: a whole head's 276 keys fit there from 181 KB on.
+    """
+    p, values, *_ = shaped(Shape(1, 4, 4, 276, keys, width, width), torch.bfloat16)
+    out, out_t = ops.attention_jvp(*p[:6])
+    assert torch.equal(out, ops.attention(*p[:3]))
+    assert_close((out, out_t), values, tolerance("attention", torch.bfloat16))
+
+
 def joined(tensors: tuple[Tensor, ...]) -> tuple[Tensor]:
     return (torch.cat([x.flatten() for x in tensors]),)
