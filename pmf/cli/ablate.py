@@ -115,7 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
         "threads": torch.get_num_threads(),
         "versions": {"pmf": VERSION, "torch": torch.__version__, "python": platform.python_version()},
         "seconds": round(sum(row["seconds"] for row in rows), 1),
-        "session_seconds": round(time.perf_counter() - begin, 1),
+        "seconds_of_this_call": round(time.perf_counter() - begin, 1),
         "runs": len(rows),
         "steps": config.run.steps,
         "batch_size": config.data.batch_size,
