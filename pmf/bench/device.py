@@ -18,6 +18,7 @@ Run = Callable[[], Any]
 LEAST_ROUNDS = 7
 GPU_ROUNDS, LEAST_GPU_ROUNDS = 5, 2
 SMI_FIELDS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
+SMI_SECONDS = 10.0
 LEFTOVER = 1 << 30
 """Bytes still in use behind a case from which on it is worth looking for forgotten objects."""
 SMALL_BLOCK, LARGE_BLOCK = 1 << 18, 1 << 28
@@ -122,7 +123,10 @@ class Cuda:
             return None
         command = ["nvidia-smi", f"--query-gpu={','.join(SMI_FIELDS)}", "--format=csv,noheader"]
         command.append(f"--id=GPU-{torch.cuda.get_device_properties(self.device).uuid}")
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SMI_SECONDS)
+        except (OSError, subprocess.TimeoutExpired):  # clocks are no reason to lose what can be measured
+            return None
         values = [value.strip() for value in done.stdout.strip().split(",")]
         return dict(zip(SMI_FIELDS, values, strict=True)) if len(values) == len(SMI_FIELDS) else None
 

@@ -250,9 +250,11 @@ def command() -> str:
 
 
 def write_record(path: Path, content: Mapping[str, Any]) -> None:
-    """Write one record as JSON, with its folder."""
+    """Write one record as JSON, with its folder; whoever ends the process meanwhile leaves the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.replace(path)
 
 
 def run_benchmark(

@@ -1,5 +1,6 @@
 """The harness finds what is wrong before it times, and times every contestant in turn."""
 
+import json
 import os
 import sys
 import types
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pmf.bench import device
 from pmf.bench.device import Cpu, Cuda
 from pmf.bench.harness import (
     PEER_SLACK,
@@ -18,6 +20,7 @@ from pmf.bench.harness import (
     is_good,
     relative_error,
     run_case,
+    write_record,
 )
 
 EXACT = torch.ones(4, dtype=torch.float64)
@@ -87,6 +90,11 @@ def test_clocks_are_what_nvidia_smi_says(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert "--id=GPU-7-8" in (tmp_path / "asked").read_text()
     tool.write_text("#!/bin/sh\necho No devices were found\n")
     assert gpu.clocks() is None
+    tool.write_text("#!/bin/sh\nexec sleep 60\n")
+    monkeypatch.setattr(device, "SMI_SECONDS", 0.2)
+    assert gpu.clocks() is None
+    tool.write_text("no program")
+    assert gpu.clocks() is None
 
 
 def test_gpu_sides_are_timed_in_turn_by_do_bench(monkeypatch: pytest.MonkeyPatch):
@@ -104,3 +112,17 @@ def test_gpu_sides_are_timed_in_turn_by_do_bench(monkeypatch: pytest.MonkeyPatch
     times = Cuda.times(object.__new__(Cuda), {"a": lambda: "a", "b": lambda: "b"}, 1.0)
     assert asked == ["a", "b"] * (len(asked) // 2) and len(asked) >= 4
     assert times["a"][:2] == [0.002, 0.004] and times["b"][0] == 0.006
+
+
+def test_a_record_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "new" / "record.json"
+    write_record(path, {"rows": [1]})
+
+    def ended(self: Path, text: str) -> None:
+        self.write_bytes(text[:5].encode())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", ended)
+    with pytest.raises(KeyboardInterrupt):
+        write_record(path, {"rows": [1, 2]})
+    assert json.loads(path.read_bytes()) == {"rows": [1]}
