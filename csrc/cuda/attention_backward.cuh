@@ -119,6 +119,7 @@ __device__ inline void stream(int count, int slots, Issue issue, Consume consume
     slot = slot == ahead ? 0 : slot + 1;
     if (ahead == 0) __syncthreads();
   }
+  cp_async_commit();  // of what was loaded before, where no tile followed
   cp_async_wait<0>();
   __syncthreads();
 }
