@@ -77,13 +77,16 @@ class Study:
         split = Split.of(self.dataset, self.samples)
         if path.is_file():
             tensors, about = checkpoint.read_tensors(path)
-            if about.get("steps") != self.judge_steps:
-                raise UserError(f"{path} had other --judge-steps: give another --out, or remove {self.out}")
+            about = {**self._judge_of(), **about}
+            if about != self._judge_of():
+                raise UserError(
+                    f"{path} had other --judge-steps or --data: give another --out, or remove {self.out}"
+                )
             judge = Judge.like(self.dataset)
             checkpoint.assign_weights(judge, tensors, path)
         else:
             judge = train_judge(self.dataset, split, self.judge_steps)
-            write_file(path, checkpoint.tensors_bytes(judge.state_dict(), {"steps": self.judge_steps}))
+            write_file(path, checkpoint.tensors_bytes(judge.state_dict(), self._judge_of()))
         return Reference.of(judge.eval().requires_grad_(False), self.dataset, split)
 
     def run(self, variant: Variant, seed: int, reference: Reference) -> dict[str, Any] | None:
@@ -137,6 +140,10 @@ class Study:
 
     def _file(self, variant: Variant, seed: int) -> Path:
         return self.out / "runs" / f"{variant.stem}-seed{seed}.json"
+
+    def _judge_of(self) -> dict[str, Any]:
+        """What decides the judge's weights, as its file notes it."""
+        return {"steps": self.judge_steps, "data": self.base.data.data}
 
     def _measure(self) -> dict[str, int]:
         return {"samples": self.samples, "judge_steps": self.judge_steps}

@@ -121,7 +121,7 @@ def load_dataset(source: str, image_size: int, channels: int) -> ImageDataset:
                 f"the images of {source} are {height}x{width} and grey, but {image_size}x{image_size} with "
                 f"{channels} channels was asked for: use --image-size {height} --channels 1"
             )
-        return MemoryImages(images, labels, [str(label) for label in range(int(labels.max()) + 1)])
+        return MemoryImages(images, labels, _names(labels.tolist(), source))
     folder = FolderImages(*_find_images(source), image_size, channels)
     if len(folder) * channels * image_size**2 > _CACHE_BYTES:
         folder.check_headers()
@@ -133,16 +133,21 @@ def _find_images(source: str) -> tuple[Sequence[Path | Stored], list[int], list[
     """Where the images are, the class index of each, and the name of every class."""
     if shards := find_shards(source):
         images, labels = index_shards(shards)
-        return images, labels, _numbered(labels, source)
+        return images, labels, _names(labels, source)
     if tables := find_tables(source):
         images, labels, names = index_tables(tables)
-        return images, labels, names or _numbered(labels, source)
+        return images, labels, _names(labels, source, names)
     files = list_images(Path(source))
     return files.paths, files.labels, files.class_names
 
 
-def _numbered(labels: list[int], source: str) -> list[str]:
-    """Names of classes that are numbers from 0 on; a class without images is one nevertheless."""
+def _names(labels: list[int], source: str, noted: list[str] | None = None) -> list[str]:
+    """Names of the classes: those noted, or numbers from 0 on. A class without images is one nevertheless."""
     if len(set(labels)) < 2:
         raise UserError(f"{source} has images of one class only: training needs two or more")
-    return [str(number) for number in range(max(labels) + 1)]
+    if noted and max(labels) >= len(noted):
+        raise UserError(
+            f"{source} has an image of class {max(labels)}, but names {len(noted)} classes, 0 to "
+            f"{len(noted) - 1}: correct one of them"
+        )
+    return noted or [str(number) for number in range(max(labels) + 1)]

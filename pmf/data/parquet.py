@@ -7,7 +7,9 @@ copied once into one plain file in the user's cache folder, from which any image
 import hashlib
 import json
 import os
+import re
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,10 @@ _LABELS = ("label", "labels", "fine_label", "class")  # the first of them that i
 
 
 def find_tables(source: str) -> list[Path]:
-    """The parquet files of a folder; none where it has none."""
+    """The parquet files of a folder, or of its part ``train``: those below or called so, if there are any."""
     folder = Path(source)
-    return sorted(folder.rglob("*.parquet")) if folder.is_dir() else []
+    tables = sorted(folder.rglob("*.parquet")) if folder.is_dir() else []
+    return [table for table in tables if _is_for_training(table.relative_to(folder))] or tables
 
 
 def index_tables(tables: list[Path]) -> tuple[list[Stored], list[int], list[str] | None]:
@@ -47,9 +50,14 @@ def index_tables(tables: list[Path]) -> tuple[list[Stored], list[int], list[str]
         ends, labels = saved["ends"].tolist(), saved["labels"].tolist()
     images = [
         Stored(pixels, begin, end - begin, f"image {row} of {tables[0].parent}")
-        for row, (begin, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True))
+        for row, (begin, end) in enumerate(pairwise([0, *ends]))
     ]
     return images, labels, names
+
+
+def _is_for_training(table: Path) -> bool:
+    """Hugging Face's names: ``train-00000-of-00004.parquet`` beside ``test-...``, ``train/0000.parquet``."""
+    return any(re.match(r"train(?![a-z])", part) for part in table.parts)
 
 
 def _unpack(parquet: Any, tables: list[Path], pixels: Path, index: Path) -> None:

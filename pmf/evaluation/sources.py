@@ -143,7 +143,7 @@ def open_images(source: str, *, channels: int | None = None, size: int | None = 
         return _Array(path, channels, size)
     if source == "digits":
         return _DataSet(source, channels or 1, size or 8)
-    if not path.is_dir() and "{" not in source:  # else a pattern of shards
+    if not path.is_dir() and not source.endswith(".tar"):  # a shard, or a pattern of shards
         raise UserError(f"there are no images {source}: give a folder, a .npz file of images, or digits")
     if size is None:
         raise UserError(f"{source} holds no image files: if it is a data set, say its --image-size")

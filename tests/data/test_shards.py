@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -138,6 +139,36 @@ def test_parquet_is_unpacked_once(tables: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("pmf.data.parquet._unpack", None)
     assert levels(str(tables)) == expected
     assert load_dataset(str(tables), 4, 1).class_names == ["cat", "dog", "owl"]
+
+
+def test_only_the_training_part_of_a_data_set_is_read(tables: Path) -> None:
+    (tables / "train-00001.parquet").rename(tables / "test-00000.parquet")
+    assert levels(str(tables)) == [(number, number % 3) for number in range(5)]
+    (tables / "train-00000.parquet").rename(tables / "all.parquet")
+    assert len(levels(str(tables))) == 10
+
+
+@pytest.mark.parametrize(
+    ("labels", "sentence"),
+    [
+        ([], "one class only"),
+        ([1, 1], "one class only"),
+        ([0, 2], "an image of class 2, but names 2 classes, 0 to 1"),
+    ],
+)
+def test_labels_of_tables_fit_their_names(tables: Path, labels: list[int], sentence: str) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = {"image": [{"bytes": encoded(7), "path": None}] * len(labels), "label": labels}
+    kinds = {"image": pyarrow.struct({"bytes": pyarrow.binary()}), "label": pyarrow.int64()}
+    noted = json.dumps({"info": {"features": {"label": {"names": ["cat", "dog"]}}}})
+    table = pyarrow.table(columns, schema=pyarrow.schema(kinds, {"huggingface": noted}))
+    shutil.rmtree(tables)
+    tables.mkdir()
+    pyarrow.parquet.write_table(table, tables / "0.parquet")
+    with pytest.raises(UserError, match=sentence):
+        load_dataset(str(tables), 4, 1)
 
 
 def test_a_damaged_table_is_named(tables: Path) -> None:
