@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from pmf.data import ImageDataset
 from pmf.metrics import frechet_distance
 
-__all__ = ["Judge", "Reference", "Split", "train_judge"]
+__all__ = ["SMALLEST", "Judge", "Reference", "Split", "train_judge"]
 
+SMALLEST = 8
+"""Pixels of the smallest images that can be judged."""
 _WIDTH = 64  # features
 _BATCH, _RATE = 128, 2e-3
 _CHUNK = 1000  # images judged at a time

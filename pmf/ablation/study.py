@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pmf import checkpoint, flow
-from pmf.ablation.judge import Judge, Reference, Split, train_judge
+from pmf.ablation.judge import SMALLEST, Judge, Reference, Split, train_judge
 from pmf.ablation.variants import Variant, check_names
 from pmf.atomic import write_file
 from pmf.data import image_grid, load_dataset, save_png
@@ -54,6 +54,11 @@ class Study:
         self.judge_steps = _JUDGE_STEPS if judge_steps is None else judge_steps
         self.configs = {variant.name: self._config_of(variant) for variant in variants}
         model = model_config(base, num_classes=1)
+        if model.image_size < SMALLEST:
+            raise UserError(
+                f"the judge of a study needs images of {SMALLEST} pixels or more, got {model.image_size}: "
+                "give a larger --image-size"
+            )
         self.dataset = load_dataset(base.data.data, model.image_size, model.channels)
         self.samples = min(_SAMPLES, len(self.dataset) // 2) if samples is None else samples
         if not 2 <= self.samples <= len(self.dataset):

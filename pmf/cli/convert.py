@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     millions = sum(weight.numel() for weight in weights.values()) / 1e6
     print(f"{target}: {millions:.1f} M parameters from {loaded.path}")
     if target.suffix != ".safetensors":
-        print(f"what such a file cannot say: {_settings(config)}")
+        print(f"what such a file cannot say: class names, {_settings(config)}")
     return 0
 
 

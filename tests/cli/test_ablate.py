@@ -78,6 +78,7 @@ def test_two_variants_become_a_table_and_are_not_run_again(
             ["--variant", "a=prediction=u,preconditioner=scm"],
             "variant 'a': --preconditioner scm makes images",
         ),
+        (["--variant", "a=", "--image-size", "4"], "needs images of 8 pixels or more, got 4"),
         (["--variant", "a=patch-size=3"], "variant 'a': model: image_size 8 is not a multiple"),
         (["--variant", "a=steps=3"], "variant 'a' changes --steps, which all variants share"),
         (["--variant", "a=", "--variant", "a=lr=1"], "two variants are called 'a'"),
