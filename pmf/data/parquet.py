@@ -12,6 +12,7 @@ import tempfile
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -46,8 +47,11 @@ def index_tables(tables: list[Path]) -> tuple[list[Stored], list[int], list[str]
     names = _class_names(parquet, tables[0])
     if not (pixels.is_file() and index.is_file()):
         _unpack(parquet, tables, pixels, index)
-    with np.load(index) as saved:
-        ends, labels = saved["ends"].tolist(), saved["labels"].tolist()
+    try:
+        with np.load(index) as saved:
+            ends, labels = saved["ends"].tolist(), saved["labels"].tolist()
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
+        raise UserError(f"{index}, unpacked from {tables[0].parent}, is damaged: remove it") from error
     images = [
         Stored(pixels, begin, end - begin, f"image {row} of {tables[0].parent}")
         for row, (begin, end) in enumerate(pairwise([0, *ends]))

@@ -180,6 +180,14 @@ def test_a_damaged_table_is_named(tables: Path) -> None:
     assert list((tables.parent / "cache" / "pixelmeanflow").iterdir()) == []
 
 
+def test_a_damaged_index_of_unpacked_images_is_named(tables: Path) -> None:
+    load_dataset(str(tables), 4, 1)
+    (index,) = (tables.parent / "cache" / "pixelmeanflow").glob("*.npz")
+    index.write_bytes(index.read_bytes()[:30])
+    with pytest.raises(UserError, match=f"{index.name}, unpacked from .* is damaged: remove it"):
+        load_dataset(str(tables), 4, 1)
+
+
 def test_a_table_without_images_is_named(tables: Path) -> None:
     import pyarrow
     import pyarrow.parquet
