@@ -48,7 +48,7 @@ def index_tables(tables: list[Path]) -> tuple[list[Stored], list[int], list[str]
     if not (pixels.is_file() and index.is_file()):
         _unpack(parquet, tables, pixels, index)
     try:
-        with np.load(index) as saved:
+        with index.open("rb") as file, np.load(file) as saved:
             ends, labels = saved["ends"].tolist(), saved["labels"].tolist()
     except (OSError, ValueError, KeyError, BadZipFile) as error:
         raise UserError(f"{index}, unpacked from {tables[0].parent}, is damaged: remove it") from error
