@@ -101,7 +101,7 @@ def _table(record: Mapping[str, Any]) -> str:
         "",
         f"`{record['command']}`",
         "",
-        f"{record['device']}, {record['threads']} threads; "
+        f"{record['device']}, {record['threads']} thread{'s' * (record['threads'] > 1)}; "
         + ", ".join(f"{name} {version}" for name, version in record["versions"].items())
         + f"; {record['seconds'] / 60:.1f} minutes for {record['runs']} runs of {record['steps']} steps in "
         f"batches of {record['batch_size']}.",

@@ -84,7 +84,7 @@ def _paper(
             ("perceptual, all t", {**perceptual, "perceptual_max_t": 1.0}),
         ):
             variants.append(Variant(name, settings_of))
-            orderings.append(Ordering(f"{name} loss before none", name, base))
+            orderings.append(Ordering(f"a perceptual loss before none ({name})", name, base))
     variants.append(Variant("guided", {"max_omega": 4.0, "sample_omega": 2.0}))
     variants.append(Variant("no guidance", {"guidance": False, "sample_omega": None}))
     orderings.append(Ordering("guidance before none", "guided", "no guidance"))
