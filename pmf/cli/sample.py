@@ -21,6 +21,7 @@ from pmf.devices import find_device
 from pmf.drawing import draw_by_seed
 from pmf.errors import UserError
 from pmf.flow.sampler import PRECISIONS, Sampler
+from pmf.interrupts import catch_stop_signals
 
 _DESCRIPTION = """Draw one file for every class and seed, and grid.png with a class a row and a seed a column.
 
@@ -102,11 +103,14 @@ def run(arguments: argparse.Namespace) -> int:
     total = len(classes) * columns
     album = _Album(arguments.out, names, sampler, len(classes), columns)
     try:
-        with album, tqdm(total=total, unit="image", disable=None) as bar:  # None: a bar on a terminal alone
-            while batch := list(islice(jobs, batch_size)):
+        bar = tqdm(total=total, unit="image", disable=None)  # None: a bar on a terminal alone
+        with album, bar, catch_stop_signals() as stop:
+            while not stop.is_set() and (batch := list(islice(jobs, batch_size))):
                 album.write(batch, _draw(sampler, batch, arguments))
                 bar.update(len(batch))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # a second Ctrl-C
+        pass
+    if album.written < total:
         print(f"interrupted: {album.written} of {total} images are in {arguments.out}", file=sys.stderr)
         return _INTERRUPTED
     grid = album.write_grid()

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import shutil
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from pmf import checkpoint, optim, sharded
 from pmf.atomic import write_file, write_folder
 from pmf.data import ImageDataset, load_dataset
 from pmf.errors import UserError
+from pmf.interrupts import catch_stop_signals
 from pmf.models import PixelMeanFlow
 from pmf.training.building import model_config
 from pmf.training.config import TrainConfig, flag, settings
@@ -108,7 +108,11 @@ class Run:
     def run(self) -> TrainResult:
         trainer, config = self.trainer, self.config
         try:
-            with self._files(), self._progress_bar() as bar, _catch_stop_signals(self.ranks) as stop:
+            with (
+                self._files(),
+                self._progress_bar() as bar,
+                catch_stop_signals(twice=self.ranks.size == 1) as stop,
+            ):
                 if self.out is not None and self.ranks.first:
                     write_file(self.out / "config.json", _json_bytes(config))
                     self.log = RunLog(self.out, trainer.step)
@@ -275,32 +279,6 @@ class Run:
 def learning_rate_factor(spent: float, cooldown: float) -> float:
     """1 until the last ``cooldown`` share of the budget, then linearly to 0."""
     return 1.0 if cooldown == 0 else max(0.0, min(1.0, (1 - spent) / cooldown))
-
-
-@contextlib.contextmanager
-def _catch_stop_signals(ranks: Ranks) -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM set the event, so that the step can end; a second Ctrl-C interrupts at once.
-
-    Unless torchrun started this process: it passes on the Ctrl-C that the process has had already.
-    """
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(number: int, frame: object) -> None:
-        stop.set()
-        if ranks.size == 1:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    for number in previous:
-        signal.signal(number, handle)
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _json_bytes(config: TrainConfig) -> bytes:
