@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pmf.bench import BENCHMARKS
+
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # however this file is loaded
 from gpu.targets import targets_of  # noqa: E402
 
@@ -146,17 +148,6 @@ def sampling_table() -> str:
 
 # ---- every kernel on the CPU -------------------------------------------------------------------------------
 
-KERNELS = (
-    "attention",
-    "patch_embed",
-    "patch_velocity",
-    "rms_norm",
-    "swiglu",
-    "rotary_qk_norm",
-    "gated_residual",
-    "newton_schulz",
-    "muon",
-)
 CEILINGS = {"torch copy_": "gbyte_per_s", "torch.mm": "gflop_per_s"}
 """What measures the machine itself: contestants that are no kernel's, and the rate that they set."""
 
@@ -174,7 +165,7 @@ def kernels_table() -> str:
         "|---|---|---|---|---|---|",
     ]
     seen = {}
-    for name in KERNELS:
+    for name in BENCHMARKS:
         if not (RESULTS / f"bench_{name}.json").exists():
             continue
         record = load(f"bench_{name}")
