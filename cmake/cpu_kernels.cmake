@@ -1,7 +1,7 @@
-# Every csrc/cpu/<op>*.cpp is compiled once per level, in that level's namespace and with its machine
-# flags; csrc/cpu/dispatch.cpp picks one at run time. Sets PMF_CPU_OBJECTS.
-file(GLOB PMF_CPU_KERNELS CONFIGURE_DEPENDS csrc/cpu/*.cpp)
-list(FILTER PMF_CPU_KERNELS EXCLUDE REGEX "/(dispatch|introspection)\\.cpp$")
+# Every csrc/cpu/<family>/*.cpp is compiled once per level, in that level's namespace and with its machine
+# flags; csrc/cpu/common/dispatch.cpp picks one at run time. Sets PMF_CPU_OBJECTS.
+file(GLOB PMF_CPU_KERNELS CONFIGURE_DEPENDS csrc/cpu/*/*.cpp)
+list(FILTER PMF_CPU_KERNELS EXCLUDE REGEX "/(dispatch|cpu_introspection)\\.cpp$")
 
 set(PMF_FLAGS_portable "")
 set(PMF_FLAGS_avx2 -mavx2 -mfma -mf16c)

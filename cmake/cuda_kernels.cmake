@@ -26,7 +26,7 @@ else()
 endif()
 
 if(PMF_NVCC AND NOT PMF_CUDA STREQUAL "off")
-  file(GLOB PMF_CUDA_KERNELS CONFIGURE_DEPENDS csrc/cuda/*.cu)
+  file(GLOB PMF_CUDA_KERNELS CONFIGURE_DEPENDS csrc/cuda/*/*.cu)
   set(CMAKE_CUDA_COMPILER "${PMF_NVCC}")
   # Machine code for A100 and H100, and PTX of the oldest so that every newer card can run the same kernels.
   set(CMAKE_CUDA_ARCHITECTURES 80-real 90a-real 80-virtual)

@@ -1,5 +1,5 @@
 // torch.ops.pmf.attention_forward and attention_jvp_forward: validate, allocate, launch.
-#include "ops/attention.h"
+#include "ops/attention_binding.h"
 
 namespace pmf {
 namespace {

@@ -1,7 +1,7 @@
 // torch.ops.pmf.attention_backward and attention_jvp_backward: validate, allocate, launch.
 #include "pmf/attention_backward.h"
 
-#include "ops/attention.h"
+#include "ops/attention_binding.h"
 
 namespace pmf {
 namespace {

@@ -2,7 +2,7 @@
 // pmf/gated_residual.h.
 #include "pmf/gated_residual.h"
 
-#include "ops/rows.h"
+#include "ops/row_binding.h"
 
 namespace pmf {
 namespace {

@@ -25,7 +25,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "ops/newton_schulz.h"
+#include "ops/newton_schulz_binding.h"
 #include "ops/products.h"
 
 namespace pmf {

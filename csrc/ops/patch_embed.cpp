@@ -14,7 +14,7 @@
 //
 // float16 is multiplied in float32, copies converting on the way: the CPU's own float16 GEMM is a
 // scalar loop. Everything else is multiplied in its own dtype, summed in float32 or better.
-#include "ops/patch_embed.h"
+#include "ops/patch_embed_binding.h"
 
 namespace pmf {
 namespace {

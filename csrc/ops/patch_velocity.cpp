@@ -2,7 +2,7 @@
 // pmf/patch_velocity.h.
 #include "pmf/patch_velocity.h"
 
-#include "ops/rows.h"
+#include "ops/row_binding.h"
 
 namespace pmf {
 namespace {

@@ -2,7 +2,7 @@
 // pmf/rotary_qk_norm.h.
 #include "pmf/rotary_qk_norm.h"
 
-#include "ops/rows.h"
+#include "ops/row_binding.h"
 
 namespace pmf {
 namespace {

@@ -1,7 +1,7 @@
 // torch.ops.pmf.swiglu*: validate, allocate, launch. The mathematics is in pmf/swiglu.h.
 #include "pmf/swiglu.h"
 
-#include "ops/rows.h"
+#include "ops/row_binding.h"
 
 namespace pmf {
 namespace {

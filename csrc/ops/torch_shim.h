@@ -21,7 +21,7 @@
 #if PMF_WITH_CUDA
 #include <torch/csrc/stable/accelerator.h>
 
-#include "cuda/launch.h"
+#include "cuda/common/launchers.h"
 
 // Only libtorch_cuda has it; weak, so that one library also loads into a PyTorch without CUDA.
 extern "C" __attribute__((weak)) AOTITorchError

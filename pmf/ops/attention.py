@@ -372,7 +372,7 @@ def _out_like(query: Tensor, value: Tensor) -> Tensor:
 
 
 def _ordered_as(x: Tensor, width: int | None = None) -> Tensor:
-    """The rule of csrc/ops/attention.h: token-major where x is."""
+    """The rule of csrc/ops/attention_binding.h: token-major where x is."""
     batch, heads, tokens, own = x.shape
     width = own if width is None else width
     if x.stride(2) > x.stride(1):

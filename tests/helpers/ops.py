@@ -12,9 +12,9 @@ PARTS = (
     "pmf/reference/{}.py",
     "pmf/ops/{}.py",
     "csrc/include/pmf/{}.h",
-    "csrc/cpu/{}.cpp",
+    "csrc/cpu/*/{}.cpp",
     "csrc/ops/{}.cpp",
-    "csrc/cuda/{}.cu",
+    "csrc/cuda/*/{}.cu",
     "tests/ops/test_{}.py",
     "benchmarks/bench_{}.py",
 )
@@ -31,9 +31,9 @@ STEMS = (
 GEMM = "its CPU work is torch's GEMM, called from csrc/ops"
 TWO_FILES = "forward and backward are a kernel file each"
 ABSENT = {
-    **{("csrc/cpu/{}.cpp", stem): GEMM for stem in ("newton_schulz", "patch_embed")},
-    ("csrc/cpu/{}.cpp", "attention"): TWO_FILES,
-    ("csrc/cuda/{}.cu", "attention"): TWO_FILES,
+    **{("csrc/cpu/*/{}.cpp", stem): GEMM for stem in ("newton_schulz", "patch_embed")},
+    ("csrc/cpu/*/{}.cpp", "attention"): TWO_FILES,
+    ("csrc/cuda/*/{}.cu", "attention"): TWO_FILES,
 }
 
 

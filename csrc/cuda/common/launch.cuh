@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/common/cuda.cuh"
-#include "cuda/dry_run.h"
+#include "cuda/common/dry_run.h"
 
 namespace pmf::cuda {
 

@@ -1,4 +1,4 @@
-// As much of the CUDA runtime as csrc/cuda/device.cu asks: what a device and its driver are, which
+// As much of the CUDA runtime as csrc/cuda/common/device.cu asks: what a device and its driver are, which
 // a test may set (tests/helpers/emulator.py).
 #pragma once
 

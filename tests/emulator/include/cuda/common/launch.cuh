@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "cuda/common/cuda.cuh"
-#include "cuda/dry_run.h"
+#include "cuda/common/dry_run.h"
 
 namespace pmf::cuda {
 

@@ -1,0 +1,309 @@
+// Attention's backward on CPU, ordinary and through both outputs of attention with tangents.
+// Mathematics: pmf/attention_backward.h. One panel: attention_backward_panel.h, whose sweeps and
+// tiles have a file each. Here: what is packed, and who computes what.
+//
+// A worker takes one (batch, key head) at a time, packs its keys and values, and walks the panels
+// of all query heads of the group, so that grad_key and grad_value are summed by one worker in a
+// fixed order, in fp32, and stored once. With T workers the first floor(heads / T) T heads are
+// shared out evenly. Those that remain are split by panels instead, T / remaining workers to a
+// head, each with sums of its own that are then added in order. Results are bitwise the same for
+// the same T.
+//
+// Memory per worker, in numbers: scores 2 x 96 Nk (4 x 96 Nk with tangents), packed keys and values
+// 2 to 3 Nk D (twice that), sums 2 Nk D (4 Nk D).
+#include "pmf/attention_backward.h"
+
+#include "cpu/attention/attention_backward_panel-inl.h"
+#include "cpu/attention/attention_workspace-inl.h"
+
+namespace pmf::cpu::PMF_LEVEL {
+namespace {
+
+ConstView4 skip_rows(ConstView4 view, int64_t rows, DType dtype) {
+  view.data = static_cast<const char*>(view.data) + rows * view.stride[2] * dtype_bytes(dtype);
+  return view;
+}
+
+template <typename Unit>
+class BackwardKernel {
+  using Float = Accumulator<Unit>;
+  using Sizes = BackwardSizes<Unit>;
+  using Buffers = BackwardBuffers<Unit>;
+  static constexpr int64_t kDepth = Sizes::kDepth;
+
+ public:
+  BackwardKernel(const AttentionBackwardParams& params, Packer<Unit> packer, int64_t threads)
+      : p_(params), sizes_(params.shape), packer_(packer), threads_(max64(1, threads)) {
+    // An empty tensor may have no data: without queries every gradient is zero, and written.
+    tangent_ = p_.grad_t.data != nullptr || sizes_.queries == 0;
+    const int64_t heads = p_.shape.batch * p_.shape.key_heads;
+    whole_ = heads / threads_ * threads_;
+    remaining_ = heads - whole_;
+    const int64_t panels = max64(1, sizes_.panels * group());
+    splits_ = remaining_ == 0 ? 1 : min64(threads_ / remaining_, panels);
+  }
+
+  int64_t workspace_bytes() const {
+    Buffers buffers;
+    return threads_ * carve(buffers, nullptr);
+  }
+
+  void run(const ParallelFor& parallel) {
+    parallel(
+        0, threads_, 1,
+        [](void* self, int64_t first, int64_t last) {
+          for (; first < last; ++first) static_cast<BackwardKernel*>(self)->whole_heads(first);
+        },
+        this);
+    parallel(
+        0, remaining_ * splits_, 1,
+        [](void* self, int64_t first, int64_t last) {
+          for (; first < last; ++first) static_cast<BackwardKernel*>(self)->part_of_head(first);
+        },
+        this);
+    if (splits_ == 1) return;
+    parallel(
+        0, remaining_ * blocks(), 1,
+        [](void* self, int64_t first, int64_t last) {
+          for (; first < last; ++first) static_cast<BackwardKernel*>(self)->add_parts(first);
+        },
+        this);
+  }
+
+ private:
+  int64_t group() const { return p_.shape.heads / max64(1, p_.shape.key_heads); }
+  int64_t blocks() const { return ceil_div(sizes_.keys, kKeyBlock); }
+
+  // Lays out one worker's memory and returns its size.
+  int64_t carve(Buffers& w, char* base) const {
+    const Sizes& s = sizes_;
+    constexpr int64_t kPanel = Sizes::kPanel, kLanesW = Sizes::kGroupLanes;
+    constexpr bool kOneTile = TileWriter<Unit>::kOneTile;
+    const bool qt = tangent_ && p_.query_t.data != nullptr;
+    const bool kt = tangent_ && p_.key_t.data != nullptr;
+    const bool vt = tangent_ && p_.value_t.data != nullptr;
+    const bool grad = p_.grad.data != nullptr;
+    Arena arena{base};
+
+    arena.take(w.k, s.keys_padded * s.depth_padded);
+    arena.take(w.kt, s.keys_padded * s.depth_padded, kt);
+    arena.take(w.v, s.keys_padded * s.value_depth_padded);
+    arena.take(w.vt, s.keys_padded * s.value_depth_padded, vt);
+    const int64_t key_units = ceil_div(s.keys, kDepth);
+    arena.take(w.k_depth, key_units * s.width_padded, !kOneTile);
+    arena.take(w.kt_depth, key_units * s.width_padded, !kOneTile && kt);
+    if (kOneTile) w.k_depth = w.k, w.kt_depth = w.kt;
+
+    arena.take(w.q, kGroups * s.depth_padded * kLanesW);
+    arena.take(w.qt, kGroups * s.depth_padded * kLanesW, qt);
+    arena.take(w.g, kGroups * s.value_depth_padded * kLanesW, grad);
+    arena.take(w.gt, kGroups * s.value_depth_padded * kLanesW, tangent_);
+    arena.take(w.q_depth, kPanel / kDepth * s.width_padded);
+    arena.take(w.qt_depth, kPanel / kDepth * s.width_padded, qt);
+    arena.take(w.g_depth, kPanel / kDepth * s.value_padded, grad);
+    arena.take(w.gt_depth, kPanel / kDepth * s.value_padded, tangent_);
+    arena.take(w.stage, kLanesW * max64(s.depth_padded, s.value_depth_padded));
+
+    const int64_t panel = kGroups * s.keys_padded * kLanesW;
+    arena.take(w.e, panel);
+    arena.take(w.b, panel);
+    arena.take(w.ts, panel, tangent_);
+    arena.take(w.a, panel, tangent_);
+    arena.take(w.bias, round_up(kScoreBlock, kLanes<Float>) * kLanesW,
+               p_.mask.kind != MaskKind::none);
+
+    arena.take(w.masses, round_up(kKeyBlock, Sizes::kStep) * Sizes::kStep);
+    arena.take(w.weights, round_up(kKeyBlock, Sizes::kStep));
+    arena.take(w.k_mean, s.width_padded);
+    arena.take(w.kt_mean, s.width_padded, kt);
+
+    w.tiles.row_stride = kPanel / kDepth;
+    w.tiles.pair_stride = kPanel;
+    const int64_t rows = (kKeyBlock + kMaxTileRows) * w.tiles.row_stride;
+    const int64_t pairs = kKeyBlock / kDepth * kPanel + kMaxTileRows;
+    arena.take(w.tiles.p_rows, rows);
+    arena.take(w.tiles.w_rows, rows, tangent_);
+    arena.take(w.tiles.ds_rows, rows);
+    arena.take(w.tiles.dts_rows, rows, tangent_);
+    arena.take(w.tiles.ds_pairs, pairs, !kOneTile);
+    arena.take(w.tiles.dts_pairs, pairs, !kOneTile && tangent_);
+    if (kOneTile) w.tiles.ds_pairs = w.tiles.ds_rows, w.tiles.dts_pairs = w.tiles.dts_rows;
+
+    const int64_t query_rows = kPanel + kMaxTileRows, key_rows = s.keys + kMaxTileRows;
+    arena.take(w.dq, query_rows * s.width_padded);
+    arena.take(w.dqt, query_rows * s.width_padded, tangent_ && p_.grad_query_t.data != nullptr);
+    arena.take(w.dk, key_rows * s.width_padded);
+    arena.take(w.dkt, key_rows * s.width_padded, tangent_ && p_.grad_key_t.data != nullptr);
+    arena.take(w.dv, key_rows * s.value_padded);
+    arena.take(w.dvt, key_rows * s.value_padded, tangent_ && p_.grad_value_t.data != nullptr);
+    return arena.used;
+  }
+
+  Buffers buffers_of(int64_t worker) const {
+    Buffers w;
+    const int64_t bytes = carve(w, nullptr);
+    carve(w, static_cast<char*>(p_.workspace) + worker * bytes);
+    return w;
+  }
+
+  void whole_heads(int64_t worker) {
+    const Buffers w = buffers_of(worker);
+    const int64_t each = whole_ / threads_;
+    for (int64_t head = worker * each; head < (worker + 1) * each; ++head) {
+      panels(w, head, 0, 1);
+      store_keys(w, head, 0, sizes_.keys);
+    }
+  }
+
+  // Every splits_-th panel, so that causal panels, whose cost grows, are dealt out evenly.
+  void part_of_head(int64_t part) {
+    const Buffers w = buffers_of(part);
+    const int64_t head = whole_ + part / splits_;
+    panels(w, head, part % splits_, splits_);
+    if (splits_ == 1) store_keys(w, head, 0, sizes_.keys);
+  }
+
+  // One block of keys of a head that several workers shared.
+  void add_parts(int64_t index) {
+    const int64_t head = index / blocks(), key = index % blocks() * kKeyBlock;
+    const int64_t count = min64(kKeyBlock, sizes_.keys - key);
+    const Buffers sum = buffers_of(head * splits_);
+    for (int64_t part = 1; part < splits_; ++part) {
+      const Buffers other = buffers_of(head * splits_ + part);
+      add(sum.dk, other.dk, key, count, sizes_.width_padded);
+      add(sum.dkt, other.dkt, key, count, sizes_.width_padded);
+      add(sum.dv, other.dv, key, count, sizes_.value_padded);
+      add(sum.dvt, other.dvt, key, count, sizes_.value_padded);
+    }
+    store_keys(sum, whole_ + head, key, count);
+  }
+
+  static void add(Float* dst, const Float* src, int64_t row, int64_t rows, int64_t stride) {
+    if (dst == nullptr) return;
+    for (int64_t i = row * stride; i < (row + rows) * stride; i += kLanes<Float>) {
+      store(dst + i, load(dst + i) + load(src + i));
+    }
+  }
+
+  // Panels first, first + step, ... of the group's query heads, into w's sums and grad_query.
+  void panels(const Buffers& w, int64_t head, int64_t first, int64_t step) {
+    const int64_t batch = head / p_.shape.key_heads, key_head = head % p_.shape.key_heads;
+    pack_head(w, batch, key_head);
+    BackwardPanel<Unit> panel(p_, sizes_, w);
+    for (int64_t i = first; i < sizes_.panels * group(); i += step) {
+      TilePlace place{};
+      place.batch = batch;
+      place.head = key_head * group() + i / sizes_.panels;
+      place.query = i % sizes_.panels * Sizes::kPanel;
+      place.queries = min64(Sizes::kPanel, sizes_.queries - place.query);
+      pack_panel(w, place);
+      panel.run(place);
+      write_rows(w.dq, p_.grad_query, batch, place.head, place.query, place.queries,
+                 sizes_.width_padded, sizes_.width);
+      write_rows(w.dqt, p_.grad_query_t, batch, place.head, place.query, place.queries,
+                 sizes_.width_padded, sizes_.width);
+    }
+  }
+
+  void pack_head(const Buffers& w, int64_t batch, int64_t head) const {
+    const Sizes& s = sizes_;
+    const auto rows = [&](Unit* dst, const ConstView4& view, int64_t padded, int64_t cols) {
+      if (dst != nullptr) packer_.rows(dst, padded, view, batch, head, s.keys, cols, s.keys_padded);
+    };
+    const auto depth = [&](Unit* dst, const ConstView4& view) {
+      if (TileWriter<Unit>::kOneTile || dst == nullptr) return;
+      packer_.depth_rows(dst, s.width_padded, view, batch, head, s.keys, s.width);
+    };
+    rows(w.k, p_.key, s.depth_padded, s.width);
+    rows(w.kt, p_.key_t, s.depth_padded, s.width);
+    rows(w.v, p_.value, s.value_depth_padded, s.value_width);
+    rows(w.vt, p_.value_t, s.value_depth_padded, s.value_width);
+    depth(w.k_depth, p_.key);
+    depth(w.kt_depth, p_.key_t);
+    const auto clear = [&](Float* dst, int64_t stride) {
+      if (dst != nullptr) std::memset(dst, 0, static_cast<size_t>(s.keys * stride) * sizeof(Float));
+    };
+    clear(w.dk, s.width_padded);
+    clear(w.dkt, s.width_padded);
+    clear(w.dv, s.value_padded);
+    clear(w.dvt, s.value_padded);
+  }
+
+  void pack_panel(const Buffers& w, const TilePlace& place) const {
+    const auto pack = [&](Unit* columns, Unit* rows, const ConstView4& view, int64_t cols,
+                          int64_t depth_padded, int64_t width_padded) {
+      if (columns == nullptr) return;
+      for (int64_t at = 0; at < place.queries; at += Sizes::kGroupLanes) {
+        packer_.columns(columns, Sizes::kGroupLanes, view, place.batch, place.head,
+                        place.query + at, min64(Sizes::kGroupLanes, place.queries - at), cols,
+                        depth_padded, w.stage);
+        columns += depth_padded * Sizes::kGroupLanes;
+      }
+      packer_.depth_rows(rows, width_padded, skip_rows(view, place.query, p_.dtype), place.batch,
+                         place.head, place.queries, cols);
+    };
+    const Sizes& s = sizes_;
+    pack(w.q, w.q_depth, p_.query, s.width, s.depth_padded, s.width_padded);
+    pack(w.qt, w.qt_depth, p_.query_t, s.width, s.depth_padded, s.width_padded);
+    pack(w.g, w.g_depth, p_.grad, s.value_width, s.value_depth_padded, s.value_padded);
+    pack(w.gt, w.gt_depth, p_.grad_t, s.value_width, s.value_depth_padded, s.value_padded);
+  }
+
+  void store_keys(const Buffers& w, int64_t head, int64_t key, int64_t count) const {
+    const int64_t batch = head / p_.shape.key_heads, key_head = head % p_.shape.key_heads;
+    const Sizes& s = sizes_;
+    write_rows(w.dk, p_.grad_key, batch, key_head, key, count, s.width_padded, s.width, key);
+    write_rows(w.dkt, p_.grad_key_t, batch, key_head, key, count, s.width_padded, s.width, key);
+    write_rows(w.dv, p_.grad_value, batch, key_head, key, count, s.value_padded, s.value_width,
+               key);
+    write_rows(w.dvt, p_.grad_value_t, batch, key_head, key, count, s.value_padded, s.value_width,
+               key);
+  }
+
+  // Rows [row, row + count) of the sums to rows [first, first + count) of a gradient.
+  void write_rows(const Float* sums, const View4& view, int64_t batch, int64_t head, int64_t first,
+                  int64_t count, int64_t padded, int64_t cols, int64_t row = 0) const {
+    if (sums == nullptr) return;
+    packer_.store(view, batch, head, first, sums + row * padded, padded, count, cols);
+  }
+
+  const AttentionBackwardParams& p_;
+  const Sizes sizes_;
+  const Packer<Unit> packer_;
+  const int64_t threads_;
+  bool tangent_;
+  int64_t whole_, remaining_,
+      splits_;  // heads done by one worker each, the others, workers to each
+};
+
+// Calls with(kernel) for the arithmetic of the dtype at this level.
+template <typename With>
+auto with_kernel(const AttentionBackwardParams& params, int64_t threads, With with) {
+  if (params.dtype == DType::f64) {
+    return with(BackwardKernel<double>(params, make_packer<double, double>(), threads));
+  }
+#if defined(__AVX512BF16__)
+  if (params.dtype == DType::bf16) {
+    return with(BackwardKernel<bf16x2>(params, make_packer<bf16, bf16x2>(), threads));
+  }
+#endif
+  return with(BackwardKernel<float>(params, float_packer(params.dtype), threads));
+}
+
+}  // namespace
+
+int64_t attention_backward_workspace_bytes(const AttentionBackwardParams& params, int64_t threads) {
+  return with_kernel(params, threads, [](const auto& kernel) { return kernel.workspace_bytes(); });
+}
+
+void attention_backward(const AttentionBackwardParams& params, const ParallelFor& parallel) {
+  with_kernel(params, parallel.threads, [&](auto&& kernel) { kernel.run(parallel); });
+}
+
+}  // namespace pmf::cpu::PMF_LEVEL
+
+PMF_DISPATCH(int64_t, attention_backward_workspace_bytes,
+             (const AttentionBackwardParams& params, int64_t threads), (params, threads))
+PMF_DISPATCH(void, attention_backward,
+             (const AttentionBackwardParams& params, const ParallelFor& parallel),
+             (params, parallel))

@@ -1,0 +1,343 @@
+// One panel of queries against one head of keys: both sweeps of attention's backward.
+//
+// A panel is kGroups groups of kTileN vectors of queries (96 in fp32 with AVX-512). Its scores
+// against ALL keys are kept, e, B (and tS, A) of [keys][96] each, so that D, a and r are known in
+// full precision before the first derivative is formed, without the two (six) products that
+// computing them beforehand would cost and without rounded outputs from the forward. Memory is
+// linear in Nk.
+//
+//   sweep 1, per group and kScoreBlock keys
+//     S^T  = K Q^T               B^T = V G^T + tV X^T
+//     tS^T = K tQ^T + tK Q^T     A^T = V X^T
+//
+//   sweep 2, per group: attention_backward_sweeps.h
+//
+//   sweep 3, per kKeyBlock keys, all groups at once
+//     grad_query[96][D]     += dS K + dtS tK         grad_query_t += dtS K
+//     grad_key[block][D]    += dS^T Q + dtS^T tQ     grad_key_t   += dtS^T Q
+//     grad_value[block][Dv] += P^T G + W^T X         grad_value_t += P^T X
+//
+//   at the end
+//     grad_query -= rho K' + rho_t tK'               grad_query_t -= rho_t K'
+//
+// rho, rho_t: row sums of the rounded c dS and c dtS, which should be zero; K', tK': the mean keys
+// of the panel, weighted by P. What rounding left in the sums would otherwise be multiplied by
+// whatever the attended keys have in common. (Plain means of the head are not enough where few keys
+// get most of the weight: 3.7e-3 in bf16 for late sinks, against 2.2e-3.)
+//
+// FLOPs: 2 Nq Nk D for each of 5 products, 15 with tangents. Bytes between L2 and L1 per panel and
+// key, fp32, D = Dv = 64: e and B written and read (96 x 16), K twice and V once (768), grad_key
+// and grad_value read and written (1024): 3.3 KB beside 960 cycles of FMAs. Bound: the FMA units,
+// 64 FLOP a cycle and core in fp32, 128 in bf16.
+#pragma once
+
+#include "cpu/attention/attention_backward_sweeps-inl.h"
+#include "pmf/attention_backward.h"
+
+namespace pmf::cpu::PMF_LEVEL {
+
+constexpr int kGroups = 2;
+
+template <typename Unit>
+struct BackwardSizes {
+  using Float = Accumulator<Unit>;
+  static constexpr int64_t kStep = kLanes<Float>;
+  static constexpr int64_t kDepth = UnitTraits<Unit>::kDepth;
+  static constexpr int64_t kGroupLanes = kTileN * kStep;
+  static constexpr int64_t kPanel = kGroups * kGroupLanes;  // queries
+
+  int64_t queries, keys, width, value_width;
+  int64_t depth, value_depth;                // units that hold width and value_width numbers
+  int64_t depth_padded, value_depth_padded;  // whole vectors of units
+  int64_t width_padded, value_padded;        // whole vectors of Floats
+  int64_t keys_padded;                       // rows of packed keys and of panel matrices
+  int64_t panels;                            // of one query head
+
+  explicit BackwardSizes(const AttentionShape& shape)
+      : queries(shape.queries),
+        keys(shape.keys),
+        width(shape.width),
+        value_width(shape.value_width),
+        depth(ceil_div(width, kDepth)),
+        value_depth(ceil_div(value_width, kDepth)),
+        depth_padded(round_up(depth, kStep)),
+        value_depth_padded(round_up(value_depth, kStep)),
+        width_padded(round_up(width, kStep)),
+        value_padded(round_up(value_width, kStep)),
+        keys_padded(round_up(keys, kDepth) + kMaxTileRows),
+        panels(ceil_div(queries, kPanel)) {}
+};
+
+// Where a worker keeps things; null where the call has no such tensor.
+template <typename Unit>
+struct BackwardBuffers {
+  using Float = Accumulator<Unit>;
+  // A head's keys and values: rows to broadcast from, and the keys again as what grad_query
+  // multiplies (the same memory where a unit is one number).
+  Unit *k, *kt, *v, *vt;     // [keys_padded][depth_padded or value_depth_padded]
+  Unit *k_depth, *kt_depth;  // [ceil(keys / kDepth)][width_padded]
+  // A panel's queries and gradients: columns for scores, rows for what keys and values receive.
+  Unit *q, *qt, *g, *gt;     // [group][depth_padded or value_depth_padded][kGroupLanes]
+  Unit *q_depth, *qt_depth;  // [kPanel / kDepth][width_padded]
+  Unit *g_depth, *gt_depth;  // [kPanel / kDepth][value_padded]
+  Float *e, *ts, *a, *b;     // [group][keys_padded][kGroupLanes]
+  UnitTiles<Unit> tiles;     // kKeyBlock keys of a whole panel
+  Float* masses;             // [kKeyBlock rounded up to kLanes][kLanes]
+  Float* weights;            // [kKeyBlock rounded up to kLanes]: sums of P over the panel's queries
+  Float *k_mean, *kt_mean;   // [width_padded]: keys so weighted
+  Float* bias;               // [kScoreBlock rounded up to kLanes][kGroupLanes]
+  Unit* stage;               // [kGroupLanes][the larger depth_padded]
+  Float *dq, *dqt;           // [kPanel + kMaxTileRows][width_padded]
+  Float *dk, *dkt;           // [keys + kMaxTileRows][width_padded], over all panels of the worker
+  Float *dv, *dvt;           // [keys + kMaxTileRows][value_padded]
+};
+
+template <typename Unit>
+class BackwardPanel {
+  using Float = Accumulator<Unit>;
+  using Sizes = BackwardSizes<Unit>;
+  static constexpr int64_t kDepth = Sizes::kDepth;
+  static constexpr int64_t kGroupLanes = Sizes::kGroupLanes;
+  static constexpr int64_t kPanel = Sizes::kPanel;
+
+ public:
+  BackwardPanel(const AttentionBackwardParams& params, const Sizes& sizes,
+                const BackwardBuffers<Unit>& buffers)
+      : params_(params), sizes_(sizes), w_(buffers), scale_(static_cast<Float>(params.scale)) {}
+
+  // Adds the panel's share to dk, dkt, dv, dvt and leaves dq, dqt. `place` names batch, query head
+  // and queries; the queries are packed already.
+  void run(TilePlace place) {
+    if (params_.is_causal) {
+      keys_ = min64(sizes_.keys, place.query + place.queries);
+    } else {
+      keys_ = sizes_.keys;
+    }
+    const bool tangent = w_.gt != nullptr;
+    if (tangent) {
+      sweep<true>(place);
+    } else {
+      sweep<false>(place);
+    }
+  }
+
+ private:
+  template <bool kTangent>
+  void sweep(TilePlace place) {
+    BackwardRows<Float> rows[kGroups];
+    const int64_t groups = ceil_div(place.queries, kGroupLanes);
+    for (int64_t g = 0; g < groups; ++g) scores<kTangent>(rows[g], place, g);
+    clear(w_.dq, kPanel * sizes_.width_padded);
+    clear(w_.dqt, kPanel * sizes_.width_padded);
+    clear(w_.k_mean, sizes_.width_padded);
+    clear(w_.kt_mean, sizes_.width_padded);
+    Float mass = 0;  // queries that attend anything
+    for (int64_t key = 0; key < keys_; key += kKeyBlock) {
+      const int64_t count = min64(kKeyBlock, keys_ - key);
+      clear(w_.masses, round_up(kKeyBlock, Sizes::kStep) * Sizes::kStep);
+      for (int64_t g = 0; g < groups; ++g) {
+        UnitTiles<Unit> out = w_.tiles;
+        const int64_t rows_at = g * (kGroupLanes / kDepth), pairs_at = g * kGroupLanes;
+        out.ds_rows += rows_at, out.p_rows += rows_at, out.ds_pairs += pairs_at;
+        if (kTangent) out.dts_rows += rows_at, out.w_rows += rows_at, out.dts_pairs += pairs_at;
+        differentiate<kTangent, Unit>(rows[g], tile(g).at(key), count, scale_, out, w_.masses);
+      }
+      if (count < kKeyBlock) clear_rows_from(round_up(count, kDepth));
+      query_products(key, count, place.queries);
+      key_products(key, count, place.queries);
+      sum_lanes(w_.weights, w_.masses, count);
+      for (int64_t i = 0; i < count; ++i) mass += w_.weights[i];
+      weigh_keys(w_.k_mean, w_.k_depth, key, count);
+      weigh_keys(w_.kt_mean, w_.kt_depth, key, count);
+    }
+    const Float share = mass > 0 ? 1 / mass : Float(0);
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t first = g * kGroupLanes, count = min64(kGroupLanes, place.queries - first);
+      const int64_t at = first * sizes_.width_padded;
+      remove(w_.dq + at, rows[g].rho, w_.k_mean, share, count);
+      if (kTangent) remove(w_.dq + at, rows[g].rho_t, w_.kt_mean, share, count);
+      if (w_.dqt != nullptr) remove(w_.dqt + at, rows[g].rho_t, w_.k_mean, share, count);
+    }
+  }
+
+  static void clear(Float* dst, int64_t count) {
+    if (dst != nullptr) std::memset(dst, 0, static_cast<size_t>(count) * sizeof(Float));
+  }
+
+  // mean += the block's keys, each times its weight.
+  void weigh_keys(Float* mean, const Unit* keys, int64_t key, int64_t count) {
+    if (mean == nullptr) return;
+    for (int64_t x = 0; x < sizes_.width_padded; x += kLanes<Float>) {
+      Vec<Float> sum = load(mean + x);
+      for (int64_t i = 0; i < count; i += kDepth) {
+        const Unit* unit = keys + (key + i) / kDepth * sizes_.width_padded + x;
+        sum = TileWriter<Unit>::weigh(unit, w_.weights + i, sum);
+      }
+      store(mean + x, sum);
+    }
+  }
+
+  // Products round rows up to a register tile. Keys past a causal panel's last one are real, and
+  // their sums must receive nothing.
+  void clear_rows_from(int64_t row) {
+    const int64_t stride = w_.tiles.row_stride;
+    Unit* const all[] = {w_.tiles.ds_rows, w_.tiles.dts_rows, w_.tiles.p_rows, w_.tiles.w_rows};
+    for (Unit* rows : all) {
+      if (rows == nullptr) continue;
+      std::memset(static_cast<void*>(rows + row * stride), 0,
+                  static_cast<size_t>(kMaxTileRows * stride) * sizeof(Unit));
+    }
+  }
+
+  BackwardTile<Float> tile(int64_t group) const {
+    const int64_t at = group * sizes_.keys_padded * kGroupLanes;
+    return {w_.e + at, w_.ts + at, w_.a + at, w_.b + at};
+  }
+
+  // Sweeps 1 and 2 of one group.
+  template <bool kTangent>
+  void scores(BackwardRows<Float>& rows, TilePlace panel, int64_t group) {
+    TilePlace place = panel;
+    place.query = panel.query + group * kGroupLanes;
+    place.queries = min64(kGroupLanes, panel.queries - group * kGroupLanes);
+    const int64_t row = (place.batch * params_.shape.heads + place.head) * sizes_.queries;
+    const bool beyond =
+        begin_rows(rows, static_cast<const Float*>(params_.lse) + row + place.query, place.queries);
+    const Float factor = scale_ * static_cast<Float>(kLog2e);
+    for (int64_t key = 0; key < keys_; key += kScoreBlock) {
+      const BackwardTile<Float> t = tile(group).at(key);
+      place.key = key;
+      place.keys = min64(kScoreBlock, keys_ - key);
+      score_products<kTangent>(t, group, key, place.keys);
+      const bool masked = params_.mask.kind != MaskKind::none ||
+                          (params_.is_causal && key + place.keys > place.query + 1);
+      if (masked) {
+        apply_mask<kTileN>(t.e, static_cast<Float*>(nullptr), factor, params_.mask,
+                           params_.is_causal, place, w_.bias);
+      } else if (beyond) {
+        scale_scores<kTileN>(t.e, place.keys, factor);
+      }
+      if (beyond) continue;
+      exponentiate<kTangent>(rows, t, place.keys, masked ? Float(1) : factor, key == 0);
+    }
+    if (beyond) {
+      shift_to_maximum(rows, tile(group), keys_);
+      for (int64_t key = 0; key < keys_; key += kScoreBlock) {
+        exponentiate<kTangent>(rows, tile(group).at(key), min64(kScoreBlock, keys_ - key), Float(1),
+                               key == 0);
+      }
+    }
+    // The last unit of a block may reach past the last key.
+    for (int64_t key = keys_; key % kDepth != 0; ++key) {
+      std::memset(tile(group).at(key).e, 0, kGroupLanes * sizeof(Float));
+    }
+    center<kTangent>(rows, tile(group), keys_, scale_);
+  }
+
+  // S, B, tS and A of one group and block, raw.
+  template <bool kTangent>
+  void score_products(const BackwardTile<Float>& t, int64_t group, int64_t key, int64_t keys) {
+    const int64_t depth = sizes_.depth, depth_padded = sizes_.depth_padded;
+    const int64_t value_depth = sizes_.value_depth, value_padded = sizes_.value_depth_padded;
+    const auto by_query = [=](const Unit* rows, const Unit* columns) {
+      return TileProduct<Unit>{rows + key * depth_padded,
+                               depth_padded,
+                               1,
+                               columns + group * depth_padded * kGroupLanes,
+                               kGroupLanes,
+                               depth};
+    };
+    const auto by_grad = [=](const Unit* rows, const Unit* columns) {
+      return TileProduct<Unit>{rows + key * value_padded,
+                               value_padded,
+                               1,
+                               columns + group * value_padded * kGroupLanes,
+                               kGroupLanes,
+                               value_depth};
+    };
+    ProductList<Unit> s, b;
+    s.add(by_query(w_.k, w_.q));
+    store_products(t.e, keys, s);
+    if (w_.g != nullptr) b.add(by_grad(w_.v, w_.g));
+    if (w_.vt != nullptr) b.add(by_grad(w_.vt, w_.gt));
+    store_products(t.b, keys, b);
+    if constexpr (kTangent) {
+      ProductList<Unit> ts, a;
+      if (w_.qt != nullptr) ts.add(by_query(w_.k, w_.qt));
+      if (w_.kt != nullptr) ts.add(by_query(w_.kt, w_.q));
+      store_products(t.ts, keys, ts);
+      a.add(by_grad(w_.v, w_.gt));
+      store_products(t.a, keys, a);
+    }
+  }
+
+  // What a block of keys gives to the panel's queries.
+  void query_products(int64_t key, int64_t keys, int64_t queries) {
+    const int64_t width = sizes_.width_padded;
+    const auto by_key = [=](const Unit* pairs, const Unit* rows) {
+      return TileProduct<Unit>{pairs,
+                               1,
+                               w_.tiles.pair_stride,
+                               rows + (key / kDepth) * width,
+                               width,
+                               ceil_div(keys, kDepth)};
+    };
+    ProductList<Unit> dq, dqt;
+    dq.add(by_key(w_.tiles.ds_pairs, w_.k_depth));
+    if (w_.kt != nullptr) dq.add(by_key(w_.tiles.dts_pairs, w_.kt_depth));
+    add_products(w_.dq, width, queries, dq);
+    if (w_.dqt == nullptr) return;
+    dqt.add(by_key(w_.tiles.dts_pairs, w_.k_depth));
+    add_products(w_.dqt, width, queries, dqt);
+  }
+
+  // What the panel's queries give to a block of keys and values.
+  void key_products(int64_t key, int64_t keys, int64_t queries) {
+    const int64_t width = sizes_.width_padded, value_width = sizes_.value_padded;
+    const auto by_query = [=](const Unit* tile_rows, const Unit* rows, int64_t stride) {
+      return TileProduct<Unit>{tile_rows, w_.tiles.row_stride,      1, rows,
+                               stride,    ceil_div(queries, kDepth)};
+    };
+    const UnitTiles<Unit>& t = w_.tiles;
+    ProductList<Unit> dk, dkt, dv, dvt;
+    dk.add(by_query(t.ds_rows, w_.q_depth, width));
+    if (w_.qt != nullptr) dk.add(by_query(t.dts_rows, w_.qt_depth, width));
+    add_products(w_.dk + key * width, width, keys, dk);
+    if (w_.g != nullptr) dv.add(by_query(t.p_rows, w_.g_depth, value_width));
+    if (w_.qt != nullptr || w_.kt != nullptr) {
+      dv.add(by_query(t.w_rows, w_.gt_depth, value_width));
+    }
+    add_products(w_.dv + key * value_width, value_width, keys, dv);
+    if (w_.dkt != nullptr) {
+      dkt.add(by_query(t.dts_rows, w_.q_depth, width));
+      add_products(w_.dkt + key * width, width, keys, dkt);
+    }
+    if (w_.dvt != nullptr) {
+      dvt.add(by_query(t.p_rows, w_.gt_depth, value_width));
+      add_products(w_.dvt + key * value_width, value_width, keys, dvt);
+    }
+  }
+
+  // Rows of dst -= sums (one a lane) times share times mean; nothing where there is no such mean.
+  void remove(Float* dst, const Vec<Float> (&sums)[kTileN], const Float* mean, Float share,
+              int64_t count) {
+    if (mean == nullptr) return;
+    Float sum[kGroupLanes];
+    PMF_UNROLL for (int j = 0; j < kTileN; ++j) {
+      store(sum + j * kLanes<Float>, sums[j] * splat(-share));
+    }
+    for (int64_t i = 0; i < count; ++i, dst += sizes_.width_padded) {
+      for (int64_t x = 0; x < sizes_.width_padded; x += kLanes<Float>) {
+        store(dst + x, fma(splat(sum[i]), load(mean + x), load(dst + x)));
+      }
+    }
+  }
+
+  const AttentionBackwardParams& params_;
+  const Sizes& sizes_;
+  const BackwardBuffers<Unit>& w_;
+  const Float scale_;
+  int64_t keys_ = 0;  // that any query of the panel attends
+};
+
+}  // namespace pmf::cpu::PMF_LEVEL

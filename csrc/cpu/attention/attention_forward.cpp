@@ -1,0 +1,245 @@
+// Flash attention on CPU, forward and forward with tangents (the tile loop: attention_panel.h).
+//
+// Work is cut into panels of queries, numbered head by head. Every worker takes one contiguous run
+// of panels of nearly equal cost, packs the keys and values of a head when it enters it (grouped
+// query heads share the packing), and walks its panels. Nothing is shared between workers and no
+// sum crosses panels, so results are bitwise the same for any number of threads.
+//
+// Memory: per worker one packed head, at most 4 Nk D units, and about 100 KB of tiles. Packing
+// reads and writes a head once; each panel of 48 queries then makes 72 FMAs per scalar packed.
+#include "cpu/attention/attention_panel-inl.h"
+#include "cpu/attention/attention_workspace-inl.h"
+#include "pmf/attention.h"
+
+namespace pmf::cpu::PMF_LEVEL {
+namespace {
+
+// Cuts a head's queries into panels of at most kTileN vectors, as equal as can be: a panel of one
+// vector has too few accumulators to hide the latency of an FMA, so one is made only for <= one
+// vector of queries.
+struct Panels {
+  int64_t count, narrow,
+      wider;  // the first `wider` panels have narrow + 1 vectors, the rest narrow
+
+  Panels(int64_t queries, int64_t lanes) {
+    const int64_t vectors = ceil_div(queries, lanes);
+    count = max64(1, ceil_div(vectors, kTileN));
+    narrow = vectors / count;
+    wider = vectors % count;
+  }
+  int64_t vectors(int64_t panel) const { return narrow + (panel < wider ? 1 : 0); }
+  int64_t first_vector(int64_t panel) const { return panel * narrow + min64(panel, wider); }
+};
+
+template <typename Unit>
+class ForwardKernel {
+  using Float = Accumulator<Unit>;
+  static constexpr int64_t kLane = kLanes<Float>;
+  static constexpr int64_t kDepth = UnitTraits<Unit>::kDepth;
+  static constexpr bool kRounds =
+      kDepth > 1;  // P and H are narrower than scores: their own buffers
+
+ public:
+  ForwardKernel(const AttentionParams& params, Packer<Unit> packer)
+      : params_(params),
+        packer_(packer),
+        panels_(params.shape.queries, kLane),
+        depth_(ceil_div(params.shape.width, kDepth)),
+        depth_padded_(round_up(depth_, kLane)),
+        value_rows_(round_up(params.shape.value_width, kTileM)),
+        value_padded_(round_up(value_rows_, kLane)) {
+    for (int64_t panel = 0; panel < panels_.count; ++panel) head_cost_ += cost(panel);
+  }
+
+  int64_t workspace_bytes(int64_t workers) const {
+    AttentionBuffers<Unit> unused;
+    return workers * place(nullptr, unused);
+  }
+
+  void run(const ParallelFor& parallel) {
+    workers_ = max64(1, parallel.threads);
+    parallel(
+        0, workers_, 1,
+        [](void* self, int64_t begin, int64_t end) {
+          for (int64_t w = begin; w < end; ++w) static_cast<ForwardKernel*>(self)->share(w);
+        },
+        this);
+  }
+
+ private:
+  bool with_tangent() const { return params_.out_t.data != nullptr; }
+  bool has(const ConstView4& tangent) const { return with_tangent() && tangent.data != nullptr; }
+
+  // One worker's buffers from `base` on; returns their bytes.
+  int64_t place(char* base, AttentionBuffers<Unit>& w) const {
+    const int64_t lanes = kTileN * kLane;
+    const int64_t key_units = round_up(params_.shape.keys, kTileM) * depth_;
+    const int64_t value_units = ceil_div(params_.shape.keys, kDepth) * value_padded_;
+    const int64_t tile = kTileKeys * lanes;
+    const bool scores_t = has(params_.query_t) || has(params_.key_t);
+    const bool masked = params_.mask.kind != MaskKind::none;
+    Arena arena{base};
+    arena.take(w.k, key_units);
+    arena.take(w.kt, key_units, has(params_.key_t));
+    arena.take(w.v, value_units);
+    arena.take(w.vt, value_units, has(params_.value_t));
+    arena.take(w.q, depth_padded_ * lanes);
+    arena.take(w.qt, depth_padded_ * lanes, has(params_.query_t));
+    arena.take(w.s, tile);
+    arena.take(w.ts, tile, scores_t);
+    arena.take(w.p, tile / kDepth, kRounds);
+    arena.take(w.h, tile / kDepth, kRounds && scores_t);
+    if (!kRounds) {
+      w.p = reinterpret_cast<Unit*>(w.s);
+      w.h = reinterpret_cast<Unit*>(w.ts);
+    }
+    arena.take(w.o, value_padded_ * lanes);
+    arena.take(w.ot, value_padded_ * lanes, with_tangent());
+    arena.take(w.bias, tile, masked);
+    arena.take(w.stage_in, depth_padded_ * lanes);
+    arena.take(w.stage_out, value_padded_ * lanes);
+    return arena.used;
+  }
+
+  // Keys that the last query of a panel sees: all that any of its queries does.
+  int64_t visible_keys(int64_t panel) const {
+    const int64_t end = (panels_.first_vector(panel) + panels_.vectors(panel)) * kLane;
+    const int64_t keys = params_.shape.keys;
+    return params_.is_causal ? min64(keys, min64(end, params_.shape.queries)) : keys;
+  }
+  int64_t cost(int64_t panel) const { return panels_.vectors(panel) * (visible_keys(panel) + 1); }
+
+  // The first panel, counted over all heads, at or after `fraction` / workers of the whole cost.
+  int64_t boundary(int64_t fraction) const {
+    const int64_t heads = params_.shape.batch * params_.shape.heads;
+    const int64_t target = ceil_div(heads * head_cost_ * fraction, workers_);
+    int64_t before = target / head_cost_ * head_cost_;
+    int64_t panel = 0;
+    while (before < target) before += cost(panel++);
+    return target / head_cost_ * panels_.count + panel;
+  }
+
+  void share(int64_t worker) const {
+    AttentionBuffers<Unit> w;
+    const int64_t bytes = place(nullptr, w);
+    place(static_cast<char*>(params_.workspace) + worker * bytes, w);
+    const int64_t heads = params_.shape.heads;
+    const int64_t group = heads / params_.shape.key_heads;
+    const int64_t end = boundary(worker + 1);
+    int64_t packed = -1;
+    for (int64_t item = boundary(worker); item < end; ++item) {
+      const int64_t b = item / panels_.count / heads, h = item / panels_.count % heads;
+      const int64_t panel = item % panels_.count;
+      const int64_t key_head = b * params_.shape.key_heads + h / group;
+      if (key_head != packed) pack_head(w, b, h / group);
+      packed = key_head;
+      switch (panels_.vectors(panel)) {
+        case 1:
+          run_panel<1>(w, b, h, panel);
+          break;
+        case 2:
+          run_panel<2>(w, b, h, panel);
+          break;
+        default:
+          run_panel<kTileN>(w, b, h, panel);
+      }
+    }
+  }
+
+  void pack_head(const AttentionBuffers<Unit>& w, int64_t b, int64_t h) const {
+    const AttentionShape& n = params_.shape;
+    const int64_t rows = round_up(n.keys, kTileM);
+    packer_.rows(w.k, depth_, params_.key, b, h, n.keys, n.width, rows);
+    if (w.kt != nullptr) packer_.rows(w.kt, depth_, params_.key_t, b, h, n.keys, n.width, rows);
+    packer_.depth_rows(w.v, value_padded_, params_.value, b, h, n.keys, n.value_width);
+    if (w.vt != nullptr) {
+      packer_.depth_rows(w.vt, value_padded_, params_.value_t, b, h, n.keys, n.value_width);
+    }
+  }
+
+  // The sign of the scale goes into the queries, exactly, so that the largest raw score is the
+  // largest score.
+  void pack_queries(Unit* dst, const AttentionBuffers<Unit>& w, int64_t lanes,
+                    const ConstView4& view, const TilePlace& place) const {
+    packer_.columns(dst, lanes, view, place.batch, place.head, place.query, place.queries,
+                    params_.shape.width, depth_padded_, w.stage_in);
+    if (params_.scale < 0) negate(dst, depth_ * lanes);
+  }
+
+  void store_output(const View4& view, const Float* o, Float* stage, int64_t lanes,
+                    const TilePlace& place) const {
+    transpose_blocks(stage, value_padded_, o, lanes, value_padded_, lanes);
+    packer_.store(view, place.batch, place.head, place.query, stage, value_padded_, place.queries,
+                  params_.shape.value_width);
+  }
+
+  template <int kN>
+  __attribute__((noinline)) void run_panel(const AttentionBuffers<Unit>& w, int64_t b, int64_t h,
+                                           int64_t panel) const {
+    constexpr int64_t kLanesW = kN * kLane;
+    const int64_t first = panels_.first_vector(panel) * kLane;
+    const TilePlace place = {b, h, first, min64(kLanesW, params_.shape.queries - first), 0, 0};
+    const PanelShape shape = {depth_, value_rows_, value_padded_, visible_keys(panel)};
+    pack_queries(w.q, w, kLanesW, params_.query, place);
+    if (w.qt != nullptr) pack_queries(w.qt, w, kLanesW, params_.query_t, place);
+
+    const bool no_tangent = w.qt == nullptr && w.kt == nullptr && w.vt == nullptr;
+    const int64_t bytes = value_padded_ * kLanesW * static_cast<int64_t>(sizeof(Float));
+    if (shape.keys == 0) std::memset(w.o, 0, bytes);
+    if (w.ot != nullptr && (shape.keys == 0 || no_tangent)) std::memset(w.ot, 0, bytes);
+
+    RowState<kN, Float> state;
+    const Float scale = static_cast<Float>(params_.scale < 0 ? -params_.scale : params_.scale);
+    attention_tiles(params_, w, shape, place, scale, state);
+
+    const int64_t row = (b * params_.shape.heads + h) * params_.shape.queries + first;
+    finish_panel(state, w.o, w.ot, value_rows_, static_cast<Float*>(params_.lse) + row,
+                 place.queries);
+    store_output(params_.out, w.o, w.stage_out, kLanesW, place);
+    if (w.ot != nullptr) store_output(params_.out_t, w.ot, w.stage_out, kLanesW, place);
+  }
+
+  const AttentionParams& params_;
+  const Packer<Unit> packer_;
+  const Panels panels_;
+  const int64_t depth_, depth_padded_, value_rows_, value_padded_;
+  int64_t head_cost_ = 0, workers_ = 1;
+};
+
+// Calls `use` with the kernel for this dtype at this level.
+template <typename Use>
+PMF_INLINE void with_kernel(const AttentionParams& params, Use use) {
+  if (params.dtype == DType::f64) {
+    ForwardKernel<double> kernel(params, make_packer<double, double>());
+    use(kernel);
+#if defined(__AVX512BF16__)
+  } else if (params.dtype == DType::bf16) {
+    ForwardKernel<bf16x2> kernel(params, make_packer<bf16, bf16x2>());
+    use(kernel);
+#endif
+  } else {
+    ForwardKernel<float> kernel(params, float_packer(params.dtype));
+    use(kernel);
+  }
+}
+
+}  // namespace
+
+int64_t attention_forward_workspace_bytes(const AttentionParams& params, int64_t threads) {
+  int64_t bytes = 0;
+  with_kernel(params, [&](auto& kernel) { bytes = kernel.workspace_bytes(max64(1, threads)); });
+  return bytes;
+}
+
+void attention_forward(const AttentionParams& params, const ParallelFor& parallel) {
+  const AttentionShape& n = params.shape;
+  if (n.batch == 0 || n.heads == 0 || n.queries == 0) return;
+  with_kernel(params, [&](auto& kernel) { kernel.run(parallel); });
+}
+
+}  // namespace pmf::cpu::PMF_LEVEL
+
+PMF_DISPATCH(int64_t, attention_forward_workspace_bytes,
+             (const AttentionParams& params, int64_t threads), (params, threads))
+PMF_DISPATCH(void, attention_forward, (const AttentionParams& params, const ParallelFor& parallel),
+             (params, parallel))

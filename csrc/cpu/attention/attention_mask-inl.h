@@ -1,0 +1,126 @@
+// Masks of one score tile, queries on the lanes: S^T[key][lane].
+//
+// Scores are kept in units of log 2 from here on: s <- s * factor + mask * log2(e), or -inf where a
+// query may not attend. A masked tangent is set to 0, so that nothing a masked key holds can reach
+// the result. A mask row runs along keys, a tile's vectors along queries; mask rows are therefore
+// converted into a small square stage and transposed in registers, as queries are. A mask that is
+// the same for all queries (a padding mask) skips that: one scalar per key.
+#pragma once
+
+#include "cpu/attention/attention_pack-inl.h"
+#include "pmf/attention.h"
+
+namespace pmf::cpu::PMF_LEVEL {
+
+constexpr double kLog2e = 1.4426950408889634;
+constexpr double kLn2 = 0.6931471805599453;
+
+template <typename Float>
+constexpr Float kInfinity = static_cast<Float>(__builtin_huge_val());
+template <typename Float>
+constexpr Float kLargest = sizeof(Float) == 4 ? static_cast<Float>(3.4028234663852886e38)
+                                              : static_cast<Float>(1.7976931348623157e308);
+
+// Where a tile lies: keys [key, key + keys), queries [query, query + queries) of one head.
+struct TilePlace {
+  int64_t batch, head;
+  int64_t query, queries;
+  int64_t key, keys;
+};
+
+// An additive mask value times log2(e); the largest finite values stay finite, so that a row masked
+// with them throughout still averages.
+template <typename Float>
+PMF_INLINE Float mask_bias(Float x) {
+  const Float y = x * static_cast<Float>(kLog2e);
+  return y < -kLargest<Float> && x >= -kLargest<Float> ? -kLargest<Float> : y;
+}
+
+template <typename Float, typename Source>
+inline void mask_row_from(Float* dst, const Source* src, int64_t stride, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    dst[i] = mask_bias<Float>(static_cast<Float>(to_float(src[i * stride])));
+  }
+}
+template <typename Float>
+inline void mask_row_from(Float* dst, const uint8_t* src, int64_t stride, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) dst[i] = src[i * stride] != 0 ? Float(0) : -kInfinity<Float>;
+}
+
+// Biases of `count` mask elements, `stride` apart, from element `offset` on.
+template <typename Float>
+inline void mask_row(Float* dst, const AttentionMask& mask, int64_t offset, int64_t stride,
+                     int64_t count) {
+  const void* data = mask.view.data;
+  if (mask.kind == MaskKind::boolean) {
+    mask_row_from(dst, static_cast<const uint8_t*>(data) + offset, stride, count);
+  } else if (mask.dtype == DType::f32) {
+    mask_row_from(dst, static_cast<const float*>(data) + offset, stride, count);
+  } else if (mask.dtype == DType::bf16) {
+    mask_row_from(dst, static_cast<const bf16*>(data) + offset, stride, count);
+  } else if (mask.dtype == DType::f16) {
+    mask_row_from(dst, static_cast<const f16*>(data) + offset, stride, count);
+  } else {
+    mask_row_from(dst, static_cast<const double*>(data) + offset, stride, count);
+  }
+}
+
+// bias[key][lane] of a tile of kLanesW lanes. Lanes past the queries get 0. `bias` has keys rounded
+// up to kLanes rows.
+template <int kLanesW, typename Float>
+inline void mask_tile(Float* bias, const AttentionMask& mask, const TilePlace& place) {
+  constexpr int kN = kLanes<Float>;
+  const int64_t* stride = mask.view.stride;
+  const int64_t offset = place.batch * stride[0] + place.head * stride[1] +
+                         place.query * stride[2] + place.key * stride[3];
+  Float stage[kN * kN];
+  if (stride[2] == 0) {
+    for (int64_t key = 0; key < place.keys; key += kN) {
+      const int64_t count = min64(kN, place.keys - key);
+      mask_row(stage, mask, offset + key * stride[3], stride[3], count);
+      for (int64_t i = 0; i < count; ++i) {
+        for (int j = 0; j < kLanesW; j += kN)
+          store(bias + (key + i) * kLanesW + j, splat(stage[i]));
+      }
+    }
+    return;
+  }
+  for (int64_t key = 0; key < place.keys; key += kN) {
+    const int64_t count = min64(kN, place.keys - key);
+    for (int64_t lane = 0; lane < kLanesW; lane += kN) {
+      std::memset(stage, 0, sizeof stage);
+      const int64_t rows = min64(kN, place.queries - lane);
+      for (int64_t i = 0; i < rows; ++i) {
+        mask_row(stage + i * kN, mask, offset + (lane + i) * stride[2] + key * stride[3], stride[3],
+                 count);
+      }
+      transpose_blocks(bias + key * kLanesW + lane, kLanesW, stage, kN, kN, kN);
+    }
+  }
+}
+
+// Applies mask and causality to the tile of raw scores `s` (and tangents `ts`, or null).
+template <int kN, typename Float>
+inline void apply_mask(Float* s, Float* ts, Float factor, const AttentionMask& mask, bool is_causal,
+                       const TilePlace& place, Float* bias) {
+  constexpr int kStep = kLanes<Float>;
+  constexpr int kLanesW = kN * kStep;
+  const bool masked = mask.kind != MaskKind::none;
+  if (masked) mask_tile<kLanesW>(bias, mask, place);
+  Vec<Float> lane_index;
+  PMF_UNROLL for (int i = 0; i < kStep; ++i) lane_index[i] = static_cast<Float>(i);
+  for (int64_t i = 0; i < place.keys; ++i) {
+    // Lane q sees the key where place.query + q >= key, that is where q >= hidden.
+    const Float hidden = is_causal ? static_cast<Float>(place.key + i - place.query) : Float(-1);
+    for (int j = 0; j < kLanesW; j += kStep) {
+      const int64_t at = i * kLanesW + j;
+      Vec<Float> b = masked ? load(bias + at) : Vec<Float>{};
+      b = lane_index + static_cast<Float>(j) < hidden ? splat(-kInfinity<Float>) : b;
+      const auto closed = b == -kInfinity<Float>;
+      store(s + at, closed ? b : fma(load(s + at), splat(factor), b));
+      if (ts != nullptr) store(ts + at, closed ? Vec<Float>{} : load(ts + at));
+    }
+  }
+}
+
+}  // namespace pmf::cpu::PMF_LEVEL

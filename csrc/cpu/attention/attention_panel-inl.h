@@ -1,0 +1,206 @@
+// One panel of queries against one head: the tile loop of flash attention with tangents.
+//
+// Queries lie on the vector lanes. A panel is up to kTileN vectors of queries (48 in fp32 with
+// AVX-512), and for every tile of keys (kTileKeys at most)
+//
+//   S^T  = K Q^T                 [keys, lanes]   A = K rows, broadcast;  B = Q, packed [D][lanes]
+//   tS^T = K tQ^T + tK Q^T       one accumulator for both
+//   softmax_tile                 P^T, H^T [keys, lanes]: already the B of what follows
+//   tO^T = a tO^T - delta a O^T + V^T H^T + tV^T P^T        A = V rows, read down the keys
+//   O^T  = a O^T + V^T P^T       [Dv, lanes]
+//
+// so that nothing is transposed inside the loop, and row maxima, sums and pivots need no horizontal
+// operation. tO goes first because it reads O as it was. The rescaling by a and delta happens as
+// the accumulators are loaded.
+//
+// FLOPs: 2 Nq Nk D for each of six products (two without tangents; a product with an absent tangent
+// is not made). Bytes: per tile and panel K, tK, V, tV once from L2 (16 kTileKeys D in fp32, 2 B a
+// cycle at most); S, tS, P, H, Q, tQ, O, tO live in L1 and L2 (100 KB at D = 64). Bound: the FMA
+// units, two vectors a cycle: 64 FLOP a cycle and core in fp32, 128 in bf16.
+#pragma once
+
+#include "cpu/attention/attention_softmax-inl.h"
+
+namespace pmf::cpu::PMF_LEVEL {
+
+constexpr int64_t kTileKeys = 64;
+
+// Where a worker keeps things. Null where the call has no such tensor.
+template <typename Unit>
+struct AttentionBuffers {
+  using Float = Accumulator<Unit>;
+  Unit *k, *kt;      // [keys rounded up to kTileM][depth]
+  Unit *v, *vt;      // [ceil(keys / kDepth)][value_padded]
+  Unit *q, *qt;      // [depth rounded up to kLanes][lanes]
+  Float *s, *ts;     // [kTileKeys][lanes]
+  Unit *p, *h;       // [kTileKeys / kDepth][lanes]; s and ts where a unit is a Float
+  Float *o, *ot;     // [value_padded][lanes]
+  Float* bias;       // [kTileKeys rounded up to kLanes][lanes]
+  Unit* stage_in;    // [lanes][depth rounded up]
+  Float* stage_out;  // [lanes][value_padded]
+};
+
+// The sizes a panel needs, in units where the packed tensors count.
+struct PanelShape {
+  int64_t depth;         // ceil(D / kDepth)
+  int64_t value_rows;    // Dv rounded up to kTileM: rows of O that are computed
+  int64_t value_padded;  // Dv rounded up to kTileM and kLanes: rows of O that exist
+  int64_t keys;          // keys that any query of this panel attends
+};
+
+template <int kN, typename Unit>
+PMF_INLINE TileProduct<Unit> score_product(const Unit* keys, const Unit* queries, int64_t depth) {
+  return {keys, depth, 1, queries, kN * kLanes<Accumulator<Unit>>, depth};
+}
+
+// C[rows, lanes] = sum of products, stored.
+template <int kN, int kProducts, typename Unit, typename Float = Accumulator<Unit>>
+inline void score_tile(Float* dst, int64_t rows, const TileProduct<Unit> (&products)[kProducts]) {
+  constexpr int kStep = kLanes<Float>;
+  tile_gemm<kTileM, kN>(
+      rows, products,
+      [](auto& c, int64_t) {
+        PMF_UNROLL for (int i = 0; i < kTileM; ++i) {
+          PMF_UNROLL for (int j = 0; j < kN; ++j) c[i][j] = Vec<Float>{};
+        }
+      },
+      [dst](auto& c, int64_t row) {
+        PMF_UNROLL for (int i = 0; i < kTileM; ++i) {
+          PMF_UNROLL for (int j = 0; j < kN; ++j) {
+            store(dst + ((row + i) * kN + j) * kStep, c[i][j]);
+          }
+        }
+      });
+}
+
+// dst = rescale * (dst - delta * other) + sum of products; `first`: dst = sum of products.
+template <int kN, bool kDelta, int kProducts, typename Unit, typename Float = Accumulator<Unit>>
+inline void output_tile(Float* dst, const Float* other, bool first, const Vec<Float> (&rescale)[kN],
+                        const Vec<Float> (&delta)[kN], int64_t rows,
+                        const TileProduct<Unit> (&products)[kProducts]) {
+  constexpr int kStep = kLanes<Float>;
+  tile_gemm<kTileM, kN>(
+      rows, products,
+      [&](auto& c, int64_t row) {
+        PMF_UNROLL for (int i = 0; i < kTileM; ++i) {
+          PMF_UNROLL for (int j = 0; j < kN; ++j) {
+            const int64_t at = ((row + i) * kN + j) * kStep;
+            if (first) {
+              c[i][j] = Vec<Float>{};
+            } else if constexpr (kDelta) {
+              c[i][j] = rescale[j] * fma(-delta[j], load(other + at), load(dst + at));
+            } else {
+              c[i][j] = rescale[j] * load(dst + at);
+            }
+          }
+        }
+      },
+      [dst](auto& c, int64_t row) {
+        PMF_UNROLL for (int i = 0; i < kTileM; ++i) {
+          PMF_UNROLL for (int j = 0; j < kN; ++j) {
+            store(dst + ((row + i) * kN + j) * kStep, c[i][j]);
+          }
+        }
+      });
+}
+
+// The tile loop: fills o, ot (unnormalised) and state. `place` names the panel's queries.
+template <int kN, typename Unit>
+inline void attention_tiles(const AttentionParams& params, const AttentionBuffers<Unit>& buffers,
+                            const PanelShape& shape, TilePlace place, Accumulator<Unit> scale,
+                            RowState<kN, Accumulator<Unit>>& state) {
+  using Float = Accumulator<Unit>;
+  constexpr int kDepth = UnitTraits<Unit>::kDepth;
+  constexpr int64_t kLanesW = kN * kLanes<Float>;
+  const AttentionBuffers<Unit>& w = buffers;
+  const bool tangent_scores = w.qt != nullptr || w.kt != nullptr;
+  const bool tangent_values = w.vt != nullptr;
+  const int64_t rows = shape.value_rows;
+  state.reset();
+
+  // Tiles of equal size, so that 276 keys are five tiles of 56 and not four of 64 and one of 20.
+  const int64_t tiles = ceil_div(shape.keys, kTileKeys);
+  const int64_t step = tiles == 0 ? 0 : round_up(ceil_div(shape.keys, tiles), kTileM);
+  for (int64_t key = 0; key < shape.keys; key += step) {
+    const bool first = key == 0;
+    const int64_t keys = min64(step, shape.keys - key);
+    place.key = key;
+    place.keys = keys;
+
+    const Unit* k = w.k + key * shape.depth;
+    const Unit* kt = w.kt == nullptr ? nullptr : w.kt + key * shape.depth;
+    score_tile<kN, 1>(w.s, keys, {score_product<kN>(k, w.q, shape.depth)});
+    if (w.qt != nullptr && w.kt != nullptr) {
+      score_tile<kN, 2>(
+          w.ts, keys,
+          {score_product<kN>(k, w.qt, shape.depth), score_product<kN>(kt, w.q, shape.depth)});
+    } else if (w.qt != nullptr) {
+      score_tile<kN, 1>(w.ts, keys, {score_product<kN>(k, w.qt, shape.depth)});
+    } else if (w.kt != nullptr) {
+      score_tile<kN, 1>(w.ts, keys, {score_product<kN>(kt, w.q, shape.depth)});
+    }
+
+    Float factor = scale * static_cast<Float>(kLog2e);
+    const bool crosses_diagonal = params.is_causal && key + keys - 1 > place.query;
+    if (params.mask.kind != MaskKind::none || crosses_diagonal) {
+      apply_mask<kN>(w.s, tangent_scores ? w.ts : nullptr, factor, params.mask, params.is_causal,
+                     place, w.bias);
+      factor = 1;
+    }
+    if (tangent_scores) {
+      softmax_tile<kN, true>(state, w.s, w.ts, w.p, w.h, keys, factor, scale);
+    } else {
+      softmax_tile<kN, false>(state, w.s, w.ts, w.p, w.h, keys, factor, scale);
+    }
+
+    const int64_t depth = ceil_div(keys, kDepth);
+    const int64_t padded = shape.value_padded;
+    const Unit* v = w.v + key / kDepth * padded;
+    const Unit* vt = w.vt == nullptr ? nullptr : w.vt + key / kDepth * padded;
+    const TileProduct<Unit> v_p = {v, 1, padded, w.p, kLanesW, depth};
+    const TileProduct<Unit> v_h = {v, 1, padded, w.h, kLanesW, depth};
+    const TileProduct<Unit> vt_p = {vt, 1, padded, w.p, kLanesW, depth};
+    if (tangent_scores && tangent_values) {
+      output_tile<kN, true, 2>(w.ot, w.o, first, state.rescale, state.delta, rows, {v_h, vt_p});
+    } else if (tangent_scores) {
+      output_tile<kN, true, 1>(w.ot, w.o, first, state.rescale, state.delta, rows, {v_h});
+    } else if (tangent_values) {
+      output_tile<kN, false, 1>(w.ot, w.o, first, state.rescale, state.delta, rows, {vt_p});
+    }
+    output_tile<kN, false, 1>(w.o, w.o, first, state.rescale, state.delta, rows, {v_p});
+  }
+}
+
+// Normalises o and ot (or null) in place and writes the rows' logarithms:
+//   out = O / l,  out_t = tO / l - (r / l) out,  lse = ln 2 (m + log2 l)
+// (r is what is left of it after the pivot; the pivot itself has gone into H.)
+// A row with l = 0 attended nothing: all of it is zero, lse is -inf.
+template <int kN, typename Float>
+inline void finish_panel(const RowState<kN, Float>& state, Float* o, Float* ot, int64_t rows,
+                         Float* lse, int64_t queries) {
+  constexpr int kStep = kLanes<Float>;
+  constexpr int kLanesW = kN * kStep;
+  Float sum[kLanesW], top[kLanesW];
+  Vec<Float> inverse[kN], residual[kN];
+  PMF_UNROLL for (int j = 0; j < kN; ++j) {
+    inverse[j] = state.sum[j] == Float(0) ? Vec<Float>{} : Float(1) / state.sum[j];
+    residual[j] = state.tangent[j] * inverse[j];
+    store(sum + j * kStep, state.sum[j]);
+    store(top + j * kStep, state.max[j]);
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    PMF_UNROLL for (int j = 0; j < kN; ++j) {
+      const int64_t at = i * kLanesW + j * kStep;
+      const Vec<Float> out = load(o + at) * inverse[j];
+      store(o + at, out);
+      if (ot != nullptr) store(ot + at, fma(-residual[j], out, load(ot + at) * inverse[j]));
+    }
+  }
+  for (int64_t i = 0; i < queries; ++i) {
+    const Float log_sum = sizeof(Float) == 4 ? static_cast<Float>(__builtin_log2f(sum[i]))
+                                             : static_cast<Float>(__builtin_log2(sum[i]));
+    lse[i] = sum[i] == Float(0) ? -kInfinity<Float> : static_cast<Float>(kLn2) * (top[i] + log_sum);
+  }
+}
+
+}  // namespace pmf::cpu::PMF_LEVEL

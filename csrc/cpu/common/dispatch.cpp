@@ -1,0 +1,76 @@
+// Which level the kernels run at. Compiled once, with the baseline flags.
+#include "cpu/common/dispatch.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+namespace pmf::cpu {
+namespace {
+
+constexpr const char* kNames[4] = {"portable", "avx2", "avx512", "avx512_bf16"};
+constexpr int kUnset = -1;
+
+// What set_level() asked for, or kUnset.
+std::atomic<int> chosen{kUnset};
+
+int detect() {
+#if PMF_X86
+  // __builtin_cpu_supports also asks whether the operating system saves the wide registers.
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  if (!avx2) return 0;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  if (!avx512) return 1;
+  return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+#else
+  return 0;
+#endif
+}
+
+int best() {
+  static const int value = detect();
+  return value;
+}
+
+// The level called `name` if this processor has it, else kUnset.
+int find(const char* name) {
+  for (int i = 0; i < kLevels; ++i) {
+    if (std::strcmp(name, kNames[i]) == 0) return i <= best() ? i : kUnset;
+  }
+  return kUnset;
+}
+
+// Read at first use: the environment of a running process does not change.
+int initial() {
+  static const int value = [] {
+    const char* name = std::getenv("PMF_CPU_LEVEL");
+    const int wanted = name == nullptr ? kUnset : find(name);
+    return wanted == kUnset ? best() : wanted;
+  }();
+  return value;
+}
+
+}  // namespace
+
+Level level() {
+  const int value = chosen.load(std::memory_order_relaxed);
+  return static_cast<Level>(value == kUnset ? initial() : value);
+}
+
+Level best_level() { return static_cast<Level>(best()); }
+
+bool set_level(const char* name) {
+  const bool automatic = name[0] == '\0' || std::strcmp(name, "auto") == 0;
+  const int value = automatic ? kUnset : find(name);
+  if (!automatic && value == kUnset) return false;
+  chosen.store(value, std::memory_order_relaxed);
+  return true;
+}
+
+const char* level_name(Level level) { return kNames[static_cast<int>(level)]; }
+
+}  // namespace pmf::cpu

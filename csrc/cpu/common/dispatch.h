@@ -1,0 +1,81 @@
+// One kernel source, several instruction sets, one choice at run time.
+//
+// CMake compiles every kernel file of csrc/cpu once per level with
+//   -DPMF_LEVEL=portable | avx2 | avx512 | avx512_bf16
+// and that level's machine flags; the file puts all it defines into namespace pmf::cpu::PMF_LEVEL, and so do
+// the headers whose names end in -inl.h.
+// Its last lines name the entry points:
+//   PMF_DISPATCH(void, rms_norm, (const RmsNormParams& params, const ParallelFor& parallel),
+//                (params, parallel))
+// which defines pmf::cpu::rms_norm (once, in the portable copy) as a jump to the current level.
+//
+// Kernel files must not use inline functions of the standard library that could be emitted out of
+// line (std::max, containers): the linker keeps one copy of such a function, and it might be the
+// one compiled for AVX-512.
+#pragma once
+
+#ifndef PMF_X86  // -DPMF_X86=0 leaves the portable level alone
+#if defined(__x86_64__) || defined(_M_X64)
+#define PMF_X86 1
+#else
+#define PMF_X86 0
+#endif
+#endif
+
+namespace pmf::cpu {
+
+enum class Level : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+constexpr int kLevels = PMF_X86 ? 4 : 1;
+
+// The level kernels run at: set_level()'s choice, else the environment variable PMF_CPU_LEVEL, else
+// the best the processor has. A level the processor lacks, or an unknown name, is never chosen.
+Level level();
+
+// The best level this processor (and its operating system) supports.
+Level best_level();
+
+// True and in force from the next call on, if `name` is a level this processor supports; "" or
+// "auto" goes back to the default. False, and nothing changes, otherwise.
+bool set_level(const char* name);
+
+const char* level_name(Level level);
+
+}  // namespace pmf::cpu
+
+#ifdef PMF_LEVEL
+
+#define PMF_CONCAT_(a, b) a##b
+#define PMF_CONCAT(a, b) PMF_CONCAT_(a, b)
+#define PMF_LEVEL_INDEX_portable 0
+#define PMF_LEVEL_INDEX_avx2 1
+#define PMF_LEVEL_INDEX_avx512 2
+#define PMF_LEVEL_INDEX_avx512_bf16 3
+
+#if PMF_CONCAT(PMF_LEVEL_INDEX_, PMF_LEVEL) != 0
+#define PMF_DISPATCH(result, name, parameters, arguments)
+#elif PMF_X86
+#define PMF_DISPATCH(result, name, parameters, arguments)                                     \
+  namespace pmf::cpu {                                                                        \
+  namespace avx2 {                                                                            \
+  result name parameters;                                                                     \
+  }                                                                                           \
+  namespace avx512 {                                                                          \
+  result name parameters;                                                                     \
+  }                                                                                           \
+  namespace avx512_bf16 {                                                                     \
+  result name parameters;                                                                     \
+  }                                                                                           \
+  result name parameters {                                                                    \
+    constexpr decltype(&portable::name) table[kLevels] = {&portable::name, &avx2::name,       \
+                                                          &avx512::name, &avx512_bf16::name}; \
+    return table[static_cast<int>(level())] arguments;                                        \
+  }                                                                                           \
+  }
+#else
+#define PMF_DISPATCH(result, name, parameters, arguments)     \
+  namespace pmf::cpu {                                        \
+  result name parameters { return portable::name arguments; } \
+  }
+#endif
+
+#endif  // PMF_LEVEL

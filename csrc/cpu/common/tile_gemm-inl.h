@@ -1,0 +1,106 @@
+// The matrix product inside a tile: C[rows, kN] = init + sum_p A_p[rows, depth] B_p[depth, kN].
+//
+// One step of the inner loop broadcasts kM elements of A and loads kN vectors of B, and makes kM kN
+// fused multiply-adds into accumulators that stay in registers. With AVX-512 (32 registers; two
+// FMAs and two loads a cycle on the widest cores) 8 x 3 needs 11 loads for 24 FMAs: 5.5 cycles of
+// loads under 12 of arithmetic, and 24 independent chains, two started a cycle, cover an FMA
+// latency of 12. With AVX2 (16 registers) 4 x 3 fills them exactly.
+//
+// A is read one element at a time, so it may have any row and depth stride. B is packed: the kN
+// vectors of one depth step lie side by side, steps `b_stride` units apart.
+//
+// A "unit" is what one lane multiplies in one step: a float, a double, or a pair of bf16 that are
+// neighbours along depth (bf16x2; depth then counts pairs). Accumulation is in Accumulator<Unit>.
+#pragma once
+
+#include "cpu/common/simd-inl.h"
+
+namespace pmf::cpu::PMF_LEVEL {
+
+// Register tile: kTileM rows by up to kTileN vectors.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTileM = 8, kTileN = 3;
+#elif defined(__AVX2__)
+constexpr int kTileM = 4, kTileN = 3;
+#else
+constexpr int kTileM = 4, kTileN = 2;  // SSE2 has no FMA: the product needs a register of its own
+#endif
+
+template <typename Unit>
+struct UnitTraits {
+  using Accumulator = Unit;
+  using Lane = Unit;
+  static constexpr int kDepth = 1;  // scalar products per unit
+  static PMF_INLINE Vec<Unit> broadcast(const Unit* p) { return splat(*p); }
+  static PMF_INLINE Vec<Unit> load_b(const Unit* p) { return load(p); }
+  static PMF_INLINE Vec<Unit> multiply_add(Vec<Unit> a, Vec<Unit> b, Vec<Unit> c) {
+    return fma(a, b, c);
+  }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct UnitTraits<bf16x2> {
+  using Accumulator = float;
+  using Lane = uint32_t;
+  static constexpr int kDepth = 2;
+  static PMF_INLINE Vec<uint32_t> broadcast(const bf16x2* p) { return splat(p->bits); }
+  static PMF_INLINE Vec<uint32_t> load_b(const bf16x2* p) {
+    return load(reinterpret_cast<const uint32_t*>(p));
+  }
+  static PMF_INLINE Vec<float> multiply_add(Vec<uint32_t> a, Vec<uint32_t> b, Vec<float> c) {
+    return dot2(c, a, b);
+  }
+};
+#endif
+
+template <typename Unit>
+using Accumulator = typename UnitTraits<Unit>::Accumulator;
+
+// One product A B of a sum of products: element (i, k) of A is a[i * row_stride + k *
+// depth_stride].
+template <typename Unit>
+struct TileProduct {
+  const Unit* a;
+  int64_t row_stride, depth_stride;
+  const Unit* b;
+  int64_t b_stride;
+  int64_t depth;
+};
+
+template <int kM, int kN, typename Unit>
+PMF_INLINE void accumulate(Vec<Accumulator<Unit>> (&c)[kM][kN], const TileProduct<Unit>& p,
+                           int64_t row) {
+  using Traits = UnitTraits<Unit>;
+  using LaneVec = Vec<typename Traits::Lane>;
+  const Unit* a = p.a + row * p.row_stride;
+  const Unit* b = p.b;
+  for (int64_t k = 0; k < p.depth; ++k) {
+    LaneVec bv[kN];
+    PMF_UNROLL for (int j = 0; j < kN; ++j) bv[j] =
+        Traits::load_b(b + j * (kVecBytes / sizeof(Unit)));
+    PMF_UNROLL for (int i = 0; i < kM; ++i) {
+      const LaneVec av = Traits::broadcast(a + i * p.row_stride);
+      PMF_UNROLL for (int j = 0; j < kN; ++j) c[i][j] = Traits::multiply_add(av, bv[j], c[i][j]);
+    }
+    a += p.depth_stride;
+    b += p.b_stride;
+  }
+}
+
+// Rows in steps of kM; `rows` is rounded up, so A needs kM - 1 readable rows past the last and
+// init and finish see them too.
+//   init(c, row):   c[i][j] = starting value of row + i, vector j
+//   finish(c, row): store them
+template <int kM, int kN, int kProducts, typename Unit, typename Init, typename Finish>
+PMF_INLINE void tile_gemm(int64_t rows, const TileProduct<Unit> (&products)[kProducts], Init init,
+                          Finish finish) {
+  for (int64_t row = 0; row < rows; row += kM) {
+    Vec<Accumulator<Unit>> c[kM][kN];
+    init(c, row);
+    PMF_UNROLL for (int p = 0; p < kProducts; ++p) accumulate(c, products[p], row);
+    finish(c, row);
+  }
+}
+
+}  // namespace pmf::cpu::PMF_LEVEL

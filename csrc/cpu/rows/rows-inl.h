@@ -1,0 +1,226 @@
+// Loops over rows and over the vectors of a row, shared by the elementwise kernels.
+//
+// A kernel writes one lambda for a vector's worth of elements; for_vectors() runs it over a row,
+// the last, incomplete vector included. These kernels are bound by memory: what counts is that
+// every operand is read once per row and that sums have enough independent accumulators.
+#pragma once
+
+#include "cpu/common/simd-inl.h"
+#include "pmf/rows.h"
+
+namespace pmf::cpu::PMF_LEVEL {
+
+#define PMF_ALWAYS __attribute__((always_inline))
+
+// What T is computed in.
+template <typename T>
+struct AccumulateIn {
+  using type = float;
+};
+template <>
+struct AccumulateIn<double> {
+  using type = double;
+};
+template <typename T>
+using Acc = typename AccumulateIn<T>::type;
+template <typename T>
+constexpr int kStep = kLanes<Acc<T>>;  // elements of T per vector
+
+// How many elements of a vector exist: all, or the first n.
+struct Whole {};
+struct Part {
+  int64_t n;
+};
+
+template <typename T>
+PMF_INLINE Vec<Acc<T>> get(const T* p, Whole) {
+  return load_float(p);
+}
+template <typename T>
+PMF_INLINE void put(T* p, Vec<Acc<T>> v, Whole) {
+  store_float(p, v);
+}
+// Missing lanes read as zero.
+template <typename T>
+PMF_INLINE Vec<Acc<T>> get(const T* p, Part part) {
+  alignas(kVecBytes) T buffer[kStep<T>] = {};
+  for (int64_t i = 0; i < part.n; ++i) buffer[i] = p[i];
+  return load_float(buffer);
+}
+template <typename T>
+PMF_INLINE void put(T* p, Vec<Acc<T>> v, Part part) {
+  alignas(kVecBytes) T buffer[kStep<T>];
+  store_float(buffer, v);
+  for (int64_t i = 0; i < part.n; ++i) p[i] = buffer[i];
+}
+
+constexpr int kSlots = 4;  // independent accumulators: hides the latency of an FMA
+
+// body(i, part, slot) for i = 0, step, 2 step, ... < width; slot cycles through 0 .. kSlots - 1.
+template <typename T, typename Body>
+PMF_INLINE void for_vectors(int64_t width, Body body) {
+  constexpr int64_t kBlock = kSlots * kStep<T>;
+  int64_t i = 0;
+  for (; i + kBlock <= width; i += kBlock) {
+    PMF_UNROLL for (int slot = 0; slot < kSlots; ++slot) body(i + slot * kStep<T>, Whole{}, slot);
+  }
+  for (; i + kStep<T> <= width; i += kStep<T>) body(i, Whole{}, 0);
+  if (i < width) body(i, Part{width - i}, 0);
+}
+
+// The sum of a vector's lanes, by halves: a fixed tree, in registers.
+template <typename A, int kBytes>
+PMF_INLINE A sum_lanes(typename VecType<A, kBytes>::type v) {
+  if constexpr (kBytes == sizeof(A)) {
+    return v[0];
+  } else {
+    typename VecType<A, kBytes / 2>::type low, high;
+    std::memcpy(&low, &v, sizeof low);
+    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+    return sum_lanes<A, kBytes / 2>(low + high);
+  }
+}
+
+// A sum over a row: one vector accumulator per slot.
+template <typename A>
+struct RowSum {
+  Vec<A> slots[kSlots] = {};
+
+  PMF_INLINE void add(Vec<A> a, Vec<A> b, int slot) { slots[slot] = fma(a, b, slots[slot]); }
+  PMF_INLINE A total() const {
+    return sum_lanes<A, kVecBytes>((slots[0] + slots[1]) + (slots[2] + slots[3]));
+  }
+};
+
+PMF_INLINE float root(float x) { return __builtin_sqrtf(x); }
+PMF_INLINE double root(double x) { return __builtin_sqrt(x); }
+
+// ---- Rows ---------------------------------------------------------------------------------------
+
+// Where row number `row` lies; next() is cheaper than starting anew.
+struct Cursor {
+  const RowShape& shape;
+  int64_t index[kMaxLeading];
+
+  PMF_INLINE Cursor(const RowShape& s, int64_t row) : shape(s) {
+    for (int d = s.leading - 1; d >= 0; --d) {
+      index[d] = row % s.size[d];
+      row /= s.size[d];
+    }
+  }
+  PMF_INLINE void next() {
+    for (int d = shape.leading - 1; d >= 0; --d) {
+      if (++index[d] < shape.size[d]) return;
+      index[d] = 0;
+    }
+  }
+  PMF_INLINE int64_t offset(const int64_t* stride) const {
+    int64_t sum = 0;
+    for (int d = 0; d < shape.leading; ++d) sum += index[d] * stride[d];
+    return sum;
+  }
+  template <typename T>
+  PMF_INLINE const T* at(const ConstRows& rows) const {
+    return static_cast<const T*>(rows.data) + offset(rows.stride);
+  }
+  template <typename T>
+  PMF_INLINE T* at(const Rows& rows) const {
+    return static_cast<T*>(rows.data) + offset(rows.stride);
+  }
+};
+
+// ---- Threads ------------------------------------------------------------------------------------
+
+// body(first, last) on disjoint ranges that cover [0, count).
+template <typename Body>
+PMF_INLINE void parallel_ranges(const ParallelFor& parallel, int64_t count, int64_t grain,
+                                const Body& body) {
+  parallel(
+      0, count, grain,
+      [](void* ctx, int64_t begin, int64_t end) { (*static_cast<const Body*>(ctx))(begin, end); },
+      const_cast<Body*>(&body));
+}
+
+// Rows that are worth a thread's start: about 32 thousand elements.
+PMF_INLINE int64_t row_grain(int64_t width) {
+  constexpr int64_t kElements = 32768;
+  return max64(1, kElements / max64(1, width));
+}
+
+// body(cursor) for every row.
+template <typename Body>
+PMF_INLINE void for_rows(const RowShape& shape, const ParallelFor& parallel, const Body& body) {
+  parallel_ranges(parallel, shape.rows(), row_grain(shape.width), [&](int64_t begin, int64_t end) {
+    Cursor cursor(shape, begin);
+    for (int64_t row = begin; row < end; ++row, cursor.next()) body(cursor);
+  });
+}
+
+// ---- Sums over rows -----------------------------------------------------------------------------
+
+// acc += a b, acc being one vector of a run's sums (padded, so whole vectors are always there).
+template <typename A>
+PMF_INLINE void accumulate(A* acc, Vec<A> a, Vec<A> b) {
+  store(acc, fma(a, b, load(acc)));
+}
+
+// Calls body(run's first row, last row, its vectors) for every run of every group of `rows` rows,
+// each run having `kinds` zeroed vectors of sums.pitch accumulators next to each other.
+template <typename A, typename Body>
+PMF_INLINE void for_runs(const RowSums& sums, int64_t groups, int64_t rows, int kinds,
+                         void* workspace, const ParallelFor& parallel, const Body& body) {
+  parallel_ranges(parallel, groups * sums.runs, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t run = begin; run < end; ++run) {
+      const int64_t group = run / sums.runs, first = (run % sums.runs) * sums.run_rows;
+      A* vectors = static_cast<A*>(workspace) + run * kinds * sums.pitch;
+      for (int64_t i = 0; i < kinds * sums.pitch; ++i) vectors[i] = 0;
+      body(group * rows + first, group * rows + min64(first + sums.run_rows, rows), vectors);
+    }
+  });
+}
+
+// out[group, i] = sum over the group's runs, in order, of the vectors of one kind.
+template <typename T>
+PMF_INLINE void add_runs(const RowSums& sums, int64_t groups, int64_t width, int kinds, int kind,
+                         const void* workspace, void* out, const ParallelFor& parallel) {
+  using A = Acc<T>;
+  const int64_t grain = max64(1, row_grain(width) / max64(1, sums.runs));
+  parallel_ranges(parallel, groups, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t group = begin; group < end; ++group) {
+      const A* vectors =
+          static_cast<const A*>(workspace) + (group * sums.runs * kinds + kind) * sums.pitch;
+      T* result = static_cast<T*>(out) + group * width;
+      for_vectors<T>(width, [&](int64_t i, auto part, int) PMF_ALWAYS {
+        Vec<A> total = {};
+        for (int64_t run = 0; run < sums.runs; ++run) {
+          total += load(vectors + run * kinds * sums.pitch + i);
+        }
+        put(result + i, total, part);
+      });
+    }
+  });
+}
+
+// ---- Element types ------------------------------------------------------------------------------
+
+template <typename T>
+struct Type {
+  using type = T;
+};
+
+// body(Type<T>{}) for the T that `dtype` names.
+template <typename Body>
+PMF_INLINE void with_type(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::f32:
+      return body(Type<float>{});
+    case DType::bf16:
+      return body(Type<bf16>{});
+    case DType::f16:
+      return body(Type<f16>{});
+    case DType::f64:
+      return body(Type<double>{});
+  }
+}
+
+}  // namespace pmf::cpu::PMF_LEVEL

@@ -1,0 +1,100 @@
+// Attention's backward on the host: which kernels, how they are cut, and two launches.
+//
+// The kernels and their mathematics: attention_backward_queries.cuh (ordinary) or
+// attention_backward_tangents.cuh (through both outputs), then attention_backward_keys.cuh.
+#include "cuda/attention/attention_backward_plan.h"
+#include "cuda/common/launch.cuh"
+#include "cuda/common/launchers.h"
+
+namespace pmf::cuda {
+namespace {
+
+constexpr int kRowsOfWarp = 16;
+constexpr int kMaxWarps = kBackwardMostRows / kRowsOfWarp;
+constexpr int64_t kLargestGrid = 2147483647;
+
+int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+int64_t shared_bytes(const BackwardKernels& k, int warps, int slots, bool by_keys) {
+  const int64_t row = int64_t(k.width) * k.element_bytes * k.tensors;
+  const int64_t statistics =
+      by_keys ? int64_t(k.statistics) * k.columns * int64_t(sizeof(float)) : 0;
+  return kBackwardPlaceBytes + warps * kRowsOfWarp * row + slots * (k.columns * row + statistics);
+}
+
+// Six warps, or four where that leaves fewer idle rows or there are few; blocks are whole tiles.
+int preferred_warps(int64_t rows) {
+  if (rows <= 2 * kRowsOfWarp) return 2;
+  const auto padded = [rows](int warps) {
+    return ceil_div(rows, warps * kRowsOfWarp) * warps * kRowsOfWarp;
+  };
+  return 20 * padded(4) < 19 * padded(kMaxWarps) ? 4 : kMaxWarps;
+}
+
+}  // namespace
+
+const BackwardKernels& attention_backward_kernels(const AttentionBackwardParams& params) {
+  const BackwardTable table = params.dtype == DType::bf16  ? attention_backward_bf16()
+                              : params.dtype == DType::f16 ? attention_backward_f16()
+                              : params.allow_tf32          ? attention_backward_tf32()
+                                                           : attention_backward_f32();
+  // Without queries grad_t holds nothing, and gradients of tangents may still be wanted.
+  const bool tangent = params.grad_t.data != nullptr || params.shape.queries == 0;
+  const BackwardKernels* k = tangent ? table.tangent : table.ordinary;
+  while (k->width < params.shape.width || k->width < params.shape.value_width) ++k;
+  return *k;
+}
+
+BackwardPlan attention_backward_plan(const BackwardKernels& kernels,
+                                     const AttentionBackwardParams& params, bool by_keys,
+                                     int64_t shared_limit) {
+  const AttentionShape& s = params.shape;
+  const int64_t rows = by_keys ? s.keys : s.queries;
+  int warps = preferred_warps(rows), slots = 3;
+  // A smaller ring first: blocks keep their size, and what they read is read once.
+  while (shared_bytes(kernels, warps, slots, by_keys) > shared_limit) {
+    const int fewer = warps > 2 ? warps - 2 : 1;
+    if (slots > 2) {
+      --slots;
+    } else if (fewer < warps && fewer * kRowsOfWarp % kernels.columns == 0) {
+      warps = fewer;
+    } else if (slots > 1) {
+      --slots;
+    } else {
+      break;
+    }
+  }
+  BackwardPlan plan;
+  plan.rows = warps * kRowsOfWarp;
+  plan.slots = slots;
+  plan.shared_bytes = int(shared_bytes(kernels, warps, slots, by_keys));
+  const int64_t width = by_keys && s.value_width > s.width ? s.value_width : s.width;
+  const int out = by_keys ? kernels.out_keys : kernels.out_queries;
+  plan.blocks = ceil_div(width, out) * ceil_div(rows, plan.rows) *
+                (by_keys ? s.key_heads : s.heads) * s.batch;
+  plan.padded_queries = int(attention_backward_padded_queries(s));
+  plan.statistics = static_cast<float*>(params.workspace);
+  return plan;
+}
+
+const char* attention_backward(const AttentionBackwardParams& params, void* stream) {
+  const AttentionShape& s = params.shape;
+  constexpr int64_t kLongest = 2147483647 - 4 * kMaxWarps * kRowsOfWarp;
+  if (s.queries > kLongest || s.keys > kLongest) return "more than 2^31 queries or keys";
+  const BackwardKernels& kernels = attention_backward_kernels(params);
+  for (const bool by_keys : {false, true}) {
+    const BackwardPlan plan =
+        attention_backward_plan(kernels, params, by_keys, device_shared_limit());
+    if (plan.blocks == 0) continue;
+    if (plan.blocks > kLargestGrid) return "more than 2^31 blocks of queries or keys";
+    plan_next_launch(plan.rows, kernels.columns, kernels.blocks);
+    const auto status =
+        launch(by_keys ? kernels.keys : kernels.queries, dim3(unsigned(plan.blocks)),
+               dim3(unsigned(plan.rows / kRowsOfWarp * kWarpThreads)), plan.shared_bytes,
+               static_cast<cudaStream_t>(stream), params, plan);
+    if (const char* problem = error_sentence(status)) return problem;
+  }
+  return nullptr;
+}
+
+}  // namespace pmf::cuda

@@ -1,0 +1,211 @@
+// Gradient of the queries, ordinary backward, and the row statistics that attention_backward_keys
+// needs.
+//
+//   S = c Q K^T   P = softmax(S)   B = G V^T   D = rowsum(P o B)
+//   grad_query = c (P o (B - D)) K
+//
+// This is the tangent of attention with B in place of the scores' tangent and K in place of the
+// values, so one sweep over the keys computes it, D included, as the forward computes its tangent
+// (attention_softmax.cuh): with e = 2^(S - top), and the running mean D of c B as pivot,
+//
+//   H = e o (c B - D)    M += e K    Z += H K    l += rowsum(e)    r += rowsum(H)
+//   grad_query = (Z - (r / l) M) / l
+//
+// where e and H are rounded as the products read them, l and r add what was rounded, and whenever D
+// moves by delta, Z -= delta M and r -= delta l. What rounding leaves in the row sums is so taken
+// out with the row's own mean key M / l. D itself adds unrounded terms: it is exact to fp32,
+// without the forward's outputs.
+//
+// Tiling: a block of 16 `warps` queries with its Q and G in shared memory, K and V streamed in
+// tiles of kColumns keys through a ring of three. Six warps and 32 columns cut 276 into 288 x 288.
+// Bytes: Q, K, V, G read and grad_query written once; K and V once more per block, from L2.
+// FLOPs: 4 products, 2 Nq Nk D each. Shared memory: 32 ldmatrix.x4 of 4 cycles beside 64 mma per
+// warp and tile at width 64. Bound (estimate): shared memory and the tensor cores, about alike.
+#pragma once
+
+#include "cuda/attention/attention_backward.cuh"
+
+namespace pmf::cuda {
+
+// Rows g and g + 8 of a lane.
+struct MovingMean {
+  float top[2] = {-INFINITY, -INFINITY};
+  float mass[2] = {0.0f, 0.0f};  // sum e, unrounded
+  float mean[2] = {0.0f, 0.0f};  // D
+  float shrink[2], delta[2];     // what the tile did: factor of all sums, then the mean's movement
+};
+
+// Turns a tile's scores into e and its products b into H.
+template <int kTiles>
+__device__ inline void advance(MovingMean& state, float (&s)[kTiles][4], float (&b)[kTiles][4],
+                               float scale) {
+  float base[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float peak = s[0][2 * h];
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) peak = fmaxf(peak, fmaxf(s[j][2 * h], s[j][2 * h + 1]));
+    const float now = fmaxf(state.top[h], quad_max(peak));
+    base[h] = now == -INFINITY ? 0.0f : now;
+    state.shrink[h] = exp2_approx(state.top[h] - base[h]);
+    state.top[h] = now;
+  }
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float sum = 0.0f, moment = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+      for (int e = 2 * h; e < 2 * h + 2; ++e) {
+        s[j][e] = exp2_approx(s[j][e] - base[h]);
+        sum += s[j][e];
+        moment = fmaf(s[j][e], fmaf(scale, b[j][e], -state.mean[h]), moment);
+      }
+    }
+    state.mass[h] = fmaf(state.mass[h], state.shrink[h], quad_sum(sum));
+    moment = quad_sum(moment);
+    state.delta[h] = state.mass[h] == 0.0f ? 0.0f : moment * rcp_approx(state.mass[h]);
+    state.mean[h] += state.delta[h];
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+      for (int e = 2 * h; e < 2 * h + 2; ++e) {
+        b[j][e] = s[j][e] * fmaf(scale, b[j][e], -state.mean[h]);
+      }
+    }
+  }
+}
+
+// Sums of e times keys, and of H times keys, follow the new maximum and mean.
+template <int kTiles>
+__device__ inline void follow(const MovingMean& state, float (&m)[kTiles][4],
+                              float (&z)[kTiles][4]) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const float moved = m[n][e] * state.shrink[e / 2];
+      z[n][e] = fmaf(-state.delta[e / 2], moved, z[n][e] * state.shrink[e / 2]);
+      m[n][e] = moved;
+    }
+  }
+}
+
+template <typename E, int kWidth, int kOut, int kColumns, int kThreads, int kBlocks>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    attention_backward_queries(const AttentionBackwardParams p, const BackwardPlan plan) {
+  using T = typename E::Storage;
+  using Tile = SharedTile<T, kWidth>;
+  constexpr int kTiles = kColumns / 8, kOutTiles = kOut / 8;
+
+  const AttentionShape& shape = p.shape;
+  const int rows = plan.rows;
+  const BlockPlace& place =
+      place_block(shape.width, kOut, shape.queries, rows, shape.heads, shape.key_heads);
+  const int column = place.column, first = place.first;
+  const int queries = int(shape.queries), all_keys = int(shape.keys);
+
+  const int thread = threadIdx.x, warp = thread / kWarpThreads, lane = thread % kWarpThreads;
+  const int g = lane >> 2, t = lane & 3;
+  const int own = warp * kWarpRows;  // this warp's rows of the block
+  const int query = first + own;
+  const int width = int(shape.width), value_width = int(shape.value_width);
+
+  T* const shared = reinterpret_cast<T*>(dynamic_shared() + kBackwardPlaceBytes);
+  const Tile q{shared}, grad{shared + rows * kWidth};
+  T* const ring = shared + 2 * rows * kWidth;
+  const auto slot_tile = [&](int slot, int which) {
+    return Tile{ring + (slot * 2 + which) * kColumns * kWidth};
+  };
+  const auto load = [&](const Tile& tile, int count, const HeadView<T>& view, int row,
+                        int row_count, int columns) {
+    load_rows(tile, count, view.data, view.row_stride, view.column_stride, row, row_count, columns,
+              thread, int(blockDim.x));
+  };
+  load(q, rows, head_of<T>(p.query, place.batch, place.head), first, queries, width);
+  load(grad, rows, head_of<T>(p.grad, place.batch, place.head), first, queries, value_width);
+
+  const int seen =
+      p.is_causal && first + rows < all_keys ? first + rows : all_keys;  // by the block
+  const float scale = float(p.scale), factor = float(p.scale * double(kLog2eFloat));
+
+  MovingMean state;
+  float m[kOutTiles][4], z[kOutTiles][4];  // e K and H K
+  float sums[4] = {};                      // l, r of row g, then of row g + 8
+  clear(m);
+  clear(z);
+
+  const auto consume = [&](int i, int slot) {
+    const int key = i * kColumns;
+    if (query >= queries) return;
+    if (p.is_causal && key > query + kWarpRows - 1) return;
+    const Tile k_tile = slot_tile(slot, 0), v_tile = slot_tile(slot, 1);
+    float s[kTiles][4], b[kTiles][4];
+    clear(s);
+    clear(b);
+    multiply_across<E, false>(s, q, own, k_tile, width, lane);
+    multiply_across<E, false>(b, grad, own, v_tile, value_width, lane);
+    const bool edge = key + kColumns > all_keys || (p.is_causal && key + kColumns - 1 > query);
+    finish_scores<false>(s, p, {place.batch, place.head, query + g, key + 2 * t}, factor, edge);
+    advance(state, s, b, scale);
+    follow(state, m, z);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float &l = sums[2 * h], &r = sums[2 * h + 1];
+      l *= state.shrink[h];
+      r = fmaf(-state.delta[h], l, r * state.shrink[h]);
+    }
+#pragma unroll
+    for (int k = 0; k < kTiles / E::kTilesPerA; ++k) {
+      const FragmentA e_rows = E::pack_a(s + k * E::kTilesPerA);
+      const FragmentA h_rows = E::pack_a(b + k * E::kTilesPerA);
+      add_row_sums<E>(sums, e_rows, h_rows, lane);
+#pragma unroll
+      for (int n = 0; n < kOutTiles; n += 2) {
+        if (kWidth > kTunedWidth && column + 8 * n >= width) break;
+        FragmentB f[2];
+        load_down(f, k_tile, k * E::kDepth, column + 8 * n, lane);
+#pragma unroll
+        for (int x = 0; x < 2; ++x) {
+          E::template multiply<>(m[n + x], e_rows, f[x]);
+          E::template multiply<>(z[n + x], h_rows, f[x]);
+        }
+      }
+    }
+  };
+  stream((seen + kColumns - 1) / kColumns, plan.slots,
+         [&](int i, int slot) {
+           load(slot_tile(slot, 0), kColumns, head_of<T>(p.key, place.batch, place.key_head),
+                i * kColumns, all_keys, width);
+           load(slot_tile(slot, 1), kColumns, head_of<T>(p.value, place.batch, place.key_head),
+                i * kColumns, all_keys, value_width);
+         },
+         consume);
+
+  if (column == 0 && t == 0) {
+    const auto at = [&](int which) {
+      return statistic_of<false>(plan, shape, place.batch, place.head, which);
+    };
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = query + g + 8 * h;
+      const bool nothing = state.mass[h] == 0.0f || row >= queries;
+      at(kTop)[row] = nothing ? INFINITY : state.top[h];
+      at(kWeight)[row] = nothing ? 0.0f : rcp_approx(state.mass[h]);
+      at(kD)[row] = state.mean[h];
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < kOutTiles; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const float l = sums[e / 2 * 2], r = sums[e / 2 * 2 + 1];
+      const float share = l == 0.0f ? 0.0f : rcp_approx(l);
+      z[n][e] = share * fmaf(-r * share, m[n][e], z[n][e]);
+    }
+  }
+  write_gradient(z, q, own, p.grad_query, place.batch, place.head, query, queries, column, width,
+                 lane);
+}
+
+}  // namespace pmf::cuda

@@ -1,0 +1,244 @@
+// Gradients of the queries and their tangents, backward through both outputs of attention with
+// tangents, and the row statistics that attention_backward_keys needs.
+//
+//   S = c Q K^T   P = softmax(S)   tS = tQ K^T + Q tK^T   A = X V^T   B = G V^T + X tV^T
+//   r = rowsum(P o c tS)   a = rowsum(P o A)   D = rowsum(P o (B + (c tS - r) o (A - a)))
+//   c dtS = c P o (A - a)  c dS = c P o (B + (c tS - r) o (A - a) - D)
+//   grad_query = c (dS K + dtS tK)             grad_query_t = c dtS K
+//
+// Two sweeps over the keys. The first finds the statistics: sums about pivots, the row's values at
+// its first key, each lane about its own maximum and merged at the end; the product in D about its
+// pivots too, as mean(tau alpha) - mean(tau) mean(alpha). The second forms the derivatives. Their
+// rows should add up to zero and, rounded, do not: rho, rho_t. What that would multiply is the
+// row's mean key, so grad_query -= rho M + rho_t tM and grad_query_t -= rho_t M with M = P K, tM =
+// P tK.
+//
+// Right for every width, not tuned: 6 products twice, 5 more, and columns of the gradients beyond
+// kOut in blocks of their own, which compute the scores again.
+#pragma once
+
+#include "cuda/attention/attention_backward.cuh"
+
+namespace pmf::cuda {
+
+// Sums of one row over the keys that a lane has seen.
+struct RowMoments {
+  float top = -INFINITY, mass = 0.0f;
+  float tau = 0.0f, alpha = 0.0f, beta = 0.0f;  // of c tS, A and B + (c tS) A, about pivots
+
+  __device__ void scale(float factor) {
+    mass *= factor, tau *= factor, alpha *= factor, beta *= factor;
+  }
+  // Adds up a row's four lanes.
+  __device__ void merge() {
+    const float now = quad_max(top);
+    scale(exp2_approx(top - (now == -INFINITY ? 0.0f : now)));
+    top = now;
+    mass = quad_sum(mass), tau = quad_sum(tau), alpha = quad_sum(alpha), beta = quad_sum(beta);
+  }
+};
+
+template <typename E, int kWidth, int kOut, int kColumns, int kThreads>
+__global__ void __launch_bounds__(kThreads)
+    attention_backward_tangents(const AttentionBackwardParams p, const BackwardPlan plan) {
+  using T = typename E::Storage;
+  using Tile = SharedTile<T, kWidth>;
+  constexpr int kTiles = kColumns / 8, kOutTiles = kOut / 8, kTensors = 4;
+
+  const AttentionShape& shape = p.shape;
+  const int rows = plan.rows;
+  const BlockPlace& place =
+      place_block(shape.width, kOut, shape.queries, rows, shape.heads, shape.key_heads);
+  const int column = place.column, first = place.first;
+  const int queries = int(shape.queries), all_keys = int(shape.keys);
+
+  const int thread = threadIdx.x, warp = thread / kWarpThreads, lane = thread % kWarpThreads;
+  const int g = lane >> 2, t = lane & 3;
+  const int own = warp * kWarpRows;
+  const int query = first + own;
+  const int width = int(shape.width), value_width = int(shape.value_width);
+  const bool has_g = p.grad.data != nullptr, has_qt = p.query_t.data != nullptr;
+  const bool has_kt = p.key_t.data != nullptr, has_vt = p.value_t.data != nullptr;
+  const bool wants_t = p.grad_query_t.data != nullptr;
+
+  // Shared: Q, G, tQ, X of the block, then slots of K, V, tK, tV.
+  T* const shared = reinterpret_cast<T*>(dynamic_shared() + kBackwardPlaceBytes);
+  const auto own_tile = [&](int which) { return Tile{shared + which * rows * kWidth}; };
+  T* const ring = shared + kTensors * rows * kWidth;
+  const auto slot_tile = [&](int slot, int which) {
+    return Tile{ring + (slot * kTensors + which) * kColumns * kWidth};
+  };
+  const auto load = [&](const Tile& tile, int count, const HeadView<T>& view, int row,
+                        int row_count, int columns) {
+    if (view.data == nullptr) return;
+    load_rows(tile, count, view.data, view.row_stride, view.column_stride, row, row_count, columns,
+              thread, int(blockDim.x));
+  };
+  load(own_tile(0), rows, head_of<T>(p.query, place.batch, place.head), first, queries, width);
+  load(own_tile(1), rows, head_of<T>(p.grad, place.batch, place.head), first, queries, value_width);
+  load(own_tile(2), rows, head_of<T>(p.query_t, place.batch, place.head), first, queries, width);
+  load(own_tile(3), rows, head_of<T>(p.grad_t, place.batch, place.head), first, queries,
+       value_width);
+
+  const int seen = p.is_causal && first + rows < all_keys ? first + rows : all_keys;
+  const int tiles = (seen + kColumns - 1) / kColumns;
+  const float scale = float(p.scale), factor = float(p.scale * double(kLog2eFloat));
+  const auto issue = [&](int i, int slot) {
+    const int key = i * kColumns;
+    const auto copy = [&](int which, const ConstView4& view, int columns) {
+      load(slot_tile(slot, which), kColumns, head_of<T>(view, place.batch, place.key_head), key,
+           all_keys, columns);
+    };
+    copy(0, p.key, width);
+    copy(1, p.value, value_width);
+    copy(2, p.key_t, width);
+    copy(3, p.value_t, value_width);
+  };
+
+  RowMoments moments[2];
+  float tau_pivot[2] = {}, alpha_pivot[2] = {}, beta_pivot[2] = {};
+  float d[2], a_mean[2], r_mean[2], weight[2];
+
+  // Scores in log-2 units, tS, A and B of a tile.
+  const auto products = [&](int key, int slot, float (&s)[kTiles][4], float (&ts)[kTiles][4],
+                            float (&a)[kTiles][4], float (&b)[kTiles][4]) {
+    clear(s);
+    clear(ts);
+    clear(a);
+    clear(b);
+    multiply_across<E, false>(s, own_tile(0), own, slot_tile(slot, 0), width, lane);
+    if (has_qt) multiply_across<E, false>(ts, own_tile(2), own, slot_tile(slot, 0), width, lane);
+    if (has_kt) multiply_across<E, false>(ts, own_tile(0), own, slot_tile(slot, 2), width, lane);
+    multiply_across<E, false>(a, own_tile(3), own, slot_tile(slot, 1), value_width, lane);
+    if (has_g)
+      multiply_across<E, false>(b, own_tile(1), own, slot_tile(slot, 1), value_width, lane);
+    if (has_vt)
+      multiply_across<E, false>(b, own_tile(3), own, slot_tile(slot, 3), value_width, lane);
+    const bool edge = key + kColumns > all_keys || (p.is_causal && key + kColumns - 1 > query);
+    finish_scores<false>(s, p, {place.batch, place.head, query + g, key + 2 * t}, factor, edge);
+  };
+
+  const auto measure = [&](int i, int slot) {
+    float s[kTiles][4], ts[kTiles][4], a[kTiles][4], b[kTiles][4];
+    products(i * kColumns, slot, s, ts, a, b);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      RowMoments& row = moments[h];
+      if (i == 0) {
+        const int from = lane & ~3;
+        tau_pivot[h] = shuffle_idx(ts[0][2 * h], from);
+        alpha_pivot[h] = shuffle_idx(a[0][2 * h], from);
+        beta_pivot[h] = shuffle_idx(b[0][2 * h], from);
+      }
+      float top = row.top;
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) top = fmaxf(top, fmaxf(s[j][2 * h], s[j][2 * h + 1]));
+      const float base = top == -INFINITY ? 0.0f : top;
+      row.scale(exp2_approx(row.top - base));
+      row.top = top;
+      RowMoments part;
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+        for (int e = 2 * h; e < 2 * h + 2; ++e) {
+          const float x = exp2_approx(s[j][e] - base);
+          const float tau = scale * (ts[j][e] - tau_pivot[h]), alpha = a[j][e] - alpha_pivot[h];
+          part.mass += x;
+          part.tau = fmaf(x, tau, part.tau);
+          part.alpha = fmaf(x, alpha, part.alpha);
+          part.beta = fmaf(x, fmaf(tau, alpha, b[j][e] - beta_pivot[h]), part.beta);
+        }
+      }
+      row.mass += part.mass, row.tau += part.tau, row.alpha += part.alpha, row.beta += part.beta;
+    }
+  };
+
+  const auto conclude = [&] {
+    const auto of = [&](int which) {
+      return statistic_of<true>(plan, shape, place.batch, place.head, which);
+    };
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      RowMoments& row = moments[h];
+      row.merge();
+      weight[h] = row.mass == 0.0f ? 0.0f : 1.0f / row.mass;
+      const float tau = row.tau * weight[h], alpha = row.alpha * weight[h];
+      r_mean[h] = fmaf(scale, tau_pivot[h], tau);
+      a_mean[h] = alpha_pivot[h] + alpha;
+      d[h] = scale * (beta_pivot[h] + fmaf(row.beta, weight[h], -tau * alpha));
+      const int at = query + g + 8 * h;
+      const bool nothing = row.mass == 0.0f || at >= queries;
+      if (nothing) row.top = INFINITY, weight[h] = d[h] = a_mean[h] = r_mean[h] = 0.0f;
+      if (column != 0 || t != 0) continue;
+      of(kTop)[at] = row.top;
+      of(kWeight)[at] = weight[h];
+      of(kD)[at] = d[h];
+      of(kA)[at] = a_mean[h];
+      of(kR)[at] = r_mean[h];
+    }
+  };
+
+  const bool idle = query >= queries;
+  stream(tiles, plan.slots, issue, [&](int i, int slot) {
+    if (!idle) measure(i, slot);
+  });
+  conclude();
+
+  float dq[kOutTiles][4], dqt[kOutTiles][4], mean[kOutTiles][4], mean_t[kOutTiles][4];
+  float sums[4] = {};  // rho, rho_t of row g, then of row g + 8
+  clear(dq);
+  clear(dqt);
+  clear(mean);
+  clear(mean_t);
+  const auto differentiate = [&](int i, int slot) {
+    float s[kTiles][4], ts[kTiles][4], a[kTiles][4], b[kTiles][4];
+    products(i * kColumns, slot, s, ts, a, b);
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int h = e / 2;
+        s[j][e] = exp2_approx(s[j][e] - moments[h].top) * weight[h];
+        const float centred = a[j][e] - a_mean[h];
+        const float tangent = fmaf(scale, ts[j][e], -r_mean[h]);
+        b[j][e] = s[j][e] * fmaf(scale, fmaf(tangent, centred, b[j][e]), -d[h]);
+        a[j][e] = s[j][e] * (scale * centred);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kTiles / E::kTilesPerA; ++k) {
+      add_row_sums<E>(sums, E::pack_a(b + k * E::kTilesPerA), E::pack_a(a + k * E::kTilesPerA),
+                      lane);
+    }
+    const Tile k_tile = slot_tile(slot, 0), kt_tile = slot_tile(slot, 2);
+    multiply_down<E>(dq, b, k_tile, column, width, lane);
+    multiply_down<E>(mean, s, k_tile, column, width, lane);
+    if (wants_t) multiply_down<E>(dqt, a, k_tile, column, width, lane);
+    if (has_kt) {
+      multiply_down<E>(dq, a, kt_tile, column, width, lane);
+      multiply_down<E>(mean_t, s, kt_tile, column, width, lane);
+    }
+  };
+
+  stream(tiles, plan.slots, issue, [&](int i, int slot) {
+    if (!idle) differentiate(i, slot);
+  });
+
+#pragma unroll
+  for (int n = 0; n < kOutTiles; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const float rho = sums[e / 2 * 2], rho_t = sums[e / 2 * 2 + 1];
+      dq[n][e] -= fmaf(rho, mean[n][e], rho_t * mean_t[n][e]);
+      dqt[n][e] = fmaf(-rho_t, mean[n][e], dqt[n][e]);
+    }
+  }
+  write_gradient(dq, own_tile(0), own, p.grad_query, place.batch, place.head, query, queries,
+                 column, width, lane);
+  if (wants_t) {
+    write_gradient(dqt, own_tile(2), own, p.grad_query_t, place.batch, place.head, query, queries,
+                   column, width, lane);
+  }
+}
+
+}  // namespace pmf::cuda

@@ -1,8 +1,0 @@
-// Attention's forward for bf16; compiled on its own, as kernels take their time.
-#include "cuda/attention_forward_kernels.cuh"
-
-namespace pmf::cuda {
-
-ForwardTable attention_forward_bf16() { return forward_table16<__nv_bfloat16>(); }
-
-}  // namespace pmf::cuda

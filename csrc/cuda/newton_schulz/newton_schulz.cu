@@ -1,0 +1,208 @@
+// Newton-Schulz for a list of matrices of mixed shapes, and Muon's whole step. The contract is
+// pmf/newton_schulz.h, the plan newton_schulz_plan.h, the kernels newton_schulz_prologue.cuh and
+// newton_schulz_products.cuh.
+//
+// Launches for a chunk (pMF-B/16's 178 matrices are one, in three buckets; H/16 is five): with Muon
+// one for the step's numbers, two of the prologue, and at five steps 17 waves: 20. Nothing depends
+// on what is in device memory, so all of it can be captured into a graph. Results are
+// deterministic, and a matrix gives the same bits in any list.
+#include <cstring>
+
+#include "cuda/common/launchers.h"
+#include "cuda/newton_schulz/newton_schulz_products.cuh"
+#include "cuda/newton_schulz/newton_schulz_prologue.cuh"
+
+namespace pmf::cuda {
+namespace ns {
+namespace {
+
+constexpr int64_t kCoefficientBytes = kAlign;
+
+int element_bytes(const NewtonSchulzParams& p) { return p.compute == DType::f32 ? 4 : 2; }
+
+// Bytes of a chunk's strips, and of its operands after them.
+struct Layout {
+  int64_t partials = 0, operands = 0;
+
+  Layout(const NewtonSchulzParams& p, const Chunk& chunk) {
+    for (const int64_t i : chunk.order) {
+      partials += strips(p.matrices[i].rows, p.matrices[i].columns);
+    }
+    partials = round_up(partials * sizeof(Partial), kAlign);
+    for (const Bucket& bucket : chunk.buckets) operands += bucket.elements() * element_bytes(p);
+  }
+};
+
+// One chunk's arguments, launch by launch.
+template <class Products>
+class Runner {
+ public:
+  Runner(const NewtonSchulzParams& p, const Chunk& chunk, cudaStream_t stream)
+      : p_(p), chunk_(chunk), stream_(stream) {
+    char* const workspace = static_cast<char*>(p.workspace);
+    coefficients_ = reinterpret_cast<float*>(workspace);
+    partials_ = reinterpret_cast<Partial*>(workspace + kCoefficientBytes);
+    operands_ = workspace + kCoefficientBytes + Layout(p, chunk).partials;
+  }
+
+  cudaError_t run() {
+    cudaError_t status = prologue();
+    const std::vector<Wave> waves = this->waves();
+    for (size_t w = 0; w < waves.size() && status == cudaSuccess; ++w) {
+      status = products(waves[w], w + 1 == waves.size());
+    }
+    return status;
+  }
+
+ private:
+  using Element = typename Products::Element;
+
+  cudaError_t prologue() {
+    Prologue table{};
+    table.count = static_cast<int>(chunk_.order.size());
+    table.operands = operands_;
+    table.partials = partials_;
+    if (p_.muon != nullptr) {
+      table.coefficients = coefficients_;
+      table.mu_weight = static_cast<float>(1 - p_.muon->momentum);
+    }
+    int blocks = 0;
+    int64_t bucket_offset = 0;
+    for (const Bucket& bucket : chunk_.buckets) {
+      for (int i = 0; i < bucket.count; ++i) {
+        const NewtonSchulzMatrix& matrix = p_.matrices[chunk_.order[bucket.first + i]];
+        PrologueMatrix& row = table.matrices[bucket.first + i];
+        row.source = matrix.source;
+        row.momentum = matrix.momentum;
+        row.rows = static_cast<int>(matrix.rows);
+        row.columns = static_cast<int>(matrix.columns);
+        row.x_offset = bucket_offset + i * bucket.padded_m() * bucket.padded_n();
+        row.first_block = blocks;
+        blocks += strips(matrix.rows, matrix.columns);
+      }
+      bucket_offset += bucket.elements();
+    }
+    switch (p_.dtype) {
+      case DType::bf16:
+        return prologue<__nv_bfloat16>(table, blocks);
+      case DType::f16:
+        return prologue<__half>(table, blocks);
+      default:
+        return prologue<float>(table, blocks);
+    }
+  }
+
+  template <class T>
+  cudaError_t prologue(const Prologue& table, int blocks) {
+    const cudaError_t status = launch(measure_kernel<T>, dim3(blocks), dim3(kPrologueThreads),
+                                      kPrologueShared, stream_, table);
+    if (status != cudaSuccess) return status;
+    return launch(normalise_kernel<T, Products>, dim3(blocks), dim3(kPrologueThreads),
+                  kPrologueShared, stream_, table);
+  }
+
+  // All buckets' products, ending in the same wave.
+  std::vector<Wave> waves() const {
+    std::vector<std::vector<Wave>> each;
+    size_t longest = 0;
+    char* x = operands_;
+    for (const Bucket& bucket : chunk_.buckets) {
+      each.push_back(Schedule(p_, bucket, x, sizeof(Element)).waves());
+      longest = std::max(longest, each.back().size());
+      x += bucket.elements() * sizeof(Element);
+    }
+    std::vector<Wave> together(longest);
+    for (const std::vector<Wave>& waves : each) {
+      for (size_t w = 0; w < waves.size(); ++w) {
+        Wave& wave = together[longest - waves.size() + w];
+        wave.products.insert(wave.products.end(), waves[w].products.begin(),
+                             waves[w].products.end());
+      }
+    }
+    return together;
+  }
+
+  cudaError_t products(const Wave& wave, bool last) {
+    WaveTable table{};
+    int tiles = 0;
+    for (const Product& product : wave.products) {
+      const int down = (product.m + kTile - 1) / kTile, across = (product.n + kTile - 1) / kTile;
+      table.products[table.count] = product;
+      table.products[table.count++].first_tile = tiles;
+      tiles += (product.symmetric ? down * (down + 1) / 2 : down * across) * count_of(product);
+    }
+    plan_next_launch(kTile, kTile, kTileBlocks);
+    if (!last) {
+      return launch(product_kernel<Products>, dim3(tiles), dim3(kTileThreads), kTileSharedBytes,
+                    stream_, table);
+    }
+    TargetTable targets{};
+    targets.dtype = p_.dtype;
+    targets.coefficients = p_.muon == nullptr ? nullptr : coefficients_;
+    for (size_t i = 0; i < chunk_.order.size(); ++i) {
+      const NewtonSchulzMatrix& matrix = p_.matrices[chunk_.order[i]];
+      targets.targets[i] = {matrix.target, matrix.master, static_cast<float>(matrix.scale),
+                            matrix.rows > matrix.columns};
+    }
+    return launch(update_kernel<Products>, dim3(tiles), dim3(kTileThreads), kTileSharedBytes,
+                  stream_, table, targets);
+  }
+
+  int count_of(const Product& product) const {
+    for (const Bucket& bucket : chunk_.buckets) {
+      if (bucket.first == product.first_matrix) return bucket.count;
+    }
+    return 0;
+  }
+
+  const NewtonSchulzParams& p_;
+  const Chunk& chunk_;
+  cudaStream_t stream_;
+  float* coefficients_;
+  Partial* partials_;
+  char* operands_;
+};
+
+template <class Products>
+cudaError_t run(const NewtonSchulzParams& p, cudaStream_t stream) {
+  if (p.muon != nullptr) {
+    const cudaError_t status =
+        launch(step_kernel, dim3(1), dim3(1), 0, stream, *p.muon, static_cast<float*>(p.workspace));
+    if (status != cudaSuccess) return status;
+  }
+  for (const Chunk& chunk : chunks_of(p)) {
+    const cudaError_t status = Runner<Products>(p, chunk, stream).run();
+    if (status != cudaSuccess) return status;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace
+}  // namespace ns
+
+int64_t newton_schulz_workspace_bytes(const NewtonSchulzParams& params) {
+  int64_t largest = 0;
+  for (const auto& chunk : ns::chunks_of(params)) {
+    const ns::Layout layout(params, chunk);
+    largest = std::max(largest, layout.partials + layout.operands);
+  }
+  return ns::kCoefficientBytes + largest;
+}
+
+const char* newton_schulz(const NewtonSchulzParams& params, void* stream) {
+  const auto queue = static_cast<cudaStream_t>(stream);
+  switch (params.compute) {
+    case DType::f16:
+      return error_sentence(ns::run<HalfProducts<__half>>(params, queue));
+    case DType::bf16:
+      return error_sentence(ns::run<HalfProducts<__nv_bfloat16>>(params, queue));
+    case DType::f32:
+      return error_sentence(params.allow_tf32 ? ns::run<Tf32Products>(params, queue)
+                                              : ns::run<SplitTf32Products>(params, queue));
+    case DType::f64:
+      return "float64 runs on the CPU, or through pmf.reference";
+  }
+  return nullptr;
+}
+
+}  // namespace pmf::cuda

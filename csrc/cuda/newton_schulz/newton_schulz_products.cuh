@@ -1,0 +1,243 @@
+// The products of Newton-Schulz: one launch computes a wave (newton_schulz_plan.h), every product
+// of every matrix in it, a block a tile of 128 x 128 (gemm_tile.cuh).
+//
+//   product_kernel   out = factor left right + addend left + identity I
+//   update_kernel    a wave's last: target = left right, or p <- (1 - lr wd) p - lr scale left
+//   right
+//
+// A symmetric product computes the tiles on and below the diagonal and stores each twice, as it is
+// and mirrored, so that its bits are exactly symmetric and `right` may be read as its own
+// transpose. Both stores, and the update of a wide or a tall parameter, read the tile back from
+// shared memory in the order that fills whole sectors of the target.
+//
+// Bytes: operands come from L2 (an X of 768 x 2048 is 3 MB and its tiles run side by side), each
+// result is written once; the update reads and writes p. FLOPs: newton_schulz_plan.h, and a little
+// more, as tiles on the diagonal are computed whole: pMF-B/16's step is 2.6 TFLOP in the direct
+// form and 2.2 as planned. The tensor cores are the bound.
+#pragma once
+
+#include "cuda/common/gemm_tile.cuh"
+#include "cuda/common/shared.cuh"
+#include "cuda/newton_schulz/newton_schulz_plan.h"
+#include "cuda/optimizer/optimizer_step.cuh"
+
+namespace pmf::cuda::ns {
+
+// Arguments of a launch, in the constant bank.
+struct WaveTable {
+  Product products[kMaxProducts];
+  int count;
+};
+
+// Where the last product goes: elements of a parameter, or of a result.
+struct Target {
+  void* data;
+  float* master;  // of a 16-bit parameter, or null
+  float scale;
+  bool tall;  // rows and columns exchanged
+};
+
+struct TargetTable {
+  Target targets[kMaxMatrices];
+  DType dtype;
+  const float* coefficients;  // decay, lr; null: no parameter, a result
+};
+
+// The tile that a block computes.
+struct Tile {
+  const Product* product;
+  int matrix;  // within the product
+  int row, column;
+
+  __device__ explicit Tile(const WaveTable& wave) {
+    int index = wave.count - 1;
+    while (static_cast<int>(blockIdx.x) < wave.products[index].first_tile) --index;
+    product = &wave.products[index];
+    const int down = (product->m + kTile - 1) / kTile, across = (product->n + kTile - 1) / kTile;
+    const int each = product->symmetric ? down * (down + 1) / 2 : down * across;
+    int tile = static_cast<int>(blockIdx.x) - product->first_tile;
+    matrix = tile / each;
+    tile -= matrix * each;
+    if (product->symmetric) {  // row r of the triangle begins at r (r + 1) / 2
+      int r = static_cast<int>((sqrtf(8.0f * static_cast<float>(tile) + 1) - 1) / 2);
+      while (r * (r + 1) / 2 > tile) --r;
+      while ((r + 1) * (r + 2) / 2 <= tile) ++r;
+      row = r * kTile;
+      column = (tile - r * (r + 1) / 2) * kTile;
+    } else {
+      row = tile / across * kTile;
+      column = tile % across * kTile;
+    }
+  }
+};
+
+template <class Products, bool kTransposed>
+__device__ inline void multiply(float (&c)[4][8][4], const Tile& tile) {
+  using Element = typename Products::Element;
+  const Product& p = *tile.product;
+  const auto* left = static_cast<const Element*>(p.left) +
+                     static_cast<int64_t>(tile.matrix) * p.m * p.k +
+                     static_cast<int64_t>(tile.row) * p.k;
+  const auto* right = static_cast<const Element*>(p.right) +
+                      static_cast<int64_t>(tile.matrix) * p.n * p.k +
+                      static_cast<int64_t>(tile.column) * (kTransposed ? p.k : 1);
+  multiply_tile<Products, kTransposed>(c, {left, p.k, p.m - tile.row},
+                                       {right, kTransposed ? p.k : p.n, p.n - tile.column}, p.k,
+                                       dynamic_shared());
+}
+
+// ---- results that stay in the workspace --------------------------------------------------------
+
+// Stores the staged tile, or mirrored its transpose, at (row, column) of the product's result.
+template <class Products, bool kMirrored>
+__device__ inline void store_tile(const StagedTile& staged, const Tile& tile) {
+  using Element = typename Products::Element;
+  constexpr int kWidth = kVectorBytes / sizeof(Element), kAcross = kTile / kWidth;
+  const Product& p = *tile.product;
+  const int64_t matrix = static_cast<int64_t>(tile.matrix) * p.m * p.n;
+  Element* const out = static_cast<Element*>(p.out) + matrix;
+  const Element* const left =
+      static_cast<const Element*>(p.left) + matrix;  // n = k where it is read
+  const int top = kMirrored ? tile.column : tile.row, side = kMirrored ? tile.row : tile.column;
+#pragma unroll 4
+  for (int v = threadIdx.x; v < kTile * kAcross; v += kTileThreads) {
+    // A vector of the result: along a row; mirrored, 16 rows by two vectors a warp.
+    int row = v / kAcross, column = v % kAcross * kWidth;
+    if constexpr (kMirrored) {
+      row = v % 16 + v / 32 % (kTile / 16) * 16;
+      column = (v / 16 % 2 + v / (2 * kTile) * 2) * kWidth;
+    }
+    const int i = top + row, j = side + column;
+    if (i >= p.m || j >= p.n) continue;
+    const int64_t at = static_cast<int64_t>(i) * p.n + j;
+    float values[kWidth];
+#pragma unroll
+    for (int q = 0; q < kWidth; ++q) {
+      values[q] =
+          p.factor * (kMirrored ? *staged.at(column + q, row) : *staged.at(row, column + q));
+    }
+    if (p.addend != 0 || p.identity != 0) {
+      const auto old = load_vector<Element, kWidth>(left + at);
+#pragma unroll
+      for (int q = 0; q < kWidth; ++q) {
+        values[q] = fmaf(p.addend, old[q], values[q]);
+        if (i == j + q && i < p.rows) values[q] += p.identity;
+      }
+    }
+    Vector<Element, kWidth> rounded;
+#pragma unroll
+    for (int q = 0; q < kWidth; ++q) rounded.element[q] = Products::round(values[q]);
+    store_vector(out + at, rounded);
+  }
+}
+
+// On the diagonal the tile's own upper half is the mirror of its lower one.
+__device__ inline void mirror_within(const StagedTile& staged) {
+  const int column = threadIdx.x;
+  for (int row = 0; row < column; ++row) *staged.at(row, column) = *staged.at(column, row);
+  __syncthreads();
+}
+
+template <class Products>
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks)
+    product_kernel(const __grid_constant__ WaveTable wave) {
+  const Tile tile(wave);
+  float c[4][8][4];
+  if (tile.product->right_transposed) {
+    multiply<Products, true>(c, tile);
+  } else {
+    multiply<Products, false>(c, tile);
+  }
+  const StagedTile staged(dynamic_shared());
+  staged.store(c);
+  if (!tile.product->symmetric) {
+    store_tile<Products, false>(staged, tile);
+  } else if (tile.row == tile.column) {
+    mirror_within(staged);
+    store_tile<Products, false>(staged, tile);
+  } else {
+    store_tile<Products, false>(staged, tile);
+    store_tile<Products, true>(staged, tile);
+  }
+}
+
+// ---- results that leave it ---------------------------------------------------------------------
+
+// The arithmetic of the last store.
+struct Step {
+  bool moves;  // a parameter; else the result is stored
+  float decay, factor;
+
+  __device__ Step(const TargetTable& table, const Target& target)
+      : moves(table.coefficients != nullptr), decay(0), factor(1) {
+    if (!moves) return;
+    decay = table.coefficients[kDecay];
+    factor = -table.coefficients[kLearningRate] * target.scale;
+  }
+};
+
+// A master weight steps and is rounded into its parameter, which a change from outside overrules.
+template <class T>
+__device__ inline float current(const T* data, const float* master, int64_t at) {
+  const float value = to_float(data[at]);
+  if (master == nullptr) return value;
+  return to_float(from_float<T>(master[at])) == value ? master[at] : value;
+}
+
+template <class T>
+__device__ inline void update_tile(const StagedTile& staged, const Tile& tile, const Target& target,
+                                   const Step& step) {
+  const Product& p = *tile.product;
+  T* const data = static_cast<T*>(target.data);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  constexpr int kBatch = 8;  // loads in flight
+  for (int batch = warp; batch < kTile * kTile / 32 / kBatch; batch += kTileThreads / 32) {
+    int64_t at[kBatch];
+    float value[kBatch], old[kBatch];
+    bool valid[kBatch];
+#pragma unroll
+    for (int q = 0; q < kBatch; ++q) {
+      // Of a wide matrix 32 elements of a row; of a tall one 8 rows by 4 columns, and a column of X
+      // is a row there.
+      const int group = batch * kBatch + q;
+      const int row = target.tall ? group % 16 * 8 + lane % 8 : group / 4,
+                column = target.tall ? group / 16 * 4 + lane / 8 : group % 4 * 32 + lane;
+      const int i = tile.row + row, j = tile.column + column;
+      valid[q] = i < p.rows && j < p.columns;
+      at[q] = target.tall ? static_cast<int64_t>(j) * p.rows + i
+                          : static_cast<int64_t>(i) * p.columns + j;
+      value[q] = *staged.at(row, column);
+      old[q] = valid[q] && step.moves ? current(data, target.master, at[q]) : 0;
+    }
+#pragma unroll
+    for (int q = 0; q < kBatch; ++q) {
+      if (!valid[q]) continue;
+      if (step.moves) value[q] = fmaf(step.factor, value[q], step.decay * old[q]);
+      if (target.master != nullptr) target.master[at[q]] = value[q];
+      data[at[q]] = from_float<T>(value[q]);
+    }
+  }
+}
+
+template <class Products>
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks)
+    update_kernel(const __grid_constant__ WaveTable wave,
+                  const __grid_constant__ TargetTable table) {
+  const Tile tile(wave);
+  float c[4][8][4];
+  multiply<Products, false>(c, tile);
+  const StagedTile staged(dynamic_shared());
+  staged.store(c);
+  const Target& target = table.targets[tile.product->first_matrix + tile.matrix];
+  const Step step(table, target);
+  switch (table.dtype) {
+    case DType::bf16:
+      return update_tile<__nv_bfloat16>(staged, tile, target, step);
+    case DType::f16:
+      return update_tile<__half>(staged, tile, target, step);
+    default:
+      return update_tile<float>(staged, tile, target, step);
+  }
+}
+
+}  // namespace pmf::cuda::ns

@@ -1,0 +1,243 @@
+// The way into Newton-Schulz: X = G / |G|_F in the operands' dtype, the short side first, padded
+// with zeros. As a step of Muon, G is made here:  m <- m + (1 - mu) (g - m),  G = of_momentum m +
+// of_gradient g.
+//
+// Two launches for all matrices of a chunk. `measure` updates the momentum and leaves the largest
+// magnitude and the sum of squares of every strip of G; `normalise` adds a matrix's strips up and
+// writes X. G itself is never stored: both make it from m and g, 8 bytes an element either way.
+//
+// Tiling: a block takes a strip of X, 64 rows of 512 columns, tile by tile. A 64 x 64 tile is read
+// as it lies in memory and turned, if the matrix is tall, on its way through shared memory; sums
+// are taken from there, in an order that X alone decides. So G and its transpose give the same
+// bits.
+//
+// The scale: with e the exponent of max |G|, X = (G 2^-e) / nu, nu = |G 2^-e|_F. Multiplying by
+// 2^-e is exact, and so are the squares of fp32 numbers in fp64, which neither overflow nor vanish
+// there: the sums need no scale, and G and 2^k G give the same bits. Zero divides by 1; NaN and
+// infinity have e = 0 and come out as NaN.
+//
+// Bytes an element, fp32 gradients: measure 12, normalise 8 + an operand's. One FMA and a
+// conversion to fp64 each: memory is the bound (B/16's 174 M elements: 1.3 ms at 3.0 TB/s, an
+// estimate).
+#pragma once
+
+#include "cuda/common/ptx.cuh"
+#include "cuda/common/shared.cuh"
+#include "cuda/common/vector.cuh"
+#include "cuda/newton_schulz/newton_schulz_plan.h"
+#include "cuda/optimizer/optimizer_step.cuh"
+
+namespace pmf::cuda::ns {
+
+constexpr int kSquare = 64;     // a tile's rows and columns
+constexpr int kStripTiles = 8;  // tiles of a strip
+constexpr int kStripColumns = kSquare * kStripTiles;
+constexpr int kPrologueThreads = 256;
+constexpr int kPrologueWarps = kPrologueThreads / kWarpThreads;
+constexpr int kTurnStride = kSquare + 1;  // words: columns and rows of a tile both avoid conflicts
+constexpr int kPrologueShared = kSquare * kTurnStride * 4 + kPrologueWarps * 16;
+
+struct PrologueMatrix {
+  const void* source;
+  float* momentum;   // null: the source is G
+  int64_t x_offset;  // elements from the workspace's first operand
+  int rows, columns;
+  int first_block;
+};
+
+// Arguments of both kernels, in the constant bank.
+struct Prologue {
+  PrologueMatrix matrices[kMaxMatrices];
+  int count;
+  float mu_weight;            // 1 - mu
+  void* operands;             // X of the first matrix; `x_offset` counts from here
+  struct Partial* partials;   // a strip's each
+  const float* coefficients;  // of momentum, of gradient; null without Muon
+};
+
+struct Partial {
+  double squares;
+  unsigned largest;  // bits of max |G|, ordered like it, NaN above infinity
+};
+
+inline int strips(int64_t rows, int64_t columns) {
+  const int64_t m = std::min(rows, columns), n = std::max(rows, columns);
+  return static_cast<int>(round_up(m, kSquare) / kSquare *
+                          (round_up(n, kStripColumns) / kStripColumns));
+}
+
+// This block's matrix: the last whose first block is not past it.
+__device__ inline int matrix_of_block(const Prologue& p) {
+  int low = 0, high = p.count;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (p.matrices[middle].first_block <= static_cast<int>(blockIdx.x) ? low : high) = middle;
+  }
+  return low;
+}
+
+// What makes G of momentum and gradient, in registers.
+struct Update {
+  float of_momentum = 0, of_gradient = 1;
+
+  __device__ explicit Update(const Prologue& p) {
+    if (p.coefficients == nullptr) return;
+    of_momentum = p.coefficients[kOfMomentum];
+    of_gradient = p.coefficients[kOfGradient];
+  }
+  __device__ float operator()(float momentum, float gradient) const {
+    return fmaf(of_gradient, gradient, of_momentum * momentum);
+  }
+};
+
+// Brings tile (top, left) of X, unscaled, into shared memory; zeros outside the matrix. kMeasure:
+// the momentum takes the gradient in; else it has done so.
+template <class T, bool kMeasure>
+__device__ inline void load_tile(float* tile, const Prologue& p, const PrologueMatrix& matrix,
+                                 const Update& update, int top, int left) {
+  const bool tall = matrix.rows > matrix.columns;
+  const int lane = threadIdx.x % kSquare, first = threadIdx.x / kSquare;
+  const int column = (tall ? top : left) + lane, first_row = (tall ? left : top) + first;
+  constexpr int kRowStep = kPrologueThreads / kSquare, kRows = kSquare / kRowStep;
+  float gradient[kRows], momentum[kRows];
+#pragma unroll
+  for (int q = 0; q < kRows; ++q) {
+    const int row = first_row + q * kRowStep;
+    const bool valid = row < matrix.rows && column < matrix.columns;
+    const int64_t at = static_cast<int64_t>(row) * matrix.columns + column;
+    gradient[q] = valid ? to_float(static_cast<const T*>(matrix.source)[at]) : 0;
+    momentum[q] = valid && matrix.momentum != nullptr ? matrix.momentum[at] : 0;
+  }
+#pragma unroll
+  for (int q = 0; q < kRows; ++q) {
+    const int row = first_row + q * kRowStep;
+    const bool valid = row < matrix.rows && column < matrix.columns;
+    float value = gradient[q];
+    if (matrix.momentum != nullptr) {
+      if constexpr (kMeasure) {
+        momentum[q] = fmaf(p.mu_weight, gradient[q] - momentum[q], momentum[q]);
+        const int64_t at = static_cast<int64_t>(row) * matrix.columns + column;
+        if (valid) matrix.momentum[at] = momentum[q];
+      }
+      value = update(momentum[q], gradient[q]);
+    }
+    const int along = first + q * kRowStep;
+    tile[tall ? lane * kTurnStride + along : along * kTurnStride + lane] = value;
+  }
+}
+
+// Sum and largest over the block, in a fixed order; in all threads.
+__device__ inline Partial reduce(Partial mine, unsigned char* shared) {
+#pragma unroll
+  for (int distance = kWarpThreads / 2; distance > 0; distance /= 2) {
+    mine.squares += shuffle_xor(mine.squares, distance);
+    mine.largest = max(mine.largest, shuffle_xor(mine.largest, distance));
+  }
+  auto* squares = reinterpret_cast<double*>(shared);
+  auto* largest = reinterpret_cast<unsigned*>(squares + kPrologueWarps);
+  if (threadIdx.x % kWarpThreads == 0) {
+    squares[threadIdx.x / kWarpThreads] = mine.squares;
+    largest[threadIdx.x / kWarpThreads] = mine.largest;
+  }
+  __syncthreads();
+  Partial all{0, 0};
+#pragma unroll
+  for (int warp = 0; warp < kPrologueWarps; ++warp) {
+    all.squares += squares[warp];
+    all.largest = max(all.largest, largest[warp]);
+  }
+  return all;
+}
+
+// Where a block's strip begins.
+struct Strip {
+  int top, left, padded_n;
+
+  __device__ Strip(const PrologueMatrix& matrix) {
+    const int n = max(matrix.rows, matrix.columns);
+    padded_n = (n + kPad - 1) / kPad * kPad;
+    const int across = (n + kStripColumns - 1) / kStripColumns;
+    const int strip = static_cast<int>(blockIdx.x) - matrix.first_block;
+    top = strip / across * kSquare;
+    left = strip % across * kStripColumns;
+  }
+  __device__ int end() const { return min(left + kStripColumns, padded_n); }
+};
+
+template <class T>
+__global__ void __launch_bounds__(kPrologueThreads)
+    measure_kernel(const __grid_constant__ Prologue p) {
+  float* const tile = reinterpret_cast<float*>(dynamic_shared());
+  const PrologueMatrix& matrix = p.matrices[matrix_of_block(p)];
+  const Strip strip(matrix);
+  const Update update(p);
+  Partial mine{0, 0};
+  for (int left = strip.left; left < strip.end(); left += kSquare) {
+    load_tile<T, true>(tile, p, matrix, update, strip.top, left);
+    __syncthreads();
+    for (int e = threadIdx.x; e < kSquare * kSquare; e += kPrologueThreads) {
+      const float value = tile[e / kSquare * kTurnStride + e % kSquare];
+      mine.squares = fma(static_cast<double>(value), static_cast<double>(value), mine.squares);
+      mine.largest = max(mine.largest, __float_as_uint(value) & 0x7fffffffu);
+    }
+    __syncthreads();
+  }
+  const Partial all = reduce(mine, dynamic_shared() + kSquare * kTurnStride * 4);
+  if (threadIdx.x == 0) p.partials[blockIdx.x] = all;
+}
+
+// The scale of a matrix: its two exact factors, whose product is 2^-e and may not be finite, and
+// nu.
+struct Scale {
+  float first, second, norm;
+
+  __device__ explicit Scale(const Partial& all) : first(1), second(1), norm(1) {
+    if (all.largest == 0) return;
+    int exponent = 0;
+    if (all.largest < 0x7f800000u) {
+      exponent = ilogbf(__uint_as_float(all.largest));
+      first = ldexpf(1, -exponent / 2);
+      second = ldexpf(1, -exponent - -exponent / 2);
+    }
+    norm = sqrtf(static_cast<float>(ldexp(all.squares, -2 * exponent)));
+  }
+  __device__ float operator()(float value) const { return value * first * second / norm; }
+};
+
+template <class T, class Products>
+__global__ void __launch_bounds__(kPrologueThreads)
+    normalise_kernel(const __grid_constant__ Prologue p) {
+  using Element = typename Products::Element;
+  float* const tile = reinterpret_cast<float*>(dynamic_shared());
+  const int index = matrix_of_block(p);
+  const PrologueMatrix& matrix = p.matrices[index];
+  const Strip strip(matrix);
+  const Update update(p);
+  const int across = (strip.padded_n + kStripColumns - 1) / kStripColumns;
+  const int down = (min(matrix.rows, matrix.columns) + kSquare - 1) / kSquare;
+  Partial mine{0, 0};
+  for (int s = threadIdx.x; s < across * down; s += kPrologueThreads) {
+    const Partial& partial = p.partials[matrix.first_block + s];
+    mine.squares += partial.squares;
+    mine.largest = max(mine.largest, partial.largest);
+  }
+  const Scale scale(reduce(mine, dynamic_shared() + kSquare * kTurnStride * 4));
+  Element* const x = static_cast<Element*>(p.operands) + matrix.x_offset;
+  for (int left = strip.left; left < strip.end(); left += kSquare) {
+    load_tile<T, false>(tile, p, matrix, update, strip.top, left);
+    __syncthreads();
+    constexpr int kWidth = kVectorBytes / sizeof(Element), kAcross = kSquare / kWidth;
+    for (int v = threadIdx.x; v < kSquare * kAcross; v += kPrologueThreads) {
+      const int row = v / kAcross, column = v % kAcross * kWidth;
+      Vector<Element, kWidth> out;
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) {
+        out.element[k] = Products::round(scale(tile[row * kTurnStride + column + k]));
+      }
+      store_vector(x + static_cast<int64_t>(strip.top + row) * strip.padded_n + left + column, out);
+    }
+    __syncthreads();
+  }
+}
+
+}  // namespace pmf::cuda::ns
