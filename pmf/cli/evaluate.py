@@ -34,7 +34,7 @@ from pmf.evaluation import (
 )
 from pmf.flow.sampler import PRECISIONS, Sampler
 from pmf.metrics import frechet_of_moments
-from pmf.training.ranks import Ranks, joined_ranks
+from pmf.ranks import Ranks, joined_ranks
 
 _DESCRIPTION = """Compare images by the Frechet distance of their features, FID if these are Inception's.
 

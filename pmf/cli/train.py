@@ -8,8 +8,8 @@ from pathlib import Path
 from pmf import checkpoint
 from pmf.cli.arguments import Commands, add_settings, given_settings
 from pmf.errors import UserError
+from pmf.ranks import Ranks, joined_ranks
 from pmf.training import PRESETS, Run, TrainConfig, get_preset, new_run_folder, prepare, quick, resume_config
-from pmf.training.ranks import Ranks, joined_ranks
 
 _INTERRUPTED = 130
 _DESCRIPTION = """Train a model, and end with a picture of samples that took one network evaluation each.
@@ -73,7 +73,7 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> int:
     trainer = prepare(config, resume_from=arguments.resume, ranks=ranks)
     if out is None:  # only now, so that settings or data that cannot be used leave no folder behind
         made = ranks.together(lambda: new_run_folder(Path("runs"), config.preset) if ranks.first else None)
-        out = ranks.tell(made)
+        out = ranks.from_first(made)
     assert out is not None
     millions = sum(weight.numel() for weight in trainer.weights().values()) / 1e6
     told = print if ranks.first else _say_nothing

@@ -1,8 +1,9 @@
 """Images and labels for training: the digits, image folders, and the order in which they are seen."""
 
-from pmf.data.datasets import FolderImages, ImageDataset, MemoryImages, load_dataset
+from pmf.data.datasets import FolderImages, ImageDataset, load_dataset
 from pmf.data.digits import load_digits
 from pmf.data.images import ImageGrid, centre_crop, image_grid, read_image, save_png, to_float, to_uint8
+from pmf.data.memory import MemoryImages
 from pmf.data.stream import ShuffledStream
 
 __all__ = [

@@ -7,9 +7,11 @@ from typing import Protocol
 
 import torch
 
+from pmf.data.digits import load_digits
 from pmf.data.idx import is_idx_folder, read_idx_folder
 from pmf.data.images import check_image, read_image, to_float
 from pmf.data.labels import list_images
+from pmf.data.memory import MemoryImages
 from pmf.data.parquet import find_tables, index_tables
 from pmf.data.shards import Stored, find_shards, index_shards
 from pmf.errors import UserError
@@ -33,26 +35,6 @@ class ImageDataset(Protocol):
     def get(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """The same, float32 in [-1, 1] always."""
         ...
-
-
-class MemoryImages:
-    """Images held in one tensor: uint8 [N, C, H, W], or float32 already in [-1, 1]."""
-
-    in_memory = True
-
-    def __init__(self, pixels: torch.Tensor, labels: torch.Tensor, class_names: list[str]) -> None:
-        self.pixels, self.labels, self.class_names = pixels, labels.to(torch.int64), class_names
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def read(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = torch.as_tensor(indices)
-        return self.pixels[rows], self.labels[rows]
-
-    def get(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        pixels, labels = self.read(indices)
-        return (to_float(pixels) if pixels.dtype == torch.uint8 else pixels), labels
 
 
 class FolderImages:
@@ -105,8 +87,6 @@ def load_dataset(source: str, image_size: int, channels: int) -> ImageDataset:
     if channels not in (1, 3):
         raise UserError(f"--channels must be 1 (grey) or 3 (colour), got {channels}")
     if source == "digits":
-        from pmf.data.digits import load_digits
-
         if (image_size, channels) != (8, 1):
             raise UserError(
                 f"the digits are 8x8 grey images, but {image_size}x{image_size} with {channels} channels was "

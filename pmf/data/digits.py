@@ -2,7 +2,7 @@
 
 import torch
 
-from pmf.data.datasets import MemoryImages
+from pmf.data.memory import MemoryImages
 from pmf.errors import UserError
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from pmf.evaluation.features import FeatureSpace
 from pmf.evaluation.sources import ImageSource
 from pmf.evaluation.sums import Sums
-from pmf.training.ranks import Ranks
+from pmf.ranks import Ranks
 
 __all__ = ["count_features", "describe"]
 
@@ -56,7 +56,7 @@ def count_features(
             _merge(sums, file, identity)
 
     ranks.together(lambda: collect() if ranks.first else None)
-    done = ranks.tell(sums.done)
+    done = ranks.from_first(sums.done)
     own_file = file if ranks.first else file.with_stem(f"{file.stem}-rank{ranks.rank}")
     missing = (~done).nonzero().flatten().tolist()
     on_images(sum(len(_rows(source, batch, batch_size)) for batch in done.nonzero().flatten().tolist()))

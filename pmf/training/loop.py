@@ -12,18 +12,19 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from pmf import checkpoint, optim, sharded
+from pmf import checkpoint, optim
 from pmf.atomic import write_file, write_folder
+from pmf.checkpoint import sharded
 from pmf.data import ImageDataset, load_dataset
 from pmf.errors import UserError
 from pmf.interrupts import catch_stop_signals
 from pmf.models import PixelMeanFlow
+from pmf.ranks import Ranks
 from pmf.training.building import model_config
 from pmf.training.config import TrainConfig, flag, settings
 from pmf.training.log import RunLog
 from pmf.training.parallel import whole
 from pmf.training.pictures import draw_samples
-from pmf.training.ranks import Ranks
 from pmf.training.trainer import Trainer
 
 
@@ -67,7 +68,7 @@ def prepare(
 ) -> Trainer:
     """Read the data, build the model, and load the newest checkpoint of a run to resume; writes nothing.
 
-    ranks: those that train together (`pmf.training.ranks`); all of them call this.
+    ranks: those that train together (`pmf.ranks`); all of them call this.
     """
     ranks = ranks or Ranks()
     ranks.require_same(
@@ -151,14 +152,14 @@ class Run:
 
     def _stops(self, stop: threading.Event) -> bool:
         """Whether any rank was told to stop; ranks then count the same time, too."""
-        told, self.trainer.seconds = self.ranks.agree(float(stop.is_set()), self.trainer.seconds)
+        told, self.trainer.seconds = self.ranks.maximum(float(stop.is_set()), self.trainer.seconds)
         return told > 0
 
     def save(self) -> Path:
         """Write a checkpoint of the present step and drop the oldest; UserError where the disk refuses."""
         assert self.out is not None
         trainer, folder = self.trainer, checkpoint.step_folder(self.out, self.trainer.step)
-        if self.ranks.tell(folder.is_dir()):
+        if self.ranks.from_first(folder.is_dir()):
             return folder
         self._read_losses()
         self.ranks.together(self._refuse_broken_weights)

@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 
-from pmf import checkpoint, flow, models, optim, sharded
+from pmf import checkpoint, flow, models, optim
+from pmf.checkpoint import sharded
 from pmf.data import ImageDataset, ShuffledStream, to_float
 from pmf.devices import find_device, has_bf16_products
 from pmf.errors import UserError
+from pmf.ranks import Ranks
 from pmf.training.building import build_objective, build_optimizer, model_config
 from pmf.training.compiling import compiled, compiling
 from pmf.training.config import TrainConfig
 from pmf.training.packing import pack, unpack
 from pmf.training.parallel import check_parts, shard_model, slice_draws, whole
-from pmf.training.ranks import Ranks
 
 
 class Trainer:

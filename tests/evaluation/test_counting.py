@@ -16,7 +16,7 @@ from torch import Tensor
 from pmf.errors import UserError
 from pmf.evaluation import count_features
 from pmf.evaluation.features import Pixels
-from pmf.training.ranks import Ranks
+from pmf.ranks import Ranks
 
 COUNT, BATCH = 70, 8  # nine batches, the last of six
 
@@ -66,7 +66,7 @@ class OneOf(Ranks):
     def together(self, action: Callable[[], Any]) -> Any:
         return action()
 
-    def tell(self, value: Any) -> Any:
+    def from_first(self, value: Any) -> Any:
         return value
 
 
@@ -146,7 +146,7 @@ sys.path[:0] = {paths}
 from pathlib import Path
 from evaluation.test_counting import BATCH, Noise, space
 from pmf.evaluation import count_features
-from pmf.training.ranks import joined_ranks
+from pmf.ranks import joined_ranks
 source = Noise()
 with joined_ranks() as ranks:
     sums = count_features(source, space(), BATCH, Path(sys.argv[1]), ranks)

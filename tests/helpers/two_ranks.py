@@ -11,9 +11,9 @@ import torch
 from pmf.data import MemoryImages
 from pmf.errors import UserError
 from pmf.optim import Muon
+from pmf.ranks import Ranks, joined_ranks
 from pmf.training import Run, TrainConfig, Trainer, get_preset, prepare, resume_config
 from pmf.training.parallel import whole
-from pmf.training.ranks import Ranks, joined_ranks
 
 TINY: dict[str, Any] = {
     "hidden_size": 16,

@@ -12,8 +12,8 @@ from helpers import two_ranks
 from pmf import checkpoint
 from pmf.errors import UserError
 from pmf.optim._ranks import assign_owners
+from pmf.ranks import joined_ranks
 from pmf.training import prepare, resume_config, train
-from pmf.training.ranks import joined_ranks
 
 EXACT = 1e-5
 """Of losses and weights after ten steps in float32: sums are taken in another order."""

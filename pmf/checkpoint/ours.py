@@ -7,8 +7,8 @@ A run keeps its checkpoints in ``<run>/checkpoints/step-<number>/``::
     state.safetensors       optimizer, random generator, position in the data: what resuming needs
     config.json             every setting of the run
 
-Several ranks write their parts beside each other instead of the first three (`pmf.sharded`), and the weights
-files once more, whole, at the end of the run.
+Several ranks write their parts beside each other instead of the first three (`pmf.checkpoint.sharded`),
+and the weights files once more, whole, at the end of the run.
 
 Each weights file also carries its model's configuration in its header, so that it can be moved and loaded
 alone. A checkpoint becomes visible by one rename of a complete, synced and re-read folder: a crash, a kill or
@@ -29,7 +29,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-from pmf import models, sharded
+from pmf import models
+from pmf.checkpoint import sharded
 from pmf.errors import UserError
 from pmf.optim import fill
 

@@ -43,13 +43,13 @@ class Ranks:
             result = action()
         except UserError as caught:
             error = caught
-        if not self.agree(float(error is not None))[0]:
+        if not self.maximum(float(error is not None))[0]:
             return result
         sentences: list[str | None] = [None] * self.size
         dist.all_gather_object(sentences, str(error) if error else None)
         raise UserError(next(sentence for sentence in sentences if sentence)) from error
 
-    def agree(self, *numbers: float) -> list[float]:
+    def maximum(self, *numbers: float) -> list[float]:
         """The largest of each number over the ranks."""
         if self.size == 1:
             return list(numbers)
@@ -68,7 +68,7 @@ class Ranks:
         """The mean of a tensor in host memory over the ranks."""
         return self.total(numbers) / self.size
 
-    def tell(self, value: T) -> T:
+    def from_first(self, value: T) -> T:
         """What the first rank says."""
         if self.size == 1:
             return value

@@ -1,0 +1,35 @@
+"""Weights and runs on disk: this project's files (`ours`) and those that several ranks write (`sharded`)."""
+
+from pmf.checkpoint.ours import (
+    LoadedModel,
+    assign_weights,
+    checkpoint_folders,
+    ema_file,
+    load_checkpoint,
+    load_model,
+    newest_checkpoint,
+    read_json,
+    read_official,
+    read_tensors,
+    step_folder,
+    step_of,
+    tensors_bytes,
+    weights_bytes,
+)
+
+__all__ = [
+    "LoadedModel",
+    "assign_weights",
+    "checkpoint_folders",
+    "ema_file",
+    "load_checkpoint",
+    "load_model",
+    "newest_checkpoint",
+    "read_json",
+    "read_official",
+    "read_tensors",
+    "step_folder",
+    "step_of",
+    "tensors_bytes",
+    "weights_bytes",
+]

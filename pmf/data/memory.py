@@ -1,0 +1,27 @@
+"""Images in memory: the data set of everything that fits there."""
+
+from collections.abc import Sequence
+
+import torch
+
+from pmf.data.images import to_float
+
+
+class MemoryImages:
+    """Images held in one tensor: uint8 [N, C, H, W], or float32 already in [-1, 1]."""
+
+    in_memory = True
+
+    def __init__(self, pixels: torch.Tensor, labels: torch.Tensor, class_names: list[str]) -> None:
+        self.pixels, self.labels, self.class_names = pixels, labels.to(torch.int64), class_names
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = torch.as_tensor(indices)
+        return self.pixels[rows], self.labels[rows]
+
+    def get(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        pixels, labels = self.read(indices)
+        return (to_float(pixels) if pixels.dtype == torch.uint8 else pixels), labels
