@@ -46,7 +46,7 @@ def test_headers_compiled_for_each_cpu_level_say_so():
     headers = list((ROOT / "csrc/cpu").rglob("*.h"))
     assert headers
     for path in headers:
-        per_level = "namespace pmf::cpu::PMF_LEVEL" in path.read_text()
+        per_level = "\nnamespace pmf::cpu::PMF_LEVEL {" in path.read_text()
         assert per_level == path.name.endswith("-inl.h"), path.relative_to(ROOT)
 
 
