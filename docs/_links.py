@@ -1,7 +1,7 @@
 """MkDocs hook: links from a page to files of the repository reach copies of them in the site.
 
-On a code host `../benchmarks/results/toy.png` shows the file. MkDocs serves nothing from outside docs/, so each
-such file joins the site below `repository/`; a link to a folder becomes its text.
+On a code host `../benchmarks/results/toy.png` shows the file. MkDocs serves nothing from outside docs/, so
+each such file joins the site below `repository/`; a link to a folder becomes its text.
 """
 
 import re
