@@ -2,9 +2,8 @@
 //
 // CMake compiles every kernel file of csrc/cpu once per level with
 //   -DPMF_LEVEL=portable | avx2 | avx512 | avx512_bf16
-// and that level's machine flags; the file puts all it defines into namespace pmf::cpu::PMF_LEVEL, and so do
-// the headers whose names end in -inl.h.
-// Its last lines name the entry points:
+// and that level's machine flags; the file puts all it defines into namespace pmf::cpu::PMF_LEVEL,
+// and so do the headers whose names end in -inl.h. Its last lines name the entry points:
 //   PMF_DISPATCH(void, rms_norm, (const RmsNormParams& params, const ParallelFor& parallel),
 //                (params, parallel))
 // which defines pmf::cpu::rms_norm (once, in the portable copy) as a jump to the current level.

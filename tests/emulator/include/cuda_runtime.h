@@ -1,5 +1,5 @@
-// As much of the CUDA runtime as csrc/cuda/common/device.cu asks: what a device and its driver are, which
-// a test may set (tests/helpers/emulator.py).
+// As much of the CUDA runtime as csrc/cuda/common/device.cu asks: what a device and its driver are,
+// which a test may set (tests/helpers/emulator.py).
 #pragma once
 
 #include "emulator/device.h"
