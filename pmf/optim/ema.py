@@ -56,6 +56,7 @@ class EMA:
         """The d of the last update, had it been of `batch_size` images."""
         return 0.5 ** (batch_size / min(1000 * half_life, RAMP_UP * self.updates * batch_size))
 
+    @torch._disable_dynamo  # a graph would hold the decay of its first update
     @torch.no_grad()
     def update(self, batch_size: int) -> None:
         """Take in the parameters as they are after a step on `batch_size` images."""

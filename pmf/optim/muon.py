@@ -186,6 +186,7 @@ class Muon(SharedSteps):
             names[group["algorithm"]] += group["param_names"]
         return names
 
+    @torch._disable_dynamo  # as torch.optim's own methods: Dynamo cannot follow what depends on step counts
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every parameter that has a gradient; returns what `closure`, if given, returns."""
