@@ -4,6 +4,7 @@ from pmf import env, flow, models, ops, optim
 from pmf.checkpoint import load_checkpoint
 from pmf.flow import sample
 from pmf.models import PixelMeanFlow, create_model
+from pmf.tangents import replace_sdpa
 from pmf.version import VERSION as __version__
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "models",
     "ops",
     "optim",
+    "replace_sdpa",
     "sample",
 ]

@@ -87,11 +87,16 @@ class KernelFunction(torch.autograd.Function):
         """Whether the arguments outside `samples` are the same for all samples, so that vmap can fold."""
         return True
 
+    @classmethod
+    def complete(cls, args: Args) -> Args:
+        """The raw op's arguments, with those that it takes beside the Function's."""
+        return args
+
     # What follows is torch.autograd.Function's interface; subclasses leave it alone.
 
     @classmethod
     def forward(cls, *args: Any) -> Outputs:
-        return getattr(torch.ops.pmf, cls.op)(*args)
+        return getattr(torch.ops.pmf, cls.op)(*cls.complete(args))
 
     @classmethod
     def setup_context(cls, ctx: Any, inputs: Args, output: Outputs) -> None:
@@ -102,7 +107,9 @@ class KernelFunction(torch.autograd.Function):
     def save(cls, ctx: Any, inputs: Args, output: Outputs) -> None:
         outputs = _tuple(output)
         saved = [x if isinstance(x, Tensor) and i not in cls.unsaved else None for i, x in enumerate(inputs)]
-        ctx.save_for_backward(*saved, *(outputs[i] for i in cls.residuals))
+        # Residuals first: if a checkpointed block is computed again with PyTorch's attention, which saves query,
+        # key and value first, torch.utils.checkpoint sees that the saved tensors differ.
+        ctx.save_for_backward(*(outputs[i] for i in cls.residuals), *saved)
         ctx.mark_non_differentiable(*outputs[len(outputs) - cls.constants :])
         ctx.set_materialize_grads(False)
         ctx.inputs = tuple(None if isinstance(x, Tensor) else x for x in inputs)
@@ -113,14 +120,15 @@ class KernelFunction(torch.autograd.Function):
     def backward(cls, ctx: Any, *grads: Tensor | None) -> Any:
         n = len(ctx.inputs)
         saved = ctx.saved_tensors  # read once: checkpointing allows no more
-        args = tuple(s if t else x for s, t, x in zip(saved, ctx.is_tensor, ctx.inputs, strict=False))
+        residuals, saved = saved[: len(saved) - n], saved[len(saved) - n :]
+        args = tuple(s if t else x for s, t, x in zip(saved, ctx.is_tensor, ctx.inputs, strict=True))
         outputs = grads[: len(grads) - cls.constants]
         if all(g is None for g in outputs):
             return (None,) * n
         if any(ctx.needs_input_grad[i] for i in cls.by_reference):
             found = vjp(cls.reference, args, outputs)
         else:
-            found = cls.gradient(outputs, args, saved[n:], ctx.needs_input_grad)
+            found = cls.gradient(outputs, args, residuals, ctx.needs_input_grad)
         # A raw op's defaults, last among its inputs, have no place among its gradients.
         return tuple(g if needed else None for g, needed in zip(found, ctx.needs_input_grad, strict=False))
 

@@ -237,9 +237,8 @@ class _Kernel(KernelFunction):
     """
 
     @classmethod
-    def forward(cls, *args: Any) -> Any:
-        complete = args if isinstance(args[-1], bool) else (*args, _library.allow_tf32())
-        return super().forward(*complete)
+    def complete(cls, args: Any) -> Any:
+        return args if isinstance(args[-1], bool) else (*args, _library.allow_tf32())
 
 
 class _Attention(_Kernel):

@@ -1,0 +1,45 @@
+"""The packages that the networks are compared with.
+
+A test skips where its package is missing, and fails with PMF_PEERS=required, as continuous integration sets.
+"""
+
+import importlib
+import importlib.util
+import os
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+
+_schemas = torch.library.Library("torchvision", "FRAGMENT")  # what it defines lives as long as it does
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Import a package that imports torchvision, or tools which its values do not need."""
+    for name in (
+        "nms",
+        "qnms",
+    ):  # torchvision asks for them, and beside a CPU build of torch they are missing
+        if not hasattr(torch.ops.torchvision, name):
+            _schemas.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    for name, attribute in (("IPython", "embed"), ("torchsummary", "summary")):
+        stand_in = types.ModuleType(name)
+        setattr(stand_in, attribute, None)
+        monkeypatch.setitem(sys.modules, name, stand_in)
+
+    def load_with_torchvision(name: str) -> Any:
+        load_or_skip("torchvision")
+        return load_or_skip(name)
+
+    return load_with_torchvision
+
+
+def load_or_skip(name: str) -> Any:
+    package = name.partition(".")[0]
+    if importlib.util.find_spec(package) is None:
+        missing = pytest.fail if os.environ.get("PMF_PEERS") == "required" else pytest.skip
+        missing(f"{package} is not installed")
+    return importlib.import_module(name)
