@@ -107,8 +107,8 @@ class KernelFunction(torch.autograd.Function):
     def save(cls, ctx: Any, inputs: Args, output: Outputs) -> None:
         outputs = _tuple(output)
         saved = [x if isinstance(x, Tensor) and i not in cls.unsaved else None for i, x in enumerate(inputs)]
-        # Residuals first: if a checkpointed block is computed again with PyTorch's attention, which saves query,
-        # key and value first, torch.utils.checkpoint sees that the saved tensors differ.
+        # Residuals first: if a checkpointed block is computed again with PyTorch's attention, which saves
+        # query, key and value first, torch.utils.checkpoint sees that the saved tensors differ.
         ctx.save_for_backward(*(outputs[i] for i in cls.residuals), *saved)
         ctx.mark_non_differentiable(*outputs[len(outputs) - cls.constants :])
         ctx.set_materialize_grads(False)

@@ -135,8 +135,10 @@ def _is_served(query: Any, key: Any, value: Any, attn_mask: Any, dropout_p: floa
         return False
     same_place = all(x.device == query.device for x in given) and query.device.type in ("cpu", "cuda")
     floating = query.dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+    if not (same_place and floating and all(x.dtype == query.dtype for x in data)):
+        return False
     shaped = all(x.dim() >= 2 and 1 <= x.shape[-1] <= MAX_WIDTH for x in data)
-    return same_place and shaped and floating
+    return shaped and query.shape[-1] == key.shape[-1] and key.shape[-2] == value.shape[-2]
 
 
 def _is_plain(x: Any) -> bool:

@@ -54,7 +54,8 @@ def diffusers_dit(load: Callable[[str], Any]) -> Problem:
 def diffusers_unet(load: Callable[[str], Any]) -> Problem:
     network = load("diffusers").UNet2DConditionModel(
         sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
-        cross_attention_dim=12, attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        cross_attention_dim=12, attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip
     constants = {

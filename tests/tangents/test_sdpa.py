@@ -191,7 +191,7 @@ def test_pytorchs_list_of_functions_keeps_its_own():
 def test_checkpointed_blocks_have_their_gradient_wherever_backward_runs(
     reentrant: bool, backward_inside: bool
 ):
-    """PyTorch's attention saves tensors of the same shapes: computed again with it, gradients were off by 8e-2."""
+    """PyTorch's attention saves tensors of the same shapes: with it, gradients were off by 8e-2."""
     network = ViT().double()
     images = torch.randn(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
     wanted = torch.autograd.grad(network(images).square().sum(), network.parameters())
