@@ -1,6 +1,7 @@
 """Muon with Adam for what is no matrix, and averaged weights."""
 
-from ._sharing import fill, local
+from ._cohort import local
+from ._sharing import fill
 from .ema import EMA
 from .muon import Muon
 

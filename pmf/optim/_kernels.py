@@ -15,6 +15,8 @@ from pmf.ops._autograd import register_fake
 from pmf.ops.newton_schulz import kernels_take
 from pmf.reference.newton_schulz import step_coefficients
 
+from ._matrices import layout_of
+
 __all__ = ["adam_step", "muon_step", "take"]
 
 State = dict[str, Any]
@@ -35,16 +37,20 @@ def compute_dtype(group: dict[str, Any]) -> torch.dtype | None:
     return None if group["compute_dtype"] is None else getattr(torch, group["compute_dtype"])
 
 
-def muon_step(group: dict[str, Any], params: list[Tensor], states: list[State], scales: list[float]) -> None:
-    """One step of matrices that share dtype, device and step count."""
+def muon_step(group: dict[str, Any], params: list[Tensor], states: list[State]) -> None:
+    """One step of parameters that share dtype, device and step count: of all their matrices together."""
+    layouts = [layout_of(group, p.shape) for p in params]
     coefficients = step_coefficients(group["ns_steps"], group["ns_coefficients"])
     torch.ops.pmf.muon_step(
-        *_lists(params, states, "momentum"),
+        *(
+            [matrix for layout, x in zip(layouts, tensors, strict=False) for matrix in layout.cut(x)]
+            for tensors in _lists(params, states, "momentum")
+        ),
         *_settings(group, params[0], states[0]),
         group["momentum"],
         group["nesterov"],
         group["bias_correction"],
-        scales,
+        [scale for layout in layouts for scale in layout.scales(group["scale"])],
         list(chain.from_iterable(coefficients)),
         group["ns_method"],
         compute_dtype(group) or torch.float16,

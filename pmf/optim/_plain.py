@@ -1,7 +1,7 @@
 """The optimizer's step in plain PyTorch: by lists of parameters that share dtype, device and step count."""
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -10,42 +10,50 @@ from torch import Tensor
 from pmf.ops.newton_schulz import newton_schulz
 
 from . import _kernels
+from ._matrices import Layout
 
-__all__ = ["SCALES", "adam_step", "muon_apply", "muon_directions"]
-
-SCALES: dict[str, Callable[[int, int], float]] = {
-    "spectral": lambda rows, columns: math.sqrt(max(1.0, rows / columns)),
-    "match_rms": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
-    "none": lambda rows, columns: 1.0,
-}
+__all__ = ["adam_step", "muon_apply", "muon_directions"]
 
 CHUNK = 1 << 26
 """Elements orthogonalised at a time: bounds the memory of updates (256 MB each in float32), not the bits."""
 
 
 def muon_directions(
-    group: dict[str, Any], k: int, grads: list[Tensor], momenta: list[Tensor]
-) -> Iterator[Tensor]:
-    """newton_schulz(u) of each matrix at step k; their momenta take in the gradients."""
+    group: dict[str, Any], k: int, grads: list[Tensor], momenta: list[Tensor], layouts: list[Layout]
+) -> Iterator[list[Tensor]]:
+    """s newton_schulz(u) of each parameter's matrices at step k; the momenta take in the gradients."""
     mu = group["momentum"]
     torch._foreach_lerp_(momenta, grads, 1 - mu)
     of_momentum, of_gradient = _nesterov(mu, k, group["nesterov"], group["bias_correction"])
-    dtype = _kernels.compute_dtype(group)
     for chunk in _chunks(grads):
-        update = torch._foreach_mul(momenta[chunk], of_momentum)
+        updates = torch._foreach_mul(momenta[chunk], of_momentum)
         if of_gradient != 0:
-            torch._foreach_add_(update, grads[chunk], alpha=of_gradient)
-        yield from newton_schulz(
-            update, group["ns_steps"], group["ns_coefficients"], group["ns_method"], dtype
+            torch._foreach_add_(updates, grads[chunk], alpha=of_gradient)
+        cut = [layout.cut(update) for layout, update in zip(layouts[chunk], updates, strict=True)]
+        found = newton_schulz(
+            list(chain.from_iterable(cut)),
+            group["ns_steps"],
+            group["ns_coefficients"],
+            group["ns_method"],
+            _kernels.compute_dtype(group),
         )
+        if found:  # of no experts there are no matrices, and PyTorch takes no empty list
+            torch._foreach_mul_(
+                found, [s for layout in layouts[chunk] for s in layout.scales(group["scale"])]
+            )
+        following = iter(found)
+        for matrices in cut:
+            yield list(islice(following, len(matrices)))
 
 
-def muon_apply(group: dict[str, Any], p: Tensor, direction: Tensor, shape: Sequence[int]) -> None:
-    """p <- (1 - lr wd) p - lr s direction; p may be rows of a matrix of this shape."""
+def muon_apply(group: dict[str, Any], p: Tensor, parts: list[Tensor], steps: list[Tensor]) -> None:
+    """p <- (1 - lr wd) p - lr step, a step for each of p's parts."""
     lr, decay = float(group["lr"]), float(group["weight_decay"])
     if decay != 0:
         p.mul_(1 - lr * decay)
-    p.add_(direction, alpha=-lr * SCALES[group["scale"]](*shape))
+    if parts:
+        shaped = [step.reshape(part.shape) for part, step in zip(parts, steps, strict=True)]
+        torch._foreach_add_(parts, shaped, alpha=-lr)
 
 
 def adam_step(

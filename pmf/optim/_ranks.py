@@ -1,8 +1,8 @@
-"""One matrix, one owner: how several ranks share Muon's work and its state.
+"""One parameter, one owner: how several ranks share Muon's work and its state.
 
-Orthogonalising a matrix needs all of it, so each goes to one rank, its owner, who alone keeps its
-momentum. Longest first: matrices in falling order of work, each to the rank with the least so far (Graham,
-1969). A step moves each gradient to its owner and each direction back, once:
+Orthogonalising a matrix needs all of it, so each parameter goes, with all its matrices, to one rank, its
+owner, who alone keeps its momentum. Longest first: parameters in falling order of work, each to the rank
+with the least so far (Graham, 1969). A step moves each gradient to its owner and each direction back, once:
 
     replicated parameters (DDP)     reduce-scatter of gradients, all-gather of directions
     rows sharded (FSDP2)            all-to-all of row shards, both ways; FSDP2 has averaged the gradients
@@ -26,19 +26,13 @@ _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.redu
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def assign_owners(shapes: Sequence[torch.Size], ranks: int) -> list[int]:
-    """The owner of each matrix; the same on every rank."""
-    load, owners = [0] * ranks, [0] * len(shapes)
-    for i in sorted(range(len(shapes)), key=lambda i: -_work(shapes[i])):
+def assign_owners(works: Sequence[int], ranks: int) -> list[int]:
+    """The owner of each parameter, by the work of its matrices; the same on every rank."""
+    load, owners = [0] * ranks, [0] * len(works)
+    for i in sorted(range(len(works)), key=lambda i: -works[i]):
         owners[i] = load.index(min(load))
-        load[owners[i]] += _work(shapes[i])
+        load[owners[i]] += works[i]
     return owners
-
-
-def _work(shape: torch.Size) -> int:
-    """Multiply-adds of one Newton-Schulz step: A = X X^T, A^2 and (b A + c A^2) X, X lying on its side."""
-    short, long = min(shape), max(shape)
-    return 2 * short * short * long + short**3
 
 
 class Exchange(Protocol):
@@ -48,11 +42,11 @@ class Exchange(Protocol):
     """Which of the parameters are this rank's."""
 
     def collect(self, grads: list[Tensor]) -> list[Tensor]:
-        """Mean gradients of the owned matrices, whole, from every rank's local ones of all."""
+        """Mean gradients of the owned parameters, whole, from every rank's local ones of all."""
         ...
 
     def give_back(self, directions: list[Tensor]) -> list[Tensor]:
-        """Local directions of all matrices, from the owners' whole ones."""
+        """Local directions of all parameters, from the owners' whole ones."""
         ...
 
     def average(self, grads: list[Tensor]) -> list[Tensor]:
@@ -60,11 +54,14 @@ class Exchange(Protocol):
         ...
 
 
-def make_exchange(params: list[Tensor], group: dist.ProcessGroup | None) -> Exchange:
-    """For parameters of one kind: DTensors, whose mesh names the ranks, or plain ones of `group`."""
+def make_exchange(params: list[Tensor], works: list[int] | None, group: dist.ProcessGroup | None) -> Exchange:
+    """For parameters of one kind: DTensors, whose mesh names the ranks, or plain ones of `group`.
+
+    works: of each parameter's matrices; None for Adam's parameters, which have no owner.
+    """
     if not isinstance(params[0], DTensor):
         assert group is not None
-        return _Replicated(params, group)
+        return _Replicated(params, works, group)
     mesh = params[0].device_mesh
     for p in params:
         assert isinstance(p, DTensor)
@@ -73,16 +70,16 @@ def make_exchange(params: list[Tensor], group: dist.ProcessGroup | None) -> Exch
                 f"Muon: sharded parameters must be sharded by rows over one mesh of one dimension, as "
                 f"fully_shard does, got {p.placements} over {p.device_mesh}"
             )
-    return _RowShards(params, mesh.get_group())
+    return _RowShards(params, works, mesh.get_group())
 
 
 class _Replicated:
     """Every rank has every parameter, and the gradient of its own samples."""
 
-    def __init__(self, params: list[Tensor], group: dist.ProcessGroup) -> None:
+    def __init__(self, params: list[Tensor], works: list[int] | None, group: dist.ProcessGroup) -> None:
         self._group, self._ranks = group, dist.get_world_size(group)
         self._shapes = [p.shape for p in params]
-        self._of = _by_owner(params, self._ranks)
+        self._of = _by_owner(works, self._ranks)
         self.owned = self._of[dist.get_rank(group)]
         self._length = max(sum(self._shapes[i].numel() for i in of) for of in self._of)
         self._empty = _empty(params[0])
@@ -114,10 +111,10 @@ class _Replicated:
 class _RowShards:
     """Every rank has some rows of every parameter, and of its gradient, which is the mean already."""
 
-    def __init__(self, params: list[Tensor], group: dist.ProcessGroup) -> None:
+    def __init__(self, params: list[Tensor], works: list[int] | None, group: dist.ProcessGroup) -> None:
         self._group, self._ranks, self._rank = group, dist.get_world_size(group), dist.get_rank(group)
         self._shapes = [p.shape for p in params]
-        self._of = _by_owner(params, self._ranks)
+        self._of = _by_owner(works, self._ranks)
         self.owned = self._of[self._rank]
         self._empty = _empty(params[0])
 
@@ -160,11 +157,9 @@ class _RowShards:
         return [_cut(part, of) for part, of in zip(received.split(counts), shapes, strict=True)]
 
 
-def _by_owner(params: list[Tensor], ranks: int) -> list[list[int]]:
-    """The matrices of each rank; what is no matrix has no owner."""
-    if params[0].dim() != 2:
-        return [[] for _ in range(ranks)]
-    owners = assign_owners([p.shape for p in params], ranks)
+def _by_owner(works: list[int] | None, ranks: int) -> list[list[int]]:
+    """The parameters of each rank."""
+    owners = assign_owners(works or [], ranks)
     return [[i for i, owner in enumerate(owners) if owner == rank] for rank in range(ranks)]
 
 

@@ -1,4 +1,4 @@
-"""The part of the optimizer that knows of other ranks: shared steps, and a state that can be sharded."""
+"""Steps that several ranks share, each with a part of the work and of the state."""
 
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ._cohort import State, States, gradient, local, new_state, working
+from ._matrices import layout_of
 from ._plain import adam_step, muon_apply, muon_directions
 
 if TYPE_CHECKING:  # at run time it is imported when there are ranks: it costs what torch.distributed costs
@@ -13,116 +15,83 @@ if TYPE_CHECKING:  # at run time it is imported when there are ranks: it costs w
 
     from ._ranks import Exchange
 
-__all__ = ["SharedSteps", "fill", "gradient", "local", "new_state"]
+__all__ = ["SharedSteps", "fill"]
+
+Group = dict[str, Any]
 
 
-class SharedSteps(torch.optim.Optimizer):
-    """Steps of parameter groups that several ranks have, each with a part of the work and of the state."""
+class SharedSteps:
+    """The ranks that step an optimizer's groups together, and what moves their gradients."""
 
-    _process_group: "ProcessGroup | None"
-    _exchanges: "dict[int, list[tuple[Exchange, list[Tensor]]]]"
-    """By index of the parameter group."""
+    def __init__(self, process_group: "ProcessGroup | None" = None) -> None:
+        self.process_group = process_group
+        self._exchanges: dict[int, list[tuple[Exchange, list[Tensor]]]] = {}
 
-    def _working(self, p: Tensor) -> Tensor:
-        """The local part of a parameter, or its master: a new one if someone else changed the parameter."""
-        master: Tensor | None = self.state[p].get("master")
-        p = local(p.detach())
-        if master is None:
-            return p
-        master = local(master)
-        rounded = master.to(p.dtype)
-        if not torch.equal(rounded, p) and not (rounded.isnan() | p.isnan()).any():
-            master.copy_(p)
-        return master
-
-    def _is_shared(self, group: dict[str, Any]) -> bool:
+    def takes(self, group: Group) -> bool:
         """Whether several ranks step these parameters together."""
-        return self._process_group is not None or any(hasattr(p, "device_mesh") for p in group["params"])
+        return self.process_group is not None or any(hasattr(p, "device_mesh") for p in group["params"])
 
-    def _exchanges_of(self, index: int) -> "list[tuple[Exchange, list[Tensor]]]":
-        """A group's parameters in lists of one kind, and what moves their gradients; makes their state."""
-        from ._ranks import make_exchange
+    def make_state(self, index: int, group: Group, states: States) -> None:
+        """All the state that this rank keeps of the group of this index."""
+        for exchange, parameters in self._exchanges_of(index, group):
+            for i, p in enumerate(parameters):
+                if not states[p]:
+                    states[p].update(new_state(group, p, owned=i in exchange.owned))
 
-        group = self.param_groups[index]
+    def step(self, index: int, group: Group, states: States) -> None:
+        """One step of the group of this index, by all ranks; a gradient of None counts as zero."""
+        self.make_state(index, group, states)
+        for exchange, parameters in self._exchanges_of(index, group):
+            _step(group, exchange, parameters, [states[p] for p in parameters])
+
+    def _exchanges_of(self, index: int, group: Group) -> "list[tuple[Exchange, list[Tensor]]]":
+        """The group's parameters in lists of one kind."""
         if sum(len(parameters) for _, parameters in self._exchanges.get(index, ())) != len(group["params"]):
+            from ._ranks import make_exchange
+
             kinds: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
             for p in group["params"]:
                 kinds[p.dtype, p.device, hasattr(p, "device_mesh")].append(p)
             self._exchanges[index] = [
-                (make_exchange(parameters, self._process_group), parameters) for parameters in kinds.values()
+                (make_exchange(parameters, _works(group, parameters), self.process_group), parameters)
+                for parameters in kinds.values()
             ]
-        for exchange, parameters in self._exchanges[index]:
-            for i, p in enumerate(parameters):
-                if not self.state[p]:
-                    self.state[p].update(new_state(group, p, owned=i in exchange.owned))
         return self._exchanges[index]
 
-    def _step_on_ranks(self, group: dict[str, Any], exchange: "Exchange", parameters: list[Tensor]) -> None:
-        work = [self._working(p) for p in parameters]
-        grads = [
-            torch.zeros_like(w) if p.grad is None else local(gradient(p, w))
-            for p, w in zip(parameters, work, strict=True)
-        ]
-        states = [self.state[p] for p in parameters]
-        k = states[0]["step"] + 1
-        for state in states:
-            state["step"] = k
-        if group["algorithm"] == "adam":
-            here = [{key: local(state[key]) for key in ("momentum", "square")} for state in states]
-            adam_step(group, k, work, exchange.average(grads), here)
-        else:
-            own = exchange.collect(grads)
-            momenta = [states[i]["momentum"] for i in exchange.owned]
-            directions = list(muon_directions(group, k, own, momenta)) if own else []
-            given = exchange.give_back(directions)
-            for p, w, direction in zip(parameters, work, given, strict=True):
-                muon_apply(group, w, direction, p.shape)
-        for p, w in zip(parameters, work, strict=True):
-            if "master" in self.state[p]:
-                local(p).copy_(w)
 
-    def named_state(self) -> dict[str, Tensor]:
-        """The live state as "<parameter>/<what>", to be saved or overwritten in place; made where absent.
-
-        Over several ranks: this rank's matrices, whole; its rows of sharded tensors, as DTensors. The number
-        of steps is no tensor of the optimizer: `set_steps` puts it back.
-        """
-        named: dict[str, Tensor] = {}
-        for index, group in enumerate(self.param_groups):
-            if self._is_shared(group):
-                self._exchanges_of(index)
-            for name, p in zip(group["param_names"], group["params"], strict=True):
-                if not self.state[p]:
-                    self.state[p].update(new_state(group, p))
-                for key, value in self.state[p].items():
-                    if key != "step":
-                        named[f"{name}/{key}"] = value
-        return named
-
-    def set_steps(self, steps: int) -> None:
-        """Continue as after so many steps of every parameter."""
-        self.named_state()
-        for state in self.state.values():
-            state["step"] = steps
-
-    def _load_on_ranks(self, state_dict: dict[str, Any], states: dict[Tensor, dict[str, Any]]) -> None:
-        """Take one process's state: this rank's part of it."""
-        counts = {int(state["step"]) for state in states.values()}
-        if len(counts) > 1:
-            raise ValueError("Muon: ranks step all parameters together, but the saved step counts differ")
-        own = self.named_state()
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update({key: value for key, value in saved.items() if key != "params"})
-            for name, p in zip(group["param_names"], group["params"], strict=True):
-                for key, value in states.get(p, {}).items():
-                    if f"{name}/{key}" in own:
-                        fill(own[f"{name}/{key}"], value)
-        self.set_steps(counts.pop() if counts else 0)
+def _works(group: Group, parameters: list[Tensor]) -> list[int] | None:
+    if group["algorithm"] == "adam":
+        return None
+    return [layout_of(group, p.shape).work() for p in parameters]
 
 
-def local(x: Tensor) -> Tensor:
-    """The part of x that lives here: a DTensor's shard, or x itself."""
-    return x.to_local() if hasattr(x, "to_local") else x
+def _step(group: Group, exchange: "Exchange", parameters: list[Tensor], states: list[State]) -> None:
+    work = [working(p, state) for p, state in zip(parameters, states, strict=True)]
+    grads = [
+        torch.zeros_like(w) if p.grad is None else local(gradient(p, w))
+        for p, w in zip(parameters, work, strict=True)
+    ]
+    k = states[0]["step"] + 1
+    for state in states:
+        state["step"] = k
+    if group["algorithm"] == "adam":
+        here = [{key: local(state[key]) for key in ("momentum", "square")} for state in states]
+        adam_step(group, k, work, exchange.average(grads), here)
+    else:
+        own = exchange.collect(grads)
+        whole = _owned_steps(group, k, own, [states[i]["momentum"] for i in exchange.owned]) if own else []
+        for w, step in zip(work, exchange.give_back(whole), strict=True):
+            muon_apply(group, w, [w], [step])
+    for p, w, state in zip(parameters, work, states, strict=True):
+        if "master" in state:
+            local(p).copy_(w)
+
+
+def _owned_steps(group: Group, k: int, grads: list[Tensor], momenta: list[Tensor]) -> list[Tensor]:
+    """s newton_schulz(u) of whole parameters, in their shapes."""
+    layouts = [layout_of(group, grad.shape) for grad in grads]
+    steps = zip(grads, layouts, muon_directions(group, k, grads, momenta, layouts), strict=True)
+    return [layout.join(matrices, grad) for grad, layout, matrices in steps]
 
 
 def fill(live: Tensor, whole: Tensor) -> None:
@@ -133,22 +102,3 @@ def fill(live: Tensor, whole: Tensor) -> None:
         whole = whole.to(live.device, live.dtype)
         whole = distribute_tensor(whole, live.device_mesh, live.placements, src_data_rank=None)  # type: ignore[attr-defined]
     live.copy_(whole)
-
-
-def new_state(group: dict[str, Any], p: Tensor, owned: bool = True) -> dict[str, Any]:
-    """What a parameter remembers before its first step; the momentum of a matrix only where it is owned."""
-    dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-    state: dict[str, Any] = {"step": 0}
-    if group["algorithm"] == "adam":
-        state["momentum"] = torch.zeros_like(p, dtype=dtype)
-        state["square"] = torch.zeros_like(p, dtype=dtype)
-    elif owned:  # whole, also where the parameter is in shards
-        state["momentum"] = torch.zeros(p.shape, dtype=dtype, device=p.device)
-    if p.dtype != dtype:
-        state["master"] = p.detach().to(dtype)
-    return state
-
-
-def gradient(p: Tensor, work: Tensor) -> Tensor:
-    assert p.grad is not None
-    return p.grad.detach().to(work.dtype)

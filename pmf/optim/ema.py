@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from pmf import _library
 from pmf.ops._autograd import register_fake
 
-from ._sharing import fill, local
+from ._cohort import local
+from ._sharing import fill
 
 __all__ = ["EMA"]
 

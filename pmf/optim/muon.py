@@ -1,19 +1,17 @@
 """Muon for matrices and Adam for the rest, in one torch optimizer."""
 
-import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from pmf.ops.newton_schulz import DTYPES, METHODS
-from pmf.reference.newton_schulz import Coefficients, step_coefficients
+from pmf.reference.newton_schulz import Coefficients
+from pmf.wrappers import plain_names
 
-from . import _kernels
-from ._plain import SCALES, adam_step, muon_apply, muon_directions
-from ._sharing import SharedSteps, gradient, new_state
+from ._cohort import cohorts, new_state
+from ._settings import LAYOUT, PRESETS, check, check_read, dtype_name
+from ._sharing import SharedSteps, fill
 from .routing import ParamsLike, check_tensors, frozen_names, route
 
 if TYPE_CHECKING:
@@ -21,34 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Muon"]
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "pmf": {
-        "momentum": 0.95,
-        "nesterov": True,
-        "bias_correction": True,
-        "scale": "spectral",
-        "weight_decay": 0.0,
-        "compute_dtype": None,
-        "betas": (0.9, 0.95),
-        "eps": 1e-8,
-        "adam_nesterov": True,
-    },
-    "torch": {
-        "momentum": 0.95,
-        "nesterov": True,
-        "bias_correction": False,
-        "scale": "spectral",
-        "weight_decay": 0.1,
-        "compute_dtype": "bfloat16",
-        "betas": (0.9, 0.95),
-        "eps": 1e-8,
-        "adam_nesterov": False,
-    },
-}
-PRESETS["moonlight"] = {**PRESETS["torch"], "scale": "match_rms"}
 
-
-class Muon(SharedSteps):
+class Muon(torch.optim.Optimizer):
     """Muon: momentum, orthogonalised, for matrices; Adam for everything else.
 
     For a matrix p [rows, columns] (torch's [out, in]) with gradient g, at its step k = 1, 2, ...:
@@ -77,13 +49,20 @@ class Muon(SharedSteps):
             and AdamW); or "moonlight" (the same with scale "match_rms"). The settings below default to it.
         momentum, nesterov, bias_correction, scale, weight_decay: as above.
         ns_steps, ns_coefficients, ns_method, compute_dtype: as in `pmf.ops.newton_schulz`.
+        split_sizes, num_heads: a parameter's rows are fused matrices: split_sizes are the rows of each, and
+            num_heads (one number, or one for each part) the heads that share a part's rows equally. Every
+            part, or head, is orthogonalised and scaled by itself, as if it were a parameter of its own: a
+            fused QKV weight is split_sizes=[D, D, D], by head num_heads=H besides, and with grouped queries
+            split_sizes=[H d, K d, K d], num_heads=[H, K, K]. A parameter [experts, rows, columns] in a group
+            of algorithm "muon" is that many such matrices.
+        flatten: weights of convolutions [out, in, ...] go by Muon, as matrices [out, in ...].
         betas, eps, adam_nesterov: Adam's.
         adam_lr: learning rate of the Adam groups, if it is another.
         process_group: the ranks that have the same parameters, and gradients of their own samples, when the
             optimizer is to share them: `torch.distributed.group.WORLD`. step() averages the gradients (those
             that DDP has averaged stay what they are). Parameters sharded by `fully_shard` need no such word.
 
-    Over several ranks each matrix has one owner, who keeps its momentum and orthogonalises it
+    Over several ranks each parameter has one owner, who keeps its momentum and orthogonalises its matrices
     (`pmf.optim._ranks`), all ranks apply the result, and a gradient of None counts as zero. The numbers are
     one process's for the same mean gradients; the step is plain PyTorch around `newton_schulz`.
     `named_state` is the state for `torch.distributed.checkpoint`.
@@ -101,7 +80,8 @@ class Muon(SharedSteps):
     written to. `load_state_dict` continues bit for bit.
 
     Raises ValueError for a setting out of range (a learning rate that is not finite, also one set later), for
-    a parameter given twice, and for a state of other parameters.
+    one that no one reads, for rows that split_sizes or num_heads do not divide, for a parameter given twice,
+    and for a state of other parameters or of parameters split otherwise.
 
     Sources: Jordan et al., "Muon" (2024); Kingma and Ba, "Adam" (2015); Liu et al., "Muon is Scalable for LLM
     Training" (2025) for "moonlight".
@@ -122,6 +102,9 @@ class Muon(SharedSteps):
         ns_coefficients: str | Coefficients | Sequence[Coefficients] = "quintic",
         ns_method: str = "auto",
         compute_dtype: torch.dtype | None = None,
+        split_sizes: Sequence[int] | None = None,
+        num_heads: int | Sequence[int] | None = None,
+        flatten: bool = False,
         betas: tuple[float, float] | None = None,
         eps: float | None = None,
         adam_nesterov: bool | None = None,
@@ -136,11 +119,12 @@ class Muon(SharedSteps):
             "bias_correction": bias_correction,
             "scale": scale,
             "weight_decay": weight_decay,
-            "compute_dtype": _name(compute_dtype),
+            "compute_dtype": dtype_name(compute_dtype),
             "betas": betas,
             "eps": eps,
             "adam_nesterov": adam_nesterov,
         }
+        layout = {"split_sizes": split_sizes, "num_heads": num_heads, "flatten": flatten}
         defaults = {
             "lr": lr,
             **PRESETS[preset],
@@ -148,36 +132,50 @@ class Muon(SharedSteps):
             "ns_steps": ns_steps,
             "ns_coefficients": ns_coefficients,
             "ns_method": ns_method,
+            **layout,
         }
-        groups = route(params)
+        check(defaults)
+        groups = route(params, defaults)
         check_tensors(groups)
-        for group in groups:
-            if adam_lr is not None and group.get("algorithm") == "adam":
-                group.setdefault("lr", adam_lr)
-        _check({**defaults})
+        if all(group["algorithm"] == "adam" for group in groups):
+            check_read(layout, ["adam"], LAYOUT)
         self._frozen = frozen_names(params)
-        self._process_group = process_group
-        self._exchanges = {}
+        self._shared = SharedSteps(process_group)
+        self._adam_lr = adam_lr
         super().__init__(groups, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as the constructor takes them; without an "algorithm" it may become two."""
-        for group in route([param_group]):
-            check_tensors([group])
+        """Add a group as the constructor takes them; without an "algorithm" it may become several.
+
+        Raises as the constructor does, and adds nothing then.
+        """
+        groups = route([param_group], self.defaults)
+        check_tensors(groups)
+        for group in groups:
             if "compute_dtype" in group:
-                group["compute_dtype"] = _name(group["compute_dtype"])
-            _check({**self.defaults, **group})
-            super().add_param_group(group)
+                group["compute_dtype"] = dtype_name(group["compute_dtype"])
+            if group["algorithm"] == "adam" and self._adam_lr is not None:
+                group.setdefault("lr", self._adam_lr)
+            names, params = zip(*group["params"], strict=True)
+            check({**self.defaults, **group, "params": params, "param_names": names})
+        for group in groups:
+            super().add_param_group(dict(group))
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._process_group is not None:
+        if self._shared.process_group is not None:
             raise RuntimeError("Muon: an optimizer with a process group cannot be copied or pickled")
         return {
             **super().__getstate__(),
             "_frozen": self._frozen,
-            "_process_group": None,
-            "_exchanges": {},
+            "_shared": SharedSteps(),
+            "_adam_lr": self._adam_lr,
         }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # of a version that had no such settings
+            for key, value in LAYOUT.items():
+                group.setdefault(key, value)
 
     def routing(self) -> dict[str, list[str]]:
         """Names of the parameters that go by "muon", by "adam", and those of the module that are "frozen"."""
@@ -194,32 +192,17 @@ class Muon(SharedSteps):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            _check(group)  # a schedule may have set it
+        for group in self.param_groups:  # all of them before any steps: a schedule may have set something
+            check(group)
+            for name, p in zip(group["param_names"], group["params"], strict=True):
+                if p.grad is not None and p.grad.layout != torch.strided:
+                    raise RuntimeError(f"Muon: the gradient of {name} is sparse; make it dense")
         for index, group in enumerate(self.param_groups):
-            if self._is_shared(group):
-                for exchange, parameters in self._exchanges_of(index):
-                    self._step_on_ranks(group, exchange, parameters)
-                continue
-            for parameters in self._in_step(group):
-                if isinstance(self.state[parameters[0]]["step"], Tensor):
-                    self._by_kernels(group, parameters)
-                    continue
-                work = [self._working(p) for p in parameters]
-                grads = [gradient(p, w) for p, w in zip(parameters, work, strict=True)]
-                states = [self.state[p] for p in parameters]
-                k = states[0]["step"] = states[0]["step"] + 1
-                for state in states[1:]:
-                    state["step"] = k
-                if group["algorithm"] == "adam":
-                    adam_step(group, k, work, grads, states)
-                else:
-                    directions = muon_directions(group, k, grads, [state["momentum"] for state in states])
-                    for w, direction in zip(work, directions, strict=True):
-                        muon_apply(group, w, direction, w.shape)
-                for p, w in zip(parameters, work, strict=True):
-                    if p is not w:
-                        p.copy_(w)
+            if self._shared.takes(group):
+                self._shared.step(index, group, self.state)
+            else:
+                for cohort in cohorts(group, self.state):
+                    cohort.step()
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -235,12 +218,19 @@ class Muon(SharedSteps):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from `state_dict()`. Raises ValueError where the parameters' names or shapes differ."""
-        saved_groups = state_dict["param_groups"]
-        mine = [(g["algorithm"], g["param_names"]) for g in self.param_groups]
-        saved = [(g.get("algorithm"), g.get("param_names")) for g in saved_groups]
+        """Continue from `state_dict()`. Raises ValueError where the parameters' names or shapes differ.
+
+        What wrappers put into names does not matter. Settings become those of the saved state; how parameters
+        are split must agree.
+        """
+        saved_groups = [dict(group) for group in state_dict["param_groups"]]
+        mine = [(group["algorithm"], plain_names(group["param_names"])) for group in self.param_groups]
+        saved = [(g.get("algorithm"), plain_names(g.get("param_names", ()))) for g in saved_groups]
         if mine != saved:
             raise ValueError("Muon: the saved state is of other parameters, or they went by other algorithms")
+        for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
+            _require_same_layout(group, saved_group)
+            saved_group.update({key: group[key] for key in ("param_names", *LAYOUT)})
         own = [p for g in self.param_groups for p in g["params"]]
         states = {
             p: state_dict["state"][i]
@@ -250,10 +240,10 @@ class Muon(SharedSteps):
         for p, state in states.items():
             if any(isinstance(x, Tensor) and x.shape != p.shape for x in state.values()):
                 raise ValueError("Muon: the saved state is of parameters of other shapes")
-        if any(self._is_shared(group) for group in self.param_groups):
-            self._load_on_ranks(state_dict, states)
+        if any(self._shared.takes(group) for group in self.param_groups):
+            self._load_on_ranks(saved_groups, states)
             return
-        super().load_state_dict(state_dict)
+        super().load_state_dict({**state_dict, "param_groups": saved_groups})
         # torch casts the state to the parameter's dtype; a 16-bit parameter's is float32.
         for p, state in states.items():
             for key, value in state.items():
@@ -262,79 +252,51 @@ class Muon(SharedSteps):
                 elif isinstance(value, Tensor):
                     self.state[p][key] = value.detach().to(p.device, copy=True)
 
-    def _in_step(self, group: dict[str, Any]) -> Iterator[list[Tensor]]:
-        """The parameters that have gradients, in lists that share step count, dtype and device."""
-        together: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
-        counters: dict[tuple[Any, ...], Tensor] = {}
-        left_out: set[int] = set()
-        for name, p in zip(group["param_names"], group["params"], strict=True):
-            if p.grad is None:
-                if p in self.state:
-                    left_out.add(id(self.state[p].get("step")))
-                continue
-            if p.grad.is_sparse:
-                raise RuntimeError(f"Muon: the gradient of {name} is sparse; make it dense")
-            state = self.state[p]
-            if not state:
-                state.update(new_state(group, p))
-            if not _kernels.take(group, p):
-                state["step"] = int(state["step"])
-            elif not isinstance(state["step"], Tensor):
-                key = state["step"], p.dtype, p.device
-                if key not in counters:
-                    counters[key] = torch.full((), state["step"], dtype=torch.int64, device=p.device)
-                state["step"] = counters[key]
-            step = state["step"]
-            together[id(step) if isinstance(step, Tensor) else step, p.dtype, p.device].append(p)
-        # A copy: the step counts change while these are consumed.
-        for parameters in list(together.values()):
-            step = self.state[parameters[0]]["step"]
-            if (
-                isinstance(step, Tensor) and id(step) in left_out
-            ):  # those without gradients keep the old count
-                step = step.clone()
-                for p in parameters:
-                    self.state[p]["step"] = step
-            yield parameters
+    def named_state(self) -> dict[str, Tensor]:
+        """The live state as "<parameter>/<what>", to be saved or overwritten in place; made where absent.
 
-    def _by_kernels(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        states = [self.state[p] for p in parameters]
-        if group["algorithm"] == "muon":
-            scales = [SCALES[group["scale"]](*p.shape) if p.numel() else 1.0 for p in parameters]
-            _kernels.muon_step(group, parameters, states, scales)
-        else:
-            _kernels.adam_step(group, parameters, states)
+        Over several ranks: this rank's parameters, whole; its rows of sharded tensors, as DTensors. The
+        number of steps is no tensor of the optimizer: `set_steps` puts it back.
+        """
+        named: dict[str, Tensor] = {}
+        for index, group in enumerate(self.param_groups):
+            if self._shared.takes(group):
+                self._shared.make_state(index, group, self.state)
+            for name, p in zip(group["param_names"], group["params"], strict=True):
+                if not self.state[p]:
+                    self.state[p].update(new_state(group, p))
+                named |= {f"{name}/{key}": value for key, value in self.state[p].items() if key != "step"}
+        return named
+
+    def set_steps(self, steps: int) -> None:
+        """Continue as after so many steps of every parameter."""
+        self.named_state()
+        for state in self.state.values():
+            state["step"] = steps
+
+    def _load_on_ranks(self, groups: list[dict[str, Any]], states: dict[Tensor, dict[str, Any]]) -> None:
+        """Take one process's state: this rank's part of it."""
+        counts = {int(state["step"]) for state in states.values()}
+        if len(counts) > 1:
+            raise ValueError("Muon: ranks step all parameters together, but the saved step counts differ")
+        own = self.named_state()
+        for group, saved in zip(self.param_groups, groups, strict=True):
+            group.update({key: value for key, value in saved.items() if key != "params"})
+            for name, p in zip(group["param_names"], group["params"], strict=True):
+                for key, value in states.get(p, {}).items():
+                    if f"{name}/{key}" in own:
+                        fill(own[f"{name}/{key}"], value)
+        self.set_steps(counts.pop() if counts else 0)
 
 
-def _name(dtype: torch.dtype | str | None) -> str | None:
-    """A dtype as settings hold it, which a saved state can be read without unpickling."""
-    return None if dtype is None else str(dtype).removeprefix("torch.")
-
-
-def _check(group: dict[str, Any]) -> None:
-    """Raises ValueError in one sentence for a setting out of range."""
-    for name, words in (("lr", "the learning rate"), ("weight_decay", "weight_decay")):
-        value = group[name]
-        if isinstance(value, Tensor):
-            if value.numel() != 1:
-                raise ValueError(f"Muon: {words} must be one number, got shape {list(value.shape)}")
-            if value.device.type != "cpu":
-                continue  # reading it would wait for the device, and end a capture
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"Muon: {words} must be finite and not negative, got {float(value)}")
-    for name, value in (
-        ("momentum", group["momentum"]),
-        ("betas[0]", group["betas"][0]),
-        ("betas[1]", group["betas"][1]),
-    ):
-        if not 0 <= value < 1:
-            raise ValueError(f"Muon: {name} must be at least 0 and less than 1, got {value}")
-    if not (math.isfinite(group["eps"]) and group["eps"] >= 0):
-        raise ValueError(f"Muon: eps must be finite and not negative, got {group['eps']}")
-    if group["scale"] not in SCALES:
-        raise ValueError(f"Muon: scale must be one of {', '.join(SCALES)}, got {group['scale']!r}")
-    if group["ns_method"] not in METHODS:
-        raise ValueError(f"Muon: ns_method must be one of {', '.join(METHODS)}, got {group['ns_method']!r}")
-    if group["compute_dtype"] not in (None, *map(_name, DTYPES)):
-        raise ValueError(f"Muon: compute_dtype must be a floating dtype, got {group['compute_dtype']}")
-    step_coefficients(group["ns_steps"], group["ns_coefficients"])
+def _require_same_layout(group: dict[str, Any], saved: dict[str, Any]) -> None:
+    """ValueError where a saved group splits its parameters otherwise; one that does not say is fine."""
+    for key in LAYOUT:
+        mine, other = (
+            list(x) if isinstance(x, tuple) else x for x in (group[key], saved.get(key, group[key]))
+        )
+        if mine != other:
+            raise ValueError(
+                f"Muon: {group['param_names'][0]} has {key} {mine}, but was saved with {other}: make the "
+                f"optimizer with {other}, and to change it set {key} in param_groups after loading"
+            )

@@ -1,32 +1,53 @@
 """Which parameters Muon takes: the weights of linear layers, and nothing else unless a group says so."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Named", "ParamsLike", "frozen_names", "route"]
+from pmf.wrappers import plain_names
+
+from ._settings import LAYOUT, check_keys, check_read, reads
+
+__all__ = ["Named", "ParamsLike", "check_tensors", "frozen_names", "route"]
 
 Named = tuple[str, Tensor]
 ParamsLike = nn.Module | Iterable[Tensor] | Iterable[Named] | Iterable[Mapping[str, Any]]
+Layouts = dict[int, dict[str, Any]]
+"""What goes by Muon: by id of the parameter, the settings that say which matrices it holds."""
 
 EMBEDDING_NAMES = ("embed", "emb", "wte", "wpe")
 """What modules of embedding tables are called beside names that contain "embedding"."""
+SEPARATE_PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+"""What nn.MultiheadAttention has in place of in_proj_weight where keys or values have another width."""
 
 
-def route(params: ParamsLike) -> list[dict[str, Any]]:
+class Routed(dict[str, Any]):
+    """A group that has been through `route`, and goes through it as it is."""
+
+
+def route(params: ParamsLike, defaults: Mapping[str, Any] = LAYOUT) -> list[Routed]:
     """Parameter groups, each with its "algorithm", "muon" or "adam", and "params" as (name, tensor) pairs.
 
-    - A module: weights of `nn.Linear` by Muon, except where an `nn.Embedding` shares them; all else by Adam.
-    - (name, tensor) pairs: matrices called `<module>.weight` by Muon, unless that module is an embedding.
+    - A module: weights of `nn.Linear` by Muon, except where an `nn.Embedding` shares them, and
+      `nn.MultiheadAttention`'s `in_proj_weight` in three parts; all else by Adam.
+    - (name, tensor) pairs: matrices called `<module>.weight` by Muon, unless that module is an embedding;
+      `in_proj_weight` likewise; all else by Adam.
     - Tensors: all matrices by Muon, all else by Adam.
     - Groups (dicts): their "algorithm"; without one, their "params" as above.
+
+    With flatten, of a group or in defaults, weights of convolutions go by Muon too: those of a module, and by
+    name or among tensors those of more than two dimensions.
+
+    Names are those of the model inside DistributedDataParallel and torch.compile (`pmf.wrappers`).
+
+    Raises ValueError for a setting that no one reads, or none of its group's parameters.
     """
     if isinstance(params, nn.Module):
-        return _split(
-            [(n, p) for n, p in params.named_parameters() if p.requires_grad], _linear_weights(params)
-        )
+        named = _plainly_named([(n, p) for n, p in params.named_parameters() if p.requires_grad])
+        return _split(named, _of_module(params, defaults["flatten"]), {})
     if isinstance(params, Tensor):
         raise TypeError(
             "Muon: params must be a module, or a list of parameters, pairs or groups, not one tensor"
@@ -34,59 +55,107 @@ def route(params: ParamsLike) -> list[dict[str, Any]]:
     items = list(params)
     if not items:
         raise ValueError("Muon: there are no parameters")
-    groups: list[dict[str, Any]] = []
+    groups: list[Routed] = []
     if not isinstance(items[0], Mapping):
         items = [{"params": items}]
     count = 0
     for group in items:
         if not isinstance(group, Mapping):
             raise TypeError("Muon: parameters and groups cannot be mixed; make every item a group (a dict)")
+        if isinstance(group, Routed):
+            groups.append(group)
+            continue
+        if "params" not in group:
+            raise ValueError('Muon: a group has no "params"')
+        check_keys(group)
         named, has_names = _named(group["params"], count)
         count += len(named)
-        extra = {key: value for key, value in group.items() if key != "params"}
+        extra = {key: value for key, value in group.items() if key not in ("params", "param_names")}
         algorithm = extra.get("algorithm")
         if algorithm is None:
-            chosen = {id(p) for n, p in named if p.dim() == 2 and (not has_names or _is_linear_name(n))}
-            groups += [{**extra, **part} for part in _split(named, chosen)]
+            flatten = bool(extra.get("flatten", defaults["flatten"]))
+            chosen = _by_name(named, flatten) if has_names else _by_shape(named, flatten)
+            parts = _split(named, chosen, extra)
+        elif algorithm in ("muon", "adam"):
+            parts = [Routed(extra, params=named)]
         else:
-            _check_algorithm(algorithm, named)
-            groups.append({**extra, "params": named})
+            raise ValueError(f"Muon: a group's algorithm must be 'muon' or 'adam', got {algorithm!r}")
+        check_read(extra, (part["algorithm"] for part in parts), defaults)
+        groups += parts
     return groups
 
 
 def frozen_names(params: ParamsLike) -> list[str]:
     """Parameters of a module that no one trains."""
-    return (
-        [n for n, p in params.named_parameters() if not p.requires_grad]
-        if isinstance(params, nn.Module)
-        else []
-    )
+    if not isinstance(params, nn.Module):
+        return []
+    every = list(params.named_parameters())
+    names = plain_names(name for name, _ in every)
+    return [name for name, (_, p) in zip(names, every, strict=True) if not p.requires_grad]
 
 
-def _split(named: list[Named], muon: set[int]) -> list[dict[str, Any]]:
+def _split(named: list[Named], muon: Layouts, extra: dict[str, Any]) -> list[Routed]:
+    """One group for each way of being matrices, then Adam's, each with what it reads of the settings."""
     if not named:
         raise ValueError("Muon: there are no parameters that require a gradient")
-    parts = {
-        "muon": [(n, p) for n, p in named if id(p) in muon],
-        "adam": [(n, p) for n, p in named if id(p) not in muon],
-    }
-    return [{"params": part, "algorithm": algorithm} for algorithm, part in parts.items() if part]
+    parts: dict[str, list[Named]] = defaultdict(list)
+    settings: dict[str, dict[str, Any]] = {}
+    for name, p in named:
+        algorithm = "muon" if id(p) in muon else "adam"
+        mine = muon.get(id(p), {}) | {key: x for key, x in extra.items() if reads(algorithm, key)}
+        key = repr(mine) + algorithm
+        settings[key] = mine | {"algorithm": algorithm}
+        parts[key].append((name, p))
+    groups = [Routed(settings[key], params=part) for key, part in parts.items()]
+    # Whole matrices first, Adam's last.
+    return sorted(groups, key=lambda g: (g["algorithm"] == "adam", g.get("split_sizes") is not None))
 
 
-def _linear_weights(module: nn.Module) -> set[int]:
-    linear, tables = set(), set()
+def _of_module(module: nn.Module, flatten: bool) -> Layouts:
+    chosen: Layouts = {}
+    tables = set()
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
-            linear.add(id(layer.weight))
+            chosen[id(layer.weight)] = {}
+        elif isinstance(layer, nn.MultiheadAttention):
+            if layer.in_proj_weight is not None:
+                chosen[id(layer.in_proj_weight)] = _thirds(layer.in_proj_weight)
+            else:
+                chosen |= {id(getattr(layer, name)): {} for name in SEPARATE_PROJECTIONS}
+        elif flatten and isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            chosen[id(layer.weight)] = {"flatten": True}
         elif isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
             tables.add(id(layer.weight))
-    return linear - tables
+    return {key: layout for key, layout in chosen.items() if key not in tables}
 
 
-def _is_linear_name(name: str) -> bool:
-    *path, leaf = name.split(".")
-    owner = path[-1].lower() if path else ""
-    return leaf == "weight" and "embedding" not in owner and owner not in EMBEDDING_NAMES
+def _by_name(named: list[Named], flatten: bool) -> Layouts:
+    chosen: Layouts = {}
+    for name, p in named:
+        *path, leaf = name.split(".")
+        owner = path[-1].lower() if path else ""
+        if p.dim() < 2 or (p.dim() > 2 and not flatten):
+            continue
+        if leaf == "in_proj_weight" and p.dim() == 2 and p.shape[0] == 3 * p.shape[1]:
+            chosen[id(p)] = _thirds(p)
+        elif leaf == "weight" and "embedding" not in owner and owner not in EMBEDDING_NAMES:
+            chosen[id(p)] = {"flatten": True} if p.dim() > 2 else {}
+        elif leaf in SEPARATE_PROJECTIONS:
+            chosen[id(p)] = {}
+    return chosen
+
+
+def _by_shape(named: list[Named], flatten: bool) -> Layouts:
+    return {
+        id(p): {"flatten": True} if p.dim() > 2 else {}
+        for _, p in named
+        if p.dim() == 2 or (flatten and p.dim() > 2)
+    }
+
+
+def _thirds(weight: Tensor) -> dict[str, Any]:
+    """Queries, keys and values."""
+    return {"split_sizes": [weight.shape[0] // 3] * 3}
 
 
 def _named(params: Any, count: int) -> tuple[list[Named], bool]:
@@ -101,19 +170,16 @@ def _named(params: Any, count: int) -> tuple[list[Named], bool]:
             raise TypeError(
                 f"Muon: parameters must be tensors, or all (name, tensor) pairs; got {type(item).__name__}"
             )
-    return named, has_names
+    return (_plainly_named(named) if has_names else named), has_names
 
 
-def _check_algorithm(algorithm: Any, named: list[Named]) -> None:
-    if algorithm not in ("muon", "adam"):
-        raise ValueError(f"Muon: a group's algorithm must be 'muon' or 'adam', got {algorithm!r}")
-    for name, p in named:
-        if algorithm == "muon" and p.dim() != 2:
-            raise ValueError(f"Muon: only matrices can go by Muon; {name} has a shape of {list(p.shape)}")
+def _plainly_named(named: list[Named]) -> list[Named]:
+    names = plain_names(name for name, _ in named)
+    return [(name, p) for name, (_, p) in zip(names, named, strict=True)]
 
 
-def check_tensors(groups: list[dict[str, Any]]) -> None:
-    """Raises where a parameter comes twice, is no leaf, or has a dtype that no optimizer here can train."""
+def check_tensors(groups: list[Routed]) -> None:
+    """Raises where a parameter comes twice, or has a dtype that no optimizer here can train."""
     seen: dict[int, str] = {}
     for group in groups:
         for name, p in group["params"]:

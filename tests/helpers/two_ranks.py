@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from pmf.data import MemoryImages
 from pmf.errors import UserError
@@ -37,6 +38,13 @@ IMAGES = MemoryImages(
     torch.arange(40) % 10,
     [str(digit) for digit in range(10)],
 )
+GROUPS: list[tuple[tuple[int, ...], dict[str, Any]]] = [
+    ((24, 8), {"split_sizes": [8, 8, 8], "num_heads": 2}),
+    ((3, 6, 4), {}),
+    ((3, 6, 4), {"split_sizes": [4, 2]}),
+    ((5, 3, 2, 2), {"flatten": True}),
+]
+"""Parameters of more than one matrix each; none of their parts ends where a rank's rows do."""
 SHAPES = [(6, 4), (3, 9), (5, 5), (2, 8), (7, 3), (1, 4), (4,), (2, 3, 2)]
 
 
@@ -52,17 +60,28 @@ def steps(trainer: Trainer) -> dict[str, Any]:
     return {"losses": torch.stack(losses), "weights": whole(trainer.weights()), "averages": whole(averages)}
 
 
-def muon_steps(process_group: Any, rank: int = 0, ranks: int = 1) -> list[torch.Tensor]:
-    """Four steps; each rank brings every ranks-th gradient of two a step."""
+def muon_steps(process_group: Any, rank: int = 0, ranks: int = 1, mesh: Any = None) -> list[torch.Tensor]:
+    """Four steps; a rank brings every ranks-th gradient of two a step, or by a mesh its rows of the mean."""
+
+    def placed(x: torch.Tensor) -> torch.Tensor:
+        return x if mesh is None else distribute_tensor(x, mesh, [Shard(0)])
+
     generator = torch.Generator().manual_seed(1)
-    params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
-    optimizer = Muon(params, lr=0.1, weight_decay=0.1, process_group=process_group)
+    draws = [torch.randn(shape, generator=generator) for shape in (*SHAPES, *(s for s, _ in GROUPS))]
+    params = [torch.nn.Parameter(placed(x)) for x in draws]
+    groups = [
+        {"params": [p], "algorithm": "muon", **settings}
+        for p, (_, settings) in zip(params[len(SHAPES) :], GROUPS, strict=True)
+    ]
+    optimizer = Muon(
+        [{"params": params[: len(SHAPES)]}, *groups], lr=0.1, weight_decay=0.1, process_group=process_group
+    )
     for _ in range(4):
         for p in params:
             pair = torch.randn(2, *p.shape, generator=generator)
-            p.grad = pair[rank::ranks].mean(dim=0)
+            p.grad = placed(pair.mean(dim=0)) if mesh is not None else pair[rank::ranks].mean(dim=0)
         optimizer.step()
-    return [p.detach() for p in params]
+    return list(whole({str(i): p.detach() for i, p in enumerate(params)}).values())
 
 
 def stop_one(trainer: Trainer) -> None:
@@ -121,6 +140,8 @@ def check(ranks: Ranks, out: Path) -> dict[str, Any]:
     found["one by ddp"] = steps(resumed("one", steps=10))
     found["one by fsdp"] = steps(resumed("one", steps=10, parallel="fsdp"))
     found["muon"] = muon_steps(torch.distributed.group.WORLD, ranks.rank, ranks.size)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (ranks.size,))
+    found["muon of shards"] = muon_steps(None, mesh=mesh)
 
     trainer = made(steps=9)
     stop_one(trainer)

@@ -131,15 +131,16 @@ def test_one_rank_s_log_has_the_means_of_all(out: Path, one: dict[str, Any]) -> 
     assert (losses - one["losses"][:4, 1:]).abs().max() < EXACT
 
 
-def test_sharing_the_matrices_changes_no_bit(two: dict[str, Any]) -> None:
-    for found, expected in zip(two["muon"], two_ranks.muon_steps(None), strict=True):
+@pytest.mark.parametrize("how", ["muon", "muon of shards"])
+def test_sharing_the_matrices_changes_no_bit(two: dict[str, Any], how: str) -> None:
+    """Fused and stacked ones included: the owner of a parameter has all of its matrices."""
+    for found, expected in zip(two[how], two_ranks.muon_steps(None), strict=True):
         assert torch.equal(found, expected)
 
 
 def test_the_longest_matrix_is_given_away_first() -> None:
-    shapes = [torch.Size(shape) for shape in ((2, 2), (64, 64), (32, 32), (33, 33), (8, 8))]
-    assert assign_owners(shapes, 2) == [1, 0, 1, 1, 1]
-    assert sorted(assign_owners([torch.Size((9, 9))] * 6, 3)) == [0, 0, 1, 1, 2, 2]
+    assert assign_owners([8 * side**3 for side in (2, 64, 32, 33, 8)], 2) == [1, 0, 1, 1, 1]
+    assert sorted(assign_owners([9] * 6, 3)) == [0, 0, 1, 1, 2, 2]
 
 
 def test_samples_that_need_no_guidance_leave_the_ranks_in_step(two: dict[str, Any]) -> None:

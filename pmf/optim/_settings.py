@@ -1,0 +1,117 @@
+"""The optimizer's settings: presets, who reads which, and what they must be."""
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pmf.ops.newton_schulz import DTYPES, METHODS
+from pmf.reference.newton_schulz import step_coefficients
+
+from ._matrices import SCALES, check_layouts
+
+__all__ = ["LAYOUT", "PRESETS", "check", "check_keys", "check_read", "dtype_name", "reads"]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "pmf": {
+        "momentum": 0.95,
+        "nesterov": True,
+        "bias_correction": True,
+        "scale": "spectral",
+        "weight_decay": 0.0,
+        "compute_dtype": None,
+        "betas": (0.9, 0.95),
+        "eps": 1e-8,
+        "adam_nesterov": True,
+    },
+    "torch": {
+        "momentum": 0.95,
+        "nesterov": True,
+        "bias_correction": False,
+        "scale": "spectral",
+        "weight_decay": 0.1,
+        "compute_dtype": "bfloat16",
+        "betas": (0.9, 0.95),
+        "eps": 1e-8,
+        "adam_nesterov": False,
+    },
+}
+PRESETS["moonlight"] = {**PRESETS["torch"], "scale": "match_rms"}
+
+LAYOUT = {"split_sizes": None, "num_heads": None, "flatten": False}
+"""How a group's parameters are matrices: no numbers to tune, so that a saved state does not change them."""
+
+_MUON = ("momentum", "nesterov", "bias_correction", "scale", "compute_dtype", "ns_steps", "ns_coefficients")
+_READ = {"muon": {*_MUON, "ns_method", *LAYOUT}, "adam": {"betas", "eps", "adam_nesterov"}}
+_BOTH = {"lr", "weight_decay"}
+_NOT_SETTINGS = {"params", "param_names", "algorithm"}
+_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
+"""What torch.optim's schedulers keep in a group."""
+
+
+def check_keys(group: Mapping[str, Any]) -> None:
+    """Raises ValueError for a key of a group that no one reads."""
+    known = set.union(*_READ.values(), _BOTH)
+    for key in group:
+        if key not in known | _NOT_SETTINGS | _SCHEDULERS:
+            near = difflib.get_close_matches(str(key), known, 1)
+            meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}"
+            raise ValueError(f"Muon: a group has no setting {key!r}: {meant}")
+
+
+def check_read(group: Mapping[str, Any], algorithms: Iterable[str], defaults: Mapping[str, Any]) -> None:
+    """Raises ValueError for a setting of a group that none of its parameters' algorithms reads.
+
+    One that says what holds anyway is fine: groups are copied with all their settings.
+    """
+    algorithms = sorted(set(algorithms))
+    for key, value in group.items():
+        if not any(reads(algorithm, key) for algorithm in algorithms) and value != defaults[key]:
+            raise ValueError(
+                f"Muon: {key} is set in a group whose parameters all go by {' and '.join(algorithms)}, which "
+                "does not read it: leave it out, or give the group another algorithm"
+            )
+
+
+def reads(algorithm: str, key: str) -> bool:
+    """Whether a group of this algorithm has a use for this key."""
+    return not any(key in keys for other, keys in _READ.items() if other != algorithm)
+
+
+def dtype_name(dtype: torch.dtype | str | None) -> str | None:
+    """A dtype as settings hold it, which a saved state can be read without unpickling."""
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def check(group: Mapping[str, Any]) -> None:
+    """Raises ValueError in one sentence for a setting out of range, and for parameters that do not fit it."""
+    for name, words in (("lr", "the learning rate"), ("weight_decay", "weight_decay")):
+        value = group[name]
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise ValueError(f"Muon: {words} must be one number, got shape {list(value.shape)}")
+            if value.device.type != "cpu":
+                continue  # reading it would wait for the device, and end a capture
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"Muon: {words} must be finite and not negative, got {float(value)}")
+    for name, value in (
+        ("momentum", group["momentum"]),
+        ("betas[0]", group["betas"][0]),
+        ("betas[1]", group["betas"][1]),
+    ):
+        if not 0 <= value < 1:
+            raise ValueError(f"Muon: {name} must be at least 0 and less than 1, got {value}")
+    if not (math.isfinite(group["eps"]) and group["eps"] >= 0):
+        raise ValueError(f"Muon: eps must be finite and not negative, got {group['eps']}")
+    if group["scale"] not in SCALES:
+        raise ValueError(f"Muon: scale must be one of {', '.join(SCALES)}, got {group['scale']!r}")
+    if group["ns_method"] not in METHODS:
+        raise ValueError(f"Muon: ns_method must be one of {', '.join(METHODS)}, got {group['ns_method']!r}")
+    if group["compute_dtype"] not in (None, *map(dtype_name, DTYPES)):
+        raise ValueError(f"Muon: compute_dtype must be a floating dtype, got {group['compute_dtype']}")
+    step_coefficients(group["ns_steps"], group["ns_coefficients"])
+    if group.get("algorithm") == "muon":
+        check_layouts(group)
