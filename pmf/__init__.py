@@ -4,10 +4,11 @@ from pmf import env, flow, models, ops, optim
 from pmf.checkpoint import load_checkpoint
 from pmf.flow import sample
 from pmf.models import PixelMeanFlow, create_model
-from pmf.tangents import replace_sdpa
+from pmf.tangents import Jvp, replace_sdpa
 from pmf.version import VERSION as __version__
 
 __all__ = [
+    "Jvp",
     "PixelMeanFlow",
     "__version__",
     "create_model",

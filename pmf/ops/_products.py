@@ -30,7 +30,8 @@ def add_product(add: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _is_ours(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.device.type == "cpu" and not _library.missing()
+    on_cpu = x.device.type == "cpu" and not _library.takes_cuda_kernel(x)
+    return on_cpu and x.dtype == torch.float32 and not _library.missing()
 
 
 register_fake("product", lambda left, right: left.new_empty(left.shape[0], right.shape[1]))

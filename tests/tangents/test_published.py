@@ -139,6 +139,17 @@ def test_replaced_attention_has_the_tangents_of_math_attention(make, load) -> No
         found = torch.func.jvp(lambda *x: network(*x, **constants), primals, tangents)
     assert expected[1].abs().sum() > 0
     assert_close(found, expected, EXACT)
+    found = pmf.Jvp(network)(primals, tangents, **constants)
+    limit = 1e-6 if make is transformers_llama else EXACT  # its norms compute in float32
+    assert_close(found, expected, limit)
+
+    def gradient(out: Tensor) -> Tensor:
+        """Of all weights, as one: some have none but rounding errors, such as biases of keys."""
+        loss = (out * torch.arange(out.numel()).view_as(out).cos()).sum()
+        grads = torch.autograd.grad(loss, list(network.parameters()), allow_unused=True)
+        return torch.cat([g.flatten() for g in grads if g is not None])
+
+    assert_close(gradient(found[0]), gradient(expected[0]), limit)
 
 
 def test_pytorchs_own_samples() -> None:

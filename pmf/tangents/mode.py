@@ -1,0 +1,173 @@
+"""Tangents beside the values of a network that runs as always: a dispatch mode below autograd.
+
+The network is called normally. Below autograd the mode sees every operator that runs, computes its value,
+which autograd above records as always, and beside it the tangent, which autograd never sees: so a tangent
+costs what its products cost, nothing of it is kept for backward, and hooks, checkpoints, DDP and FSDP meet an
+ordinary forward pass. The rules for single operators are in `rules`.
+
+A tangent has the sizes and strides of its value, and aliases of a value have aliases of its tangent: so
+writing into a view writes into its base's tangent. Memory that was there without a tangent, and into which
+something with one is written, gets a shadow: a tangent for all of its storage.
+
+What the mode cannot see raises: PyTorch's autograd called by the network itself, whose saved values carry no
+tangents, and other people's autograd.Functions, whose derivative need not be that of their forward.
+"""
+
+import sys
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+
+__all__ = ["TangentMode", "is_active"]
+
+_Keys = torch._C.DispatchKey
+# Excluded below autograd, and needed where tensors with a conjugate or negative bit are computed with.
+_LAZY = (_Keys.Conjugate, _Keys.Negative, _Keys.ZeroTensor)
+# Values come cast already, and tangents follow them.
+_AUTOCAST = tuple(getattr(_Keys, name) for name in ("AutocastCPU", "AutocastCUDA"))
+
+
+def is_active() -> bool:
+    """Whether this thread is inside a network whose tangents are being computed."""
+    return any(isinstance(mode, TangentMode) for mode in _get_current_dispatch_mode_stack())
+
+
+class TangentMode(TorchDispatchMode):
+    """The tangents of all values while it is entered; `get`, `set` and `write` are what rules use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._of: dict[int, tuple[weakref.ref[Tensor], Tensor | None]] = {}
+        self._shadows: dict[int, tuple[StorageWeakRef, Tensor]] = {}
+        self._graph_task = torch._C._current_graph_task_id()
+
+    def get(self, x: Any) -> Tensor | None:
+        """The tangent of a value; None is zero."""
+        if not isinstance(x, Tensor):
+            return None
+        entry = self._of.get(id(x))
+        if entry is not None and entry[0]() is x:
+            return entry[1]
+        if self._shadows and (found := self._shadows.get(x.untyped_storage()._cdata)) is not None:
+            return found[1].as_strided(x.size(), x.stride(), x.storage_offset())
+        return None
+
+    def set(self, x: Tensor, tangent: Tensor | None) -> None:
+        """Give a new value its tangent, in the value's dtype, sizes and strides."""
+        if tangent is None or not (x.is_floating_point() or x.is_complex()):
+            return
+        if tangent.dtype != x.dtype:
+            tangent = tangent.to(x.dtype)
+        if tangent.shape != x.shape or not _same_strides(tangent, x):
+            tangent = torch.empty_like(x).copy_(tangent)
+        self.alias(x, tangent)
+
+    def alias(self, x: Tensor, tangent: Tensor | None) -> None:
+        """Give a view of a value the same view of its tangent; None holds the zero against a shadow."""
+        key, of = id(x), self._of
+
+        def forget(reference: Any) -> None:
+            if (entry := of.get(key)) is not None and entry[0] is reference:
+                del of[key]
+
+        of[key] = (weakref.ref(x, forget), tangent)
+
+    def write(self, x: Tensor, tangent: Tensor | None) -> None:
+        """The value x has been overwritten in place by one with this tangent."""
+        here = self.get(x)
+        if here is not None:
+            here.zero_() if tangent is None else here.copy_(tangent)
+        elif tangent is not None and (x.is_floating_point() or x.is_complex()):
+            storage = x.untyped_storage()
+            for address in [a for a, (reference, _) in self._shadows.items() if reference.expired()]:
+                del self._shadows[address]
+            shadow = torch.zeros(storage.nbytes() // x.element_size(), dtype=x.dtype, device=x.device)
+            self._shadows[storage._cdata] = (StorageWeakRef(storage), shadow)  # its address stays taken
+            self._of.pop(id(x), None)
+            shadow.as_strided(x.size(), x.stride(), x.storage_offset()).copy_(tangent)
+
+    @property
+    def has_shadows(self) -> bool:
+        return bool(self._shadows)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch._C._current_graph_task_id() != self._graph_task:
+            raise RuntimeError(
+                "Jvp: the network differentiates within its forward (torch.autograd), which detached "
+                "tangents do not follow: call it with detach_tangent=False, which is torch.func.jvp"
+            )
+        if not any(self.get(x) is not None for x in tensors_of((*args, *kwargs.values()))):
+            return func(*args, **kwargs)
+        from .rules import rule_of
+
+        _check_function()
+        include, exclude = (
+            torch._C._dispatch_tls_local_include_set(),
+            torch._C._dispatch_tls_local_exclude_set(),
+        )
+        for key in _LAZY:
+            exclude = exclude.remove(key)
+        for key in _AUTOCAST:
+            exclude = exclude.add(key)
+        with torch._C._ForceDispatchKeyGuard(include, exclude):
+            return rule_of(func)(self, func, args, kwargs)
+
+
+def tensors_of(values: Any) -> Iterator[Tensor]:
+    """The tensors among an operator's arguments, which may be lists."""
+    for x in values:
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, (list, tuple)):
+            yield from tensors_of(x)
+
+
+def _same_strides(a: Tensor, b: Tensor) -> bool:
+    if a.stride() == b.stride():
+        return True
+    return all(s == t or n <= 1 for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
+
+
+def _check_function() -> None:
+    # Off inside of an autograd.Function's forward, whatever torch.no_grad says.
+    if not torch._C._is_fwd_grad_enabled() and (name := _foreign_function()) is not None:
+        raise RuntimeError(
+            f"Jvp: {name} is an autograd.Function, whose derivative need not be that of its forward: call "
+            "with detach_tangent=False, which is torch.func.jvp and asks for the Function's jvp"
+        )
+
+
+_forwards: dict[Any, str | None] = {}
+
+
+def _foreign_function() -> str | None:
+    """The autograd.Function whose forward is running, unless it is PyTorch's or ours."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward":
+            if code not in _forwards:
+                owner = next((f for f in _all_functions() if _code_of(f) is code), torch.autograd.Function)
+                trusted = owner.__module__.partition(".")[0] in ("torch", "pmf")
+                _forwards[code] = None if trusted else owner.__qualname__
+            if _forwards[code] is not None:
+                return _forwards[code]
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def _all_functions(base: Any = torch.autograd.Function) -> Iterator[Any]:
+    for subclass in base.__subclasses__():
+        yield subclass
+        yield from _all_functions(subclass)
+
+
+def _code_of(function: Any) -> Any:
+    forward = function.forward
+    return getattr(getattr(forward, "__func__", forward), "__code__", None)

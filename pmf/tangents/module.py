@@ -1,0 +1,249 @@
+"""Value and tangent of anybody's network, as a module."""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
+
+from .mode import TangentMode, is_active
+from .sdpa import _is_plain, replace_sdpa
+
+__all__ = ["Jvp"]
+
+Directions = Sequence[Tensor | None]
+"""Tangents of the leaves of the primals, one after another."""
+
+
+class Jvp(nn.Module):
+    """Any network with the tangent of its output, as an ordinary differentiable module.
+
+        out, out_t = pmf.Jvp(network)((z, t, r), (z_t, t_t, None), label=label)
+
+        out = f(z, t, r),  out_t = df(z, t, r) [z_t, t_t, 0]
+
+    Args of a call:
+        primals: the network's positional arguments; trees of tensors, anything else in them is passed on.
+        tangents: their tangents, in their shapes and dtypes; None is zero, for a tensor or a whole argument.
+            Where the first dimension of all primals is the batch, those of the first n samples will do.
+        detach_tangent: the tangent is a constant, for autograd and for transforms around the call: nothing is
+            kept for it, and backward costs what the network's does. False is torch.func.jvp within
+            `replace_sdpa`, differentiable throughout.
+        constants: the network's keyword arguments, which have no tangents.
+
+    Returns (out, out_t), both as the network returns them; what is no tensor has the tangent None, and a
+    tensor that does not depend on the primals zero. Of n samples, out_t has the first n rows.
+
+    The network is called once, as always: hooks, checkpoints, buffers, random numbers, autocast, DDP, FSDP2
+    (around the whole, or around its layers) and torch.compile around this module meet an ordinary forward
+    pass, in which attention is `pmf.ops.attention`. Under a transform of torch.func it is torch.func.jvp.
+
+    Parameters and buffers are the network's own; in a state dict their names begin with "network.".
+
+    Raises TypeError or ValueError where tangents do not fit, NotImplementedError for an operator that has no
+    forward mode, RuntimeError for what a detached tangent cannot follow: autograd within the network, and
+    autograd.Functions other than PyTorch's and this library's.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"Jvp: network must be a torch.nn.Module, got {type(network).__name__}")
+        self.network = network
+
+    def forward(
+        self, primals: Sequence[Any], tangents: Sequence[Any], detach_tangent: bool = True, **constants: Any
+    ) -> tuple[Any, Any]:
+        primals, given, count = _pair(primals, tangents)
+        compiling = torch.compiler.is_compiling()
+        if not detach_tangent or _in_transform(compiling):
+            with replace_sdpa():
+                out, out_t = _by_transform(self.network, primals, given, constants)
+        elif compiling:
+            from . import _compiled
+
+            what = _compiled.what_it_does(self.network)
+            out, out_t = _compiled.traced(self.network, primals, given, constants, what)
+        else:
+            with replace_sdpa(), _freed_early():
+                out, out_t = beside(self.network, primals, given, constants)
+        if detach_tangent:
+            out_t = tree_map_only(Tensor, torch.Tensor.detach, out_t)
+        return out, out_t if count is None else tree_map_only(Tensor, lambda t: t[:count], out_t)
+
+
+def beside(
+    network: nn.Module, primals: Sequence[Any], given: Directions, constants: dict[str, Any]
+) -> tuple[Any, Any]:
+    """One pass of the network with the tangents beside it."""
+    if is_active():
+        raise RuntimeError(
+            "Jvp: a network within a Jvp calls a Jvp; use torch.func.jvp for higher derivatives"
+        )
+    mode = TangentMode()
+    leaves, spec = tree_flatten(tuple(primals))
+    for i, t in enumerate(given):
+        if t is not None:
+            # A tensor of its own: the same one may be given twice, or be a constant too.
+            leaves[i] = leaves[i].view_as(leaves[i])
+            mode.alias(leaves[i], torch.empty_like(leaves[i]).copy_(t.detach()))
+    with mode, _DetachInPlace(mode):
+        out = network(*tree_unflatten(leaves, spec), **constants)
+    out_leaves, out_spec = _flatten(out)
+    out_ts = [_or_zero(y, mode.get(y)) for y in out_leaves]
+    return out, tree_unflatten(out_ts, out_spec)
+
+
+class _DetachInPlace(TorchFunctionMode):
+    """Tensor.detach_ ends above what a dispatch mode sees."""
+
+    def __init__(self, mode: TangentMode) -> None:
+        super().__init__()
+        self.mode = mode
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.detach_:
+            self.mode.alias(out, None)
+        return out
+
+
+def _by_transform(
+    network: nn.Module, primals: Sequence[Any], given: Directions, constants: dict[str, Any]
+) -> tuple[Any, Any]:
+    """torch.func.jvp, for networks that return more than tensors."""
+    leaves, spec = tree_flatten(tuple(primals))
+    where = [i for i, t in enumerate(given) if t is not None]
+    found: list[Any] = []
+
+    def moved(*x: Tensor) -> tuple[Tensor, ...]:
+        inputs = list(leaves)
+        for i, value in zip(where, x, strict=True):
+            inputs[i] = value
+        found[:] = _flatten(network(*tree_unflatten(inputs, spec), **constants))
+        return tuple(y for y in found[0] if isinstance(y, Tensor))
+
+    if where:
+        directions = tuple(t for t in given if t is not None)
+        values, tangents = torch.func.jvp(moved, tuple(leaves[i] for i in where), directions)[:2]
+    else:
+        values = moved()
+        tangents = tuple(torch.zeros_like(y) for y in values)
+    (out_leaves, out_spec), each, each_t = found, iter(values), iter(tangents)
+    out = [next(each) if isinstance(y, Tensor) else y for y in out_leaves]
+    out_t = [next(each_t) if isinstance(y, Tensor) else None for y in out_leaves]
+    return tree_unflatten(out, out_spec), tree_unflatten(out_t, out_spec)
+
+
+def _pair(primals: Any, tangents: Any) -> tuple[tuple[Any, ...], Directions, int | None]:
+    """The primals, the tangents of their leaves, and of how many samples these are, if not of all."""
+    if not isinstance(primals, (tuple, list)) or not isinstance(tangents, (tuple, list)):
+        raise TypeError(
+            "Jvp: primals and tangents must be tuples, one entry for each argument of the network"
+        )
+    if len(primals) != len(tangents):
+        raise ValueError(f"Jvp: there are {len(primals)} primals and {len(tangents)} tangents")
+    given: list[Tensor | None] = []
+    for i, (primal, tangent) in enumerate(zip(primals, tangents, strict=True)):
+        x, spec = tree_flatten(primal)
+        t, spec_t = ([None] * len(x), spec) if tangent is None else tree_flatten(tangent)
+        if spec != spec_t:
+            raise ValueError(f"Jvp: tangent {i} has another structure than its primal: {spec_t}, {spec}")
+        for value, direction in zip(x, t, strict=True):
+            _check(i, value, direction)
+        given += t
+    leaves, _ = tree_flatten(tuple(primals))
+    fewer = {len(t) for x, t in zip(leaves, given, strict=True) if t is not None and t.shape != x.shape}
+    if not fewer:
+        return tuple(primals), given, None
+    count = min(fewer)
+    if any(t is not None and len(t) != count for t in given):
+        raise ValueError("Jvp: all tangents must be of the same first samples")
+    whole = [
+        None if t is None else torch.cat((t, t.new_zeros((len(x) - count, *x.shape[1:]))))
+        for x, t in zip(leaves, given, strict=True)
+    ]
+    return tuple(primals), whole, count
+
+
+def _check(i: int, value: Any, tangent: Any) -> None:
+    if isinstance(value, Tensor) and (not _is_plain(value) or value.is_nested):
+        kind = "a nested tensor" if value.is_nested else f"a {type(value).__name__}"
+        raise TypeError(f"Jvp: primal {i} is {kind}; pass plain tensors")
+    if tangent is None:
+        return
+    if not isinstance(value, Tensor) or not isinstance(tangent, Tensor):
+        kinds = f"{type(value).__name__} and {type(tangent).__name__}"
+        raise TypeError(
+            f"Jvp: primal {i} and its tangent must be tensors, got {kinds}; None is a zero tangent"
+        )
+    if not (value.is_floating_point() or value.is_complex()):
+        raise TypeError(f"Jvp: primal {i} is {value.dtype}, which has no tangent: pass None")
+    if tangent.dtype != value.dtype or tangent.device != value.device:
+        raise TypeError(
+            f"Jvp: tangent {i} must be {value.dtype} on {value.device} like its primal, "
+            f"got {tangent.dtype} on {tangent.device}"
+        )
+    fits = (
+        tangent.dim() == value.dim() > 0
+        and tangent.shape[1:] == value.shape[1:]
+        and len(tangent) <= len(value)
+    )
+    if tangent.shape != value.shape and not fits:
+        raise ValueError(
+            f"Jvp: tangent {i} must have the shape of its primal {list(value.shape)}, or of its first "
+            f"samples, got {list(tangent.shape)}"
+        )
+
+
+def _in_transform(compiling: bool) -> bool:
+    """Whether a transform of torch.func is active: the mode would see other tensors than it knows."""
+    if not compiling:
+        return torch._C._functorch.maybe_current_level() is not None
+    from pmf.ops import _compiled
+
+    return _compiled.in_transform()
+
+
+def _flatten(out: Any) -> tuple[list[Any], TreeSpec]:
+    leaves, spec = tree_flatten(out)
+    if not any(isinstance(y, Tensor) for y in leaves):
+        kind = type(out).__name__
+        raise TypeError(
+            f"Jvp: the network returns no tensor, but {kind}; a class of its own must be registered by "
+            "torch.utils._pytree.register_pytree_node"
+        )
+    return leaves, spec
+
+
+def _or_zero(value: Any, tangent: Tensor | None) -> Tensor | None:
+    if not isinstance(value, Tensor):
+        return None
+    return torch.zeros_like(value) if tangent is None else tangent
+
+
+def _freed_early() -> contextlib.AbstractContextManager[Any]:
+    """Let autograd save aliases, so that a value, and with it its tangent, is freed after its last use.
+
+    Somebody's own hooks stay in force: those of checkpoints and of offloading keep no value either.
+    """
+    hooks_there = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    if not torch.is_grad_enabled() or hooks_there:
+        return contextlib.nullcontext()
+
+    def pack(x: Tensor) -> tuple[Tensor, int]:
+        return x.detach(), x._version
+
+    def unpack(saved: tuple[Tensor, int]) -> Tensor:
+        alias, version = saved
+        if alias._version != version:  # autograd's own check, which it leaves to hooks
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace "
+                f"operation: {list(alias.shape)} is at version {alias._version}; expected version {version}"
+            )
+        return alias
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

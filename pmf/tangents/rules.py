@@ -1,0 +1,459 @@
+"""Value and tangent of single operators: (mode, func, args, kwargs) -> what func returns.
+
+Most operators of networks are linear, or have a Jacobian that equals its transpose, so that the operator's
+own backward kernel computes the tangent: elementwise functions, softmax, and normalisations without their
+affine part. Operators without a rule take PyTorch's own forward-mode formula, and where there is none, raise.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_map
+
+from pmf import ops
+from pmf.ops._autograd import functions
+from pmf.ops._products import product
+
+from .mode import TangentMode
+
+__all__ = ["rule_of"]
+
+Rule = Callable[[TangentMode, Any, Sequence[Any], dict[str, Any]], Any]
+aten = torch.ops.aten
+
+_rules: dict[Any, Rule] = {}
+
+
+def rule_of(func: Any) -> Rule:
+    """How an operator treats tangents; found once."""
+    found = _rules.get(func)
+    if found is None:
+        found = _rules[func] = _find(func)
+    return found
+
+
+def _find(func: Any) -> Rule:
+    namespace, _, name = func._schema.name.partition("::")
+    if namespace.startswith("pmf"):
+        return _OURS.get(name, _ours)
+    if not any("Tensor" in str(result.type) for result in func._schema.returns):
+        if func._schema.is_mutable:
+            return _unknown
+        return _constant
+    if namespace not in ("aten", "prims"):
+        return _unknown
+    if func._schema.is_mutable:
+        return _in_place
+    if func.is_view:
+        return _view
+    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        return _composite
+    return _formula
+
+
+def _rule(*overloads: Any) -> Callable[[Rule], Rule]:
+    def register(function: Rule) -> Rule:
+        _rules.update(dict.fromkeys(overloads, function))
+        return function
+
+    return register
+
+
+# Operators that are linear in their first argument, or constant.
+
+
+@_rule(
+    aten.clone.default, aten._to_copy.default, aten.neg.default, aten._unsafe_view.default,
+    aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim, aten.cumsum.default,
+    aten.avg_pool2d.default, aten._adaptive_avg_pool2d.default, aten.tril.default, aten.triu.default,
+    aten.upsample_nearest1d.default, aten.upsample_nearest2d.default, aten.upsample_bilinear2d.default,
+    aten.repeat.default, aten.roll.default, aten.flip.default,
+    aten.index_select.default, aten.gather.default, aten.index.Tensor,
+    aten.mul.Scalar, aten.div.Scalar,
+)  # fmt: skip
+def _linear(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    out, t = func(*args, **kwargs), mode.get(args[0])
+    if t is not None and out.dtype != torch.bool and (out.is_floating_point() or out.is_complex()):
+        mode.set(out, func(t, *args[1:], **kwargs))
+    return out
+
+
+@_rule(
+    aten.detach.default, aten.zeros_like.default, aten.ones_like.default, aten.empty_like.default,
+    aten.full_like.default, aten.rand_like.default, aten.randn_like.default, aten.new_zeros.default,
+    aten.new_ones.default, aten.new_empty.default, aten.new_full.default, aten.new_empty_strided.default,
+    aten.bernoulli.p, aten.bernoulli.default, aten.is_same_size.default, aten.view.dtype,
+)  # fmt: skip
+def _constant(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    out = func(*args, **kwargs)
+    if mode.has_shadows and func is aten.detach.default:
+        mode.alias(out, None)
+    return out
+
+
+def _view(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    x = args[0]
+    t = mode.get(x)
+    out = func(*args, **kwargs)
+    if func is aten.as_strided.default:
+        size, stride, offset = (*args[1:], None)[:3]
+        given = kwargs.get("storage_offset", offset)
+        beyond = 0 if given is None else given - x.storage_offset()
+        out_t = None if t is None else t.as_strided(size, stride, t.storage_offset() + beyond)
+    else:
+        out_t = None if t is None else func(t, *args[1:], **kwargs)
+    if isinstance(out, Tensor):
+        mode.alias(out, out_t)
+    else:
+        for i, part in enumerate(out):
+            mode.alias(part, None if out_t is None else out_t[i])
+    return out
+
+
+@_rule(aten.cat.default, aten.stack.default)
+def _joined(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    out = func(*args, **kwargs)
+    parts = [x.new_zeros(()).expand(x.shape) if (t := mode.get(x)) is None else t for x in args[0]]
+    mode.set(out, func(parts, *args[1:], **kwargs))
+    return out
+
+
+@_rule(aten.constant_pad_nd.default)
+def _padded(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    out = func(*args, **kwargs)
+    mode.set(out, func(mode.get(args[0]), args[1], 0))
+    return out
+
+
+# Sums and products.
+
+
+@_rule(aten.add.Tensor, aten.sub.Tensor)
+def _sum(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    a, b = args
+    out, t_a, t_b = func(a, b, **kwargs), mode.get(a), mode.get(b)
+    if t_a is not None and t_b is not None:
+        mode.set(out, func(t_a, t_b, **kwargs))
+    elif t_b is not None:
+        factor = kwargs.get("alpha", 1) * (-1 if func is aten.sub.Tensor else 1)
+        mode.set(out, t_b * factor)
+    else:
+        assert t_a is not None
+        mode.set(out, t_a.clone() if t_a.shape == out.shape else t_a)
+    return out
+
+
+@_rule(aten.add.Scalar, aten.sub.Scalar)
+def _shifted(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    out, t = func(*args, **kwargs), mode.get(args[0])
+    mode.set(out, None if t is None else t.clone())
+    return out
+
+
+@_rule(aten.mul.Tensor)
+def _times(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    a, b = args
+    out, t_a, t_b = func(a, b), mode.get(a), mode.get(b)
+    t = None if t_a is None else t_a * b
+    if t_b is not None:
+        t = t_b * a if t is None else torch.addcmul(t, a, t_b)
+    mode.set(out, t)
+    return out
+
+
+@_rule(aten.div.Tensor)
+def _quotient(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    if mode.get(args[1]) is not None:
+        return _formula(mode, func, args, kwargs)
+    out, t = func(*args), mode.get(args[0])
+    mode.set(out, None if t is None else t / args[1])
+    return out
+
+
+@_rule(aten.mm.default, aten.bmm.default)
+def _product(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    if kwargs:
+        return _formula(mode, func, args, kwargs)
+    a, b = args
+    out, t_a, t_b = func(a, b), mode.get(a), mode.get(b)
+    multiply = product if func is aten.mm.default else func
+    t = None if t_a is None else multiply(t_a, b)
+    if t_b is not None:
+        t = multiply(a, t_b) if t is None else t + multiply(a, t_b)
+    mode.set(out, t)
+    return out
+
+
+@_rule(aten.addmm.default)
+def _affine(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    bias, a, b = args
+    t = mode.get(a)
+    if kwargs or mode.get(bias) is not None or mode.get(b) is not None or t is None:
+        return _formula(mode, func, args, kwargs)
+    out = func(bias, a, b)
+    mode.set(out, product(t, b))
+    return out
+
+
+@_rule(aten.convolution.default)
+def _convolution(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    x, weight, bias, *rest = args
+    if mode.get(weight) is not None or mode.get(bias) is not None:
+        return _formula(mode, func, args, kwargs)
+    out = func(*args)
+    mode.set(out, func(mode.get(x), weight, None, *rest))
+    return out
+
+
+# A Jacobian that equals its transpose: the backward kernel computes the tangent.
+
+
+@_rule(aten.gelu.default, aten.silu.default, aten.mish.default, aten.hardswish.default)
+def _of_input(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    out = func(*args, **kwargs)
+    backward = getattr(aten, func._opname + "_backward")
+    mode.set(out, backward(mode.get(args[0]), *args, **kwargs))
+    return out
+
+
+@_rule(aten.tanh.default, aten.sigmoid.default)
+def _of_output(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    out = func(*args)
+    mode.set(out, getattr(aten, func._opname + "_backward")(mode.get(args[0]), out))
+    return out
+
+
+@_rule(aten.relu.default)
+def _relu(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    out = func(*args)
+    mode.set(out, aten.threshold_backward(mode.get(args[0]), out, 0))
+    return out
+
+
+@_rule(aten._softmax.default)
+def _softmax(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    out, x = func(*args), args[0]
+    if out.dtype != x.dtype:
+        return _formula(mode, func, args, kwargs)
+    mode.set(out, aten._softmax_backward_data(mode.get(x), out, args[1], x.dtype))
+    return out
+
+
+@_rule(aten.native_layer_norm.default)
+def _layer_norm(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    x, shape, weight, bias, _ = args
+    t = mode.get(x)
+    if t is None or mode.get(weight) is not None or mode.get(bias) is not None:
+        return _formula(mode, func, args, kwargs)
+    out, mean, rstd = outputs = func(*args)
+    mask = [True, False, False]
+    t = aten.native_layer_norm_backward(t, x, shape, mean, rstd, None, None, mask)[0]
+    mode.set(out, t if weight is None else t.mul_(weight))
+    return outputs
+
+
+@_rule(aten.native_group_norm.default)
+def _group_norm(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    x, weight, bias, batch, channels, size, groups, _ = args
+    t = mode.get(x)
+    if t is None or mode.get(weight) is not None or mode.get(bias) is not None:
+        return _formula(mode, func, args, kwargs)
+    out, mean, rstd = outputs = func(*args)
+    sizes = (batch, channels, size, groups, [True, False, False])
+    t = aten.native_group_norm_backward(t.contiguous(), x.contiguous(), mean, rstd, None, *sizes)[0]
+    mode.set(out, t if weight is None else t * _per_channel(weight, x))
+    return outputs
+
+
+@_rule(aten.native_batch_norm.default, aten._native_batch_norm_legit.default)
+def _batch_norm(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    x, weight, bias, running_mean, running_var, training, _, eps = args
+    t = mode.get(x)
+    if t is None or mode.get(weight) is not None or mode.get(bias) is not None:
+        return _formula(mode, func, args, kwargs)
+    out, mean, rstd = outputs = func(*args, **kwargs)
+    statistics = (running_mean, running_var, mean, rstd, training, eps, [True, False, False])
+    t = aten.native_batch_norm_backward(t.contiguous(), x, None, *statistics)[0]
+    mode.set(out, t if weight is None else t * _per_channel(weight, x))
+    return outputs
+
+
+def _per_channel(weight: Tensor, x: Tensor) -> Tensor:
+    return weight.view(1, -1, *(1,) * (x.dim() - 2))
+
+
+@_rule(aten.native_dropout.default)
+def _dropout(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    x, p, training = args
+    t = mode.get(x)
+    out, kept = outputs = func(*args)
+    if training is False:
+        mode.set(out, None if t is None else t.clone())
+    elif t is not None:
+        mode.set(out, t * kept * (0.0 if p == 1 else 1 / (1 - p)))
+    return outputs
+
+
+# Attention, and the other operators of this library.
+
+
+@_rule(aten._scaled_dot_product_flash_attention_for_cpu.default)
+def _torchs_attention(
+    mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Reached by those whom `replace_sdpa` does not reach: C++, and blocks that are computed again."""
+    query, key, value, dropout_p, is_causal = (*args, 0.0, False)[:5] if len(args) < 5 else args
+    if dropout_p != 0.0:
+        return _unknown(mode, func, args, kwargs)
+    out, lse = func(*args, **kwargs)
+    with torch.no_grad():
+        tangents = [mode.get(x) for x in (query, key, value)]
+        mask, scale = kwargs.get("attn_mask"), kwargs.get("scale")
+        args = (query, key, value, *tangents, mask, is_causal)
+        mode.set(out, ops.attention_jvp(*args, scale=scale)[1])
+    return out, lse
+
+
+def _attention(
+    mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    query, key, value, mask, *rest = args
+    if mode.get(mask) is not None:
+        return _ours(mode, func, args, kwargs)
+    tangents = (mode.get(x) for x in (query, key, value))
+    out, out_t, lse = torch.ops.pmf.attention_jvp_forward(query, key, value, *tangents, mask, *rest)
+    mode.set(out, out_t)
+    return out, lse
+
+
+def _with_twin(twin: Callable[..., tuple[Tensor, Tensor]], primals: int) -> Rule:
+    """By a public function (primals, tangents, the rest) -> (value, tangent)."""
+
+    def rule(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+        with torch.no_grad():
+            out, out_t = twin(*args[:primals], *(mode.get(x) for x in args[:primals]), *args[primals:])
+        mode.set(out, out_t)
+        return out
+
+    return rule
+
+
+def _ours(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """By the tangent that the operator's autograd.Function has for torch.func.jvp."""
+    name = func._schema.name.partition("::")[2]
+    function = next((f for f in functions.values() if f.op == name), None)
+    if function is None:
+        return _unknown(mode, func, args, kwargs)
+    out = func(*args, **kwargs)
+    with torch.no_grad():
+        found = function.tangent(tuple(args), tuple(mode.get(x) for x in args))
+    for value, tangent in zip((out,) if isinstance(out, Tensor) else out, found, strict=False):
+        mode.set(value, tangent)
+    return out
+
+
+_OURS: dict[str, Rule] = {
+    "attention_forward": _attention,
+    "rms_norm": _with_twin(ops.rms_norm_jvp, 2),
+    "swiglu": _with_twin(ops.swiglu_jvp, 2),
+    "gated_residual": _with_twin(ops.gated_residual_jvp, 3),
+    "product": lambda mode, func, args, kwargs: _product(mode, aten.mm.default, args, kwargs),
+    "add_product": lambda mode, func, args, kwargs: _affine(mode, aten.addmm.default, args, kwargs),
+}
+
+
+# Writing in place.
+
+_LINEAR_IN_PLACE = {aten.add_.Tensor, aten.sub_.Tensor}
+_RANDOM = {
+    aten.bernoulli_.float, aten.bernoulli_.Tensor, aten.normal_.default, aten.uniform_.default,
+    aten.exponential_.default, aten.log_normal_.default, aten.cauchy_.default, aten.geometric_.default,
+    aten.random_.default, aten.random_.to, getattr(aten.random_, "from"),
+    aten.zero_.default, aten.fill_.Scalar,
+}  # fmt: skip
+_TURNING = {
+    aten.transpose_.default, aten.t_.default, aten.unsqueeze_.default, aten.squeeze_.default,
+    aten.squeeze_.dim, aten.squeeze_.dims, aten.swapaxes_.default, aten.swapdims_.default,
+}  # fmt: skip
+
+
+def _in_place(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    x, written = args[0] if args else None, [argument.is_write for argument in func._schema.arguments]
+    if sum(written) != 1 or not written[0] or not isinstance(x, Tensor):
+        return _unknown(mode, func, args, kwargs)  # out=, and lists
+    if func is aten.copy_.default:
+        func(*args, **kwargs)
+        mode.write(x, mode.get(args[1]))
+    elif func in _RANDOM:
+        func(*args, **kwargs)
+        mode.write(x, None)
+    elif func in _TURNING:
+        t = mode.get(x)
+        func(*args, **kwargs)
+        func(t, *args[1:], **kwargs)
+        mode.alias(x, t)
+    elif func in _LINEAR_IN_PLACE and (t := mode.get(x)) is not None:
+        func(*args, **kwargs)
+        if (t_b := mode.get(args[1])) is not None:
+            func(t, t_b, **kwargs)
+    else:
+        pure = getattr(getattr(aten, func._opname.removesuffix("_"), None), func._overloadname, None)
+        if pure is None or not func._opname.endswith("_"):
+            return _unknown(mode, func, args, kwargs)
+        new = rule_of(pure)(mode, pure, args, kwargs)
+        aten.copy_(x, new)
+        mode.write(x, mode.get(new))
+    return x
+
+
+# Everything else.
+
+
+def _composite(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Under inference_mode PyTorch leaves taking operators apart to us."""
+    with mode:
+        return func.decompose(*args, **kwargs)
+
+
+def _formula(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Value and tangent by PyTorch's own forward-mode formula, which raises where there is none."""
+    given = []
+
+    def dual(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        t = mode.get(x)
+        if t is None:
+            return x.detach()
+        given.append(t.untyped_storage()._cdata)
+        return forward_ad.make_dual(x.detach(), t)
+
+    def value(y: Any) -> Any:
+        if not isinstance(y, Tensor):
+            return y
+        primal, tangent = forward_ad.unpack_dual(y)
+        out = aten.detach(primal)
+        if tangent is not None and not tangent._is_zerotensor():
+            t = aten.detach(tangent)
+            mode.set(out, t.clone() if t.untyped_storage()._cdata in given else t)
+        return out
+
+    keys = torch._C.DispatchKey
+    with (
+        torch._C._SetExcludeDispatchKeyGuard(keys.AutogradFunctionality, False),
+        torch._C._SetExcludeDispatchKeyGuard(keys.ADInplaceOrView, False),
+        torch.no_grad(),
+        forward_ad._set_fwd_grad_enabled(True),
+        forward_ad.dual_level(),
+    ):
+        dual_args, dual_kwargs = tree_map(dual, (tuple(args), kwargs))
+        return tree_map(value, func(*dual_args, **dual_kwargs))
+
+
+def _unknown(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    raise NotImplementedError(
+        f"Jvp: {func} has no rule for tangents; call with detach_tangent=False, which is torch.func.jvp"
+    )

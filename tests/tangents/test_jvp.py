@@ -1,0 +1,507 @@
+"""Jvp: values, tangents and gradients are those of torch.func.jvp through math attention."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import emulator
+from helpers.levels import LEVELS, at_level
+from helpers.networks import NETWORKS, DiT, Problem, ViT, encoder, jvp_math
+from helpers.tolerance import assert_close
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import pmf
+
+EXACT = 1e-12
+
+
+def gradients(out, out_t, network) -> Any:
+    """Of a loss of both, as MeanFlow's: the tangent is part of the target."""
+    weights = list(network.parameters())
+    return torch.autograd.grad((out + 0.3 * out_t).square().sum(), weights, allow_unused=True)
+
+
+def check(problem: Problem, tangents=None, detach: bool = True, jvp=None, limit: float = EXACT) -> None:
+    network, primals, constants = problem
+    tangents = problem.tangents() if tangents is None else tangents
+    out, out_t = jvp_math(network, primals, tangents, **constants)
+    wanted = gradients(out, out_t.detach() if detach else out_t, network)
+    jvp = pmf.Jvp(network) if jvp is None else jvp
+    found = jvp(primals, tangents, detach_tangent=detach, **constants)
+    assert out_t.abs().sum() > 0
+    assert_close(found, (out, out_t), limit)
+    assert found[1].requires_grad is not detach
+    for actual, expected in zip(gradients(*found, network), wanted, strict=True):
+        if expected is not None:
+            assert_close(actual, expected, limit)
+
+
+@pytest.mark.parametrize("detach", [True, False])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks(name: str, detach: bool):
+    check(NETWORKS[name](torch.float64), detach=detach)
+
+
+def test_detach_in_place():
+    """It ends above what the mode sees."""
+    x, x_t = torch.randn(2, 4, dtype=torch.float64).unbind(0)
+    network = Spelled(lambda y: y.clone().detach_() * y)
+    network.layer = nn.Identity()
+    assert_close(pmf.Jvp(network)((x,), (x_t,))[1], x * x_t, EXACT)
+
+
+@pytest.mark.skipif("emulated" not in LEVELS, reason="this machine cannot run the emulator")
+def test_the_cuda_kernels():
+    problem = Problem(Spelled(ours), (torch.randn(6, 6, dtype=torch.float32),))
+    problem.network.float()
+    tangents = problem.tangents()
+    wanted = pmf.Jvp(problem.network)(problem.primals, tangents)
+    with at_level("emulated"):
+        before = emulator.launches()
+        found = pmf.Jvp(problem.network)(problem.primals, tangents)
+        assert emulator.launches() > before
+    assert_close(found, wanted, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["ViT", "DiT", "U-Net"])
+def test_networks_in_float32(name: str):
+    check(NETWORKS[name](torch.float32), limit=1e-5)
+
+
+@pytest.mark.parametrize("name", ["DiT", "encoder"])
+@pytest.mark.parametrize("detach", [True, False])
+def test_compiled(name: str, detach: bool):
+    problem = NETWORKS[name](torch.float64)
+    if not detach:
+        pytest.xfail("PyTorch cannot compile torch.func.jvp through a LayerNorm")
+    check(problem, jvp=torch.compile(pmf.Jvp(problem.network), fullgraph=True, backend="aot_eager"))
+
+
+def test_compiled_by_inductor():
+    problem = NETWORKS["ViT"](torch.float64)
+    check(problem, jvp=torch.compile(pmf.Jvp(problem.network), fullgraph=True))
+
+
+class Spelled(nn.Module):
+    """One operation after another, so that each is met in its functional and in its in-place form."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.layer, self.function = nn.Linear(6, 6).double(), function
+
+    def forward(self, x):
+        return self.function(self.layer(x))
+
+
+def in_place_rope(x):
+    x = x.clone()
+    a, b = x[..., 0::2], x[..., 1::2]
+    kept = a.clone()
+    a.mul_(0.6).sub_(b * 0.8)
+    b.mul_(0.6).add_(kept, alpha=0.8)
+    return x
+
+
+def written_into_zeros(x):
+    """The buffer has no tangent when the views are taken, and one afterwards."""
+    buffer = torch.zeros(2, *x.shape, dtype=x.dtype)
+    first, flat = buffer[0], buffer.view(-1)
+    first.copy_(x)
+    buffer[1, :, 2:4] = x[:, :2] * 3
+    flat[:3].mul_(2)
+    return buffer.sum(0) + first.sin() + flat.sum()
+
+
+def shared_then_written(x):
+    """y has the tangent of x when it is written into; x must keep its own."""
+    y = x + 1
+    y.relu_()
+    z = x - 2
+    z.mul_(x)
+    return x * y + z + (x + torch.ones(1, dtype=x.dtype)).tanh_()
+
+
+def transposed_in_place(x):
+    return x.clone().t_().unsqueeze_(0).squeeze_().sin().t()
+
+
+def strided(x):
+    diagonal = x.contiguous().as_strided((3,), (x.shape[1] + 1,), 1)
+    return x * diagonal.exp().sum() + x.unfold(1, 2, 1).prod(-1).sum()
+
+
+def detached(x):
+    return x * x.detach() + x.data.sin()
+
+
+def overwritten(x):
+    y = x * 2
+    y[:, 1].zero_()
+    y[0].fill_(3.0)
+    y[:, 2:4].copy_(torch.ones(2, dtype=x.dtype))
+    return y * x
+
+
+def complex_numbers(x):
+    z = torch.fft.fft(x)
+    z = torch.view_as_complex(torch.view_as_real(z.conj() * 2j).contiguous()) * z.conj().resolve_conj()
+    return torch.fft.ifft(z * z.imag).real + z.abs() + torch.polar(x.abs(), x).imag
+
+
+def padded(x):
+    return (
+        F.pad(x, (1, 2), value=7.0).square() @ torch.ones(9, 6, dtype=x.dtype)
+        + F.pad(x, (1, 0), "circular")[:, :6]
+    )
+
+
+def integers(x):
+    order = x.argsort(-1)
+    kept = (x > 0).double()
+    return (
+        x.gather(1, order) * kept
+        + x.long().double() * x
+        + x.topk(6).values
+        + x[order[:, 0]].max(1, True).values
+    )
+
+
+def products(x):
+    w = x.softmax(-1) @ x.transpose(0, 1)
+    return (
+        w @ x
+        + torch.einsum("ij,kj->ki", x, x) @ x
+        + torch.bmm(x[None], x.t()[None])[0] @ x
+        + torch.addmm(x, w, x)
+    )
+
+
+def reductions(x):
+    return x / x.norm(dim=1, keepdim=True) + x.var(1, keepdim=True) + x.logsumexp(0) + x.cumprod(1) + x.std()
+
+
+def masked(x):
+    y = x.masked_fill(x > 1, -1.0)
+    y[x < -1] = 0.5
+    z = torch.where(x > 0, x, x.exp())
+    return y * z + x.clone().index_add_(0, torch.tensor([0, 1]), x[1:3] * 2)
+
+
+def split(x):
+    a, b, c = x.chunk(3, 1)
+    a, b = a.unbind(1)[0], torch.stack((b[:, 0], c[:, 1]), 1)
+    return (
+        torch.cat((a[:, None] * b, x, c.new_ones(len(x), 3)), 1).roll(1, 1)[:, :6].flip(0)
+        * x.repeat(1, 2)[:, 3:9]
+    )
+
+
+def scalars(x):
+    return 2 - x / 3 + (1 / (x.square() + 1)) ** 1.5 + 0.5 * (x + 1) ** 2 + x.clamp(-0.5, 0.5) * x
+
+
+def without_grad(x):
+    with torch.no_grad():
+        frozen = x.sin()
+    return x * frozen
+
+
+def mapped(x):
+    return torch.func.vmap(lambda row: row.sin() * row.sum())(x)
+
+
+def rms_norms(x):
+    written = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+    return (
+        F.rms_norm(x, (6,), torch.ones(6, dtype=x.dtype))
+        + pmf.ops.rms_norm(x, torch.ones(6).double())
+        + written
+    )
+
+
+def ours(x):
+    y = pmf.ops.swiglu(x, x.sin())
+    y = pmf.ops.gated_residual(x[None], y[None], x.mean(0))
+    return pmf.ops.attention(y[None], y[None] * 2, y[None])[0, 0]
+
+
+def memory_formats(x):
+    image = x.reshape(1, 2, -1, 3).contiguous(memory_format=torch.channels_last) * 2
+    y = F.conv2d(image, torch.ones(2, 2, 3, 3, dtype=x.dtype), padding=1)
+    return F.instance_norm(F.max_pool2d(y, 1)).add_(image).flatten().reshape(x.shape)
+
+
+SPELLED = (
+    in_place_rope, written_into_zeros, shared_then_written, transposed_in_place, strided, detached,
+    overwritten, complex_numbers, padded, integers, products, reductions, masked, split, scalars,
+    without_grad, mapped, rms_norms, ours, memory_formats,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("function", SPELLED, ids=lambda f: f.__name__)
+def test_operations(function):
+    problem = Problem(Spelled(function), (torch.randn(6, 6, dtype=torch.float64),))
+    tangents = problem.tangents()
+    check(problem, tangents)
+    with torch.no_grad():
+        out, out_t = pmf.Jvp(problem.network)(problem.primals, tangents)
+    assert_close((out, out_t), jvp_math(problem.network, problem.primals, tangents), EXACT)
+
+
+def test_under_inference_mode():
+    problem = NETWORKS["ViT"](torch.float64)
+    tangents = problem.tangents()
+    expected = jvp_math(problem.network, problem.primals, tangents)
+    with torch.inference_mode():
+        found = pmf.Jvp(problem.network)(problem.primals, tangents)
+    assert_close(found, expected, EXACT)
+
+
+def test_recurrent_and_normed_weights():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gru = nn.GRU(4, 6, batch_first=True)
+            self.lstm = nn.LSTM(6, 5, batch_first=True)
+            self.last = nn.utils.parametrizations.weight_norm(nn.Linear(5, 3))
+
+        def forward(self, x):
+            return self.last(self.lstm(self.gru(x)[0])[0])
+
+    check(Problem(Net().double(), (torch.randn(2, 5, 4, dtype=torch.float64),)))
+
+
+def test_batch_norm_in_training_mode():
+    """torch.func.jvp refuses the running statistics; a copy without them gives the tangent."""
+    network = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU()).double()
+    plain = nn.Sequential(network[0], nn.BatchNorm2d(3, track_running_stats=False), network[2]).double()
+    x, x_t = torch.randn(2, 4, 2, 6, 6, dtype=torch.float64).unbind(0)
+    expected = torch.func.jvp(plain, (x,), (x_t,))
+    found = pmf.Jvp(network)((x,), (x_t,))
+    assert_close(found, expected, EXACT)
+    mean = network[0](x).mean((0, 2, 3)).detach()
+    assert_close(network[1].running_mean, 0.1 * mean, EXACT)
+    assert network[1].num_batches_tracked == 1
+    check(Problem(network.eval(), (x,)), (x_t,))
+
+
+def test_dropout_is_one_draw_for_value_and_tangent():
+    network = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5), nn.Linear(64, 3)).double()
+    x, x_t = torch.randn(2, 5, 4, dtype=torch.float64).unbind(0)
+    torch.manual_seed(3)
+    out, out_t = pmf.Jvp(network)((x,), (x_t,))
+    torch.manual_seed(3)
+    assert_close(out.detach(), network(x).detach(), EXACT)
+    step = 1e-6
+    torch.manual_seed(3)
+    moved = network(x + step * x_t)
+    assert_close(out_t, ((moved - out) / step).detach(), 1e-5)
+
+
+def test_attention_dropout_takes_the_math_path():
+    torch.manual_seed(3)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.3, batch_first=True).double()
+    x, x_t = torch.randn(2, 2, 5, 8, dtype=torch.float64).unbind(0)
+    torch.manual_seed(4)
+    out, out_t = pmf.Jvp(layer)((x,), (x_t,))
+    torch.manual_seed(4)
+    moved = layer(x + 1e-6 * x_t)
+    assert_close(out_t, ((moved - out) / 1e-6).detach(), 1e-5)
+
+
+class Tree(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, pair, scale, *, mask=None, name="none"):
+        a, b = pair["a"], pair["b"]
+        y = self.layer(a) * scale
+        return {
+            "y": y,
+            "none": None,
+            "name": name,
+            "count": torch.tensor(3),
+            "constant": b * 2,
+            "both": (y + b, [b]),
+        }
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_trees_in_and_out(detach: bool):
+    a, b, a_t = torch.randn(3, 2, 3).unbind(0)
+    out, out_t = pmf.Jvp(Tree())(({"a": a, "b": b}, 2.0), ({"a": a_t, "b": None}, None), detach, name="x")
+    assert out["name"] == "x" and out["none"] is None and out_t["name"] is None and out_t["none"] is None
+    assert out_t["y"].abs().sum() > 0 and torch.equal(out_t["both"][0], out_t["y"])
+    assert not out_t["constant"].any() and not out_t["count"].any() and not out_t["both"][1][0].any()
+
+
+def test_one_tensor_given_twice_and_as_a_constant():
+    class Net(nn.Module):
+        def forward(self, a, b, c=None):
+            return a * b * c
+
+    x = torch.randn(4, dtype=torch.float64)
+    out_t = pmf.Jvp(Net())((x, x), (torch.ones_like(x), None), c=x)[1]
+    assert_close(out_t, x * x, EXACT)
+
+
+def test_inputs_and_their_tangents_are_left_alone():
+    class Net(nn.Module):
+        def forward(self, x):
+            return x.mul(1).add_(1) * x
+
+    x, x_t = torch.randn(2, 4).unbind(0)
+    kept = x.clone(), x_t.clone()
+    pmf.Jvp(Net())((x,), (x_t,))
+    assert torch.equal(x, kept[0]) and torch.equal(x_t, kept[1])
+
+
+def test_tied_weights_and_modules_called_twice():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(self.a(torch.tanh(self.a(x))))
+
+    check(Problem(Net().double(), (torch.randn(3, 4, dtype=torch.float64),)))
+
+
+def test_gradients_of_the_primals():
+    problem = NETWORKS["ViT"](torch.float64)
+    x, x_t = problem.primals[0].requires_grad_(), problem.tangents()[0]
+    found = torch.autograd.grad(pmf.Jvp(problem.network)((x,), (x_t,))[0].square().sum(), x)
+    assert_close(found, torch.autograd.grad(problem.network(x).square().sum(), x), EXACT)
+
+
+@pytest.mark.parametrize("name", ["ViT", "DiT", "encoder", "points"])
+def test_tangents_of_the_first_samples(name: str):
+    network, primals, constants = problem = NETWORKS[name](torch.float64)
+    tangents = problem.tangents()
+    first = tuple(t[:1] for t in tangents)
+    expected = pmf.Jvp(network)(primals, tangents, **constants)
+    found = pmf.Jvp(network)(primals, first, **constants)
+    assert_close(found[0], expected[0], EXACT)
+    assert_close(found[1], expected[1][:1], EXACT)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_blocks(reentrant: bool):
+    problem = NETWORKS["ViT"](torch.float64)
+    tangents = problem.tangents()
+    expected = pmf.Jvp(problem.network)(problem.primals, tangents)
+    wanted = gradients(*expected, problem.network)
+    for block in problem.network.blocks:
+        forward = block.forward
+        block.forward = lambda x, f=forward: checkpoint(f, x, use_reentrant=reentrant)
+    found = pmf.Jvp(problem.network)(problem.primals, tangents)
+    assert_close(found, expected, EXACT)
+    if reentrant:  # it takes backward() only
+        (found[0] + 0.3 * found[1]).square().sum().backward()
+        assert_close([p.grad for p in problem.network.parameters()], wanted, EXACT)
+    else:
+        assert_close(gradients(*found, problem.network), wanted, EXACT)
+
+
+def test_checkpoint_around_the_whole():
+    problem = NETWORKS["DiT"](torch.float64)
+    jvp, tangents = pmf.Jvp(problem.network), problem.tangents()
+    wanted = gradients(*jvp(problem.primals, tangents), problem.network)
+    found = checkpoint(jvp, problem.primals, tangents, use_reentrant=False)
+    assert_close(gradients(*found, problem.network), wanted, EXACT)
+
+
+@pytest.mark.parametrize("name", ["ViT", "DiT"])
+def test_autocast_and_bfloat16_weights(name: str):
+    """Errors as those of the network itself in bfloat16."""
+    problem = NETWORKS[name](torch.float32)
+    tangents = problem.tangents()
+    exact = jvp_math(problem.network, problem.primals, tangents)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, out_t = pmf.Jvp(problem.network)(problem.primals, tangents)
+    assert_close((out.float(), out_t.float()), exact, 0.05)
+    network = problem.network.bfloat16()
+    found = pmf.Jvp(network)(*(tuple(x.bfloat16() for x in each) for each in (problem.primals, tangents)))
+    assert found[1].dtype == torch.bfloat16
+    assert_close([x.float() for x in found], exact, 0.05)
+    assert all(torch.isfinite(g).all() for g in gradients(*found, network))
+
+
+def test_under_transforms_it_is_torch_func_jvp():
+    """Under vmap the mode would see other tensors than those it gave tangents, and be off by 1."""
+    problem = NETWORKS["points"](torch.float64)
+    jvp, (z, t, r), (z_t, t_t, r_t) = pmf.Jvp(problem.network), problem.primals, problem.tangents()
+    expected = jvp_math(problem.network, (z, t, r), (z_t, t_t, r_t))
+
+    def one(*x):
+        primals, tangents = [y[None] for y in x[:3]], [y[None] for y in x[3:]]
+        return jvp(tuple(primals), tuple(tangents))
+
+    out, out_t = torch.func.vmap(one)(z, t, r, z_t, t_t, r_t)
+    assert_close((out[:, 0], out_t[:, 0]), expected, EXACT)
+    second = torch.func.jvp(lambda a: jvp((a, t, r), (z_t, t_t, r_t), False)[1], (z,), (z_t,))[1]
+    wanted = torch.func.jvp(lambda a: jvp_math(problem.network, (a, t, r), (z_t, t_t, r_t))[1], (z,), (z_t,))[
+        1
+    ]
+    assert_close(second, wanted, 1e-10)
+
+
+def test_nothing_of_a_tangent_is_kept_and_values_are_freed():
+    """The graph of a detached tangent saves what the network's own saves, and no more memory."""
+    network = DiT(depth=3).double()
+    x, t = torch.randn(3, 6, 16, dtype=torch.float64), torch.rand(3, dtype=torch.float64)
+    kept: dict[int, int] = {}
+
+    def note(y):
+        kept[y.untyped_storage()._cdata] = y.untyped_storage().nbytes()
+        return y
+
+    sizes = []
+    for run in (
+        lambda: network(x, t, t),
+        lambda: pmf.Jvp(network)((x, t, t), (x, t, None)),
+    ):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda y: y), pmf.replace_sdpa():
+            out = run()
+        sizes.append(sum(kept.values()))
+        del out
+    assert sizes[1] <= 1.02 * sizes[0]
+
+
+def test_writing_over_a_saved_value_is_noticed():
+    """Autograd leaves its own check to saved_tensors_hooks."""
+
+    class Net(nn.Module):
+        def forward(self, x):
+            y = x.exp()
+            z = y.sin()
+            y.add_(1)
+            return z
+
+    x = torch.randn(4, requires_grad=True)
+    out = pmf.Jvp(Net())((x,), (torch.ones(4),))[0]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_parameters_are_the_networks():
+    network = ViT()
+    jvp = pmf.Jvp(network)
+    assert list(jvp.parameters()) == list(network.parameters()) and jvp.network is network
+    assert set(jvp.state_dict()) == {f"network.{name}" for name in network.state_dict()}
+
+
+def test_encoder_layers_of_one_jvp_after_another():
+    """Tangents of one call are not those of the next."""
+    problem = encoder(torch.float64)
+    jvp = pmf.Jvp(problem.network)
+    zero = jvp(problem.primals, (None,), **problem.constants)[1]
+    assert not zero.any()
+    check(problem, jvp=jvp)
+    assert not jvp(problem.primals, (None,), **problem.constants)[1].any()

@@ -1,0 +1,260 @@
+"""What Jvp does not compute: one sentence that names it, never a silent zero."""
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.networks import NETWORKS, jvp_math
+from helpers.tolerance import assert_close
+from torch import nn
+
+import pmf
+
+X, X_T = torch.randn(2, 3, 4).unbind(0)
+
+
+class Net(nn.Module):
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.layer, self.function = nn.Linear(4, 4), function
+
+    def forward(self, x):
+        return self.function(self.layer(x))
+
+
+def run(function, primals=(X,), tangents=(X_T,), **options):
+    return pmf.Jvp(Net(function))(primals, tangents, **options)
+
+
+@pytest.mark.parametrize(
+    ("primals", "tangents", "error", "sentence"),
+    [
+        ((X,), X_T, TypeError, "must be tuples"),
+        ((X,), (), ValueError, "1 primals and 0 tangents"),
+        (([X],), (X_T,), ValueError, "another structure"),
+        ((X,), (X_T.double(),), TypeError, "must be torch.float32 on cpu like its primal, got torch.float64"),
+        ((X,), (X_T.to("meta"),), TypeError, "got torch.float32 on meta"),
+        ((X,), (X_T[:, :2],), ValueError, r"\[3, 4\], or of its first samples, got \[3, 2\]"),
+        ((X,), (torch.cat((X_T, X_T)),), ValueError, r"got \[6, 4\]"),
+        ((X, X), (X_T[:1], X_T[:2]), ValueError, "same first samples"),
+        ((X, X), (X_T[:1], X_T), ValueError, "same first samples"),
+        ((torch.arange(3),), (torch.ones(3),), TypeError, "int64, which has no tangent: pass None"),
+        ((3.0,), (torch.ones(()),), TypeError, "must be tensors, got float and Tensor"),
+    ],
+)
+def test_tangents_that_do_not_fit(primals, tangents, error, sentence):
+    with pytest.raises(error, match=sentence):
+        run(lambda x: x, primals, tangents)
+
+
+def test_not_a_network():
+    with pytest.raises(TypeError, match="must be a torch.nn.Module, got function"):
+        pmf.Jvp(lambda x: x)
+
+
+@pytest.mark.parametrize("nothing", [None, 3, "text", [], {"a": None}])
+def test_networks_that_return_no_tensor(nothing):
+    for detach in (True, False):
+        with pytest.raises(TypeError, match="returns no tensor"):
+            run(lambda x: nothing, detach_tangent=detach)
+
+
+def test_outputs_of_a_class_that_pytorch_does_not_know():
+    class Output:
+        def __init__(self, y):
+            self.y = y
+
+    with pytest.raises(TypeError, match="but Output; .*register_pytree_node"):
+        run(Output)
+
+
+def test_nested_tensors_and_other_subclasses():
+    nested = torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)], layout=torch.jagged)
+    with pytest.raises(TypeError, match="primal 0 is a nested tensor"):
+        run(lambda x: x, (nested,), (nested,))
+
+    class Mine(torch.Tensor):
+        pass
+
+    with pytest.raises(TypeError, match="primal 0 is a Mine"):
+        run(lambda x: x, (X.as_subclass(Mine),), (X_T,))
+
+
+def test_custom_operators():
+    """PyTorch's forward mode gives them a tangent of zero without a word."""
+    with torch.library._scoped_library("pmf_tests", "FRAGMENT") as library:
+        library.define("double(Tensor x) -> Tensor")
+        library.impl("double", lambda x: 2 * x, "CPU")
+        library.impl("double", torch.library.fallthrough_kernel, "Autograd")
+        with pytest.raises(NotImplementedError, match="pmf_tests.double.default has no rule"):
+            run(torch.ops.pmf_tests.double)
+
+
+class Rounded(torch.autograd.Function):
+    """A straight-through estimator: its derivative is 1, that of its forward 0."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class WithJvp(torch.autograd.Function):
+    @staticmethod
+    def forward(x):
+        return x.round()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return tangent
+
+
+@pytest.mark.parametrize("function", [Rounded, WithJvp])
+def test_autograd_functions_of_others(function):
+    network = Net(function.apply)
+    with pytest.raises(RuntimeError, match=f"{function.__name__} is an autograd.Function"):
+        pmf.Jvp(network)((X,), (X_T,))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="is an autograd.Function"):
+        pmf.Jvp(network)((X,), (X_T,))
+    if function is WithJvp:
+        found = pmf.Jvp(network)((X,), (X_T,), detach_tangent=False)[1]
+        assert_close(found.detach(), X_T @ network.layer.weight.detach().T, 1e-6)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_networks_that_differentiate_in_their_forward(grad: bool):
+    """Their saved values have no tangents: the derivative of a derivative would be silently wrong."""
+
+    class Score(nn.Module):
+        def forward(self, x):
+            with torch.enable_grad():
+                x = x * 1 if x.requires_grad else x.detach().requires_grad_()
+                return torch.autograd.grad(x.tanh().square().sum(), x, create_graph=True)[0]
+
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="differentiates within its forward"):
+        pmf.Jvp(Score())((X.clone().requires_grad_(grad),), (X_T,))
+
+
+def test_a_jvp_within_a_jvp():
+    inner = pmf.Jvp(nn.Linear(4, 4))
+    with pytest.raises(RuntimeError, match="calls a Jvp"):
+        run(lambda x: inner((x,), (x,))[1])
+    out = run(lambda x: inner((x,), (x,), False)[1], detach_tangent=False)[1]
+    assert out.abs().sum() > 0
+    assert run(lambda x: x)[1].abs().sum() > 0  # nothing of the exception stays
+
+
+def test_out_arguments_and_lists_in_place():
+    with pytest.raises(NotImplementedError, match="aten.sin.out"), torch.no_grad():
+        run(lambda x: torch.sin(x, out=torch.empty(3, 4)))
+    with pytest.raises(NotImplementedError, match="_foreach_mul_"), torch.no_grad():
+        run(lambda x: torch._foreach_mul_([x * 1], 2.0))
+
+
+def test_operators_without_a_forward_mode_are_named_by_pytorch():
+    with pytest.raises(NotImplementedError, match="forward AD with _pdist_forward"):
+        run(lambda x: F.pdist(x))
+
+
+def test_a_device_that_does_not_fit():
+    with pytest.raises(RuntimeError, match="meta|device"):
+        pmf.Jvp(nn.Linear(4, 4, device="meta"))((X,), (X_T,))
+
+
+def test_threads_do_not_see_each_others_tangents():
+    problem = NETWORKS["ViT"](torch.float64)
+    tangents = [problem.tangents() for _ in range(4)]
+    expected = [jvp_math(problem.network, problem.primals, t) for t in tangents]
+    found: list = [None] * 4
+
+    def work(i):
+        for _ in range(3):
+            found[i] = pmf.Jvp(problem.network)(problem.primals, tangents[i])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for actual, wanted in zip(found, expected, strict=True):
+        assert_close(actual, wanted, 1e-12)
+
+
+# Compiled: what a graph was made for is guarded.
+
+
+def compiled(network):
+    return torch.compile(pmf.Jvp(network), fullgraph=True, backend="aot_eager")
+
+
+def test_a_compiled_network_that_stops_training():
+    """A graph that is one node has no guards of its own: after eval() it went on dropping."""
+    network = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5), nn.Linear(64, 3))
+    jvp = compiled(network)
+    first = jvp((X,), (X_T,))[0]
+    assert not torch.equal(first, jvp((X,), (X_T,))[0])
+    network.eval()
+    assert_close(jvp((X,), (X_T,)), jvp_math(network, (X,), (X_T,)), 1e-6)
+
+
+def test_a_compiled_network_that_changes_afterwards():
+    """Weights, buffers, plain attributes, and modules of another kind."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor, self.layer, self.act = 2.0, nn.Linear(4, 4), nn.Tanh()
+            self.register_buffer("offset", torch.zeros(4))
+
+        def forward(self, x):
+            return self.act(self.layer(x) * self.factor + self.offset)
+
+    network = Scaled()
+    jvp = compiled(network)
+
+    def check():
+        assert_close(jvp((X,), (X_T,)), jvp_math(network, (X,), (X_T,)), 1e-6)
+
+    check()
+    with torch.no_grad():
+        network.layer.weight.mul_(2)
+        network.offset.add_(1)
+    check()
+    network.factor = 3.0
+    check()
+    network.act = nn.SiLU()
+    check()
+    network.layer = nn.Linear(4, 4)
+    check()
+
+
+def test_compiled_batch_norm_updates_its_statistics():
+    network = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    wanted = 0.1 * network[0](X).mean(0).detach()
+    compiled(network)((X,), (X_T,))
+    assert_close(network[1].running_mean, wanted, 1e-6)
+
+
+def test_two_compiled_networks_of_one_shape():
+    for activation in (torch.tanh, torch.sin):
+        network = Net(activation)
+        assert_close(compiled(network)((X,), (X_T,)), jvp_math(network, (X,), (X_T,)), 1e-6)
+
+
+def test_a_jvp_of_a_compiled_network():
+    network = NETWORKS["ViT"](torch.float32)
+    tangents = network.tangents()
+    found = pmf.Jvp(torch.compile(network.network, backend="aot_eager"))(network.primals, tangents)
+    assert_close(found, jvp_math(network.network, network.primals, tangents), 1e-5)
