@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from pmf import reference
 from pmf._library import allow_tf32
 from pmf.ops._autograd import KernelFunction, call, in_float32, register, vjp
+from pmf.ops._subclasses import require_plain
 
 from .branch import (
     add_branch,
@@ -74,6 +75,7 @@ class Attention(nn.Module):
             norm.eps,
             self.q_norm.eps,
         )
+        require_plain("Attention", **inputs._asdict(), x_t=x_t)
         if x_t is None:
             return call("attention_branch", *inputs)[0], None
         return call("attention_branch_jvp_detached", *inputs, x_t)[:2]

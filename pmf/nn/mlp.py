@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from pmf import reference
 from pmf.ops._autograd import KernelFunction, call, in_float32, register, vjp
+from pmf.ops._subclasses import require_plain
 
 from .branch import add_branch, branch_gradients, cast_for_products, project, project_gradients, scale_rows
 from .norm import RMSNorm
@@ -42,6 +43,7 @@ class SwiGLU(nn.Module):
         """
         w1, w3, w2 = cast_for_products(x, self.w1.weight, self.w3.weight, self.w2.weight)
         inputs = _Inputs(x, norm.weight.to(x.dtype), w1, w3, w2, gate, norm.eps)
+        require_plain("SwiGLU", **inputs._asdict(), x_t=x_t)
         if x_t is None:
             return call("mlp_branch", *inputs)[0], None
         return call("mlp_branch_jvp_detached", *inputs, x_t)[:2]

@@ -9,12 +9,21 @@ from pmf import _library, reference
 
 from ._autograd import KernelFunction, call, in_float32, register, vjp
 from ._inputs import autocast_matmul, check_tangents, is_differentiable
+from ._subclasses import kind_of, operation
 
 __all__ = ["attention", "attention_jvp"]
+
+LAYOUTS = {
+    "query": "* _ _",
+    "key": "* _ _",
+    "value": "* _ _",
+    "attn_mask": "* _ _",
+}
 
 MAX_WIDTH = 256
 
 
+@operation(LAYOUTS, "* _ _")
 def attention(
     query: Tensor,
     key: Tensor,
@@ -36,6 +45,7 @@ def attention(
             strides.
         attn_mask: broadcasts to [..., H, Nq, Nk]; boolean (True attends) or floating (added to the scores).
             One that requires a gradient gets it from the reference, whose memory is quadratic in the length.
+            Or `torch.nn.attention.bias.causal_upper_left` or `causal_lower_right` of (Nq, Nk).
         dropout_p: must be 0.
         is_causal: query i sees keys 0 to i, beside what the mask allows.
         scale: of the scores; D^-0.5 by default.
@@ -51,6 +61,7 @@ def attention(
     """
     if dropout_p != 0.0:
         raise ValueError(f"attention: dropout_p must be 0, because dropout is not supported, got {dropout_p}")
+    attn_mask, is_causal = _bias(attn_mask, is_causal, query, key)
     query, key, value = autocast_matmul(query, key, value)
     plan = _plan(query, key, value, attn_mask, scale, enable_gqa)
     args = (*plan.fold(query, key, value), plan.mask, is_causal, plan.scale)
@@ -61,6 +72,7 @@ def attention(
     return out.reshape(plan.out_shape)
 
 
+@operation(LAYOUTS, "* _ _", "* _ _")
 def attention_jvp(
     query: Tensor,
     key: Tensor,
@@ -91,6 +103,7 @@ def attention_jvp(
 
     Raises as `attention` does. Source: the running pivot that keeps tO accurate is this library's own.
     """
+    attn_mask, is_causal = _bias(attn_mask, is_causal, query, key)
     query, key, value, query_t, key_t, value_t = autocast_matmul(query, key, value, query_t, key_t, value_t)
     count = check_tangents(
         "attention_jvp",
@@ -121,6 +134,24 @@ def attention_jvp(
     else:
         out, out_t, _ = call("attention_jvp_detached" if detach_tangent else "attention_jvp", *args)
     return out.reshape(plan.out_shape), out_t if fewer else out_t.reshape(plan.out_shape)
+
+
+def _bias(mask: Any, is_causal: bool, query: Tensor, key: Tensor) -> tuple[Tensor | None, bool]:
+    """What a `torch.nn.attention.bias.CausalBias` says; its own memory says nothing."""
+    if mask is None or kind_of(mask) != "bias":
+        return mask, is_causal
+    sizes, lengths = (mask.seq_len_q, mask.seq_len_kv), (query.shape[-2], key.shape[-2])
+    if sizes != lengths:
+        raise ValueError(
+            f"attention: attn_mask is a CausalBias of {list(sizes)}, but query and key have lengths "
+            f"{list(lengths)}"
+        )
+    ahead = sizes[1] - sizes[0]
+    if mask.variant.name == "UPPER_LEFT" or ahead == 0:
+        return None, True
+    if sizes[0] == 1:  # the last query sees every key
+        return None, is_causal
+    return torch.ones(sizes, dtype=torch.bool, device=query.device).tril(ahead), is_causal
 
 
 class _Plan(NamedTuple):

@@ -9,10 +9,14 @@ from pmf import reference
 
 from ._autograd import KernelFunction, call, in_float32, register, vjp
 from ._inputs import autocast_widest, check_tangents, zeros
+from ._subclasses import operation
 
 __all__ = ["gated_residual", "gated_residual_jvp"]
 
+LAYOUTS = {"x": "...", "branch": "...", "gate": "*"}
 
+
+@operation(LAYOUTS, "...")
 def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     """Add a gated branch to the residual stream.
 
@@ -34,6 +38,7 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     return call("gated_residual", x, branch, gate)
 
 
+@operation(LAYOUTS, "...", "...")
 def gated_residual_jvp(
     x: Tensor,
     branch: Tensor,

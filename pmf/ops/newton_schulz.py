@@ -14,8 +14,11 @@ from pmf.reference.newton_schulz import Coefficients, step_coefficients
 from pmf.reference.newton_schulz import newton_schulz as plain
 
 from ._autograd import register_fake
+from ._subclasses import operation
 
 __all__ = ["newton_schulz"]
+
+LAYOUTS = {"matrices": "... _ _"}
 
 METHODS = ("auto", "direct", "gram")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -41,6 +44,7 @@ def newton_schulz(
 ) -> list[Tensor]: ...
 
 
+@operation(LAYOUTS, "... _ _")
 def newton_schulz(
     matrices: Tensor | Sequence[Tensor],
     steps: int = 5,

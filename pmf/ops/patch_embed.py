@@ -10,10 +10,22 @@ from pmf import reference
 
 from ._autograd import KernelFunction, call, in_float32, register, register_fake, vjp
 from ._inputs import autocast_matmul, check_tangents, zeros
+from ._subclasses import operation
 
 __all__ = ["patch_embed", "patch_embed_jvp"]
 
+LAYOUTS = {
+    "images": "b _ _ _",
+    "weight_down": "_ _ _ _",
+    "bias_down": "_",
+    "weight_up": "_ _",
+    "bias_up": "_",
+    "position": "_ _",
+    "prefix": "b _ _",
+}
 
+
+@operation(LAYOUTS, "b _ _")
 def patch_embed(
     images: Tensor,
     weight_down: Tensor,
@@ -45,6 +57,7 @@ def patch_embed(
     return call("patch_embed", *_autocast_pixels(images), *args)[0]
 
 
+@operation(LAYOUTS, "b _ _", "b _ _")
 def patch_embed_jvp(
     images: Tensor,
     weight_down: Tensor,

@@ -9,10 +9,14 @@ from pmf import reference
 
 from ._autograd import KernelFunction, call, in_float32, register, vjp
 from ._inputs import check_tangents, zeros
+from ._subclasses import operation
 
 __all__ = ["patch_velocity", "patch_velocity_jvp"]
 
+LAYOUTS = {"tokens": "b _ _", "images": "b _ _ _", "t": "b"}
 
+
+@operation(LAYOUTS, "b _ _ _")
 def patch_velocity(tokens: Tensor, images: Tensor, t: Tensor, floor: float = 0.05) -> Tensor:
     """The velocity from the image that tokens show to a noisy one.
 
@@ -34,6 +38,7 @@ def patch_velocity(tokens: Tensor, images: Tensor, t: Tensor, floor: float = 0.0
     return call("patch_velocity", tokens, images, _times(t, tokens), floor)
 
 
+@operation(LAYOUTS, "b _ _ _", "b _ _ _")
 def patch_velocity_jvp(
     tokens: Tensor,
     images: Tensor,

@@ -9,10 +9,14 @@ from pmf import reference
 
 from ._autograd import KernelFunction, call, in_float32, register, vjp
 from ._inputs import autocast_widest, check_tangents, zeros
+from ._subclasses import operation
 
 __all__ = ["rms_norm", "rms_norm_jvp"]
 
+LAYOUTS = {"x": "... _", "weight": "_"}
 
+
+@operation(LAYOUTS, "... _")
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """Root-mean-square normalisation over the last dimension.
 
@@ -33,6 +37,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     return call("rms_norm", x, weight, eps)
 
 
+@operation(LAYOUTS, "... _", "... _")
 def rms_norm_jvp(
     x: Tensor,
     weight: Tensor,

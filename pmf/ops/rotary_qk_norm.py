@@ -9,10 +9,21 @@ from pmf import reference
 
 from ._autograd import KernelFunction, call, in_float32, register, vjp
 from ._inputs import autocast_widest, check_tangents, zeros
+from ._subclasses import operation
 
 __all__ = ["rotary_qk_norm", "rotary_qk_norm_jvp"]
 
+LAYOUTS = {
+    "query": "b h _ _",
+    "key": "b h _ _",
+    "query_weight": "_",
+    "key_weight": "_",
+    "cos": "_ _",
+    "sin": "_ _",
+}
 
+
+@operation(LAYOUTS, "b h _ _", "b h _ _")
 def rotary_qk_norm(
     query: Tensor,
     key: Tensor,
@@ -44,6 +55,7 @@ def rotary_qk_norm(
     return call("rotary_qk_norm", query, key, query_weight, key_weight, cos, sin, eps)
 
 
+@operation(LAYOUTS, "b h _ _", "b h _ _", "b h _ _", "b h _ _")
 def rotary_qk_norm_jvp(
     query: Tensor,
     key: Tensor,

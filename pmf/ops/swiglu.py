@@ -9,10 +9,14 @@ from pmf import reference
 
 from ._autograd import KernelFunction, call, in_float32, register, vjp
 from ._inputs import autocast_widest, check_tangents, zeros
+from ._subclasses import operation
 
 __all__ = ["swiglu", "swiglu_jvp"]
 
+LAYOUTS = {"gate": "...", "up": "..."}
 
+
+@operation(LAYOUTS, "...")
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """SwiGLU gate, reading each input once.
 
@@ -30,6 +34,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return call("swiglu", gate, up)
 
 
+@operation(LAYOUTS, "...", "...")
 def swiglu_jvp(
     gate: Tensor, up: Tensor, gate_t: Tensor | None, up_t: Tensor | None, *, detach_tangent: bool = False
 ) -> tuple[Tensor, Tensor]:

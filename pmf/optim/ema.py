@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pmf import _library
 from pmf.ops._autograd import register_fake
+from pmf.ops._subclasses import require_trainable
 
 from ._cohort import local
 from ._sharing import fill
@@ -47,6 +48,8 @@ class EMA:
         self._parameters = dict(named)
         if not self._parameters:
             raise ValueError("EMA: there are no parameters to average")
+        for name, p in self._parameters.items():
+            require_trainable("EMA", name, p)
         self.half_lives = tuple(float(h) for h in half_lives)
         if len(set(self.half_lives)) != len(self.half_lives) or not all(h > 0 for h in self.half_lives):
             raise ValueError(f"EMA: half-lives must be positive and different, got {list(half_lives)}")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pmf.ops._subclasses import require_trainable
 from pmf.wrappers import plain_names
 
 from ._settings import LAYOUT, check_keys, check_read, reads
@@ -186,5 +187,6 @@ def check_tensors(groups: list[Routed]) -> None:
             if id(p) in seen:
                 raise ValueError(f"Muon: a parameter comes twice, as {seen[id(p)]} and as {name}")
             seen[id(p)] = name
+            require_trainable("Muon", name, p)
             if p.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
                 raise ValueError(f"Muon: {name} must be a floating-point parameter, got {p.dtype}")

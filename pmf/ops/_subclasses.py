@@ -1,0 +1,264 @@
+"""Which tensor subclass means what to the public functions: the one place where that is decided.
+
+A kernel reads memory, and what a subclass means need not be what its memory holds: the memory of a
+`CausalBias` is uninitialised, a masked tensor's holds what the mask hides. So every public function runs
+behind `operation`, which passes plain tensors on at once and takes a closer look at everything else:
+
+    its own __torch_dispatch__    DTensor: `_sharded`; jagged: `_jagged`; the others get the raw op themselves
+    nothing overridden            unwrapped; the result is of the subclass again, as PyTorch's own are
+    CausalBias as attn_mask       `attention` knows it
+    anything else                 refused by name
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
+
+__all__ = ["Layouts", "kind_of", "operation", "replace_tensors", "require_plain", "require_trainable"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Layouts = Mapping[str, str]
+"""By argument, which dimensions a DTensor may be sharded along: see `_sharded`."""
+
+PLAIN = frozenset({Tensor, Parameter, type(None), bool, int, float})
+"""What needs no closer look."""
+
+# What a subclass may define without changing what its values mean.
+HARMLESS = frozenset(
+    "__annotate__ __annotate_func__ __annotations__ __annotations_cache__ __class_getitem__ __copy__ "
+    "__deepcopy__ __dict__ __dir__ __doc__ __firstlineno__ __format__ __getstate__ __hash__ __init__ "
+    "__init_subclass__ __module__ __new__ __orig_bases__ __parameters__ __qualname__ __reduce__ "
+    "__reduce_ex__ __repr__ __setstate__ __slots__ __static_attributes__ __str__ __type_params__ "
+    "__weakref__".split()
+)
+KNOWN_WRAPPERS = {
+    "torch.distributed.tensor": "sharded",
+    "torch.distributed._tensor": "sharded",
+    "torch.nested._internal": "jagged",
+    "torch.masked.maskedtensor": "refused",
+    "torch.nn.attention.bias": "bias",
+    "torchvision.tv_tensors": "plain",  # __torch_function__ only keeps the class on some outputs
+}
+
+
+def operation(layouts: Layouts, *outputs: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Make a function of tensors safe for any tensor; `layouts` of its arguments and outputs as DTensors."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+        tensors = {
+            name: "None" in str(p.annotation)
+            for name, p in signature.parameters.items()
+            if "Tensor" in str(p.annotation)
+        }
+
+        @functools.wraps(function)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+            for x in args:
+                if type(x) not in PLAIN:
+                    return special(*args, **kwargs)
+            for x in kwargs.values():
+                if type(x) not in PLAIN:
+                    return special(*args, **kwargs)
+            if torch.compiler.is_compiling():
+                return function(*args, **kwargs)
+            try:
+                return function(*args, **kwargs)
+            except Exception as error:
+                _explain(function.__name__, _bound(signature, tensors, args, kwargs), error)
+                raise
+
+        def special(*args: Any, **kwargs: Any) -> Any:
+            given = _bound(signature, tensors, args, kwargs)
+            if given is None:
+                return function(*args, **kwargs)  # raises as Python does
+            kinds = {name: kind_of(x) for name, x in given.items()}
+            _refuse(function.__name__, given, kinds)
+            found = set(kinds.values())
+            arguments = dict(signature.bind(*args, **kwargs).arguments)
+            if "sharded" in found:
+                from ._sharded import run_sharded
+
+                return run_sharded(checked, arguments, given, layouts, outputs)
+            if "jagged" in found:
+                from ._jagged import run_jagged
+
+                return run_jagged(checked, arguments, given)
+            if "plain" in found:
+                like = next(type(x) for name, x in given.items() if kinds[name] == "plain")
+                arguments = replace_tensors(arguments, {name: _unwrap(x) for name, x in given.items()})
+                return _wrap(checked(**arguments), like)  # type: ignore[call-arg]
+            if torch.compiler.is_compiling():
+                return function(*args, **kwargs)
+            try:
+                return function(*args, **kwargs)
+            except Exception as error:
+                _explain(function.__name__, given, error)
+                raise
+
+        return checked
+
+    return decorate
+
+
+def require_plain(op: str, **tensors: Any) -> None:
+    """For what takes no special tensors at all: raises TypeError that names the first of them.
+
+    A subclass that overrides nothing is no special one.
+    """
+    for name, x in tensors.items():
+        if type(x) not in PLAIN and kind_of(x) in ("refused", "bias", "sharded", "jagged"):
+            _raise_unknown(op, name, x)
+
+
+def require_trainable(op: str, name: str, x: Tensor) -> None:
+    """Raises TypeError unless an optimizer knows how x keeps its values: plain memory, or a DTensor's."""
+    if type(x) in PLAIN or kind_of(x) in ("plain", "sharded"):
+        return
+    if kind_of(x) == "dispatched" and type(x).__module__.startswith("torch._subclasses."):  # fake tensors
+        return
+    _raise_unknown(op, name, x)
+
+
+def _bound(
+    signature: inspect.Signature, tensors: Mapping[str, bool], args: Any, kwargs: Any
+) -> dict[str, Any] | None:
+    """The tensor arguments by name, those of a list as "matrices[0]", without optional ones that are None;
+    None where the arguments do not fit the function.
+    """
+    given: dict[str, Any] = {}
+    try:
+        arguments = signature.bind(*args, **kwargs).arguments
+    except TypeError:
+        return None
+    for name, x in arguments.items():
+        if name not in tensors:
+            continue
+        if isinstance(x, (list, tuple)):
+            given.update({f"{name}[{i}]": y for i, y in enumerate(x)})
+        elif x is not None or not tensors[name]:
+            given[name] = x
+    return given
+
+
+def replace_tensors(arguments: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with other tensors in their places."""
+    replaced = dict(arguments)
+    for name, x in arguments.items():
+        if name in given:
+            replaced[name] = given[name]
+        elif isinstance(x, (list, tuple)) and f"{name}[0]" in given:
+            replaced[name] = [given[f"{name}[{i}]"] for i in range(len(x))]
+    return replaced
+
+
+def kind_of(x: Any) -> str:
+    if type(x) in (Tensor, Parameter):
+        return "unchanged"
+    return _kind(type(x)) if isinstance(x, Tensor) else "other"
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _kind(cls: Any) -> str:
+    for module, kind in KNOWN_WRAPPERS.items():
+        if any(base.__module__ == module or base.__module__.startswith(module + ".") for base in cls.__mro__):
+            return kind
+    if cls.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return "dispatched"
+    if issubclass(cls, UninitializedTensorMixin):
+        return "refused"
+    return "plain" if not _overrides(cls) else "refused"
+
+
+def _overrides(cls: Any) -> list[str]:
+    """What a subclass defines in place of Tensor's own."""
+    own = [base for base in cls.__mro__ if not issubclass(Tensor, base) and base is not Parameter]
+    names = {name for base in own for name in vars(base) if name not in HARMLESS and hasattr(Tensor, name)}
+    disabled = torch._C._disabled_torch_function_impl
+    if getattr(cls.__torch_function__, "__func__", cls.__torch_function__) is disabled:
+        names.discard("__torch_function__")
+    return sorted(names)
+
+
+def _unwrap(x: Any) -> Any:
+    if kind_of(x) != "plain":
+        return x
+    with torch._C.DisableTorchFunctionSubclass():
+        return x.as_subclass(Tensor)
+
+
+def _wrap(result: Any, like: Any) -> Any:
+    """What PyTorch's own functions return for arguments of such a class."""
+    if not _keeps_class(like):
+        return result
+    if isinstance(result, (list, tuple)):
+        return type(result)(_wrap(x, like) for x in result)
+    with torch._C.DisableTorchFunctionSubclass():
+        return result.as_subclass(like)
+
+
+def _keeps_class(cls: Any) -> bool:
+    ours = getattr(cls.__torch_function__, "__func__", None)
+    return ours is getattr(Tensor.__torch_function__, "__func__", None) and not issubclass(cls, Parameter)
+
+
+def _refuse(op: str, given: Mapping[str, Any], kinds: Mapping[str, str]) -> None:
+    for name, x in given.items():
+        if kinds[name] == "other":
+            _raise_unknown(op, name, x)
+        if kinds[name] == "refused" or (kinds[name] == "bias" and name != "attn_mask"):
+            _raise_unknown(op, name, x)
+
+
+def _raise_unknown(op: str, name: str, x: Any) -> NoReturn:
+    cls = type(x)
+    full = f"{cls.__module__}.{cls.__qualname__}"
+    if not isinstance(x, Tensor):
+        hint = " (make it a mask with torch.nn.attention.flex_attention.create_mask)"
+        raise TypeError(
+            f"{op}: {name} must be a tensor, got a {full}{hint if cls.__name__ == 'BlockMask' else ''}"
+        )
+    if isinstance(x, UninitializedTensorMixin):
+        raise TypeError(f"{op}: {name} is a {full}, which has no values yet; run its module once before")
+    raise TypeError(
+        f"{op}: {name} is a {full}, a tensor subclass unknown here, whose memory need not hold its values; "
+        f"pass a plain tensor of them ({name}.as_subclass(torch.Tensor), where it does)"
+    )
+
+
+def _explain(op: str, given: Mapping[str, Any] | None, error: Exception) -> None:
+    """Raises TypeError in one sentence where an argument is of a kind that no kernel reads."""
+    for name, x in (given or {}).items():
+        if not isinstance(x, Tensor):
+            _raise_unknown(op, name, x)
+        problem = _problem(x, error)
+        if problem is not None:
+            raise TypeError(f"{op}: {name} {problem}") from error
+
+
+def _problem(x: Tensor, error: Exception) -> str | None:
+    if kind_of(x) == "dispatched":
+        missing = isinstance(error, NotImplementedError) or "__torch_dispatch__" in str(error)
+        full = f"{type(x).__module__}.{type(x).__qualname__}"
+        if not missing:
+            return None
+        return f"is a {full}, whose __torch_dispatch__ does not take the operators of torch.ops.pmf ({error})"
+    if x.is_nested:
+        return "is a nested tensor of strided layout; make it with layout=torch.jagged"
+    if x.is_quantized:
+        return "is quantized; call its dequantize() first"
+    if x.layout != torch.strided:
+        return f"has layout {x.layout}; make it dense with to_dense() first"
+    if any(dim is not None for dim in getattr(x, "names", ())):  # PyTorch is about to drop them
+        return "has named dimensions; take the names off with rename(None) first"
+    if x.device.type not in ("cpu", "cuda", "meta"):
+        return f"is on device {x.device.type}, for which there are no kernels; move it to the CPU or to CUDA"
+    return None
