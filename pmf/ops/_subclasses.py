@@ -103,6 +103,9 @@ def operation(layouts: Layouts, *outputs: str) -> Callable[[Callable[P, R]], Cal
                 _explain(function.__name__, given, error)
                 raise
 
+        # torch.compile counts recompilations by code object: each function has its own, and its name.
+        own: Any = checked
+        own.__code__ = own.__code__.replace(co_name=function.__name__)
         return checked
 
     return decorate

@@ -59,11 +59,11 @@ def agree(
         [s for s, y in zip(seeds, whole, strict=True) if y.requires_grad],
     )
     sharded = [
-        distribute_tensor(x.detach(), mesh, [p]).requires_grad_()
+        distribute_tensor(x.detach(), mesh, p if isinstance(p, list) else [p]).requires_grad_()
         for x, p in zip(inputs, placements, strict=True)
     ]
     parts = _tuple(op(*sharded))
-    spread = [distribute_tensor(s, mesh, [R]) for s in seeds]
+    spread = [distribute_tensor(s, mesh, [R] * mesh.ndim) for s in seeds]
     torch.autograd.backward(
         [y for y in parts if y.requires_grad],
         [s for s, y in zip(spread, parts, strict=True) if y.requires_grad],
@@ -123,6 +123,11 @@ def heads_agree(mesh: DeviceMesh) -> dict[str, dict[str, float]]:
     for name, placement in (("samples", Shard(0)), ("tokens", Shard(1))):
         where = [placement, placement, placement if name == "samples" else R]
         found[f"gates of {name}"] = agree(ops.gated_residual, mesh, (x, x * 2, gate), where)
+    plane = init_device_mesh("cpu", (1, 2))
+    found["two axes"] = agree(ops.attention, plane, (q, k, v), [[Shard(0), by]] * 3)
+    found["two axes, one cut"] = agree(
+        ops.attention_jvp, plane, (q, k, v, q, k, v), [[by, by]] * 3 + [[R, R]] * 3
+    )
     found["matrices"] = agree(ops.newton_schulz, mesh, (x,), [Shard(0)])
     found["one matrix"] = agree(lambda y: ops.newton_schulz([y])[0], mesh, (x[0],), [R])
     partial = DTensor.from_local(x / 2, mesh, [Partial()])
@@ -168,7 +173,7 @@ def refused(mesh: DeviceMesh) -> dict[str, str]:
 def check() -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (2,))
     found: dict[str, Any] = {name: ops_agree(mesh, case) for name, case in CASES.items()}
-    found["heads"] = heads_agree(mesh)
+    found["heads and batch"] = heads_agree(mesh)
     found["refused"] = refused(mesh)
     return found
 
