@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from pmf.defaults import normal
 from pmf.errors import UserError
 from pmf.flow.sampler import Sampler
 
@@ -24,9 +25,9 @@ def draw_by_seed(
     """
     config = sampler.network.config
     shape = (config.channels, config.image_size, config.image_size)
-    generator = torch.Generator()
+    generator = torch.Generator("cpu")
     try:
-        noise = torch.stack([torch.randn(shape, generator=generator.manual_seed(seed)) for seed in seeds])
+        noise = torch.stack([normal(*shape, generator=generator.manual_seed(seed)) for seed in seeds])
         return sampler(labels, steps, omega, interval, config.noise_scale * noise)
     except (ValueError, RuntimeError) as error:
         sentence = str(error).splitlines()[0]

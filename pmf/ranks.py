@@ -53,7 +53,7 @@ class Ranks:
         """The largest of each number over the ranks."""
         if self.size == 1:
             return list(numbers)
-        found = torch.tensor(numbers, dtype=torch.float64)
+        found = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return found.tolist()
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pmf.data import ImageDataset
+from pmf.defaults import whole_numbers
 from pmf.metrics import frechet_distance
 
 __all__ = ["SMALLEST", "Judge", "Reference", "Split", "train_judge"]
@@ -80,7 +81,9 @@ class Split(NamedTuple):
 
     @classmethod
     def of(cls, dataset: ImageDataset, samples: int, seed: int = 0) -> "Split":
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+        order = torch.randperm(
+            len(dataset), generator=torch.Generator("cpu").manual_seed(seed), device="cpu"
+        ).tolist()
         held_out = min(max(1, len(order) // 10), 5000)
         others = order[samples : 2 * samples]
         others = others if len(others) == samples else []
@@ -122,12 +125,12 @@ class Reference:
 
 def train_judge(dataset: ImageDataset, split: Split, steps: int, seed: int = 0) -> Judge:
     """A judge trained for `steps` batches of 128, at a rate that is constant for one half and falls to 0."""
-    judge, generator = Judge.like(dataset, seed), torch.Generator().manual_seed(seed)
+    judge, generator = Judge.like(dataset, seed), torch.Generator("cpu").manual_seed(seed)
     optimizer = torch.optim.AdamW(judge.parameters(), _RATE)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = _RATE * min(1.0, 2 * (steps - step) / steps)
-        chosen = torch.randint(len(split.seen), (_BATCH,), generator=generator).tolist()
+        chosen = whole_numbers(len(split.seen), _BATCH, generator=generator).tolist()
         images, labels = dataset.get([split.seen[row] for row in chosen])
         optimizer.zero_grad()
         F.cross_entropy(judge(images), labels).backward()

@@ -131,7 +131,7 @@ class Study:
 
     def _draw(self, model: PixelMeanFlow, labels: torch.Tensor, seed: int) -> torch.Tensor:
         """One-step samples [N, C, S, S] in [-1, 1] on the host."""
-        sampler, generator = flow.Sampler(model), torch.Generator().manual_seed(seed)
+        sampler, generator = flow.Sampler(model), torch.Generator("cpu").manual_seed(seed)
         parts = [sampler(part, generator=generator).cpu() for part in labels.split(_DRAWN_AT_A_TIME)]
         return torch.cat(parts).clamp(-1, 1)
 

@@ -135,7 +135,7 @@ def _data_panel(settings: Settings, seeds: list[int]) -> Panel:
     """Points of the data, and how far two draws of them are apart, as samples without fault would be."""
     distances, points = [], []
     for seed in seeds:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         one, other = (draw_points(settings.shape, settings.num_samples, generator) for _ in range(2))
         distances.append(sliced_wasserstein(one, other))
         points.append(one)

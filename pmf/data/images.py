@@ -104,7 +104,7 @@ class ImageGrid:
         channels, self._height, self._width = shape
         self._row_step, self._column_step = self._height + _GRID_GAP, self._width + _GRID_GAP
         size = (channels, rows * self._row_step - _GRID_GAP, columns * self._column_step - _GRID_GAP)
-        self._pixels = torch.full(size, _GRID_GREY, dtype=torch.uint8)
+        self._pixels = torch.full(size, _GRID_GREY, dtype=torch.uint8, device="cpu")
 
     def put(self, row: int, column: int, image: torch.Tensor) -> None:
         """Lay one image, float around [-1, 1] or uint8, into its place."""

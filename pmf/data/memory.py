@@ -19,7 +19,7 @@ class MemoryImages:
         return len(self.labels)
 
     def read(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = torch.as_tensor(indices)
+        rows = torch.as_tensor(indices, device=self.pixels.device)
         return self.pixels[rows], self.labels[rows]
 
     def get(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -66,7 +66,7 @@ def count_features(
         for batch, pixels in _read_ahead(source, missing[ranks.rank :: ranks.size], batch_size):
             rows = _rows(source, batch, batch_size)
             features, logits = space(pixels)
-            sums.add(batch, torch.tensor(rows), features, logits)
+            sums.add(batch, torch.tensor(rows, device="cpu"), features, logits)
             on_images(len(rows))
             if time.monotonic() - saved >= save_seconds:
                 sums.save(own_file, identity)

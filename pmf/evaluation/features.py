@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pmf import checkpoint
+from pmf.defaults import factory_defaults, without_autocast
 from pmf.errors import UserError
 from pmf.evaluation.digest import weights_digest
 from pmf.metrics.inception import CLASSES, FEATURES, InceptionV3
@@ -78,8 +79,10 @@ class _Network:
         return {"name": self.name, "weights_sha256": self.digest}
 
     def evaluate(self, images: Tensor) -> Any:
-        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            return self.network(images.to(self.device).expand(-1, 3, -1, -1))
+        images = images.to(self.device).expand(-1, 3, -1, -1)
+        precise = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        with torch.inference_mode(), without_autocast(images), precise:
+            return self.network(images)
 
 
 class Inception(_Network):
@@ -143,6 +146,7 @@ def _find_inception(given: Path | None) -> Path:
     )
 
 
+@factory_defaults()
 def _load_inception(path: Path) -> InceptionV3:
     weights = {
         name: x for name, x in checkpoint.read_official(path).items() if not name.endswith(_BOOKKEEPING)

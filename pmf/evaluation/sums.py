@@ -26,7 +26,7 @@ class Sums:
     def __init__(
         self, images: int, batches: int, width: int, classes: int | None, device: torch.device | str
     ) -> None:
-        self.done = torch.zeros(batches, dtype=torch.bool)
+        self.done = torch.zeros(batches, dtype=torch.bool, device="cpu")
         self.moments = Moments(width, device)
         self.score = None
         if classes is not None:

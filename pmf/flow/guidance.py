@@ -7,6 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..defaults import uniform
+
 __all__ = ["Guidance", "IntervalGuidance", "NoGuidance"]
 
 
@@ -41,10 +43,10 @@ class IntervalGuidance:
 
     def draw(self, flow_matching: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
         batch = len(flow_matching)
-        uniform = torch.rand(3, batch, generator=generator)
-        t_min = torch.where(flow_matching, 0.0, 0.5 * uniform[1])
-        t_max = torch.where(flow_matching, 1.0, 0.5 + 0.5 * uniform[2])
-        return self._omega(uniform[0]), t_min, t_max
+        quantile, low, high = uniform(3, batch, generator=generator)
+        t_min = torch.where(flow_matching, 0.0, 0.5 * low)
+        t_max = torch.where(flow_matching, 1.0, 0.5 + 0.5 * high)
+        return self._omega(quantile), t_min, t_max
 
     def _omega(self, quantile: Tensor) -> Tensor:
         """Inverse of the distribution function of omega^-beta on [1, max_omega]."""
@@ -64,7 +66,7 @@ class NoGuidance:
     """omega = 1 on the interval [0, 1] for every sample: the target is v_t, and no pass for v_u is needed."""
 
     def draw(self, flow_matching: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
-        one = torch.ones(len(flow_matching))
+        one = torch.ones(len(flow_matching), dtype=torch.float32, device="cpu")
         return one, torch.zeros_like(one), one.clone()
 
     def effective_omega(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..defaults import normal, uniform
 from ..models import PixelMeanFlow
 from ..nn import Condition
 from .draws import Draws
@@ -125,6 +126,7 @@ class Objective:
                 f"objective: row_multiple must be a whole number of at least 1, got {self.row_multiple}"
             )
 
+    @torch.inference_mode(False)  # autograd takes no tensor of inference mode
     def draw(self, images: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Draws:
         """Draws for images [B, C, S, S] from a CPU generator, the same on every device. Only noise is moved.
 
@@ -134,13 +136,13 @@ class Objective:
         batch = len(images)
         t, r = self.times.draw(batch, generator)
         omega, t_min, t_max = self.guidance.draw(r == t, generator)
-        dropped = int((torch.rand(batch, generator=generator) < self.class_dropout).sum())
-        noise = self.noise_scale * torch.randn(images.shape, generator=generator)
+        dropped = int((uniform(batch, generator=generator) < self.class_dropout).sum())
+        noise = self.noise_scale * normal(*images.shape, generator=generator)
         noise = noise.to(images.device, images.dtype, non_blocking=True)
         crop = None
         if self.perceptual is not None:  # last, so that the other draws are those of a run without
             crop = self.perceptual.draw(batch, images.shape[-1], generator)
-        return Draws(t, r, noise, omega, t_min, t_max, torch.arange(batch) < dropped, crop)
+        return Draws(t, r, noise, omega, t_min, t_max, torch.arange(batch, device="cpu") < dropped, crop)
 
     def __call__(self, model: PixelMeanFlow, images: Tensor, labels: Tensor, draws: Draws) -> Terms:
         """Loss terms for images [B, C, S, S] in [-1, 1] and labels [B] (int64, 0 .. num_classes - 1)."""

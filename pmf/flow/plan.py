@@ -76,7 +76,7 @@ def make_plan(
     rows = torch.cat((conditional, guided))
     repeated = rows[:1].expand(_missing(len(rows), row_multiple))
     if even_passes and len(rows) == 0:
-        repeated = torch.zeros(row_multiple, dtype=torch.int64)
+        repeated = torch.zeros(row_multiple, dtype=torch.int64, device=rows.device)
     num_tangents = min(num_meanflow + _missing(num_meanflow, row_multiple), len(t))
     return Plan(order, num_meanflow, num_tangents, conditional, guided, repeated, scalars)
 

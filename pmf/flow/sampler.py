@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..defaults import home
 from ..devices import has_bf16_products
 from ..models import PixelMeanFlow
 from ..nn import Block, Condition
@@ -114,7 +115,9 @@ class Sampler:
         if not 0 <= t_min <= t_max <= 1:
             raise ValueError(f"sample: interval must be 0 <= t_min <= t_max <= 1, got {t_min} and {t_max}")
         omega = config.sample_omega if omega is None else omega
-        omega = torch.as_tensor(omega, dtype=dtype)
+        omega = (
+            omega.to(dtype) if isinstance(omega, Tensor) else torch.tensor(omega, dtype=dtype, device="cpu")
+        )
         if omega.shape not in ((), (len(labels),)):
             raise ValueError(
                 f"sample: omega must be one number or one for each of the {len(labels)} labels, "
@@ -125,14 +128,14 @@ class Sampler:
             raise ValueError(f"sample: omega must be at least 1 (1 is no guidance), got {omega.tolist()}")
         shape = (len(labels), config.channels, config.image_size, config.image_size)
         if noise is None:
-            source = generator.device if generator is not None else torch.device("cpu")
-            noise = config.noise_scale * torch.randn(shape, generator=generator, device=source)
+            noise = torch.randn(shape, generator=generator, dtype=torch.float32, device=home(generator))
+            noise = config.noise_scale * noise
         elif tuple(noise.shape) != shape:
             raise ValueError(f"sample: noise must be {list(shape)}, got {list(noise.shape)}")
 
         with torch.inference_mode():
             guidance = (
-                torch.as_tensor(value, device=device, dtype=dtype).expand(len(labels))
+                torch.as_tensor(value, dtype=dtype, device=device).expand(len(labels))
                 for value in (omega, t_min, t_max)
             )
             images = self._steps(noise.to(device, dtype), labels, steps, *guidance)
@@ -156,7 +159,8 @@ class Sampler:
 
 
 def _check_labels(labels: Tensor | Sequence[int], num_classes: int) -> Tensor:
-    labels = torch.as_tensor(labels)
+    if not isinstance(labels, Tensor):
+        labels = torch.tensor(labels, device="cpu")
     if labels.ndim != 1 or labels.dtype.is_floating_point or labels.dtype == torch.bool:
         raise ValueError(
             f"sample: labels must be a list of integers [B], got {labels.dtype} {list(labels.shape)}"

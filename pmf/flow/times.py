@@ -6,6 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..defaults import normal, uniform
+
 __all__ = ["LineTimes", "PlaneTimes", "TimeSampling"]
 
 
@@ -36,14 +38,12 @@ class PlaneTimes:
             raise ValueError(f"times: std must not be negative, got {self.std}")
 
     def draw(self, batch: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        pairs = torch.sigmoid(self.std * torch.randn(2, batch, generator=generator) + self.mean)
+        pairs = torch.sigmoid(self.std * normal(2, batch, generator=generator) + self.mean)
         if self.uniform_fraction > 0:
-            uniform = torch.rand(2, batch, generator=generator)
-            pairs = torch.where(
-                torch.rand(batch, generator=generator) < self.uniform_fraction, uniform, pairs
-            )
+            square = uniform(2, batch, generator=generator)
+            pairs = torch.where(uniform(batch, generator=generator) < self.uniform_fraction, square, pairs)
         t, r = pairs
-        flow_matching = torch.arange(batch) < int(batch * self.data_proportion)
+        flow_matching = torch.arange(batch, device="cpu") < int(batch * self.data_proportion)
         r = torch.where(flow_matching, t, r)
         return torch.maximum(t, r), torch.minimum(t, r)
 

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any, overload
 
@@ -106,7 +107,7 @@ def newton_schulz(
                 f"newton_schulz: matrices must be one of {_names(DTYPES)}, got {_names([matrix.dtype])}"
             )
     if _needs_derivative(batches):
-        results = [plain(matrix, steps, factors, method, _dtype(matrix, compute_dtype)) for matrix in batches]
+        results = [_plain(matrix, factors, method, _dtype(matrix, compute_dtype)) for matrix in batches]
     elif isinstance(matrices, Tensor) and matrices.dim() > 2:
         done = _in_groups(list(matrices.flatten(0, -3)), factors, method, compute_dtype)
         results = [torch.stack(done).view(matrices.shape) if done else torch.empty_like(matrices)]
@@ -133,11 +134,22 @@ def _in_groups(
         if alike is None:
             _library.require()
             numbers = list(chain.from_iterable(factors))
-            done = torch.ops.pmf.newton_schulz(group, numbers, method, dtype, _library.allow_tf32())
+            with _outside_inference_mode():
+                done = torch.ops.pmf.newton_schulz(group, numbers, method, dtype, _library.allow_tf32())
         else:
-            done = plain(torch.stack(group), len(factors), factors, method, dtype).unbind()
+            done = _plain(torch.stack(group), factors, method, dtype).unbind()
         results.update(zip(members, done, strict=True))
     return [results[i] for i in range(len(matrices))]
+
+
+def _outside_inference_mode() -> AbstractContextManager[Any]:
+    """PyTorch's worker threads are not in inference mode, and may not write to tensors that are."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+
+
+def _plain(matrix: Tensor, factors: list[Coefficients], method: str, dtype: torch.dtype) -> Tensor:
+    with torch.autocast(matrix.device.type, enabled=False):
+        return plain(matrix, len(factors), factors, method, dtype)
 
 
 def kernels_take(matrix: Tensor, compute_dtype: torch.dtype) -> bool:

@@ -14,6 +14,8 @@ import math
 import torch
 from torch import Tensor
 
+from pmf.defaults import uniform, without_autocast
+
 __all__ = ["crop_and_resize", "draw_crops", "resampling_matrix"]
 
 AREA = (0.08, 1.0)
@@ -27,7 +29,7 @@ def draw_crops(batch: int, image_size: int, generator: torch.Generator | None = 
 
     Sides are rounded and clamped to the image, and nothing is drawn again.
     """
-    area, aspect, top, left = torch.rand(4, batch, generator=generator, dtype=torch.float64)
+    area, aspect, top, left = uniform(4, batch, generator=generator, dtype=torch.float64)
     area = (AREA[0] + (AREA[1] - AREA[0]) * area) * image_size**2
     low, high = math.log(ASPECT[0]), math.log(ASPECT[1])
     aspect = torch.exp(low + (high - low) * aspect)
@@ -43,7 +45,8 @@ def crop_and_resize(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     top, left, height, width = boxes.unbind(1)
     rows = resampling_matrix(top, height, images.shape[-2], size, images.dtype)
     columns = resampling_matrix(left, width, images.shape[-1], size, images.dtype)
-    return rows[:, None] @ images @ columns[:, None].mT
+    with without_autocast(images):
+        return rows[:, None] @ images @ columns[:, None].mT
 
 
 def resampling_matrix(start: Tensor, length: Tensor, pixels: int, size: int, dtype: torch.dtype) -> Tensor:

@@ -6,6 +6,8 @@ from typing import TypeVar
 
 from torch import nn
 
+from pmf.defaults import factory_defaults
+
 from .convnext import ConvNeXtV2, authors_name
 from .lite0 import EfficientNetLite0
 from .lpips import LPIPS
@@ -50,6 +52,7 @@ _LITE0 = Source(
 )
 
 
+@factory_defaults()
 def load_lpips(trunk: str = "vgg", files: WeightFiles | None = None) -> LPIPS:
     """LPIPS with learned weights; those of "vgg" come in two files, the trunk's and the linear heads'."""
     network, files = LPIPS(trunk), files or WeightFiles()
@@ -63,6 +66,7 @@ def load_lpips(trunk: str = "vgg", files: WeightFiles | None = None) -> LPIPS:
     return _frozen(network, _HEADS, files, nn.ModuleDict(heads))
 
 
+@factory_defaults()
 def load_convnext(files: WeightFiles | None = None) -> ConvNeXtV2:
     """ConvNeXt V2 base with the weights of ImageNet-22k: 1024 features."""
     return _frozen(ConvNeXtV2(), _CONVNEXT, files or WeightFiles())
@@ -76,6 +80,7 @@ def load_lite0(weights: Path | None = None, option: str = OPTION) -> EfficientNe
     return find_lite0(WeightFiles([weights] if weights else [], option))
 
 
+@factory_defaults()
 def find_lite0(files: WeightFiles) -> EfficientNetLite0:
     """EfficientNet-Lite0 with the weights that these files, its package or the cache hold."""
     return _frozen(EfficientNetLite0(), _LITE0, files)

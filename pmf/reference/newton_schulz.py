@@ -77,7 +77,7 @@ def step_coefficients(
             known = " or ".join(COEFFICIENTS)
             raise ValueError(f"newton_schulz: coefficients must be {known} or numbers, got {coefficients!r}")
         return [COEFFICIENTS[coefficients]] * steps
-    rows = torch.tensor(coefficients, dtype=torch.float64)
+    rows = torch.tensor(coefficients, dtype=torch.float64, device="cpu")
     rows = rows.expand(steps, 3) if rows.shape == (3,) else rows.reshape(-1, 3) if steps == 0 else rows
     if rows.shape != (steps, 3) or not rows.isfinite().all():
         raise ValueError(

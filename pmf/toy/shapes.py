@@ -10,15 +10,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pmf.defaults import normal, uniform, whole_numbers
+
 __all__ = ["SHAPES", "draw_plane", "draw_points"]
 
 
 def _spiral(count: int, generator: torch.Generator) -> Tensor:
     """Swiss roll seen from its end: one turn and a half of a (cos a, sin a), without noise."""
-    angle = math.pi * (1.5 + 3 * torch.rand(count, generator=generator))
+    angle = math.pi * (1.5 + 3 * uniform(count, generator=generator))
     points = angle * torch.stack((angle.cos(), angle.sin()))
     # Integrals over the angle: the mean is (2, 2 / 3 pi), and E a^2 is 9.75 pi^2.
-    centre = torch.tensor([2, 2 / (3 * math.pi)])
+    centre = torch.tensor([2, 2 / (3 * math.pi)], dtype=torch.float32, device="cpu")
     variance = (9.75 * math.pi**2 - float(centre.square().sum())) / 2
     return (points.T - centre) / math.sqrt(variance)
 
@@ -26,40 +28,40 @@ def _spiral(count: int, generator: torch.Generator) -> Tensor:
 def _moons(count: int, generator: torch.Generator) -> Tensor:
     """Two interleaved half circles with Gaussian noise."""
     noise = 0.05
-    angle = math.pi * torch.rand(count, generator=generator)
-    is_upper = torch.rand(count, generator=generator) < 0.5
+    angle = math.pi * uniform(count, generator=generator)
+    is_upper = uniform(count, generator=generator) < 0.5
     x = torch.where(is_upper, angle.cos(), 1 - angle.cos())
     y = torch.where(is_upper, angle.sin(), 0.5 - angle.sin())
-    points = torch.stack((x, y), 1) + noise * torch.randn(count, 2, generator=generator)
+    points = torch.stack((x, y), 1) + noise * normal(count, 2, generator=generator)
     # Var x = 3/4; Var y = 1/2 + 1/16 - 1/pi, as the mean of sin over half a turn is 2 / pi.
     variance = (0.75 + 0.5625 - 1 / math.pi) / 2 + noise**2
-    return (points - torch.tensor([0.5, 0.25])) / math.sqrt(variance)
+    return (points - torch.tensor([0.5, 0.25], dtype=torch.float32, device="cpu")) / math.sqrt(variance)
 
 
 def _checkerboard(count: int, generator: torch.Generator) -> Tensor:
     """Every second square of four by four, evenly filled."""
-    x = 4 * torch.rand(count, generator=generator) - 2
-    row = 2 * torch.randint(2, (count,), generator=generator) + x.floor() % 2
-    y = torch.rand(count, generator=generator) + row - 2
+    x = 4 * uniform(count, generator=generator) - 2
+    row = 2 * whole_numbers(2, count, generator=generator) + x.floor() % 2
+    y = uniform(count, generator=generator) + row - 2
     return torch.stack((x, y), 1) / math.sqrt(4 / 3)  # each coordinate is uniform in [-2, 2]
 
 
 def _gaussians(count: int, generator: torch.Generator) -> Tensor:
     """Eight Gaussians around the unit circle."""
     width = 0.1
-    angle = math.pi / 4 * torch.randint(8, (count,), generator=generator)
+    angle = math.pi / 4 * whole_numbers(8, count, generator=generator).float()
     points = torch.stack((angle.cos(), angle.sin()), 1)
-    points = points + width * torch.randn(count, 2, generator=generator)
+    points = points + width * normal(count, 2, generator=generator)
     return points / math.sqrt(0.5 + width**2)
 
 
 def _rings(count: int, generator: torch.Generator) -> Tensor:
     """Two rings of radius 1 and 1/2, with as many points in each."""
     noise = 0.03
-    angle = 2 * math.pi * torch.rand(count, generator=generator)
-    radius = (1 + torch.randint(2, (count,), generator=generator)) / 2
+    angle = 2 * math.pi * uniform(count, generator=generator)
+    radius = (1 + whole_numbers(2, count, generator=generator).float()) / 2
     points = torch.stack((radius * angle.cos(), radius * angle.sin()), 1)
-    points = points + noise * torch.randn(count, 2, generator=generator)
+    points = points + noise * normal(count, 2, generator=generator)
     return points / math.sqrt((1 + 0.25) / 4 + noise**2)
 
 
@@ -80,5 +82,5 @@ def draw_points(shape: str, count: int, generator: torch.Generator) -> Tensor:
 
 def draw_plane(dim: int, generator: torch.Generator) -> Tensor:
     """Orthonormal basis [D, 2] of a random plane in D dimensions: points [N, 2] lie at points @ basis.T."""
-    basis, _ = torch.linalg.qr(torch.randn(dim, 2, generator=generator))
+    basis, _ = torch.linalg.qr(normal(dim, 2, generator=generator))
     return basis

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pmf.defaults import normal
 from pmf.flow import PlaneTimes, Prediction, UPrediction, XPrediction
 from pmf.flow.path import conditional_velocity, interpolate, over_pixels
 from pmf.metrics import sliced_wasserstein
@@ -91,7 +92,7 @@ def meanflow_loss(
 @torch.no_grad()
 def one_step(network: Mlp, prediction: Prediction, noise: Tensor) -> Tensor:
     """Samples x = e - u(e, t = 1, r = 0) from noise e [B, D, 1, 1]."""
-    one = torch.ones(len(noise))
+    one = noise.new_ones(len(noise))
     return noise - prediction.velocity(noise, network(noise, one, one), one)
 
 
@@ -104,7 +105,7 @@ def train_and_measure(
     noise and times, and start from the same weights.
     """
     start = time.perf_counter()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     basis = draw_plane(dim, generator)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -115,7 +116,7 @@ def train_and_measure(
 
     def draw(count: int) -> tuple[Tensor, Tensor]:
         points = draw_points(settings.shape, count, generator)
-        return points, torch.randn(count, dim, 1, 1, generator=generator)
+        return points, normal(count, dim, 1, 1, generator=generator)
 
     for _ in range(settings.steps):
         points, noise = draw(settings.batch_size)

@@ -124,8 +124,9 @@ class _Sizes:
 def _mean_rows(training: TrainConfig) -> tuple[float, float]:
     """Shares of the images that carry a tangent, and guidance passes an image."""
     objective = build_objective(training.with_settings(perceptual="none"), noise_scale=1.0)
-    generator = torch.Generator().manual_seed(0)
-    draws = objective.draw(torch.empty(_DRAWN, 1, 1, 1), torch.zeros(_DRAWN, dtype=torch.int64), generator)
+    generator = torch.Generator("cpu").manual_seed(0)
+    images = torch.empty(_DRAWN, 1, 1, 1, dtype=torch.float32, device="cpu")
+    draws = objective.draw(images, torch.zeros(_DRAWN, dtype=torch.int64, device="cpu"), generator)
     plan = make_plan(draws, objective.guidance, torch.float32)
     return plan.num_tangents / _DRAWN, (len(plan.conditional) + len(plan.guided)) / _DRAWN
 

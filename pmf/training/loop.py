@@ -102,7 +102,7 @@ class Run:
         self.ranks = trainer.ranks
         self.log: RunLog | None = None
         self.first_step, self.first_second = trainer.step, trainer.seconds
-        self.losses = torch.zeros(self.config.run.log_every, 3, device=trainer.device)
+        self.losses = torch.zeros(self.config.run.log_every, 3, dtype=torch.float32, device=trainer.device)
         self.unread = 0  # rows of losses not yet looked at
         self.shown = ""  # the losses in the progress bar
 

@@ -17,9 +17,13 @@ _GRID_SIDE = 10  # at most this many classes, one a row, and this many samples o
 def draw_samples(model: PixelMeanFlow, seed: int, path: Path) -> torch.Tensor:
     """One-step samples, a class a row, from noise that is the same at every step; returns the uint8 grid."""
     classes = min(_GRID_SIDE, model.config.num_classes)
-    rows = torch.linspace(0, model.config.num_classes - 1, classes).round().long()
+    rows = (
+        torch.linspace(0, model.config.num_classes - 1, classes, dtype=torch.float32, device="cpu")
+        .round()
+        .long()
+    )
     device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     images = flow.sample(model, rows.repeat_interleave(_GRID_SIDE).to(device), generator=generator)
     grid = image_grid(images, _GRID_SIDE)
     save_png(grid, path)

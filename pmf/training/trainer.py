@@ -62,7 +62,7 @@ class Trainer:
         if config.run.precision == "bf16" and not self.sharded:
             self.computing = copy.deepcopy(self.model).to(torch.bfloat16)
         self.network = compiled(self.computing) if config.run.compile else self.computing
-        self.generator = torch.Generator().manual_seed(config.run.seed)
+        self.generator = torch.Generator("cpu").manual_seed(config.run.seed)
         self.stream = ShuffledStream(
             dataset, config.data.batch_size, config.run.seed, rank=self.ranks.rank, ranks=self.ranks.size
         )
@@ -90,7 +90,7 @@ class Trainer:
         draws = self._draw(images)
         self._refresh_computing_weights()
         parts = self.config.data.accumulate
-        losses = torch.zeros(3, device=self.device)
+        losses = torch.zeros(3, dtype=torch.float32, device=self.device)
         for part in range(parts):
             if self.sharded:
                 self.model.set_requires_gradient_sync(part == parts - 1)  # type: ignore[operator]
@@ -106,7 +106,8 @@ class Trainer:
 
     def _draw(self, images: torch.Tensor) -> flow.Draws:
         """The draws of this rank's images: its slice of those of the whole batch."""
-        whole = torch.empty(()).expand(self.config.data.batch_size, *images.shape[1:])  # a shape alone
+        whole = torch.empty((), dtype=torch.float32, device="cpu")  # a shape alone
+        whole = whole.expand(self.config.data.batch_size, *images.shape[1:])
         draws = self.objective.draw(whole, whole, self.generator)
         return slice_draws(draws, slice(self.ranks.rank, None, self.ranks.size))
 
