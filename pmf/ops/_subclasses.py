@@ -168,7 +168,6 @@ def kind_of(x: Any) -> str:
     return _kind(type(x)) if isinstance(x, Tensor) else "other"
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
 def _kind(cls: Any) -> str:
     for module, kind in KNOWN_WRAPPERS.items():
@@ -179,6 +178,10 @@ def _kind(cls: Any) -> str:
     if issubclass(cls, UninitializedTensorMixin):
         return "refused"
     return "plain" if not _overrides(cls) else "refused"
+
+
+# What torch.compiler.assume_constant_result says, which imports torch._dynamo: that costs seconds.
+_kind._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _overrides(cls: Any) -> list[str]:
