@@ -4,6 +4,11 @@ Every op takes float32, bfloat16, float16 or float64, is differentiable in every
 autograd, torch.func, forward-mode AD, autocast, checkpointing and torch.compile. Its `_jvp` form (all have
 one but newton_schulz) computes value and tangent in one pass and is itself an ordinary differentiable op: the
 form to train and to compile with.
+
+DTensors may be sharded along every dimension over which an op does not reduce (batch, heads, tokens of the
+elementwise ops), jagged nested tensors go where tokens are on their own and into attention, and
+`torch.nn.attention.bias` into attn_mask. Subclasses that override nothing are what they look like; others, and
+sparse, quantized or nested strided tensors, raise TypeError by name.
 """
 
 from . import _flops

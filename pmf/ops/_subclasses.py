@@ -17,7 +17,7 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Buffer, Parameter
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 __all__ = ["Layouts", "kind_of", "operation", "replace_tensors", "require_plain", "require_trainable"]
@@ -27,8 +27,8 @@ R = TypeVar("R")
 Layouts = Mapping[str, str]
 """By argument, which dimensions a DTensor may be sharded along: see `_sharded`."""
 
-PLAIN = frozenset({Tensor, Parameter, type(None), bool, int, float})
-"""What needs no closer look."""
+PLAIN = frozenset({Tensor, Parameter, Buffer, type(None), bool, int, float})
+"""What needs no closer look. (No tensor is of class Buffer, but torch.compile says so of a module's.)"""
 
 # What a subclass may define without changing what its values mean.
 HARMLESS = frozenset(
@@ -163,13 +163,21 @@ def replace_tensors(arguments: dict[str, Any], given: Mapping[str, Any]) -> dict
 
 
 def kind_of(x: Any) -> str:
-    if type(x) in (Tensor, Parameter):
+    if type(x) in (Tensor, Parameter, Buffer):
         return "unchanged"
     return _kind(type(x)) if isinstance(x, Tensor) else "other"
 
 
-@functools.cache
 def _kind(cls: Any) -> str:
+    if cls not in _kinds:
+        _kinds[cls] = _classify(cls)
+    return _kinds[cls]
+
+
+_kinds: dict[Any, str] = {}
+
+
+def _classify(cls: Any) -> str:
     for module, kind in KNOWN_WRAPPERS.items():
         if any(base.__module__ == module or base.__module__.startswith(module + ".") for base in cls.__mro__):
             return kind

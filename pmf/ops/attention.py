@@ -61,7 +61,7 @@ def attention(
     """
     if dropout_p != 0.0:
         raise ValueError(f"attention: dropout_p must be 0, because dropout is not supported, got {dropout_p}")
-    attn_mask, is_causal = _bias(attn_mask, is_causal, query, key)
+    attn_mask, is_causal = causal_bias(attn_mask, is_causal, query, key)
     query, key, value = autocast_matmul(query, key, value)
     plan = _plan(query, key, value, attn_mask, scale, enable_gqa)
     args = (*plan.fold(query, key, value), plan.mask, is_causal, plan.scale)
@@ -103,7 +103,7 @@ def attention_jvp(
 
     Raises as `attention` does. Source: the running pivot that keeps tO accurate is this library's own.
     """
-    attn_mask, is_causal = _bias(attn_mask, is_causal, query, key)
+    attn_mask, is_causal = causal_bias(attn_mask, is_causal, query, key)
     query, key, value, query_t, key_t, value_t = autocast_matmul(query, key, value, query_t, key_t, value_t)
     count = check_tangents(
         "attention_jvp",
@@ -136,7 +136,7 @@ def attention_jvp(
     return out.reshape(plan.out_shape), out_t if fewer else out_t.reshape(plan.out_shape)
 
 
-def _bias(mask: Any, is_causal: bool, query: Tensor, key: Tensor) -> tuple[Tensor | None, bool]:
+def causal_bias(mask: Any, is_causal: bool, query: Tensor, key: Tensor) -> tuple[Tensor | None, bool]:
     """What a `torch.nn.attention.bias.CausalBias` says; its own memory says nothing."""
     if mask is None or kind_of(mask) != "bias":
         return mask, is_causal

@@ -23,7 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from pmf import ops
-from pmf.ops.attention import MAX_WIDTH
+from pmf.ops._subclasses import kind_of
+from pmf.ops.attention import MAX_WIDTH, causal_bias
 
 __all__ = ["replace_sdpa"]
 
@@ -107,6 +108,9 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
+    if attn_mask is not None and kind_of(attn_mask) == "bias" and _is_plain(query) and _is_plain(key):
+        # Its __torch_function__ looks for torch.nn.functional's own, and would let its memory be read.
+        attn_mask, is_causal = causal_bias(attn_mask, is_causal, query, key)
     if _is_served(query, key, value, attn_mask, dropout_p):
         _compute_again_alike()
         return ops.attention(

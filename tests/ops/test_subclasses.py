@@ -12,7 +12,7 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.testing._internal.logging_tensor import LoggingTensor
 from torch.testing._internal.two_tensor import TwoTensor
 
-from pmf import ops
+from pmf import ops, replace_sdpa
 from pmf.nn import Attention, RMSNorm, SwiGLU, rotary_tables
 from pmf.ops import _subclasses
 from pmf.optim import EMA, Muon
@@ -139,6 +139,43 @@ def test_parameters_buffers_and_fake_tensors_pass():
         fake = ops.rms_norm(torch.empty(3, 4), torch.empty(4))
     assert fake.shape == (3, 4)
     assert ops.rms_norm(x.to("meta"), w.to("meta")).is_meta
+
+
+@pytest.mark.filterwarnings("error")
+def test_compiled_code_may_have_parameters_buffers_and_jagged_tensors():
+    """torch.compile calls a module's buffers nn.Buffer, and looks into caches."""
+    module = nn.Module()
+    module.weight, module.scale = nn.Parameter(randn(4)), nn.Buffer(randn(4, seed=1))
+
+    def function(x: Tensor) -> Tensor:
+        return ops.rms_norm(ops.rms_norm(x, module.weight), module.scale)
+
+    torch.compiler.reset()
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(randn(3, 4)), function(randn(3, 4)))
+    x, _ = jagged([2, 3], 4)
+    module.double()
+    torch.testing.assert_close(compiled(x).values(), function(x).values())
+
+
+def test_compiled_code_breaks_at_a_plain_subclass():
+    x, w = randn(3, 4), randn(4, seed=1)
+    found = torch.compile(ops.rms_norm, backend="aot_eager")(x.as_subclass(Plain), w)
+    torch.testing.assert_close(found.as_subclass(Tensor), ops.rms_norm(x, w))
+    with pytest.raises(TypeError, match="rms_norm: x is a .*Unread"):
+        torch.compile(ops.rms_norm, backend="aot_eager")(x.as_subclass(Unread), w)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 1e-9])
+@pytest.mark.parametrize("bias", [causal_upper_left, causal_lower_right])
+def test_a_causal_bias_where_sdpa_is_replaced(bias, dropout_p):
+    """It compares the function called with torch.nn.functional's, which is another then."""
+    q, k, v = attention_inputs(3, 7)[:3]
+    expected = F.scaled_dot_product_attention(q, k, v, bias(3, 7))
+    with replace_sdpa():
+        found = F.scaled_dot_product_attention(q, k, v, bias(3, 7), dropout_p)
+    assert type(found) is Tensor
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_subclass_with_its_own_dispatch_gets_the_raw_op():
