@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from pmf.wrappers import by_plain_names
+
 __all__ = ["describe_state_dict", "from_official", "to_official"]
 
 _GROUPS = ("class", "omega", "t_min", "t_max", "time")
@@ -25,10 +27,12 @@ _IGNORED = ("rope_freqs",)  # a constant
 def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """State dict of `PixelMeanFlow` from the authors' one, or from ours. Tensors are shared, not copied.
 
-    A missing v head is fine: the model then only samples. Raises ValueError naming the keys that are left
+    Prefixes that DistributedDataParallel and torch.compile put before names do not matter (`pmf.wrappers`). A
+    missing v head is fine: the model then only samples. Raises ValueError naming the keys that are left
     over or missing.
     """
-    given = {key.removeprefix("net."): tensor for key, tensor in state_dict.items()}
+    given = {key.removeprefix("net."): tensor for key, tensor in by_plain_names(state_dict).items()}
+    given = by_plain_names(given)
     ours = "position" in given
     names = {name if ours else theirs: name for name, theirs in _names(given, ours).items()}
     missing = [theirs for theirs in names if theirs not in given]

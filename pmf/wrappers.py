@@ -6,13 +6,15 @@ fully_shard (FSDP2)         changes no name; the module is all that it was, in a
 """
 
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
-__all__ = ["by_plain_names", "plain_names", "unwrap"]
+__all__ = ["by_plain_names", "exchanges", "plain_names", "unwrap", "without_ddp"]
 
+DDP = nn.parallel.DistributedDataParallel
 T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
 
 _COMPILED, _PARALLEL = "_orig_mod", "module."
 
@@ -34,12 +36,27 @@ def by_plain_names(tensors: Mapping[str, T]) -> dict[str, T]:
     return dict(zip(plain_names(tensors), tensors.values(), strict=True))
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: M) -> M:
     """The model itself, inside DistributedDataParallel and torch.compile in any order."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := model._modules.get(_COMPILED), nn.Module):
-            model = inner
-        else:
-            return model
+    inner: Any = model
+    while isinstance(inner, DDP) or _COMPILED in inner._modules:
+        inner = inner.module if isinstance(inner, DDP) else inner._modules[_COMPILED]
+    return inner
+
+
+def without_ddp(model: M) -> M:
+    """What DistributedDataParallel wraps, for passes without gradients: its own would exchange buffers."""
+    inner: Any = model
+    while isinstance(inner, DDP):
+        inner = inner.module
+    return inner
+
+
+def exchanges(model: nn.Module) -> bool:
+    """Whether a pass through the model waits for other ranks, so that all have to make as many."""
+    return any(isinstance(module, DDP) or _is_fully_sharded(module) for module in model.modules())
+
+
+def _is_fully_sharded(module: nn.Module) -> bool:
+    """By the name of the class that `fully_shard` adds: importing it costs as much as torch.distributed."""
+    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)

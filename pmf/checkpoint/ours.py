@@ -33,6 +33,7 @@ from pmf import models
 from pmf.checkpoint import sharded
 from pmf.errors import UserError
 from pmf.optim import fill
+from pmf.wrappers import by_plain_names, plain_names
 
 _FORMAT = "pixelmeanflow-1"
 _STEP_PREFIX = "step-"
@@ -85,7 +86,7 @@ def load_model(
             ) from error
     else:
         try:
-            official = read_official(file)
+            official = by_plain_names(read_official(file))
             if not v_head:
                 official = {
                     key: x for key, x in official.items() if not key.removeprefix("net.").startswith(_V_HEAD)
@@ -125,8 +126,11 @@ def _load_sharded(folder: Path, part: str, v_head: bool) -> LoadedModel:
 
 
 def assign_weights(model: torch.nn.Module, tensors: Tensors, source: Path) -> None:
-    """Copy tensors into the parameters of the same names; UserError names the first that does not fit."""
-    parameters = dict(model.named_parameters())
+    """Copy tensors into the parameters of the same names; UserError names the first that does not fit.
+
+    What wrappers put into names (`pmf.wrappers`) does not matter, neither the model's nor the file's.
+    """
+    parameters, tensors = by_plain_names(dict(model.named_parameters())), by_plain_names(tensors)
     missing, extra = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
     if missing or extra:
         problem = f"lacks {missing[0]!r}" if missing else f"holds {extra[0]!r}, which the model does not have"
@@ -162,7 +166,9 @@ def read_tensors(path: Path, skip: tuple[str, ...] = ()) -> tuple[dict[str, torc
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys() if not name.startswith(skip)}
+            names = list(file.keys())
+            plain = zip(names, plain_names(names), strict=True)
+            tensors = {name: file.get_tensor(name) for name, x in plain if not x.startswith(skip)}
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(
             f"{path} is cut off or is no safetensors file ({error}): copy it again or use another checkpoint"

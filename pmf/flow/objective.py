@@ -10,6 +10,7 @@ from torch import Tensor
 from ..defaults import normal, uniform
 from ..models import PixelMeanFlow
 from ..nn import Condition
+from ..wrappers import exchanges, unwrap, without_ddp
 from .draws import Draws
 from .guidance import Guidance, IntervalGuidance
 from .path import conditional_velocity, interpolate, over_pixels
@@ -145,15 +146,21 @@ class Objective:
         return Draws(t, r, noise, omega, t_min, t_max, torch.arange(batch, device="cpu") < dropped, crop)
 
     def __call__(self, model: PixelMeanFlow, images: Tensor, labels: Tensor, draws: Draws) -> Terms:
-        """Loss terms for images [B, C, S, S] in [-1, 1] and labels [B] (int64, 0 .. num_classes - 1)."""
-        _check(images, labels, draws, model.config.num_classes)
-        if self.noise_scale != model.config.noise_scale:  # samples would start from noise never trained on
+        """Loss terms for images [B, C, S, S] in [-1, 1] and labels [B] (int64, 0 .. num_classes - 1).
+
+        model may be wrapped by DistributedDataParallel, `fully_shard` and torch.compile, in any order. Ranks
+        need not draw alike: where a pass waits for other ranks, even_passes is in force.
+        """
+        config = unwrap(model).config
+        _check(images, labels, draws, config.num_classes)
+        if self.noise_scale != config.noise_scale:  # samples would start from noise never trained on
             raise ValueError(
                 f"objective: noise_scale is {self.noise_scale} but the model samples with "
-                f"{model.config.noise_scale}: use Objective(noise_scale=model.config.noise_scale)"
+                f"{config.noise_scale}: use Objective(noise_scale=model.config.noise_scale)"
             )
         device, dtype = images.device, images.dtype
-        plan = make_plan(draws, self.guidance, dtype, self.row_multiple, self.even_passes)
+        even = self.even_passes or exchanges(without_ddp(model))
+        plan = make_plan(draws, self.guidance, dtype, self.row_multiple, even)
         s = {name: value.to(device, non_blocking=True) for name, value in plan.scalars.items()}
         order = plan.order.to(device)
         x, labels = images[order], labels[order]
@@ -161,10 +168,10 @@ class Objective:
         n, t = plan.num_meanflow, s["t"]
         h = t - s["r"]
 
-        v_c, v_u = self._guidance_pass(model, z, labels, s, plan)
+        v_c, v_u = self._guidance_pass(without_ddp(model), z, labels, s, plan)
 
         given = Condition(
-            h, s["omega"], s["t_min"], s["t_max"], labels.masked_fill(s["drop"], model.config.num_classes)
+            h, s["omega"], s["t_min"], s["t_max"], labels.masked_fill(s["drop"], config.num_classes)
         )
         z_t, t_t = _direction(v_c[:n], t, plan.num_tangents) if n else (None, None)
         u, du_dt, v = self._training_pass(model, z, t, given, z_t, t_t)
@@ -206,7 +213,7 @@ class Objective:
         rows = torch.cat((plan.conditional, plan.guided, plan.repeated)).to(z.device)
         z, t, omega, labels = z[rows], s["t"][rows], s["effective_omega"][rows], labels[rows]
         omega[num_conditional:] = 1.0
-        labels[num_conditional:] = model.config.num_classes
+        labels[num_conditional:] = unwrap(model).config.num_classes
         condition = Condition(torch.zeros_like(t), omega, torch.zeros_like(t), torch.ones_like(t), labels)
         how = self._read_out(model)
         shown = how.preconditioner.input(z, t)
@@ -259,9 +266,9 @@ class Objective:
 
     def _read_out(self, model: PixelMeanFlow) -> "_ReadOut":
         """How this objective reads the model's tokens."""
+        config = unwrap(model).config
         return _ReadOut(
-            self.prediction or prediction_of(model.config),
-            self.preconditioner or preconditioner_of(model.config),
+            self.prediction or prediction_of(config), self.preconditioner or preconditioner_of(config)
         )
 
     def _adaptive(self, error: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from ..defaults import home
 from ..devices import has_bf16_products
 from ..models import PixelMeanFlow
 from ..nn import Block, Condition
+from ..wrappers import by_plain_names, exchanges, unwrap, without_ddp
 from .path import over_pixels
 from .preconditioner import Preconditioner, preconditioner_of
 from .prediction import Prediction, prediction_of
@@ -59,6 +60,9 @@ class Sampler:
     bf16 for a float32 model at least 256 wide on a device with bfloat16 products (AVX512-BF16, AMX, a GPU
     from sm_80).
 
+    model may be wrapped by DistributedDataParallel, `fully_shard` and torch.compile, in any order. Of a
+    sharded one all ranks together make the Sampler, which has a whole copy and then is each rank's own.
+
     Only the way to u is used. Where the precision is not the model's own, `network` is a copy of these
     weights, which later changes of the model do not reach. Everything runs under torch.inference_mode, but
     the images are ordinary tensors.
@@ -81,16 +85,21 @@ class Sampler:
     ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"sample: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        alone = without_ddp(model)
+        model = unwrap(model)
         own, device = model.position.dtype, model.position.device
         if precision == "auto" and own == torch.float32:
             is_wide = model.config.hidden_size >= _WIDE
             precision = "bf16" if is_wide and has_bf16_products(device) else "fp32"
-        self.network, self.precision = model, precision
+        # A rank samples when it likes: nothing that waits for the others is evaluated.
+        self.network, self.precision = (model if exchanges(alone) else alone), precision
         if precision == "auto":
             self.precision = str(own).removeprefix("torch.")
+            if exchanges(model):
+                self.network = _copy_u_path(model, own)
         elif precision == "bf16":
             self.network = _copy_u_path(model, torch.bfloat16)
-        elif any(parameter.dtype != torch.float32 for parameter in model.parameters()):
+        elif exchanges(model) or any(parameter.dtype != torch.float32 for parameter in model.parameters()):
             self.network = _copy_u_path(model, torch.float32)
         self.prediction = prediction or prediction_of(model.config)
         self.preconditioner = preconditioner or preconditioner_of(model.config)
@@ -105,9 +114,9 @@ class Sampler:
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Images [B, C, S, S]; arguments and result as for `sample`."""
-        config = self.network.config
-        device = self.network.position.device
-        dtype = torch.float64 if self.network.position.dtype == torch.float64 else torch.float32
+        network = unwrap(self.network)
+        config, device = network.config, network.position.device
+        dtype = torch.float64 if network.position.dtype == torch.float64 else torch.float32
         labels = _check_labels(labels, config.num_classes).to(device)
         if steps < 1:
             raise ValueError(f"sample: steps must be at least 1, got {steps}")
@@ -175,22 +184,27 @@ def _copy_u_path(model: PixelMeanFlow, matrices: torch.dtype) -> PixelMeanFlow:
 
     The scales of the blocks' branches are multiplied into the matrices, before these are rounded.
     """
-    model = getattr(model, "_orig_mod", model)  # of torch.compile's wrapper, which renames the weights
+    rest = torch.float64 if matrices == torch.float64 else torch.float32
     with torch.device("meta"):
-        copy = PixelMeanFlow(dataclasses.replace(model.config, v_head=False)).float()
+        copy = PixelMeanFlow(dataclasses.replace(model.config, v_head=False)).to(rest)
     for module in copy.modules():
         if isinstance(module, nn.Linear):
             module.to(matrices)
         elif isinstance(module, Block):
             module.attn_scale = module.mlp_scale = None
     copy = copy.to_empty(device=model.position.device)
-    weights = dict(model.named_parameters())
+    weights = by_plain_names(dict(model.named_parameters()))
     with torch.no_grad():
         for name, parameter in copy.named_parameters():
-            value = weights[name]
+            value = _whole(weights[name])
             for matrix, scale in Block.scaled.items():
                 gate = weights.get(name.removesuffix(matrix) + scale) if name.endswith(matrix) else None
                 if gate is not None:  # None in a network that came from here
-                    value = gate[:, None] * value
+                    value = _whole(gate)[:, None] * value
             parameter.copy_(value)
     return copy.requires_grad_(False).eval()
+
+
+def _whole(x: Tensor) -> Tensor:
+    """A sharded tensor gathered, by all ranks together; any other as it is."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pmf import _library
 from pmf.ops._autograd import register_fake
 from pmf.ops._subclasses import require_trainable
+from pmf.wrappers import by_plain_names
 
 from ._cohort import local
 from ._sharing import fill
@@ -28,7 +29,8 @@ class EMA:
     at update k = 1, 2, ..., for a batch of B images and a half-life of H images.
 
     Args:
-        model: a module, or (name, parameter) pairs. Buffers are not averaged.
+        model: a module, or (name, parameter) pairs. Buffers are not averaged. Names are those of the model
+            inside DistributedDataParallel and torch.compile (`pmf.wrappers`).
         half_lives: in thousand images, increasing or not, all different.
 
     `updates` counts them. `copies[i]` maps each parameter's name to its average, in float32 (float64 for
@@ -45,7 +47,7 @@ class EMA:
         half_lives: Sequence[float] = (500.0, 1000.0, 2000.0),
     ) -> None:
         named = model.named_parameters() if isinstance(model, nn.Module) else model
-        self._parameters = dict(named)
+        self._parameters = by_plain_names(dict(named))
         if not self._parameters:
             raise ValueError("EMA: there are no parameters to average")
         for name, p in self._parameters.items():
@@ -122,7 +124,7 @@ class EMA:
     @torch.no_grad()
     def load_weights(self, half_life: float, weights: Mapping[str, Tensor]) -> None:
         """Overwrite the averages of one half-life. Raises ValueError where names or shapes differ."""
-        averages = self.weights(half_life)
+        averages, weights = self.weights(half_life), by_plain_names(weights)
         for name in sorted(averages.keys() | weights.keys()):
             if _shape(averages, name) != _shape(weights, name):
                 raise ValueError(

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
+import pmf
 from pmf.data import MemoryImages
 from pmf.errors import UserError
 from pmf.optim import Muon
@@ -84,6 +86,60 @@ def muon_steps(process_group: Any, rank: int = 0, ranks: int = 1, mesh: Any = No
     return list(whole({str(i): p.detach() for i, p in enumerate(params)}).values())
 
 
+def fully_sharded(model: torch.nn.Module) -> torch.nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    for block in (*model.shared_blocks, *model.u_head, *model.v_head):
+        fully_shard(block)
+    return fully_shard(model)
+
+
+WRAPPERS: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {
+    "ddp": DistributedDataParallel,
+    "ddp of compiled": lambda model: DistributedDataParallel(torch.compile(model, backend="eager")),
+    "compiled ddp": lambda model: torch.compile(DistributedDataParallel(model), backend="eager"),
+    "fully_shard": fully_sharded,
+}
+
+
+def wrapped_steps(
+    wrap: Callable[[torch.nn.Module], torch.nn.Module], rank: int | None = None
+) -> dict[str, Any]:
+    """Three steps of a user's own loop; without a rank, of one process that has the images of both.
+
+    The second rank's samples need no guidance pass, the first's do.
+    """
+    torch.manual_seed(0)
+    sizes = {name: TINY[name] for name in ("hidden_size", "depth", "head_depth", "num_heads", "bottleneck")}
+    model = pmf.create_model("digits", **sizes)
+    wrapped = wrap(model)
+    optimizer, ema = pmf.optim.Muon(wrapped, lr=0.02), pmf.optim.EMA(wrapped, (0.02,))
+    objective = pmf.flow.Objective(noise_scale=model.config.noise_scale)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        parts = []
+        for i in range(2):
+            images = torch.rand(4, 1, 8, 8, generator=generator) * 2 - 1
+            labels = torch.randint(10, (4,), generator=generator)
+            draws = objective.draw(images, labels, generator)
+            if i == 1:
+                one, zero = torch.ones(4), torch.zeros(4)
+                draws = draws._replace(r=draws.t, omega=one, t_min=zero, t_max=one)
+            parts.append((images, labels, draws))
+        for part in parts if rank is None else parts[rank : rank + 1]:
+            loss = objective(wrapped, *part).loss  # type: ignore[arg-type]
+            (loss / 2 if rank is None else loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(8)
+    noise = torch.randn(3, 1, 8, 8, generator=generator)
+    sampler = pmf.flow.Sampler(wrapped)  # type: ignore[arg-type]
+    images = sampler([0, 1, 2], noise=noise) if rank in (None, 0) else noise
+    weights = whole({name: p.detach() for name, p in model.named_parameters()})
+    averages = whole(ema.weights(0.02))
+    return {"images": images, "routing": optimizer.routing(), "weights": weights, "averages": averages}
+
+
 def stop_one(trainer: Trainer) -> None:
     """From its third step on, the second rank is told to stop."""
     step = trainer.train_step
@@ -142,6 +198,8 @@ def check(ranks: Ranks, out: Path) -> dict[str, Any]:
     found["muon"] = muon_steps(torch.distributed.group.WORLD, ranks.rank, ranks.size)
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (ranks.size,))
     found["muon of shards"] = muon_steps(None, mesh=mesh)
+
+    found["own loop"] = [(name, wrapped_steps(wrap, ranks.rank)) for name, wrap in WRAPPERS.items()]
 
     trainer = made(steps=9)
     stop_one(trainer)

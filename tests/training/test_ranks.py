@@ -138,6 +138,18 @@ def test_sharing_the_matrices_changes_no_bit(two: dict[str, Any], how: str) -> N
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("name", two_ranks.WRAPPERS)
+def test_a_loop_of_one_s_own_takes_wrapped_models(two: dict[str, Any], name: str) -> None:
+    """Gradients are averaged, ranks may need different passes, names are the model's."""
+    found, alone = dict(two["own loop"])[name], two_ranks.wrapped_steps(lambda model: model)
+    assert found["routing"] == alone["routing"]
+    for part in ("weights", "averages"):
+        assert found[part].keys() == alone[part].keys()
+        for key, expected in alone[part].items():
+            torch.testing.assert_close(found[part][key], expected, rtol=1e-4, atol=EXACT)
+    torch.testing.assert_close(found["images"], alone["images"], rtol=1e-3, atol=1e-4)
+
+
 def test_the_longest_matrix_is_given_away_first() -> None:
     assert assign_owners([8 * side**3 for side in (2, 64, 32, 33, 8)], 2) == [1, 0, 1, 1, 1]
     assert sorted(assign_owners([9] * 6, 3)) == [0, 0, 1, 1, 2, 2]

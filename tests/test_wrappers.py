@@ -1,0 +1,175 @@
+"""Models inside DistributedDataParallel, fully_shard and torch.compile are taken as they are."""
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import pmf
+from pmf import models
+from pmf.checkpoint import assign_weights
+from pmf.errors import UserError
+from pmf.optim import EMA, Muon
+from pmf.wrappers import exchanges, plain_names, unwrap
+
+PREFIXES = ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module._orig_mod.")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A process group of one, which DistributedDataParallel asks for."""
+    file = tmp_path_factory.mktemp("group") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "ddp": DDP,
+    "compiled": compiled,
+    "ddp of compiled": lambda model: DDP(compiled(model)),
+    "compiled ddp": lambda model: compiled(DDP(model)),
+}
+
+
+def digits(seed: int = 0) -> models.PixelMeanFlow:
+    torch.manual_seed(seed)
+    model = pmf.create_model("digits", hidden_size=16, depth=2, head_depth=1, mlp_width=24, bottleneck=4)
+    with torch.no_grad():  # both heads begin as zero, whatever the input
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn(p.shape))
+    return model
+
+
+def small() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_names_in_front_are_seen_through(prefix):
+    names = ["block.0.weight", "module_list.weight", "head.module.bias"]
+    assert plain_names(prefix + name for name in names) == names
+
+
+def test_names_inside_and_names_that_are_the_model_s_own():
+    assert plain_names(["blocks._orig_mod.0.weight", "head.weight"]) == ["blocks.0.weight", "head.weight"]
+    own = ["module.weight", "head.weight"]
+    assert plain_names(own) == own
+    assert plain_names(["a._orig_mod.weight", "a.weight"]) == ["a._orig_mod.weight", "a.weight"]
+    assert plain_names([]) == []
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_unwrapped(name):
+    model = small()
+    wrapped = WRAPPERS[name](model)
+    assert unwrap(wrapped) is model and unwrap(model) is model
+    assert exchanges(wrapped) == ("ddp" in name) and not exchanges(model)
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_optimizer_and_averages_resume_without_the_wrapper_and_with(name):
+    def trained(model: nn.Module, steps: range, state: tuple | None = None) -> tuple[list[Tensor], tuple]:
+        optimizer, ema = Muon(model, lr=0.1), EMA(model, (0.1,))
+        if state is not None:
+            optimizer.load_state_dict(state[0])
+            ema.load_state_dict(state[1])
+        assert optimizer.routing()["muon"] == ["0.weight", "2.weight"]
+        assert list(ema.weights(0.1)) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+        for step in steps:
+            for i, p in enumerate(model.parameters()):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + i))
+            optimizer.step()
+            ema.update(8)
+        moved = [p.detach().clone() for p in model.parameters()]
+        return [*moved, *ema.weights(0.1).values()], copy.deepcopy((optimizer.state_dict(), ema.state_dict()))
+
+    straight, _ = trained(small(), range(4))
+    for first, second in ((WRAPPERS[name], lambda m: m), (lambda m: m, WRAPPERS[name])):
+        model = small()
+        _, state = trained(first(model), range(2))
+        found, _ = trained(second(model), range(2, 4), state)
+        assert all(map(torch.equal, found, straight))
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_states_with_names_from_before(prefix):
+    """Of versions that kept the wrapper's names."""
+    model = small()
+    optimizer, ema = Muon(model, lr=0.1), EMA(model, (0.1,))
+    saved, averages = optimizer.state_dict(), ema.state_dict()
+    for group in saved["param_groups"]:
+        group["param_names"] = [prefix + n for n in group["param_names"]]
+    averages["copies"] = [{prefix + n: w + 1 for n, w in c.items()} for c in averages["copies"]]
+    optimizer.load_state_dict(saved)
+    ema.load_state_dict(averages)
+    assert torch.equal(ema.weights(0.1)["0.bias"], model[0].bias + 1)
+    assert optimizer.param_groups[0]["param_names"] == ["0.weight", "2.weight"]
+
+
+@pytest.mark.parametrize("net", ["", "net."])
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("v_head", [True, False])
+def test_checkpoints_of_wrapped_models_load(tmp_path, prefix, net, v_head):
+    model = pmf.create_model("digits")
+    file = tmp_path / "weights.pth"
+    theirs = models.from_official({prefix + net + k: x for k, x in model.state_dict().items()})
+    assert all(torch.equal(theirs[name], p) for name, p in model.named_parameters())
+    torch.save({prefix + net + name: x for name, x in model.state_dict().items()}, file)
+    loaded = pmf.load_checkpoint(file, v_head=v_head)
+    expected = dict(model.named_parameters())
+    for name, p in loaded.named_parameters():
+        assert torch.equal(p, expected[name])
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_weights_go_into_wrapped_models(name):
+    model, other = small(), nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    assign_weights(WRAPPERS[name](other), WRAPPERS[name](model).state_dict(), Path("file"))
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+    with pytest.raises(UserError, match=r"lacks '2.bias'"):
+        assign_weights(
+            other, {"module." + n: p for n, p in model.named_parameters() if n != "2.bias"}, Path("file")
+        )
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_the_objective_and_the_sampler_take_wrapped_models(name):
+    """The wrapped model's numbers and gradients, and its images, are the model's."""
+    torch._dynamo.reset()
+    model = digits()
+    wrapped = WRAPPERS[name](copy.deepcopy(model))
+    objective = pmf.flow.Objective(noise_scale=model.config.noise_scale)
+    images, labels = torch.rand(6, 1, 8, 8) * 2 - 1, torch.randint(10, (6,))
+    draws = objective.draw(images, labels, torch.Generator().manual_seed(0))
+    for each in (model, wrapped):
+        objective(each, images, labels, draws).loss.backward()
+    for p, q in zip(model.parameters(), wrapped.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-6)
+    for precision in ("fp32", "bf16"):
+        noise = torch.randn(3, 1, 8, 8)
+        found, expected = (
+            pmf.sample(m, [0, 1, 2], noise=noise, precision=precision) for m in (wrapped, model)
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_with_compiled_blocks():
+    model = digits()
+    other = copy.deepcopy(model)
+    for i, block in enumerate(other.u_head):
+        other.u_head[i] = compiled(block)
+    noise = torch.randn(2, 1, 8, 8)
+    found, expected = (pmf.sample(m, [0, 1], noise=noise, precision="bf16") for m in (other, model))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert Muon(other).routing() == Muon(model).routing()
