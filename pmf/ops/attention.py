@@ -46,6 +46,8 @@ def attention(
         attn_mask: broadcasts to [..., H, Nq, Nk]; boolean (True attends) or floating (added to the scores).
             One that requires a gradient gets it from the reference, whose memory is quadratic in the length.
             Or `torch.nn.attention.bias.causal_upper_left` or `causal_lower_right` of (Nq, Nk).
+            What it hides (False, -inf, or later keys under is_causal) does not matter, even where it is NaN:
+            it changes neither outputs nor gradients of what does not see it, and its own gradients are zero.
         dropout_p: must be 0.
         is_causal: query i sees keys 0 to i, beside what the mask allows.
         scale: of the scores; D^-0.5 by default.

@@ -19,11 +19,6 @@
 namespace pmf::cpu::PMF_LEVEL {
 namespace {
 
-ConstView4 skip_rows(ConstView4 view, int64_t rows, DType dtype) {
-  view.data = static_cast<const char*>(view.data) + rows * view.stride[2] * dtype_bytes(dtype);
-  return view;
-}
-
 template <typename Unit>
 class BackwardKernel {
   using Float = Accumulator<Unit>;
@@ -36,6 +31,7 @@ class BackwardKernel {
       : p_(params), sizes_(params.shape), packer_(packer), threads_(max64(1, threads)) {
     // An empty tensor may have no data: without queries every gradient is zero, and written.
     tangent_ = p_.grad_t.data != nullptr || sizes_.queries == 0;
+    hides_ = p_.is_causal || p_.mask.kind != MaskKind::none;
     const int64_t heads = p_.shape.batch * p_.shape.key_heads;
     whole_ = heads / threads_ * threads_;
     remaining_ = heads - whole_;
@@ -136,6 +132,9 @@ class BackwardKernel {
     arena.take(w.dkt, key_rows * s.width_padded, tangent_ && p_.grad_key_t.data != nullptr);
     arena.take(w.dv, key_rows * s.value_padded);
     arena.take(w.dvt, key_rows * s.value_padded, tangent_ && p_.grad_value_t.data != nullptr);
+    arena.take(w.lse, kPanel, hides_);
+    arena.take(w.spoiled, s.keys, hides_);
+    w.any_spoiled = false;
     return arena.used;
   }
 
@@ -147,7 +146,7 @@ class BackwardKernel {
   }
 
   void whole_heads(int64_t worker) {
-    const Buffers w = buffers_of(worker);
+    Buffers w = buffers_of(worker);
     const int64_t each = whole_ / threads_;
     for (int64_t head = worker * each; head < (worker + 1) * each; ++head) {
       panels(w, head, 0, 1);
@@ -157,7 +156,7 @@ class BackwardKernel {
 
   // Every splits_-th panel, so that causal panels, whose cost grows, are dealt out evenly.
   void part_of_head(int64_t part) {
-    const Buffers w = buffers_of(part);
+    Buffers w = buffers_of(part);
     const int64_t head = whole_ + part / splits_;
     panels(w, head, part % splits_, splits_);
     if (splits_ == 1) store_keys(w, head, 0, sizes_.keys);
@@ -186,7 +185,7 @@ class BackwardKernel {
   }
 
   // Panels first, first + step, ... of the group's query heads, into w's sums and grad_query.
-  void panels(const Buffers& w, int64_t head, int64_t first, int64_t step) {
+  void panels(Buffers& w, int64_t head, int64_t first, int64_t step) {
     const int64_t batch = head / p_.shape.key_heads, key_head = head % p_.shape.key_heads;
     pack_head(w, batch, key_head);
     BackwardPanel<Unit> panel(p_, sizes_, w);
@@ -197,6 +196,7 @@ class BackwardKernel {
       place.query = i % sizes_.panels * Sizes::kPanel;
       place.queries = min64(Sizes::kPanel, sizes_.queries - place.query);
       pack_panel(w, place);
+      if (hides_) drop_rows(w, place);
       panel.run(place);
       write_rows(w.dq, p_.grad_query, batch, place.head, place.query, place.queries,
                  sizes_.width_padded, sizes_.width);
@@ -205,7 +205,7 @@ class BackwardKernel {
     }
   }
 
-  void pack_head(const Buffers& w, int64_t batch, int64_t head) const {
+  void pack_head(Buffers& w, int64_t batch, int64_t head) const {
     const Sizes& s = sizes_;
     const auto rows = [&](Unit* dst, const ConstView4& view, int64_t padded, int64_t cols) {
       if (dst != nullptr) packer_.rows(dst, padded, view, batch, head, s.keys, cols, s.keys_padded);
@@ -227,6 +227,75 @@ class BackwardKernel {
     clear(w.dkt, s.width_padded);
     clear(w.dv, s.value_padded);
     clear(w.dvt, s.value_padded);
+    if (hides_) clear_spoiled_head(w);
+  }
+
+  // attention_hidden-inl.h
+  void clear_spoiled_head(Buffers& w) const {
+    const Sizes& s = sizes_;
+    std::memset(w.spoiled, 0, static_cast<size_t>(s.keys));
+    const auto rows = [&](Unit* from, int64_t padded, Spoiled what) {
+      return clear_spoiled_rows(from, padded, s.keys, w.spoiled, what);
+    };
+    const auto depth_rows = [&](Unit* from, Spoiled what) {
+      if (!TileWriter<Unit>::kOneTile) {
+        clear_spoiled_depth_rows(from, s.width_padded, s.keys, w.spoiled, what);
+      }
+    };
+    w.any_spoiled = rows(w.k, s.depth_padded, kKey);
+    w.any_spoiled |= rows(w.kt, s.depth_padded, kKeyTangent);
+    w.any_spoiled |= rows(w.v, s.value_depth_padded, kValue);
+    w.any_spoiled |= rows(w.vt, s.value_depth_padded, kValueTangent);
+    if (!w.any_spoiled) return;
+    depth_rows(w.k_depth, kKey);
+    depth_rows(w.kt_depth, kKeyTangent);
+  }
+
+  // Rows that do not count, whatever they hold: those that attend nothing, and those that are not
+  // finite but whose gradient is zero, as that of a padded query is. lse becomes -inf, the row 0.
+  void drop_rows(const Buffers& w, const TilePlace& place) const {
+    const Sizes& s = sizes_;
+    const int64_t row = (place.batch * p_.shape.heads + place.head) * s.queries + place.query;
+    const Float* lse = static_cast<const Float*>(p_.lse) + row;
+    const int64_t groups = ceil_div(place.queries, Sizes::kGroupLanes);
+    const bool finite_tangents =
+        w.qt == nullptr || all_finite(w.qt, groups * s.depth_padded * Sizes::kGroupLanes);
+    for (int64_t i = 0; i < place.queries; ++i) {
+      w.lse[i] = lse[i];
+      const bool suspect = lse[i] != lse[i] || !finite_tangents;
+      const bool drop =
+          lse[i] == -kInfinity<Float> || (suspect && is_zero(w.g, s.value_depth_padded, i) &&
+                                          is_zero(w.gt, s.value_depth_padded, i));
+      if (!drop) continue;
+      w.lse[i] = -kInfinity<Float>;
+      clear_query(w.q, w.q_depth, s.depth_padded, s.width_padded, i);
+      clear_query(w.qt, w.qt_depth, s.depth_padded, s.width_padded, i);
+      clear_query(w.g, w.g_depth, s.value_depth_padded, s.value_padded, i);
+      clear_query(w.gt, w.gt_depth, s.value_depth_padded, s.value_padded, i);
+    }
+  }
+
+  // Unit `u` of a panel's row, from its columns.
+  static Unit& unit_of(Unit* columns, int64_t depth_padded, int64_t row, int64_t u) {
+    constexpr int64_t kLanesW = Sizes::kGroupLanes;
+    return columns[(row / kLanesW * depth_padded + u) * kLanesW + row % kLanesW];
+  }
+  static bool is_zero(Unit* columns, int64_t depth_padded, int64_t row) {
+    bool zero = true;
+    for (int64_t u = 0; columns != nullptr && u < depth_padded; ++u) {
+      for (int64_t part = 0; part < kDepth; ++part) {
+        zero &= unit_number(unit_of(columns, depth_padded, row, u), part) == Float(0);
+      }
+    }
+    return zero;
+  }
+  static void clear_query(Unit* columns, Unit* rows, int64_t depth_padded, int64_t width_padded,
+                          int64_t row) {
+    if (columns == nullptr) return;
+    for (int64_t u = 0; u < depth_padded; ++u) unit_of(columns, depth_padded, row, u) = Unit{};
+    for (int64_t x = 0; x < width_padded; ++x) {
+      clear_number(rows[row / kDepth * width_padded + x], row % kDepth);
+    }
   }
 
   void pack_panel(const Buffers& w, const TilePlace& place) const {
@@ -272,6 +341,7 @@ class BackwardKernel {
   const Packer<Unit> packer_;
   const int64_t threads_;
   bool tangent_;
+  bool hides_;  // a query may not attend every key
   int64_t whole_, remaining_,
       splits_;  // heads done by one worker each, the others, workers to each
 };

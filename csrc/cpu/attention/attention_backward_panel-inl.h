@@ -32,6 +32,7 @@
 #pragma once
 
 #include "cpu/attention/attention_backward_sweeps-inl.h"
+#include "cpu/attention/attention_hidden-inl.h"
 #include "pmf/attention_backward.h"
 
 namespace pmf::cpu::PMF_LEVEL {
@@ -90,6 +91,9 @@ struct BackwardBuffers {
   Float *dq, *dqt;           // [kPanel + kMaxTileRows][width_padded]
   Float *dk, *dkt;           // [keys + kMaxTileRows][width_padded], over all panels of the worker
   Float *dv, *dvt;           // [keys + kMaxTileRows][value_padded]
+  Float* lse;        // [kPanel], -inf where a row does not count; null where nothing is hidden
+  uint8_t* spoiled;  // [keys], of every tensor; likewise
+  bool any_spoiled;  // in this head
 };
 
 template <typename Unit>
@@ -140,7 +144,12 @@ class BackwardPanel {
         const int64_t rows_at = g * (kGroupLanes / kDepth), pairs_at = g * kGroupLanes;
         out.ds_rows += rows_at, out.p_rows += rows_at, out.ds_pairs += pairs_at;
         if (kTangent) out.dts_rows += rows_at, out.w_rows += rows_at, out.dts_pairs += pairs_at;
-        differentiate<kTangent, Unit>(rows[g], tile(g).at(key), count, scale_, out, w_.masses);
+        const BackwardTile<Float> from = tile(g).at(key);
+        if (w_.any_spoiled) {
+          differentiate<kTangent, true, Unit>(rows[g], from, count, scale_, out, w_.masses);
+        } else {
+          differentiate<kTangent, false, Unit>(rows[g], from, count, scale_, out, w_.masses);
+        }
       }
       if (count < kKeyBlock) clear_rows_from(round_up(count, kDepth));
       query_products(key, count, place.queries);
@@ -200,9 +209,7 @@ class BackwardPanel {
     TilePlace place = panel;
     place.query = panel.query + group * kGroupLanes;
     place.queries = min64(kGroupLanes, panel.queries - group * kGroupLanes);
-    const int64_t row = (place.batch * params_.shape.heads + place.head) * sizes_.queries;
-    const bool beyond =
-        begin_rows(rows, static_cast<const Float*>(params_.lse) + row + place.query, place.queries);
+    const bool beyond = begin_rows(rows, lse_of(place, group), place.queries);
     const Float factor = scale_ * static_cast<Float>(kLog2e);
     for (int64_t key = 0; key < keys_; key += kScoreBlock) {
       const BackwardTile<Float> t = tile(group).at(key);
@@ -211,20 +218,24 @@ class BackwardPanel {
       score_products<kTangent>(t, group, key, place.keys);
       const bool masked = params_.mask.kind != MaskKind::none ||
                           (params_.is_causal && key + place.keys > place.query + 1);
-      if (masked) {
-        apply_mask<kTileN>(t.e, static_cast<Float*>(nullptr), factor, params_.mask,
-                           params_.is_causal, place, w_.bias);
+      if (w_.any_spoiled) restore_spoiled<kTangent>(t, key, place.keys);
+      Float* const others[] = {t.b, kTangent ? t.ts : nullptr, kTangent ? t.a : nullptr};
+      Float* const none[] = {nullptr};
+      if (masked && w_.any_spoiled) {
+        apply_mask<kTileN>(t.e, others, factor, params_.mask, params_.is_causal, place, w_.bias);
+      } else if (masked) {
+        apply_mask<kTileN>(t.e, none, factor, params_.mask, params_.is_causal, place, w_.bias);
       } else if (beyond) {
         scale_scores<kTileN>(t.e, place.keys, factor);
       }
       if (beyond) continue;
-      exponentiate<kTangent>(rows, t, place.keys, masked ? Float(1) : factor, key == 0);
+      exponentiate<kTangent>(rows, t, place.keys, masked ? Float(1) : factor);
     }
     if (beyond) {
       shift_to_maximum(rows, tile(group), keys_);
       for (int64_t key = 0; key < keys_; key += kScoreBlock) {
-        exponentiate<kTangent>(rows, tile(group).at(key), min64(kScoreBlock, keys_ - key), Float(1),
-                               key == 0);
+        exponentiate<kTangent>(rows, tile(group).at(key), min64(kScoreBlock, keys_ - key),
+                               Float(1));
       }
     }
     // The last unit of a block may reach past the last key.
@@ -232,6 +243,28 @@ class BackwardPanel {
       std::memset(tile(group).at(key).e, 0, kGroupLanes * sizeof(Float));
     }
     center<kTangent>(rows, tile(group), keys_, scale_);
+  }
+
+  const Float* lse_of(const TilePlace& place, int64_t group) const {
+    if (w_.lse != nullptr) return w_.lse + group * kGroupLanes;
+    const int64_t row = (place.batch * params_.shape.heads + place.head) * sizes_.queries;
+    return static_cast<const Float*>(params_.lse) + row + place.query;
+  }
+
+  // NaN where a score comes of a key or value that is not finite and was zeroed when it was packed.
+  template <bool kTangent>
+  void restore_spoiled(const BackwardTile<Float>& t, int64_t key, int64_t keys) {
+    const auto spoil = [](Float* row) {
+      for (int64_t j = 0; j < kGroupLanes; ++j) row[j] = static_cast<Float>(__builtin_nan(""));
+    };
+    for (int64_t i = 0; i < keys; ++i) {
+      const uint8_t spoiled = w_.spoiled[key + i];
+      const int64_t at = i * kGroupLanes;
+      if ((spoiled & kKey) != 0) spoil(t.e + at);
+      if ((spoiled & kKeyTangent) != 0) spoil(t.ts + at);
+      if ((spoiled & (kValue | kValueTangent)) != 0) spoil(t.b + at);
+      if (kTangent && (spoiled & kValue) != 0) spoil(t.a + at);
+    }
   }
 
   // S, B, tS and A of one group and block, raw.

@@ -14,8 +14,10 @@
 //
 // - P is normalised by the sum of the very e it is made of, not by lse;
 //
-// - every mean is taken about a pivot, the row's value at its first key: pivot + sum e (tS - pivot)
-//   / sum e is as exact as the differences, even where the tS of a row are huge and nearly equal;
+// - every mean is taken about a pivot, the row's value at the first key it sees: pivot + sum e (tS
+// -
+//   pivot) / sum e is as exact as the differences, even where the tS of a row are huge and nearly
+//   equal (and not at a hidden key, which may hold anything);
 //
 // - a and D are computed here, in full precision: from outputs stored in bf16 they would be wrong
 //   by 2^-9 of the values' mean;
@@ -33,6 +35,13 @@
 #include "cpu/attention/attention_softmax-inl.h"
 
 namespace pmf::cpu::PMF_LEVEL {
+
+template <typename Mask>
+PMF_INLINE bool any_lane(const Mask& mask) {
+  bool any = false;
+  for (size_t i = 0; i < sizeof(mask) / sizeof(mask[0]); ++i) any |= mask[i] != 0;
+  return any;
+}
 
 // Statistics of one group of queries: kTileN vectors of lanes.
 template <typename Float>
@@ -69,6 +78,8 @@ inline bool begin_rows(BackwardRows<Float>& rows, const Float* lse, int64_t quer
     // number.
     const bool lowest = lse[i] < Float(-0.99 * kLn2) * kLargest<Float>;
     shift[i] = lowest ? -kLargest<Float> : lse[i] * static_cast<Float>(kLog2e);
+    // A row that sees NaN: its e is NaN there, and 0 where the mask hides a key.
+    if (lse[i] != lse[i]) shift[i] = Float(0);
     beyond |= __builtin_fabs(shift[i]) > kLargestUnrounded<Float>;
   }
   PMF_UNROLL for (int j = 0; j < kTileN; ++j) {
@@ -88,24 +99,42 @@ inline void shift_to_maximum(BackwardRows<Float>& rows, const BackwardTile<Float
   PMF_UNROLL for (int j = 0; j < kTileN; ++j) {
     Vec<Float> top = splat(-kInfinity<Float>);
     for (int64_t i = 0; i < keys; ++i) top = max(load(tile.e + (i * kTileN + j) * kStep), top);
+    top = top == -kInfinity<Float> ? Vec<Float>{} : top;  // nothing but NaN
     rows.shift[j] = rows.shift[j] == kInfinity<Float> ? rows.shift[j] : top;
+  }
+}
+
+// Pivots of the rows that have seen nothing before this block of keys.
+template <bool kTangent, typename Float>
+inline void choose_pivots(BackwardRows<Float>& rows, const BackwardTile<Float>& tile,
+                          int64_t keys) {
+  constexpr int kStep = kLanes<Float>;
+  constexpr int64_t kCheck = 8;  // keys from one look at all lanes to the next
+  PMF_UNROLL for (int j = 0; j < kTileN; ++j) {
+    Vec<Float> r = rows.r_pivot[j], a = rows.a_pivot[j], d = rows.d_pivot[j];
+    auto open = (rows.mass[j] == Float(0)) & (rows.shift[j] != kInfinity<Float>);
+    for (int64_t i = 0; i < keys; ++i) {
+      if (i % kCheck == 0 && !any_lane(open)) break;
+      const int64_t at = (i * kTileN + j) * kStep;
+      const auto seen = open & (load(tile.e + at) != -kInfinity<Float>);
+      if constexpr (kTangent) {
+        r = seen ? load(tile.ts + at) : r;
+        a = seen ? load(tile.a + at) : a;
+      }
+      d = seen ? load(tile.b + at) : d;
+      open &= ~seen;
+    }
+    rows.r_pivot[j] = r, rows.a_pivot[j] = a, rows.d_pivot[j] = d;
   }
 }
 
 // Sweep 1, one block of keys; s * factor is in log-2 units.
 template <bool kTangent, typename Float>
 inline void exponentiate(BackwardRows<Float>& rows, const BackwardTile<Float>& tile, int64_t keys,
-                         Float factor, bool first) {
+                         Float factor) {
   constexpr int kStep = kLanes<Float>;
-  Vec<Float> mass[kTileN], r[kTileN], a[kTileN], d[kTileN];
-  PMF_UNROLL for (int j = 0; j < kTileN; ++j) {
-    if (first) {
-      rows.r_pivot[j] = kTangent ? load(tile.ts + j * kStep) : Vec<Float>{};
-      rows.a_pivot[j] = kTangent ? load(tile.a + j * kStep) : Vec<Float>{};
-      rows.d_pivot[j] = load(tile.b + j * kStep);
-    }
-    mass[j] = r[j] = a[j] = d[j] = Vec<Float>{};
-  }
+  choose_pivots<kTangent>(rows, tile, keys);
+  Vec<Float> mass[kTileN] = {}, r[kTileN] = {}, a[kTileN] = {}, d[kTileN] = {};
   for (int64_t i = 0; i < keys; ++i) {
     PMF_UNROLL for (int j = 0; j < kTileN; ++j) {
       const int64_t at = (i * kTileN + j) * kStep;
@@ -170,10 +199,10 @@ struct UnitTiles {
   int64_t row_stride, pair_stride;
 };
 
-// Sweep 3, one block of keys. masses[key][lane] += P, summed over the group's
-// vectors. Reads keys
-// rounded up to kDepth rows, the last of which has e = 0.
-template <bool kTangent, typename Unit, typename Float = Accumulator<Unit>>
+// Sweep 3, one block of keys. masses[key][lane] += P, summed over the group's vectors. Reads keys
+// rounded up to kDepth rows, the last of which has e = 0. With kSpoiled a row may be NaN, and what
+// it does not see is zero all the same.
+template <bool kTangent, bool kSpoiled, typename Unit, typename Float = Accumulator<Unit>>
 inline void differentiate(BackwardRows<Float>& rows, const BackwardTile<Float>& tile, int64_t keys,
                           Float scale, const UnitTiles<Unit>& out, Float* masses) {
   using Writer = TileWriter<Unit>;
@@ -190,21 +219,27 @@ inline void differentiate(BackwardRows<Float>& rows, const BackwardTile<Float>& 
       const int64_t row = i * out.row_stride + j * (kStep / kDepth);
       const int64_t pair = (i / kDepth) * out.pair_stride + j * kStep;
       Vec<Float> p[kDepth], x[kDepth];
+      const auto seen = [&](Vec<Float> y, int k) {
+        if constexpr (kSpoiled) {
+          y = load(tile.e + ((i + k) * kTileN + j) * kStep) == Float(0) ? Vec<Float>{} : y;
+        }
+        return y;
+      };
       PMF_UNROLL for (int k = 0; k < kDepth; ++k) {
         const int64_t at = ((i + k) * kTileN + j) * kStep;
-        p[k] = load(tile.e + at) * weight[j];
+        p[k] = seen(load(tile.e + at) * weight[j], k);
         mass[k] += p[k];
-        x[k] = p[k] * (c * (load(tile.b + at) - d[j]));
+        x[k] = seen(p[k] * (c * (load(tile.b + at) - d[j])), k);
       }
       Writer::rows(out.p_rows + row, out.row_stride, p);
       rho[j] += Writer::both(out.ds_rows + row, out.row_stride, out.ds_pairs + pair, x);
       if constexpr (kTangent) {
         PMF_UNROLL for (int k = 0; k < kDepth; ++k) {
-          x[k] = p[k] * (c * load(tile.a + ((i + k) * kTileN + j) * kStep));
+          x[k] = seen(p[k] * (c * load(tile.a + ((i + k) * kTileN + j) * kStep)), k);
         }
         rho_t[j] += Writer::both(out.dts_rows + row, out.row_stride, out.dts_pairs + pair, x);
         PMF_UNROLL for (int k = 0; k < kDepth; ++k) {
-          x[k] = p[k] * load(tile.ts + ((i + k) * kTileN + j) * kStep);
+          x[k] = seen(p[k] * load(tile.ts + ((i + k) * kTileN + j) * kStep), k);
         }
         Writer::rows(out.w_rows + row, out.row_stride, x);
       }
@@ -218,13 +253,15 @@ inline void differentiate(BackwardRows<Float>& rows, const BackwardTile<Float>& 
 }
 
 // Adds up the lanes of `masses`, kLanes keys at a time: weights[key] = sum of masses[key][lane].
-// The transpose turns sums along lanes into sums of vectors. Rounds keys up to kLanes.
+// The transpose turns sums along lanes into sums of vectors. Rounds keys up to kLanes. NaN, of a
+// query whose own gradient shows it, counts as 0: the mean keys serve all queries of a panel.
 template <typename Float>
 inline void sum_lanes(Float* weights, const Float* masses, int64_t keys) {
   constexpr int kStep = kLanes<Float>;
   for (int64_t i = 0; i < keys; i += kStep) {
     Vec<Float> rows[kStep];
-    PMF_UNROLL for (int k = 0; k < kStep; ++k) rows[k] = load(masses + (i + k) * kStep);
+    PMF_UNROLL for (int k = 0; k < kStep; ++k) rows[k] =
+        max(load(masses + (i + k) * kStep), Vec<Float>{});
     transpose<Float>(rows);
     PMF_UNROLL for (int half = kStep / 2; half > 0; half /= 2) {
       PMF_UNROLL for (int k = 0; k < half; ++k) rows[k] += rows[k + half];

@@ -47,7 +47,8 @@ class ForwardKernel {
         depth_(ceil_div(params.shape.width, kDepth)),
         depth_padded_(round_up(depth_, kLane)),
         value_rows_(round_up(params.shape.value_width, kTileM)),
-        value_padded_(round_up(value_rows_, kLane)) {
+        value_padded_(round_up(value_rows_, kLane)),
+        hides_(params.is_causal || params.mask.kind != MaskKind::none) {
     for (int64_t panel = 0; panel < panels_.count; ++panel) head_cost_ += cost(panel);
   }
 
@@ -98,6 +99,8 @@ class ForwardKernel {
     arena.take(w.bias, tile, masked);
     arena.take(w.stage_in, depth_padded_ * lanes);
     arena.take(w.stage_out, value_padded_ * lanes);
+    arena.take(w.spoiled, params_.shape.keys, hides_);
+    w.any_spoiled = false;
     return arena.used;
   }
 
@@ -146,7 +149,7 @@ class ForwardKernel {
     }
   }
 
-  void pack_head(const AttentionBuffers<Unit>& w, int64_t b, int64_t h) const {
+  void pack_head(AttentionBuffers<Unit>& w, int64_t b, int64_t h) const {
     const AttentionShape& n = params_.shape;
     const int64_t rows = round_up(n.keys, kTileM);
     packer_.rows(w.k, depth_, params_.key, b, h, n.keys, n.width, rows);
@@ -155,6 +158,13 @@ class ForwardKernel {
     if (w.vt != nullptr) {
       packer_.depth_rows(w.vt, value_padded_, params_.value_t, b, h, n.keys, n.value_width);
     }
+    if (!hides_) return;
+    std::memset(w.spoiled, 0, static_cast<size_t>(n.keys));
+    const auto clear = [&](Unit* rows, Spoiled what) {
+      return clear_spoiled_depth_rows(rows, value_padded_, n.keys, w.spoiled, what);
+    };
+    const bool value = clear(w.v, kValue), tangent = clear(w.vt, kValueTangent);
+    w.any_spoiled = value || tangent;
   }
 
   // The sign of the scale goes into the queries, exactly, so that the largest raw score is the
@@ -190,7 +200,7 @@ class ForwardKernel {
 
     RowState<kN, Float> state;
     const Float scale = static_cast<Float>(params_.scale < 0 ? -params_.scale : params_.scale);
-    attention_tiles(params_, w, shape, place, scale, state);
+    attention_tiles(params_, w, packer_, shape, place, scale, state);
 
     const int64_t row = (b * params_.shape.heads + h) * params_.shape.queries + first;
     finish_panel(state, w.o, w.ot, value_rows_, static_cast<Float*>(params_.lse) + row,
@@ -203,6 +213,7 @@ class ForwardKernel {
   const Packer<Unit> packer_;
   const Panels panels_;
   const int64_t depth_, depth_padded_, value_rows_, value_padded_;
+  const bool hides_;  // a query may not attend every key
   int64_t head_cost_ = 0, workers_ = 1;
 };
 

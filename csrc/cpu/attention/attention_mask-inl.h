@@ -2,9 +2,10 @@
 //
 // Scores are kept in units of log 2 from here on: s <- s * factor + mask * log2(e), or -inf where a
 // query may not attend. A masked tangent is set to 0, so that nothing a masked key holds can reach
-// the result. A mask row runs along keys, a tile's vectors along queries; mask rows are therefore
-// converted into a small square stage and transposed in registers, as queries are. A mask that is
-// the same for all queries (a padding mask) skips that: one scalar per key.
+// the result (values: attention_hidden-inl.h). A mask row runs along keys, a tile's vectors along
+// queries; mask rows are therefore converted into a small square stage and transposed in registers,
+// as queries are. A mask that is the same for all queries (a padding mask) skips that: one scalar
+// per key.
 #pragma once
 
 #include "cpu/attention/attention_pack-inl.h"
@@ -99,10 +100,11 @@ inline void mask_tile(Float* bias, const AttentionMask& mask, const TilePlace& p
   }
 }
 
-// Applies mask and causality to the tile of raw scores `s` (and tangents `ts`, or null).
-template <int kN, typename Float>
-inline void apply_mask(Float* s, Float* ts, Float factor, const AttentionMask& mask, bool is_causal,
-                       const TilePlace& place, Float* bias) {
+// Applies mask and causality to the tile of raw scores `s`, and zeroes what is hidden in `others`.
+template <int kN, int kOthers, typename Float>
+inline void apply_mask(Float* s, Float* const (&others)[kOthers], Float factor,
+                       const AttentionMask& mask, bool is_causal, const TilePlace& place,
+                       Float* bias) {
   constexpr int kStep = kLanes<Float>;
   constexpr int kLanesW = kN * kStep;
   const bool masked = mask.kind != MaskKind::none;
@@ -118,7 +120,11 @@ inline void apply_mask(Float* s, Float* ts, Float factor, const AttentionMask& m
       b = lane_index + static_cast<Float>(j) < hidden ? splat(-kInfinity<Float>) : b;
       const auto closed = b == -kInfinity<Float>;
       store(s + at, closed ? b : fma(load(s + at), splat(factor), b));
-      if (ts != nullptr) store(ts + at, closed ? Vec<Float>{} : load(ts + at));
+      PMF_UNROLL for (int n = 0; n < kOthers; ++n) {
+        if (others[n] != nullptr) {
+          store(others[n] + at, closed ? Vec<Float>{} : load(others[n] + at));
+        }
+      }
     }
   }
 }

@@ -19,6 +19,7 @@
 // units, two vectors a cycle: 64 FLOP a cycle and core in fp32, 128 in bf16.
 #pragma once
 
+#include "cpu/attention/attention_hidden-inl.h"
 #include "cpu/attention/attention_softmax-inl.h"
 
 namespace pmf::cpu::PMF_LEVEL {
@@ -38,6 +39,8 @@ struct AttentionBuffers {
   Float* bias;       // [kTileKeys rounded up to kLanes][lanes]
   Unit* stage_in;    // [lanes][depth rounded up]
   Float* stage_out;  // [lanes][value_padded]
+  uint8_t* spoiled;  // [keys], kValue and kValueTangent; null where nothing is hidden
+  bool any_spoiled;  // in this head
 };
 
 // The sizes a panel needs, in units where the packed tensors count.
@@ -104,11 +107,66 @@ inline void output_tile(Float* dst, const Float* other, bool first, const Vec<Fl
       });
 }
 
+// o[x][lane] += weight[lane] values[x], for the values that are not finite and the lanes where
+// `seen` is not 0.
+template <int kN, typename Unit, typename Float = Accumulator<Unit>>
+inline void add_spoiled_row(Float* o, const Unit* values, int64_t count,
+                            const Vec<Float> (&weight)[kN], const Vec<Float> (&seen)[kN]) {
+  for (int64_t x = 0; x < count; ++x) {
+    const Float value = unit_number(values[x], 0);
+    if (is_finite(value)) continue;
+    PMF_UNROLL for (int j = 0; j < kN; ++j) {
+      Float* at = o + (x * kN + j) * kLanes<Float>;
+      store(at, seen[j] == Float(0) ? load(at) : fma(weight[j], splat(value), load(at)));
+    }
+  }
+}
+
+// What attention_hidden-inl.h took out of a tile's values, for the queries that give it any weight.
+template <int kN, typename Unit>
+__attribute__((noinline)) void add_spoiled(const AttentionParams& params,
+                                           const AttentionBuffers<Unit>& w,
+                                           const Packer<Unit>& packer, const TilePlace& place,
+                                           bool tangent_scores) {
+  using Float = Accumulator<Unit>;
+  constexpr int kStep = kLanes<Float>;
+  constexpr int kDepth = UnitTraits<Unit>::kDepth;
+  const AttentionShape& n = params.shape;
+  Unit* const values = reinterpret_cast<Unit*>(w.stage_out);
+  const auto fetch = [&](ConstView4 view, int64_t key) {
+    view = skip_rows(view, key, params.dtype);
+    packer.depth_rows(values, n.value_width, view, place.batch, place.head * n.key_heads / n.heads,
+                      1, n.value_width);
+  };
+  for (int64_t i = 0; i < place.keys; ++i) {
+    const uint8_t spoiled = w.spoiled[place.key + i];
+    if (spoiled == 0) continue;
+    Vec<Float> p[kN], h[kN];
+    bool seen = false;
+    PMF_UNROLL for (int j = 0; j < kN; ++j) {
+      const int64_t at = (i / kDepth * kN + j) * kStep;
+      p[j] = unit_numbers(w.p + at, i % kDepth);
+      h[j] = tangent_scores ? unit_numbers(w.h + at, i % kDepth) : Vec<Float>{};
+      for (int lane = 0; lane < kStep; ++lane) seen |= p[j][lane] != Float(0);
+    }
+    if (!seen) continue;
+    if ((spoiled & kValue) != 0) {
+      fetch(params.value, place.key + i);
+      add_spoiled_row<kN>(w.o, values, n.value_width, p, p);
+      if (tangent_scores) add_spoiled_row<kN>(w.ot, values, n.value_width, h, p);
+    }
+    if ((spoiled & kValueTangent) != 0) {
+      fetch(params.value_t, place.key + i);
+      add_spoiled_row<kN>(w.ot, values, n.value_width, p, p);
+    }
+  }
+}
+
 // The tile loop: fills o, ot (unnormalised) and state. `place` names the panel's queries.
 template <int kN, typename Unit>
 inline void attention_tiles(const AttentionParams& params, const AttentionBuffers<Unit>& buffers,
-                            const PanelShape& shape, TilePlace place, Accumulator<Unit> scale,
-                            RowState<kN, Accumulator<Unit>>& state) {
+                            const Packer<Unit>& packer, const PanelShape& shape, TilePlace place,
+                            Accumulator<Unit> scale, RowState<kN, Accumulator<Unit>>& state) {
   using Float = Accumulator<Unit>;
   constexpr int kDepth = UnitTraits<Unit>::kDepth;
   constexpr int64_t kLanesW = kN * kLanes<Float>;
@@ -143,8 +201,8 @@ inline void attention_tiles(const AttentionParams& params, const AttentionBuffer
     Float factor = scale * static_cast<Float>(kLog2e);
     const bool crosses_diagonal = params.is_causal && key + keys - 1 > place.query;
     if (params.mask.kind != MaskKind::none || crosses_diagonal) {
-      apply_mask<kN>(w.s, tangent_scores ? w.ts : nullptr, factor, params.mask, params.is_causal,
-                     place, w.bias);
+      Float* const tangents[] = {tangent_scores ? w.ts : nullptr};
+      apply_mask<kN>(w.s, tangents, factor, params.mask, params.is_causal, place, w.bias);
       factor = 1;
     }
     if (tangent_scores) {
@@ -168,6 +226,7 @@ inline void attention_tiles(const AttentionParams& params, const AttentionBuffer
       output_tile<kN, false, 1>(w.ot, w.o, first, state.rescale, state.delta, rows, {vt_p});
     }
     output_tile<kN, false, 1>(w.o, w.o, first, state.rescale, state.delta, rows, {v_p});
+    if (w.any_spoiled) add_spoiled<kN>(params, w, packer, place, tangent_scores);
   }
 }
 

@@ -4,6 +4,12 @@
 //   tS = c (tQ K^T + Q tK^T) r_i = sum_j P_ij tS_ij
 //   out_t = (P o tS) V - r o out + P tV
 //
+// What a query may not attend (mask false or -inf, causality) does not reach it, even where it is
+// not finite: such an entry of K, tK, V or tV shows in the rows that see it and in their gradients
+// alone. A row that attends nothing gives zeros and takes no gradient, whatever it holds; neither,
+// on the CPU, does a row that is not finite but whose gradient is exactly zero, where anything is
+// hidden.
+//
 // Sizes: B batches, H query heads, Hk key heads (H % Hk == 0; query head h reads key head
 // h / (H / Hk)), Nq queries, Nk keys, D the width of queries and keys, Dv the width of values.
 #pragma once
