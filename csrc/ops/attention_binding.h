@@ -2,24 +2,10 @@
 #pragma once
 
 #include "ops/torch_shim.h"
+#include "ops/views.h"
 #include "pmf/attention.h"
 
 namespace pmf {
-
-// Pointer and strides of a [., ., ., .] tensor.
-inline ConstView4 const_view4(const Tensor& tensor) {
-  ConstView4 view;
-  view.data = tensor.const_data_ptr();
-  for (int d = 0; d < 4; ++d) view.stride[d] = tensor.stride(d);
-  return view;
-}
-
-inline View4 view4(const Tensor& tensor) {
-  View4 view;
-  view.data = tensor.mutable_data_ptr();
-  for (int d = 0; d < 4; ++d) view.stride[d] = tensor.stride(d);
-  return view;
-}
 
 // The view from sample `first` on; `bytes` of an element.
 template <class View>

@@ -41,10 +41,6 @@ Tensor gate_samples(const Tensor& gate, const Tensor& x, int64_t first, int64_t 
   return per_sample ? samples(gate, first, count) : gate;
 }
 
-void launch(const GatedResidualParams& p, const Tensor& x) {
-  run(x, kOp, &cpu::gated_residual, PMF_CUDA_KERNEL(gated_residual), p);
-}
-
 void launch_backward(GatedResidualBackwardParams& p, const Tensor& branch) {
   if (branch.numel() == 0) return;
   const Workspace workspace(branch, gated_residual_workspace_bytes(p, takes_cuda_kernel(branch)));
@@ -52,42 +48,24 @@ void launch_backward(GatedResidualBackwardParams& p, const Tensor& branch) {
   run(branch, kOp, &cpu::gated_residual_backward, PMF_CUDA_KERNEL(gated_residual_backward), p);
 }
 
-void launch(const Tensor& x, const Tensor& branch, const Tensor& gate, const Tensor& y) {
+void launch(const Tensor& x, const Tensor& branch, const Tensor& gate, const OptionalTensor& x_t,
+            const OptionalTensor& branch_t, const OptionalTensor& gate_t, const Tensor& y,
+            const OptionalTensor& y_t) {
   if (x.numel() == 0) return;
   GatedResidualParams p;
   p.dtype = dtype_of(x, kOp, "x");
   RowBinder rows(kOp, x);
-  rows.bind(p.x, x);
-  rows.bind(p.branch, branch);
-  rows.bind(p.gate, gate);
-  rows.bind(p.y, y);
-  p.shape = rows.finish();
-  launch(p, x);
-}
-
-void launch_jvp(const Tensor& x, const Tensor& branch, const Tensor& gate, const Tensor& x_t,
-                const Tensor& branch_t, const Tensor& gate_t, const Tensor& y, const Tensor& y_t) {
-  if (x.numel() == 0) return;
-  GatedResidualParams p;
-  p.dtype = dtype_of(x, kOp, "x");
-  RowBinder rows(kOp, x);
-  rows.bind(p.x, x);
-  rows.bind(p.branch, branch);
-  rows.bind(p.gate, gate);
-  rows.bind(p.x_t, x_t);
-  rows.bind(p.branch_t, branch_t);
-  rows.bind(p.gate_t, gate_t);
-  rows.bind(p.y, y);
-  rows.bind(p.y_t, y_t);
-  p.shape = rows.finish();
-  launch(p, x);
+  rows.bind(p.x, x).bind(p.branch, branch).bind(p.gate, gate);
+  rows.bind(p.x_t, x_t).bind(p.branch_t, branch_t).bind(p.gate_t, gate_t);
+  p.shape = rows.bind(p.y, y).bind(p.y_t, y_t).finish();
+  run(x, kOp, &cpu::gated_residual, PMF_CUDA_KERNEL(gated_residual), p);
 }
 
 Tensor gated_residual(Tensor x, Tensor branch, Tensor gate) {
   check_like(kOp, "branch", branch, "x", x);
   check_inputs(branch, gate);
   Output y(x);
-  launch(x, branch, gate, y.buffer());
+  launch(x, branch, gate, {}, {}, {}, y.buffer(), {});
   return y.result();
 }
 
@@ -99,14 +77,13 @@ std::tuple<Tensor, Tensor> gated_residual_jvp(Tensor x, Tensor branch, Tensor ga
   const int64_t n = check_tangent(kOp, "x_t", x_t, "x", x), rest = x.size(0) - n;
   check_like(kOp, "branch_t", branch_t, "x_t", x_t);
   const Tensor first_gate = gate_samples(gate, x, 0, n);
-  if (gate_t) check_like(kOp, "gate_t", *gate_t, "gate (of the samples with tangents)", first_gate);
+  check_like(kOp, "gate_t", gate_t, "gate (of the samples with tangents)", first_gate);
   Output y(x), y_t(x_t);
-  launch_jvp(samples(x, 0, n), samples(branch, 0, n), first_gate, x_t, branch_t,
-             gate_t ? *gate_t : zeros_vector(gate, gate.size(gate.dim() - 1)),
-             samples(y.buffer(), 0, n), y_t.buffer());
+  launch(samples(x, 0, n), samples(branch, 0, n), first_gate, x_t, branch_t, or_zeros(gate_t, gate),
+         samples(y.buffer(), 0, n), y_t.buffer());
   if (rest > 0) {
-    launch(samples(x, n, rest), samples(branch, n, rest), gate_samples(gate, x, n, rest),
-           samples(y.buffer(), n, rest));
+    launch(samples(x, n, rest), samples(branch, n, rest), gate_samples(gate, x, n, rest), {}, {},
+           {}, samples(y.buffer(), n, rest), {});
   }
   return {y.result(), y_t.result()};
 }
@@ -121,11 +98,8 @@ std::tuple<Tensor, Tensor> gated_residual_backward(Tensor grad, Tensor branch, T
   p.groups = groups;
   p.grad_gate = grad_gate.mutable_data_ptr();
   RowBinder rows(kOp, branch);
-  rows.bind(p.grad, grad);
-  rows.bind(p.branch, branch);
-  rows.bind(p.gate, gate);
-  rows.bind(p.grad_branch, grad_branch);
-  p.shape = rows.finish();
+  rows.bind(p.grad, grad).bind(p.branch, branch).bind(p.gate, gate);
+  p.shape = rows.bind(p.grad_branch, grad_branch).finish();
   launch_backward(p, branch);
   return {grad_branch.result(), grad_gate};
 }
@@ -137,27 +111,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_jvp_backward(OptionalT
   const int64_t groups = check_inputs(branch, gate);
   check_like(kOp, "branch_t", branch_t, "branch", branch);
   check_like(kOp, "grad_t", grad_t, "branch", branch);
-  if (grad) check_like(kOp, "grad", *grad, "branch", branch);
-  if (gate_t) check_like(kOp, "gate_t", *gate_t, "gate", gate);
+  check_like(kOp, "grad", grad, "branch", branch);
+  check_like(kOp, "gate_t", gate_t, "gate", gate);
   Output grad_branch(branch), grad_branch_t(branch_t);
   const Tensor grad_gate = gradient_of(gate, branch);
   const Tensor grad_gate_t = gradient_of(gate, branch);
-  const Tensor zeros = zeros_vector(gate, gate.size(gate.dim() - 1));
   GatedResidualBackwardParams p;
   p.dtype = dtype_of(branch, kOp, "branch");
   p.groups = groups;
   p.grad_gate = grad_gate.mutable_data_ptr();
   p.grad_gate_t = grad_gate_t.mutable_data_ptr();
   RowBinder rows(kOp, branch);
-  rows.bind(p.grad, grad ? *grad : zeros);
-  rows.bind(p.grad_t, grad_t);
-  rows.bind(p.branch, branch);
-  rows.bind(p.branch_t, branch_t);
-  rows.bind(p.gate, gate);
-  rows.bind(p.gate_t, gate_t ? *gate_t : zeros);
-  rows.bind(p.grad_branch, grad_branch);
-  rows.bind(p.grad_branch_t, grad_branch_t);
-  p.shape = rows.finish();
+  rows.bind(p.grad, or_zeros(grad, branch)).bind(p.grad_t, grad_t);
+  rows.bind(p.branch, branch).bind(p.branch_t, branch_t);
+  rows.bind(p.gate, gate).bind(p.gate_t, or_zeros(gate_t, gate));
+  p.shape = rows.bind(p.grad_branch, grad_branch).bind(p.grad_branch_t, grad_branch_t).finish();
   launch_backward(p, branch);
   return {grad_branch.result(), grad_gate, grad_branch_t.result(),
           gate_t ? grad_gate_t : no_gradient(gate)};

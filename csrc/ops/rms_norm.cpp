@@ -14,33 +14,17 @@ void check_inputs(const Tensor& x, const Tensor& weight) {
   check_vector(kOp, "weight", weight, "x", x);
 }
 
-void launch(const Tensor& x, const Tensor& weight, const Tensor& y, double eps) {
+void launch(const Tensor& x, const Tensor& weight, const OptionalTensor& x_t,
+            const OptionalTensor& weight_t, const Tensor& y, const OptionalTensor& y_t,
+            double eps) {
   if (x.numel() == 0) return;
   RmsNormParams p;
   p.dtype = dtype_of(x, kOp, "x");
   p.eps = eps;
   p.weight = weight.const_data_ptr();
+  p.weight_t = weight_t ? weight_t->const_data_ptr() : nullptr;
   RowBinder rows(kOp, x);
-  rows.bind(p.x, x);
-  rows.bind(p.y, y);
-  p.shape = rows.finish();
-  run(x, kOp, &cpu::rms_norm, PMF_CUDA_KERNEL(rms_norm), p);
-}
-
-void launch_jvp(const Tensor& x, const Tensor& weight, const Tensor& x_t, const Tensor& weight_t,
-                const Tensor& y, const Tensor& y_t, double eps) {
-  if (x.numel() == 0) return;
-  RmsNormParams p;
-  p.dtype = dtype_of(x, kOp, "x");
-  p.eps = eps;
-  p.weight = weight.const_data_ptr();
-  p.weight_t = weight_t.const_data_ptr();
-  RowBinder rows(kOp, x);
-  rows.bind(p.x, x);
-  rows.bind(p.x_t, x_t);
-  rows.bind(p.y, y);
-  rows.bind(p.y_t, y_t);
-  p.shape = rows.finish();
+  p.shape = rows.bind(p.x, x).bind(p.x_t, x_t).bind(p.y, y).bind(p.y_t, y_t).finish();
   run(x, kOp, &cpu::rms_norm, PMF_CUDA_KERNEL(rms_norm), p);
 }
 
@@ -61,7 +45,7 @@ Tensor tangent_of_weight(const Tensor& weight, const OptionalTensor& weight_t) {
 Tensor rms_norm(Tensor x, Tensor weight, double eps) {
   check_inputs(x, weight);
   Output y(x);
-  launch(x, readable(weight), y.buffer(), eps);
+  launch(x, readable(weight), {}, {}, y.buffer(), {}, eps);
   return y.result();
 }
 
@@ -72,8 +56,8 @@ std::tuple<Tensor, Tensor> rms_norm_jvp(Tensor x, Tensor weight, Tensor x_t,
   const int64_t n = check_tangent(kOp, "x_t", x_t, "x", x), rest = x.size(0) - n;
   const Tensor w = readable(weight), w_t = tangent_of_weight(weight, weight_t);
   Output y(x), y_t(x_t);
-  launch_jvp(samples(x, 0, n), w, x_t, w_t, samples(y.buffer(), 0, n), y_t.buffer(), eps);
-  if (rest > 0) launch(samples(x, n, rest), w, samples(y.buffer(), n, rest), eps);
+  launch(samples(x, 0, n), w, x_t, w_t, samples(y.buffer(), 0, n), y_t.buffer(), eps);
+  if (rest > 0) launch(samples(x, n, rest), w, {}, {}, samples(y.buffer(), n, rest), {}, eps);
   return {y.result(), y_t.result()};
 }
 
@@ -89,10 +73,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad, Tensor x, Tensor weigh
   p.weight = w.const_data_ptr();
   p.grad_weight = grad_weight.mutable_data_ptr();
   RowBinder rows(kOp, x);
-  rows.bind(p.grad, grad);
-  rows.bind(p.x, x);
-  rows.bind(p.grad_x, grad_x);
-  p.shape = rows.finish();
+  p.shape = rows.bind(p.grad, grad).bind(p.x, x).bind(p.grad_x, grad_x).finish();
   launch_backward(p, x);
   return {grad_x.result(), grad_weight};
 }
@@ -105,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_jvp_backward(OptionalTensor 
   check_inputs(x, weight);
   check_like(kOp, "x_t", x_t, "x", x);
   check_like(kOp, "grad_t", grad_t, "x", x);
-  if (grad) check_like(kOp, "grad", *grad, "x", x);
+  check_like(kOp, "grad", grad, "x", x);
   Output grad_x(x), grad_x_t(x_t);
   const Tensor grad_weight = gradient_of(weight, x);
   const Tensor grad_weight_t = gradient_of(weight, x);
@@ -118,13 +99,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_jvp_backward(OptionalTensor 
   p.grad_weight = grad_weight.mutable_data_ptr();
   p.grad_weight_t = grad_weight_t.mutable_data_ptr();
   RowBinder rows(kOp, x);
-  rows.bind(p.grad, grad ? *grad : zeros_vector(x, weight.size(0)));
-  rows.bind(p.grad_t, grad_t);
-  rows.bind(p.x, x);
-  rows.bind(p.x_t, x_t);
-  rows.bind(p.grad_x, grad_x);
-  rows.bind(p.grad_x_t, grad_x_t);
-  p.shape = rows.finish();
+  rows.bind(p.grad, or_zeros(grad, x)).bind(p.grad_t, grad_t).bind(p.x, x).bind(p.x_t, x_t);
+  p.shape = rows.bind(p.grad_x, grad_x).bind(p.grad_x_t, grad_x_t).finish();
   launch_backward(p, x);
   return {grad_x.result(), grad_weight, grad_x_t.result(),
           weight_t ? grad_weight_t : no_gradient(weight)};

@@ -3,31 +3,12 @@
 #include "pmf/rotary_qk_norm.h"
 
 #include "ops/row_binding.h"
+#include "ops/views.h"
 
 namespace pmf {
 namespace {
 
 constexpr const char* kOp = "rotary_qk_norm";
-
-ConstView4 view_of(const Tensor& t) {
-  ConstView4 view;
-  view.data = t.const_data_ptr();
-  for (int d = 0; d < 4; ++d) view.stride[d] = t.stride(d);
-  return view;
-}
-
-View4 view_of(const Output& output) {
-  const Tensor& t = output.buffer();
-  View4 view;
-  view.data = t.mutable_data_ptr();
-  for (int d = 0; d < 4; ++d) view.stride[d] = t.stride(d);
-  return view;
-}
-
-View4 first_samples(View4 view, int64_t skip, DType dtype) {
-  view.data = static_cast<char*>(view.data) + skip * view.stride[0] * dtype_bytes(dtype);
-  return view;
-}
 
 void check_side(const char* name, const Tensor& x, const char* weight_name, const Tensor& weight,
                 const Tensor& query) {
@@ -94,11 +75,23 @@ void launch(const RotaryQkNormParams& p, const Tensor& query) {
   run(query, kOp, &cpu::rotary_qk_norm, PMF_CUDA_KERNEL(rotary_qk_norm), p);
 }
 
-void launch_backward(RotaryQkNormBackwardParams& p, const Tensor& query) {
-  if (p.shape.batch * p.shape.tokens * p.shape.width == 0) return;
-  const Workspace workspace(query, rotary_workspace_bytes(p, takes_cuda_kernel(query)));
-  p.workspace = workspace.data();
-  run(query, kOp, &cpu::rotary_qk_norm_backward, PMF_CUDA_KERNEL(rotary_qk_norm_backward), p);
+// Queries or keys of a call; every tensor is readable.
+RotaryHeads heads(const Tensor& x, const Tensor& weight, const Tensor& y) {
+  RotaryHeads side;
+  side.heads = x.size(1);
+  side.x = const_view4(x);
+  side.weight = weight.const_data_ptr();
+  side.y = view4(y);
+  return side;
+}
+
+RotaryHeads heads_with_tangents(const Tensor& x, const Tensor& weight, const Tensor& y,
+                                const Tensor& x_t, const Tensor& weight_t, const Tensor& y_t) {
+  RotaryHeads side = heads(x, weight, y);
+  side.x_t = const_view4(x_t);
+  side.weight_t = weight_t.const_data_ptr();
+  side.y_t = view4(y_t);
+  return side;
 }
 
 std::tuple<Tensor, Tensor> rotary_qk_norm(Tensor query, Tensor key, Tensor query_weight,
@@ -109,8 +102,8 @@ std::tuple<Tensor, Tensor> rotary_qk_norm(Tensor query, Tensor key, Tensor query
   Output q_out(query), k_out(key);
   RotaryQkNormParams p;
   p.shape = frame.shape;
-  p.sides[0] = {q.size(1), view_of(q), {}, qw.const_data_ptr(), nullptr, view_of(q_out), {}};
-  p.sides[1] = {k.size(1), view_of(k), {}, kw.const_data_ptr(), nullptr, view_of(k_out), {}};
+  p.sides[0] = heads(q, qw, q_out.buffer());
+  p.sides[1] = heads(k, kw, k_out.buffer());
   launch(p, query);
   return {q_out.result(), k_out.result()};
 }
@@ -134,28 +127,76 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotary_qk_norm_jvp(
   RotaryQkNormParams p;
   p.shape = frame.shape;
   p.shape.batch = n;
-  p.sides[0] = {
-      q.size(1),      view_of(q),      view_of(q_t), qw.const_data_ptr(), qw_t.const_data_ptr(),
-      view_of(q_out), view_of(q_out_t)};
-  p.sides[1] = {
-      k.size(1),      view_of(k),      view_of(k_t), kw.const_data_ptr(), kw_t.const_data_ptr(),
-      view_of(k_out), view_of(k_out_t)};
+  p.sides[0] = heads_with_tangents(q, qw, q_out.buffer(), q_t, qw_t, q_out_t.buffer());
+  p.sides[1] = heads_with_tangents(k, kw, k_out.buffer(), k_t, kw_t, k_out_t.buffer());
   launch(p, query);
   if (const int64_t rest = q.size(0) - n; rest > 0) {
-    const DType dtype = p.shape.dtype;
     p.shape.batch = rest;
-    const Tensor q_rest = samples(q, n, rest), k_rest = samples(k, n, rest);
-    p.sides[0] = {q.size(1), view_of(q_rest),
-                  {},        qw.const_data_ptr(),
-                  nullptr,   first_samples(view_of(q_out), n, dtype),
-                  {}};
-    p.sides[1] = {k.size(1), view_of(k_rest),
-                  {},        kw.const_data_ptr(),
-                  nullptr,   first_samples(view_of(k_out), n, dtype),
-                  {}};
+    p.sides[0] = heads(samples(q, n, rest), qw, samples(q_out.buffer(), n, rest));
+    p.sides[1] = heads(samples(k, n, rest), kw, samples(k_out.buffer(), n, rest));
     launch(p, query);
   }
   return {q_out.result(), k_out.result(), q_out_t.result(), k_out_t.result()};
+}
+
+// Queries or keys of a backward: what a kernel reads, kept alive, and the gradients it writes.
+struct BackwardSide {
+  Tensor x, weight, grad;
+  bool has_grad;
+  OptionalTensor x_t, weight_t, grad_t;
+  Output grad_x;
+  Tensor grad_weight;
+  std::optional<Output> grad_x_t;
+  OptionalTensor grad_weight_t;
+
+  BackwardSide(const Tensor& x_in, const Tensor& weight_in, const OptionalTensor& grad_in)
+      : x(readable(x_in)),
+        weight(readable(weight_in)),
+        grad(readable(or_zeros(grad_in, x_in))),
+        has_grad(grad_in.has_value()),
+        grad_x(x_in),
+        grad_weight(gradient_of(weight_in, x_in)) {}
+
+  void through_tangents(const Tensor& x_t_in, const Tensor& weight_t_in, const Tensor& grad_t_in) {
+    x_t = readable(x_t_in);
+    weight_t = weight_t_in;
+    grad_t = readable(grad_t_in);
+    grad_x_t.emplace(x_t_in);
+    grad_weight_t = gradient_of(weight, x);
+  }
+
+  RotaryHeadsBackward heads() const {
+    RotaryHeadsBackward side;
+    side.heads = x.size(1);
+    side.x = const_view4(x);
+    side.weight = weight.const_data_ptr();
+    if (has_grad) {
+      side.grad = const_view4(grad);
+    } else {  // one row of zeros, repeated
+      side.grad.data = grad.const_data_ptr();
+    }
+    side.grad_x = view4(grad_x.buffer());
+    side.grad_weight = grad_weight.mutable_data_ptr();
+    if (x_t) {
+      side.x_t = const_view4(*x_t);
+      side.weight_t = weight_t->const_data_ptr();
+      side.grad_t = const_view4(*grad_t);
+      side.grad_x_t = view4(grad_x_t->buffer());
+      side.grad_weight_t = grad_weight_t->mutable_data_ptr();
+    }
+    return side;
+  }
+};
+
+void launch_backward(const Frame& frame, const BackwardSide& query, const BackwardSide& key) {
+  RotaryQkNormBackwardParams p;
+  p.shape = frame.shape;
+  p.sides[0] = query.heads();
+  p.sides[1] = key.heads();
+  if (p.shape.batch * p.shape.tokens * p.shape.width == 0) return;
+  const Workspace workspace(query.x, rotary_workspace_bytes(p, takes_cuda_kernel(query.x)));
+  p.workspace = workspace.data();
+  run(query.x, kOp, &cpu::rotary_qk_norm_backward, PMF_CUDA_KERNEL(rotary_qk_norm_backward), p);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> rotary_qk_norm_backward(Tensor grad_query,
@@ -166,28 +207,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotary_qk_norm_backward(Tensor grad_q
   const Frame frame(query, key, query_weight, key_weight, cos, sin, eps);
   check_like(kOp, "grad_query", grad_query, "query", query);
   check_like(kOp, "grad_key", grad_key, "key", key);
-  const Tensor q = readable(query), k = readable(key);
-  const Tensor gq = readable(grad_query), gk = readable(grad_key);
-  const Tensor qw = readable(query_weight), kw = readable(key_weight);
-  Output dq(query), dk(key);
-  const Tensor dqw = gradient_of(query_weight, query);
-  const Tensor dkw = gradient_of(key_weight, key);
-  RotaryQkNormBackwardParams p;
-  p.shape = frame.shape;
-  p.sides[0] = {q.size(1), view_of(gq),
-                {},        view_of(q),
-                {},        qw.const_data_ptr(),
-                nullptr,   view_of(dq),
-                {},        dqw.mutable_data_ptr(),
-                nullptr};
-  p.sides[1] = {k.size(1), view_of(gk),
-                {},        view_of(k),
-                {},        kw.const_data_ptr(),
-                nullptr,   view_of(dk),
-                {},        dkw.mutable_data_ptr(),
-                nullptr};
-  launch_backward(p, query);
-  return {dq.result(), dk.result(), dqw, dkw};
+  BackwardSide q(query, query_weight, grad_query), k(key, key_weight, grad_key);
+  launch_backward(frame, q, k);
+  return {q.grad_x.result(), k.grad_x.result(), q.grad_weight, k.grad_weight};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
@@ -201,58 +223,22 @@ rotary_qk_norm_jvp_backward(OptionalTensor grad_query, OptionalTensor grad_key, 
   check_like(kOp, "key_t", key_t, "key", key);
   check_like(kOp, "grad_query_t", grad_query_t, "query", query);
   check_like(kOp, "grad_key_t", grad_key_t, "key", key);
-  if (grad_query) check_like(kOp, "grad_query", *grad_query, "query", query);
-  if (grad_key) check_like(kOp, "grad_key", *grad_key, "key", key);
-  const Tensor q = readable(query), k = readable(key);
-  const Tensor q_t = readable(query_t), k_t = readable(key_t);
-  const Tensor gq_t = readable(grad_query_t), gk_t = readable(grad_key_t);
-  const Tensor qw = readable(query_weight), kw = readable(key_weight);
-  const Tensor qw_t = tangent_of_weight(query_weight, "query_weight_t", query_weight_t);
-  const Tensor kw_t = tangent_of_weight(key_weight, "key_weight_t", key_weight_t);
-  Output dq(query), dk(key), dq_t(query_t), dk_t(key_t);
-  const Tensor dqw = gradient_of(query_weight, query);
-  const Tensor dkw = gradient_of(key_weight, key);
-  const Tensor dqw_t = gradient_of(query_weight, query);
-  const Tensor dkw_t = gradient_of(key_weight, key);
-  // An absent gradient reads as zero: one row of zeros, repeated.
-  const Tensor zeros = zeros_vector(query, query.size(3));
-  ConstView4 no_grad;
-  no_grad.data = zeros.const_data_ptr();
-  const Tensor gq = grad_query ? readable(*grad_query) : zeros;
-  const Tensor gk = grad_key ? readable(*grad_key) : zeros;
-  RotaryQkNormBackwardParams p;
-  p.shape = frame.shape;
-  p.sides[0] = {q.size(1),
-                grad_query ? view_of(gq) : no_grad,
-                view_of(gq_t),
-                view_of(q),
-                view_of(q_t),
-                qw.const_data_ptr(),
-                qw_t.const_data_ptr(),
-                view_of(dq),
-                view_of(dq_t),
-                dqw.mutable_data_ptr(),
-                dqw_t.mutable_data_ptr()};
-  p.sides[1] = {k.size(1),
-                grad_key ? view_of(gk) : no_grad,
-                view_of(gk_t),
-                view_of(k),
-                view_of(k_t),
-                kw.const_data_ptr(),
-                kw_t.const_data_ptr(),
-                view_of(dk),
-                view_of(dk_t),
-                dkw.mutable_data_ptr(),
-                dkw_t.mutable_data_ptr()};
-  launch_backward(p, query);
-  return {dq.result(),
-          dk.result(),
-          dqw,
-          dkw,
-          dq_t.result(),
-          dk_t.result(),
-          query_weight_t ? dqw_t : no_gradient(query_weight),
-          key_weight_t ? dkw_t : no_gradient(key_weight)};
+  check_like(kOp, "grad_query", grad_query, "query", query);
+  check_like(kOp, "grad_key", grad_key, "key", key);
+  BackwardSide q(query, query_weight, grad_query), k(key, key_weight, grad_key);
+  q.through_tangents(query_t, tangent_of_weight(query_weight, "query_weight_t", query_weight_t),
+                     grad_query_t);
+  k.through_tangents(key_t, tangent_of_weight(key_weight, "key_weight_t", key_weight_t),
+                     grad_key_t);
+  launch_backward(frame, q, k);
+  return {q.grad_x.result(),
+          k.grad_x.result(),
+          q.grad_weight,
+          k.grad_weight,
+          q.grad_x_t->result(),
+          k.grad_x_t->result(),
+          query_weight_t ? *q.grad_weight_t : no_gradient(query_weight),
+          key_weight_t ? *k.grad_weight_t : no_gradient(key_weight)};
 }
 
 }  // namespace

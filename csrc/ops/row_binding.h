@@ -81,6 +81,16 @@ inline Tensor gradient_of(const Tensor& vector, const Tensor& x) {
                         : torch::stable::new_empty(vector, vector.sizes());
 }
 
+// A gradient that is not there reads as a row of zeros, repeated.
+inline Tensor or_zeros(const OptionalTensor& grad, const Tensor& like) {
+  return grad ? *grad : zeros_vector(like, like.size(like.dim() - 1));
+}
+
+inline void check_like(const char* op, const char* name, const OptionalTensor& t,
+                       const char* like_name, const Tensor& like) {
+  if (t) check_like(op, name, *t, like_name, like);
+}
+
 // What an absent weight tangent's gradient is.
 inline Tensor no_gradient(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
 
@@ -106,22 +116,29 @@ class Output {
 // ---- leading dimensions -------------------------------------------------------------------------
 
 // Binds operands of one shape [..., W] to a kernel's row views. Operands with fewer dimensions, and
-// dimensions of size 1, broadcast. finish() merges neighbouring dimensions that every operand walks
-// with one stride, fills in the views and returns the common shape.
+// dimensions of size 1, broadcast; an absent operand leaves its view null. finish() merges
+// neighbouring dimensions that every operand walks with one stride, fills in the views and returns
+// the common shape. Copies that a kernel reads live as long as the binder: keep it until after
+// run().
 class RowBinder {
  public:
   RowBinder(const char* op, const Tensor& like) : op_(op), sizes_(sizes_of(like)) {}
 
-  void bind(ConstRows& view, const Tensor& t) {
+  RowBinder& bind(ConstRows& view, const Tensor& t) {
     const Tensor rows = readable(t);
     view.data = rows.const_data_ptr();
-    add(rows, view.stride);
+    return add(rows, view.stride);
   }
-  void bind(Rows& view, const Output& output) { bind(view, output.buffer()); }
-  void bind(Rows& view, const Tensor& t) {
+  RowBinder& bind(ConstRows& view, const OptionalTensor& t) { return t ? bind(view, *t) : *this; }
+  RowBinder& bind(Rows& view, const Output& output) { return bind(view, output.buffer()); }
+  RowBinder& bind(Rows& view, const std::optional<Output>& output) {
+    return output ? bind(view, *output) : *this;
+  }
+  RowBinder& bind(Rows& view, const Tensor& t) {
     view.data = t.mutable_data_ptr();
-    add(t, view.stride);
+    return add(t, view.stride);
   }
+  RowBinder& bind(Rows& view, const OptionalTensor& t) { return t ? bind(view, *t) : *this; }
 
   RowShape finish() {
     RowShape shape;
@@ -150,7 +167,7 @@ class RowBinder {
     int64_t* view_stride;
   };
 
-  void add(const Tensor& t, int64_t* view_stride) {
+  RowBinder& add(const Tensor& t, int64_t* view_stride) {
     std::vector<int64_t> stride(sizes_.size(), 0);
     const size_t missing = sizes_.size() - static_cast<size_t>(t.dim());
     for (size_t d = missing; d < sizes_.size(); ++d) {
@@ -158,6 +175,7 @@ class RowBinder {
       if (t.size(own) != 1) stride[d] = t.stride(own);
     }
     operands_.push_back({t, stride, view_stride});
+    return *this;
   }
 
   bool merges_into_last(const RowShape& shape, size_t d) const {
