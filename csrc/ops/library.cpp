@@ -30,7 +30,7 @@ STABLE_TORCH_LIBRARY(pmf, m) {
 
   // Patch embedding; `hidden` is W_down's output, saved for the backward.
   m.def("patch_embed(Tensor images, Tensor weight_down, Tensor? bias_down, Tensor weight_up, Tensor? bias_up, Tensor? position, Tensor? prefix) -> (Tensor tokens, Tensor hidden)");
-  m.def("patch_embed_jvp(Tensor images, Tensor weight_down, Tensor? bias_down, Tensor weight_up, Tensor? bias_up, Tensor images_t, Tensor? position, Tensor? prefix, Tensor? prefix_t) -> (Tensor tokens, Tensor tokens_t, Tensor hidden, Tensor hidden_t)");
+  m.def("patch_embed_jvp(Tensor images, Tensor weight_down, Tensor? bias_down, Tensor weight_up, Tensor? bias_up, Tensor? position, Tensor? prefix, Tensor images_t, Tensor? prefix_t) -> (Tensor tokens, Tensor tokens_t, Tensor hidden, Tensor hidden_t)");
   m.def("patch_embed_backward(Tensor grad, Tensor images, Tensor weight_down, Tensor weight_up, Tensor hidden, bool images_need_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("patch_embed_jvp_backward(Tensor? grad, Tensor grad_t, Tensor images, Tensor images_t, Tensor weight_down, Tensor weight_up, Tensor hidden, Tensor hidden_t, bool images_need_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 

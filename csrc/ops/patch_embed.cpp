@@ -179,8 +179,8 @@ std::tuple<Tensor, Tensor> patch_embed(Tensor images, Tensor weight_down, Option
 std::tuple<Tensor, Tensor, Tensor, Tensor> patch_embed_jvp(Tensor images, Tensor weight_down,
                                                            OptionalTensor bias_down,
                                                            Tensor weight_up, OptionalTensor bias_up,
-                                                           Tensor images_t, OptionalTensor position,
-                                                           OptionalTensor prefix,
+                                                           OptionalTensor position,
+                                                           OptionalTensor prefix, Tensor images_t,
                                                            OptionalTensor prefix_t) {
   const Sizes all =
       check_forward(images, weight_down, bias_down, weight_up, bias_up, position, prefix);

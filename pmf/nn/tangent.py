@@ -59,4 +59,4 @@ def patch_embed(
     weights = weight_down, bias_down, weight_up, bias_up
     if images_t is None or prefix_t is None:
         return ops.patch_embed(images, *weights, position, prefix), None
-    return ops.patch_embed_jvp(images, *weights, images_t, position, prefix, prefix_t, detach_tangent=True)
+    return ops.patch_embed_jvp(images, *weights, position, prefix, images_t, prefix_t, detach_tangent=True)

@@ -111,6 +111,8 @@ def _patch_embed_jvp(
     bias_down: Any,
     weight_up: Tensor,
     bias_up: Any,
+    position: Any,
+    prefix: Any,
     images_t: Tensor,
     *_: Any,
     out_val: Any = None,

@@ -64,9 +64,9 @@ def patch_embed_jvp(
     bias_down: Tensor | None,
     weight_up: Tensor,
     bias_up: Tensor | None,
+    position: Tensor | None,
+    prefix: Tensor | None,
     images_t: Tensor | None,
-    position: Tensor | None = None,
-    prefix: Tensor | None = None,
     prefix_t: Tensor | None = None,
     *,
     detach_tangent: bool = False,
@@ -99,7 +99,7 @@ def patch_embed_jvp(
         return tokens, torch.zeros_like(tokens)
     images_t = zeros(images, count) if images_t is None else images_t
     op = "patch_embed_jvp_detached" if detach_tangent else "patch_embed_jvp"
-    args = (images, weight_down, bias_down, weight_up, bias_up, images_t, position, prefix, prefix_t)
+    args = (images, weight_down, bias_down, weight_up, bias_up, position, prefix, images_t, prefix_t)
     return call(op, *args)[:2]
 
 
@@ -160,12 +160,12 @@ class _PatchEmbedBackward(KernelFunction):
 
 
 class _PatchEmbedJvp(KernelFunction):
-    """_PatchEmbed's arguments, images_t behind the biases, prefix_t last -> (tokens, tokens_t, 2 hidden)."""
+    """(*_PatchEmbed's arguments, images_t, prefix_t) -> (tokens, tokens_t, hidden, hidden_t)."""
 
     op = "patch_embed_jvp"
     constants = 2
     residuals: ClassVar[tuple[int, ...]] = (2, 3)
-    samples: ClassVar[tuple[int, ...]] = (0, 5, 7, 8)
+    samples: ClassVar[tuple[int, ...]] = (0, 6, 7, 8)
 
     @staticmethod
     @_in_float32
@@ -176,7 +176,7 @@ class _PatchEmbedJvp(KernelFunction):
     def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
         if grads[1] is None:
             return _PatchEmbedJvpDetached.gradient(grads, args, residuals[:1], needed)
-        return _PatchEmbedJvpBackward.apply(*grads, *residuals, needed[0] or needed[5], *args)
+        return _PatchEmbedJvpBackward.apply(*grads, *residuals, needed[0] or needed[7], *args)
 
 
 class _PatchEmbedJvpBackward(KernelFunction):
@@ -186,7 +186,7 @@ class _PatchEmbedJvpBackward(KernelFunction):
     def forward(
         cls, grad: Tensor | None, grad_t: Tensor, hidden: Tensor, hidden_t: Tensor, need: bool, *args: Any
     ) -> tuple[Tensor, ...]:
-        images, weight_down, _, weight_up, _, images_t, position, prefix, prefix_t = args
+        images, weight_down, _, weight_up, _, position, prefix, images_t, prefix_t = args
         found = torch.ops.pmf.patch_embed_jvp_backward(
             grad, grad_t, images, images_t, weight_down, weight_up, hidden, hidden_t, need
         )
@@ -196,9 +196,9 @@ class _PatchEmbedJvpBackward(KernelFunction):
         return (
             images_grad,
             *weights,
-            images_t_grad,
             position_grad,
             prefix_grad,
+            images_t_grad,
             _first_tokens(grad_t, prefix_t),
         )
 
@@ -208,23 +208,22 @@ class _PatchEmbedJvpBackward(KernelFunction):
     ) -> Any:
         found = list(vjp(_PatchEmbedJvp.reference, args, (grad, grad_t)))
         if not need:
-            found[0] = found[5] = None
+            found[0] = found[7] = None
         return tuple(grad_t.new_empty(0) if x is None else x for x in found)
 
 
 class _PatchEmbedJvpDetached(_PatchEmbedJvp):
     constants = 3
     residuals: ClassVar[tuple[int, ...]] = (2,)
-    unsaved: ClassVar[tuple[int, ...]] = (5, 8)
+    unsaved: ClassVar[tuple[int, ...]] = (7, 8)
 
     @classmethod
     def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
-        found = _PatchEmbed.gradient(grads[:1], (*args[:5], *args[6:8]), residuals, needed)
-        return *found[:5], None, *found[5:], None
+        return *_PatchEmbed.gradient(grads[:1], args[:7], residuals, needed), None, None
 
     @classmethod
     def tangent(cls, args: Any, tangents: Any) -> Any:
-        return _PatchEmbed.tangent((*args[:5], *args[6:8]), (*tangents[:5], *tangents[6:8]))
+        return _PatchEmbed.tangent(args[:7], tangents[:7])
 
 
 def _last_rows(grad: Tensor, position: Tensor | None) -> Tensor:
@@ -244,7 +243,7 @@ def _fake(images: Tensor, weight_down: Tensor, _: Any, weight_up: Tensor, *rest:
 def _fake_jvp(
     images: Tensor, weight_down: Tensor, _: Any, weight_up: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    images_t, prefix = rest[1], rest[3]
+    prefix, images_t = rest[2], rest[3]
     tokens, hidden = _tokens(images, weight_down, weight_up, prefix), _hidden(images, weight_down)
     return tokens, tokens[: images_t.shape[0]].clone(), hidden, hidden[: images_t.shape[0]].clone()
 

@@ -41,9 +41,9 @@ def patch_embed_jvp(
     bias_down: Tensor | None,
     weight_up: Tensor,
     bias_up: Tensor | None,
+    position: Tensor | None,
+    prefix: Tensor | None,
     images_t: Tensor | None,
-    position: Tensor | None = None,
-    prefix: Tensor | None = None,
     prefix_t: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(tokens, t tokens): patch_embed and its derivative along (images_t, prefix_t); None is zero."""

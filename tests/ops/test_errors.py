@@ -61,7 +61,9 @@ CASES = {
     "patch_embed: rank": (lambda: ops.patch_embed(IMAGES, DOWN, None, zeros(6, 4), None), "weight_up"),
     "patch_embed: position": (lambda: ops.patch_embed(IMAGES, DOWN, None, UP, None, zeros(3, 6)), "position"),
     "patch_embed_jvp: prefix": (
-        lambda: ops.patch_embed_jvp(IMAGES, DOWN, None, UP, None, IMAGES, prefix_t=zeros(2, 1, 6)),
+        lambda: ops.patch_embed_jvp(
+            IMAGES, DOWN, None, UP, None, None, None, IMAGES, prefix_t=zeros(2, 1, 6)
+        ),
         "without a prefix",
     ),
 }

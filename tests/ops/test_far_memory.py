@@ -81,7 +81,7 @@ def test_attention(level: str, axis: int) -> None:
 
 def embedded(images: Tensor, images_t: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, ...]:
     leaves = [x.detach().requires_grad_() for x in (images, images_t, down, up)]
-    tokens = ops.patch_embed_jvp(leaves[0], leaves[2], None, leaves[3], None, leaves[1])
+    tokens = ops.patch_embed_jvp(leaves[0], leaves[2], None, leaves[3], None, None, None, leaves[1])
     return *tokens, *torch.autograd.grad(tokens, leaves, [x.detach() for x in tokens])
 
 

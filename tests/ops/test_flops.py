@@ -109,12 +109,12 @@ def test_patch_embedding_with_tangents():
     images, prefix = torch.randn(2, 3, 8, 12), torch.randn(2, 4, 6)
     down, up = torch.randn(5, 3, 4, 4, requires_grad=True), torch.randn(6, 5, requires_grad=True)
     plain = counted(lambda: ops.patch_embed(images, down, None, up, None, None, prefix))
-    arguments = images, down, None, up, None, images[:1], None, prefix, prefix[:1]
+    arguments = images, down, None, up, None, None, prefix, images[:1], prefix[:1]
     assert counted(lambda: ops.patch_embed_jvp(*arguments, detach_tangent=True)) == plain * 3 // 2
 
     tokens = ops.patch_embed(images, down, None, up, None, None, prefix)
     once = counted(lambda: tokens.sum().backward())
-    both = ops.patch_embed_jvp(images, down, None, up, None, images, None, prefix, prefix)
+    both = ops.patch_embed_jvp(images, down, None, up, None, None, prefix, images, prefix)
     assert counted(lambda: (both[0] + both[1]).sum().backward()) == 2 * once
 
 

@@ -34,7 +34,7 @@ def inputs(batch=3, channels=3, rows=4, columns=4, patch=4, rank=32, width=48, p
 
 
 def jvp(module, args, images_t, prefix_t, **options):
-    return module.patch_embed_jvp(*args[:5], images_t, *args[5:], prefix_t, **options)
+    return module.patch_embed_jvp(*args, images_t, prefix_t, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
