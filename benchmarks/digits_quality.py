@@ -66,6 +66,7 @@ def train_and_score(
     seed: int, minutes: float, pixels: torch.Tensor, labels: torch.Tensor, svm: SVC
 ) -> dict[str, float]:
     config = get_preset("digits", minutes=minutes, seed=seed)
+    low, high = config.sampling.sample_interval or (0.0, 1.0)
     start = time.perf_counter()
     result = train(config, out=None)
     seconds = time.perf_counter() - start
@@ -75,7 +76,7 @@ def train_and_score(
             labels,
             steps=1,
             omega=config.sampling.sample_omega,
-            interval=config.sampling.sample_interval,
+            interval=(low, high),
             generator=torch.Generator().manual_seed(seed),
         )
     samples = images.float().clamp(-1, 1).flatten(1)
@@ -130,7 +131,7 @@ def main() -> None:
                 "python": platform.python_version(),
             },
             "omega": config.sampling.sample_omega,
-            "interval": list(config.sampling.sample_interval),
+            "interval": config.sampling.sample_interval,
             "svm_held_out_accuracy": held_out,
             "real_halves": halves,
             "seeds": scores,

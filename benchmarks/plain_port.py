@@ -217,7 +217,7 @@ class Network(nn.Module):
         images = []
         for head in heads:
             y = x
-            for block in self.get_submodule(f"{head}_head"):
+            for block in self.get_submodule(f"{head}_head").children():
                 y = block(y, cos, sin)
             images.append(self.get_submodule(f"{head}_final")(y[:, prefix.shape[1] :]))
         return tuple(images)
@@ -304,7 +304,8 @@ def objective(
         return velocity(z, x_u, t), velocity(z, x_v, t)
 
     with sdpa_kernel(SDPBackend.MATH):
-        u, du_dt, v = torch.func.jvp(u_and_v, (z, t, r), (v_c_inside, one, zero), has_aux=True)
+        # Three with has_aux, which torch's annotation does not say.
+        u, du_dt, v = torch.func.jvp(u_and_v, (z, t, r), (v_c_inside, one, zero), has_aux=True)  # type: ignore[misc]
     V = u + (t_ - r_) * du_dt.detach()
 
     error_u = (V - v_g).square().sum((1, 2, 3))

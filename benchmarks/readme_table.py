@@ -94,8 +94,8 @@ def training_table() -> str:
         "|---|---|---|---|",
     ]
 
-    def line(label: str, ours: str, port: str, ratio: float) -> None:
-        lines.append(f"| {label} | {ours} | {port} | {ratio:.2f} |")
+    def line(label: str, both: list[str], ratio: float) -> None:
+        lines.append(f"| {label} | {' | '.join(both)} | {ratio:.2f} |")
 
     for precision in ("fp32", "bf16"):
         times = {row["contestant"]: row for row in rows["time"] if row["precision"] == precision}
@@ -105,15 +105,15 @@ def training_table() -> str:
             ("without the optimizer", "backward"),
         ):
             milliseconds = [f"{side[f'{key}_ms']:.0f} ms" for side in (ours, port)]
-            line(f"{precision}: {what}", *milliseconds, port[f"{key}_ratio"])
+            line(f"{precision}: {what}", milliseconds, port[f"{key}_ratio"])
         peaks = {row["contestant"]: row for row in rows["memory"] if row["precision"] == precision}
         megabytes = [f"{peaks[side]['bytes'] / 2**20:.0f} MB" for side in ("pmf", "plain port")]
-        line(f"{precision}: peak memory over the loaded model", *megabytes, peaks["plain port"]["ratio"])
+        line(f"{precision}: peak memory over the loaded model", megabytes, peaks["plain port"]["ratio"])
     (flops,) = rows["flops"]
     tera = [f"{flops['flops'][side] / 1e12:.1f} TFLOP" for side in ("ours", "port")]
     line(
         f"objective and backward at depth {flops['depth']}, batch {flops['batch_size']}",
-        *tera,
+        tera,
         flops["ratio"],
     )
     without = flops["flops"]["ours"] / flops["flops"]["port, without products with zero tangents"]
@@ -164,7 +164,7 @@ def kernels_table() -> str:
         "| op | case | pmf | rate | of torch's | times faster than |",
         "|---|---|---|---|---|---|",
     ]
-    seen = {}
+    seen: dict[tuple[str, int, str], None] = {}
     for name in BENCHMARKS:
         if not (RESULTS / f"bench_{name}.json").exists():
             continue

@@ -231,6 +231,7 @@ def main() -> int:
             }
         else:
             wheels, took = build_wheels(folder)
+        cases: list[dict[str, object]] = []
         record = {
             "command": " ".join(["python benchmarks/wheel_matrix.py", *sys.argv[1:]]),
             "date": time.strftime("%Y-%m-%d"),
@@ -241,23 +242,23 @@ def main() -> int:
                 name: {"file": path.name, "bytes": path.stat().st_size} for name, path in wheels.items()
             },
             "building": took,
-            "cases": [],
+            "cases": cases,
         }
-        for case in arguments.case or DEFAULT_CASES:
-            version, _, torch_version = case.partition("=")
+        for pair in arguments.case or DEFAULT_CASES:
+            version, _, torch_version = pair.partition("=")
             base = {"python": version, "torch": torch_version}
             if version not in pythons:
                 results: list[dict[str, object]] = [{"ok": False, "error": f"no python{version} was found"}]
             else:
                 results = try_case(pythons[version], torch_version, wheels, folder)
             for result in results:
-                record["cases"].append({**base, **result})
-                print(json.dumps(record["cases"][-1]), flush=True)
+                cases.append({**base, **result})
+                print(json.dumps(cases[-1]), flush=True)
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             arguments.out.write_text(json.dumps(record, indent=1) + "\n")
-    failed = [case for case in record["cases"] if not case["ok"]]
-    agreed = len(record["cases"]) - len(failed)
-    print(f"{agreed} of {len(record['cases'])} loaded and agreed; record in {arguments.out}")
+    failed = [case for case in cases if not case["ok"]]
+    agreed = len(cases) - len(failed)
+    print(f"{agreed} of {len(cases)} loaded and agreed; record in {arguments.out}")
     return 1 if failed else 0
 
 

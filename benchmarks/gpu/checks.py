@@ -123,8 +123,8 @@ def _check_op(setting: Setting, problem: Problem, dtype: torch.dtype) -> Case:
 
     def error() -> float:
         found = results(ops, problem, inputs, constants, along, dtype)
-        exactly = [[x.double() for x in group] for group in (inputs, constants, along)]
-        exact = results(reference, problem, *exactly, dtype)
+        doubles = [[x.double() for x in group] for group in (inputs, constants, along)]
+        exact = results(reference, problem, doubles[0], doubles[1], doubles[2], dtype)
         worst = 0.0
         for what, limit in limits(problem.kind, dtype).items():
             for one, truth in zip(found[what], exact[what], strict=True):

@@ -82,6 +82,8 @@ class Runner:
         while self.todo:
             entry = self._entry()
             left = entry["limit_s"] - entry["seconds"] if has_device else START_S
+            kind: str
+            value: Any
             try:
                 in_time = messages.poll(max(0.0, left))
                 kind, value = messages.recv() if in_time else ("late", None)
@@ -196,8 +198,8 @@ def _work(
                 continue
             try:
                 rows = run_case(planned, device, limits.case)
-            except DeviceLostError as problem:
-                sender.send(("lost", [{**base, "ours": True, "failed": sentence(problem)}]))
+            except DeviceLostError as lost:
+                sender.send(("lost", [{**base, "ours": True, "failed": sentence(lost)}]))
                 os._exit(1)  # tidying up would ask the device
             sender.send(("rows", rows))
             del planned

@@ -93,7 +93,7 @@ def weight_products(port: Port, batch: Batch) -> int:
 def on_meta(draws: Draws, images: torch.Tensor) -> Draws:
     """The port computes with the draws themselves; the library reads them on the host."""
     moved = (None if x is None else x.to("meta") for x in draws)
-    return Draws(*moved)._replace(noise=torch.empty_like(images))
+    return Draws._make(moved)._replace(noise=torch.empty_like(images))
 
 
 def block_flops(sizes: Sizes, batch_size: int) -> int:

@@ -2,7 +2,7 @@
 
 import copy
 from contextlib import nullcontext
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import plain_port
 import torch
@@ -28,20 +28,20 @@ class Batch(NamedTuple):
     labels: Tensor
     draws: Draws
 
-    def given(self) -> dict[str, Tensor]:
+    def given(self) -> dict[str, Any]:
         """The draws that the port takes."""
         return {name: value for name, value in self.draws._asdict().items() if name != "crop"}
 
     def on(self, device: torch.device) -> "Batch":
         """The same in a GPU's memory, every draw included."""
-        draws = Draws(*(None if x is None else x.to(device) for x in self.draws))
+        draws = Draws._make(None if x is None else x.to(device) for x in self.draws)
         return Batch(self.images.to(device), self.labels.to(device), draws)
 
     def to(self, dtype: torch.dtype) -> "Batch":
         def cast(x: Tensor | None) -> Tensor | None:
             return x.to(dtype) if x is not None and x.is_floating_point() else x
 
-        return Batch(self.images.to(dtype), self.labels, Draws(*map(cast, self.draws)))
+        return Batch(self.images.to(dtype), self.labels, Draws._make(map(cast, self.draws)))
 
 
 DEFAULT = plain_port.Sizes(depth=4, head_depth=2)
@@ -128,7 +128,7 @@ class Ours:
         self.computing = self.model
         if precision == "bf16":
             self.computing = copy.deepcopy(self.model).to(torch.bfloat16)
-        self.network = self.computing
+        self.network: Any = self.computing
         row_multiple = 1
         if checkpointing:
             self.computing.checkpointing = "blocks"

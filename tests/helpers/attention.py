@@ -39,10 +39,10 @@ class Problem(NamedTuple):
     grad_t: Tensor
 
     def to(self, dtype: torch.dtype) -> "Problem":
-        return Problem(*(None if x is None else x.to(dtype) for x in self))
+        return self.map(lambda x: x.to(dtype))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Problem":
-        return Problem(*(None if x is None else function(x) for x in self))
+        return Problem._make(None if x is None else function(x) for x in self)
 
 
 # Every length and width of interest, tiles that are full, that are cut, and that are one too long.
@@ -99,8 +99,14 @@ def _late_sinks(p: Problem) -> Problem:
     return _aligned(p, along)
 
 
+def _tangents(p: Problem) -> dict[str, Tensor]:
+    """All three of them, of a problem that has them."""
+    named = {"query_t": p.query_t, "key_t": p.key_t, "value_t": p.value_t}
+    return {name: x for name, x in named.items() if x is not None}
+
+
 def _common(p: Problem) -> Problem:
-    return p._replace(key_t=p.key_t + 30 * _direction(p.key, 2), value=p.value + 10)
+    return p._replace(key_t=_tangents(p)["key_t"] + 30 * _direction(p.key, 2), value=p.value + 10)
 
 
 def _offset(p: Problem) -> Problem:
@@ -112,9 +118,7 @@ HARD: dict[str, Callable[[Problem], Problem]] = {
     "plain": lambda p: p,
     "peaked scores": lambda p: p._replace(query=8 * p.query),
     "common key tangent, large value mean": _common,
-    "tangents times 1000": lambda p: p._replace(
-        query_t=1000 * p.query_t, key_t=1000 * p.key_t, value_t=1000 * p.value_t
-    ),
+    "tangents times 1000": lambda p: p._replace(**{name: 1000 * x for name, x in _tangents(p).items()}),
     "rising maxima": _rising,
     "late sinks": _late_sinks,
     "offset keys and values": _offset,

@@ -1,6 +1,8 @@
 """Whether torch.compile can make machine code here."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,11 +18,11 @@ def why_not() -> str:
     return ""
 
 
-def requires_inductor(test):
+def requires_inductor(test: Callable[..., Any]) -> Callable[..., Any]:
     """Skip the test, with the reason, where Inductor has no compiler. Looked up when the test runs."""
 
     @functools.wraps(test)
-    def wrapper(*args, **kwargs):
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
         if reason := why_not():
             pytest.skip(reason)
         return test(*args, **kwargs)

@@ -1,5 +1,7 @@
 """Errors, and the limits for them: those of pmf.bench.tolerance, the one table."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -22,13 +24,13 @@ def round_to_tf32(x: Tensor) -> Tensor:
     return ((bits + 0x1000) & ~0x1FFF).view(torch.float32).to(x.dtype)
 
 
-def assert_close(actual, expected, limit: float) -> None:
+def assert_close(
+    actual: Tensor | Iterable[Tensor], expected: Tensor | Iterable[Tensor], limit: float
+) -> None:
     """Every tensor of one result is within `limit` of the other."""
-    actual, expected = _tuple(actual), _tuple(expected)
-    assert len(actual) == len(expected)
-    errors = [error(a, e) for a, e in zip(actual, expected, strict=True)]
+    errors = [error(a, e) for a, e in zip(_tuple(actual), _tuple(expected), strict=True)]
     assert max(errors, default=0.0) <= limit, f"relative errors {errors}, limit {limit}"
 
 
-def _tuple(x) -> tuple[Tensor, ...]:
+def _tuple(x: Result) -> tuple[Tensor, ...]:
     return (x,) if isinstance(x, Tensor) else tuple(x)
