@@ -32,5 +32,5 @@ def assert_close(
     assert max(errors, default=0.0) <= limit, f"relative errors {errors}, limit {limit}"
 
 
-def _tuple(x: Result) -> tuple[Tensor, ...]:
+def _tuple(x: Tensor | Iterable[Tensor]) -> tuple[Tensor, ...]:
     return (x,) if isinstance(x, Tensor) else tuple(x)
