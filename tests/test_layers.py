@@ -1,4 +1,4 @@
-"""The house stands: every op has its parts, and imports point down only."""
+"""Structural rules: every op has its parts, and imports and includes point down only."""
 
 import ast
 import re
@@ -11,8 +11,18 @@ import pmf.ops
 
 ROOT = Path(__file__).parents[1]
 
-# Each layer may import itself and those before it.
-PYTHON_LAYERS = ("reference", "ops", "nn", "models", "flow", "training", "cli")
+# What may import what, from the ground up: a module or package of pmf imports those of lower floors only.
+FLOORS = (
+    {"_library", "atomic", "errors", "interrupts", "metrics", "official", "reference", "version"},
+    {"data", "devices", "env", "ops", "perceptual", "ranks"},
+    {"nn", "optim"},
+    {"models"},
+    {"bench", "checkpoint", "flow"},
+    {"drawing", "toy", "training"},
+    {"ablation", "evaluation"},
+    {"cli"},
+)
+TOP = {"__init__", "__main__"}  # the package itself, which gathers
 
 # A source folder and what its files must not include.
 FORBIDDEN_INCLUDES = {
@@ -65,14 +75,19 @@ def test_no_op_lives_outside_its_stem():
             assert modules == set(STEMS)
 
 
-@pytest.mark.parametrize("layer", PYTHON_LAYERS[:-1])
-def test_python_imports_point_down(layer):
-    above = set(PYTHON_LAYERS[PYTHON_LAYERS.index(layer) + 1 :])
-    files = [ROOT / f"pmf/{layer}.py"] if layer == "models" else sorted((ROOT / "pmf" / layer).rglob("*.py"))
-    assert files
-    for path in files:
-        upward = {name for name in _imports(path) if name in above}
-        assert not upward, f"{path.relative_to(ROOT)} imports pmf.{', pmf.'.join(sorted(upward))}"
+def test_every_module_stands_on_a_floor():
+    here = {path.stem for path in (ROOT / "pmf").iterdir() if path.suffix == ".py" or _is_package(path)}
+    assert here == set.union(TOP, *FLOORS)
+
+
+@pytest.mark.parametrize("floor", range(len(FLOORS)))
+def test_imports_point_down(floor):
+    below = set().union(*FLOORS[:floor])
+    for name in sorted(FLOORS[floor]):
+        folder = ROOT / "pmf" / name
+        for path in sorted(folder.rglob("*.py")) if _is_package(folder) else [folder.with_suffix(".py")]:
+            other = _imports(path) - below - {name}
+            assert not other, f"{path.relative_to(ROOT)} imports pmf.{', pmf.'.join(sorted(other))}"
 
 
 @pytest.mark.parametrize("folder", FORBIDDEN_INCLUDES)
@@ -93,11 +108,15 @@ def test_torch_is_included_in_one_file():
     assert including == {"csrc/ops/torch_shim.h"}
 
 
+def _is_package(path: Path) -> bool:
+    return (path / "__init__.py").is_file()
+
+
 def _imports(path: Path) -> set[str]:
-    """Names x of every `pmf.x` that a file imports at import time."""
+    """Names x of every `pmf.x` that a file imports, inside its functions too."""
     package = path.relative_to(ROOT).with_suffix("").parts
     names = set()
-    for node in ast.parse(path.read_text()).body:
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             full = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
