@@ -7,8 +7,8 @@ form to train and to compile with.
 
 DTensors may be sharded along every dimension over which an op does not reduce (batch, heads, tokens of the
 elementwise ops), jagged nested tensors go where tokens are on their own and into attention, and
-`torch.nn.attention.bias` into attn_mask. Subclasses that override nothing are what they look like; others, and
-sparse, quantized or nested strided tensors, raise TypeError by name.
+`torch.nn.attention.bias` into attn_mask. Subclasses that override nothing are what they look like; others,
+and sparse, quantized or nested strided tensors, raise TypeError by name.
 """
 
 from . import _flops

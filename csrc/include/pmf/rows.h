@@ -2,7 +2,8 @@
 //
 // A tensor [..., W] is a set of rows of W elements that lie next to each other; where each row
 // begins follows from one stride per leading dimension. Leading dimensions that can be walked as
-// one are merged before a kernel sees them (csrc/ops/row_binding.h), so that most calls have a single one.
+// one are merged before a kernel sees them (csrc/ops/row_binding.h), so that most calls have a
+// single one.
 #pragma once
 
 #include "pmf/common.h"
