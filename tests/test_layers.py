@@ -13,9 +13,9 @@ ROOT = Path(__file__).parents[1]
 
 # What may import what, from the ground up: a module or package of pmf imports those of lower floors only.
 FLOORS = (
-    {"_library", "atomic", "errors", "interrupts", "metrics", "official", "reference", "version"},
-    {"data", "devices", "env", "ops", "perceptual", "ranks"},
-    {"nn", "optim"},
+    {"_library", "atomic", "defaults", "errors", "interrupts", "metrics", "reference", "version", "wrappers"},
+    {"data", "devices", "env", "official", "ops", "perceptual", "ranks"},
+    {"nn", "optim", "tangents"},
     {"models"},
     {"bench", "checkpoint", "flow"},
     {"drawing", "toy", "training"},

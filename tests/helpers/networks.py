@@ -133,7 +133,16 @@ class UNet1d(nn.Module):
 class Points(nn.Module):
     """An MLP in which every activation occurs."""
 
-    activations = (torch.tanh, F.softplus, torch.sin, F.elu, F.mish, torch.sigmoid, F.hardswish, torch.exp)
+    activations: tuple[Any, ...] = (
+        torch.tanh,
+        F.softplus,
+        torch.sin,
+        F.elu,
+        F.mish,
+        torch.sigmoid,
+        F.hardswish,
+        torch.exp,
+    )
 
     def __init__(self) -> None:
         super().__init__()

@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from pmf import ops
+import pmf.ops
 
 from .ops import CASES, Case
+
+ops: Any = pmf.ops  # called with lists of arguments, which no annotation follows
 
 R = Replicate()
 # Placements of each argument; tangents have their value's.
@@ -36,7 +38,7 @@ SHARDED: dict[str, dict[str, Sequence[Any]]] = {
 
 
 def worst(found: Any, expected: Any) -> float:
-    pairs = zip(_tuple(found), _tuple(expected), strict=True)
+    pairs: Any = zip(_tuple(found), _tuple(expected), strict=True)
     return max((a.full_tensor() - b).abs().max().item() for a, b in pairs)
 
 
@@ -68,7 +70,7 @@ def agree(
         [y for y in parts if y.requires_grad],
         [s for s, y in zip(spread, parts, strict=True) if y.requires_grad],
     )
-    used = [(a.grad, b.grad) for a, b in zip(sharded, plain, strict=True) if b.grad is not None]
+    used: list[Any] = [(a.grad, b.grad) for a, b in zip(sharded, plain, strict=True) if b.grad is not None]
     assert all(isinstance(y, DTensor) for y in parts)
     assert all(not p.is_partial() for a, _ in used for p in a.placements), "a gradient is a partial sum"
     return {"outputs": worst(parts, whole), "gradients": max((worst(a, b) for a, b in used), default=0.0)}

@@ -86,7 +86,7 @@ def muon_steps(process_group: Any, rank: int = 0, ranks: int = 1, mesh: Any = No
     return list(whole({str(i): p.detach() for i, p in enumerate(params)}).values())
 
 
-def fully_sharded(model: torch.nn.Module) -> torch.nn.Module:
+def fully_sharded(model: Any) -> Any:
     from torch.distributed.fsdp import fully_shard
 
     for block in (*model.shared_blocks, *model.u_head, *model.v_head):
@@ -94,7 +94,7 @@ def fully_sharded(model: torch.nn.Module) -> torch.nn.Module:
     return fully_shard(model)
 
 
-WRAPPERS: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {
+WRAPPERS: dict[str, Callable[[torch.nn.Module], Any]] = {
     "ddp": DistributedDataParallel,
     "ddp of compiled": lambda model: DistributedDataParallel(torch.compile(model, backend="eager")),
     "compiled ddp": lambda model: torch.compile(DistributedDataParallel(model), backend="eager"),
