@@ -27,7 +27,7 @@ R = TypeVar("R")
 Layouts = Mapping[str, str]
 """By argument, which dimensions a DTensor may be sharded along: see `_sharded`."""
 
-PLAIN = frozenset({Tensor, Parameter, Buffer, type(None), bool, int, float})
+PLAIN = frozenset({Tensor, Parameter, Buffer, type(None), bool, int, float, str, torch.dtype})
 """What needs no closer look. (No tensor is of class Buffer, but torch.compile says so of a module's.)"""
 
 # What a subclass may define without changing what its values mean.
@@ -67,6 +67,9 @@ def operation(layouts: Layouts, *outputs: str) -> Callable[[Callable[P, R]], Cal
             for x in kwargs.values():
                 if type(x) not in PLAIN:
                     return special(*args, **kwargs)
+            return run(*args, **kwargs)
+
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
             if torch.compiler.is_compiling():
                 return function(*args, **kwargs)
             try:
@@ -76,6 +79,8 @@ def operation(layouts: Layouts, *outputs: str) -> Callable[[Callable[P, R]], Cal
                 raise
 
         def special(*args: Any, **kwargs: Any) -> Any:
+            if all(map(_is_plain, (*args, *kwargs.values()))):  # a list of matrices
+                return run(*args, **kwargs)
             given = _bound(signature, tensors, args, kwargs)
             if given is None:
                 return function(*args, **kwargs)  # raises as Python does
@@ -95,13 +100,7 @@ def operation(layouts: Layouts, *outputs: str) -> Callable[[Callable[P, R]], Cal
                 like = next(type(x) for name, x in given.items() if kinds[name] == "plain")
                 arguments = replace_tensors(arguments, {name: _unwrap(x) for name, x in given.items()})
                 return _wrap(checked(**arguments), like)  # type: ignore[call-arg]
-            if torch.compiler.is_compiling():
-                return function(*args, **kwargs)
-            try:
-                return function(*args, **kwargs)
-            except Exception as error:
-                _explain(function.__name__, given, error)
-                raise
+            return run(*args, **kwargs)
 
         # torch.compile counts recompilations by code object: each function has its own, and its name.
         own: Any = checked
@@ -160,6 +159,12 @@ def replace_tensors(arguments: dict[str, Any], given: Mapping[str, Any]) -> dict
         elif isinstance(x, (list, tuple)) and f"{name}[0]" in given:
             replaced[name] = [given[f"{name}[{i}]"] for i in range(len(x))]
     return replaced
+
+
+def _is_plain(x: Any) -> bool:
+    if type(x) in (list, tuple):
+        return all(type(y) in PLAIN for y in x)
+    return type(x) in PLAIN
 
 
 def kind_of(x: Any) -> str:
