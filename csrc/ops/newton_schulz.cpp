@@ -44,18 +44,19 @@ constexpr int64_t kLanes = 16;
 
 // ---- tasks -------------------------------------------------------------------
 
-// Calls body(0 .. count - 1), in this thread or shared out. Shared, there are always two chunks or
-// more: with one, PyTorch would stay outside its parallel region and the GEMM inside would use
-// threads of its own, whose number would then show in the bits.
+// Calls body(0 .. count - 1), in this thread or shared out; each call keeps to its thread, so that
+// how many there are does not show in the bits.
 template <class Body>
 void for_each_task(int64_t count, bool shared, const Body& body) {
   const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
   if (!shared || threads == 1) {
+    const SingleThread single;
     for (int64_t task = 0; task < count; ++task) body(task);
     return;
   }
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    const SingleThread single;
     for (int64_t task = next++; task < count; task = next++) body(task);
   });
 }

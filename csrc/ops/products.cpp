@@ -17,6 +17,13 @@ __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise_binary(
     const char* attribute, AtenTensorHandle* result);
 }
 
+// How many threads the calling one may use. Weak: a PyTorch without MKL or OpenMP lacks them.
+extern "C" {
+__attribute__((weak)) int MKL_Set_Num_Threads_Local(int threads);  // returns what held before
+__attribute__((weak)) int omp_get_max_threads();
+__attribute__((weak)) void omp_set_num_threads(int threads);
+}
+
 namespace pmf {
 namespace {
 
@@ -74,6 +81,21 @@ Tensor onednn_add_product(const Tensor& add, const Tensor& left, const Tensor& r
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise_binary(
       left.get(), add.get(), weight_of(right).get(), nullptr, "add", &result));
   return Tensor(result);
+}
+
+SingleThread::SingleThread() {
+  // PyTorch sets both counts when a thread first asks for its own: before, then, not in between.
+  torch::stable::get_num_threads();
+  if (MKL_Set_Num_Threads_Local != nullptr) mkl_ = MKL_Set_Num_Threads_Local(1);
+  if (omp_get_max_threads != nullptr && omp_set_num_threads != nullptr) {
+    openmp_ = omp_get_max_threads();
+    omp_set_num_threads(1);
+  }
+}
+
+SingleThread::~SingleThread() {
+  if (MKL_Set_Num_Threads_Local != nullptr) MKL_Set_Num_Threads_Local(mkl_);
+  if (openmp_ != 0) omp_set_num_threads(openmp_);
 }
 
 namespace {

@@ -20,4 +20,20 @@ Tensor onednn_product(const Tensor& left, const Tensor& right);
 // prefers_onednn().
 Tensor onednn_add_product(const Tensor& add, const Tensor& left, const Tensor& right);
 
+// While one of these lives, the libraries keep to the thread that made it. Needed inside a parallel
+// region too: PyTorch switches off MKL's own check for one, so that MKL divides a product there as
+// for torch.get_num_threads() threads (of which it then gets one), by a count that differs from
+// worker to worker; and oneDNN chooses its blocks by OpenMP's count. With either, the order of a
+// sum depends on the number of threads.
+class SingleThread {
+ public:
+  SingleThread();
+  ~SingleThread();
+  SingleThread(const SingleThread&) = delete;
+  SingleThread& operator=(const SingleThread&) = delete;
+
+ private:
+  int mkl_ = 0, openmp_ = 0;  // what held before; 0: MKL's default, or no OpenMP
+};
+
 }  // namespace pmf

@@ -1,5 +1,9 @@
 """Newton-Schulz: what must hold bit for bit, and its error against float64."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -99,7 +103,7 @@ def test_alone_batched_listed_and_with_any_threads_bitwise(dtype):
     alone = [newton_schulz(g, compute_dtype=dtype) for g in kinds]
     threads = torch.get_num_threads()
     try:
-        for count in (1, 2, 3):
+        for count in (1, 2, 3, 4):
             torch.set_num_threads(count)
             for g, expected in zip(newton_schulz(kinds, compute_dtype=dtype), alone, strict=True):
                 assert torch.equal(g, expected)
@@ -115,6 +119,20 @@ def test_alone_batched_listed_and_with_any_threads_bitwise(dtype):
                 assert torch.equal(result[0, 1], expected) and torch.equal(result[1, 1], expected)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("setting", ["MKL_ENABLE_INSTRUCTIONS=AVX2", "ONEDNN_MAX_CPU_ISA=AVX512_CORE"])
+def test_the_same_as_another_processor_would_have_it(setting):
+    """MKL and oneDNN choose kernels by processor, and each divides its products in its own way."""
+    name, value = setting.split("=")
+    test = f"{__file__}::{test_alone_batched_listed_and_with_any_threads_bitwise.__name__}"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test],
+        env={**os.environ, name: value},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
