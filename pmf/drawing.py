@@ -18,14 +18,13 @@ def draw_by_seed(
     omega: float | None = None,
     interval: tuple[float, float] | None = None,
 ) -> torch.Tensor:
-    """Images [B, C, S, S] around [-1, 1] on the sampler's device, each from the noise of its own seed.
+    """Images [B, C, H, W] around [-1, 1] on the sampler's device, each from the noise of its own seed.
 
     A seed's noise is drawn on the CPU by a generator of its own: it depends neither on the batch nor on the
     device. Raises UserError for guidance or labels out of range, and where memory does not suffice.
     """
     config = sampler.network.config
-    shape = (config.channels, config.image_size, config.image_size)
-    generator = torch.Generator("cpu")
+    shape, generator = config.image_shape, torch.Generator("cpu")
     try:
         noise = torch.stack([normal(*shape, generator=generator.manual_seed(seed)) for seed in seeds])
         return sampler(labels, steps, omega, interval, config.noise_scale * noise)

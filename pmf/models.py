@@ -1,5 +1,6 @@
 """The network of Pixel MeanFlow and its presets (arXiv 2601.22158)."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from .nn.block import checkpointed
 from .nn.mlp import swiglu_width
 from .official import describe_state_dict, from_official
 from .ops.attention import MAX_WIDTH
+from .sizes import Size, height_and_width, normal_size, size_in_words
 
 __all__ = [
     "CHECKPOINTING",
@@ -39,7 +41,8 @@ class ModelConfig:
 
     num_classes: int = 1000
     """Labels are 0 .. num_classes - 1; num_classes itself is the null label."""
-    image_size: int = 256
+    image_size: Size = 256
+    """Pixels: a number for squares, or (height, width)."""
     patch_size: int = 16
     channels: int = 3
     hidden_size: int = 768
@@ -71,17 +74,20 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("condition_tokens", "sample_interval"):  # lists, when they come from JSON
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        sizes = "num_classes image_size patch_size channels hidden_size depth head_depth num_heads".split()
+        try:
+            object.__setattr__(self, "image_size", normal_size(self.image_size))
+        except ValueError as error:
+            raise ValueError(f"model: image_size {error}") from error
+        sizes = "num_classes patch_size channels hidden_size depth head_depth num_heads".split()
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"model: {name} must be at least 1, got {getattr(self, name)}")
         for name in ("bottleneck", "mlp_width"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"model: {name} must be at least 1, got {getattr(self, name)}")
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"model: image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
-            )
+        if any(side % self.patch_size for side in height_and_width(self.image_size)):
+            shown = self.image_size if isinstance(self.image_size, int) else size_in_words(self.image_size)
+            raise ValueError(f"model: image_size {shown} is not a multiple of patch_size {self.patch_size}")
         if self.hidden_size % self.num_heads or self.hidden_size // self.num_heads % 4:
             raise ValueError(
                 f"model: hidden_size / num_heads must be a multiple of 4, got "
@@ -112,13 +118,23 @@ class ModelConfig:
             )
 
     @property
-    def side(self) -> int:
-        """Image tokens along one side."""
-        return self.image_size // self.patch_size
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of an image."""
+        return self.channels, *height_and_width(self.image_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of image tokens."""
+        height, width = height_and_width(self.image_size)
+        return height // self.patch_size, width // self.patch_size
+
+    @property
+    def num_image_tokens(self) -> int:
+        return math.prod(self.grid)
 
     @property
     def num_tokens(self) -> int:
-        return sum(self.condition_tokens) + self.side**2
+        return sum(self.condition_tokens) + self.num_image_tokens
 
 
 _B = ModelConfig()
@@ -173,7 +189,7 @@ CHECKPOINTING = ("none", "blocks")
 
 
 class NetworkOutput(NamedTuple):
-    """Images [B, C, S, S], one per head that was asked for, and the u head's tangent [n, C, S, S].
+    """Images [B, C, H, W], one per head that was asked for, and the u head's tangent [n, C, H, W].
 
     Or, where the caller asked for tokens, the same pixels as [B, N, p p C]: the patches row by row, each
     (p, p, C).
@@ -208,10 +224,10 @@ class PixelMeanFlow(nn.Module):
         self.position = nn.Parameter(torch.empty(1, config.num_tokens, hidden))
         self.shared_blocks = self._blocks(config.depth - config.head_depth)
         self.u_head = self._blocks(config.head_depth)
-        self.u_final = FinalLayer(hidden, config.patch_size, config.channels)
+        self.u_final = FinalLayer(hidden, config.patch_size, config.channels, config.grid)
         if config.v_head:
             self.v_head = self._blocks(config.head_depth)
-            self.v_final = FinalLayer(hidden, config.patch_size, config.channels)
+            self.v_final = FinalLayer(hidden, config.patch_size, config.channels, config.grid)
         self.register_buffer("cos", None, persistent=False)
         self.register_buffer("sin", None, persistent=False)
         self._set_rotary_tables()
@@ -260,7 +276,7 @@ class PixelMeanFlow(nn.Module):
     ) -> NetworkOutput:
         """Predicted images for noisy ones.
 
-        images [B, C, S, S], condition [B] each. Tangents images_t [n, C, S, S] and h_t [n] belong to the
+        images [B, C, H, W], condition [B] each. Tangents images_t [n, C, H, W] and h_t [n] belong to the
         first n samples and go through the u head only, as constants for autograd. heads: "u" (sampling), "v"
         (guidance) or "uv" (training). as_tokens: leave the pixels in the order of the tokens, for
         `pmf.ops.patch_velocity` to read.
@@ -272,7 +288,7 @@ class PixelMeanFlow(nn.Module):
                 "model: this checkpoint has no v head, so it can sample but not be trained (only without "
                 "one: Objective(v_head=False))"
             )
-        expected = (self.config.channels, self.config.image_size, self.config.image_size)
+        expected = self.config.image_shape
         if tuple(images.shape[1:]) != expected:
             raise ValueError(
                 f"model: images must be [B, {', '.join(map(str, expected))}], got {list(images.shape)}"
@@ -300,7 +316,7 @@ class PixelMeanFlow(nn.Module):
     def _head(
         self, blocks: nn.ModuleList, final: FinalLayer, x: Tensor, x_t: Tensor | None, as_tokens: bool
     ) -> tuple[Tensor, Tensor | None]:
-        image_tokens = self.config.side**2
+        image_tokens = self.config.num_image_tokens
         for block in blocks[:-1]:
             x, x_t = self._through(block, x, x_t)
         # Nothing reads what the last block would make of the condition tokens.
@@ -331,7 +347,7 @@ class PixelMeanFlow(nn.Module):
         dtype = torch.float64 if self.position.dtype == torch.float64 else torch.float32
         head_dim = self.config.hidden_size // self.config.num_heads
         self.cos, self.sin = rotary_tables(
-            self.config.side, head_dim, device=self.position.device, dtype=dtype
+            self.config.grid, head_dim, device=self.position.device, dtype=dtype
         )
 
 
@@ -363,9 +379,11 @@ def config_from_state_dict(state_dict: Mapping[str, Tensor], **settings: Any) ->
     """The configuration that fits a state dict (ours, or the authors' as `from_official` reads it).
 
     What weights do not show (noise_scale, sampling defaults) comes from the preset of that shape, or from
-    `settings`.
+    `settings`. Weights show the number of image tokens alone: images are squares unless `settings` hold an
+    image_size.
     """
-    shape = ModelConfig(**describe_state_dict(from_official(state_dict)))
+    shown = describe_state_dict(from_official(state_dict), settings.get("image_size"))
+    shape = ModelConfig(**shown)
     hidden = (
         "num_classes",
         "v_head",

@@ -1,11 +1,13 @@
 """Names of weights: the authors' PyTorch checkpoints and ours."""
 
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from pmf.sizes import height_and_width, size_in_words
 from pmf.wrappers import by_plain_names
 
 __all__ = ["describe_state_dict", "from_official", "to_official"]
@@ -61,17 +63,30 @@ def to_official(state_dict: Mapping[str, Tensor], prefix: str = "") -> dict[str,
     return theirs
 
 
-def describe_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Fields of `ModelConfig` that the shapes of a state dict with our names show."""
+def describe_state_dict(
+    state_dict: Mapping[str, Tensor], image_size: int | Sequence[int] | None = None
+) -> dict[str, Any]:
+    """Fields of `ModelConfig` that the shapes of a state dict with our names show.
+
+    image_size: of images that are not square, which the weights cannot show; ValueError where the number of
+    tokens is another, or no square without it.
+    """
     down = state_dict["patch_embedding.weight_down"]
     counts = tuple(state_dict[f"condition.{group}_tokens"].shape[1] for group in _GROUPS)
     num_tokens, hidden = state_dict["position"].shape[1:]
-    side = round((num_tokens - sum(counts)) ** 0.5)
+    patch_size, image_tokens = down.shape[-1], num_tokens - sum(counts)
+    if image_size is None:
+        image_size = math.isqrt(image_tokens) * patch_size
+    if math.prod(side // patch_size for side in height_and_width(image_size)) != image_tokens:
+        raise ValueError(
+            f"state dict: its {image_tokens} image tokens of {patch_size}x{patch_size} pixels are not those "
+            f"of {size_in_words(image_size)} images: give the image_size (height, width) they were trained on"
+        )
     head_depth = _depth(state_dict, "u_head")
     return {
         "num_classes": len(state_dict["condition.label_embedder.embedding.weight"]) - 1,
-        "image_size": side * down.shape[-1],
-        "patch_size": down.shape[-1],
+        "image_size": image_size,
+        "patch_size": patch_size,
         "channels": down.shape[1],
         "hidden_size": hidden,
         "depth": _depth(state_dict, "shared_blocks") + head_depth,

@@ -4,6 +4,7 @@ It needs no downloaded weights and serves every labelled data set. A Frechet dis
 FID and can be compared only within one study.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from pmf.data import ImageDataset
 from pmf.defaults import whole_numbers
 from pmf.metrics import frechet_distance
+from pmf.sizes import Size, height_and_width
 
 __all__ = ["SMALLEST", "Judge", "Reference", "Split", "train_judge"]
 
@@ -26,11 +28,13 @@ _PIXELS = 1024  # numbers of an image when pixels are compared; larger images ar
 
 
 class Judge(nn.Module):
-    """Three convolutions, 64 features and a linear classifier, for images [B, C, S, S] from 8 pixels on."""
+    """Three convolutions, 64 features and a linear classifier, for images [B, C, H, W] from 8 pixels on."""
 
-    def __init__(self, channels: int, image_size: int, num_classes: int) -> None:
+    def __init__(self, channels: int, image_size: Size, num_classes: int) -> None:
         super().__init__()
-        first = 2 if image_size >= 16 else 1
+        height, width = height_and_width(image_size)
+        first = 2 if min(height, width) >= 16 else 1
+        pooled = min(4, height // 4), min(4, width // 4)
         self.trunk = nn.Sequential(
             nn.Conv2d(channels, 32, 3, first, 1),
             nn.GELU(),
@@ -38,9 +42,9 @@ class Judge(nn.Module):
             nn.GELU(),
             nn.Conv2d(_WIDTH, _WIDTH, 3, 2, 1),
             nn.GELU(),
-            nn.AdaptiveAvgPool2d(min(4, image_size // 4)),
+            nn.AdaptiveAvgPool2d(pooled),
             nn.Flatten(),
-            nn.Linear(_WIDTH * min(4, image_size // 4) ** 2, _WIDTH),
+            nn.Linear(_WIDTH * pooled[0] * pooled[1], _WIDTH),
             nn.GELU(),
         )
         self.classify = nn.Linear(_WIDTH, num_classes)
@@ -51,7 +55,7 @@ class Judge(nn.Module):
         image = dataset.get([0])[0][0]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return cls(image.shape[0], image.shape[-1], len(dataset.class_names))
+            return cls(image.shape[0], height_and_width(image.shape[1:]), len(dataset.class_names))
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.classify(self.trunk(images))
@@ -59,7 +63,7 @@ class Judge(nn.Module):
 
     @torch.inference_mode()
     def features(self, images: Tensor) -> Tensor:
-        """[N, 64] of images [N, C, S, S]."""
+        """[N, 64] of images [N, C, H, W]."""
         return torch.cat([self.trunk(part) for part in images.split(_CHUNK)])
 
     @torch.inference_mode()
@@ -114,7 +118,7 @@ class Reference:
         return reference
 
     def measure(self, images: Tensor, labels: Tensor | None = None) -> dict[str, float]:
-        """Figures of samples [N, C, S, S] in [-1, 1] of these labels, by default those of the real images."""
+        """Figures of samples [N, C, H, W] in [-1, 1] of these labels, by default those of the real images."""
         features = self.judge.features(images)
         return {
             "frechet": frechet_distance(features, self.features),
@@ -139,8 +143,8 @@ def train_judge(dataset: ImageDataset, split: Split, steps: int, seed: int = 0) 
 
 
 def as_pixels(images: Tensor) -> Tensor:
-    """[N, D] of images [N, C, S, S], averaged down by whole factors until D is at most 1024."""
+    """[N, D] of images [N, C, H, W], averaged down by whole factors until D is at most 1024."""
     factor = 1
-    while images.shape[1] * (images.shape[-1] // factor) ** 2 > _PIXELS:
+    while math.prod((images.shape[1], *(side // factor for side in images.shape[2:]))) > _PIXELS:
         factor += 1
     return F.avg_pool2d(images, factor).flatten(1)

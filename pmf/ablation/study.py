@@ -54,7 +54,7 @@ class Study:
         self.judge_steps = _JUDGE_STEPS if judge_steps is None else judge_steps
         self.configs = {variant.name: self._config_of(variant) for variant in variants}
         model = model_config(base, num_classes=1)
-        if model.image_size < SMALLEST:
+        if min(model.image_shape[1:]) < SMALLEST:
             raise UserError(
                 f"the judge of a study needs images of {SMALLEST} pixels or more, got {model.image_size}: "
                 "give a larger --image-size"
@@ -130,7 +130,7 @@ class Study:
         return config
 
     def _draw(self, model: PixelMeanFlow, labels: torch.Tensor, seed: int) -> torch.Tensor:
-        """One-step samples [N, C, S, S] in [-1, 1] on the host."""
+        """One-step samples [N, C, H, W] in [-1, 1] on the host."""
         sampler, generator = flow.Sampler(model), torch.Generator("cpu").manual_seed(seed)
         parts = [sampler(part, generator=generator).cpu() for part in labels.split(_DRAWN_AT_A_TIME)]
         return torch.cat(parts).clamp(-1, 1)

@@ -3,6 +3,7 @@
 import argparse
 import types
 import typing
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from pmf.errors import UserError
@@ -35,9 +36,12 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         section = type(getattr(defaults, group))
         if group not in groups:
             groups[group] = parser.add_argument_group((section.__doc__ or group).strip())
-        kind = typing.get_type_hints(section)[setting.name]
         options: dict[str, Any] = {"help": setting.metadata["help"], "default": argparse.SUPPRESS}
-        element, is_tuple = _element_type(kind)
+        if setting.metadata["parse"] is not None:
+            options.update(type=word_by(setting.metadata["parse"]), metavar=setting.name.upper())
+            groups[group].add_argument(flag(setting.name), **options)
+            continue
+        element, is_tuple = _element_type(typing.get_type_hints(section)[setting.name])
         if element is bool:  # and --no-..., so that a resumed run can switch it off
             options.update(action=argparse.BooleanOptionalAction)
         elif is_tuple:
@@ -54,6 +58,18 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     names = {setting.name for _, setting in settings()}
     given = {name: value for name, value in vars(arguments).items() if name in names}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+def word_by(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`parse` as argparse's type: its ValueError becomes the sentence after the flag's name."""
+
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return convert
 
 
 def _element_type(kind: Any) -> tuple[type, bool]:

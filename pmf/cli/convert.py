@@ -11,6 +11,7 @@ from pmf.atomic import write_file
 from pmf.cli.arguments import Commands
 from pmf.errors import UserError
 from pmf.official import to_official
+from pmf.sizes import size_in_words
 
 _SUFFIXES = (".safetensors", ".pth", ".pt")
 
@@ -84,6 +85,11 @@ def _settings(config: models.ModelConfig) -> str:
 
 def _official_bytes(model: models.PixelMeanFlow) -> bytes:
     config = model.config
+    if not isinstance(config.image_size, int):
+        raise UserError(
+            f"the authors' code would take this model's {size_in_words(config.image_size)} images for "
+            "squares: write a .safetensors"
+        )
     if config.prediction != "x" or config.preconditioner != "none":
         raise UserError(
             f"the authors' code would misread this model (prediction {config.prediction}, preconditioner "

@@ -6,6 +6,7 @@ import json
 
 from pmf import models
 from pmf.cli.arguments import Commands
+from pmf.sizes import Size
 from pmf.training import get_preset
 from pmf.training.building import model_config
 from pmf.training.flops import PEERS, Cost, count_cost
@@ -67,7 +68,7 @@ def _num_classes(model: str | None) -> int:
     return (models.PRESETS[model] if model else models.ModelConfig()).num_classes
 
 
-def _table(sizes: dict[str, int], costs: dict[str, Cost]) -> str:
+def _table(sizes: dict[str, Size], costs: dict[str, Cost]) -> str:
     rows: list[tuple[str, ...]] = [_COLUMNS]
     for name, cost in costs.items():
         parameters = (cost.parameters_sampling / _MEGA, cost.parameters_training / _MEGA)

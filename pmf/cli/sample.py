@@ -149,11 +149,10 @@ class _Album:
         self._threads = ThreadPoolExecutor()  # of the batch being written
         self._writing: list[Future[None]] = []
         config = sampler.network.config
-        limit = max(1, _GRID_SIDE // config.image_size)
-        self.rows, self.columns = min(rows, limit), min(columns, limit)
-        self.grid = ImageGrid(
-            self.rows, self.columns, (config.channels, config.image_size, config.image_size)
-        )
+        _, height, width = config.image_shape
+        self.rows = min(rows, max(1, _GRID_SIDE // height))
+        self.columns = min(columns, max(1, _GRID_SIDE // width))
+        self.grid = ImageGrid(self.rows, self.columns, config.image_shape)
         is_whole = (self.rows, self.columns) == (rows, columns)
         self.left_out = "" if is_whole else f" of {self.rows} x {self.columns} of {rows} x {columns} images"
 

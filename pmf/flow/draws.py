@@ -11,7 +11,7 @@ class Draws(NamedTuple):
     """With these given, the loss is a pure function of model, images and labels.
 
     t >= r, omega >= 1, t_min, t_max [B] float and drop [B] bool belong on the CPU: what has to be computed is
-    decided from them before anything runs. noise [B, C, S, S] is e itself, already times noise_scale, on the
+    decided from them before anything runs. noise [B, C, H, W] is e itself, already times noise_scale, on the
     images' device. Samples with r = t are flow-matching samples. crop belongs to perceptual losses and may be
     absent.
     """

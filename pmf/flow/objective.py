@@ -30,7 +30,7 @@ class Terms:
     loss is what to differentiate: the batch mean of the weighted terms, about 2 whatever happens when norm_p
     is 1. loss_u and loss_v, the plain means of (V - v_g)^2 and (v - v_g)^2, are what to watch, and
     loss_perceptual, the mean over the batch of the weighted distances; a term that is switched off is 0. The
-    rest are images [B, C, S, S] without gradients, in the order of the batch: the targets' v_target = v_g,
+    rest are images [B, C, H, W] without gradients, in the order of the batch: the targets' v_target = v_g,
     v_tangent (the direction of z, zero where no tangent was needed), u, du_dt (zero likewise) and v (zero
     without a v head).
     """
@@ -129,7 +129,7 @@ class Objective:
 
     @torch.inference_mode(False)  # autograd takes no tensor of inference mode
     def draw(self, images: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Draws:
-        """Draws for images [B, C, S, S] from a CPU generator, the same on every device. Only noise is moved.
+        """Draws for images [B, C, H, W] from a CPU generator, the same on every device. Only noise is moved.
 
         The first samples are the flow-matching ones, and the first Binomial(B, class_dropout) lose their
         label.
@@ -142,11 +142,11 @@ class Objective:
         noise = noise.to(images.device, images.dtype, non_blocking=True)
         crop = None
         if self.perceptual is not None:  # last, so that the other draws are those of a run without
-            crop = self.perceptual.draw(batch, images.shape[-1], generator)
+            crop = self.perceptual.draw(batch, (images.shape[-2], images.shape[-1]), generator)
         return Draws(t, r, noise, omega, t_min, t_max, torch.arange(batch, device="cpu") < dropped, crop)
 
     def __call__(self, model: PixelMeanFlow, images: Tensor, labels: Tensor, draws: Draws) -> Terms:
-        """Loss terms for images [B, C, S, S] in [-1, 1] and labels [B] (int64, 0 .. num_classes - 1).
+        """Loss terms for images [B, C, H, W] in [-1, 1] and labels [B] (int64, 0 .. num_classes - 1).
 
         model may be wrapped by DistributedDataParallel, `fully_shard` and torch.compile, in any order. Ranks
         need not draw alike: where a pass waits for other ranks, even_passes is in force.
@@ -292,7 +292,7 @@ def _direction(v_c: Tensor, t: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def _check(images: Tensor, labels: Tensor, draws: Draws, num_classes: int) -> None:
     if images.ndim != 4 or images.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"objective: images must be float32 [B, C, S, S], got {images.dtype} {list(images.shape)}"
+            f"objective: images must be float32 [B, C, H, W], got {images.dtype} {list(images.shape)}"
         )
     if len(images) == 0:
         raise ValueError("objective: there must be at least one image, got none")

@@ -9,7 +9,7 @@ T_FLOOR = 0.05
 
 
 def interpolate(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """z = (1 - t) x + t e for images x, e [B, C, S, S] and t [B]."""
+    """z = (1 - t) x + t e for images x, e [B, C, H, W] and t [B]."""
     t = over_pixels(t)
     return (1 - t) * x + t * noise
 

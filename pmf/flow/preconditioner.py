@@ -20,7 +20,7 @@ __all__ = [
 class Preconditioner(Protocol):
     """input(z, t) is what the network is shown; output(z, raw, t) is the prediction made of what it returns.
 
-    z and raw are [B, C, S, S], t [B]. The *_tangent methods give the derivative along tangents of all
+    z and raw are [B, C, H, W], t [B]. The *_tangent methods give the derivative along tangents of all
     arguments.
     """
 

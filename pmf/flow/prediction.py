@@ -11,7 +11,7 @@ __all__ = ["Prediction", "UPrediction", "XPrediction", "prediction_of"]
 
 
 class Prediction(Protocol):
-    """Maps an output [B, C, S, S] at (z, t) to a velocity, and a tangent of all three to the velocity's."""
+    """Maps an output [B, C, H, W] at (z, t) to a velocity, and a tangent of all three to the velocity's."""
 
     def velocity(self, z: Tensor, output: Tensor, t: Tensor) -> Tensor: ...
 

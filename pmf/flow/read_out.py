@@ -16,7 +16,7 @@ __all__ = ["read_velocity", "read_velocity_jvp"]
 def read_velocity(
     prediction: Prediction, preconditioner: Preconditioner, z: Tensor, tokens: Tensor, t: Tensor
 ) -> Tensor:
-    """The velocity [B, C, S, S] at (z, t) that a head's tokens [B, N, p p C] stand for, in z's dtype.
+    """The velocity [B, C, H, W] at (z, t) that a head's tokens [B, N, p p C] stand for, in z's dtype.
 
     In general by way of images, which the preconditioner and then the prediction turn into a velocity. The
     paper's choice, an image as the prediction and no preconditioner, is one kernel.

@@ -35,12 +35,12 @@ def sample(
     prediction: Prediction | None = None,
     preconditioner: Preconditioner | None = None,
 ) -> Tensor:
-    """Images [B, C, S, S] of classes labels [B], around [-1, 1], not clipped; float32 (float64 models: so).
+    """Images [B, C, H, W] of classes labels [B], around [-1, 1], not clipped; float32 (float64 models: so).
 
         z <- z - (t - r) u(z, t, r, omega, interval, label), t from 1 to 0 in `steps` equal parts
 
     labels may hold num_classes, the null label. omega (one number or [B]) and interval default to the model's
-    own. noise [B, C, S, S] is e itself, already times noise_scale; without it, it is drawn from generator (on
+    own. noise [B, C, H, W] is e itself, already times noise_scale; without it, it is drawn from generator (on
     the generator's device, the CPU if there is none). prediction and preconditioner are the model's own
     unless it was trained with others. precision is `Sampler`'s, whose conversion this function repeats in
     every call: for many batches make one Sampler.
@@ -113,7 +113,7 @@ class Sampler:
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Images [B, C, S, S]; arguments and result as for `sample`."""
+        """Images [B, C, H, W]; arguments and result as for `sample`."""
         network = unwrap(self.network)
         config, device = network.config, network.position.device
         dtype = torch.float64 if network.position.dtype == torch.float64 else torch.float32
@@ -135,7 +135,7 @@ class Sampler:
         # Looking at numbers on another device would make the host wait for it.
         if omega.device.type == "cpu" and not (omega >= 1).all():
             raise ValueError(f"sample: omega must be at least 1 (1 is no guidance), got {omega.tolist()}")
-        shape = (len(labels), config.channels, config.image_size, config.image_size)
+        shape = (len(labels), *config.image_shape)
         if noise is None:
             noise = torch.randn(shape, generator=generator, dtype=torch.float32, device=home(generator))
             noise = config.noise_scale * noise

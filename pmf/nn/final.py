@@ -14,11 +14,16 @@ __all__ = ["FinalLayer"]
 
 
 class FinalLayer(nn.Module):
-    """RMSNorm, Linear to p p C pixels a token (zero at the start), tokens [B, N, D] -> image [B, C, S, S]."""
+    """RMSNorm, Linear to p p C pixels a token (zero at the start), tokens [B, N, D] -> image [B, C, H, W].
 
-    def __init__(self, hidden_size: int, patch_size: int, channels: int) -> None:
+    grid: rows and columns of tokens; without it they are as many.
+    """
+
+    def __init__(
+        self, hidden_size: int, patch_size: int, channels: int, grid: tuple[int, int] | None = None
+    ) -> None:
         super().__init__()
-        self.patch_size, self.channels = patch_size, channels
+        self.patch_size, self.channels, self.grid = patch_size, channels, grid
         self.norm = RMSNorm(hidden_size)
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * channels)
 
@@ -31,7 +36,7 @@ class FinalLayer(nn.Module):
     def forward(
         self, x: Tensor, x_t: Tensor | None = None, *, as_tokens: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """x [B, N, D] -> image [B, C, S, S], or as_tokens its pixels [B, N, p p C]; x_t [n, N, D] or None."""
+        """x [B, N, D] -> image [B, C, H, W], or as_tokens its pixels [B, N, p p C]; x_t [n, N, D] or None."""
         y, y_t = self.norm(x, x_t)
         y, y_t = tangent.linear(self.linear, y, y_t)
         if as_tokens:
@@ -39,5 +44,5 @@ class FinalLayer(nn.Module):
         return self._to_image(y), None if y_t is None else self._to_image(y_t)
 
     def _to_image(self, tokens: Tensor) -> Tensor:
-        side = math.isqrt(tokens.shape[1]) * self.patch_size
-        return to_images(tokens, self.channels, side, side)
+        rows, columns = self.grid or (math.isqrt(tokens.shape[1]),) * 2
+        return to_images(tokens, self.channels, rows * self.patch_size, columns * self.patch_size)

@@ -9,7 +9,7 @@ __all__ = ["PatchEmbedding"]
 
 
 class PatchEmbedding(nn.Module):
-    """tokens = W_up (W_down patch + b_down) + b_up, behind the prefix, plus position; images [B, C, S, S].
+    """tokens = W_up (W_down patch + b_down) + b_up, behind the prefix, plus position; images [B, C, H, W].
 
     The weights are kept as `pmf.ops.patch_embed` takes them: weight_down [R, C, p, p], weight_up [D, R].
     """
@@ -39,6 +39,6 @@ class PatchEmbedding(nn.Module):
         images_t: Tensor | None = None,
         prefix_t: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """[B, C, S, S] -> [B, P + N, D]; position [1, P + N, D], prefix [B, P, D]; tangents of first n."""
+        """[B, C, H, W] -> [B, P + N, D]; position [1, P + N, D], prefix [B, P, D]; tangents of first n."""
         weights = self.weight_down, self.bias_down, self.weight_up, self.bias_up
         return tangent.patch_embed(images, *weights, position[0], prefix, images_t, prefix_t)

@@ -3,26 +3,30 @@
 import torch
 from torch import Tensor
 
+from pmf.sizes import Size, height_and_width
+
 __all__ = ["rotary_tables"]
 
 
 def rotary_tables(
-    side: int,
+    grid: Size,
     head_dim: int,
     theta: float = 1e4,
     *,
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin [side side, head_dim / 2] of the angle of each pair of elements, tokens row by row.
+    """cos and sin [rows columns, head_dim / 2] of the angle of each pair of elements, tokens row by row.
 
-    With m = head_dim / 4 frequencies f_i = theta^(-i / m), the first m pairs turn by row f_i, the last m by
-    column f_i (Su et al., 2021, applied to each axis of the image).
+    grid: (rows, columns), or one number for both. With m = head_dim / 4 frequencies f_i = theta^(-i / m), the
+    first m pairs turn by row f_i, the last m by column f_i (Su et al., 2021, applied to each axis of the
+    image).
     """
     m = head_dim // 4
     frequency = theta ** (-torch.arange(m, dtype=torch.float64) / m)
-    angle = torch.arange(side, dtype=torch.float64)[:, None] * frequency
-    by_row = angle[:, None].expand(side, side, m)
-    by_column = angle[None].expand(side, side, m)
+    rows, columns = height_and_width(grid)
+    angle = torch.arange(max(rows, columns), dtype=torch.float64)[:, None] * frequency
+    by_row = angle[:rows, None].expand(rows, columns, m)
+    by_column = angle[None, :columns].expand(rows, columns, m)
     angles = torch.cat((by_row, by_column), -1).flatten(0, 1)
     return angles.cos().to(device, dtype), angles.sin().to(device, dtype)

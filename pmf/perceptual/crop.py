@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pmf.defaults import uniform, without_autocast
+from pmf.sizes import Size, height_and_width
 
 __all__ = ["crop_and_resize", "draw_crops", "resampling_matrix"]
 
@@ -24,19 +25,21 @@ ASPECT = (3 / 4, 4 / 3)
 """Least and largest width over height; its logarithm is uniform."""
 
 
-def draw_crops(batch: int, image_size: int, generator: torch.Generator | None = None) -> Tensor:
-    """Boxes (top, left, height, width) in pixels, int64 [batch, 4] on the host, inside a square image.
+def draw_crops(batch: int, image_size: Size, generator: torch.Generator | None = None) -> Tensor:
+    """Boxes (top, left, height, width) in pixels, int64 [batch, 4] on the host, inside the image.
 
-    Sides are rounded and clamped to the image, and nothing is drawn again.
+    image_size: a number for squares, or (height, width). Sides are rounded and clamped to the image, and
+    nothing is drawn again.
     """
+    rows, columns = height_and_width(image_size)
     area, aspect, top, left = uniform(4, batch, generator=generator, dtype=torch.float64)
-    area = (AREA[0] + (AREA[1] - AREA[0]) * area) * image_size**2
+    area = (AREA[0] + (AREA[1] - AREA[0]) * area) * rows * columns
     low, high = math.log(ASPECT[0]), math.log(ASPECT[1])
     aspect = torch.exp(low + (high - low) * aspect)
-    height = (area / aspect).sqrt().round().clamp(1, image_size)
-    width = (area * aspect).sqrt().round().clamp(1, image_size)
-    top = (top * (image_size - height + 1)).floor()
-    left = (left * (image_size - width + 1)).floor()
+    height = (area / aspect).sqrt().round().clamp(1, rows)
+    width = (area * aspect).sqrt().round().clamp(1, columns)
+    top = (top * (rows - height + 1)).floor()
+    left = (left * (columns - width + 1)).floor()
     return torch.stack((top, left, height, width), dim=1).long()
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from pmf.sizes import Size
+
 from .crop import crop_and_resize, draw_crops
 from .networks import find_lite0, load_convnext, load_lpips
 from .weights import WeightFiles
@@ -55,7 +57,7 @@ class CroppedDistances:
         self.networks = [(weight, distance.eval().requires_grad_(False)) for weight, distance in networks]
         self.max_t, self.size = max_t, size
 
-    def draw(self, batch: int, image_size: int, generator: torch.Generator | None) -> Tensor:
+    def draw(self, batch: int, image_size: Size, generator: torch.Generator | None) -> Tensor:
         """Boxes (top, left, height, width), int64 [batch, 4] on the host."""
         return draw_crops(batch, image_size, generator)
 

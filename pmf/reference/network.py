@@ -35,7 +35,7 @@ def network(
     num_heads: int,
     head: str,
 ) -> Tensor:
-    """Image [B, C, S, S] that head "u" or "v" predicts from z [B, C, S, S]; the conditions are [B] each."""
+    """Image [B, C, H, W] that head "u" or "v" predicts from z [B, C, H, W]; the conditions are [B] each."""
     prefix = torch.cat(
         [
             params["condition.class_tokens"]
@@ -53,7 +53,8 @@ def network(
     }
     x = patch_embed(z, **patch, position=params["position"][0], prefix=prefix)
     patch_size = patch["weight_down"].shape[-1]
-    cos, sin = _rotary(z.shape[-1] // patch_size, x.shape[-1] // num_heads, x)
+    grid = z.shape[-2] // patch_size, z.shape[-1] // patch_size  # rows and columns of tokens
+    cos, sin = _rotary(grid, x.shape[-1] // num_heads, x)
     for stack in ("shared_blocks", f"{head}_head"):
         for i in range(_depth(params, stack)):
             x = _block(_below(params, f"{stack}.{i}"), x, cos, sin, num_heads)
@@ -61,8 +62,7 @@ def network(
     final = _below(params, f"{head}_final")
     x = rms_norm(x[:, prefix.shape[1] :], final["norm.weight"])
     x = F.linear(x, final["linear.weight"], final["linear.bias"])
-    side = z.shape[-1] // patch_size
-    x = x.unflatten(-1, (patch_size, patch_size, -1)).unflatten(1, (side, side))  # [B, row, column, p, p, C]
+    x = x.unflatten(-1, (patch_size, patch_size, -1)).unflatten(1, grid)  # [B, row, column, p, p, C]
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
@@ -91,12 +91,13 @@ def _block(w: Params, x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Te
     return x + w["mlp_scale"] * F.linear(y, w["mlp.w2.weight"])
 
 
-def _rotary(side: int, head_dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos, sin [side^2, head_dim / 2]: half of the pairs turn with a token's row, half with its column."""
+def _rotary(grid: tuple[int, int], head_dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos, sin [rows columns, head_dim / 2]: half of the pairs turn with a token's row, half with its
+    column."""
     pairs = head_dim // 4
     frequency = 1e4 ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
-    token = torch.arange(side * side)
-    row, column = token // side, token % side
+    token = torch.arange(grid[0] * grid[1])
+    row, column = token // grid[1], token % grid[1]
     angle = torch.cat((row[:, None] * frequency, column[:, None] * frequency), 1)
     return angle.cos().to(like), angle.sin().to(like)
 

@@ -17,7 +17,7 @@ Distances = Callable[[Tensor, Tensor, Tensor | None], Sequence[tuple[float, Tens
 
 
 class ObjectiveValues(NamedTuple):
-    """loss (to differentiate), plain means of its terms, and images [B, C, S, S]."""
+    """loss (to differentiate), plain means of its terms, and images [B, C, H, W]."""
 
     loss: Tensor
     loss_u: Tensor
@@ -54,7 +54,7 @@ def objective(
     perceptual: Distances | None = None,
     perceptual_max_t: float = 1.0,
 ) -> ObjectiveValues:
-    """Loss terms for images [B, C, S, S], labels [B] and the draws [B]; noise is e, shaped like images.
+    """Loss terms for images [B, C, H, W], labels [B] and the draws [B]; noise is e, shaped like images.
 
     prediction, preconditioner and v_head are the ablations of the same names. perceptual(x_pred, x, crop)
     gives (weight, distances [B]) for each network.

@@ -6,18 +6,31 @@ that a setting is reached by its name alone: ``get_preset("digits", lr=2e-3)``, 
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from pmf.errors import UserError
 from pmf.models import CHECKPOINTING, PRECONDITIONERS, PREDICTIONS
 from pmf.perceptual import CHOICES as PERCEPTUAL
+from pmf.sizes import Size, parse_size
 
 
-def _setting(default: Any, explanation: str, choices: tuple[str, ...] = (), added: bool = False) -> Any:
-    """A setting; `added` to the first version, it may be absent from an older config.json."""
-    return field(default=default, metadata={"help": explanation, "choices": choices, "added": added})
+def _setting(
+    default: Any,
+    explanation: str,
+    choices: tuple[str, ...] = (),
+    added: bool = False,
+    parse: Callable[[str], Any] | None = None,
+) -> Any:
+    """A setting; `added` to the first version, it may be absent from an older config.json.
+
+    parse: reads the word on the command line where its type alone does not.
+    """
+    return field(
+        default=default,
+        metadata={"help": explanation, "choices": choices, "added": added, "parse": parse},
+    )
 
 
 @dataclass(frozen=True)
@@ -40,7 +53,9 @@ class ModelSettings:
     """Model (settings left out are the model preset's)"""
 
     model: str | None = _setting(None, "model preset, for instance pmf-b/16")
-    image_size: int | None = _setting(None, "pixels of the square images")
+    image_size: Size | None = _setting(
+        None, "pixels of the images: a number for squares, or HEIGHTxWIDTH such as 32x64", parse=parse_size
+    )
     patch_size: int | None = _setting(None, "pixels of the square patches")
     channels: int | None = _setting(None, "1 for grey images, 3 for colour")
     hidden_size: int | None = _setting(None, "width of the tokens")
@@ -87,7 +102,9 @@ class ObjectiveSettings:
         added=True,
     )
     guidance: bool = _setting(
-        True, "guided targets; without them omega is 1 in training and in samples", added=True
+        True,
+        "guided targets; without them, and for images of one class, omega is 1 in training and in samples",
+        added=True,
     )
     perceptual: str = _setting(
         "none",

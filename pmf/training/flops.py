@@ -57,7 +57,7 @@ def product_multiply_adds(config: ModelConfig) -> int:
     sizes = _Sizes(config)
     n, d, w = config.num_tokens, config.hidden_size, sizes.mlp_width
     blocks = config.depth * n * (4 * d * d + 3 * d * w + 2 * n * d)
-    pixels, patches = config.channels * config.patch_size**2, config.side**2
+    pixels, patches = config.channels * config.patch_size**2, config.num_image_tokens
     ends = patches * (pixels * sizes.bottleneck + sizes.bottleneck * d + d * pixels)
     return blocks + ends + 4 * (ScalarEmbedder.features * d + d * d)
 
@@ -68,7 +68,7 @@ def paper_multiply_adds(config: ModelConfig) -> float:
     An addition, a multiplication, a division or an exponential is one operation: a norm has 4 an element
     (square, sum, scale, weight), softmax 5 a score (scale, maximum, exponential, sum, quotient).
     """
-    n, d, patches = config.num_tokens, config.hidden_size, config.side**2
+    n, d, patches = config.num_tokens, config.hidden_size, config.num_image_tokens
     block = (
         4 * n * d * _NORM  # before each branch; of queries and keys
         + 2 * patches * d * _ROTATION
@@ -83,9 +83,9 @@ def count_cost(config: ModelConfig, training: TrainConfig) -> Cost:
     """The cost of a model, and of its training with these settings. The perceptual networks are left out."""
     sizes = _Sizes(config)
     model = sizes.model
-    size = (1, config.channels, config.image_size, config.image_size)
     with torch.device("meta"):
-        image, scalar, label = torch.empty(size), torch.empty(1), torch.empty(1, dtype=torch.int64)
+        image, scalar = torch.empty(1, *config.image_shape), torch.empty(1)
+        label = torch.empty(1, dtype=torch.int64)
     condition = Condition(scalar, scalar, scalar, scalar, label)
     tangents = (image, scalar)
 

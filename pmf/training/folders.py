@@ -6,6 +6,7 @@ from typing import Any
 
 from pmf import checkpoint
 from pmf.errors import UserError
+from pmf.sizes import size_in_words
 from pmf.training.config import TrainConfig, flag
 
 
@@ -32,7 +33,8 @@ def resume_config(run: Path, overrides: dict[str, Any]) -> TrainConfig:
     fixed |= {name: getattr(saved.optimizer, name) for name in ("optimizer", "ema", "ema_half_lives")}
     for name, value in fixed.items():
         if name in overrides and overrides[name] != value:
-            trained = f"{flag(name)} {value}" if value is not None else f"its preset's {flag(name)}"
+            shown = size_in_words(value) if name == "image_size" and value is not None else value
+            trained = f"{flag(name)} {shown}" if value is not None else f"its preset's {flag(name)}"
             if isinstance(value, bool):
                 trained = flag(name) if value else flag(f"no_{name}")
             raise UserError(f"{run} was trained with {trained}, which cannot change when resuming")

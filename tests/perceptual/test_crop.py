@@ -28,9 +28,10 @@ def test_boxes_lie_inside_and_have_the_shares_and_aspects_asked_for() -> None:
 
 
 @pytest.mark.parametrize("size", [224, 16, 5])
-def test_a_crop_is_pillow_resizing_of_a_box(size: int) -> None:
-    images = torch.randn(8, 2, 40, 40, generator=torch.Generator().manual_seed(1))
-    boxes = draw_crops(8, 40, torch.Generator().manual_seed(2))
+@pytest.mark.parametrize("shape", [(40, 40), (24, 40)])
+def test_a_crop_is_pillow_resizing_of_a_box(size: int, shape: tuple[int, int]) -> None:
+    images = torch.randn(8, 2, *shape, generator=torch.Generator().manual_seed(1))
+    boxes = draw_crops(8, shape, torch.Generator().manual_seed(2))
     crops = crop_and_resize(images, boxes, size)
     assert crops.shape == (8, 2, size, size) and crops.dtype == torch.float32
     for image, (top, left, height, width), crop in zip(images, boxes.tolist(), crops, strict=True):

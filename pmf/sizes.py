@@ -1,0 +1,41 @@
+"""Sizes of images: one number for squares, (height, width) for all others, HEIGHTxWIDTH in words."""
+
+import operator
+import re
+from collections.abc import Sequence
+from typing import SupportsIndex
+
+__all__ = ["Size", "height_and_width", "normal_size", "parse_size", "size_in_words"]
+
+Size = int | tuple[int, int]
+
+
+def height_and_width(size: SupportsIndex | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of a size; ValueError where it is neither one number of at least 1 nor two."""
+    try:
+        numbers = (size, size) if isinstance(size, SupportsIndex) else tuple(size)
+        height, width = (operator.index(number) for number in numbers)
+    except (TypeError, ValueError):
+        height = width = 0
+    if isinstance(size, bool) or min(height, width) < 1:
+        raise ValueError(f"must be a number of at least 1 or two of them (height, width), got {size!r}")
+    return height, width
+
+
+def normal_size(size: SupportsIndex | Sequence[int]) -> Size:
+    """The one way to write a size: a square's as a number, so that equal sizes compare equal."""
+    height, width = height_and_width(size)
+    return height if height == width else (height, width)
+
+
+def parse_size(text: str) -> Size:
+    """``32`` or ``32x64``, height before width; ValueError for anything else."""
+    match = re.fullmatch(r"(\d{1,9})(?:[xX](\d{1,9}))?", text.strip())
+    if match is None:
+        raise ValueError(f"must be a number or HEIGHTxWIDTH such as 32x64, got {text!r}")
+    return normal_size((int(match[1]), int(match[2] or match[1])))
+
+
+def size_in_words(size: SupportsIndex | Sequence[int]) -> str:
+    """``32x64``."""
+    return "{}x{}".format(*height_and_width(size))
