@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pmf import _library
 from pmf.cli import ablate, bench, convert, env, evaluate, flops, sample, toy, train
 from pmf.cli.arguments import Parser
+from pmf.cli.notes import notes_on_stderr
 from pmf.errors import UserError
 
 _NEED_KERNELS = ("train", "sample", "evaluate", "ablate", "flops", "bench")
@@ -32,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for module in (train, sample, evaluate, ablate, convert, flops, toy, bench, env):
             module.add_parser(commands)
         arguments = parser.parse_args(words)
-        return int(arguments.run(arguments))
+        with notes_on_stderr():
+            return int(arguments.run(arguments))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from pmf import checkpoint
 from pmf.atomic import write_file
-from pmf.cli.arguments import Commands
+from pmf.cli.arguments import Commands, word_by
 from pmf.cli.sample import choose_classes
 from pmf.devices import find_device
 from pmf.errors import UserError
@@ -35,6 +35,7 @@ from pmf.evaluation import (
 from pmf.flow.sampler import PRECISIONS, Sampler
 from pmf.metrics import frechet_of_moments
 from pmf.ranks import Ranks, joined_ranks
+from pmf.sizes import parse_size
 
 _DESCRIPTION = """Compare images by the Frechet distance of their features, FID if these are Inception's.
 
@@ -83,7 +84,10 @@ def add_parser(commands: Commands) -> None:
     )
     features.add_argument("--weights", type=Path, metavar="FILE", help="weights of the features' network")
     features.add_argument(
-        "--image-size", type=int, metavar="N", help="cut the centre squares of image files to N pixels"
+        "--image-size",
+        type=word_by(parse_size),
+        metavar="SIZE",
+        help="cut the centres of image files to so many pixels: a number for squares, or HEIGHTxWIDTH",
     )
     features.add_argument(
         "--channels", type=int, choices=(1, 3), help="read the files of --images as grey (1) or colour (3)"
@@ -145,9 +149,13 @@ def _prepare(arguments: argparse.Namespace, ranks: Ranks) -> _Task:
     device = find_device(ranks.device(arguments.device))
     batch_size = arguments.batch_size or (_BATCH_ON_CPU if device.type == "cpu" else _BATCH_ELSEWHERE)
     source = _open_source(arguments, device)
-    channels, side, _ = source.shape
+    channels, *size = source.shape
     space = open_space(
-        arguments.features, channels=channels, side=side, device=device, weights=arguments.weights
+        arguments.features,
+        channels=channels,
+        size=(size[0], size[1]),
+        device=device,
+        weights=arguments.weights,
     )
     return _Task(source, space, *_find_reference(arguments, space, source), batch_size)
 
@@ -189,7 +197,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--make-stats must end in .npz, got {arguments.make_stats}")
     if arguments.make_stats is not None and arguments.make_stats.exists():
         raise UserError(f"{arguments.make_stats} exists: choose another name")
-    for name in ("steps", "batch_size", "image_size"):
+    for name in ("steps", "batch_size"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
@@ -248,7 +256,7 @@ def _find_reference(
         statistics = read_statistics(Path(arguments.reference), space)
         if statistics is not None:
             return statistics, None
-    images = open_images(arguments.reference, channels=source.shape[0], size=source.shape[1])
+    images = open_images(arguments.reference, channels=source.shape[0], size=source.shape[1:])
     if len(images) < 2:
         raise UserError(f"{arguments.reference} holds one image: a distance needs two or more")
     return None, _few(images) if arguments.quick else images

@@ -25,9 +25,12 @@ folder holds config.json, log.jsonl, loss.png, samples/*.png, samples.png and ch
 
 Images: a folder with one subfolder per class; or with labels.csv, whose first row is file,label and every
 other row an image and its class; or with dataset.json as the StyleGAN and EDM tools write it; or a folder
-of WebDataset shards (.tar with <key>.jpg|png|webp and <key>.cls), or of parquet files as Hugging Face writes
-them (pip install pyarrow). Images are cropped to their centre square and never mirrored. Ctrl-C ends the
-step, saves a checkpoint and stops. A run goes on with any number of ranks.
+of WebDataset shards (.tar with <key>.jpg|png|... and <key>.cls), or of parquet files as Hugging Face writes
+them (pip install pyarrow). Images without classes, such as a folder of nothing but images, train
+unconditionally. Of parts beside each other (train, val, test) the first is read. All that Pillow opens is
+taken, links are followed, and a note says what was left out. Images are cropped to their centre, turned as
+EXIF says and never mirrored. Ctrl-C ends the step, saves a checkpoint and stops. A run goes on with any
+number of ranks.
 """
 
 
@@ -78,8 +81,13 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> int:
     millions = sum(weight.numel() for weight in trainer.weights().values()) / 1e6
     told = print if ranks.first else _say_nothing
     told(
-        f"{out}: {millions:.1f} M parameters, {len(trainer.dataset)} images in "
-        f"{len(trainer.dataset.class_names)} classes, {trainer.config.run.precision} on {trainer.device}"
+        f"{out}: {millions:.1f} M parameters, {len(trainer.dataset)} images "
+        + (
+            f"in {classes} classes"
+            if (classes := len(trainer.dataset.class_names)) > 1
+            else "without classes"
+        )
+        + f", {trainer.config.run.precision} on {trainer.device}"
         + (f", {ranks.size} ranks by {config.run.parallel}" if ranks.size > 1 else "")
         + (", compiling in the first steps" if trainer.config.run.compile else ""),
         flush=True,

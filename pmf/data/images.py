@@ -6,12 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from pmf.atomic import write_file
 from pmf.data.shards import Stored
 from pmf.errors import UserError
+from pmf.sizes import Size, height_and_width, size_in_words
 
+Encoded = str | Path | Stored
+"""Where one encoded image is: a file, or a part of a larger one."""
+
+_ORIENTATION, _LYING = ExifTags.Base.Orientation, (5, 6, 7, 8)  # the last four exchange rows and columns
+_NO_PICTURE = ("F", "LAB")  # Pillow makes no grey or colour image of these
+_16_BITS_IN_32 = ("PNG", "PPM")  # formats whose 16-bit levels Pillow may return as 32-bit ones
 _MODES = {1: "L", 3: "RGB"}  # Pillow's name for an 8-bit image of 1 or 3 channels
 _GRID_PIXELS = 512  # a grid narrower than this is enlarged, so that 8x8 images can be seen
 _GRID_GAP = 1  # pixels between two images of a grid, before enlargement
@@ -29,60 +36,97 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return (255 * unit).round().to(torch.uint8)
 
 
-def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """The centre square of an image at ``size`` pixels, as ADM (Dhariwal, Nichol 2021) crops ImageNet.
+def centre_crop(image: Image.Image, size: Size) -> Image.Image:
+    """The centre of an image at ``size`` pixels, as ADM (Dhariwal, Nichol 2021) crops ImageNet.
 
-    Halve by box filter while the short side is at least twice ``size``, bicubic to ``size``, then crop.
+    Halve by box filter while both sides are at least twice as long as asked for, bicubic until the image just
+    covers ``size``, then crop. size: a number for squares, or (height, width).
     """
-    while min(image.size) >= 2 * size:
+    height, width = height_and_width(size)
+    while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
+    scale = max(width / image.width, height / image.height)
     sides = round(image.width * scale), round(image.height * scale)
     image = image.resize(sides, Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
-def check_image(path: Path | Stored, size: int) -> None:
+def check_image(path: Encoded, size: Size) -> None:
     """Read the header only: UserError where ``path`` is no image, or smaller than ``size`` pixels."""
-    with _open(path, size):
-        pass
+    with open_image(path) as image:
+        _check_size(path, image, size)
 
 
-def read_image(path: Path | Stored, size: int, channels: int) -> torch.Tensor:
-    """One image file as uint8 [channels, size, size]: centre crop, transparency laid over white.
+def image_size(path: Encoded) -> tuple[int, int]:
+    """(height, width) of an image as it is seen, from its header; UserError where it is none."""
+    with open_image(path) as image:
+        return _seen_size(image)
 
-    Raises UserError where the file is no image, is cut off, is too small, or has 16-bit or float pixels.
+
+def read_image(path: Encoded, size: Size, channels: int) -> torch.Tensor:
+    """One image as it is seen, uint8 [channels, height, width]: centre crop, transparency laid over white.
+
+    Turned as its EXIF orientation says; of an animation the first picture; 16-bit grey levels are divided by
+    257. Raises UserError where the file is no image, is cut off, is too small, or has no levels from black to
+    white (32-bit and float pixels).
     """
-    with _open(path, size) as image:
-        if image.mode[0] in "IF":
-            raise UserError(f"{path} has {image.mode} pixels (16-bit or float): convert it to an 8-bit image")
+    height, width = height_and_width(size)
+    with open_image(path) as image:
+        _check_size(path, image, size)
         try:
             image.load()
-            if image.has_transparency_data:
-                colour = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), colour)
-            pixels = np.asarray(centre_crop(image.convert(_MODES[channels]), size))
-        except (OSError, SyntaxError, ValueError) as error:
+            seen: Image.Image | None = ImageOps.exif_transpose(image)
+            if seen is not None and seen.mode.startswith("I"):
+                seen = _from_16_bits(seen, image.format)
+            if seen is None or seen.mode in _NO_PICTURE:
+                raise UserError(
+                    f"{path} has {image.mode} pixels: convert it to an 8-bit grey or colour image"
+                )
+            if seen.has_transparency_data:
+                colour = seen.convert("RGBA")
+                seen = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), colour)
+            pixels = np.asarray(centre_crop(seen.convert(_MODES[channels]), size))
+        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
             raise UserError(f"{path} is cut off or damaged ({error}): replace or remove it") from error
-    return torch.from_numpy(pixels.copy()).reshape(size, size, channels).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(pixels.copy()).reshape(height, width, channels).permute(2, 0, 1).contiguous()
 
 
-def _open(path: Path | Stored, size: int) -> Image.Image:
+def _from_16_bits(image: Image.Image, kind: str | None) -> Image.Image | None:
+    """16-bit grey levels as 8-bit ones; None where pixels have 32 bits, and so no largest level."""
+    if image.mode == "I" and kind not in _16_BITS_IN_32:
+        return None
+    levels = np.asarray(image).astype(np.uint32)
+    return Image.fromarray(((levels + 128) // 257).astype(np.uint8))
+
+
+def _check_size(path: Encoded, image: Image.Image, size: Size) -> None:
+    height, width = height_and_width(size)
+    if min(image.size) >= max(height, width):  # whichever way it is turned
+        return
+    found = _seen_size(image)
+    if found[0] < height or found[1] < width:
+        raise UserError(
+            f"{path} is {size_in_words(found)} pixels, smaller than the {height}x{width} (height x width) "
+            "asked for: remove it, or give a smaller --image-size"
+        )
+
+
+def _seen_size(image: Image.Image) -> tuple[int, int]:
+    """(height, width) after the turn that EXIF asks for."""
+    lies = image.getexif().get(_ORIENTATION, 1) in _LYING if image.width != image.height else False
+    return image.size if lies else (image.height, image.width)
+
+
+def open_image(path: Encoded) -> Image.Image:
+    """Pillow's image of a file, its header read; UserError where there is none."""
     try:
-        image = Image.open(path if isinstance(path, Path) else io.BytesIO(path.read()))
+        return Image.open(io.BytesIO(path.read()) if isinstance(path, Stored) else path)
     except UnidentifiedImageError as error:
         raise UserError(f"{path} is not an image that Pillow can read: remove it from the folder") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path} cannot be read as an image ({reason}): replace or remove it") from error
-    if min(image.size) < size:
-        image.close()
-        raise UserError(
-            f"{path} is {image.width}x{image.height} pixels, smaller than the {size}x{size} asked for: "
-            "remove it, or train with a smaller --image-size"
-        )
-    return image
 
 
 def save_png(image: torch.Tensor, path: Path) -> None:

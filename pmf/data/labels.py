@@ -1,66 +1,129 @@
-"""Which image has which class: four layouts of a folder.
+"""Which image has which class: the layouts of a folder.
 
 1. A subfolder per class: ``folder/<class>/**/<image>``; the classes are numbered by their sorted names.
 2. ``folder/labels.csv``: a first row ``file,label``, then one row an image; ``file`` is relative to the
    folder, ``label`` is any word.
-3. ``folder/dataset.json``: ``{"labels": [["<file>", <integer>], ...]}``, as the StyleGAN and EDM tools do.
+3. ``folder/dataset.json``: ``{"labels": [["<file>", <integer>], ...]}``, as the StyleGAN and EDM tools do;
+   with null in place of the list the images have no classes.
 4. An unpacked emoji package, whose ``emoji.json`` names the categories (pmf/data/emoji.py).
+5. Images alone, or in one subfolder: they have no classes.
 
 Labels that are all integers are numbered in numerical order, others in the order of their sorted names.
-Files and folders whose name starts with a dot are ignored; all else in a class folder has to be an image.
+Parts such as ``train`` and ``val`` beside each other, above the classes or below every one of them, are no
+classes (pmf/data/splits.py): the first part is read.
 """
 
 import csv
 import json
+import logging
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pmf.data.emoji import emoji_by_category, is_emoji_package
+from pmf.data.splits import TRAINING, choose_split, split_of_folder
+from pmf.data.walk import LeftOut
 from pmf.errors import UserError
+
+__all__ = ["UNLABELLED", "LabelledFiles", "images_by_folder", "listed_images", "number_labels"]
+
+_log = logging.getLogger(__name__)
+
+UNLABELLED = "0"
+"""The name of the one class of images that have none."""
 
 
 @dataclass(frozen=True)
 class LabelledFiles:
     """Image files, the class index of each, and the name of every class."""
 
-    paths: list[Path]
+    paths: list[str]
     labels: list[int]
     class_names: list[str]
 
 
-def list_images(root: Path) -> LabelledFiles:
-    """Find the images of a folder and their classes; UserError where the layout or the labels are broken."""
-    if not root.is_dir():
-        raise UserError(f"--data {root} is not a folder: give 'digits' or a folder of images")
-    if (root / "labels.csv").is_file():
-        source, pairs = root / "labels.csv", _read_csv(root / "labels.csv")
-    elif (root / "dataset.json").is_file():
-        source, pairs = root / "dataset.json", _read_json(root / "dataset.json")
-    elif is_emoji_package(root):
-        source, pairs = root / "emoji.json", _read_emoji(root)
-    else:
-        source, pairs = root, _walk_subfolders(root)
-    return _number_classes(source, root, pairs)
+def listed_images(root: Path) -> LabelledFiles | None:
+    """The images that a file in the folder lists with their labels; None where no file does.
+
+    Raises UserError where that file is broken, or names what is not there.
+    """
+    readers: list[tuple[str, Callable[[Path], list[tuple[str, str]] | None]]] = [
+        ("labels.csv", _read_csv),
+        ("dataset.json", _read_json),
+    ]
+    if is_emoji_package(root):
+        readers.append(("emoji.json", _read_emoji))
+    for name, read in readers:
+        if (root / name).is_file():
+            pairs = read(root / name)
+            return None if pairs is None else _check_listed(root / name, root, pairs)
+    return None
 
 
-def _walk_subfolders(root: Path) -> list[tuple[str, str]]:
-    visible = sorted(path for path in root.iterdir() if not path.name.startswith("."))
-    folders = [path for path in visible if path.is_dir()]
-    if not visible:
-        raise UserError(f"the image folder {root} is empty: put one subfolder of images per class into it")
-    if not folders:
-        raise UserError(
-            f"{root} has files but neither a subfolder per class nor a labels.csv: move the images into one "
-            "subfolder per class, or write labels.csv with the columns file,label"
-        )
-    pairs = []
-    for folder in folders:
-        files = [path.relative_to(root) for path in sorted(folder.rglob("*")) if not path.is_dir()]
-        files = [path for path in files if not any(part.startswith(".") for part in path.parts)]
-        if not files:
-            raise UserError(f"the class folder {folder} is empty: put images into it or remove it")
-        pairs += [(str(path), folder.name) for path in files]
-    return pairs
+def images_by_folder(root: Path, images: Sequence[str], left_out: LeftOut) -> LabelledFiles:
+    """Classes by the first folder of every path; `images` are relative to root and not none."""
+    folders = sorted({path.partition("/")[0] for path in images if "/" in path})
+    loose = [path for path in images if "/" not in path]
+    if folders and all(map(split_of_folder, folders)):
+        return _first_part(root, folders, images, left_out)
+    if len(folders) < 2 or (root / "dataset.json").is_file():  # whose labels are null
+        names = folders if len(folders) == 1 and not loose else [UNLABELLED]
+        if len(deeper := {path.split("/")[1] for path in images if path.count("/") > 1}) > 1:
+            _log.warning(
+                "%s has one class folder, %s: for a class per folder in it (%s, ...) give --data %s",
+                *(root, folders[0], min(deeper), root / folders[0]),
+            )
+        return LabelledFiles([f"{root}/{path}" for path in images], [0] * len(images), names)
+    if loose:
+        left_out.add("beside the class folders", loose[0], len(loose))
+    known = set(folders)
+    for name in sorted(os.listdir(root)):
+        if name not in known and (root / name).is_dir() and not name.startswith("."):
+            left_out.add("folders without images", name)
+    images = _first_part_of_classes([path for path in images if "/" in path], left_out)
+    folders = sorted({path.partition("/")[0] for path in images})
+    index = {name: number for number, name in enumerate(folders)}
+    labels = [index[path.partition("/")[0]] for path in images]
+    return LabelledFiles([f"{root}/{path}" for path in images], labels, folders)
+
+
+def _first_part(root: Path, folders: list[str], images: Sequence[str], left_out: LeftOut) -> LabelledFiles:
+    """The images of the first of the parts that lie side by side, as of a folder of their own."""
+    part, chosen, others = choose_split(folders, split_of_folder)
+    loose = [path for path in images if "/" not in path]
+    if loose and part != TRAINING:  # what lies beside a test folder alone is for training
+        left_out.add(f"of other parts than {TRAINING}", folders[0], len(images) - len(loose))
+        return LabelledFiles([f"{root}/{path}" for path in loose], [0] * len(loose), [UNLABELLED])
+    for name in others:
+        count = sum(path.startswith(f"{name}/") for path in images)
+        left_out.add(f"of other parts than {part}", name, count)
+    if loose:
+        left_out.add(f"beside the folder {chosen[0]}", loose[0], len(loose))
+    if len(chosen) > 1:
+        raise UserError(f"{root} has several {part} folders ({', '.join(chosen)}): give one of them")
+    below = root / chosen[0]
+    if (listed := listed_images(below)) is not None:
+        return listed
+    begin = len(chosen[0]) + 1
+    return images_by_folder(
+        below, [path[begin:] for path in images if path.startswith(f"{chosen[0]}/")], left_out
+    )
+
+
+def _first_part_of_classes(images: list[str], left_out: LeftOut) -> list[str]:
+    """``cat/train/1.png``, ``cat/test/2.png``: the first part, where all classes are cut into parts alike."""
+
+    def part_of(path: str) -> str | None:
+        folders = path.split("/")[1:-1]
+        return split_of_folder(folders[0]) if folders else None
+
+    parts = {part_of(path) for path in images}
+    if None in parts or len(parts) < 2:
+        return images
+    part, chosen, others = choose_split(images, part_of)
+    left_out.add(f"of other parts than {part}", others[0], len(others))
+    return chosen
 
 
 def _read_csv(source: Path) -> list[tuple[str, str]]:
@@ -81,14 +144,17 @@ def _read_csv(source: Path) -> list[tuple[str, str]]:
     return pairs
 
 
-def _read_json(source: Path) -> list[tuple[str, str]]:
+def _read_json(source: Path) -> list[tuple[str, str]] | None:
+    """The pairs of the file, or None where it says that there are no labels."""
     try:
         content = json.loads(source.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{source} cannot be read as JSON ({error})") from error
+    if isinstance(content, dict) and content.get("labels", ()) is None:
+        return None
     entries = content.get("labels") if isinstance(content, dict) else None
     if not isinstance(entries, list):
-        raise UserError(f'{source} must hold {{"labels": [["file", integer], ...]}}')
+        raise UserError(f'{source} must hold {{"labels": [["file", integer], ...]}}, or null for no labels')
     pairs = []
     for number, entry in enumerate(entries):
         pair = entry if isinstance(entry, list) and len(entry) == 2 else [None, None]
@@ -99,32 +165,34 @@ def _read_json(source: Path) -> list[tuple[str, str]]:
     return pairs
 
 
-def _read_emoji(root: Path) -> list[tuple[str, str]]:
+def _read_emoji(source: Path) -> list[tuple[str, str]]:
     try:
-        return emoji_by_category(root)
+        return emoji_by_category(source.parent)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{root / 'emoji.json'} is damaged ({error}): unpack the emoji package again"
-        ) from error
+        raise UserError(f"{source} is damaged ({error}): unpack the emoji package again") from error
 
 
-def _number_classes(source: Path, root: Path, pairs: list[tuple[str, str]]) -> LabelledFiles:
+def _check_listed(source: Path, root: Path, pairs: list[tuple[str, str]]) -> LabelledFiles:
     if not pairs:
         raise UserError(f"{source} names no image")
-    pairs = [(str(Path(file)), label) for file, label in pairs]  # ./a.png and a.png are one file
+    pairs = [(os.path.normpath(file), label) for file, label in pairs]  # ./a.png and a.png are one file
     seen: set[str] = set()
     for file, _ in pairs:
-        if Path(file).is_absolute() or ".." in Path(file).parts:
+        if os.path.isabs(file) or file.split("/")[0] == "..":
             raise UserError(f"{source} names {file!r}, outside {root}: use paths relative to the folder")
         if file in seen:
             raise UserError(f"{source} names {file!r} twice: keep one of the two rows")
-        if source.is_file() and not (root / file).is_file():
+        if not os.path.isfile(f"{root}/{file}"):
             raise UserError(f"{source} names {file!r}, which does not exist in {root}")
         seen.add(file)
-    found = {label for _, label in pairs}
-    numbers = {int(label) for label in found if label.removeprefix("-").isdecimal()}
+    labels, names = number_labels([label for _, label in pairs])
+    return LabelledFiles([f"{root}/{file}" for file, _ in pairs], labels, names)
+
+
+def number_labels(words: Sequence[str]) -> tuple[list[int], list[str]]:
+    """The class index of every word, and the classes' names: in numerical order if all are integers."""
+    found = set(words)
+    numbers = {int(word) for word in found if word.removeprefix("-").isdecimal()}
     names = [str(n) for n in sorted(numbers)] if {str(n) for n in numbers} == found else sorted(found)
-    if len(names) == 1:
-        raise UserError(f"{root} has one class only ({names[0]!r}): training needs images of two or more")
     index = {name: position for position, name in enumerate(names)}
-    return LabelledFiles([root / file for file, _ in pairs], [index[label] for _, label in pairs], names)
+    return [index[word] for word in words], names

@@ -1,4 +1,4 @@
-"""Parquet files as Hugging Face keeps image data sets: a column of encoded images, a column of class numbers.
+"""Parquet files as Hugging Face keeps image data sets: a column of encoded images, mostly one of labels.
 
 Parquet is compressed by row groups, so that one image costs a whole group. The encoded images are therefore
 copied once into one plain file in the user's cache folder, from which any image is read by its offset.
@@ -7,7 +7,6 @@ copied once into one plain file in the user's cache folder, from which any image
 import hashlib
 import json
 import os
-import re
 import tempfile
 from itertools import pairwise
 from pathlib import Path
@@ -16,23 +15,21 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from pmf.data.labels import number_labels
 from pmf.data.shards import Stored
 from pmf.errors import UserError
 
 _LABELS = ("label", "labels", "fine_label", "class")  # the first of them that is there
+_NO_LABEL = -1  # Hugging Face's, in test parts
+_VERSION = 2  # of what is kept in the cache
 
 
-def find_tables(source: str) -> list[Path]:
-    """The parquet files of a folder, or of its part ``train``: those below or called so, if there are any."""
-    folder = Path(source)
-    tables = sorted(folder.rglob("*.parquet")) if folder.is_dir() else []
-    return [table for table in tables if _is_for_training(table.relative_to(folder))] or tables
+def index_tables(tables: list[Path]) -> tuple[list[Stored], list[int] | None, list[str] | None]:
+    """Every image of the tables in their order, its label, and the classes' names where they are known.
 
-
-def index_tables(tables: list[Path]) -> tuple[list[Stored], list[int], list[str] | None]:
-    """Every image of the tables in their order, its label, and the classes' names where they are noted.
-
-    Raises UserError where pyarrow is not installed, or a file is damaged or of another form.
+    Labels are class numbers, or words, which are numbered in their sorted order; None where there is no
+    column of them, or nothing but null or -1 in it. Raises UserError where pyarrow is not installed, a file
+    is damaged or of another form, or the cache cannot be written.
     """
     try:
         import pyarrow.parquet as parquet
@@ -41,79 +38,112 @@ def index_tables(tables: list[Path]) -> tuple[list[Stored], list[int], list[str]
             f"{tables[0]} is a parquet file, and reading it needs pyarrow: pip install pyarrow"
         ) from error
     facts = [(str(table.resolve()), table.stat().st_size, table.stat().st_mtime_ns) for table in tables]
-    name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    name = hashlib.sha256(json.dumps([_VERSION, facts]).encode()).hexdigest()[:16]
     pixels = _cache_folder() / f"{name}.images"
     index = pixels.with_suffix(".npz")
-    names = _class_names(parquet, tables[0])
+    noted = _class_names(parquet, tables[0])
     if not (pixels.is_file() and index.is_file()):
-        _unpack(parquet, tables, pixels, index)
+        try:
+            _unpack(parquet, tables, pixels, index)
+        except OSError as error:
+            raise UserError(
+                f"cannot unpack {tables[0].parent} to {pixels.parent} ({error.strerror or error}): set "
+                "XDG_CACHE_HOME to a folder with room that can be written"
+            ) from error
     try:
-        with index.open("rb") as file, np.load(file) as saved:
-            ends, labels = saved["ends"].tolist(), saved["labels"].tolist()
+        with index.open("rb") as file, np.load(file, allow_pickle=False) as saved:
+            ends, labels, words = (saved[part].tolist() for part in ("ends", "labels", "words"))
     except (OSError, ValueError, KeyError, BadZipFile) as error:
         raise UserError(f"{index}, unpacked from {tables[0].parent}, is damaged: remove it") from error
     images = [
         Stored(pixels, begin, end - begin, f"image {row} of {tables[0].parent}")
         for row, (begin, end) in enumerate(pairwise([0, *ends]))
     ]
-    return images, labels, names
-
-
-def _is_for_training(table: Path) -> bool:
-    """Hugging Face's names: ``train-00000-of-00004.parquet`` beside ``test-...``, ``train/0000.parquet``."""
-    return any(re.match(r"train(?![a-z])", part) for part in table.parts)
+    return images, labels if len(labels) == len(images) else None, words or noted
 
 
 def _unpack(parquet: Any, tables: list[Path], pixels: Path, index: Path) -> None:
     """Write both files under other names and rename them when complete: several ranks may do this at once."""
     pixels.parent.mkdir(parents=True, exist_ok=True)
     ends: list[int] = []
-    labels: list[int] = []
+    values: list[Any] = []
     end = 0
     with tempfile.TemporaryDirectory(dir=pixels.parent) as folder:
         with (Path(folder) / pixels.name).open("wb") as out:
             for table in tables:
-                for images, numbers in _row_groups(parquet, table):
-                    for content, number in zip(images, numbers, strict=True):
-                        if not content or type(number) is not int or number < 0:
-                            raise UserError(
-                                f"row {len(ends)} of {table} must hold an image's bytes and a class number, "
-                                "0 or more: remove it"
-                            )
+                row = 0
+                for images, labels in _row_groups(parquet, table):
+                    for content, value in zip(images, labels, strict=True):
+                        if not content:
+                            raise UserError(f"row {row} of {table} must hold an image's bytes: remove it")
                         end += out.write(content)
                         ends.append(end)
-                        labels.append(number)
-        np.savez(Path(folder) / index.name, ends=np.array(ends), labels=np.array(labels))
+                        values.append(_label(value, row, table))
+                        row += 1
+        numbers, words = _number(values, tables[0].parent)
+        np.savez(
+            Path(folder) / index.name, ends=np.array(ends), labels=np.array(numbers), words=np.array(words)
+        )
         os.replace(Path(folder) / pixels.name, pixels)
         os.replace(Path(folder) / index.name, index)
 
 
+def _label(value: Any, row: int, table: Path) -> int | str | None:
+    """One entry of a column of labels: a class number, a word, or None for null and -1."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if value is None or value == _NO_LABEL:
+        return None
+    if isinstance(value, str) or (isinstance(value, int) and value >= 0):
+        return int(value) if isinstance(value, bool) else value
+    raise UserError(f"row {row} of {table} must hold a class number, 0 or more, or a word, got {value!r}")
+
+
+def _number(values: list[int | str | None], folder: Path) -> tuple[list[int], list[str]]:
+    """Class numbers, and the names of classes that are words; neither where nothing has a label."""
+    kinds = {type(value) for value in values}
+    if kinds <= {type(None)}:
+        return [], []
+    if len(kinds) > 1:
+        place = next(i for i, value in enumerate(values) if type(value) is not type(values[0]))
+        raise UserError(
+            f"{folder} has labels of two kinds: {values[0]!r} for its first image and {values[place]!r} for "
+            f"image {place}: remove the rows of one kind"
+        )
+    if kinds == {str}:
+        return number_labels([str(value) for value in values])
+    return [int(value) for value in values if value is not None], []
+
+
 def _row_groups(parquet: Any, table: Path) -> Any:
-    """(images' bytes, class numbers) of each row group."""
+    """(images' bytes, labels) of each row group; labels of a table without them are None."""
     try:
         with parquet.ParquetFile(table) as file:
             image, label = _columns(file.schema_arrow, table)
             for group in range(file.num_row_groups):
-                rows = file.read_row_group(group, columns=[image, label])
-                images = rows.column(image).combine_chunks().field("bytes").to_pylist()
-                yield images, rows.column(label).to_pylist()
+                rows = file.read_row_group(group, columns=[image] if label is None else [image, label])
+                pictures = rows.column(image).combine_chunks()
+                pictures = pictures.field("bytes") if pictures.type.num_fields else pictures
+                labels = [None] * len(pictures) if label is None else rows.column(label).to_pylist()
+                yield pictures.to_pylist(), labels
     except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{table} is cut off or no parquet file ({reason}): download it again") from error
 
 
-def _columns(schema: Any, table: Path) -> tuple[str, str]:
-    """The column of images, a struct with bytes, and that of labels."""
-    images = [
+def _columns(schema: Any, table: Path) -> tuple[str, str | None]:
+    """The column of images, a struct with bytes or the bytes themselves, and that of labels, if any."""
+    structs = [
         field.name for field in schema if field.type.num_fields and field.type.get_field_index("bytes") >= 0
     ]
+    plain = [field.name for field in schema if str(field.type) in ("binary", "large_binary")]
     labels = [name for name in _LABELS if schema.get_field_index(name) >= 0]
-    if not images or not labels:
+    if not structs and len(plain) != 1:
         raise UserError(
-            f"{table} must have a column of images (a struct with bytes, as Hugging Face writes it) and one "
-            f"called {', '.join(_LABELS[:-1])} or {_LABELS[-1]}, got {', '.join(schema.names)}"
+            f"{table} must have a column of images (a struct with bytes, as Hugging Face writes it, or one "
+            f"column of bytes), got {', '.join(schema.names)}"
         )
-    return images[0], labels[0]
+    return (structs or plain)[0], labels[0] if labels else None
 
 
 def _class_names(parquet: Any, table: Path) -> list[str] | None:
@@ -132,4 +162,10 @@ def _class_names(parquet: Any, table: Path) -> list[str] | None:
 
 
 def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pixelmeanflow"
+    """Where unpacked images are kept; UserError where the user has no home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pixelmeanflow"
+    except RuntimeError as error:
+        raise UserError(
+            "parquet files are unpacked into a cache, but this user has no home folder: set XDG_CACHE_HOME"
+        ) from error

@@ -1,4 +1,6 @@
-"""WebDataset shards: uncompressed tar files in which ``<key>.jpg`` (png, webp) stands beside ``<key>.cls``.
+"""WebDataset shards: uncompressed tar files of images, ``<key>.jpg`` beside its class number ``<key>.cls``.
+
+Without any ``.cls`` the images have no classes. Keys may hold dots.
 
 The shards are indexed once, header by header; an image is then read by its offset. So shuffling is a true
 permutation of all images, and resuming is exact, as with a folder. (The package webdataset streams shards and
@@ -7,14 +9,15 @@ shuffles within a buffer, whose state a checkpoint would have to hold.)
 
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 
+from pmf.data.walk import LeftOut, image_endings, is_hidden
 from pmf.errors import UserError
 
-_IMAGES = (".jpg", ".jpeg", ".png", ".webp")
+_LOOKED_AT = 200  # members of an archive that show whether it is a shard
 _LABEL = ".cls"
 _BLOCK = 512  # a tar file ends with blocks of zeros
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -45,15 +48,11 @@ class Stored:
         return content
 
 
-def find_shards(source: str) -> list[Path]:
-    """The tar files that ``--data`` names: a folder of them, one, or a pattern ``{000000..000063}``.
+def named_shards(source: str) -> list[Path]:
+    """The tar files that a name, or a pattern such as ``{000000..000063}.tar``, stands for.
 
-    An empty list where it names none; UserError where one of the pattern is missing.
+    UserError where one of the pattern is missing.
     """
-    if Path(source).is_dir():
-        return sorted(Path(source).glob("*.tar"))
-    if not source.endswith(".tar"):
-        return []
     shards = [Path(name) for name in _expand(source)]
     for shard in shards:
         if not shard.is_file():
@@ -75,36 +74,60 @@ def _expand(pattern: str) -> list[str]:
     ]
 
 
-def index_shards(shards: Sequence[Path]) -> tuple[list[Stored], list[int]]:
-    """Every image of the shards in their order, and its label; UserError for a damaged shard."""
+def index_shards(shards: Sequence[Path], left_out: LeftOut) -> tuple[list[Stored], list[int] | None]:
+    """Every image of the shards in their order, and its label, or None where none has one.
+
+    Raises UserError for a damaged shard, and where only some of the images have labels.
+    """
     images: list[Stored] = []
     labels: list[int] = []
+    unlabelled: tuple[Path, Stored] | None = None
     for shard in shards:
-        pictures, numbers = _index(shard)
-        for key, picture in pictures.items():
-            if key not in numbers:
-                raise UserError(f"{shard} has no label {key}{_LABEL} beside {picture.name}: pack it again")
+        pictures, numbers = _index(shard, left_out)
+        for picture, key in _pair(pictures, numbers, shard, left_out):
             images.append(picture)
-            labels.append(numbers[key])
-    return images, labels
+            if key in numbers:
+                labels.append(numbers[key])
+            elif unlabelled is None:
+                unlabelled = shard, picture
+    if unlabelled is not None and labels:
+        shard, picture = unlabelled
+        raise UserError(
+            f"{shard} has no label {_without_ending(picture.name)}{_LABEL} beside {picture.name}, but others "
+            "have theirs: pack it again"
+        )
+    return images, None if unlabelled is not None else labels
 
 
-def _index(shard: Path) -> tuple[dict[str, Stored], dict[str, int]]:
+def is_labelled(shard: Path) -> bool:
+    """Whether the first members of a tar file are those of a WebDataset shard, with a label among them."""
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            return any(member.name.lower().endswith(_LABEL) for member in islice(archive, _LOOKED_AT))
+    except (tarfile.TarError, OSError, EOFError):
+        return False
+
+
+def _index(shard: Path, left_out: LeftOut) -> tuple[dict[str, Stored], dict[str, int]]:
+    """Images and labels by their keys: names up to the last dot."""
     pictures: dict[str, Stored] = {}
     numbers: dict[str, int] = {}
+    endings = image_endings()
     try:
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
-                folder, _, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")  # WebDataset's key ends at the first dot
-                key, kind = f"{folder}/{stem}", f".{extension.lower()}"
-                if not member.isfile() or name.startswith("."):
+                key, kind = _without_ending(member.name), member.name.rpartition(".")[2].lower()
+                if not member.isfile():
                     continue
-                if kind in _IMAGES:
+                if is_hidden(member.name):
+                    left_out.add("hidden", member.name)
+                elif kind in endings:
                     pictures[key] = Stored(shard, member.offset_data, member.size, member.name)
-                elif kind == _LABEL:
+                elif f".{kind}" == _LABEL:
                     content = archive.extractfile(member)
                     numbers[key] = _label(content.read() if content else b"", shard, member.name)
+                else:
+                    left_out.add("of another kind", member.name)
             complete = shard.stat().st_size >= archive.offset + _BLOCK
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(
@@ -113,8 +136,39 @@ def _index(shard: Path) -> tuple[dict[str, Stored], dict[str, int]]:
     if not complete:
         raise UserError(f"the shard {shard} is cut off: copy it again")
     if not pictures:
-        raise UserError(f"the shard {shard} holds no image ({', '.join(_IMAGES)}): leave it out")
+        raise UserError(f"the shard {shard} holds no image that Pillow opens: leave it out")
     return pictures, numbers
+
+
+def _pair(
+    pictures: dict[str, Stored], numbers: dict[str, int], shard: Path, left_out: LeftOut
+) -> Iterator[tuple[Stored, str]]:
+    """Every image with its label's key: its own, or its name up to the first dot (``1.left.png``, ``1.cls``).
+
+    Of the images of one label the one called like it counts; UserError where none is and there are several.
+    """
+    sharing: dict[str, Stored] = {}
+    for key, picture in pictures.items():
+        folder, slash, name = key.rpartition("/")
+        short = f"{folder}{slash}{name.partition('.')[0]}"
+        if key in numbers or short not in numbers:
+            yield picture, key
+        elif short in pictures:
+            left_out.add("beside the image of its label", picture.name)
+        elif short in sharing:
+            raise UserError(
+                f"{shard} has one label {short}{_LABEL} for {sharing[short].name} and {picture.name}: name "
+                f"the image to train on like the label"
+            )
+        else:
+            sharing[short] = picture
+            yield picture, short
+
+
+def _without_ending(name: str) -> str:
+    """``a/b.c.png`` without ``.png``; dots of folders do not count."""
+    stem, dot, ending = name.rpartition(".")
+    return stem if dot and "/" not in ending else name
 
 
 def _label(content: bytes, shard: Path, name: str) -> int:

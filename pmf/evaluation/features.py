@@ -13,6 +13,7 @@ from pmf.errors import UserError
 from pmf.evaluation.digest import weights_digest
 from pmf.metrics.inception import CLASSES, FEATURES, InceptionV3
 from pmf.perceptual import load_lite0
+from pmf.sizes import Size, height_and_width
 
 __all__ = ["SPACES", "FeatureSpace", "open_space"]
 
@@ -50,20 +51,21 @@ class FeatureSpace(Protocol):
 
 
 class Pixels:
-    """The pixels themselves in [-1, 1], images beyond 32 x 32 averaged down to it."""
+    """The pixels themselves in [-1, 1], sides beyond 32 averaged down to it."""
 
     name, title, classes = "pixels", "Frechet distance (pixels)", None
 
-    def __init__(self, channels: int, side: int, device: torch.device) -> None:
-        self.side, self.device = min(side, _PIXELS_SIDE), device
-        self.width = channels * self.side**2
+    def __init__(self, channels: int, size: Size, device: torch.device) -> None:
+        height, width = (min(side, _PIXELS_SIDE) for side in height_and_width(size))
+        self.size, self.device = (height, width), device
+        self.width = channels * height * width
 
     def identity(self) -> dict[str, Any]:
-        return {"name": self.name, "side": self.side}
+        return {"name": self.name, "size": list(self.size)}
 
     def __call__(self, pixels: Tensor) -> tuple[Tensor, None]:
         images = pixels.to(self.device, torch.float32) / 127.5 - 1
-        return F.adaptive_avg_pool2d(images, self.side).flatten(1), None
+        return F.adaptive_avg_pool2d(images, self.size).flatten(1), None
 
 
 class _Network:
@@ -120,13 +122,13 @@ SPACES = ("inception", "lite0", "pixels")
 
 
 def open_space(
-    name: str, *, channels: int, side: int, device: torch.device, weights: Path | None = None
+    name: str, *, channels: int, size: Size, device: torch.device, weights: Path | None = None
 ) -> FeatureSpace:
-    """The feature space of this name for images [channels, side, side]; UserError without its weights."""
+    """The feature space of this name for images [channels, *size]; UserError without its weights."""
     if name == "pixels":
         if weights is not None:
             raise UserError("--weights is for --features with a network: pixels have none")
-        return Pixels(channels, side, device)
+        return Pixels(channels, size, device)
     return (Inception if name == "inception" else Lite0)(weights, device)
 
 

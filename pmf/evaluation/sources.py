@@ -1,5 +1,6 @@
 """Where the images of an evaluation come from: a model, a folder, an array in a file, a data set."""
 
+import os
 import struct
 import zipfile
 import zlib
@@ -11,17 +12,20 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from pmf.data import load_dataset, read_image, save_png, to_uint8
+from pmf.data.finding import find_images
+from pmf.data.idx import is_idx_folder
+from pmf.data.images import Encoded, image_size
+from pmf.data.shards import Stored
 from pmf.drawing import draw_by_seed
 from pmf.errors import UserError
 from pmf.flow.sampler import Sampler
+from pmf.sizes import Size, height_and_width, size_in_words
 
 __all__ = ["ImageSource", "Samples", "Some", "open_images"]
 
-_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 _WORKERS = 8  # threads that read or write image files
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member: the lengths of its name and of its extra field
 
@@ -65,8 +69,7 @@ class Samples:
     """Where every image is kept, in a folder per class that pmf train can read; None keeps none."""
 
     def __post_init__(self) -> None:
-        config = self.sampler.network.config
-        self.shape = (config.channels, config.image_size, config.image_size)
+        self.shape = self.sampler.network.config.image_shape
 
     def __len__(self) -> int:
         return self.count
@@ -130,88 +133,66 @@ class Some:
         return self.source.read([i * len(self.source) // self.count for i in indices])
 
 
-def open_images(source: str, *, channels: int | None = None, size: int | None = None) -> ImageSource:
+def open_images(source: str, *, channels: int | None = None, size: Size | None = None) -> ImageSource:
     """Images of a folder (any depth), of a .npz file (``arr_0``), or of a data set as `pmf train` takes it.
 
-    channels: 1 for grey, 3 for colour, the default of files. size: files are cut to their centre square of
-    this side; without it all must be squares of one side. Raises UserError where there are no such images.
+    channels: 1 for grey, 3 for colour, the default of files. size: files are cut to their centre of this
+    many pixels, a square's side or (height, width); without it all must be of one size. Raises UserError
+    where there are no such images.
     """
     path = Path(source)
-    if path.is_dir() and (files := _find_images(path)):
-        return _Files(path, files, channels or 3, size)
     if path.suffix == ".npz":
         return _Array(path, channels, size)
     if source == "digits":
         return _DataSet(source, channels or 1, size or 8)
-    if not path.is_dir() and not source.endswith(".tar"):  # a shard, or a pattern of shards
+    if is_idx_folder(path):
+        if size is None:
+            raise UserError(f"{source} holds no image files, but a data set: say its --image-size")
+        return _DataSet(source, channels or 1, size)
+    if not path.exists() and not source.endswith(".tar"):  # a pattern of shards
         raise UserError(f"there are no images {source}: give a folder, a .npz file of images, or digits")
-    if size is None:
-        raise UserError(f"{source} holds no image files: if it is a data set, say its --image-size")
-    return _DataSet(source, channels or 3, size)
-
-
-def _find_images(root: Path) -> list[Path]:
-    """Image files of any depth, but for hidden ones."""
-    return sorted(
-        path
-        for path in root.rglob("*")
-        if path.suffix.lower() in _ENDINGS
-        and not any(part.startswith(".") for part in path.relative_to(root).parts)
-    )
+    return _Files(source, find_images(source).images, channels or 3, size)
 
 
 class _Files:
-    """Image files, decoded by several threads."""
+    """Image files, or encoded images within larger files, decoded by several threads."""
 
     from_files = True
 
-    def __init__(self, root: Path, paths: list[Path], channels: int, size: int | None) -> None:
+    def __init__(self, root: str, paths: Sequence[Encoded], channels: int, size: Size | None) -> None:
         self.root, self.paths, self.exact = root, paths, size is None
-        side = self._common_side() if size is None else size
-        self.shape = (channels, side, side)
+        self.size = image_size(paths[0]) if size is None else height_and_width(size)  # if all have it: `read`
+        self.shape = (channels, *self.size)
         self._threads = ThreadPoolExecutor(_WORKERS, thread_name_prefix="pmf-read")
-
-    def _common_side(self) -> int:
-        """The side of the first image; `read` finds out whether all have it."""
-        pixels = _size(self.paths[0])
-        if pixels[0] != pixels[1]:
-            raise UserError(
-                f"{self.paths[0]} is {pixels[0]}x{pixels[1]} pixels: give --image-size to cut the centre "
-                "squares of all images to one size"
-            )
-        return pixels[0]
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def identity(self) -> dict[str, Any]:
-        names = "\n".join(f"{path.relative_to(self.root)} {path.stat().st_size}" for path in self.paths)
+        digest = 0
+        for path in self.paths:
+            if isinstance(path, Stored):
+                about = f"{path.name} {path.length}"
+            else:
+                about = f"{os.path.relpath(path, self.root)} {os.stat(path).st_size}"
+            digest = zlib.crc32(os.fsencode(about + "\n"), digest)
         return {
-            "source": str(self.root),
+            "source": self.root,
             "images": len(self),
-            "files": f"{zlib.crc32(names.encode()):08x}",
+            "files": f"{digest:08x}",
             "shape": list(self.shape),
         }
 
     def read(self, indices: Sequence[int]) -> Tensor:
         return torch.stack(list(self._threads.map(self._read, (self.paths[i] for i in indices))))
 
-    def _read(self, path: Path) -> Tensor:
-        side = self.shape[1]
-        if self.exact and _size(path) != (side, side):
+    def _read(self, path: Encoded) -> Tensor:
+        if self.exact and image_size(path) != self.size:
             raise UserError(
-                f"{path} is not {side}x{side} pixels as {self.paths[0]} is: give --image-size to cut the "
-                "centre squares of all images to one size"
+                f"{path} is not {size_in_words(self.size)} pixels as {self.paths[0]} is: give --image-size "
+                "to cut the centres of all images to one size"
             )
-        return read_image(path, side, self.shape[0])
-
-
-def _size(path: Path) -> tuple[int, int]:
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as an image ({error}): replace or remove it") from error
+        return read_image(path, self.size, self.shape[0])
 
 
 class _Array:
@@ -219,20 +200,20 @@ class _Array:
 
     from_files = True
 
-    def __init__(self, path: Path, channels: int | None, size: int | None) -> None:
+    def __init__(self, path: Path, channels: int | None, size: Size | None) -> None:
         self.path = path
         try:
             self.pixels = _map_member(path, "arr_0")
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"{path} holds no array of images arr_0 ({error}): copy it again") from error
         found = self.pixels.shape
-        if self.pixels.dtype != np.uint8 or len(found) != 4 or found[1] != found[2] or found[3] not in (1, 3):
+        if self.pixels.dtype != np.uint8 or len(found) != 4 or found[3] not in (1, 3):
             raise UserError(
                 f"{path} holds {self.pixels.dtype} {list(found)}: "
-                "images must be uint8 [N, side, side, 1 or 3]"
+                "images must be uint8 [N, height, width, 1 or 3]"
             )
         self.shape = (found[3], found[1], found[2])
-        wanted = (channels or self.shape[0], size or self.shape[1], size or self.shape[1])
+        wanted = (channels or self.shape[0], *height_and_width(size or self.shape[1:]))
         if wanted != self.shape:
             raise UserError(
                 f"{path} holds images {list(self.shape)} (channels, height, width), but {list(wanted)} are "
@@ -272,9 +253,9 @@ def _map_member(path: Path, name: str) -> np.ndarray:
 class _DataSet:
     """A data set that pmf train knows too."""
 
-    def __init__(self, name: str, channels: int, side: int) -> None:
-        self.name, self.data = name, load_dataset(name, side, channels)
-        self.shape, self.from_files = (channels, side, side), not self.data.in_memory
+    def __init__(self, name: str, channels: int, size: Size) -> None:
+        self.name, self.data = name, load_dataset(name, size, channels)
+        self.shape, self.from_files = (channels, *height_and_width(size)), not self.data.in_memory
 
     def __len__(self) -> int:
         return len(self.data)

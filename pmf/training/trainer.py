@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from pmf import checkpoint, flow, models, optim
 from pmf.checkpoint import sharded
 from pmf.data import ImageDataset, ShuffledStream, to_float
+from pmf.data.labels import UNLABELLED
 from pmf.devices import find_device, has_bf16_products
 from pmf.errors import UserError
 from pmf.ranks import Ranks
@@ -19,6 +21,8 @@ from pmf.training.compiling import compiled, compiling
 from pmf.training.config import TrainConfig
 from pmf.training.packing import pack, unpack
 from pmf.training.parallel import check_parts, shard_model, slice_draws, whole
+
+_log = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -38,6 +42,8 @@ class Trainer:
         self.device = find_device(self.ranks.device(config.run.device))
         if config.run.precision == "auto":  # settled here, so that the saved settings say what was computed
             config = config.with_settings(precision="bf16" if has_bf16_products(self.device) else "fp32")
+        if len(dataset.class_names) == 1:
+            config = _without_guidance(config, dataset.class_names[0])
         self.config, self.dataset = config, dataset
         self.sharded = self.ranks.size > 1 and config.run.parallel == "fsdp"
         check_parts(config, self.ranks.size)
@@ -226,3 +232,10 @@ class Trainer:
                 f"{folder} was trained on other classes than those of {self.config.data.data} now: "
                 "put the images back as they were"
             )
+
+
+def _without_guidance(config: TrainConfig, name: str) -> TrainConfig:
+    """The settings for images of one class: nothing to guide to, so omega is 1 in training and in samples."""
+    found = "no classes" if name == UNLABELLED else f"one class, {name!r}"
+    _log.warning("the images have %s: training is unconditional, guidance off", found)
+    return config.with_settings(guidance=False, sample_omega=None, sample_interval=None)

@@ -70,7 +70,12 @@ BAD: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     ),
     "no such folder": (lambda p: ["train", "--data", str(p / "no")], "is not a folder"),
     "empty folder": (lambda p: ["train", "--data", str(image_folder(p, "empty"))], "empty is empty"),
-    "one class": (lambda p: ["train", "--data", str(image_folder(p, "one", "cat"))], "one class only"),
+    "no size": (lambda p: ["train", "--image-size", "8by4"], "must be a number or HEIGHTxWIDTH"),
+    "no size to compare at": (
+        lambda p: ["evaluate", "--images", "x", "--make-stats", "y.npz", "--image-size", "0"],
+        "must be a number of at least 1",
+    ),
+    "size of no patches": (lambda p: ["train", "--image-size", "8x7"], "8x7 is not a multiple of patch_size"),
     "small images": (
         lambda p: ["train", "--image-size", "16", "--data", str(image_folder(p, "s", "cat", "dog"))],
         "is 8x8 pixels, smaller than the 16x16",

@@ -1,5 +1,7 @@
 """Pixels in, pixels out: scaling, ADM's centre crop, file modes, and files that cannot be used."""
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pmf.data import centre_crop, image_grid, read_image, save_png, to_float, to_uint8
+from pmf.data.images import check_image, image_size
 from pmf.errors import UserError
 
 
@@ -32,10 +35,23 @@ def test_centre_crop_halves_by_box_filter_and_takes_the_middle() -> None:
     assert np.abs(cropped - halved[:, 7:17]).max() <= 1  # Pillow rounds to whole grey levels, once per axis
 
 
-@given(st.integers(1, 40), st.integers(0, 200), st.integers(0, 200))
-def test_centre_crop_has_the_size_asked_for(size: int, more_width: int, more_height: int) -> None:
-    image = Image.new("L", (size + more_width, size + more_height))
-    assert centre_crop(image, size).size == (size, size)
+def test_a_centre_that_is_not_square_covers_both_sides() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 48), dtype=np.uint8)
+    halved = pixels.reshape(10, 2, 24, 2).mean(axis=(1, 3))
+    wide = np.asarray(centre_crop(Image.fromarray(pixels), (10, 14))).astype(float)
+    assert wide.shape == (10, 14) and np.abs(wide - halved[:, 5:19]).max() <= 1
+    whole = np.asarray(centre_crop(Image.fromarray(pixels), (20, 48)))
+    assert np.array_equal(whole, pixels)
+    tall = np.asarray(centre_crop(Image.fromarray(pixels.T.copy()), (14, 10))).astype(float)
+    assert np.abs(tall.T - wide).max() <= 1
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 200), st.integers(0, 200))
+def test_centre_crop_has_the_size_asked_for(
+    height: int, width: int, more_width: int, more_height: int
+) -> None:
+    image = Image.new("L", (width + more_width, height + more_height))
+    assert centre_crop(image, (height, width)).size == (width, height)
 
 
 def test_centre_crop_at_the_same_size_changes_nothing() -> None:
@@ -43,7 +59,7 @@ def test_centre_crop_at_the_same_size_changes_nothing() -> None:
     assert np.array_equal(np.asarray(centre_crop(Image.fromarray(pixels), 16)), pixels)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_read_image_takes_every_8_bit_mode(tmp_path: Path, mode: str, channels: int) -> None:
     path = tmp_path / "image.tiff"
@@ -68,6 +84,63 @@ def test_a_transparent_palette_colour_becomes_white(tmp_path: Path) -> None:
     assert (read_image(path, 8, 3) == 255).all()
 
 
+@pytest.mark.parametrize("kind", ["png", "tiff", "pgm"])
+def test_16_bit_grey_levels_keep_their_place_between_black_and_white(tmp_path: Path, kind: str) -> None:
+    levels = np.array([0, 128, 129, 257 * 100, 257 * 200 + 128, 257 * 200 + 129, 65406, 65535], np.uint16)
+    Image.fromarray(np.tile(levels, (8, 1))).save(tmp_path / f"deep.{kind}")
+    for channels in (1, 3):
+        row = read_image(tmp_path / f"deep.{kind}", 8, channels)[-1, 3]
+        assert row.tolist() == [0, 0, 1, 100, 200, 201, 254, 255]  # clipped at 255, most would be white
+
+
+def quarters() -> Image.Image:
+    """Four grey levels, so that all eight ways to turn it differ."""
+    return Image.fromarray(np.kron(np.array([[0, 80], [160, 240]], np.uint8), np.ones((8, 8), np.uint8)))
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "webp", "tiff"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_is_read_as_it_is_seen(tmp_path: Path, orientation: int, kind: str) -> None:
+    turns = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE"}
+    turns |= {6: "ROTATE_90", 7: "TRANSVERSE", 8: "ROTATE_270"}  # how it is stored: turned the other way
+    seen, exif = quarters(), Image.Exif()
+    stored = seen if orientation == 1 else seen.transpose(Image.Transpose[turns[orientation]])
+    exif[0x0112] = orientation
+    stored.save(tmp_path / f"image.{kind}", exif=exif)
+    pixels = read_image(tmp_path / f"image.{kind}", 16, 1)[0]
+    corners = [int(pixels[y, x]) for y in (3, 12) for x in (3, 12)]
+    assert np.abs(np.array(corners) - [0, 80, 160, 240]).max() < 12  # JPEG and WebP are lossy
+
+
+def test_a_turned_photo_has_the_size_that_is_seen(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("L", (20, 10), 9).save(tmp_path / "a.jpg", exif=exif)  # seen as 20 high and 10 wide
+    assert image_size(tmp_path / "a.jpg") == (20, 10)
+    assert read_image(tmp_path / "a.jpg", (20, 10), 1).shape == (1, 20, 10)
+    check_image(tmp_path / "a.jpg", (20, 10))
+    with pytest.raises(UserError, match=r"is 20x10 pixels, smaller than the 10x20"):
+        check_image(tmp_path / "a.jpg", (10, 20))
+
+
+@pytest.mark.parametrize("kind", ["gif", "png", "webp", "tiff"])
+def test_of_an_animation_the_first_picture_is_read(tmp_path: Path, kind: str) -> None:
+    first, second = Image.new("RGB", (8, 8), (255, 0, 0)), Image.new("RGB", (8, 8), (0, 0, 255))
+    first.save(tmp_path / f"a.{kind}", save_all=True, append_images=[second])
+    pixels = read_image(tmp_path / f"a.{kind}", 8, 3)
+    assert pixels[0].min() > 240 and pixels[1:].max() < 16
+
+
+def test_an_image_too_large_to_be_honest_is_named(tmp_path: Path) -> None:
+    size = struct.pack(">IIBBBBB", 40000, 40000, 8, 0, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, data in ((b"IHDR", size), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")):
+        content += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    (tmp_path / "bomb.png").write_bytes(content)
+    with pytest.raises(UserError, match=r"bomb\.png cannot be read as an image .*1600000000 pixels"):
+        read_image(tmp_path / "bomb.png", 8, 3)
+
+
 def test_truncated_image_is_named(tmp_path: Path) -> None:
     path = tmp_path / "cut.png"
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
@@ -77,16 +150,18 @@ def test_truncated_image_is_named(tmp_path: Path) -> None:
         read_image(path, 16, 3)
 
 
-def test_empty_text_small_and_16_bit_files_are_named(tmp_path: Path) -> None:
+def test_empty_text_small_and_float_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty.png").touch()
     (tmp_path / "words.png").write_text("not an image")
     Image.new("RGB", (40, 7)).save(tmp_path / "small.png")
-    Image.new("I;16", (8, 8)).save(tmp_path / "deep.png")
+    Image.new("F", (8, 8)).save(tmp_path / "float.tiff")
+    Image.new("I", (8, 8), 70000).save(tmp_path / "deep.tiff")
     for name, sentence in {
         "empty.png": "is not an image",
         "words.png": "is not an image",
-        "small.png": r"is 40x7 pixels, smaller than the 8x8 asked for: .*--image-size",
-        "deep.png": "16-bit or float.*convert it",
+        "small.png": r"is 7x40 pixels, smaller than the 8x8 .height x width. asked for: .*--image-size",
+        "float.tiff": "has F pixels: convert it",
+        "deep.tiff": "has I pixels: convert it",
         "absent.png": "No such file",
     }.items():
         with pytest.raises(UserError, match=f"{name} .*{sentence}"):

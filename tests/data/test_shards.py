@@ -98,9 +98,15 @@ def test_a_missing_or_damaged_shard_is_named(shards: Path, monkeypatch: pytest.M
     ("members", "sentence"),
     [
         ([("a.txt", b"1")], "holds no image"),
-        ([("a.png", encoded(1))], r"no label .*a\.cls beside a\.png"),
+        (
+            [("a.png", encoded(1)), ("b.png", encoded(1)), ("b.cls", b"1")],
+            r"no label a\.cls beside a\.png, but others have theirs",
+        ),
+        (
+            [("1.left.png", encoded(1)), ("1.right.png", encoded(1)), ("1.cls", b"1")],
+            r"one label 1\.cls for 1\.left\.png and 1\.right\.png",
+        ),
         ([("a.png", encoded(1)), ("a.cls", b"cat")], "must hold a class number"),
-        ([("a.png", encoded(1)), ("a.cls", b"1")], "one class only"),
         (
             [("a.png", b"x"), ("a.cls", b"1"), ("b.png", encoded(1)), ("b.cls", b"2")],
             r"a\.png in .* not an image",
@@ -145,14 +151,15 @@ def test_only_the_training_part_of_a_data_set_is_read(tables: Path) -> None:
     (tables / "train-00001.parquet").rename(tables / "test-00000.parquet")
     assert levels(str(tables)) == [(number, number % 3) for number in range(5)]
     (tables / "train-00000.parquet").rename(tables / "all.parquet")
+    assert levels(str(tables)) == [(number, number % 3) for number in range(5)]
+    (tables / "test-00000.parquet").rename(tables / "more.parquet")
     assert len(levels(str(tables))) == 10
 
 
 @pytest.mark.parametrize(
     ("labels", "sentence"),
     [
-        ([], "one class only"),
-        ([1, 1], "one class only"),
+        ([], "holds no image"),
         ([0, 2], "an image of class 2, but names 2 classes, 0 to 1"),
     ],
 )

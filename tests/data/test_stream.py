@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pmf.data import FolderImages, MemoryImages, ShuffledStream, load_dataset, load_digits
-from pmf.data.labels import list_images
+from pmf.data.finding import find_images
 from pmf.errors import UserError
 
 
@@ -51,8 +51,8 @@ def test_files_read_ahead_come_in_the_same_order_as_from_memory(tmp_path: Path) 
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(np.full((4, 4), 10 * index, dtype=np.uint8)).save(path)
     in_memory = load_dataset(str(tmp_path), 4, 1)
-    files = list_images(tmp_path)
-    from_files = FolderImages(files.paths, files.labels, files.class_names, 4, 1)
+    files = find_images(str(tmp_path))
+    from_files = FolderImages(files.images, files.labels, files.class_names, 4, 1)
     from_files.check_headers()
     one, other = (
         ShuffledStream(in_memory, 3, seed=5, position=6),

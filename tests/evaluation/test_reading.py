@@ -118,7 +118,7 @@ def test_data_sets_of_training_are_taken_too(tmp_path: Path) -> None:
 def test_images_that_are_not_there_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there are no images .*nowhere: give a folder"):
         open_images(str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match="holds no image files: if it is a data set, say its --image-size"):
+    with pytest.raises(UserError, match="the folder .* is empty of images"):
         open_images(str(tmp_path))
     np.savez(tmp_path / "a.npz", np.zeros((2, 4, 4, 3)))
     with pytest.raises(UserError, match=r"holds float64 \[2, 4, 4, 3\]: images must be uint8"):
@@ -126,9 +126,19 @@ def test_images_that_are_not_there_are_named(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", labels=np.zeros(2))
     with pytest.raises(UserError, match="holds no array of images arr_0"):
         open_images(str(tmp_path / "a.npz"))
-    Image.new("L", (8, 4)).save(tmp_path / "wide.png")
-    with pytest.raises(UserError, match="wide.png is 8x4 pixels: give --image-size"):
-        open_images(str(tmp_path))
+
+
+def test_images_need_not_be_square(tmp_path: Path) -> None:
+    for name, level in (("a", 3), ("b", 250)):
+        Image.new("L", (8, 4), level).save(tmp_path / f"{name}.png")
+    source = open_images(str(tmp_path), channels=1)
+    assert source.shape == (1, 4, 8) and source.read([1]).tolist() == [[[[250] * 8] * 4]]
+    assert open_images(str(tmp_path), size=(2, 6)).read([0]).shape == (1, 3, 2, 6)
+    np.savez(tmp_path / "images.npz", np.zeros((5, 4, 8, 3), np.uint8))
+    assert open_images(str(tmp_path / "images.npz")).shape == (3, 4, 8)
+    assert open_images(str(tmp_path / "images.npz"), size=(4, 8)).shape == (3, 4, 8)
+    with pytest.raises(UserError, match=r"holds images \[3, 4, 8\].* but \[3, 8, 4\] are wanted"):
+        open_images(str(tmp_path / "images.npz"), size=(8, 4))
 
 
 def test_large_images_are_averaged_for_the_space_of_pixels() -> None:
@@ -141,7 +151,7 @@ def test_large_images_are_averaged_for_the_space_of_pixels() -> None:
 
 
 def open_inception(weights: Path | None) -> None:
-    open_space("inception", channels=3, side=8, device=torch.device("cpu"), weights=weights)
+    open_space("inception", channels=3, size=8, device=torch.device("cpu"), weights=weights)
 
 
 def test_weights_that_are_missing_or_another_networks_are_named(
@@ -172,7 +182,7 @@ def test_lite0_takes_grey_images_of_any_size(tmp_path: Path) -> None:
         tensor.normal_(0, 0.1) if tensor.ndim > 1 else tensor.fill_(float(name.endswith(("weight", "var"))))
     torch.save(network.state_dict(), tmp_path / "lite0.pth")
     space = open_space(
-        "lite0", channels=1, side=8, device=torch.device("cpu"), weights=tmp_path / "lite0.pth"
+        "lite0", channels=1, size=8, device=torch.device("cpu"), weights=tmp_path / "lite0.pth"
     )
     grey = torch.randint(0, 256, (2, 1, 8, 8), dtype=torch.uint8)
     features, logits = space(grey)

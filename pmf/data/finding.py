@@ -1,0 +1,110 @@
+"""Where the images of a data set are, and their classes: folders, shards and tables by one rule."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pmf.data.labels import UNLABELLED, images_by_folder, listed_images
+from pmf.data.parquet import index_tables
+from pmf.data.shards import Stored, index_shards, is_labelled, named_shards
+from pmf.data.splits import choose_split, split_of_file
+from pmf.data.walk import LeftOut, image_endings, walk
+from pmf.errors import UserError
+
+__all__ = ["FoundImages", "find_images"]
+
+_SHARD, _TABLE = "tar", "parquet"
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FoundImages:
+    """Encoded images in a fixed order, the class index of each, and the name of every class."""
+
+    images: Sequence[str | Stored]
+    labels: Sequence[int]
+    class_names: list[str]
+
+
+def find_images(source: str) -> FoundImages:
+    """The images of a folder, of its shards or tables, or of files of these kinds that `source` names.
+
+    A folder's own layout is one of pmf/data/labels.py. What is left out is logged in one line, as a warning.
+    Raises UserError where there is nothing, or something is damaged.
+    """
+    left_out = LeftOut()
+    found = _find(source, left_out)
+    if not found.images:
+        raise UserError(f"{source} holds no image")
+    if str(left_out):
+        _log.warning("%s: left out %s", source, left_out)
+    return found
+
+
+def _find(source: str, left_out: LeftOut) -> FoundImages:
+    if source.endswith(f".{_SHARD}") and not Path(source).is_dir():
+        return _in_shards(source, named_shards(source), left_out)
+    if source.endswith(f".{_TABLE}") and Path(source).is_file():
+        return _in_tables(source, [Path(source)])
+    root = Path(source)
+    if not root.is_dir():
+        raise UserError(f"--data {root} is not a folder: give 'digits' or a folder of images")
+    if (listed := listed_images(root)) is not None:
+        return FoundImages(listed.paths, listed.labels, listed.class_names)
+    files: dict[str, list[str]] = {"": [], _SHARD: [], _TABLE: []}
+    for path in walk(str(root), image_endings() | {_SHARD, _TABLE}, left_out):
+        ending = path.rpartition(".")[2].lower()
+        files[ending if ending in files else ""].append(path)
+    images, shards, tables = files.values()
+    if tables:
+        _leave(left_out, "beside the tables", images + shards)
+        return _in_tables(source, [root / path for path in _first_part(tables, left_out)])
+    if shards and (not images or is_labelled(root / shards[0])):
+        _leave(left_out, "beside the shards", images)
+        return _in_shards(source, [root / path for path in _first_part(shards, left_out)], left_out)
+    _leave(left_out, "of another kind", shards)
+    if not images:
+        why = f" (left out {left_out})" if str(left_out) else ""
+        raise UserError(f"the folder {root} is empty of images{why}: put them into one subfolder per class")
+    by_folder = images_by_folder(root, images, left_out)
+    return FoundImages(by_folder.paths, by_folder.labels, by_folder.class_names)
+
+
+def _leave(left_out: LeftOut, why: str, paths: list[str]) -> None:
+    if paths:
+        left_out.add(why, paths[0], len(paths))
+
+
+def _first_part(paths: list[str], left_out: LeftOut) -> list[str]:
+    """Those of the first of several parts, or all where their names tell none."""
+    part, chosen, others = choose_split(paths, split_of_file)
+    _leave(left_out, f"of other parts than {part}", others)
+    return chosen
+
+
+def _in_shards(source: str, shards: list[Path], left_out: LeftOut) -> FoundImages:
+    images, labels = index_shards(shards, left_out)
+    return _numbered(source, images, labels, None)
+
+
+def _in_tables(source: str, tables: list[Path]) -> FoundImages:
+    return _numbered(source, *index_tables(tables))
+
+
+def _numbered(
+    source: str, images: Sequence[Stored], labels: list[int] | None, names: list[str] | None
+) -> FoundImages:
+    if not labels:
+        return FoundImages(images, [0] * len(images), [UNLABELLED])
+    return FoundImages(images, labels, class_names(labels, source, names))
+
+
+def class_names(labels: Sequence[int], source: str, noted: list[str] | None = None) -> list[str]:
+    """Names of the classes: those noted, or numbers from 0 on. A class without images is one nevertheless."""
+    if noted and max(labels) >= len(noted):
+        raise UserError(
+            f"{source} has an image of class {max(labels)}, but names {len(noted)} classes, 0 to "
+            f"{len(noted) - 1}: correct one of them"
+        )
+    return noted or [str(number) for number in range(max(labels) + 1)]

@@ -1,0 +1,154 @@
+"""Training, validation and test parts beside each other, in folders, shards and tables by one rule."""
+
+import io
+import logging
+import tarfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pmf.data import load_dataset
+from pmf.data.finding import find_images
+from pmf.data.splits import split_of_file, split_of_folder
+
+
+def write_images(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8)).save(root / name)
+
+
+def read(root: Path) -> tuple[list[str], list[str]]:
+    found = find_images(str(root))
+    return [str(path).removeprefix(f"{root}/") for path in found.images], found.class_names
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("train", "train"),
+        ("Training", "train"),
+        ("train2017", "train"),
+        ("train_images", "train"),
+        ("val", "validation"),
+        ("valid", "validation"),
+        ("validation-set", "validation"),
+        ("dev", "validation"),
+        ("test", "test"),
+        ("test 2", "test"),
+        ("trains", None),
+        ("test_tube", None),
+        ("invalid", None),
+        ("cat", None),
+    ],
+)
+def test_names_of_folders(name: str, part: str | None) -> None:
+    assert split_of_folder(name) == part
+
+
+@pytest.mark.parametrize(
+    ("path", "part"),
+    [
+        ("train-00000-of-00010.parquet", "train"),
+        ("imagenet1k-validation-00.tar", "validation"),
+        ("data_test_3.tar", "test"),
+        ("train2017_01.tar", "train"),
+        ("train/0000.parquet", "train"),
+        ("plain_text/validation/0000.parquet", "validation"),
+        ("val/train-0.tar", "train"),
+        ("000000.tar", None),
+        ("constrained-0.tar", None),
+        ("latest-0.tar", None),
+    ],
+)
+def test_names_of_shards_and_tables(path: str, part: str | None) -> None:
+    assert split_of_file(path) == part
+
+
+def test_parts_are_no_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_images(tmp_path, "train2017/cat/1.png", "train2017/dog/2.png", "val2017/cat/3.png", "sheet.png")
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "all.json").touch()
+    with caplog.at_level(logging.WARNING, "pmf"):
+        assert read(tmp_path) == (["train2017/cat/1.png", "train2017/dog/2.png"], ["cat", "dog"])
+    assert "1 of other parts than train (val2017)" in caplog.text
+    assert "1 beside the folder train2017 (sheet.png)" in caplog.text
+
+
+def test_flat_parts_have_no_classes(tmp_path: Path) -> None:
+    write_images(tmp_path, "train/1.png", "train/2.png", "test/3.png")
+    assert read(tmp_path) == (["train/1.png", "train/2.png"], ["0"])
+
+
+def test_without_a_training_part_the_first_is_read(tmp_path: Path) -> None:
+    write_images(tmp_path, "val/cat/1.png", "val/dog/2.png", "test/cat/3.png")
+    assert read(tmp_path)[0] == ["val/cat/1.png", "val/dog/2.png"]
+
+
+def test_images_beside_a_test_folder_are_the_training_part(tmp_path: Path) -> None:
+    write_images(tmp_path, "1.png", "2.png", "test/3.png")
+    assert read(tmp_path) == (["1.png", "2.png"], ["0"])
+
+
+def test_a_class_may_be_called_test(tmp_path: Path) -> None:
+    write_images(tmp_path, "test/1.png", "cat/2.png", "train/3.png")
+    assert read(tmp_path)[1] == ["cat", "test", "train"]
+
+
+def test_parts_within_every_class(tmp_path: Path) -> None:
+    write_images(tmp_path, "cat/train/1.png", "cat/test/2.png", "dog/train/3.png", "dog/test/4.png")
+    assert read(tmp_path) == (["cat/train/1.png", "dog/train/3.png"], ["cat", "dog"])
+    write_images(tmp_path, "dog/5.png")  # the folders are no parts then
+    assert len(read(tmp_path)[0]) == 5
+
+
+def test_labels_of_the_training_part_are_found(tmp_path: Path) -> None:
+    write_images(tmp_path, "train/images/1.png", "train/images/2.png", "val/3.png")
+    (tmp_path / "train" / "labels.csv").write_text("file,label\nimages/1.png,b\nimages/2.png,a\n")
+    found = find_images(str(tmp_path))
+    assert list(found.labels) == [1, 0] and found.class_names == ["a", "b"]
+
+
+def write_shard(path: Path, *names: str, label: bool = True) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    png = io.BytesIO()
+    Image.new("L", (8, 8)).save(png, "PNG")
+    with tarfile.open(path, "w") as archive:
+        for number, name in enumerate(names):
+            members = [(f"{name}.png", png.getvalue())]
+            if label:
+                members.append((f"{name}.cls", str(number).encode()))
+            for member, content in members:
+                about = tarfile.TarInfo(member)
+                about.size = len(content)
+                archive.addfile(about, io.BytesIO(content))
+
+
+def test_shards_of_parts_in_folders_and_by_name(tmp_path: Path) -> None:
+    write_shard(tmp_path / "by_folder" / "train" / "0.tar", "a", "b")
+    write_shard(tmp_path / "by_folder" / "val" / "0.tar", "c")
+    assert len(load_dataset(str(tmp_path / "by_folder"), 8, 1)) == 2
+    write_shard(tmp_path / "by_name" / "set-train-0.tar", "a", "b")
+    write_shard(tmp_path / "by_name" / "set-val-0.tar", "c")
+    assert len(load_dataset(str(tmp_path / "by_name"), 8, 1)) == 2
+    assert len(load_dataset(f"{tmp_path}/by_name/set-val-0.tar", 8, 1)) == 1  # as it was asked for
+
+
+def test_an_archive_beside_its_images_is_no_shard_unless_it_has_labels(tmp_path: Path) -> None:
+    write_images(tmp_path, "train/cat/1.png", "train/dog/2.png")
+    write_shard(tmp_path / "train.tar", "cat/1", "dog/2", "dog/3", label=False)
+    assert read(tmp_path)[1] == ["cat", "dog"]
+    write_shard(tmp_path / "train.tar", "cat/1", "dog/2", "dog/3")
+    assert len(load_dataset(str(tmp_path), 8, 1)) == 3  # and the picture beside it is a preview
+
+
+def test_keys_of_shards_may_hold_dots(tmp_path: Path) -> None:
+    write_shard(tmp_path / "0.tar", "photo.2024.01", "photo.2024.02", "v1.2/a.b")
+    dataset = load_dataset(str(tmp_path), 8, 1)
+    assert len(dataset) == 3 and dataset.read([0, 1, 2])[1].tolist() == [0, 1, 2]
+
+
+def test_shards_without_labels_have_one_class(tmp_path: Path) -> None:
+    write_shard(tmp_path / "0.tar", "a", "b", label=False)
+    assert load_dataset(str(tmp_path), 8, 1).class_names == ["0"]
