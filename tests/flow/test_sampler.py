@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from pmf import sample
 from pmf.devices import has_bf16_products
-from pmf.flow import Sampler, sample
+from pmf.flow import Sampler
 from pmf.models import PixelMeanFlow, create_model
 from pmf.nn import Condition
 
