@@ -47,9 +47,7 @@ def test_own_file_builds_the_same_model(tmp_path: Path) -> None:
     write_weights(tmp_path / "weights.safetensors", model)
     loaded = checkpoint.load_model(tmp_path / "weights.safetensors")
     assert loaded.model.config == model.config and loaded.class_names == list("abcdefghij")
-    samples = [
-        sample(m, [0, 3], generator=torch.Generator().manual_seed(0)) for m in (model, loaded.model)
-    ]
+    samples = [sample(m, [0, 3], generator=torch.Generator().manual_seed(0)) for m in (model, loaded.model)]
     assert torch.equal(*samples)
 
 
