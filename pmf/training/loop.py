@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import math
+import resource
 import shutil
 import threading
 import time
@@ -21,11 +23,11 @@ from pmf.interrupts import catch_stop_signals
 from pmf.models import PixelMeanFlow
 from pmf.ranks import Ranks
 from pmf.training.building import model_config
-from pmf.training.config import TrainConfig, flag, settings
+from pmf.training.config import OptimizerSettings, TrainConfig, flag, settings
 from pmf.training.log import RunLog
 from pmf.training.parallel import whole
 from pmf.training.pictures import draw_samples
-from pmf.training.trainer import Trainer
+from pmf.training.trainer import COLUMNS, Trainer
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def prepare(
     ranks.require_same(
         "their settings", {flag(s.name): getattr(getattr(config, g), s.name) for g, s in settings()}
     )
-    trainer = ranks.together(lambda: _prepare(config, dataset, ranks))
+    trainer = ranks.together(lambda: _prepare(config, dataset, ranks, resume_from is None))
     ranks.require_same(
         "their images", {"classes": trainer.dataset.class_names, "number": len(trainer.dataset)}
     )
@@ -85,13 +87,13 @@ def prepare(
     return trainer
 
 
-def _prepare(config: TrainConfig, dataset: ImageDataset | None, ranks: Ranks) -> Trainer:
+def _prepare(config: TrainConfig, dataset: ImageDataset | None, ranks: Ranks, fresh: bool) -> Trainer:
     if config.run.steps is None and config.run.minutes is None:
         raise UserError("the run has no end: give --steps or --minutes")
     if dataset is None:
         model = model_config(config, num_classes=1)  # image size and channels; the data set tells the classes
         dataset = load_dataset(config.data.data, model.image_size, model.channels)
-    return Trainer(config, dataset, ranks)
+    return Trainer(config, dataset, ranks, fresh=fresh)
 
 
 class Run:
@@ -102,7 +104,11 @@ class Run:
         self.ranks = trainer.ranks
         self.log: RunLog | None = None
         self.first_step, self.first_second = trainer.step, trainer.seconds
-        self.losses = torch.zeros(self.config.run.log_every, 3, dtype=torch.float32, device=trainer.device)
+        shape = (self.config.run.log_every, len(COLUMNS))
+        self.losses = torch.zeros(shape, dtype=torch.float32, device=trainer.device)
+        self.waited = 0.0  # seconds for data, since the last look at the losses
+        self.logged_second = trainer.seconds
+        self.rate = 0.0
         self.unread = 0  # rows of losses not yet looked at
         self.shown = ""  # the losses in the progress bar
 
@@ -119,8 +125,8 @@ class Run:
                     self.log = RunLog(self.out, trainer.step)
                 started = time.monotonic() - trainer.seconds
                 while not self._stops(stop) and self._spent() < 1:
-                    rate = learning_rate_factor(self._spent(), config.optimizer.cooldown)
-                    self.losses[self.unread] = self._train_step(rate)
+                    self.rate = learning_rate_factor(config.optimizer, trainer.step, self._spent())
+                    self.losses[self.unread] = self._train_step(self.rate)
                     self.unread += 1
                     trainer.seconds = time.monotonic() - started
                     if self.unread == config.run.log_every:
@@ -141,8 +147,10 @@ class Run:
 
     def _train_step(self, rate: float) -> torch.Tensor:
         """One step; an image that turns out to be unreadable costs none of the steps before it."""
+        began = time.monotonic()
         try:
             self.ranks.together(self.trainer.fetch)
+            self.waited += time.monotonic() - began
         except UserError:
             self.trainer.put_back()
             if self.out is not None:
@@ -217,15 +225,33 @@ class Run:
         if self.unread == 0:
             return
         rows, self.unread = self.ranks.mean(self.losses[: self.unread].cpu()), 0
-        finite = rows.isfinite().all(dim=1)
+        losses, trainer = rows[:, :-1], self.trainer
+        finite = losses.isfinite()
         if not finite.all():
-            step = self.trainer.step - len(rows) + int(finite.int().argmin()) + 1
-            raise self._diverged(f"the loss became {rows[~finite][0].sum().item()} at step {step}")
-        _, loss_u, loss_v = rows.mean(dim=0).tolist()
+            first = int(finite.all(dim=1).int().argmin())
+            step = trainer.step - len(rows) + first + 1
+            term = next(i for i in (1, 2, 3, 0) if not finite[first, i])
+            raise self._diverged(f"{COLUMNS[term]} became {losses[first, term].item()} at step {step}")
+        means = dict(zip(COLUMNS, losses.mean(dim=0).tolist(), strict=False))
+        del means["loss"]
+        norms = rows[:, -1]
+        if not norms.isnan().all():
+            means["grad_norm"] = norms.nanmean().item()
+        seconds, self.logged_second = trainer.seconds - self.logged_second, trainer.seconds
         if self.log is not None:
-            trainer = self.trainer
-            self.log.add_losses(trainer.step, trainer.stream.position, trainer.seconds, loss_u, loss_v)
-        self.shown = f", loss_u {loss_u:.4f}, loss_v {loss_v:.4f}"
+            images = len(rows) * self.config.data.batch_size
+            self.log.add(
+                trainer.step,
+                trainer.stream.position,
+                trainer.seconds,
+                losses=means,
+                lr=self.config.optimizer.lr * self.rate,
+                images_per_second=images / seconds if seconds > 0 else 0.0,
+                waiting_for_data=min(1.0, self.waited / seconds) if seconds > 0 else 0.0,
+                memory_mib=peak_memory(trainer.device) / 2**20,
+            )
+        self.waited = 0.0
+        self.shown = f", loss_u {means['loss_u']:.4f}, loss_v {means['loss_v']:.4f}"
 
     def _refuse_broken_weights(self) -> None:
         for name, weight in self.trainer.weights().items():
@@ -234,9 +260,10 @@ class Run:
 
     def _diverged(self, what: str) -> UserError:
         lr = self.config.optimizer.lr
-        advice = f"train again with a learning rate below --lr {lr:g}"
+        clip = "" if self.config.optimizer.clip_grad_norm else " or --clip-grad-norm 1"
+        advice = f"train again with a learning rate below --lr {lr:g}{clip}"
         if self.out is not None and checkpoint.checkpoint_folders(self.out):
-            advice = f"continue with pmf train --resume {self.out} --lr {lr / 2:g}"
+            advice = f"continue with pmf train --resume {self.out} --lr {lr / 2:g}{clip}"
         return UserError(f"{what}; {self._last_checkpoint()}; {advice}")
 
     def _last_checkpoint(self) -> str:
@@ -277,9 +304,28 @@ class Run:
         bar.update(min(100.0, 100 * self._spent()) - bar.n)
 
 
-def learning_rate_factor(spent: float, cooldown: float) -> float:
-    """1 until the last ``cooldown`` share of the budget, then linearly to 0."""
-    return 1.0 if cooldown == 0 else max(0.0, min(1.0, (1 - spent) / cooldown))
+def learning_rate_factor(settings: OptimizerSettings, step: int, spent: float) -> float:
+    """What the learning rates are multiplied by before step number `step` (from 0).
+
+    spent: share of the run's budget used so far. The warm-up is min(1, (step + 1) / warmup_steps); times
+    constant:  1, and over the last `cooldown` share linearly to 0
+    cosine:    (1 + cos(pi spent)) / 2
+    linear:    1 - spent
+    """
+    left = max(0.0, 1 - spent)
+    warmup = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
+    if settings.schedule == "cosine":
+        return warmup * (1 - math.cos(math.pi * left)) / 2
+    if settings.schedule == "linear":
+        return warmup * left
+    return warmup * (1.0 if settings.cooldown == 0 else min(1.0, left / settings.cooldown))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at most in use so far: of the GPU's memory by torch, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _json_bytes(config: TrainConfig) -> bytes:

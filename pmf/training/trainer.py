@@ -19,10 +19,15 @@ from pmf.ranks import Ranks
 from pmf.training.building import build_objective, build_optimizer, model_config
 from pmf.training.compiling import compiled, compiling
 from pmf.training.config import TrainConfig
+from pmf.training.gradients import average_gradients, clip_gradients
+from pmf.training.initial import initialise
 from pmf.training.packing import pack, unpack
 from pmf.training.parallel import check_parts, shard_model, slice_draws, whole
 
 _log = logging.getLogger(__name__)
+
+COLUMNS = ("loss", "loss_u", "loss_v", "loss_perceptual", "grad_norm")
+"""What one step tells."""
 
 
 class Trainer:
@@ -37,7 +42,10 @@ class Trainer:
     through the network in that many parts, likewise.
     """
 
-    def __init__(self, config: TrainConfig, dataset: ImageDataset, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self, config: TrainConfig, dataset: ImageDataset, ranks: Ranks | None = None, *, fresh: bool = True
+    ) -> None:
+        """fresh: begins anew; a trainer that will `load` a checkpoint reads no other weights."""
         self.ranks = ranks or Ranks()
         self.device = find_device(self.ranks.device(config.run.device))
         if config.run.precision == "auto":  # settled here, so that the saved settings say what was computed
@@ -53,6 +61,9 @@ class Trainer:
                 torch.manual_seed(config.run.seed)
                 network = model_config(config, len(dataset.class_names))
                 self.model = models.PixelMeanFlow(network).to(self.device)
+            self.initial: list[str] = []
+            if config.run.init_from is not None and fresh:
+                self.initial = initialise(self.model, Path(config.run.init_from))
             self.model.checkpointing = config.run.checkpointing
             if self.sharded:
                 shard_model(self.model, config.run.precision)
@@ -86,9 +97,10 @@ class Trainer:
             self._fetched = None
 
     def train_step(self, rate: float = 1.0) -> torch.Tensor:
-        """One step at ``rate`` times the learning rates; returns loss, loss_u, loss_v as [3], not synced.
+        """One step at ``rate`` times the learning rates; returns the numbers of `COLUMNS`, not synced.
 
-        They are the means over this rank's images.
+        The losses are means over this rank's images. grad_norm is that of the mean gradient of all ranks,
+        before clipping; without clipping it is measured where a line of the log ends, and NaN elsewhere.
         """
         self.fetch()
         assert self._fetched is not None
@@ -96,7 +108,7 @@ class Trainer:
         draws = self._draw(images)
         self._refresh_computing_weights()
         parts = self.config.data.accumulate
-        losses = torch.zeros(3, dtype=torch.float32, device=self.device)
+        losses = torch.zeros(len(COLUMNS) - 1, dtype=torch.float32, device=self.device)
         for part in range(parts):
             if self.sharded:
                 self.model.set_requires_gradient_sync(part == parts - 1)  # type: ignore[operator]
@@ -104,11 +116,21 @@ class Trainer:
             losses += self._backward(images[rows], labels[rows], slice_draws(draws, rows)) / parts
         for group, full_rate in zip(self.optimizer.param_groups, self.full_rates, strict=True):
             group["lr"] = full_rate * rate
+        norm = self._clip_gradients()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.config.data.batch_size)
         self.step += 1
-        return losses
+        return torch.cat((losses, norm.reshape(1)))
+
+    def _clip_gradients(self) -> torch.Tensor:
+        largest = self.config.optimizer.clip_grad_norm
+        if largest is None and (self.step + 1) % self.config.run.log_every:
+            return torch.full((), torch.nan, dtype=torch.float32, device=self.device)
+        parameters = list(self.model.parameters())
+        if self.ranks.size > 1:
+            average_gradients(parameters, self.ranks.size)
+        return clip_gradients(parameters, largest)
 
     def _draw(self, images: torch.Tensor) -> flow.Draws:
         """The draws of this rank's images: its slice of those of the whole batch."""
@@ -118,7 +140,7 @@ class Trainer:
         return slice_draws(draws, slice(self.ranks.rank, None, self.ranks.size))
 
     def _backward(self, images: torch.Tensor, labels: torch.Tensor, draws: flow.Draws) -> torch.Tensor:
-        """Add the gradients of one part of this rank's images; returns its losses [3]."""
+        """Add the gradients of one part of this rank's images; returns its losses, as in `COLUMNS`."""
         images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         if images.dtype == torch.uint8:
             images = to_float(images)
@@ -127,7 +149,7 @@ class Trainer:
             terms = self.objective(self.network, images, labels, draws)
             (terms.loss / self.config.data.accumulate).backward()
         self._gather_gradients()
-        return torch.stack([terms.loss.detach(), terms.loss_u.detach(), terms.loss_v.detach()])
+        return torch.stack([getattr(terms, name).detach().float() for name in COLUMNS[:-1]])
 
     def averaged_model(self, half_life: float) -> models.PixelMeanFlow:
         """A copy of the model with the averaged weights of one half-life, in eval mode.

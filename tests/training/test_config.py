@@ -10,7 +10,7 @@ from pmf.errors import UserError
 from pmf.flow import LineTimes, NoGuidance
 from pmf.training import PRESETS, TrainConfig, get_preset, quick
 from pmf.training.building import build_objective, build_optimizer, model_config
-from pmf.training.config import settings
+from pmf.training.config import OptimizerSettings, settings
 from pmf.training.folders import new_run_folder
 from pmf.training.loop import learning_rate_factor
 
@@ -110,15 +110,6 @@ def test_config_of_another_version_says_what_it_lacks() -> None:
         TrainConfig.from_json(content)
 
 
-def test_settings_newer_than_a_run_have_their_defaults() -> None:
-    content = PRESETS["digits"].to_json()
-    added = [(group, setting.name) for group, setting in settings() if setting.metadata["added"]]
-    for group, name in added:
-        del content[group][name]
-    assert ("run", "compile") in added and ("objective", "times") in added
-    assert TrainConfig.from_json(content) == PRESETS["digits"]
-
-
 def test_every_switch_reaches_its_part() -> None:
     switches = {
         "prediction": "u",
@@ -146,9 +137,10 @@ def test_every_switch_reaches_its_part() -> None:
 
 
 def test_learning_rate_falls_over_the_last_share_of_the_run() -> None:
-    factors = [learning_rate_factor(spent, 0.25) for spent in (0.0, 0.5, 0.75, 0.875, 1.0, 1.01)]
+    cooling = OptimizerSettings(cooldown=0.25)
+    factors = [learning_rate_factor(cooling, 9, spent) for spent in (0.0, 0.5, 0.75, 0.875, 1.0, 1.01)]
     assert factors == [1, 1, 1, 0.5, 0, 0]
-    assert learning_rate_factor(1.0, 0.0) == 1
+    assert learning_rate_factor(OptimizerSettings(), 9, 1.0) == 1
 
 
 def test_run_folders_are_numbered(tmp_path: Path) -> None:

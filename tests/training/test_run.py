@@ -15,6 +15,7 @@ from pmf.data import MemoryImages
 from pmf.errors import UserError
 from pmf.training import TrainConfig, Trainer, prepare, train
 from pmf.training.folders import resume_config
+from pmf.training.trainer import COLUMNS
 
 Tiny = Callable[..., TrainConfig]
 
@@ -85,7 +86,7 @@ def test_logged_losses_are_the_means_of_the_steps(tmp_path: Path, tiny: Tiny) ->
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     trainer = Trainer(config, MemoryImages(*_digits(), [str(digit) for digit in range(10)]))
     losses = torch.stack([trainer.train_step() for _ in range(4)])
-    for row, pair in zip(rows, losses.reshape(2, 2, 3).mean(dim=1), strict=True):
+    for row, pair in zip(rows, losses.reshape(2, 2, len(COLUMNS)).mean(dim=1), strict=True):
         assert (row["loss_u"], row["loss_v"]) == pytest.approx((pair[1].item(), pair[2].item()), rel=1e-6)
 
 
@@ -104,7 +105,7 @@ def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_last_checkpoint(
     broken = MemoryImages(pixels, torch.arange(16) % 2, ["even", "odd"])
     order = Trainer(tiny(), broken).stream.indices(0, 16)
     bad_step = 1 if 5 in order[:8] else 2
-    sentence = f"the loss became nan at step {bad_step}"
+    sentence = f"loss_u became nan at step {bad_step}"
     with pytest.raises(UserError, match=f"{sentence}; no checkpoint had been saved; .*below --lr"):
         train(tiny(log_every=50), tmp_path / "first", dataset=broken)
     assert checkpoint.checkpoint_folders(tmp_path / "first") == []
@@ -247,7 +248,9 @@ def test_tensorboard_gets_losses_and_pictures_where_it_is_installed(
     board = Board()
     monkeypatch.setattr("pmf.training.log._tensorboard", lambda folder, step: board)
     train(tiny(steps=4, sample_every=2), tmp_path)
-    assert board.scalars == {"loss/u": [2, 4], "loss/v": [2, 4], "closed": []}
+    losses = ("loss/u", "loss/v", "loss/perceptual", "grad_norm")
+    speed = ("lr", "images_per_second", "waiting_for_data", "memory_mib")
+    assert board.scalars == {**dict.fromkeys((*losses, *speed), [2, 4]), "closed": []}
     assert board.pictures == [(2, 1), (4, 1), (4, 1)]
 
 

@@ -1,0 +1,119 @@
+"""Controls against a bad step, and what the log tells of one."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from pmf import checkpoint
+from pmf.errors import UserError
+from pmf.training import TrainConfig, Trainer, prepare, train
+from pmf.training.config import OptimizerSettings
+from pmf.training.folders import resume_config
+from pmf.training.gradients import clip_gradients
+from pmf.training.loop import learning_rate_factor
+
+Tiny = Callable[..., TrainConfig]
+
+
+def test_clipping_scales_all_gradients_by_one_factor() -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2, 2))]
+    grads = torch.tensor([3.0, 0.0, 0.0]), torch.tensor([[0.0, 4.0], [0.0, 0.0]])
+    for limit, factor in ((None, 1.0), (10.0, 1.0), (1.0, 0.2)):
+        for p, g in zip(parameters, grads, strict=True):
+            p.grad = g.clone()
+        assert clip_gradients(parameters, limit).item() == pytest.approx(5.0)
+        for p, g in zip(parameters, grads, strict=True):
+            torch.testing.assert_close(p.grad, g * factor)
+
+
+def test_warm_up_and_schedules() -> None:
+    def factors(**settings: object) -> list[float]:
+        chosen = OptimizerSettings(**settings)  # type: ignore[arg-type]
+        return [learning_rate_factor(chosen, step, step / 8) for step in range(9)]
+
+    assert factors(warmup_steps=4) == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1])
+    assert factors(schedule="linear") == pytest.approx([1 - step / 8 for step in range(9)])
+    cosine = [(1 + math.cos(math.pi * step / 8)) / 2 for step in range(9)]
+    assert factors(schedule="cosine") == pytest.approx(cosine)
+    both = [min(1, (step + 1) / 2) * x for step, x in enumerate(cosine)]
+    assert factors(schedule="cosine", warmup_steps=2) == pytest.approx(both)
+
+
+def test_a_schedule_and_a_cooldown_are_one_too_many(tiny: Tiny) -> None:
+    with pytest.raises(UserError, match="--cooldown ends a constant schedule, and --schedule is cosine"):
+        tiny(schedule="cosine", cooldown=0.5)
+
+
+def test_the_log_tells_norms_losses_and_speed(tmp_path: Path, tiny: Tiny) -> None:
+    config = tiny(steps=4, log_every=2, cooldown=0.0, schedule="linear", clip_grad_norm=1e-3)
+    train(config, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["lr"] for row in rows] == pytest.approx([config.optimizer.lr * x for x in (0.75, 0.25)])
+    trainer = prepare(config)
+    norms = [trainer.train_step(1 - step / 4)[-1].item() for step in range(4)]
+    assert min(norms) > 1e-3  # as they were before clipping
+    assert [row["grad_norm"] for row in rows] == pytest.approx([sum(norms[:2]) / 2, sum(norms[2:]) / 2])
+    for row in rows:
+        assert row["loss_perceptual"] == 0 and row["images_per_second"] > 0
+        assert 0 <= row["waiting_for_data"] <= 1 and row["memory_mib"] > 50
+
+
+def test_without_clipping_the_norm_is_that_of_the_step_logged(tiny: Tiny) -> None:
+    trainer = prepare(tiny(log_every=2))
+    first, second = trainer.train_step()[-1], trainer.train_step()[-1]
+    assert first.isnan() and second > 0
+
+
+def test_clipping_and_schedules_resume_bit_for_bit(tmp_path: Path, tiny: Tiny) -> None:
+    settings = dict(steps=6, checkpoint_every=3, keep_checkpoints=9, cooldown=0.0, schedule="cosine")
+    config = tiny(**settings, warmup_steps=4, clip_grad_norm=0.01)
+    whole = train(config, tmp_path / "whole")
+    train(config, tmp_path / "cut")
+    (last,) = [f for f in checkpoint.checkpoint_folders(tmp_path / "cut") if checkpoint.step_of(f) == 6]
+    for file in last.iterdir():
+        file.unlink()
+    last.rmdir()
+    resumed = train(resume_config(tmp_path / "cut", {}), tmp_path / "cut", resume=True)
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_starts_from_what_fits(tmp_path: Path, tiny: Tiny) -> None:
+    trained = Trainer(tiny(), prepare(tiny()).dataset).model
+    with torch.no_grad():
+        for p in trained.parameters():
+            p.add_(0.1)
+    torch.save(
+        {f"module._orig_mod.{k}": v for k, v in trained.state_dict().items()}, tmp_path / "trained.pth"
+    )
+    config = tiny(init_from=str(tmp_path / "trained.pth"), depth=3, patch_size=4)
+    trainer = prepare(config)
+    ours, theirs = dict(trainer.model.named_parameters()), dict(trained.named_parameters())
+    fresh = dict(prepare(tiny(depth=3, patch_size=4)).model.named_parameters())
+    for name, p in ours.items():
+        fits = name in theirs and theirs[name].shape == p.shape
+        assert torch.equal(p, theirs[name] if fits else fresh[name]), name
+    for name, average in trainer.ema.weights(trainer.ema.half_lives[0]).items():
+        assert torch.equal(average, ours[name])
+    said = "\n".join(trainer.initial)
+    assert f"of {len(ours)} weights come from" in said and "drawn new: position" in said
+
+
+def test_starting_from_nothing_usable_is_one_sentence(tmp_path: Path, tiny: Tiny) -> None:
+    with pytest.raises(UserError, match="there is no checkpoint file"):
+        prepare(tiny(init_from=str(tmp_path / "nothing.pth")))
+    other = {name: torch.zeros(7, 7) for name in prepare(tiny()).model.state_dict()}
+    torch.save(other, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="no weight has a name and shape of this model's"):
+        prepare(tiny(init_from=str(tmp_path / "other.pth")))
+
+
+def test_a_resumed_run_needs_no_file_to_start_from(tmp_path: Path, tiny: Tiny) -> None:
+    torch.save(prepare(tiny()).model.state_dict(), tmp_path / "trained.pth")
+    train(tiny(init_from=str(tmp_path / "trained.pth"), steps=2), tmp_path / "run")
+    (tmp_path / "trained.pth").unlink()
+    train(resume_config(tmp_path / "run", {"steps": 3}), tmp_path / "run", resume=True)
