@@ -230,6 +230,29 @@ def ours(x):
     return pmf.ops.attention(y[None], y[None] * 2, y[None])[0, 0]
 
 
+def attention_past_the_replacement(x):
+    """An operator's own overload is no function that replace_sdpa could replace."""
+    q, mask = x[None, None], x[:, :1] * torch.ones(1, len(x), dtype=x.dtype)
+    attend = torch.ops.aten.scaled_dot_product_attention
+    out = attend(q, q.sin(), q, mask.detach()) + attend(
+        torch.cat((q, -q), 1), q, q, None, 0.0, True, enable_gqa=True
+    )
+    return out[0, 1] + out[0, 0]
+
+
+def scattered(x):
+    rows = torch.tensor([0, 2])
+    y = torch.zeros_like(x).index_put_((rows,), x[rows] * 2).scatter_add_(1, rows.expand(6, 2), x[:, :2])
+    return torch.slice_scatter(y, x[:1] * 3, 0, 1, 2) + torch.as_strided_scatter(
+        x.contiguous(), x[0], (6,), (1,), 2
+    )
+
+
+def activations_in_place(x):
+    y = F.relu(x * 1, inplace=True) + F.silu(x * 1, inplace=True) + F.elu(x * 1, inplace=True)
+    return y + F.leaky_relu(x * 1, inplace=True) + F.glu(torch.cat((x, x), -1)) + F.logsigmoid(x) + F.celu(x)
+
+
 def memory_formats(x):
     image = x.reshape(1, 2, -1, 3).contiguous(memory_format=torch.channels_last) * 2
     y = F.conv2d(image, torch.ones(2, 2, 3, 3, dtype=x.dtype), padding=1)
@@ -240,6 +263,7 @@ SPELLED = (
     in_place_rope, written_into_zeros, shared_then_written, transposed_in_place, strided, detached,
     overwritten, complex_numbers, padded, integers, products, reductions, masked, split, scalars,
     without_grad, mapped, rms_norms, ours, memory_formats,
+    attention_past_the_replacement, scattered, activations_in_place,
 )  # fmt: skip
 
 
