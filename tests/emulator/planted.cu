@@ -208,6 +208,18 @@ __global__ void misaligned_vector(Buffers p) {
 }
 
 template <bool kBug>
+__global__ void misaligned_load(Buffers p) {
+  const float* const from = p.input + 2 * thread() + kBug;
+  p.output[first() + thread()] = static_cast<float>(*reinterpret_cast<const uint64_t*>(from));
+}
+
+template <bool kBug>
+__global__ void misaligned_store(Buffers p) {
+  auto* const halves = reinterpret_cast<uint16_t*>(p.output);
+  *reinterpret_cast<float*>(halves + 4 * (first() + thread()) + kBug) = p.input[thread()];
+}
+
+template <bool kBug>
 __global__ void misaligned_copy(Buffers p) {
   float* const s = shared_floats();
   cp_async_16(s + 4 * thread(), p.input + (kBug ? 1 : 4) * (first() + thread()));
@@ -293,6 +305,8 @@ const Planted kAll[] = {
     PMF_PLANTED(different_collectives),
     PMF_PLANTED(wrong_shuffle_distance),
     PMF_PLANTED(named_barrier_too_small),
+    PMF_PLANTED(misaligned_load),
+    PMF_PLANTED(misaligned_store),
     PMF_PLANTED(misaligned_vector),
     PMF_PLANTED(misaligned_copy),
     PMF_PLANTED(misaligned_ldmatrix),

@@ -70,6 +70,39 @@ __global__ void lanes_probe(Numbers p) {
   p.result[4 * lane + 3] = round_tf32(x);
 }
 
+struct Copies {
+  const float* from;  // two times [32][4]
+  float* to;
+};
+
+// What a lane finds where it copied to: after waiting for the first of two groups, of which it
+// copied zeros if it is odd, and after waiting for both. It wrote there before.
+__global__ void copy_probe(Copies p) {
+  const int lane = static_cast<int>(threadIdx.x), own = 4 * lane, next = own + 4 * kWarpThreads;
+  auto* const s = reinterpret_cast<float*>(dynamic_shared());
+  for (int i = 0; i < 4; ++i) s[own + i] = s[next + i] = -1.0f;
+  cp_async_16(s + own, p.from + own, lane % 2 == 0);
+  cp_async_commit();
+  cp_async_16(s + next, p.from + next);
+  cp_async_commit();
+  cp_async_wait<1>();
+  for (int i = 0; i < 4; ++i) p.to[own + i] = s[own + i];
+  cp_async_wait<0>();
+  for (int i = 0; i < 4; ++i) p.to[next + i] = s[next + i];
+}
+
+// One number's functions, and two numbers in a register.
+__global__ void numbers_probe(Numbers p) {
+  const int lane = static_cast<int>(threadIdx.x);
+  const float x = p.x[lane];
+  uint32_t* const result = p.result + 5 * lane;  // [32][5]
+  result[0] = __float_as_uint(exp2_approx(x));
+  result[1] = __float_as_uint(log2_approx(x));
+  result[2] = __float_as_uint(rcp_approx(x));
+  result[3] = pack2<__nv_bfloat16>(x, 2.0f);
+  result[4] = pack2<__half>(x, 2.0f);
+}
+
 const char* sentence(cudaError_t status) {
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
@@ -92,6 +125,15 @@ PMF_EXPORT const char* pmf_probe_ldmatrix(int count, bool transposed, const uint
 
 PMF_EXPORT const char* pmf_probe_lanes(const float* x, uint32_t* result) {
   return sentence(launch(&lanes_probe, 1, kWarpThreads, 0, nullptr, Numbers{x, result}));
+}
+
+PMF_EXPORT const char* pmf_probe_copy(const float* from, float* to) {
+  constexpr int64_t kShared = 2 * kWarpThreads * 4 * sizeof(float);
+  return sentence(launch(&copy_probe, 1, kWarpThreads, kShared, nullptr, Copies{from, to}));
+}
+
+PMF_EXPORT const char* pmf_probe_numbers(const float* x, uint32_t* result) {
+  return sentence(launch(&numbers_probe, 1, kWarpThreads, 0, nullptr, Numbers{x, result}));
 }
 
 // Asks for more shared memory, threads or blocks than there are.

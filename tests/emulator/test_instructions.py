@@ -1,67 +1,98 @@
-"""The emulated instructions against the tables of the PTX ISA, written down here, and plain numpy."""
+"""The emulated instructions, and nvcc's, against the tables of the PTX ISA and plain numpy."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Iterator
+from fractions import Fraction
 
 import numpy as np
 import pytest
-from helpers.emulator import Planted
-
-LANES = range(32)
-Place = Callable[[int, int], tuple[int, int]]
-
-# PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type" and "... mma.m16n8k8": the row and
-# column of element i of a lane's fragment; group = lane >> 2, member = lane % 4. 16-bit elements: two in a
-# register, the first in the lower half.
+from helpers import instructions
+from helpers.emulator import Planted, tensor_cores
+from helpers.instructions import KINDS, LANES, c_any, registers
+from helpers.levels import EMULATED, NVCC
+from helpers.ptx.planted import planted_at
 
 
-def a_16bit(lane: int, i: int) -> tuple[int, int]:
-    group, member = lane >> 2, lane % 4
-    row = group if 0 <= i < 2 or 4 <= i < 6 else group + 8
-    return row, member * 2 + (i & 1) + (0 if i < 4 else 8)
-
-
-def b_16bit(lane: int, i: int) -> tuple[int, int]:
-    group, member = lane >> 2, lane % 4
-    return member * 2 + (i & 1) + (0 if i < 2 else 8), group
-
-
-def a_tf32(lane: int, i: int) -> tuple[int, int]:
-    group, member = lane >> 2, lane % 4
-    return (group if i in (0, 2) else group + 8), (member if i in (0, 1) else member + 4)
-
-
-def b_tf32(lane: int, i: int) -> tuple[int, int]:
-    group, member = lane >> 2, lane % 4
-    return (member if i == 0 else member + 4), group
-
-
-def c_any(lane: int, i: int) -> tuple[int, int]:
-    group, member = lane >> 2, lane % 4
-    return (group if i < 2 else group + 8), member * 2 + (i & 1)
-
-
-KINDS = {"bf16": (0, 16, a_16bit, b_16bit), "f16": (1, 16, a_16bit, b_16bit), "tf32": (2, 8, a_tf32, b_tf32)}
-
-
-@pytest.fixture(scope="module")
-def planted() -> Planted:
-    return Planted()
+@pytest.fixture(scope="module", params=(*EMULATED, *NVCC))
+def planted(request: pytest.FixtureRequest) -> Iterator[Planted]:
+    with planted_at(request.param) as found:
+        yield found
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_mma(planted: Planted, kind: str) -> None:
-    """Small whole numbers: every product and sum is exact."""
+    instructions.check_mma(planted, kind)
+
+
+def aligned_sum(a: np.ndarray, b: np.ndarray, c: float, bits: int, blocks: int) -> float:
+    """A row times a column, and c, as Fasi et al. (2021) describe it; of normal numbers alone."""
+    total = Fraction(c)
+    for x, y in zip(np.split(a, blocks), np.split(b, blocks), strict=True):
+        terms = [total, *(Fraction(float(p)) * Fraction(float(q)) for p, q in zip(x, y, strict=True))]
+        exponents = [math.frexp(float(total))[1] - 1] if total else []
+        exponents += [math.frexp(p)[1] + math.frexp(q)[1] - 2 for p, q in zip(x, y, strict=True) if p and q]
+        if not exponents:
+            return 0.0
+        unit = Fraction(2) ** (max(exponents) - bits)
+        total = cut(sum(int(t / unit) for t in terms) * unit)  # int() cuts toward zero
+    return float(total)
+
+
+def cut(x: Fraction) -> Fraction:
+    """To 24 bits, toward zero."""
+    if x == 0:
+        return x
+    unit = Fraction(2) ** (math.frexp(float(abs(x)))[1] - 24)
+    if abs(x) < Fraction(2) ** 23 * unit:  # float(x) was rounded up to a power of two
+        unit /= 2
+    return int(x / unit) * unit
+
+
+@pytest.mark.parametrize(("bits", "blocks"), [(24, 2), (25, 1), (23, 2)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_mma_cuts_its_sums(planted: Planted, kind: str, bits: int, blocks: int) -> None:
+    """Bit for bit, of terms that differ by up to 2^24, some zero, some that cancel."""
     number, depth, a_place, b_place = KINDS[kind]
-    generator = np.random.default_rng(0)
-    a, b, c = (generator.integers(-8, 9, shape) for shape in ((16, depth), (depth, 8), (16, 8)))
+    generator = np.random.default_rng(3)
+
+    def numbers(*shape: int) -> np.ndarray:
+        x = generator.integers(-255, 256, shape) * 2.0 ** generator.integers(-6, 7, shape)
+        return np.where(generator.random(shape) < 0.1, 0.0, x)
+
+    a, b, c = numbers(16, depth), numbers(depth, 8), numbers(16, 8)
+    a[:, 1], b[1] = -a[:, 0], b[0]
+    c[3] = 0.0
+    c[5] *= 2.0**-20
     a_registers, b_registers = registers(a, a_place, 4, kind), registers(b, b_place, 2, kind)
     fragment = np.array([[c[c_any(lane, i)] for i in range(4)] for lane in LANES], np.float32)
     planted.begin(0, inputs=[a_registers, b_registers], outputs=[fragment], written=True)
-    assert planted.mma(number, a_registers, b_registers, fragment) is None
-    expected = a @ b + c
+    with tensor_cores(bits, blocks, planted.path):
+        assert planted.mma(number, a_registers, b_registers, fragment) is None
+    expected = np.array(
+        [[aligned_sum(a[i], b[:, j], c[i, j], bits, blocks) for j in range(8)] for i in range(16)]
+    )
+    assert (expected != (a @ b + c)).any()
     for lane in LANES:
         for i in range(4):
             assert fragment[lane, i] == expected[c_any(lane, i)], (lane, i)
+
+
+def test_mma_of_infinities_and_nan(planted: Planted) -> None:
+    """They stay in their rows and columns; a sum beyond fp32 is infinite."""
+    a, b, c = np.ones((16, 16)), np.ones((16, 8)), np.zeros((16, 8))
+    a[2, 3], a[4, 5], b[7, 6], c[9, 1] = np.inf, np.nan, -np.inf, np.inf
+    a[11], b[:, 3] = 2.0**100, 2.0**27
+    with np.errstate(invalid="ignore", over="ignore"):
+        expected = (a @ b + c).astype(np.float32)
+    expected[11, 3] = np.inf
+    number, _, a_place, b_place = KINDS["bf16"]
+    a_registers, b_registers = registers(a, a_place, 4, "bf16"), registers(b, b_place, 2, "bf16")
+    fragment = np.array([[c[c_any(lane, i)] for i in range(4)] for lane in LANES], np.float32)
+    planted.begin(0, inputs=[a_registers, b_registers], outputs=[fragment], written=True)
+    assert planted.mma(number, a_registers, b_registers, fragment) is None
+    for lane in LANES:
+        for i in range(4):
+            np.testing.assert_equal(fragment[lane, i], expected[c_any(lane, i)])
 
 
 def test_tf32_ignores_the_last_13_bits(planted: Planted) -> None:
@@ -76,33 +107,19 @@ def test_tf32_ignores_the_last_13_bits(planted: Planted) -> None:
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("count", [2, 4])
 def test_ldmatrix(planted: Planted, count: int, transposed: bool) -> None:
-    """PTX ISA, ldmatrix: lanes 8 m to 8 m + 7 give matrix m's rows; a lane gets a pair of row lane / 4."""
-    generator = np.random.default_rng(1)
-    elements = np.arange(32 * 8, dtype=np.uint16).reshape(32, 8)
-    of_lane = generator.permutation(32).astype(np.int32)
-    result = np.zeros((32, 4), np.uint32)
-    planted.begin(1, inputs=[elements, of_lane], outputs=[result])
-    assert planted.ldmatrix(count, transposed, elements, of_lane, result) is None
-    for m in range(count):
-        matrix = elements[of_lane[8 * m : 8 * m + 8]]
-        matrix = matrix.T if transposed else matrix
-        for lane in LANES:
-            first, second = matrix[lane // 4, lane % 4 * 2], matrix[lane // 4, lane % 4 * 2 + 1]
-            assert result[lane, m] == int(second) << 16 | int(first), (m, lane)
+    instructions.check_ldmatrix(planted, count, transposed)
 
 
 def test_lanes(planted: Planted) -> None:
-    x = np.random.default_rng(2).standard_normal(32, dtype=np.float32)
-    result = np.zeros((32, 4), np.uint32)
-    planted.begin(2, inputs=[x], outputs=[result])
-    assert planted.lanes(x, result) is None
-    floats = result.view(np.float32)
-    assert (floats[:, 0] == x[[lane ^ 5 for lane in LANES]]).all()
-    assert (floats[:, 1] == x[[lane + 3 if lane + 3 < 32 else lane for lane in LANES]]).all()
-    assert (result[:, 2] == sum(1 << lane for lane in LANES if x[lane] > 0)).all()
-    # To the nearest number of 10 bits of mantissa; there is no tie among these.
-    mantissa, exponent = np.frexp(x.astype(np.float64))
-    assert (floats[:, 3] == np.ldexp(np.round(mantissa * 2**11) / 2**11, exponent)).all()
+    instructions.check_lanes(planted)
+
+
+def test_copies(planted: Planted) -> None:
+    instructions.check_copies(planted)
+
+
+def test_numbers(planted: Planted) -> None:
+    instructions.check_numbers(planted)
 
 
 @pytest.mark.parametrize(
@@ -121,13 +138,3 @@ def test_launches_that_no_device_takes(
     planted.begin(0, inputs=[x], outputs=[result])
     said = planted.launch(grid, block, shared, x, result)
     assert said == f"the emulator cannot launch {sentence}"
-
-
-def registers(matrix: np.ndarray, place: Place, count: int, kind: str) -> np.ndarray:
-    """The fragments of all lanes, [32, count] words."""
-    if kind == "tf32":
-        values = [[np.float32(matrix[place(lane, i)]) for i in range(count)] for lane in LANES]
-        return np.array(values, np.float32).view(np.uint32)
-    halves = np.array([[matrix[place(lane, i)] for i in range(2 * count)] for lane in LANES], np.float32)
-    bits = halves.view(np.uint32) >> 16 if kind == "bf16" else halves.astype(np.float16).view(np.uint16)
-    return np.ascontiguousarray(bits.astype(np.uint16)).view(np.uint32)

@@ -1,11 +1,15 @@
 """Each planted bug is found, whatever the order of warps, and its correct twin passes."""
 
 import re
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from helpers.emulator import Planted
+from helpers.levels import EMULATED, NVCC
+from helpers.ptx.planted import planted_at
 
+BACKENDS = (*EMULATED, *NVCC)
 SEEDS = range(5)
 ELEMENTS = 4 * 3 * 128
 
@@ -32,7 +36,9 @@ FOUND = {
     "different_collectives": "lanes of one warp part ways",
     "wrong_shuffle_distance": r"a shuffle reads lane \d+ of a warp of 32",
     "named_barrier_too_small": rf"({UNORDERED}|read and was never written)",
-    "misaligned_vector": "a vector needs an address that is a multiple of 16, got one 8 beyond",
+    "misaligned_load": "a load needs an address that is a multiple of 8, got one 4 beyond",
+    "misaligned_store": "a store needs an address that is a multiple of 4, got one 2 beyond",
+    "misaligned_vector": "a (vector|load) needs an address that is a multiple of 16, got one 8 beyond",
     "misaligned_copy": r"cp.async needs an address that is a multiple of 16, got one \d+ beyond",
     "misaligned_ldmatrix": "ldmatrix needs rows at multiples of 16",
     "blocks_write_one_place": "written after another block wrote it, and nothing orders the blocks",
@@ -42,9 +48,10 @@ FOUND = {
 }
 
 
-@pytest.fixture(scope="module")
-def planted() -> Planted:
-    return Planted()
+@pytest.fixture(scope="module", params=BACKENDS)
+def planted(request: pytest.FixtureRequest) -> Iterator[Planted]:
+    with planted_at(request.param) as found:
+        yield found
 
 
 def test_every_planted_bug_has_its_sentence(planted: Planted) -> None:
@@ -74,7 +81,7 @@ def test_atomic_operations_count_every_thread(planted: Planted) -> None:
 def test_message_names_the_line(planted: Planted) -> None:
     said = run(planted, "write_to_an_input", True, 0)
     assert said is not None and re.search(
-        r"block \d, 0, 0; thread \d+, 0, 0; at (planted.cu:\d+|offset)", said
+        r"block \d, 0, 0; thread \d+, 0, 0; at (planted.cu:\d+|offset|ptx.h:\d+ < \w+\.ptx:\d+)", said
     )
 
 

@@ -20,6 +20,9 @@ import torch
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "tests" / "emulator"
 BUILD = Path(os.environ.get("PMF_EMULATOR_DIR", ROOT / "build" / "emulator"))
+TENSOR_CORES = (24, 2, False)
+"""As the emulator adds if nobody says otherwise: bits and blocks of Ampere, but TF32 products in order."""
+LIBRARY = BUILD / "libpmf_emulated.so"
 
 
 def why_not() -> str | None:
@@ -56,7 +59,7 @@ def namespace() -> Any:
 
 def launches() -> int:
     """How many kernels torch.ops.pmf_emulated has launched since the process began."""
-    count = ctypes.CDLL(str(BUILD / "libpmf_emulated.so")).pmf_emulator_launches
+    count = ctypes.CDLL(str(LIBRARY)).pmf_emulator_launches
     count.restype = ctypes.c_int64
     return count()
 
@@ -65,7 +68,7 @@ def launches() -> int:
 def elsewhere(*tensors: torch.Tensor, device: str) -> Iterator[None]:
     """Let tensors seem to be on "cpu", or on "cuda:1": all others are on cuda:0."""
     namespace()
-    machine = ctypes.CDLL(str(BUILD / "libpmf_emulated.so"))
+    machine = ctypes.CDLL(str(LIBRARY))
     kind, _, index = device.partition(":")
     for x in tensors:
         storage = ctypes.c_void_p(x.untyped_storage().data_ptr())
@@ -80,7 +83,7 @@ def elsewhere(*tensors: torch.Tensor, device: str) -> Iterator[None]:
 def hardware(index: int, *, capability: tuple[int, int] = (9, 0), driver: int = 13000) -> Iterator[None]:
     """Let CUDA device `index` be another one than sm_90; it is asked once in the life of the process."""
     namespace()
-    machine = ctypes.CDLL(str(BUILD / "libpmf_emulated.so"))
+    machine = ctypes.CDLL(str(LIBRARY))
     machine.pmf_emulator_device(index, *capability)
     machine.pmf_emulator_driver(driver)
     try:
@@ -89,13 +92,44 @@ def hardware(index: int, *, capability: tuple[int, int] = (9, 0), driver: int = 
         machine.pmf_emulator_driver(13000)
 
 
+@contextmanager
+def limits(shared_kb: int, processors: int) -> Iterator[None]:
+    """Let a block have so many KB of shared memory, a multiprocessor 1 KB more, and the device processors."""
+    namespace()
+    machine = ctypes.CDLL(str(LIBRARY))
+
+    def let(kb: int, count: int) -> None:
+        machine.pmf_emulator_limits(ctypes.c_int64(kb * 1024), ctypes.c_int64((kb + 1) * 1024), count)
+
+    let(shared_kb, processors)
+    try:
+        yield
+    finally:
+        let(163, 4)
+
+
+@contextmanager
+def tensor_cores(fraction_bits: int, blocks: int, library: Path = LIBRARY) -> Iterator[None]:
+    """Let tensor cores add as tests/emulator/runtime/sums.h says, TF32 products too.
+
+    0 bits: in order, rounded to nearest.
+    """
+    machine = ctypes.CDLL(str(library))
+    machine.pmf_emulator_tensor_cores(fraction_bits, blocks, True)
+    try:
+        yield
+    finally:
+        machine.pmf_emulator_tensor_cores(*TENSOR_CORES)
+
+
 class Planted:
     """The emulator by itself: kernels with planted bugs, and single instructions, on numpy arrays."""
 
     def __init__(self) -> None:
         if (reason := why_not()) is not None:
             pytest.skip(reason)
-        self._library = ctypes.CDLL(str(library("planted")))
+        self.path = library("planted")
+        self._library = ctypes.CDLL(str(self.path))
         for name in ("name", "run"):
             getattr(self._library, f"pmf_planted_{name}").restype = ctypes.c_char_p
         self.names: list[str] = []
@@ -125,6 +159,12 @@ class Planted:
 
     def lanes(self, x: np.ndarray, result: np.ndarray) -> str | None:
         return self._call("pmf_probe_lanes", x, result)
+
+    def copies(self, given: np.ndarray, result: np.ndarray) -> str | None:
+        return self._call("pmf_probe_copy", given, result)
+
+    def numbers(self, x: np.ndarray, result: np.ndarray) -> str | None:
+        return self._call("pmf_probe_numbers", x, result)
 
     def launch(self, grid: int, block: int, shared: int, x: np.ndarray, result: np.ndarray) -> str | None:
         return self._call("pmf_probe_launch", grid, block, ctypes.c_int64(shared), x, result)

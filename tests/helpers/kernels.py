@@ -1,12 +1,14 @@
-"""Where tensors go to the CUDA kernels: the emulator, which takes those of the CPU, and a GPU."""
+"""Where tensors go to the CUDA kernels: the emulator, which takes those of the CPU (as g++ or as nvcc
+compiled the kernels), and a GPU.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from helpers.levels import EMULATED, at_level
+from helpers.levels import EMULATED, PTX, at_level
 
-PLACES = (*EMULATED, *(("cuda",) if torch.cuda.is_available() else ()))
+PLACES = (*EMULATED, *PTX, *(("cuda",) if torch.cuda.is_available() else ()))
 
 
 @contextmanager

@@ -1,17 +1,19 @@
 """Where the kernels run: the levels of the CPU kernels, the emulator, and a GPU; switched inside one process.
 
 Each is a namespace of raw ops in the place of torch.ops.pmf. The emulator's takes CPU tensors to the CUDA
-kernels, compiled for the CPU (tests/emulator); the GPU's takes copies there and brings the results back, so
-that one test serves all.
+kernels, compiled for the CPU (tests/emulator), or as nvcc compiled them (helpers/ptx); the GPU's takes copies
+there and brings the results back, so that one test serves all.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
 import torch
 from helpers import emulator
+from helpers.machine_code import tool
+from helpers.ptx import backend as ptx
 from torch import Tensor
 
 from pmf import _library
@@ -20,9 +22,10 @@ from pmf import _library
 @contextmanager
 def at_level(name: str) -> Iterator[None]:
     """Run the kernels there, then at the default again; ValueError if the processor lacks the level."""
-    if name in ("emulated", "cuda"):
-        namespace = emulator.namespace() if name == "emulated" else _OnGpu(torch.ops.pmf)
+    if name in ("emulated", "ptx", "cuda"):
+        namespace = _OnGpu(torch.ops.pmf) if name == "cuda" else emulator.namespace()
         with (
+            ptx.running(emulator.LIBRARY, ptx.of_this_build()) if name == "ptx" else nullcontext(),
             mock.patch.object(torch.ops, "pmf", namespace),
             mock.patch.object(_library, "takes_cuda_kernel", lambda tensor: True),
         ):
@@ -86,3 +89,7 @@ def _exists(name: str) -> bool:
 CPU_LEVELS = tuple(name for name in ("portable", "avx2", "avx512", "avx512_bf16") if _exists(name))
 EMULATED = ("emulated",) if emulator.why_not() is None else ()
 LEVELS = (*CPU_LEVELS, *EMULATED, *(("cuda",) if torch.cuda.is_available() else ()))
+NVCC = ("ptx",) if ptx.why_not() is None and tool("nvcc") is not None else ()
+PTX = ("ptx",) if ptx.why_not() is None else ()
+EVERYWHERE = (*LEVELS, *PTX)
+"""For parametrised tests. Those that draw a level leave out the one that compiles what it runs."""

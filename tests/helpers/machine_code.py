@@ -8,8 +8,8 @@ import functools
 import os
 import re
 import shutil
-import site
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
@@ -52,7 +52,7 @@ def tool(name: str) -> str | None:
     folders = [Path(folder) for folder in os.environ.get("PATH", "").split(os.pathsep)]
     folders += [Path(os.environ[key]) / "bin" for key in ("CUDA_HOME", "CUDA_PATH") if key in os.environ]
     folders.append(Path("/usr/local/cuda/bin"))
-    for packages in map(Path, (*site.getsitepackages(), site.getusersitepackages())):
+    for packages in map(Path, sys.path):
         folders += sorted(packages.glob("nvidia/*/bin"), reverse=True)
         folders.append(packages / "triton/backends/nvidia/bin")
     return shutil.which(name, path=os.pathsep.join(map(str, folders)))

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers.levels import LEVELS, at_level
+from helpers.levels import EVERYWHERE, at_level
 
 
-@pytest.fixture(params=LEVELS)
+@pytest.fixture(params=EVERYWHERE)
 def level(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each level of the CPU kernels that this processor has, the emulator, and a GPU where there is one."""
     with at_level(request.param):

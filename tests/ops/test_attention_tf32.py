@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from helpers.attention import HARD, Problem, Shape, gradients, gradients_of_both, problem, solved
-from helpers.levels import CPU_LEVELS, LEVELS, at_level
+from helpers.levels import CPU_LEVELS, EVERYWHERE, at_level
 from helpers.tolerance import TF32, assert_close, error, round_to_tf32, spread, tolerance
 from torch import Tensor
 
@@ -73,7 +73,7 @@ def test_limits_are_those_of_the_mathematics():
         assert 0.8 * tolerance(kind, TF32) < max(errors) < tolerance(kind, TF32), kind
 
 
-@pytest.fixture(params=[level for level in LEVELS if level not in CPU_LEVELS])
+@pytest.fixture(params=[level for level in EVERYWHERE if level not in CPU_LEVELS])
 def allowed(request: pytest.FixtureRequest) -> Iterator[None]:
     """A level that has TF32 products, with PyTorch's leave to use them."""
     before = torch.get_float32_matmul_precision()

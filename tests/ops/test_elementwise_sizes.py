@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.elementwise import FEW_TERMS, check, normal
-from helpers.levels import LEVELS
+from helpers.levels import EVERYWHERE
 from torch import Tensor
 
 LENGTHS = (1, 17, 63, 64, 65, 276)
@@ -13,7 +13,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("name", EVERYWHERE)
 def test_sizes(name: str, length: int, dtype: torch.dtype) -> None:
     """Each dtype pairs the lengths and widths in another way."""
     width = WIDTHS[(LENGTHS.index(length) + DTYPES.index(dtype)) % len(WIDTHS)]

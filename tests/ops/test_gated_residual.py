@@ -15,7 +15,7 @@ from helpers.elementwise import (
     levels,
     normal,
 )
-from helpers.levels import LEVELS
+from helpers.levels import EVERYWHERE
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,7 +23,7 @@ from pmf.ops import gated_residual, gated_residual_jvp
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("name", EVERYWHERE)
 def test_accuracy(name: str, dtype: torch.dtype) -> None:
     shape = (3, 67, 203)
     x, b, g, x_t, b_t, g_t = (t.to(dtype) for t in normal(shape, shape, (203,), shape, shape, (203,)))

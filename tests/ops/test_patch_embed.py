@@ -16,7 +16,7 @@ import pmf.reference as reference
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # The work on the CPU is torch's GEMM, the same at all levels.
-LEVELS = tuple(name for name in levels.LEVELS if name not in levels.CPU_LEVELS[:-1])
+EVERYWHERE = tuple(name for name in levels.EVERYWHERE if name not in levels.CPU_LEVELS[:-1])
 
 
 def inputs(batch=3, channels=3, rows=4, columns=4, patch=4, rank=32, width=48, prefix=5, dtype=torch.float64):
@@ -38,7 +38,7 @@ def jvp(module, args, images_t, prefix_t, **options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", EVERYWHERE)
 @pytest.mark.parametrize("sizes", [{}, {"rows": 9, "columns": 17, "patch": 2, "rank": 136, "width": 200}])
 def test_values_tangents_and_gradients(sizes, level, dtype):
     """Each GEMM rounds its result once more in 16 bits: the down product before the up product reads it."""
@@ -56,7 +56,7 @@ def test_values_tangents_and_gradients(sizes, level, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", EVERYWHERE)
 @pytest.mark.parametrize("sizes", [{}, {"rows": 3, "columns": 5, "patch": 3, "rank": 20, "width": 30}])
 def test_float32_pixels_beside_16_bit_weights(sizes, level, dtype):
     images, *args = inputs(**sizes)
@@ -79,7 +79,7 @@ def test_float32_pixels_beside_16_bit_weights(sizes, level, dtype):
     assert_close(found, wanted, limit)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", EVERYWHERE)
 @pytest.mark.parametrize(("tokens", "width"), [(1, 32), (17, 64), (63, 72), (64, 80), (65, 96), (276, 128)])
 def test_lengths_and_widths(tokens, width, level):
     args = inputs(1, 3, 1, tokens, 2, 16, width, 4, torch.bfloat16)
@@ -111,7 +111,7 @@ def test_lengths_and_widths(tokens, width, level):
     which=st.sampled_from(("all tokens", "image tokens", "none")),
     biases=st.booleans(),
     dtype=st.sampled_from(DTYPES),
-    level=st.sampled_from(LEVELS),
+    level=st.sampled_from([name for name in EVERYWHERE if name not in levels.PTX]),
 )
 def test_any_shape_and_layout(
     batch, channels, rows, columns, patch, rank, width, prefix, layout, which, biases, dtype, level

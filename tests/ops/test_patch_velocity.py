@@ -12,7 +12,7 @@ from helpers.elementwise import (
     few_examples,
     normal,
 )
-from helpers.levels import LEVELS, at_level
+from helpers.levels import EVERYWHERE, LEVELS, at_level
 from helpers.tolerance import assert_close, tolerance
 from hypothesis import given
 from hypothesis import strategies as st
@@ -38,7 +38,7 @@ def inputs(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("name", EVERYWHERE)
 def test_accuracy(name: str, dtype: torch.dtype) -> None:
     x, x_t = ([y.to(dtype) for y in inputs(3, 3, 16, 4, 4, seed)] for seed in (0, 2))
     check(name, "patch_velocity", x, x_t, terms=2)  # the gradient of t has three entries
@@ -52,7 +52,7 @@ def test_sizes(level, dtype, batch, channels, patch, rows, columns) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("name", EVERYWHERE)
 def test_narrow_tokens_beside_wide_images(name: str, dtype: torch.dtype) -> None:
     tokens, images, t = inputs(3, 3, 4, 2, 2)
     tokens_t, images_t, t_t = inputs(2, 3, 4, 2, 2, seed=2)

@@ -15,7 +15,7 @@ from helpers.elementwise import (
     levels,
     normal,
 )
-from helpers.levels import LEVELS
+from helpers.levels import EVERYWHERE
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -50,7 +50,7 @@ def case(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("name", EVERYWHERE)
 def test_accuracy(name: str, dtype: torch.dtype) -> None:
     inputs, tangents = case(dtype, 3, 4, 2, 43, 39, 80)
     inputs[:2] = map(LAYOUTS["heads inside tokens"], inputs[:2])

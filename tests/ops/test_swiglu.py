@@ -16,7 +16,7 @@ from helpers.elementwise import (
     levels,
     normal,
 )
-from helpers.levels import LEVELS, at_level
+from helpers.levels import EVERYWHERE, at_level
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,7 +24,7 @@ from pmf.ops import swiglu, swiglu_jvp
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("name", EVERYWHERE)
 def test_accuracy(name: str, dtype: torch.dtype) -> None:
     gate, up, gate_t, up_t = ((2 * t).to(dtype) for t in normal(*((3, 67, 203),) * 4))
     check(name, "swiglu", (gate, up), (gate_t, up_t))
@@ -68,7 +68,7 @@ def test_bitwise_repeatable(threads: None) -> None:
     check_repeatable("swiglu", (gate, up), (gate_t, up_t))
 
 
-@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("name", EVERYWHERE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_far_tails(name: str, dtype: torch.dtype) -> None:
     """Relative accuracy where sigmoid or 1 - sigmoid is tiny: silu(-80) = -80 exp(-80)."""
@@ -85,7 +85,7 @@ def test_far_tails(name: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(slope.double(), expected_slope, rtol=limit, atol=0)
 
 
-@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("name", EVERYWHERE)
 def test_not_finite(name: str) -> None:
     gate = torch.tensor([torch.inf, torch.nan, 3e38, -3e38, 1e4, -1e4])
     with at_level(name):

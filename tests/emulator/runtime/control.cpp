@@ -1,10 +1,25 @@
 // What tests call by ctypes: the order of warps, the number of launches, and memory for kernels
 // that no op calls.
 #include "memory.h"
+#include "sums.h"
 
 #define PMF_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace pmf::emulator {
+namespace {
+Limits now;
+}  // namespace
+
+const Limits& limits() { return now; }
+
+PMF_EXPORT void pmf_emulator_limits(int64_t shared_per_block, int64_t shared_per_processor,
+                                    int processors) {
+  now = {shared_per_block, shared_per_processor, processors};
+}
+
+PMF_EXPORT void pmf_emulator_tensor_cores(int fraction_bits, int blocks, bool cuts_tf32) {
+  tensor_cores = {fraction_bits, blocks, cuts_tf32};
+}
 
 // Another seed is another order of warps and blocks.
 PMF_EXPORT void pmf_emulator_seed(uint64_t seed) { machine.seed(seed); }

@@ -12,15 +12,7 @@ namespace {
 constexpr int kVectorBytes = 16;
 
 // For messages: where in the kernel this was called from.
-#define PMF_HERE machine.place = __builtin_return_address(0)
-
-void check_address(const void* address, int bytes, const char* what) {
-  const auto rest = reinterpret_cast<uintptr_t>(address) % bytes;
-  if (rest != 0) {
-    machine.fail(std::string(what) + " needs an address that is a multiple of " +
-                 std::to_string(bytes) + ", got one " + std::to_string(rest) + " beyond");
-  }
-}
+#define PMF_HERE machine.called_from(__builtin_return_address(0))
 
 // Into which lane of the warp a shuffle looks.
 int source_lane(Shuffle how, int lane, int amount) {
@@ -89,13 +81,13 @@ void sync_threads(int barrier, int threads) {
 
 void check_aligned(const void* address, int bytes) {
   PMF_HERE;
-  if (machine.lane != nullptr) check_address(address, bytes, "a vector");
+  if (machine.lane != nullptr) check_alignment(address, bytes, "a vector");
 }
 
 uint32_t atomic_load(const void* address) {
   PMF_HERE;
   uint32_t bits;
-  check_address(address, sizeof(bits), "an atomic operation");
+  check_alignment(address, sizeof(bits), "an atomic operation");
   memory.atomic(address, sizeof(bits));
   std::memcpy(&bits, address, sizeof(bits));
   return bits;
@@ -105,8 +97,8 @@ void atomic_store(void* address, uint32_t bits) { std::memcpy(address, &bits, si
 
 void copy_async(void* to, const void* from, bool valid) {
   PMF_HERE;
-  check_address(to, kVectorBytes, "cp.async");
-  check_address(from, kVectorBytes, "cp.async");
+  check_alignment(to, kVectorBytes, "cp.async");
+  check_alignment(from, kVectorBytes, "cp.async");
   if (valid) memory.access(from, kVectorBytes, Access::read);
   memory.copy_issued(to);
   machine.lane->copies.push_back({to, from, valid, machine.lane->group});

@@ -6,26 +6,30 @@
 namespace {
 
 using pmf::emulator::Access;
+using pmf::emulator::check_alignment;
 using pmf::emulator::machine;
 using pmf::emulator::memory;
 
-inline void access(const void* address, size_t bytes, Access kind, const void* place) {
+// `alignment`: what the type that is accessed has, and a device needs.
+inline void access(const void* address, size_t bytes, size_t alignment, Access kind,
+                   const void* place) {
   if (machine.lane == nullptr) return;  // the host's own
   machine.place = place;
+  check_alignment(address, alignment, kind == Access::read ? "a load" : "a store");
   memory.access(address, bytes, kind);
 }
 
 }  // namespace
 
-#define PMF_HOOK(name, bytes, kind)                                    \
-  extern "C" void name(const void* address) {                          \
-    access(address, bytes, Access::kind, __builtin_return_address(0)); \
+#define PMF_HOOK(name, bytes, alignment, kind)                                    \
+  extern "C" void name(const void* address) {                                     \
+    access(address, bytes, alignment, Access::kind, __builtin_return_address(0)); \
   }
-#define PMF_HOOKS(bytes)                              \
-  PMF_HOOK(__tsan_read##bytes, bytes, read)           \
-  PMF_HOOK(__tsan_write##bytes, bytes, write)         \
-  PMF_HOOK(__tsan_unaligned_read##bytes, bytes, read) \
-  PMF_HOOK(__tsan_unaligned_write##bytes, bytes, write)
+#define PMF_HOOKS(bytes)                                 \
+  PMF_HOOK(__tsan_read##bytes, bytes, bytes, read)       \
+  PMF_HOOK(__tsan_write##bytes, bytes, bytes, write)     \
+  PMF_HOOK(__tsan_unaligned_read##bytes, bytes, 1, read) \
+  PMF_HOOK(__tsan_unaligned_write##bytes, bytes, 1, write)
 
 PMF_HOOKS(1)
 PMF_HOOKS(2)
@@ -40,9 +44,9 @@ void __tsan_func_exit() {}
 void __tsan_vptr_update(const void*, const void*) {}
 void __tsan_vptr_read(const void*) {}
 void __tsan_read_range(const void* address, size_t bytes) {
-  access(address, bytes, Access::read, __builtin_return_address(0));
+  access(address, bytes, 1, Access::read, __builtin_return_address(0));
 }
 void __tsan_write_range(const void* address, size_t bytes) {
-  access(address, bytes, Access::write, __builtin_return_address(0));
+  access(address, bytes, 1, Access::write, __builtin_return_address(0));
 }
 }

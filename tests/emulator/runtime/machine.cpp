@@ -2,6 +2,7 @@
 
 #include <cstring>
 #include <sstream>
+#include <utility>
 
 #include "memory.h"
 #include "place.h"
@@ -94,12 +95,18 @@ void Machine::fail(const std::string& text) {
 
 void Machine::arrive(Together kind, int option) {
   Warp& w = *warp;
+  const int line = std::exchange(aligned_line, 0);
   if (w.waiting > 0 && (w.kind != kind || w.option != option)) {
     fail(std::string("lanes of one warp part ways: one is at ") + together_name(kind) +
          " while others are at " + together_name(w.kind) +
          (w.kind == kind ? " with other options" : ""));
   }
-  w.kind = kind, w.option = option;
+  if (w.waiting > 0 && w.line != line) {
+    fail(std::string("lanes of one warp are at ") + together_name(kind) + " of lines " +
+         std::to_string(w.line) + " and " + std::to_string(line) +
+         " of the PTX, where all must be at the same instruction");
+  }
+  w.kind = kind, w.option = option, w.line = line;
   w.waiting += 1;
   lane->waits = true;
 }
@@ -223,11 +230,17 @@ void Machine::run_block(int64_t number) {
   for (const Warp& w : warps_) first_clock_ = first_clock_ > w.clock ? first_clock_ : w.clock + 1;
 }
 
+const char* Machine::refuse(const std::string& why) {
+  problem = why;
+  return problem.c_str();
+}
+
 const char* Machine::run(const Launch& what) {
   launch = what;
   launches += 1;
   problem.clear();
   lane = nullptr;
+  aligned_line = 0;
   const Index g = what.grid, b = what.block;
   const uint64_t threads = uint64_t{b.x} * b.y * b.z;
   std::ostringstream out;
@@ -241,11 +254,7 @@ const char* Machine::run(const Launch& what) {
   } else if (constexpr size_t kMostParameters = 32764; what.call_bytes > kMostParameters) {
     out << what.call_bytes << " bytes of kernel parameters, of at most " << kMostParameters;
   }
-  problem = out.str();
-  if (!problem.empty()) {
-    problem = "the emulator cannot launch " + problem;
-    return problem.c_str();
-  }
+  if (!out.str().empty()) return refuse("the emulator cannot launch " + out.str());
   memory.begin_launch();
   const int64_t blocks = int64_t{g.x} * g.y * g.z;
   const int64_t first = random(static_cast<unsigned>(blocks < 0x7fffffff ? blocks : 0x7fffffff));

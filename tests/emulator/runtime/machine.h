@@ -47,7 +47,7 @@ struct Warp {
   bool at_barrier = false;
   int barrier = 0, barrier_threads = 0;
   Together kind = {};
-  int option = 0;
+  int option = 0, line = 0;
   uint32_t clock = 0;
   uint32_t known[kMaxWarps] = {};
 
@@ -65,6 +65,12 @@ class Machine {
   Lane* lane = nullptr;
   Warp* warp = nullptr;
   const void* place = nullptr;  // in the kernel: for messages
+  int aligned_line = 0;         // of the PTX instruction that is about to arrive; 0: any
+
+  // A kernel that g++ compiled called the runtime from there; translated ones say it themselves.
+  void called_from(const void* address) {
+    if (!launch.translated) place = address;
+  }
 
   Launch launch = {};
   Index block = {};
@@ -73,6 +79,9 @@ class Machine {
 
   // Ends the launch. Never returns: no fiber runs again.
   [[noreturn]] void fail(const std::string& text);
+
+  // A launch that cannot be made.
+  const char* refuse(const std::string& why);
 
   // Waits until every lane of the warp is here; the last one runs `all`.
   template <class All>

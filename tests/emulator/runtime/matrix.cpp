@@ -1,24 +1,30 @@
 // ldmatrix and mma.sync for a whole warp, by the fragment layouts of the PTX ISA ("Matrix
 // multiply-accumulate operation using mma instruction", "ldmatrix"); lane = 4 g + t.
-//
-// Products are exact and sums fp32, added in order; the hardware's order and its rounding of sums
-// are not documented.
-#include <immintrin.h>
-
 #include <cstring>
 
 #include "emulator/numbers.h"
 #include "memory.h"
+#include "sums.h"
 
 namespace pmf::emulator {
 namespace {
 
-constexpr int kRows = 16, kColumns = 8, kMostDepth = 16, kMatrixRows = 8, kRowBytes = 16;
+constexpr int kRows = 16, kMatrixRows = 8, kRowBytes = 16;
 
 struct Factors {
-  float a[kRows][kMostDepth];
-  alignas(32) float b[kMostDepth][kColumns];
+  Row a[kRows];
+  Columns b;
+
+  void put_a(int row, int k, float x, int least) {
+    a[row].value[k] = x, a[row].exponent[k] = exponent_of(x, least);
+  }
+  void put_b(int k, int column, float x, int least) {
+    b.value[k][column] = x, b.exponent[k][column] = exponent_of(x, least);
+  }
 };
+
+// The exponent of a type's smallest normal number.
+int least_exponent(Element element) { return element == Element::f16 ? -14 : -126; }
 
 float low_half(Element element, uint32_t pair) {
   return element == Element::bf16 ? float(BFloat16::from_bits(pair & 0xffff))
@@ -26,31 +32,33 @@ float low_half(Element element, uint32_t pair) {
 }
 
 void gather_16bit(Element element, const Warp& w, Factors& f) {
+  const int least = least_exponent(element);
   for (int lane = 0; lane < kLanes; ++lane) {
     const int g = lane / 4, t = lane % 4;
     const Lane& l = w.lanes[lane];
     for (int i = 0; i < 4; ++i) {
-      float* pair = &f.a[g + i % 2 * 8][2 * t + i / 2 * 8];
-      pair[0] = low_half(element, l.a[i]);
-      pair[1] = low_half(element, l.a[i] >> 16);
+      const int row = g + i % 2 * 8, k = 2 * t + i / 2 * 8;
+      f.put_a(row, k, low_half(element, l.a[i]), least);
+      f.put_a(row, k + 1, low_half(element, l.a[i] >> 16), least);
     }
     for (int i = 0; i < 2; ++i) {
-      const uint32_t pair = static_cast<uint32_t>(l.bits >> 32 * i);
-      f.b[2 * t + i * 8][g] = low_half(element, pair);
-      f.b[2 * t + i * 8 + 1][g] = low_half(element, pair >> 16);
+      const auto pair = static_cast<uint32_t>(l.bits >> 32 * i);
+      f.put_b(2 * t + i * 8, g, low_half(element, pair), least);
+      f.put_b(2 * t + i * 8 + 1, g, low_half(element, pair >> 16), least);
     }
   }
 }
 
 void gather_tf32(const Warp& w, Factors& f) {
+  const int least = least_exponent(Element::tf32);
   const auto number = [](uint64_t bits) {
     return __builtin_bit_cast(float, static_cast<uint32_t>(bits) & 0xffffe000u);
   };
   for (int lane = 0; lane < kLanes; ++lane) {
     const int g = lane / 4, t = lane % 4;
     const Lane& l = w.lanes[lane];
-    for (int i = 0; i < 4; ++i) f.a[g + i % 2 * 8][t + i / 2 * 4] = number(l.a[i]);
-    for (int i = 0; i < 2; ++i) f.b[t + i * 4][g] = number(l.bits >> 32 * i);
+    for (int i = 0; i < 4; ++i) f.put_a(g + i % 2 * 8, t + i / 2 * 4, number(l.a[i]), least);
+    for (int i = 0; i < 2; ++i) f.put_b(t + i * 4, g, number(l.bits >> 32 * i), least);
   }
 }
 
@@ -60,16 +68,12 @@ void multiply_warp(Element element) {
   element == Element::tf32 ? gather_tf32(w, f) : gather_16bit(element, w, f);
   const int depth = element == Element::tf32 ? 8 : 16;
   for (int row = 0; row < kRows; ++row) {
-    alignas(32) float c[kColumns];
+    float c[kColumns];
     const int half = row / 8;
     Lane* lanes = &w.lanes[row % 8 * 4];
     for (int t = 0; t < 4; ++t)
       c[2 * t] = lanes[t].c[2 * half], c[2 * t + 1] = lanes[t].c[2 * half + 1];
-    __m256 sum = _mm256_load_ps(c);
-    for (int k = 0; k < depth; ++k) {
-      sum = _mm256_fmadd_ps(_mm256_set1_ps(f.a[row][k]), _mm256_load_ps(f.b[k]), sum);
-    }
-    _mm256_store_ps(c, sum);
+    add_products(c, f.a[row], f.b, depth, element == Element::tf32);
     for (int t = 0; t < 4; ++t)
       lanes[t].c[2 * half] = c[2 * t], lanes[t].c[2 * half + 1] = c[2 * t + 1];
   }
@@ -100,7 +104,7 @@ void whole_warp(const char* what) {
 }  // namespace
 
 Word4 load_matrices(const void* row, int count, bool transposed) {
-  machine.place = __builtin_return_address(0);
+  machine.called_from(__builtin_return_address(0));
   whole_warp("ldmatrix");
   Lane* self = machine.lane;
   const bool used = self->number % kLanes < count * kMatrixRows;
@@ -114,7 +118,7 @@ Word4 load_matrices(const void* row, int count, bool transposed) {
 }
 
 Float4 multiply(Element element, Float4 c, Word4 a, uint64_t b) {
-  machine.place = __builtin_return_address(0);
+  machine.called_from(__builtin_return_address(0));
   whole_warp("mma");
   Lane* self = machine.lane;
   self->c = c, self->a = a, self->bits = b;

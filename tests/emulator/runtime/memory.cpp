@@ -18,7 +18,7 @@ constexpr int kLaneBits = 6;
 constexpr uint32_t kLaneMask = (1u << kLaneBits) - 1, kSeveralLanes = kLanes;
 constexpr int kPoison = 0xff;  // a NaN of every floating type
 constexpr size_t kCopyBytes = 16;
-constexpr size_t kGranules = kSharedLimit / kGranule;
+constexpr size_t kGranules = kMostShared / kGranule;
 
 std::string bytes_of(const char* what, size_t bytes, Access access) {
   return std::to_string(bytes) + " bytes of " + what +
@@ -38,6 +38,14 @@ std::string copy_of(uint32_t writer) {
 }
 
 }  // namespace
+
+void check_alignment(const void* address, size_t bytes, const char* what) {
+  const auto rest = reinterpret_cast<uintptr_t>(address) % bytes;
+  if (rest != 0) {
+    machine.fail(std::string(what) + " needs an address that is a multiple of " +
+                 std::to_string(bytes) + ", got one " + std::to_string(rest) + " beyond");
+  }
+}
 
 Memory::Memory() : writer_(kGranules, 0) {
   void* space = mmap(nullptr, kSharedSpace, PROT_READ | PROT_WRITE,

@@ -98,6 +98,9 @@ class Memory {
   Region* last_ = nullptr;
 };
 
+// Ends the launch unless the address is a multiple of `bytes`; `what` needs it.
+void check_alignment(const void* address, size_t bytes, const char* what);
+
 extern Memory memory;
 extern uint64_t block_serial, launch_serial;  // of blocks; the first of this launch
 

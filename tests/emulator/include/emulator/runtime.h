@@ -53,14 +53,31 @@ struct Launch {
   void (*thread)(const void* call);     // one thread of the kernel
   const void* call;                     // the kernel and its arguments
   size_t call_bytes;
+  bool translated = false;  // from PTX: the kernel says itself where it is
 };
 
 // Runs a grid. Null, or what went wrong, valid until the next launch.
 const char* run(const Launch& launch);
+
+// Whether kernels are to be what a test has translated from PTX (runtime/translated.h), and their
+// launch: `kernel` says which, and launch's thread and call are not used.
+struct Parameter {
+  const void* address;
+  size_t bytes, alignment;
+};
+bool translating();
+const char* run_translated(const void* kernel, Launch launch, const Parameter* parameters,
+                           int count);
 const char* last_problem();
 
-constexpr int64_t kSharedLimit = 163 * 1024;         // of one block: an A100's
-constexpr int64_t kSharedPerProcessor = 164 * 1024;  // of all blocks on a multiprocessor
-constexpr int kProcessors = 4;                       // few, so that small grids make several waves
+// What a device has: an A100's shared memory, but few multiprocessors, so that small grids make
+// several waves. A test may set other ones (tests/helpers/emulator.py).
+struct Limits {
+  int64_t shared_per_block = 163 * 1024;
+  int64_t shared_per_processor = 164 * 1024;  // of all blocks on a multiprocessor
+  int processors = 4;
+};
+const Limits& limits();
+constexpr int64_t kMostShared = 227 * 1024;  // of one block, on any device
 
 }  // namespace pmf::emulator

@@ -11,6 +11,10 @@ namespace pmf::cuda {
 
 constexpr int kSharedWithoutAsking = 48 * 1024;
 
+inline int64_t device_shared_limit() { return emulator::limits().shared_per_block; }
+inline int64_t device_shared_per_processor() { return emulator::limits().shared_per_processor; }
+inline int device_processors() { return emulator::limits().processors; }
+
 // A kernel and its arguments, as its type declares them.
 template <class... Parameters>
 struct KernelCall {
@@ -24,6 +28,14 @@ struct KernelCall {
   static void thread(const void* self) {
     static_cast<const KernelCall*>(self)->call(std::index_sequence_for<Parameters...>());
   }
+
+  template <size_t... kIndex>
+  const char* run_translated(const emulator::Launch& launch, std::index_sequence<kIndex...>) const {
+    const emulator::Parameter parameters[] = {
+        {&std::get<kIndex>(arguments), sizeof(Parameters), alignof(Parameters)}...};
+    return emulator::run_translated(reinterpret_cast<const void*>(kernel), launch, parameters,
+                                    sizeof...(Parameters));
+  }
 };
 
 template <class... Parameters, class... Arguments>
@@ -32,19 +44,18 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int64_t
   using Call = KernelCall<Parameters...>;
   const Call call{kernel, {arguments...}};
   const int64_t allowed =
-      shared_bytes > kSharedWithoutAsking ? emulator::kSharedLimit : kSharedWithoutAsking;
-  const char* problem = emulator::run({{grid.x, grid.y, grid.z},
-                                       {block.x, block.y, block.z},
-                                       shared_bytes,
-                                       allowed,
-                                       &Call::thread,
-                                       &call,
-                                       sizeof(call)});
+      shared_bytes > kSharedWithoutAsking ? device_shared_limit() : kSharedWithoutAsking;
+  const emulator::Launch shape = {{grid.x, grid.y, grid.z},
+                                  {block.x, block.y, block.z},
+                                  shared_bytes,
+                                  allowed,
+                                  &Call::thread,
+                                  &call,
+                                  sizeof(call)};
+  const char* problem = emulator::translating()
+                            ? call.run_translated(shape, std::index_sequence_for<Parameters...>())
+                            : emulator::run(shape);
   return problem == nullptr ? cudaSuccess : cudaErrorLaunchFailure;
 }
-
-inline int64_t device_shared_limit() { return emulator::kSharedLimit; }
-inline int64_t device_shared_per_processor() { return emulator::kSharedPerProcessor; }
-inline int device_processors() { return emulator::kProcessors; }
 
 }  // namespace pmf::cuda

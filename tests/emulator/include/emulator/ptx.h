@@ -1,0 +1,176 @@
+// What kernels translated from PTX (tests/helpers/ptx) are made of. Each is a library of its own,
+// loaded when it is first launched; all that it does outside its registers goes through Device.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include "emulator/runtime.h"
+
+namespace pmf::emulator::ptx {
+
+// The machine, seen from a translated kernel. `line` is an instruction's in the PTX: those that PTX
+// calls .aligned must be reached by all lanes of a warp at the same one.
+class Device {
+ public:
+  virtual Index thread_index() const = 0;
+  virtual Index block_index() const = 0;
+  virtual Index block_size() const = 0;
+  virtual Index grid_size() const = 0;
+  virtual unsigned char* shared() const = 0;
+
+  virtual void access(const void* address, size_t bytes, bool write) const = 0;
+  virtual void copy(void* to, const void* from, uint32_t bytes, uint32_t source_bytes) const = 0;
+  virtual void commit_copies() const = 0;
+  virtual void wait_for_copies(int pending) const = 0;
+  virtual uint32_t atomic_load(const void* address) const = 0;
+  virtual void atomic_store(void* address, uint32_t bits) const = 0;
+
+  virtual uint32_t shuffle(Shuffle how, uint32_t bits, uint32_t amount, uint32_t clamp,
+                           uint32_t lanes) const = 0;
+  virtual uint32_t ballot(bool value, uint32_t lanes) const = 0;
+  virtual void sync_warp(uint32_t lanes) const = 0;
+  virtual void barrier(int line, uint32_t id, uint32_t threads) const = 0;
+  virtual Word4 load_matrices(int line, const void* row, int count, bool transposed) const = 0;
+  virtual Float4 multiply(int line, Element element, Float4 c, Word4 a, uint64_t b) const = 0;
+
+  virtual uint16_t to_half(float x) const = 0;
+  virtual float from_half(uint16_t bits) const = 0;
+  [[noreturn]] virtual void trap() const = 0;
+};
+
+// ---- registers ----------------------------------------------------------------------------------
+
+template <typename To, typename From>
+inline To bits(From x) {
+  return __builtin_bit_cast(To, x);
+}
+
+// As registers are before something is written to them: no number that goes unnoticed.
+template <typename T>
+constexpr T unwritten() {
+  if constexpr (std::is_same_v<T, bool>) {
+    return false;
+  } else if constexpr (std::is_floating_point_v<T>) {
+    return sizeof(T) == 4 ? T(__builtin_nanf("")) : T(__builtin_nan(""));
+  } else {
+    return static_cast<T>(0xa5a5a5a5a5a5a5a5ull);
+  }
+}
+
+// ---- memory -------------------------------------------------------------------------------------
+
+// Where shared memory begins in the 32-bit addresses of its own space.
+constexpr uint32_t kSharedWindow = 1024;
+
+inline unsigned char* shared_at(const Device& d, uint32_t address) {
+  return d.shared() + (int64_t{address} - kSharedWindow);
+}
+inline uint32_t shared_address(const Device& d, uint64_t generic) {
+  return static_cast<uint32_t>(generic - reinterpret_cast<uint64_t>(d.shared()) + kSharedWindow);
+}
+
+template <typename T, int kCount>
+struct Vector {
+  T of[kCount];
+};
+
+template <typename T, int kCount>
+inline Vector<T, kCount> fetch(const void* address) {
+  Vector<T, kCount> result;
+  __builtin_memcpy(&result, address, sizeof(result));
+  return result;
+}
+
+template <typename T, int kCount>
+inline Vector<T, kCount> load(const Device& d, const void* address) {
+  d.access(address, sizeof(Vector<T, kCount>), false);
+  return fetch<T, kCount>(address);
+}
+
+template <typename T, int kCount>
+inline void store(const Device& d, void* address, const Vector<T, kCount>& value) {
+  d.access(address, sizeof(value), true);
+  __builtin_memcpy(address, &value, sizeof(value));
+}
+
+// ---- integers -----------------------------------------------------------------------------------
+
+template <typename T>
+inline T shift_left(T x, uint32_t by) {
+  return by >= 8 * sizeof(T) ? T(0) : T(x << by);
+}
+// Signed numbers keep their sign.
+template <typename T>
+inline T shift_right(T x, uint32_t by) {
+  if (by < 8 * sizeof(T)) return T(x >> by);
+  return x < 0 ? T(-1) : T(0);
+}
+
+// What the ISA leaves open, division by zero and the quotient beyond the type, is anything here.
+template <typename T>
+inline T divide(T a, T b) {
+  if (b == 0) return T(-1);
+  if (std::is_signed_v<T> && b == T(-1)) return T(0 - std::make_unsigned_t<T>(a));
+  return a / b;
+}
+template <typename T>
+inline T remainder(T a, T b) {
+  if (b == 0) return a;
+  if (std::is_signed_v<T> && b == T(-1)) return 0;
+  return a % b;
+}
+
+inline uint32_t insert_bits(uint32_t field, uint32_t into, uint32_t position, uint32_t length) {
+  position &= 0xff, length &= 0xff;
+  if (position > 31 || length == 0) return into;
+  const uint32_t ones = length > 31 ? ~0u : (1u << length) - 1;
+  return (into & ~(ones << position)) | ((field & ones) << position);
+}
+
+// ---- floating point -----------------------------------------------------------------------------
+
+inline uint16_t to_bf16(float x) {
+  const uint32_t word = bits<uint32_t>(x);
+  return x != x ? 0x7fffu : static_cast<uint16_t>((word + 0x7fffu + (word >> 16 & 1u)) >> 16);
+}
+
+// To nearest, ties away from zero: half a unit of the tenth bit is added to the magnitude.
+inline uint32_t to_tf32(float x) {
+  const uint32_t word = bits<uint32_t>(x);
+  const bool finite = (word & 0x7f800000u) != 0x7f800000u;
+  return (finite ? word + 0x1000u : word) & 0xffffe000u;
+}
+
+inline float saturate(float x) { return x > 0.0f ? (x < 1.0f ? x : 1.0f) : 0.0f; }
+
+inline int32_t to_s32(float x) {
+  if (x != x) return 0;
+  if (x >= 0x1p31f) return INT32_MAX;
+  return x < -0x1p31f ? INT32_MIN : static_cast<int32_t>(x);
+}
+
+// a b + c rounded down: the sum to nearest, and one lower if that lies above the exact one, of
+// which double holds the product and, in two numbers, the sum (Knuth's two-sum).
+inline float fma_down(float a, float b, float c) {
+  const float nearest = __builtin_fmaf(a, b, c);
+  const double product = double(a) * b, sum = product + c, back = sum - product;
+  const double rest = (product - (sum - back)) + (c - back);
+  const bool above = nearest > sum || (nearest == sum && rest < 0.0);
+  return above ? __builtin_nextafterf(nearest, -__builtin_inff()) : nearest;
+}
+
+// .approx: exact here; .ftz makes subnormal numbers zeros.
+inline float flushed(float x) {
+  return __builtin_fabsf(x) < 0x1p-126f ? __builtin_copysignf(0.0f, x) : x;
+}
+inline float exp2_approx(float x) { return flushed(__builtin_exp2f(flushed(x))); }
+inline float log2_approx(float x) { return __builtin_log2f(flushed(x)); }
+inline float rcp_approx(float x) { return flushed(1.0f / flushed(x)); }
+// The upper half of the bits; the others are zero.
+inline double rcp_approx(double x) {
+  return bits<double>(bits<uint64_t>(1.0 / x) & 0xffffffff00000000ull);
+}
+
+}  // namespace pmf::emulator::ptx

@@ -1,0 +1,150 @@
+#include "translated.h"
+
+#include <cstring>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "emulator/numbers.h"
+#include "memory.h"
+
+namespace pmf::emulator {
+namespace {
+
+constexpr uint32_t kWholeWarp = 0xffffffffu, kLastLane = 31;
+constexpr uint32_t kCopyBytes = 16;
+constexpr unsigned char kPadding = 0xa5;  // between parameters: never read
+
+// For messages: where in the translation, whose lines are those of the PTX (#line).
+#define PMF_HERE machine.place = __builtin_return_address(0)
+
+void whole_warp(uint32_t lanes) {
+  if (lanes != kWholeWarp) machine.fail("a mask of lanes that is not the whole warp");
+}
+
+class Machinery final : public ptx::Device {
+ public:
+  Index thread_index() const override { return emulator::thread_index(); }
+  Index block_index() const override { return emulator::block_index(); }
+  Index block_size() const override { return emulator::block_size(); }
+  Index grid_size() const override { return emulator::grid_size(); }
+  unsigned char* shared() const override { return memory.shared(); }
+
+  void access(const void* address, size_t bytes, bool write) const override {
+    PMF_HERE;
+    check_alignment(address, bytes, write ? "a store" : "a load");
+    memory.access(address, bytes, write ? Access::write : Access::read);
+  }
+  void copy(void* to, const void* from, uint32_t bytes, uint32_t source_bytes) const override {
+    PMF_HERE;
+    if (bytes != kCopyBytes || (source_bytes != kCopyBytes && source_bytes != 0)) {
+      machine.fail("cp.async of " + std::to_string(source_bytes) + " of " + std::to_string(bytes) +
+                   " bytes: the emulator knows of 16 or none of 16");
+    }
+    emulator::copy_async(to, from, source_bytes != 0);
+  }
+  void commit_copies() const override { emulator::commit_copies(); }
+  void wait_for_copies(int pending) const override {
+    PMF_HERE;
+    emulator::wait_for_copies(pending);
+  }
+  uint32_t atomic_load(const void* address) const override {
+    PMF_HERE;
+    return emulator::atomic_load(address);
+  }
+  void atomic_store(void* address, uint32_t bits) const override {
+    emulator::atomic_store(address, bits);
+  }
+
+  uint32_t shuffle(Shuffle how, uint32_t bits, uint32_t amount, uint32_t clamp,
+                   uint32_t lanes) const override {
+    PMF_HERE;
+    whole_warp(lanes);
+    if (clamp != kLastLane) machine.fail("a shuffle within parts of a warp");
+    if (amount >= uint32_t(kLanes)) {
+      machine.fail("a shuffle reads lane " + std::to_string(amount) + " of a warp of 32");
+    }
+    return static_cast<uint32_t>(emulator::shuffle(how, bits, static_cast<int>(amount)));
+  }
+  uint32_t ballot(bool value, uint32_t lanes) const override {
+    PMF_HERE;
+    whole_warp(lanes);
+    return emulator::ballot(value);
+  }
+  void sync_warp(uint32_t lanes) const override {
+    PMF_HERE;
+    whole_warp(lanes);
+    emulator::sync_warp();
+  }
+  void barrier(int line, uint32_t id, uint32_t threads) const override {
+    PMF_HERE;
+    machine.aligned_line = line;
+    machine.barrier(static_cast<int>(id), static_cast<int>(threads));
+  }
+  Word4 load_matrices(int line, const void* row, int count, bool transposed) const override {
+    PMF_HERE;
+    machine.aligned_line = line;
+    return emulator::load_matrices(row, count, transposed);
+  }
+  Float4 multiply(int line, Element element, Float4 c, Word4 a, uint64_t b) const override {
+    PMF_HERE;
+    machine.aligned_line = line;
+    return emulator::multiply(element, c, a, b);
+  }
+
+  uint16_t to_half(float x) const override { return Half(x).bits; }
+  float from_half(uint16_t bits) const override { return Half::from_bits(bits); }
+  void trap() const override {
+    PMF_HERE;
+    machine.fail("a trap");
+  }
+};
+
+const Machinery machinery;
+
+Translator translator = nullptr;
+std::unordered_map<const void*, Translation> translations;
+
+struct Call {
+  void (*run)(const ptx::Device& device, const unsigned char* parameters);
+  std::vector<unsigned char> parameters;
+};
+Call call;
+
+void thread(const void* parameters) {
+  call.run(machinery, static_cast<const unsigned char*>(parameters));
+}
+
+}  // namespace
+
+bool translating() { return translator != nullptr; }
+
+const char* run_translated(const void* kernel, Launch launch, const Parameter* parameters,
+                           int count) {
+  call.parameters.clear();
+  std::vector<int64_t> bytes;
+  for (const Parameter* p = parameters; p < parameters + count; ++p) {
+    const size_t at = (call.parameters.size() + p->alignment - 1) / p->alignment * p->alignment;
+    call.parameters.resize(at + p->bytes, kPadding);
+    std::memcpy(&call.parameters[at], p->address, p->bytes);
+    bytes.push_back(static_cast<int64_t>(p->bytes));
+  }
+  const auto [place, unknown] = translations.try_emplace(kernel);
+  Translation& found = place->second;
+  if (unknown) translator(kernel, bytes.data(), count, &found);
+  if (found.run == nullptr) return machine.refuse(found.problem);
+  call.run = found.run;
+  launch.thread = &thread;
+  launch.call = call.parameters.data();
+  launch.call_bytes = call.parameters.size();
+  launch.translated = true;
+  return run(launch);
+}
+
+// Null: kernels as g++ compiled them.
+extern "C" __attribute__((visibility("default"))) void pmf_emulator_translate(Translator from) {
+  translator = from;
+  translations.clear();
+}
+
+}  // namespace pmf::emulator

@@ -1,0 +1,26 @@
+"""The emulator's own kernels, tests/emulator/*.cu, as g++ or as nvcc compiles them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from helpers import emulator
+from helpers.emulator import Planted
+from helpers.ptx.backend import running
+from helpers.ptx.modules import Module, of_source
+
+CSRC = (emulator.ROOT / "csrc", emulator.ROOT / "csrc" / "include")
+FILES = (emulator.SOURCE / "planted.cu", emulator.SOURCE / "probes.cu")
+
+
+def of_nvcc(*files: Path, first: tuple[Path, ...] = ()) -> tuple[Module, ...]:
+    """What nvcc makes of them, headers in the folders `first` before those of csrc."""
+    return tuple(of_source(file, (*first, *CSRC)) for file in files)
+
+
+@contextmanager
+def planted_at(backend: str, modules: tuple[Module, ...] | None = None) -> Iterator[Planted]:
+    """The kernels at "emulated" or "ptx"; there perhaps of other modules."""
+    planted = Planted()
+    with running(planted.path, modules or of_nvcc(*FILES)) if backend == "ptx" else nullcontext():
+        yield planted
