@@ -1,0 +1,77 @@
+"""Every family of kernels with other devices' plans: 99, 163 and 227 KB a block, 4 and 132 processors."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import emulator
+from helpers.attention import Shape, gradients, gradients_of_both, shaped
+from helpers.levels import at_level
+from helpers.ops import CASES
+from helpers.tolerance import assert_close, spread, tolerance
+
+from pmf import _library, ops, reference
+
+pytestmark = pytest.mark.skipif(emulator.why_not() is not None, reason=str(emulator.why_not()))
+
+DEVICES = list(itertools.product((99, 163, 227), (4, 132)))
+BF16 = torch.bfloat16
+
+
+@pytest.mark.parametrize(("shared_kb", "processors"), DEVICES)
+@pytest.mark.parametrize("name", CASES)
+def test_ops(name: str, shared_kb: int, processors: int) -> None:
+    case = CASES[name]
+    args = (*case.args, *case.directions())
+    plain, jvp = case.plain(reference)(*case.args), case.jvp(reference)(*args)
+    with at_level("emulated"), emulator.limits(shared_kb, processors):
+        found = case.plain(ops)(*(x.float() for x in case.args))
+        found_jvp = case.jvp(ops)(*(x.float() for x in args))
+    limit = 4 * tolerance(case.kind, torch.float32)
+    assert_close(found, plain, limit)
+    assert_close(found_jvp, jvp, limit)
+
+
+@pytest.mark.parametrize(("shared_kb", "processors"), DEVICES)
+def test_optimizer(shared_kb: int, processors: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrices = [torch.randn(shape, generator=generator) for shape in ((40, 60), (60, 40), (7, 200))]
+    average, parameter = torch.randn(9, 5, generator=generator), torch.randn(9, 5, generator=generator)
+    mean = (average.double() + parameter.double()) / 2
+    with at_level("emulated"), emulator.limits(shared_kb, processors):
+        found = ops.newton_schulz(matrices, compute_dtype=torch.float32)
+        torch.ops.pmf.ema_update([average], [parameter], [0.5])
+    assert_close(found, [reference.newton_schulz(x.double()) for x in matrices], 2e-5)
+    assert_close(average, mean, tolerance("elementwise", torch.float32))
+
+
+@pytest.mark.parametrize(("shared_kb", "processors"), DEVICES)
+@pytest.mark.parametrize("width", [64, 80, 128])
+def test_attention(width: int, shared_kb: int, processors: int) -> None:
+    p, values, plain, both = shaped(Shape(1, 2, 1, 80, 130, width, width), BF16)
+    with at_level("emulated"), emulator.limits(shared_kb, processors):
+        found = ops.attention_jvp(*p[:6])
+        grads, grads_of_both = gradients(ops, p), gradients_of_both(ops, p)
+    assert_close(found, values, tolerance("attention", BF16) * spread(values[0]))
+    limit = tolerance("attention gradient", BF16) * (1 + 3 * (max(map(spread, plain)) - 1))
+    assert_close(grads, plain, limit)
+    assert_close(grads_of_both, both, limit)
+
+
+@pytest.mark.parametrize(
+    ("width", "tokens", "tangent"), [(64, 276, True), (80, 276, True), (128, 144, False)]
+)
+def test_whole_heads(width: int, tokens: int, tangent: bool) -> None:
+    """An H100's shared memory holds all keys of a head, at each width."""
+    heads, shared_kb, processors = 4, 227, 4
+    if (plans := _library.introspection()) is not None:
+        planned = plans.attention_launches(
+            batch=1, heads=heads, key_heads=heads, queries=tokens, keys=tokens, width=width,
+            value_width=width, tangent=tangent, shared_per_block=shared_kb * 1024,
+            shared_per_processor=(shared_kb + 1) * 1024, processors=processors,
+        )  # fmt: skip
+        assert [launch["blocks"] for launch in planned["launches"]] == [heads]
+    p, values, *_ = shaped(Shape(1, heads, heads, tokens, tokens, width, width), BF16)
+    with at_level("emulated"), emulator.limits(shared_kb, processors):
+        found = ops.attention_jvp(*p[:6]) if tangent else (ops.attention(*p[:3]),)
+    assert_close(found, values[: len(found)], tolerance("attention", BF16))
