@@ -7,11 +7,24 @@ from pathlib import Path
 
 from pmf import checkpoint
 from pmf.cli.arguments import Commands, add_settings, given_settings
+from pmf.cli.settings_file import read_settings_file
 from pmf.errors import UserError
+from pmf.evaluation import Judge
 from pmf.ranks import Ranks, joined_ranks
-from pmf.training import PRESETS, Run, TrainConfig, get_preset, new_run_folder, prepare, quick, resume_config
+from pmf.training import (
+    PRESETS,
+    Run,
+    TrainConfig,
+    Trainer,
+    get_preset,
+    new_run_folder,
+    prepare,
+    quick,
+    resume_config,
+)
 
 _INTERRUPTED = 130
+_JUDGED_AT_ONCE = 64
 _DESCRIPTION = """Train a model, and end with a picture of samples that took one network evaluation each.
 
 Without arguments this trains on the handwritten digits of scikit-learn for a few minutes on a CPU. The run's
@@ -41,6 +54,12 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument(
         "--preset", choices=list(PRESETS), help="where settings that are not given come from (digits)"
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="settings from a run's config.json, or from YAML with the flags' names; flags win",
     )
     parser.add_argument("--out", type=Path, help="the run's folder (runs/<number>-<preset>)")
     parser.add_argument(
@@ -97,7 +116,8 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> int:
             told(line, flush=True)
     if trainer.config.follows_the_clock:
         told("the learning rate follows the clock (--minutes): resumed, this run is not repeated bit for bit")
-    result = Run(trainer, out, progress=True).run()
+    evaluate = ranks.together(lambda: _judge(trainer, out))
+    result = Run(trainer, out, True, evaluate).run()
     saved = checkpoint.step_folder(out, result.step)
     if result.interrupted:
         told(f"stopped at step {result.step}; checkpoint: {saved}")
@@ -108,6 +128,25 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> int:
     return 0
 
 
+def _judge(trainer: Trainer, out: Path) -> Judge | None:
+    """What --evaluate-every calls."""
+    settings = trainer.config.evaluation
+    if settings.evaluate_reference is None:
+        return None
+    shape = trainer.model.config.image_shape
+    return Judge(
+        settings.evaluate_reference,
+        image_shape=(shape[0], shape[1], shape[2]),
+        features=settings.evaluate_features,
+        weights=None if settings.evaluate_weights is None else Path(settings.evaluate_weights),
+        images=settings.evaluate_images,
+        folder=out / "evaluation",
+        device=trainer.device,
+        batch_size=_JUDGED_AT_ONCE,
+        ranks=trainer.ranks,
+    )
+
+
 def _say_nothing(*words: object, **how: object) -> None:
     """What ranks but the first print."""
 
@@ -115,6 +154,12 @@ def _say_nothing(*words: object, **how: object) -> None:
 def _choose(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Path | None, TrainConfig]:
     """The run's folder, if it is known, and its settings."""
     overrides = given_settings(arguments)
+    preset = None
+    if arguments.config is not None:
+        if arguments.resume is not None:
+            raise UserError("--resume takes the run's own settings: leave out --config")
+        preset, written = read_settings_file(arguments.config)
+        overrides = written | overrides
     if arguments.resume is not None:
         if arguments.preset is not None or arguments.out is not None:
             raise UserError("--resume takes the run's own folder and settings: leave out --preset and --out")
@@ -125,7 +170,7 @@ def _choose(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Path | None, T
             done = checkpoint.step_of(checkpoint.newest_checkpoint(arguments.resume))
             config = config.with_settings(steps=done + 2, minutes=None)
         return arguments.resume, config
-    config, out = get_preset(arguments.preset or "digits", **overrides), arguments.out
+    config, out = get_preset(arguments.preset or preset or "digits", **overrides), arguments.out
     if arguments.quick:
         config = quick(config, ranks.size)
     if out is not None and out.is_dir() and checkpoint.checkpoint_folders(out):

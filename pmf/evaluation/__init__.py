@@ -3,6 +3,7 @@
 from pmf.evaluation.counting import count_features, describe
 from pmf.evaluation.digest import file_digest
 from pmf.evaluation.features import SPACES, FeatureSpace, open_space
+from pmf.evaluation.judge import Judge
 from pmf.evaluation.sources import ImageSource, Samples, Some, open_images
 from pmf.evaluation.statistics import Statistics, read_statistics, write_statistics
 from pmf.evaluation.sums import Sums
@@ -11,6 +12,7 @@ __all__ = [
     "SPACES",
     "FeatureSpace",
     "ImageSource",
+    "Judge",
     "Samples",
     "Some",
     "Statistics",

@@ -183,6 +183,21 @@ class SamplingSettings:
 
 
 @dataclass(frozen=True)
+class EvaluationSettings:
+    """Evaluation while training: the distance of samples to a reference, and the best checkpoint kept"""
+
+    evaluate_every: int | None = _setting(None, "steps between two evaluations")
+    evaluate_reference: str | None = _setting(
+        None, "statistics or images to compare with, as for pmf evaluate --reference"
+    )
+    evaluate_features: str = _setting(
+        "inception", "feature space of pmf evaluate", ("inception", "lite0", "pixels")
+    )
+    evaluate_weights: str | None = _setting(None, "weights of the features' network")
+    evaluate_images: int = _setting(5000, "samples of each evaluation")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """All settings of a run; raises UserError where one is out of its range."""
 
@@ -193,6 +208,7 @@ class TrainConfig:
     optimizer: OptimizerSettings = OptimizerSettings()
     run: RunSettings = RunSettings()
     sampling: SamplingSettings = SamplingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
 
     def __post_init__(self) -> None:
         for group, setting in settings():
@@ -272,6 +288,7 @@ def _check_ranges(config: TrainConfig) -> None:
         "checkpoint_every": config.run.checkpoint_every,
         "keep_checkpoints": config.run.keep_checkpoints,
         "sample_every": config.sampling.sample_every,
+        "evaluate_every": config.evaluation.evaluate_every,
         "max_omega": config.objective.max_omega,
         "sample_omega": config.sampling.sample_omega,
     }
@@ -311,6 +328,10 @@ def _check_ranges(config: TrainConfig) -> None:
             f"--perceptual-size must be 32 or more, got {config.objective.perceptual_size}: "
             "the networks need that many pixels"
         )
+    if (config.evaluation.evaluate_every is None) != (config.evaluation.evaluate_reference is None):
+        raise UserError("--evaluate-every and --evaluate-reference need each other: give both or neither")
+    if config.evaluation.evaluate_images < 2:
+        raise UserError(f"--evaluate-images must be 2 or more, got {config.evaluation.evaluate_images}")
     if config.optimizer.warmup_steps < 0:
         raise UserError(f"--warmup-steps must be 0 or more, got {config.optimizer.warmup_steps}")
     if config.optimizer.cooldown and config.optimizer.schedule != "constant":

@@ -39,6 +39,14 @@ class RunLog:
             for name, value in {**losses, **speed}.items():
                 self._board.add_scalar(name.replace("loss_", "loss/"), value, step)
 
+    def add_score(self, step: int, images: int, seconds: float, distance: float) -> None:
+        """Log the Frechet distance of samples at this step, in a line of its own."""
+        self._write(
+            {"step": step, "images": images, "seconds": round(seconds, 3), "frechet_distance": distance}
+        )
+        if self._board is not None:
+            self._board.add_scalar("frechet_distance", distance, step)
+
     def _write(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
         self._file.write(json.dumps(row) + "\n")
@@ -51,8 +59,9 @@ class RunLog:
 
     def draw_plot(self) -> None:
         """Draw loss.png from all lines so far; without matplotlib there is no plot."""
-        if self._can_plot and self.rows:
-            columns = [[row[name] for row in self.rows] for name in ("step", "loss_u", "loss_v")]
+        rows = [row for row in self.rows if "loss_u" in row]
+        if self._can_plot and rows:
+            columns = [[row[name] for row in rows] for name in ("step", "loss_u", "loss_v")]
             draw_losses(columns[0], columns[1], columns[2], self.folder / "loss.png")
 
     def close(self) -> None:

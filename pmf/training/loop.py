@@ -7,9 +7,10 @@ import resource
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -28,6 +29,8 @@ from pmf.training.log import RunLog
 from pmf.training.parallel import whole
 from pmf.training.pictures import draw_samples
 from pmf.training.trainer import COLUMNS, Trainer
+
+_BEST = "best.json"
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,14 @@ def _prepare(config: TrainConfig, dataset: ImageDataset | None, ranks: Ranks, fr
 class Run:
     """Drives a `Trainer` to the end of its budget; each of several ranks has one, and the first writes."""
 
-    def __init__(self, trainer: Trainer, out: Path | None, progress: bool) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        out: Path | None,
+        progress: bool,
+        evaluate: Callable[[PixelMeanFlow, int], float] | None = None,
+    ) -> None:
+        """evaluate: the distance of a model's samples at a step, by all ranks together; lower is better."""
         self.trainer, self.config, self.out, self.progress = trainer, trainer.config, out, progress
         self.ranks = trainer.ranks
         self.log: RunLog | None = None
@@ -111,6 +121,9 @@ class Run:
         self.rate = 0.0
         self.unread = 0  # rows of losses not yet looked at
         self.shown = ""  # the losses in the progress bar
+        self.evaluate = evaluate if out is not None else None
+        self.score = ""  # the newest distance in the progress bar
+        self.best = _read_best(out, trainer.step)
 
     def run(self) -> TrainResult:
         trainer, config = self.trainer, self.config
@@ -136,6 +149,8 @@ class Run:
                         self.save()
                     if self.out is not None and trainer.step % config.sampling.sample_every == 0:
                         self._draw(self.out / "samples" / f"{trainer.step:08d}.png")
+                    if trainer.step % (config.evaluation.evaluate_every or trainer.step + 1) == 0:
+                        self._evaluate()
                 self._read_losses()
                 interrupted = self._stops(stop)
                 picture = self._finish()
@@ -181,10 +196,30 @@ class Run:
                 f"cannot save the checkpoint of step {trainer.step} to {folder}: {error.strerror or error}; "
                 f"{self._last_checkpoint()}; make room and continue with pmf train --resume {self.out}"
             ) from error
-        if self.ranks.first:
-            for old in checkpoint.checkpoint_folders(self.out)[: -self.config.run.keep_checkpoints]:
-                shutil.rmtree(old, ignore_errors=True)
+        self._drop_old_checkpoints()
         return folder
+
+    def _drop_old_checkpoints(self) -> None:
+        if self.ranks.first and self.out is not None:
+            for old in checkpoint.checkpoint_folders(self.out)[: -self.config.run.keep_checkpoints]:
+                if self.best is None or checkpoint.step_of(old) != self.best["step"]:
+                    shutil.rmtree(old, ignore_errors=True)
+
+    def _evaluate(self) -> None:
+        """Measure the samples of the averaged weights; the best checkpoint so far is saved and kept."""
+        if self.evaluate is None:
+            return
+        trainer = self.trainer
+        distance = self.evaluate(trainer.averaged_model(self.config.sampling.sample_ema), trainer.step)
+        if self.log is not None:
+            self.log.add_score(trainer.step, trainer.stream.position, trainer.seconds, distance)
+        if self.best is None or distance < self.best["frechet_distance"]:
+            self.best = {"step": trainer.step, "frechet_distance": distance}
+            self.save()
+            if self.ranks.first and self.out is not None:
+                write_file(self.out / _BEST, (json.dumps(self.best) + "\n").encode())
+            self._drop_old_checkpoints()
+        self.score = f", distance {distance:.4g}, best {self.best['frechet_distance']:.4g}"
 
     def _checkpoint_files(self) -> Iterator[tuple[str, bytes]]:
         """One file at a time, so that no more than one copy of the weights is held in memory."""
@@ -300,8 +335,17 @@ class Run:
     def _advance(self, bar: "tqdm[None]") -> None:
         steps, seconds = self.trainer.step - self.first_step, self.trainer.seconds - self.first_second
         speed = f"step {self.trainer.step}, {steps / seconds:.1f} steps/s"
-        bar.set_postfix_str(speed + self.shown, refresh=False)
+        bar.set_postfix_str(speed + self.shown + self.score, refresh=False)
         bar.update(min(100.0, 100 * self._spent()) - bar.n)
+
+
+def _read_best(out: Path | None, step: int) -> dict[str, Any] | None:
+    """The best evaluation of a run up to this step, if its checkpoint is there."""
+    if out is None or not (out / _BEST).is_file():
+        return None
+    best = checkpoint.read_json(out / _BEST)
+    kept = best["step"] <= step and checkpoint.step_folder(out, best["step"]).is_dir()
+    return best if kept else None
 
 
 def learning_rate_factor(settings: OptimizerSettings, step: int, spent: float) -> float:

@@ -1,0 +1,103 @@
+"""pmf train with a settings file, and evaluated while it trains."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import pmf.cli
+from pmf import checkpoint
+from pmf.cli.settings_file import read_settings_file
+from pmf.errors import UserError
+
+SMALL = {
+    "hidden-size": 16, "depth": 2, "head-depth": 1, "num-heads": 2, "bottleneck": 4, "batch-size": 8,
+    "condition-tokens": [1, 1, 1, 1, 1], "steps": 4, "precision": "fp32", "lr": "1e-3", "log-every": 2,
+}  # fmt: skip
+
+
+def written(folder: Path, **more: object) -> Path:
+    path = folder / "settings.yaml"
+    path.write_text("\n".join(f"{name}: {value}" for name, value in {**SMALL, **more}.items()))
+    return path
+
+
+def test_a_settings_file_gives_what_flags_do_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("yaml")
+    path = written(tmp_path, **{"image-size": "8x16"})
+    assert pmf.cli.main(["train", "--config", str(path), "--steps", "3", "--dry-run"]) == 0
+    config = json.loads(capsys.readouterr().out)
+    assert (config["run"]["steps"], config["optimizer"]["lr"]) == (3, 1e-3)
+    assert (config["model"]["image_size"], config["model"]["condition_tokens"]) == ([8, 16], [1] * 5)
+    again = tmp_path / "config.json"
+    again.write_text(json.dumps(config))
+    assert pmf.cli.main(["train", "--config", str(again), "--dry-run"]) == 0
+    assert json.loads(capsys.readouterr().out) == config
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("batchsize: 3", "sets 'batchsize', which is no setting"),
+        ("- 3", "must hold settings by name"),
+        ("a: [", "cannot be read as YAML"),
+        ("image-size: big", "--image-size"),
+        ("batch-size: -1", "--batch-size must be 1 or more"),
+    ],
+)
+def test_a_wrong_settings_file_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, said: str
+) -> None:
+    pytest.importorskip("yaml")
+    path = tmp_path / "settings.yaml"
+    path.write_text(content)
+    assert pmf.cli.main(["train", "--config", str(path), "--dry-run"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_missing_settings_file_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no settings file"):
+        read_settings_file(tmp_path / "nothing.yaml")
+
+
+def test_the_best_checkpoint_of_the_curve_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("yaml")
+    generator = torch.Generator().manual_seed(0)
+    for name in ("a", "b"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(5):
+            pixels = torch.randint(256, (8, 8), generator=generator, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(tmp_path / "photos" / name / f"{i}.png")
+    command = ["train", "--config", str(written(tmp_path)), "--data", str(tmp_path / "photos")]
+    command += ["--keep-checkpoints", "1", "--checkpoint-every", "1", "--evaluate-every", "2"]
+    command += ["--evaluate-features", "pixels", "--evaluate-images", "20", "--steps", "8"]
+    command += ["--evaluate-reference", str(tmp_path / "photos"), "--out", str(tmp_path / "run")]
+    assert pmf.cli.main(command) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    curve = {row["step"]: row["frechet_distance"] for row in rows if "frechet_distance" in row}
+    assert list(curve) == [2, 4, 6, 8] and len(set(curve.values())) > 1
+    best = json.loads((tmp_path / "run" / "best.json").read_text())
+    assert best == {"step": min(curve, key=lambda s: curve[s]), "frechet_distance": min(curve.values())}
+    kept = {checkpoint.step_of(folder) for folder in checkpoint.checkpoint_folders(tmp_path / "run")}
+    assert kept == {best["step"], 8}
+    evaluation = ["evaluate", str(checkpoint.step_folder(tmp_path / "run", best["step"])), "--reference"]
+    evaluation += [
+        str(tmp_path / "photos"),
+        "--features",
+        "pixels",
+        "--num-images",
+        "20",
+        "--precision",
+        "fp32",
+    ]
+    assert pmf.cli.main([*evaluation, "--out", str(tmp_path / "evaluation")]) == 0
+    apart = json.loads((tmp_path / "evaluation" / "result.json").read_text())["frechet_distance"]
+    assert apart == pytest.approx(best["frechet_distance"], rel=1e-5)
+
+
+def test_an_evaluation_needs_a_reference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pmf.cli.main(["train", "--evaluate-every", "5", "--out", str(tmp_path / "run")]) == 2
+    assert "--evaluate-every and --evaluate-reference need each other" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
