@@ -2,7 +2,7 @@
 
 from pmf import env, flow, models, ops, optim
 from pmf.checkpoint import load_checkpoint
-from pmf.flow import sample
+from pmf.flow.sampler import sample
 from pmf.models import PixelMeanFlow, create_model
 from pmf.tangents import Jvp, replace_sdpa
 from pmf.version import VERSION as __version__

@@ -15,6 +15,7 @@ def draw_by_seed(
     seeds: Sequence[int],
     *,
     steps: int = 1,
+    times: Sequence[float] | None = None,
     omega: float | None = None,
     interval: tuple[float, float] | None = None,
 ) -> torch.Tensor:
@@ -27,7 +28,7 @@ def draw_by_seed(
     shape, generator = config.image_shape, torch.Generator("cpu")
     try:
         noise = torch.stack([normal(*shape, generator=generator.manual_seed(seed)) for seed in seeds])
-        return sampler(labels, steps, omega, interval, config.noise_scale * noise)
+        return sampler(labels, steps, omega, interval, config.noise_scale * noise, times=times)
     except (ValueError, RuntimeError) as error:
         sentence = str(error).splitlines()[0]
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in sentence:

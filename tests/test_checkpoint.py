@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pmf import checkpoint, flow, models
+from pmf import checkpoint, models, sample
 from pmf.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden" / "objective.npz"
@@ -47,9 +47,7 @@ def test_own_file_builds_the_same_model(tmp_path: Path) -> None:
     write_weights(tmp_path / "weights.safetensors", model)
     loaded = checkpoint.load_model(tmp_path / "weights.safetensors")
     assert loaded.model.config == model.config and loaded.class_names == list("abcdefghij")
-    samples = [
-        flow.sample(m, [0, 3], generator=torch.Generator().manual_seed(0)) for m in (model, loaded.model)
-    ]
+    samples = [sample(m, [0, 3], generator=torch.Generator().manual_seed(0)) for m in (model, loaded.model)]
     assert torch.equal(*samples)
 
 
@@ -79,7 +77,7 @@ def test_the_v_head_can_be_left_out(tmp_path: Path, official: dict[str, torch.Te
             )
             assert full.config.v_head and not half.config.v_head
             assert not [weight for weight, _ in half.named_parameters() if weight.startswith("v_")]
-            images = [flow.sample(m, [1], generator=torch.Generator().manual_seed(0)) for m in (full, half)]
+            images = [sample(m, [1], generator=torch.Generator().manual_seed(0)) for m in (full, half)]
             assert torch.equal(*images)
 
 

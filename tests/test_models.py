@@ -311,7 +311,7 @@ def test_a_model_can_be_copied_and_pickled() -> None:
 def test_the_package_shows_what_others_rely_on() -> None:
     assert pmf.create_model is create_model
     assert pmf.PixelMeanFlow is PixelMeanFlow
-    assert pmf.sample is pmf.flow.sample
+    assert pmf.sample is pmf.flow.sampler.sample
     assert {"Objective", "Draws"} <= set(pmf.flow.__all__)
 
 

@@ -2,6 +2,8 @@
 
 torch.optim.Muon computes in bfloat16: pmf runs in bfloat16 for equal terms, and in its default (float32 on
 the CPU, float16 on a GPU). Steps are checked on one matrix of each shape.
+
+And fused QKV weights, by part and by head, beside the same matrices as parameters of their own.
 """
 
 from collections import Counter
@@ -22,6 +24,8 @@ _TWENTIETH: tuple[Shapes, Shapes] = (
 )
 _TINY: tuple[Shapes, Shapes] = {(16, 16): 2, (16, 24): 1}, {(16,): 2}
 MODELS = {"quick": ("pmf-b/16",), "full": ("pmf-b/16", "pmf-l/16", "pmf-h/16")}
+FUSED = {"tiny": (1, 24, 2), "cpu": (2, 768, 12), "quick": (16, 768, 12), "full": (16, 768, 12)}
+"""Layers with a fused QKV weight, its width, and its heads."""
 STEP_LIMIT = 3e-2  # bfloat16's error in the direction of a step
 
 
@@ -96,6 +100,11 @@ def cases(setting: Setting) -> Iterator[Planned]:
         facts = {"op": "muon", "model": name.removeprefix(" of ")}
         label = f"one step{name}, {count / 1e6:.1f} M parameters"
         yield Planned(label, lambda shapes=shapes: _case(setting, shapes), facts)  # type: ignore[misc]
+    layers, width, heads = FUSED[scale]
+    for by_head in (False, True):
+        label = f"{layers} fused QKV of {heads} heads x {width}, by {'head' if by_head else 'part'}"
+        shape = {"op": "muon", "layers": layers, "width": width, "heads": heads, "by_head": by_head}
+        yield Planned(label, lambda by_head=by_head: _fused_case(setting, by_head), shape)  # type: ignore[misc]
 
 
 def _case(setting: Setting, shapes: tuple[Shapes, Shapes]) -> Case:
@@ -122,3 +131,36 @@ def _truth(contestant: Contestant) -> list[Tensor]:
         p.grad = None if given.grad is None else given.grad.double()
     Muon([{"params": exact, "algorithm": "muon"}], lr=1e-3, **SAME).step()  # type: ignore[arg-type]
     return [p.detach() - p0.double() for p, p0 in zip(exact, contestant.start, strict=True)]
+
+
+def _fused_case(setting: Setting, by_head: bool) -> Case:
+    """The same step of the same numbers: fused weights, and their matrices as parameters of their own."""
+    layers, width, heads = FUSED[setting.scale]
+    rows = width // heads if by_head else width
+    weights, grads = (setting.normal(*[(3 * width, width)] * layers, seed=seed) for seed in range(2))
+
+    def parameters(cut: int, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+        made = []
+        for weight, grad in zip(weights, grads, strict=True):
+            for part, g in zip(weight.split(cut), grad.split(cut), strict=True):
+                made.append(nn.Parameter(part.to(dtype, copy=True)))
+                made[-1].grad = g.to(dtype, copy=True)
+        return made
+
+    heads_of_parts = {"num_heads": heads} if by_head else {}
+    settings = {"split_sizes": [width] * 3, **heads_of_parts}
+    fused, separate, exact = parameters(3 * width), parameters(rows), parameters(rows, torch.float64)
+    groups = {
+        "pmf, fused": (fused, Muon([{"params": fused, **settings}], lr=1e-3)),
+        "pmf, the same matrices separately": (separate, Muon(separate, lr=1e-3)),
+    }
+    Muon(exact, lr=1e-3).step()
+    truth = torch.cat([p.detach() for p in exact]) - torch.cat(weights).double()
+
+    def error(name: str) -> float:
+        params, optimizer = groups[name]
+        optimizer.step()
+        return relative_error(torch.cat([p.detach() for p in params]) - torch.cat(weights), truth)
+
+    runs: dict[str, Run] = {name: optimizer.step for name, (_, optimizer) in groups.items()}
+    return Case(runs, error, STEP_LIMIT)

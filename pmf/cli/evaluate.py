@@ -32,7 +32,7 @@ from pmf.evaluation import (
     read_statistics,
     write_statistics,
 )
-from pmf.flow.sampler import PRECISIONS, Sampler
+from pmf.flow.sampler import PRECISIONS, Sampler, sampling_times
 from pmf.metrics import frechet_of_moments
 from pmf.ranks import Ranks, joined_ranks
 from pmf.sizes import parse_size
@@ -100,6 +100,9 @@ def add_parser(commands: Commands) -> None:
     sampling.add_argument("--keep", type=Path, metavar="FOLDER", help="keep all samples, a folder per class")
     sampling.add_argument("--ema", help="which averaged weights of a run: a half-life such as 500, or none")
     sampling.add_argument("--steps", type=int, default=1, help="network evaluations per image (%(default)s)")
+    sampling.add_argument(
+        "--times", nargs="+", type=float, metavar="T", help="evaluate at these times instead, such as 1 0.6 0"
+    )
     sampling.add_argument("--omega", type=float, help="guidance scale, 1 or more (the model's own)")
     sampling.add_argument(
         "--interval", nargs=2, type=float, metavar=("MIN", "MAX"), help="guidance interval (the model's own)"
@@ -201,6 +204,10 @@ def _check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
+    try:
+        sampling_times(arguments.steps, arguments.times)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     if arguments.num_images is not None and arguments.num_images < 2:
         raise UserError(f"--num-images must be 2 or more, got {arguments.num_images}")
     if not 0 <= arguments.seed < 2**62:
@@ -240,6 +247,7 @@ def _open_source(arguments: argparse.Namespace, device: torch.device) -> ImageSo
         _QUICK if arguments.quick else arguments.num_images or 50_000,
         seed=arguments.seed,
         steps=arguments.steps,
+        times=arguments.times,
         omega=arguments.omega,
         interval=None if arguments.interval is None else tuple(arguments.interval),
         keep=arguments.keep,

@@ -20,7 +20,7 @@ from pmf.data import ImageGrid, save_png
 from pmf.devices import find_device
 from pmf.drawing import draw_by_seed
 from pmf.errors import UserError
-from pmf.flow.sampler import PRECISIONS, Sampler
+from pmf.flow.sampler import PRECISIONS, Sampler, sampling_times
 from pmf.interrupts import catch_stop_signals
 
 _DESCRIPTION = """Draw one file for every class and seed, and grid.png with a class a row and a seed a column.
@@ -53,6 +53,9 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--out", type=Path, default=Path("samples"), help="folder to write (%(default)s)")
     parser.add_argument("--ema", help="which averaged weights of a run: a half-life such as 500, or none")
     parser.add_argument("--steps", type=int, default=1, help="network evaluations per image (%(default)s)")
+    parser.add_argument(
+        "--times", nargs="+", type=float, metavar="T", help="evaluate at these times instead, such as 1 0.6 0"
+    )
     parser.add_argument("--omega", type=float, help="guidance scale, 1 or more (the model's own)")
     parser.add_argument(
         "--interval", nargs=2, type=float, metavar=("MIN", "MAX"), help="guidance interval (the model's own)"
@@ -91,6 +94,10 @@ def run(arguments: argparse.Namespace) -> int:
         batch_size = _BATCH_ON_CPU if device.type == "cpu" else _BATCH_ELSEWHERE
     if arguments.steps < 1 or batch_size < 1:
         raise UserError("--steps and --batch-size must be 1 or more")
+    try:
+        sampling_times(arguments.steps, arguments.times)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     seeds = parse_seeds(arguments.seeds)
     sampler, names, source = _open_sampler(arguments, device)
     classes = choose_classes(arguments.classes, names)
@@ -135,6 +142,7 @@ def _draw(sampler: Sampler, jobs: Sequence[_Job], arguments: argparse.Namespace)
         [job.label for job in jobs],
         [job.seed for job in jobs],
         steps=arguments.steps,
+        times=arguments.times,
         omega=arguments.omega,
         interval=interval,
     ).cpu()

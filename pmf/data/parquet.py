@@ -123,7 +123,7 @@ def _row_groups(parquet: Any, table: Path) -> Any:
             for group in range(file.num_row_groups):
                 rows = file.read_row_group(group, columns=[image] if label is None else [image, label])
                 pictures = rows.column(image).combine_chunks()
-                pictures = pictures.field("bytes") if pictures.type.num_fields else pictures
+                pictures = pictures.field("bytes") if str(pictures.type).startswith("struct<") else pictures
                 labels = [None] * len(pictures) if label is None else rows.column(label).to_pylist()
                 yield pictures.to_pylist(), labels
     except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
@@ -134,7 +134,9 @@ def _row_groups(parquet: Any, table: Path) -> Any:
 def _columns(schema: Any, table: Path) -> tuple[str, str | None]:
     """The column of images, a struct with bytes or the bytes themselves, and that of labels, if any."""
     structs = [
-        field.name for field in schema if field.type.num_fields and field.type.get_field_index("bytes") >= 0
+        field.name
+        for field in schema
+        if str(field.type).startswith("struct<") and field.type.get_field_index("bytes") >= 0
     ]
     plain = [field.name for field in schema if str(field.type) in ("binary", "large_binary")]
     labels = [name for name in _LABELS if schema.get_field_index(name) >= 0]

@@ -21,7 +21,7 @@ from pmf.data.images import Encoded, image_size
 from pmf.data.shards import Stored
 from pmf.drawing import draw_by_seed
 from pmf.errors import UserError
-from pmf.flow.sampler import Sampler
+from pmf.flow.sampler import Sampler, sampling_times
 from pmf.sizes import Size, height_and_width, size_in_words
 
 __all__ = ["ImageSource", "Samples", "Some", "open_images"]
@@ -62,6 +62,7 @@ class Samples:
     count: int
     seed: int = 0
     steps: int = 1
+    times: list[float] | None = None
     omega: float | None = None
     interval: tuple[float, float] | None = None
     from_files: ClassVar[bool] = False
@@ -81,7 +82,7 @@ class Samples:
             "images": self.count,
             "classes": self.classes if len(self.classes) < config.num_classes else "all",
             "seed": self.seed,
-            "steps": self.steps,
+            "times": sampling_times(self.steps, self.times),
             "omega": config.sample_omega if self.omega is None else self.omega,
             "interval": list(config.sample_interval if self.interval is None else self.interval),
             "precision": self.sampler.precision,
@@ -95,6 +96,7 @@ class Samples:
             labels,
             [self.seed + i for i in indices],
             steps=self.steps,
+            times=self.times,
             omega=self.omega,
             interval=self.interval,
         )

@@ -1,20 +1,23 @@
-"""The MeanFlow objective on pixels, its random draws, and the sampler."""
+"""The MeanFlow objectives, on pixels and for any network, their random draws, and the samplers."""
 
 from .draws import Draws
-from .guidance import Guidance, IntervalGuidance, NoGuidance
+from .guidance import ClassifierFreeGuidance, Guidance, IntervalGuidance, NoGuidance
+from .meanflow import MeanFlow, sample
 from .objective import Objective, Terms
 from .perceptual import Perceptual
 from .preconditioner import EDMPreconditioner, NoPreconditioner, Preconditioner, SCMPreconditioner
 from .prediction import Prediction, UPrediction, XPrediction
-from .sampler import Sampler, sample
+from .sampler import Sampler
 from .times import LineTimes, PlaneTimes, TimeSampling
 
 __all__ = [
+    "ClassifierFreeGuidance",
     "Draws",
     "EDMPreconditioner",
     "Guidance",
     "IntervalGuidance",
     "LineTimes",
+    "MeanFlow",
     "NoGuidance",
     "NoPreconditioner",
     "Objective",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..defaults import uniform
 
-__all__ = ["Guidance", "IntervalGuidance", "NoGuidance"]
+__all__ = ["ClassifierFreeGuidance", "Guidance", "IntervalGuidance", "NoGuidance"]
 
 
 class Guidance(Protocol):
@@ -73,3 +73,39 @@ class NoGuidance:
         self, t: Tensor, omega: Tensor, t_min: Tensor, t_max: Tensor, flow_matching: Tensor
     ) -> Tensor:
         return torch.ones_like(omega)
+
+
+@dataclass(frozen=True)
+class ClassifierFreeGuidance:
+    """MeanFlow's: one scale for all samples, of which the network is not told.
+
+        v_g = omega v_t + kappa u(z, t, t | c) + (1 - omega - kappa) u(z, t, t | null),  t in the interval
+
+    Outside of the interval v_g = v_t. The field that is learned is guided by omega / (1 - kappa). Source:
+    Geng et al., "Mean Flows for One-step Generative Modeling" (2025), section 4.2 and appendix B.1.
+    """
+
+    omega: float = 2.0
+    kappa: float = 0.0
+    interval: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if not self.omega >= 0 or not 0 <= self.kappa < 1:
+            raise ValueError(
+                "guidance: omega must not be negative and kappa must lie in [0, 1), "
+                f"got {self.omega} and {self.kappa}"
+            )
+        if not 0 <= self.interval[0] <= self.interval[1] <= 1:
+            raise ValueError(f"guidance: interval must be 0 <= t_min <= t_max <= 1, got {self.interval}")
+
+    def draw(self, flow_matching: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+        one = torch.ones(len(flow_matching), dtype=torch.float32, device="cpu")
+        return self.omega * one, self.interval[0] * one, self.interval[1] * one
+
+    def effective_omega(
+        self, t: Tensor, omega: Tensor, t_min: Tensor, t_max: Tensor, flow_matching: Tensor
+    ) -> Tensor:
+        return torch.where((t_min <= t) & (t <= t_max), omega, 1.0)
+
+    def effective_kappa(self, t: Tensor, t_min: Tensor, t_max: Tensor) -> Tensor:
+        return torch.where((t_min <= t) & (t <= t_max), self.kappa, 0.0)

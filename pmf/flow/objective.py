@@ -41,11 +41,11 @@ class Terms:
         loss_u: Tensor,
         loss_v: Tensor,
         loss_perceptual: Tensor,
-        plan: Plan,
+        order: Tensor,
         parts: dict[str, Tensor],
     ) -> None:
         self.loss, self.loss_u, self.loss_v, self.loss_perceptual = loss, loss_u, loss_v, loss_perceptual
-        self._plan, self._parts = plan, parts
+        self._order, self._parts = order, parts
 
     @cached_property
     def v_target(self) -> Tensor:
@@ -69,8 +69,8 @@ class Terms:
 
     def _in_given_order(self, name: str) -> Tensor:
         part = self._parts[name]
-        whole = part.new_zeros(len(self._plan.order), *part.shape[1:])
-        whole[self._plan.order[: len(part)].to(part.device)] = part
+        whole = part.new_zeros(len(self._order), *part.shape[1:])
+        whole[self._order[: len(part)].to(part.device)] = part
         return whole
 
 
@@ -200,7 +200,7 @@ class Objective:
         parts["v"] = v_c[:0] if v is None else v.detach()
         parts["du_dt"] = v_c[:0] if du_dt is None else du_dt
         loss_u, loss_v = error_u.detach().mean() / pixels, error_v.detach().mean() / pixels
-        return Terms(loss + weighted, loss_u, loss_v, loss_perceptual, plan, parts)
+        return Terms(loss + weighted, loss_u, loss_v, loss_perceptual, plan.order, parts)
 
     @torch.no_grad()
     def _guidance_pass(

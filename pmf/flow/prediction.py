@@ -5,13 +5,13 @@ from typing import Protocol
 from torch import Tensor
 
 from ..models import ModelConfig
-from .path import T_FLOOR, conditional_velocity, over_pixels
+from .path import T_FLOOR, conditional_velocity, per_sample
 
 __all__ = ["Prediction", "UPrediction", "XPrediction", "prediction_of"]
 
 
 class Prediction(Protocol):
-    """Maps an output [B, C, H, W] at (z, t) to a velocity, and a tangent of all three to the velocity's."""
+    """Maps an output [B, ...] at (z, t) to a velocity, and a tangent of all three to the velocity's."""
 
     def velocity(self, z: Tensor, output: Tensor, t: Tensor) -> Tensor: ...
 
@@ -32,8 +32,8 @@ class XPrediction:
         """tu = (tz - tx - u tt) / t where t >= 0.05; below, where the clip is constant, without u tt."""
         moving = (t >= T_FLOOR) & (t <= 1.0)
         clipped = t.clamp(T_FLOOR, 1.0)
-        direct = (z_t - output_t) / over_pixels(clipped)
-        return direct - over_pixels(t_t * moving / clipped.square()) * (z - output)
+        direct = (z_t - output_t) / per_sample(clipped, z)
+        return direct - per_sample(t_t * moving / clipped.square(), z) * (z - output)
 
 
 class UPrediction:

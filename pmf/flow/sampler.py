@@ -1,6 +1,7 @@
 """Images from noise in one step, or in a few."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +17,7 @@ from .preconditioner import Preconditioner, preconditioner_of
 from .prediction import Prediction, prediction_of
 from .read_out import read_velocity
 
-__all__ = ["PRECISIONS", "Sampler", "sample"]
+__all__ = ["PRECISIONS", "Sampler", "sample", "sampling_times"]
 
 PRECISIONS = ("auto", "bf16", "fp32")
 _WIDE = 256  # narrower networks take milliseconds an image in float32 too, and keep its digits
@@ -31,6 +32,7 @@ def sample(
     noise: Tensor | None = None,
     generator: torch.Generator | None = None,
     *,
+    times: Sequence[float] | None = None,
     precision: str = "auto",
     prediction: Prediction | None = None,
     preconditioner: Preconditioner | None = None,
@@ -39,6 +41,7 @@ def sample(
 
         z <- z - (t - r) u(z, t, r, omega, interval, label), t from 1 to 0 in `steps` equal parts
 
+    times: instead of equal parts, the times themselves, from 1 down to 0: [1.0, 0.6, 0.0] are two steps.
     labels may hold num_classes, the null label. omega (one number or [B]) and interval default to the model's
     own. noise [B, C, H, W] is e itself, already times noise_scale; without it, it is drawn from generator (on
     the generator's device, the CPU if there is none). prediction and preconditioner are the model's own
@@ -46,7 +49,7 @@ def sample(
     every call: for many batches make one Sampler.
     """
     sampler = Sampler(model, precision, prediction=prediction, preconditioner=preconditioner)
-    return sampler(labels, steps, omega, interval, noise, generator)
+    return sampler(labels, steps, omega, interval, noise, generator, times=times)
 
 
 class Sampler:
@@ -112,14 +115,15 @@ class Sampler:
         interval: tuple[float, float] | None = None,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
+        *,
+        times: Sequence[float] | None = None,
     ) -> Tensor:
         """Images [B, C, H, W]; arguments and result as for `sample`."""
         network = unwrap(self.network)
         config, device = network.config, network.position.device
         dtype = torch.float64 if network.position.dtype == torch.float64 else torch.float32
         labels = _check_labels(labels, config.num_classes).to(device)
-        if steps < 1:
-            raise ValueError(f"sample: steps must be at least 1, got {steps}")
+        times = sampling_times(steps, times)
         t_min, t_max = config.sample_interval if interval is None else interval
         if not 0 <= t_min <= t_max <= 1:
             raise ValueError(f"sample: interval must be 0 <= t_min <= t_max <= 1, got {t_min} and {t_max}")
@@ -147,15 +151,15 @@ class Sampler:
                 torch.as_tensor(value, dtype=dtype, device=device).expand(len(labels))
                 for value in (omega, t_min, t_max)
             )
-            images = self._steps(noise.to(device, dtype), labels, steps, *guidance)
+            images = self._steps(noise.to(device, dtype), labels, times, *guidance)
         return images.clone()  # outside: autograd takes no tensor of inference mode
 
     def _steps(
-        self, z: Tensor, labels: Tensor, steps: int, omega: Tensor, t_min: Tensor, t_max: Tensor
+        self, z: Tensor, labels: Tensor, times: list[float], omega: Tensor, t_min: Tensor, t_max: Tensor
     ) -> Tensor:
-        for i in range(steps, 0, -1):
-            t = z.new_full((len(z),), i / steps)
-            h = z.new_full((len(z),), 1 / steps)
+        for start, end in itertools.pairwise(times):
+            t = z.new_full((len(z),), start)
+            h = z.new_full((len(z),), start - end)
             tokens = self._predict(self.preconditioner.input(z, t), Condition(h, omega, t_min, t_max, labels))
             u = read_velocity(self.prediction, self.preconditioner, z, tokens, t)
             z = z - over_pixels(h) * u
@@ -165,6 +169,25 @@ class Sampler:
         """The network's u path: all that runs on the device, and of one shape for batches of one size."""
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return self.network(images, condition, heads="u", as_tokens=True).u
+
+
+def sampling_times(steps: int, times: Sequence[float] | None = None) -> list[float]:
+    """The times of a sampler's network evaluations, from 1 down to 0: `steps` equal parts, or those given.
+
+    Raises ValueError where they do not descend from 1 to 0, or where steps says something else.
+    """
+    if times is None:
+        if steps < 1:
+            raise ValueError(f"sample: steps must be at least 1, got {steps}")
+        return [i / steps for i in range(steps, -1, -1)]
+    chosen = [float(t) for t in times]
+    if len(chosen) < 2 or chosen[0] != 1 or chosen[-1] != 0:
+        raise ValueError(f"sample: times must begin with 1 and end with 0, got {chosen}")
+    if not all(t > r for t, r in itertools.pairwise(chosen)):
+        raise ValueError(f"sample: times must descend, got {chosen}")
+    if steps not in (1, len(chosen) - 1):
+        raise ValueError(f"sample: times are {len(chosen) - 1} steps, not {steps}: leave out one of the two")
+    return chosen
 
 
 def _check_labels(labels: Tensor | Sequence[int], num_classes: int) -> Tensor:

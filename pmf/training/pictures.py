@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from pmf import flow
 from pmf.atomic import write_file
 from pmf.data import image_grid, save_png
+from pmf.flow.sampler import sample
 from pmf.models import PixelMeanFlow
 
 _GRID_SIDE = 10  # at most this many classes, one a row, and this many samples of each
@@ -24,7 +24,7 @@ def draw_samples(model: PixelMeanFlow, seed: int, path: Path) -> torch.Tensor:
     )
     device = next(model.parameters()).device
     generator = torch.Generator("cpu").manual_seed(seed)
-    images = flow.sample(model, rows.repeat_interleave(_GRID_SIDE).to(device), generator=generator)
+    images = sample(model, rows.repeat_interleave(_GRID_SIDE).to(device), generator=generator)
     grid = image_grid(images, _GRID_SIDE)
     save_png(grid, path)
     return grid

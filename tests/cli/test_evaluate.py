@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pmf import checkpoint, flow, metrics, models
+from pmf import checkpoint, flow, metrics, models, sample
 from pmf.cli import evaluate, main
 from pmf.data import load_digits, read_image, to_uint8
 
@@ -52,7 +52,7 @@ def test_the_figure_is_that_of_the_samples(
 
     model = checkpoint.load_checkpoint(weights)
     noise = [torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(5 + i)) for i in range(45)]
-    images = flow.sample(model, [i % 10 for i in range(45)], noise=torch.stack(noise))
+    images = sample(model, [i % 10 for i in range(45)], noise=torch.stack(noise))
     digits = load_digits()
     real = to_uint8(digits.get(range(len(digits)))[0])
     ours, theirs = (x.double().flatten(1) / 127.5 - 1 for x in (to_uint8(images), real))

@@ -6,6 +6,7 @@ import shutil
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -203,4 +204,84 @@ def test_a_table_without_images_is_named(tables: Path) -> None:
     with pytest.raises(
         UserError, match=r"train-00000\.parquet must have a column of images .* got text, label"
     ):
+        load_dataset(str(tables), 4, 1)
+
+
+def write_table(tables: Path, labels: list[Any] | None, name: str = "label") -> str:
+    """One table of as many pictures as there are labels, alone in its folder; without a column for None."""
+    import pyarrow
+    import pyarrow.parquet
+
+    count = 3 if labels is None else len(labels)
+    columns: dict[str, Any] = {"image": [{"bytes": encoded(n), "path": None} for n in range(count)]}
+    if labels is not None:
+        columns[name] = labels
+    shutil.rmtree(tables)
+    tables.mkdir()
+    pyarrow.parquet.write_table(pyarrow.table(columns), tables / "train-0.parquet")
+    return str(tables)
+
+
+@pytest.mark.parametrize(
+    ("labels", "numbers", "names"),
+    [
+        (["owl", "cat", "owl"], [1, 0, 1], ["cat", "owl"]),
+        (["10", "9", "10"], [1, 0, 1], ["9", "10"]),
+        ([0.0, 2.0], [0, 2], ["0", "1", "2"]),
+        ([True, False], [1, 0], ["0", "1"]),
+        ([1, 1], [1, 1], ["0", "1"]),
+        ([None, None], [0, 0], ["0"]),
+        ([-1, -1], [0, 0], ["0"]),
+        (None, [0, 0, 0], ["0"]),
+    ],
+)
+def test_labels_of_tables_are_numbers_words_or_none(
+    tables: Path, labels: list[Any] | None, numbers: list[int], names: list[str]
+) -> None:
+    for _ in range(2):  # unpacked, and from the cache
+        dataset = load_dataset(write_table(tables, labels), 4, 1)
+        assert dataset.class_names == names
+        pixels, found = dataset.read(range(len(dataset)))
+        assert found.tolist() == numbers and pixels[:, 0, 0, 0].tolist() == list(range(len(numbers)))
+
+
+@pytest.mark.parametrize(
+    ("labels", "sentence"),
+    [
+        ([0, None, 1], r"labels of two kinds: 0 for its first image and None for image 1"),
+        ([0.5, 1.0], r"row 0 of .*train-0\.parquet must hold a class number, 0 or more, or a word, got 0\.5"),
+        ([3, -2], r"row 1 of .* got -2"),
+        ([[0, 1], [1, 1]], r"row 0 of .* got \[0, 1\]"),
+    ],
+)
+def test_labels_of_tables_that_cannot_be_classes_are_named(
+    tables: Path, labels: list[Any], sentence: str
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        load_dataset(write_table(tables, labels), 4, 1)
+
+
+def test_images_may_be_a_plain_column_of_bytes(tables: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"jpg": [encoded(5), encoded(6)], "class": [0, 1]})
+    pyarrow.parquet.write_table(table, tables / "train-00001.parquet")
+    (tables / "train-00000.parquet").unlink()
+    assert levels(str(tables)) == [(5, 0), (6, 1)]
+
+
+def test_without_a_home_or_a_cache_that_can_be_written_one_sentence_says_what_to_set(
+    tables: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")  # where nobody can write, root included
+    with pytest.raises(UserError, match="cannot unpack .* to /proc/none.*: set XDG_CACHE_HOME to a folder"):
+        load_dataset(str(tables), 4, 1)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def homeless(cls: type[Path]) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", classmethod(homeless))
+    with pytest.raises(UserError, match="this user has no home folder: set XDG_CACHE_HOME"):
         load_dataset(str(tables), 4, 1)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pmf.flow import Draws, Objective, Terms, sample
+from pmf import sample
+from pmf.flow import Draws, Objective, Terms
 from pmf.models import PixelMeanFlow, config_from_state_dict, from_official
 
 TOLERANCE = 1e-4

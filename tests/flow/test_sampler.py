@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from pmf import sample
 from pmf.devices import has_bf16_products
-from pmf.flow import Sampler, sample
+from pmf.flow import Sampler
 from pmf.models import PixelMeanFlow, create_model
 from pmf.nn import Condition
 
@@ -185,3 +186,30 @@ def test_images_may_be_trained_on(model: PixelMeanFlow) -> None:
 def test_bad_arguments_are_refused(model: PixelMeanFlow, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sample(model, **arguments)
+
+
+def test_times_of_ones_own(model: PixelMeanFlow) -> None:
+    noise, labels = 3 * torch.randn(2, 1, 8, 8), torch.tensor([1, 4])
+    equal = sample(model, labels, 3, noise=noise)
+    assert torch.equal(sample(model, labels, noise=noise, times=[1.0, 2 / 3, 1 / 3, 0.0]), equal)
+    z = noise
+    for t, r in ((1.0, 0.3), (0.3, 0.0)):
+        condition = Condition(*(torch.full((2,), s) for s in (t - r, 2.5, 0.2, 0.9)), labels)
+        with torch.no_grad():
+            x = model(z, condition).u
+        z = z - (t - r) * (z - x) / max(t, 0.05)
+    torch.testing.assert_close(sample(model, labels, noise=noise, times=(1, 0.3, 0)), z)
+
+
+@pytest.mark.parametrize(
+    "times",
+    [[], [1.0], [0.5, 0.0], [1.0, 0.5], [1.0, 0.2, 0.4, 0.0], [1.0, 1.0, 0.0], [1.0, float("nan"), 0.0]],
+)
+def test_times_must_descend_from_1_to_0(model: PixelMeanFlow, times: list[float]) -> None:
+    with pytest.raises(ValueError, match="^sample: times must "):
+        sample(model, [1], times=times)
+
+
+def test_times_and_another_number_of_steps_are_refused(model: PixelMeanFlow) -> None:
+    with pytest.raises(ValueError, match="2 steps, not 4"):
+        sample(model, [1], steps=4, times=[1.0, 0.5, 0.0])

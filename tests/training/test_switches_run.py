@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from pmf import checkpoint, flow
+from pmf import checkpoint, sample
 from pmf.errors import UserError
 from pmf.training import TrainConfig, resume_config, train
 
@@ -38,8 +38,7 @@ def test_a_run_resumes_and_its_checkpoint_samples(
     assert loaded.config == whole.model.config
     assert loaded.config.v_head == switches.get("v_head", True)
     images = [
-        flow.sample(model, [0, 3], generator=torch.Generator().manual_seed(0))
-        for model in (whole.model, loaded)
+        sample(model, [0, 3], generator=torch.Generator().manual_seed(0)) for model in (whole.model, loaded)
     ]
     assert torch.equal(*images) and images[0].isfinite().all()
 

@@ -1,0 +1,307 @@
+"""MeanFlow and improved MeanFlow for anybody's network and data of any shape."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pmf.tangents import Jvp
+
+from ..defaults import normal, uniform
+from .draws import Draws
+from .guidance import ClassifierFreeGuidance, Guidance, NoGuidance
+from .objective import Terms
+from .path import conditional_velocity, interpolate, per_sample
+from .prediction import Prediction, UPrediction, XPrediction
+from .times import PlaneTimes, TimeSampling
+
+__all__ = ["MeanFlow", "sample"]
+
+Network = Callable[..., Tensor]
+PREDICTIONS: dict[str, Prediction] = {"u": UPrediction(), "x": XPrediction()}
+
+
+@dataclass(frozen=True)
+class MeanFlow:
+    """The MeanFlow loss of a batch, for a network of one's own.
+
+        objective = pmf.flow.MeanFlow()
+        draws = objective.draw(x, generator)
+        terms = objective(network, x, draws, label=label)
+        terms.loss.backward()
+
+    With z = (1 - t) x + t e, and v_t = e - x:
+
+        V = u(z, t, r) + (t - r) stopgrad(du/dt)      du/dt along (z, t, r) in the direction (v, 1, 0)
+        loss = mean of adp(sum (V - v_g)^2),          adp(l) = l / stopgrad((l + norm_eps)^norm_p)
+
+    prediction: what the network returns: "u", the average velocity, or "x", the data, of which
+        u = (z - x) / clip(t, 0.05, 1) (arXiv 2601.22158).
+    direction: v is the target v_g itself ("conditional", arXiv 2505.13447) or the network's own u(z, t, t)
+        ("network", arXiv 2512.02012).
+    guidance: `NoGuidance`: v_g = v_t. `ClassifierFreeGuidance`: MeanFlow's,
+        v_g = omega v_t + kappa u(z, t, t | c) + (1 - omega - kappa) u(z, t, t | null). `IntervalGuidance`:
+        improved MeanFlow's, v_g = v_t + (1 - 1/omega) (u(z, t, t | c) - u(z, t, t | null)) with another omega
+        for each sample, which the network takes as the conditions omega, t_min and t_max.
+    null: for each condition that guidance takes away, its value without: null={"label": 10}. A share
+        class_dropout of the samples loses them, and trains on v_t.
+    times: pairs (t, r); MeanFlow's ImageNet settings are PlaneTimes(-0.4, 1.0, data_proportion=0.75).
+    noise_scale: the deviation of e. norm_p, norm_eps: of adp; norm_p = 0 is the plain sum.
+
+    The network is called as network(z, t, r, **conditions), with t and r [B] in x's dtype, and returns what
+    is like z. It is a module, a `pmf.Jvp` of one, or any function of PyTorch's operations; DDP, FSDP and
+    torch.compile go around a `pmf.Jvp`. It is called once with tangents, and before that, if direction or
+    guidance ask for it, once without gradients: as often for any draws.
+    """
+
+    prediction: Literal["u", "x"] = "u"
+    direction: Literal["conditional", "network"] = "conditional"
+    times: TimeSampling = field(default_factory=PlaneTimes)
+    norm_p: float = 1.0
+    norm_eps: float = 0.01
+    noise_scale: float = 1.0
+    guidance: Guidance = field(default_factory=NoGuidance)
+    null: Mapping[str, Any] | None = None
+    class_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_choice("prediction", self.prediction, PREDICTIONS)
+        _check_choice("direction", self.direction, ("conditional", "network"))
+        for name in ("noise_scale", "norm_eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"MeanFlow: {name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.class_dropout <= 1:
+            raise ValueError(f"MeanFlow: class_dropout must lie in [0, 1], got {self.class_dropout}")
+        if not self.null and not isinstance(self.guidance, NoGuidance):
+            raise ValueError('MeanFlow: guidance needs null, the conditions of nothing: null={"label": 10}')
+
+    @torch.inference_mode(False)  # autograd takes no tensor of inference mode
+    def draw(self, x: Tensor, generator: torch.Generator | None = None) -> Draws:
+        """Draws for data x [B, ...] from a CPU generator, the same on every device. Only noise is moved.
+
+        The first samples are the flow-matching ones, and the first Binomial(B, class_dropout) lose their
+        conditions.
+        """
+        batch = len(x)
+        t, r = self.times.draw(batch, generator)
+        omega, t_min, t_max = self.guidance.draw(r == t, generator)
+        dropped = int((uniform(batch, generator=generator) < self.class_dropout).sum())
+        noise = self.noise_scale * normal(*x.shape, generator=generator)
+        drop = torch.arange(batch, device="cpu") < dropped
+        return Draws(t, r, noise.to(x.device, x.dtype, non_blocking=True), omega, t_min, t_max, drop)
+
+    def __call__(self, network: Network, x: Tensor, draws: Draws, **conditions: Any) -> Terms:
+        """Loss terms for data x [B, ...], float32 or float64; of the Terms loss_v and v are zero."""
+        _check(x, draws)
+        flow_matching = draws.r == draws.t
+        effective = self.guidance.effective_omega(
+            draws.t, draws.omega, draws.t_min, draws.t_max, flow_matching
+        )
+        t, r, omega, effective = (
+            value.to(x.device, x.dtype, non_blocking=True)
+            for value in (draws.t, draws.r, draws.omega, effective)
+        )
+        drop = draws.drop.to(x.device, non_blocking=True)
+        z = interpolate(x, draws.noise, t)
+        v_t = conditional_velocity(z, x, t) if self.prediction == "x" else draws.noise - x
+        own, told, null = conditions, {}, {}
+        if self.null:
+            null = _nulls(self.null, conditions, x)
+            own = conditions | {
+                name: torch.where(per_sample(drop, value), value, conditions[name])
+                for name, value in null.items()
+            }
+        if self._tells_omega:
+            told = dict(zip(("omega", "t_min", "t_max"), (omega, draws.t_min, draws.t_max), strict=True))
+            told = {name: value.to(x.device, x.dtype) for name, value in told.items()}
+
+        v_c, v_u = self._passes_before(network, z, t, conditions, null, effective)
+        v_g = v_t
+        if v_u is not None:
+            v_g = self._guided(v_t, v_c, v_u, effective, draws)
+            v_g = torch.where(per_sample(drop, z), v_t, v_g)
+        v = v_g if v_c is None or self.direction == "conditional" else v_c
+
+        u, du_dt = self._with_tangent(network, z, t, r, v, own | told)
+        target = v_g - per_sample(t - r, z) * du_dt
+        error = (u - target).square().flatten(1).sum(1)
+        loss = (error / (error.detach() + self.norm_eps) ** self.norm_p).mean()
+        zero = error.detach().new_zeros(())
+        parts = {"v_target": v_g, "v_tangent": v, "u": u.detach(), "du_dt": du_dt, "v": z[:0]}
+        loss_u = error.detach().mean() / x[0].numel()
+        return Terms(loss, loss_u, zero, zero, torch.arange(len(x)), parts)
+
+    @property
+    def _tells_omega(self) -> bool:
+        """Whether the network takes its guidance as a condition."""
+        return not isinstance(self.guidance, (NoGuidance, ClassifierFreeGuidance))
+
+    @torch.no_grad()
+    def _passes_before(
+        self,
+        network: Network,
+        z: Tensor,
+        t: Tensor,
+        conditions: dict[str, Any],
+        null: dict[str, Tensor],
+        effective: Tensor,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """u(z, t, t) with the conditions and without, as far as the settings ask for them, in one pass."""
+        guided = not isinstance(self.guidance, NoGuidance)
+        kappa = self.guidance.kappa if isinstance(self.guidance, ClassifierFreeGuidance) else 0.0
+        with_c = self.direction == "network" or kappa != 0 or self._tells_omega
+        batch = len(z)
+        count = with_c + guided
+        if count == 0:
+            return None, None
+        every = {
+            name: torch.cat([value] * count) if _is_per_sample(value, batch) else value
+            for name, value in conditions.items()
+        }
+        for name, value in null.items() if guided else ():
+            every[name] = torch.cat([conditions[name]] * (count - 1) + [value])
+        if self._tells_omega:
+            one = torch.ones_like(t)
+            every["omega"] = torch.cat((effective, one))
+            every["t_min"], every["t_max"] = torch.cat((0 * one, 0 * one)), torch.cat((one, one))
+        z, t = torch.cat([z] * count), torch.cat([t] * count)
+        out = _call(network, z, t, t, every)
+        parts = PREDICTIONS[self.prediction].velocity(z, _like(out, z), t).split(batch)
+        return parts[0] if with_c else None, parts[-1] if guided else None
+
+    def _guided(
+        self, v_t: Tensor, v_c: Tensor | None, v_u: Tensor, effective: Tensor, draws: Draws
+    ) -> Tensor:
+        """v_g, where effective is omega within its interval and 1 outside of it."""
+        omega = per_sample(effective, v_t)
+        if not isinstance(self.guidance, ClassifierFreeGuidance):
+            assert v_c is not None
+            return v_t + (1 - 1 / omega) * (v_c - v_u)
+        kappa = self.guidance.effective_kappa(draws.t, draws.t_min, draws.t_max)
+        kappa = per_sample(kappa.to(v_t.device, v_t.dtype), v_t)
+        v_g = omega * v_t + (1 - omega - kappa) * v_u
+        return v_g if v_c is None else v_g + kappa * v_c
+
+    def _with_tangent(
+        self, network: Network, z: Tensor, t: Tensor, r: Tensor, v: Tensor, conditions: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """u, and du/dt as a constant."""
+        one = torch.ones_like(t)
+        jvp = network if _is_jvp(network) else Jvp(_as_module(network))
+        out, out_t = jvp((z, t, r), (v, one, None), **conditions)
+        out, out_t, prediction = _like(out, z), _like(out_t, z), PREDICTIONS[self.prediction]
+        with torch.no_grad():
+            du_dt = prediction.velocity_tangent(z, out, t, v, out_t, one)
+        return prediction.velocity(z, out, t), du_dt
+
+
+@torch.no_grad()
+def sample(
+    network: Network,
+    noise: Tensor,
+    times: Sequence[float] = (1.0, 0.0),
+    *,
+    prediction: Literal["u", "x"] = "u",
+    **conditions: Any,
+) -> Tensor:
+    """Samples like noise, in one step or in as many as `times` has intervals.
+
+        z <- z - (t - r) u(z, t, r),  t and r neighbours in times, from z = noise
+
+    network and prediction: as for `MeanFlow`. noise [B, ...]: e itself, already times noise_scale. times:
+    descending in [0, 1].
+    """
+    _check_choice("prediction", prediction, PREDICTIONS)
+    if not isinstance(noise, Tensor) or not noise.is_floating_point() or noise.dim() < 1:
+        raise TypeError("flow.sample: noise must be a floating tensor [B, ...] (pmf.sample takes labels)")
+    times = [float(t) for t in times]
+    if len(times) < 2 or not 1 >= times[0] or not times[-1] >= 0:
+        raise ValueError(f"flow.sample: times must be at least two in [0, 1], got {times}")
+    if any(not t > r for t, r in zip(times, times[1:], strict=False)):
+        raise ValueError(f"flow.sample: times must descend, got {times}")
+    z = noise
+    for start, end in zip(times, times[1:], strict=False):
+        t, r = noise.new_full((len(noise),), start), noise.new_full((len(noise),), end)
+        out = _like(_call(network, z, t, r, conditions), z)
+        z = z - (start - end) * PREDICTIONS[prediction].velocity(z, out, t)
+    return z
+
+
+def _call(network: Network, z: Tensor, t: Tensor, r: Tensor, conditions: dict[str, Any]) -> Any:
+    """The network's value alone."""
+    if _is_jvp(network):
+        return network((z, t, r), (None, None, None), **conditions)[0]
+    return network(z, t, r, **conditions)
+
+
+def _is_jvp(network: Any) -> bool:
+    """Whether it is a Jvp, also behind wrappers: DDP, torch.compile, averages of weights."""
+    while isinstance(network, nn.Module) and not isinstance(network, Jvp):
+        inner = getattr(network, "_orig_mod", None) or getattr(network, "module", None)
+        if not isinstance(inner, nn.Module):
+            return False
+        network = inner
+    return isinstance(network, Jvp)
+
+
+class _Function(nn.Module):
+    """A function of tensors as a network; the weights it holds are its own affair."""
+
+    def __init__(self, function: Network) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *primals: Tensor, **conditions: Any) -> Tensor:
+        return self.function(*primals, **conditions)
+
+
+def _as_module(network: Network) -> nn.Module:
+    return network if isinstance(network, nn.Module) else _Function(network)
+
+
+def _like(out: Any, z: Tensor) -> Tensor:
+    if not isinstance(out, Tensor) or out.shape != z.shape:
+        got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(f"MeanFlow: the network must return a tensor like z, {list(z.shape)}, got {got}")
+    return out.to(z.dtype)
+
+
+def _is_per_sample(value: Any, batch: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch
+
+
+def _nulls(null: Mapping[str, Any], conditions: Mapping[str, Any], x: Tensor) -> dict[str, Tensor]:
+    """For each named condition, a tensor like it that stands for nothing."""
+    found = {}
+    for name, nothing in null.items():
+        given = conditions.get(name)
+        if not _is_per_sample(given, len(x)):
+            raise ValueError(f"MeanFlow: null names {name}, which must be a condition [B, ...] of the call")
+        assert isinstance(given, Tensor)
+        found[name] = torch.as_tensor(nothing, dtype=given.dtype, device=given.device).expand(given.shape)
+    return found
+
+
+def _check_choice(name: str, value: Any, known: Any) -> None:
+    if value not in known:
+        raise ValueError(f"MeanFlow: {name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def _check(x: Tensor, draws: Draws) -> None:
+    if x.dtype not in (torch.float32, torch.float64) or x.dim() < 2 or len(x) == 0:
+        raise ValueError(
+            f"MeanFlow: x must be float32 or float64 [B, ...] with B >= 1, got {x.dtype} {list(x.shape)}"
+        )
+    if draws.noise.shape != x.shape or draws.noise.dtype != x.dtype:
+        raise ValueError(
+            f"MeanFlow: noise must be like x, {x.dtype} {list(x.shape)}, "
+            f"got {draws.noise.dtype} {list(draws.noise.shape)}"
+        )
+    for name in ("t", "r", "omega", "t_min", "t_max", "drop"):
+        if (shape := getattr(draws, name).shape) != x.shape[:1]:
+            raise ValueError(f"MeanFlow: {name} must have shape [{len(x)}], got {list(shape)}")
+    t, r = draws.t, draws.r
+    if t.device.type == "cpu" and not ((0 <= r) & (r <= t) & (t <= 1)).all():
+        raise ValueError("MeanFlow: draws must have 0 <= r <= t <= 1")
