@@ -77,7 +77,7 @@ for dtype in (torch.float32, torch.bfloat16):
 
     plain, lse = raw.attention_forward(*inputs[:3], None, False, 0.2)
     check(f"attention_forward {tag}", BOUND[dtype], [plain], [out])
-    got, got_t, lse = raw.attention_jvp_forward(*inputs, None, False, 0.2)
+    got, lse, got_t, _ = raw.attention_jvp_forward(*inputs, None, False, 0.2)
     check(f"attention_jvp_forward {tag}", BOUND[dtype], [got, got_t], [out, out_t])
     grads = torch.autograd.grad(out, exact[:3], g.double(), retain_graph=True)
     check(f"attention_backward {tag}", GRADIENT_BOUND[dtype],

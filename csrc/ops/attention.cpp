@@ -1,4 +1,6 @@
 // torch.ops.pmf.attention_forward and attention_jvp_forward: validate, allocate, launch.
+#include <cmath>
+
 #include "ops/attention_binding.h"
 
 namespace pmf {
@@ -16,16 +18,21 @@ void launch(AttentionParams params, const Tensor& like) {
 // Everything but the tangents; `out` and `lse` are the tensors it points to.
 struct Forward {
   AttentionParams params;
+  Offsets offsets;
   Tensor out, lse;
 
-  Forward(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& mask,
-          bool is_causal, double scale, bool allow_tf32) {
-    params.shape = check_attention(query, key, value);
+  Forward(const Tensor& query, const Tensor& key, const Tensor& value,
+          const AttentionOptions& options)
+      : params(shaped<AttentionParams>(check_attention(query, key, value))),
+        offsets(options, params.shape) {
     params.dtype = dtype_of(query, "attention", "query");
-    params.scale = scale;
-    params.is_causal = is_causal;
-    params.allow_tf32 = allow_tf32;
-    params.mask = check_mask(mask, params.shape, query);
+    params.scale = options.scale;
+    params.is_causal = options.is_causal;
+    params.window = window_of(options);
+    params.sequences = offsets.view;
+    params.allow_tf32 = options.allow_tf32;
+    params.mask = check_mask(options.mask, params.shape, query);
+    check_cuda_serves(query, params.window, params.sequences, false);
     params.query = const_view4(query);
     params.key = const_view4(key);
     params.value = const_view4(value);
@@ -40,21 +47,27 @@ struct Forward {
 
 std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor value,
                                              OptionalTensor attn_mask, bool is_causal, double scale,
-                                             bool allow_tf32) {
-  const Forward forward(query, key, value, attn_mask, is_causal, scale, allow_tf32);
+                                             std::optional<int64_t> window_left,
+                                             std::optional<int64_t> window_right,
+                                             OptionalTensor cu_seqlens_q,
+                                             OptionalTensor cu_seqlens_k, bool allow_tf32) {
+  const Forward forward(query, key, value,
+                        {attn_mask, is_causal, scale, window_left, window_right, cu_seqlens_q,
+                         cu_seqlens_k, allow_tf32});
   launch(forward.params, query);
   return {forward.out, forward.lse};
 }
 
 // Tangents may cover the first n samples only: the rest then runs as the plain forward, on the same
 // buffers. Training needs this, where only some samples of a batch have a tangent.
-std::tuple<Tensor, Tensor, Tensor> attention_jvp_forward(Tensor query, Tensor key, Tensor value,
-                                                         OptionalTensor query_t,
-                                                         OptionalTensor key_t,
-                                                         OptionalTensor value_t,
-                                                         OptionalTensor attn_mask, bool is_causal,
-                                                         double scale, bool allow_tf32) {
-  const Forward forward(query, key, value, attn_mask, is_causal, scale, allow_tf32);
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_jvp_forward(
+    Tensor query, Tensor key, Tensor value, OptionalTensor query_t, OptionalTensor key_t,
+    OptionalTensor value_t, OptionalTensor attn_mask, bool is_causal, double scale,
+    std::optional<int64_t> window_left, std::optional<int64_t> window_right,
+    OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, bool allow_tf32) {
+  const Forward forward(query, key, value,
+                        {attn_mask, is_causal, scale, window_left, window_right, cu_seqlens_q,
+                         cu_seqlens_k, allow_tf32});
   AttentionParams params = forward.params;
   const AttentionShape shape = params.shape;
   int64_t samples = -1;
@@ -66,7 +79,11 @@ std::tuple<Tensor, Tensor, Tensor> attention_jvp_forward(Tensor query, Tensor ke
   const Tensor out_t = empty_in_order_of(torch::stable::narrow(query, 0, 0, samples), shape.queries,
                                          shape.value_width);
   params.shape.batch = samples;
+  const Tensor lse_t = torch::stable::new_empty(query, {samples, shape.heads, shape.queries},
+                                                statistics_dtype(query));
   params.out_t = view4(out_t);
+  params.lse_t = lse_t.mutable_data_ptr();
+  if (takes_cuda_kernel(query)) torch::stable::fill_(lse_t, NAN);  // which the kernel leaves alone
   launch(params, query);
 
   if (samples < shape.batch) {
@@ -83,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_jvp_forward(Tensor query, Tensor ke
                                            (statistics_dtype(query) == ScalarType::Double ? 8 : 4);
     launch(rest, query);
   }
-  return {forward.out, out_t, forward.lse};
+  return {forward.out, forward.lse, out_t, lse_t};
 }
 
 }  // namespace

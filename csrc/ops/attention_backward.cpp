@@ -20,19 +20,36 @@ ConstView4 check_grad(const Tensor& grad, const Tensor& query, const AttentionSh
   return const_view4(grad);
 }
 
+// A gradient of lse or lse_t, contiguous; `kept` holds what the pointer points to.
+const void* check_lse_grad(const OptionalTensor& grad, const Tensor& lse, const char* name,
+                           Tensor* kept) {
+  if (!grad) return nullptr;
+  bool fits = grad->dim() == lse.dim() && grad->scalar_type() == lse.scalar_type();
+  for (int64_t d = 0; fits && d < lse.dim(); ++d) fits = grad->size(d) == lse.size(d);
+  check_value(fits, "attention_backward: ", name, " must have lse's shape ", shape_of(lse),
+              " and dtype, got ", shape_of(*grad));
+  check_same_device(lse, *grad, "attention_backward", "lse", name);
+  *kept = torch::stable::contiguous(*grad);
+  return kept->const_data_ptr();
+}
+
 // Everything that both backwards need; the gradients of query, key and value are allocated.
 struct Backward {
   AttentionBackwardParams params;
-  Tensor lse, grad_query, grad_key, grad_value;
+  Offsets offsets;
+  Tensor lse, grad_lse, grad_lse_t, grad_query, grad_key, grad_value;
 
   Backward(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& saved_lse,
-           const OptionalTensor& mask, bool is_causal, double scale, bool allow_tf32) {
-    params.shape = check_attention(query, key, value);
+           const AttentionOptions& options)
+      : params(shaped<AttentionBackwardParams>(check_attention(query, key, value))),
+        offsets(options, params.shape) {
     params.dtype = dtype_of(query, "attention", "query");
-    params.scale = scale;
-    params.is_causal = is_causal;
-    params.allow_tf32 = allow_tf32;
-    params.mask = check_mask(mask, params.shape, query);
+    params.scale = options.scale;
+    params.is_causal = options.is_causal;
+    params.window = window_of(options);
+    params.sequences = offsets.view;
+    params.allow_tf32 = options.allow_tf32;
+    params.mask = check_mask(options.mask, params.shape, query);
     params.query = const_view4(query);
     params.key = const_view4(key);
     params.value = const_view4(value);
@@ -56,6 +73,8 @@ struct Backward {
   }
 
   void launch() {
+    check_cuda_serves(lse, params.window, params.sequences,
+                      params.grad_lse != nullptr || params.grad_lse_t != nullptr);
     const int64_t bytes = takes_cuda_kernel(lse) ? cuda::attention_backward_workspace_bytes(params)
                                                  : cpu::attention_backward_workspace_bytes(
                                                        params, torch_parallel().threads);
@@ -66,12 +85,16 @@ struct Backward {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad, Tensor query, Tensor key,
-                                                      Tensor value, Tensor lse,
-                                                      OptionalTensor attn_mask, bool is_causal,
-                                                      double scale, bool allow_tf32) {
-  Backward backward(query, key, value, lse, attn_mask, is_causal, scale, allow_tf32);
+std::tuple<Tensor, Tensor, Tensor> attention_backward(
+    Tensor grad, Tensor query, Tensor key, Tensor value, Tensor lse, OptionalTensor attn_mask,
+    bool is_causal, double scale, std::optional<int64_t> window_left,
+    std::optional<int64_t> window_right, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
+    OptionalTensor grad_lse, bool allow_tf32) {
+  Backward backward(query, key, value, lse,
+                    {attn_mask, is_causal, scale, window_left, window_right, cu_seqlens_q,
+                     cu_seqlens_k, allow_tf32});
   backward.params.grad = check_grad(grad, query, backward.params.shape, "grad");
+  backward.params.grad_lse = check_lse_grad(grad_lse, backward.lse, "grad_lse", &backward.grad_lse);
   backward.launch();
   return {backward.grad_query, backward.grad_key, backward.grad_value};
 }
@@ -87,11 +110,17 @@ Tensor tangent_grad(const OptionalTensor& tangent, const Tensor& primal, View4* 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_jvp_backward(
     OptionalTensor grad, Tensor grad_t, Tensor query, Tensor key, Tensor value,
     OptionalTensor query_t, OptionalTensor key_t, OptionalTensor value_t, Tensor lse,
-    OptionalTensor attn_mask, bool is_causal, double scale, bool allow_tf32) {
-  Backward backward(query, key, value, lse, attn_mask, is_causal, scale, allow_tf32);
+    OptionalTensor attn_mask, bool is_causal, double scale, std::optional<int64_t> window_left,
+    std::optional<int64_t> window_right, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
+    OptionalTensor grad_lse, OptionalTensor grad_lse_t, bool allow_tf32) {
+  Backward backward(query, key, value, lse,
+                    {attn_mask, is_causal, scale, window_left, window_right, cu_seqlens_q,
+                     cu_seqlens_k, allow_tf32});
   AttentionBackwardParams& params = backward.params;
   if (grad) params.grad = check_grad(*grad, query, params.shape, "grad");
   params.grad_t = check_grad(grad_t, query, params.shape, "grad_t");
+  params.grad_lse = check_lse_grad(grad_lse, backward.lse, "grad_lse", &backward.grad_lse);
+  params.grad_lse_t = check_lse_grad(grad_lse_t, backward.lse, "grad_lse_t", &backward.grad_lse_t);
   int64_t samples = -1;
   params.query_t = check_tangent(query_t, query, "query", &samples);
   params.key_t = check_tangent(key_t, key, "key", &samples);

@@ -1,6 +1,8 @@
 // What attention.cpp and attention_backward.cpp share: checks in the user's words, and views.
 #pragma once
 
+#include <algorithm>
+
 #include "ops/torch_shim.h"
 #include "ops/views.h"
 #include "pmf/attention.h"
@@ -95,6 +97,88 @@ inline AttentionMask check_mask(const OptionalTensor& mask, const AttentionShape
               ", ", sizes[2], ", ", sizes[3], "]");
   result.view.data = mask->const_data_ptr();
   return result;
+}
+
+template <class Params>
+Params shaped(const AttentionShape& shape) {
+  Params params;
+  params.shape = shape;
+  return params;
+}
+
+// What the raw ops take beside tensors.
+struct AttentionOptions {
+  OptionalTensor mask;
+  bool is_causal;
+  double scale;
+  std::optional<int64_t> window_left, window_right;
+  OptionalTensor cu_seqlens_q, cu_seqlens_k;
+  bool allow_tf32;
+};
+
+inline AttentionWindow window_of(const AttentionOptions& options) {
+  const auto side = [](const std::optional<int64_t>& keys) {
+    return keys ? std::clamp(*keys, -kUnbounded, kUnbounded) : kUnbounded;
+  };
+  AttentionWindow window{side(options.window_left), side(options.window_right)};
+  if (options.is_causal) window.right = std::min<int64_t>(window.right, 0);
+  return window;
+}
+
+// Offsets of packed sequences as int64 on the host, ascending from 0 to the number of rows.
+inline Tensor check_offsets(const Tensor& offsets, const char* name, int64_t rows) {
+  const ScalarType type = offsets.scalar_type();
+  check_value(offsets.dim() == 1 && offsets.size(0) >= 1 &&
+                  (type == ScalarType::Int || type == ScalarType::Long) && offsets.is_cpu(),
+              "attention_varlen: ", name,
+              " must be int32 or int64 [sequences + 1] on the CPU, got ", shape_of(offsets), " ",
+              dtype_name(type));
+  const Tensor whole =
+      torch::stable::contiguous(torch::stable::to(offsets, std::optional(ScalarType::Long)));
+  const auto* at = static_cast<const int64_t*>(whole.const_data_ptr());
+  const int64_t last = whole.size(0) - 1;
+  check_value(at[0] == 0 && at[last] == rows, "attention_varlen: ", name,
+              " must begin with 0 and end with the number of rows, ", rows, ", got ", at[0], " to ",
+              at[last]);
+  for (int64_t i = 0; i < last; ++i) {
+    check_value(at[i] <= at[i + 1], "attention_varlen: ", name, " must ascend, got ", at[i],
+                " before ", at[i + 1], " at ", i);
+  }
+  return whole;
+}
+
+// Sequences, and the tensors that hold their offsets while a kernel runs.
+struct Offsets {
+  Tensor queries, keys;
+  AttentionSequences view;
+
+  Offsets(const AttentionOptions& options, const AttentionShape& shape) {
+    if (!options.cu_seqlens_q && !options.cu_seqlens_k) return;
+    check_value(
+        options.cu_seqlens_q && options.cu_seqlens_k && !options.mask && shape.batch == 1,
+        "attention_varlen: packed sequences need offsets of queries and keys, one batch, and "
+        "no attn_mask");
+    queries = check_offsets(*options.cu_seqlens_q, "cu_seqlens_q", shape.queries);
+    keys = check_offsets(*options.cu_seqlens_k, "cu_seqlens_k", shape.keys);
+    check_value(
+        queries.size(0) == keys.size(0),
+        "attention_varlen: cu_seqlens_q and cu_seqlens_k must be of one number of sequences, "
+        "got ",
+        queries.size(0) - 1, " and ", keys.size(0) - 1);
+    view.count = queries.size(0) - 1;
+    view.queries = static_cast<const int64_t*>(queries.const_data_ptr());
+    view.keys = static_cast<const int64_t*>(keys.const_data_ptr());
+  }
+};
+
+// What only the CPU kernels do; pmf/ops sends it to the reference on CUDA.
+inline void check_cuda_serves(const Tensor& query, const AttentionWindow& window,
+                              const AttentionSequences& sequences, bool lse_gradient) {
+  check_value(!takes_cuda_kernel(query) ||
+                  (window.left >= kUnbounded && (window.right >= kUnbounded || window.right == 0) &&
+                   sequences.queries == nullptr && !lse_gradient),
+              "attention: the CUDA kernels have no windows, packed sequences and gradients of lse; "
+              "pmf.ops takes the reference there");
 }
 
 // A tangent is shaped as its primal, or as its first n samples; `samples` is -1 until the first one

@@ -4,11 +4,12 @@
 
 // clang-format off
 STABLE_TORCH_LIBRARY(pmf, m) {
-  // Attention, on [B, H, N, D] views; lse, the rows' logarithms of sums, is what the backward needs of the forward. allow_tf32: fp32 on CUDA.
-  m.def("attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, float scale, bool allow_tf32=False) -> (Tensor out, Tensor lse)");
-  m.def("attention_jvp_forward(Tensor query, Tensor key, Tensor value, Tensor? query_t, Tensor? key_t, Tensor? value_t, Tensor? attn_mask, bool is_causal, float scale, bool allow_tf32=False) -> (Tensor out, Tensor out_t, Tensor lse)");
-  m.def("attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor lse, Tensor? attn_mask, bool is_causal, float scale, bool allow_tf32=False) -> (Tensor, Tensor, Tensor)");
-  m.def("attention_jvp_backward(Tensor? grad, Tensor grad_t, Tensor query, Tensor key, Tensor value, Tensor? query_t, Tensor? key_t, Tensor? value_t, Tensor lse, Tensor? attn_mask, bool is_causal, float scale, bool allow_tf32=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // Attention, on [B, H, N, D] views; lse, the rows' logarithms of sums, is what the backward needs of the forward.
+  // Query i attends keys i - window_left to i + window_right; offsets cut [1, H, T, D] into sequences. allow_tf32: fp32 on CUDA.
+  m.def("attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, float scale, int? window_left=None, int? window_right=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, bool allow_tf32=False) -> (Tensor out, Tensor lse)");
+  m.def("attention_jvp_forward(Tensor query, Tensor key, Tensor value, Tensor? query_t, Tensor? key_t, Tensor? value_t, Tensor? attn_mask, bool is_causal, float scale, int? window_left=None, int? window_right=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, bool allow_tf32=False) -> (Tensor out, Tensor lse, Tensor out_t, Tensor lse_t)");
+  m.def("attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor lse, Tensor? attn_mask, bool is_causal, float scale, int? window_left=None, int? window_right=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? grad_lse=None, bool allow_tf32=False) -> (Tensor, Tensor, Tensor)");
+  m.def("attention_jvp_backward(Tensor? grad, Tensor grad_t, Tensor query, Tensor key, Tensor value, Tensor? query_t, Tensor? key_t, Tensor? value_t, Tensor lse, Tensor? attn_mask, bool is_causal, float scale, int? window_left=None, int? window_right=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? grad_lse=None, Tensor? grad_lse_t=None, bool allow_tf32=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // Elementwise pairs. The _jvp forms take tangents of the first n <= B samples.
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");

@@ -81,6 +81,10 @@ class Attention(nn.Module):
         return call("attention_branch_jvp_detached", *inputs, x_t)[:2]
 
 
+UNPACKED = (None,) * 4
+"""Neither a window nor offsets."""
+
+
 class _Inputs(NamedTuple):
     x: Tensor  # [B, N, D]
     norm: Tensor  # [D]
@@ -130,7 +134,9 @@ class _AttentionBranch(KernelFunction):
         w, raw = _Inputs(*args), torch.ops.pmf
         q, k, v = w.heads(raw.rms_norm(w.x, w.norm, w.eps))
         turned_q, turned_k = raw.rotary_qk_norm(q, k, *w.norms, w.head_eps)
-        o, lse = raw.attention_forward(w.last(turned_q, 2), turned_k, v, None, False, w.scale, allow_tf32())
+        o, lse = raw.attention_forward(
+            w.last(turned_q, 2), turned_k, v, None, False, w.scale, *UNPACKED, allow_tf32()
+        )
         y = add_branch(w.last(w.x), scale_rows(w.gate, w.out), _join(o))
         return y, q, k, v, o, lse
 
@@ -170,6 +176,8 @@ class _AttentionBranchBackward(KernelFunction):
             None,
             False,
             w.scale,
+            *UNPACKED,
+            None,
             allow_tf32(),
         )
         grad_q, grad_k, grad_query_norm, grad_key_norm = raw.rotary_qk_norm_backward(
@@ -205,7 +213,7 @@ class _AttentionBranchJvpDetached(_AttentionBranch):
             q, k, *w.norms, q_t, k_t, None, None, w.head_eps
         )
         last = w.last(turned_q, 2), turned_k, v, w.last(turned_q_t, 2), turned_k_t, v_t
-        o, o_t, lse = raw.attention_jvp_forward(*last, None, False, w.scale, allow_tf32())
+        o, lse, o_t, _ = raw.attention_jvp_forward(*last, None, False, w.scale, *UNPACKED, allow_tf32())
         scaled = scale_rows(w.gate, w.out)
         y, y_t = (add_branch(w.last(x), scaled, _join(branch)) for x, branch in ((w.x, o), (x_t, o_t)))
         return y, y_t, q, k, v, o, lse

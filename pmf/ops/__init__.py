@@ -13,6 +13,7 @@ and sparse, quantized or nested strided tensors, raise TypeError by name.
 
 from . import _flops
 from .attention import attention, attention_jvp
+from .attention_varlen import attention_varlen, attention_varlen_jvp
 from .gated_residual import gated_residual, gated_residual_jvp
 from .newton_schulz import newton_schulz
 from .patch_embed import patch_embed, patch_embed_jvp
@@ -24,6 +25,8 @@ from .swiglu import swiglu, swiglu_jvp
 __all__ = [
     "attention",
     "attention_jvp",
+    "attention_varlen",
+    "attention_varlen_jvp",
     "gated_residual",
     "gated_residual_jvp",
     "newton_schulz",

@@ -268,16 +268,17 @@ def jvp(function: Callable[..., tuple[Tensor, ...]], args: Args, tangents: Args)
 
 
 def in_float32(
-    function: Callable[..., tuple[Tensor, ...]], like: int = 0
+    function: Callable[..., tuple[Tensor, ...]], like: int = 0, wide: tuple[int, ...] = ()
 ) -> Callable[..., tuple[Tensor, ...]]:
     """Let plain PyTorch code compute 16-bit inputs in float32, in spite of autocast, and round once: to the
-    dtype of argument `like`.
+    dtype of argument `like`, but for the outputs `wide`.
     """
 
     @functools.wraps(function)
     def wrapper(*args: Any) -> tuple[Tensor, ...]:
         with torch.autocast(args[like].device.type, enabled=False):
-            return tuple(y.to(args[like].dtype) for y in function(*map(_widen, args)))
+            found = function(*map(_widen, args))
+            return tuple(y if i in wide else y.to(args[like].dtype) for i, y in enumerate(found))
 
     return wrapper
 

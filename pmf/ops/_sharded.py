@@ -52,7 +52,7 @@ def run_sharded(
         return _whole(results, outputs[0], mesh, cut, sizes)
     if isinstance(results, list):  # of matrices, none of them sharded
         return [_whole(y, outputs[0], mesh, cut, sizes) for y in results]
-    return tuple(_whole(y, layout, mesh, cut, sizes) for y, layout in zip(results, outputs, strict=True))
+    return tuple(_whole(y, layout, mesh, cut, sizes) for y, layout in zip(results, outputs, strict=False))
 
 
 def _as_dtensor(op: str, name: str, x: Tensor, mesh: DeviceMesh) -> DTensor:

@@ -1,11 +1,13 @@
 """Scaled dot-product attention, with its tangent, in memory linear in the sequence length."""
 
+import functools
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pmf import _library, reference
+from pmf.reference.attention import Window, same_sequence
 
 from ._autograd import KernelFunction, call, in_float32, register, vjp
 from ._inputs import autocast_matmul, check_tangents, is_differentiable
@@ -23,7 +25,7 @@ LAYOUTS = {
 MAX_WIDTH = 256
 
 
-@operation(LAYOUTS, "* _ _")
+@operation(LAYOUTS, "* _ _", "* _")
 def attention(
     query: Tensor,
     key: Tensor,
@@ -34,7 +36,9 @@ def attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Tensor:
+    window: Window = (None, None),
+    return_lse: bool = False,
+) -> Any:
     """Attention, argument for argument `torch.nn.functional.scaled_dot_product_attention`.
 
         O = softmax(scale Q K^T + mask) V
@@ -53,10 +57,16 @@ def attention(
         scale: of the scores; D^-0.5 by default.
         enable_gqa: key and value may have fewer heads than query, each shared by H / Hk neighbouring query
             heads.
+        window: (left, right): query i sees keys i - left to i + right, aligned at the top left as is_causal
+            is, which is a right of 0; -1 or None is no limit. Keys outside cost nothing.
+        return_lse: also return lse = log sum_j exp(S_ij), [..., H, Nq] in float32 (float64 for float64).
 
-    Returns [..., H, Nq, Dv] in query's dtype; rows that may attend to nothing are zero. Sums are taken in
+    Returns [..., H, Nq, Dv] in query's dtype; rows that may attend to nothing are zero, and their lse -inf.
+    With return_lse (O, lse), both differentiable: parts over different keys, as of a ring of ranks, add up to
+    O = sum_n exp(lse_n - lse) O_n with lse = logaddexp of the lse_n. Sums are taken in
     float32 (float64 for float64). On CUDA, float32 products are TF32 where PyTorch's precision setting allows
-    it (torch.set_float32_matmul_precision), otherwise of full precision; float64 there is the reference's.
+    it (torch.set_float32_matmul_precision), otherwise of full precision; float64, windows and return_lse
+    there are the reference's, whose memory is quadratic in the length.
 
     Raises ValueError where shapes, dtypes or dropout_p do not fit. torch.autograd.forward_ad inside
     torch.compile raises RuntimeError: use `attention_jvp`. Source: Dao et al., "FlashAttention" (2022).
@@ -65,16 +75,18 @@ def attention(
         raise ValueError(f"attention: dropout_p must be 0, because dropout is not supported, got {dropout_p}")
     attn_mask, is_causal = causal_bias(attn_mask, is_causal, query, key)
     query, key, value = autocast_matmul(query, key, value)
+    left, right = sides("attention", window)
     plan = _plan(query, key, value, attn_mask, scale, enable_gqa)
-    args = (*plan.fold(query, key, value), plan.mask, is_causal, plan.scale)
-    if is_differentiable(attn_mask) or _lacks_kernel(query):
-        out = _Attention.reference(*args)[0]
+    args = (*plan.fold(query, key, value), plan.mask, is_causal, plan.scale, left, right, None, None)
+    if is_differentiable(attn_mask) or lacks_kernel(query, left, right, return_lse):
+        out, lse = _Attention.reference(*args)
     else:
-        out = call("attention", *args)[0]
-    return out.reshape(plan.out_shape)
+        out, lse = call("attention", *args)
+    out = out.reshape(plan.out_shape)
+    return (out, lse.reshape(plan.out_shape[:-1])) if return_lse else out
 
 
-@operation(LAYOUTS, "* _ _", "* _ _")
+@operation(LAYOUTS, "* _ _", "* _ _", "* _", "* _")
 def attention_jvp(
     query: Tensor,
     key: Tensor,
@@ -87,21 +99,24 @@ def attention_jvp(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
+    window: Window = (None, None),
+    return_lse: bool = False,
     detach_tangent: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> Any:
     """`attention` and its tangent in one pass.
 
         P = softmax(S),  H = P o scale (tQ K^T + Q tK^T),  r = rowsum(H)      tO = H V - r o O + P tV
 
     Args:
-        query, key, value, attn_mask, is_causal, scale, enable_gqa: as for `attention`.
+        query, key, value, attn_mask, is_causal, scale, enable_gqa, window: as for `attention`.
+        return_lse: also return lse and its tangent lse_t = r.
         query_t, key_t, value_t: tangents in the shapes of query, key and value, or None for zero. For inputs
             of four dimensions also those of the first n samples, the same n for all.
         detach_tangent: the tangent is a constant for autograd, and backward costs what `attention`'s does.
             Needed where n is smaller than the batch and gradients are wanted.
 
-    Returns (O, tO), tO of n samples. Both outputs are differentiable, in memory linear in the length, unless
-    detached.
+    Returns (O, tO), tO of n samples, or (O, tO, lse, lse_t). All are differentiable, in memory linear in the
+    length; detached, tO and lse_t are not.
 
     Raises as `attention` does. Source: the running pivot that keeps tO accurate is this library's own.
     """
@@ -112,9 +127,22 @@ def attention_jvp(
         [("query_t", query, query_t), ("key_t", key, key_t), ("value_t", value, value_t)],
         detach_tangent,
     )
+    left, right = sides("attention_jvp", window)
     if count is None:
-        out = attention(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
-        return out, torch.zeros_like(out)
+        out, *lse = attention(
+            query,
+            key,
+            value,
+            attn_mask,
+            0.0,
+            is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+            window=window,
+            return_lse=True,
+        )
+        lse = [*lse, torch.zeros_like(lse[0])] if return_lse else []
+        return out, torch.zeros_like(out), *lse
     plan = _plan(query, key, value, attn_mask, scale, enable_gqa)
     given = ((query, query_t), (key, key_t), (value, value_t))
     fewer = any(t is not None and t.shape != x.shape for x, t in given)
@@ -124,18 +152,37 @@ def attention_jvp(
             "[B, H, N, D] of one batch size"
         )
     tangents = (query_t, key_t, value_t) if fewer else plan.fold(query_t, key_t, value_t)
-    args = (*plan.fold(query, key, value), *tangents, plan.mask, is_causal, plan.scale)
-    if is_differentiable(attn_mask) or _lacks_kernel(query):
+    options = plan.mask, is_causal, plan.scale, left, right, None, None
+    args = (*plan.fold(query, key, value), *tangents, *options)
+    if is_differentiable(attn_mask) or lacks_kernel(query, left, right, return_lse):
         if fewer:
-            out = _Attention.reference(*args[:3], *args[6:])[0]
-            q, k, v, mask = (x if x is None else x[:count] for x in (*args[:3], args[6]))
-            out_t = _AttentionJvp.reference(q, k, v, *args[3:6], mask, *args[7:])[1]
+            out, lse = _Attention.reference(*args[:3], *options)
+            q, k, v, mask = (x if x is None else x[:count] for x in (*args[:3], plan.mask))
+            _, _, out_t, lse_t = _AttentionJvp.reference(q, k, v, *args[3:6], mask, *options[1:])
         else:
-            out, out_t = _AttentionJvp.reference(*args)
-        out_t = out_t.detach() if detach_tangent else out_t
+            out, lse, out_t, lse_t = _AttentionJvp.reference(*args)
+        if detach_tangent:
+            out_t, lse_t = out_t.detach(), lse_t.detach()
     else:
-        out, out_t, _ = call("attention_jvp_detached" if detach_tangent else "attention_jvp", *args)
-    return out.reshape(plan.out_shape), out_t if fewer else out_t.reshape(plan.out_shape)
+        out, lse, out_t, lse_t = call("attention_jvp_detached" if detach_tangent else "attention_jvp", *args)
+    out = out.reshape(plan.out_shape)
+    out_t = out_t if fewer else out_t.reshape(plan.out_shape)
+    if not return_lse:
+        return out, out_t
+    rows = plan.out_shape[:-1]
+    return out, out_t, lse.reshape(rows), lse_t if fewer else lse_t.reshape(rows)
+
+
+def sides(op: str, window: Any) -> tuple[int | None, int | None]:
+    """A window's left and right, None for no limit."""
+    fits = isinstance(window, (tuple, list)) and len(window) == 2
+    if not fits or any(x is not None and (isinstance(x, (bool, float)) or x < -1) for x in window):
+        raise ValueError(
+            f"{op}: window must be (left, right), numbers of keys from 0 on, or -1 or None for no limit, "
+            f"got {window}"
+        )
+    left, right = (None if x is None or x == -1 else x for x in window)
+    return left, right
 
 
 def causal_bias(mask: Any, is_causal: bool, query: Tensor, key: Tensor) -> tuple[Tensor | None, bool]:
@@ -174,9 +221,12 @@ class _Plan(NamedTuple):
         ]
 
 
-def _lacks_kernel(query: Tensor) -> bool:
-    """float64 on CUDA is the reference's."""
-    return query.dtype == torch.float64 and _library.takes_cuda_kernel(query)
+def lacks_kernel(
+    query: Tensor, left: int | None = None, right: int | None = None, return_lse: bool = False
+) -> bool:
+    """float64 on CUDA is the reference's, and so are windows and the tangent of lse."""
+    is_new = left is not None or right not in (None, 0) or return_lse
+    return (query.dtype == torch.float64 or is_new) and _library.takes_cuda_kernel(query)
 
 
 def _plan(
@@ -275,37 +325,77 @@ class _Kernel(KernelFunction):
 
 
 class _Attention(_Kernel):
-    """(query, key, value, mask, is_causal, scale) -> (O, lse), all four-dimensional."""
+    """(query, key, value, mask, is_causal, scale, window_left, window_right, cu_seqlens_q, cu_seqlens_k)
+    -> (O, lse), all four-dimensional; with offsets the batch is 1.
+    """
 
     op = "attention_forward"
-    constants = 1
     residuals: ClassVar[tuple[int, ...]] = (1,)
     samples: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
     by_reference: ClassVar[tuple[int, ...]] = (3,)
+    arity: ClassVar[int] = 10
+
+    @classmethod
+    def shares_the_rest(cls, args: Any) -> bool:
+        return args[cls.arity - 1] is None  # offsets are of one batch
 
     @staticmethod
-    @in_float32
-    def reference(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        is_causal: bool,
-        scale: float,
-        *_: bool,
-    ) -> tuple[Tensor, ...]:
-        return (reference.attention(query, key, value, mask, is_causal, scale=scale, enable_gqa=True),)
+    def reference(*args: Any) -> tuple[Tensor, ...]:
+        return _plain_attention(*args)
 
     @classmethod
     def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
-        found = _AttentionBackward.apply(grads[0], *args[:3], *residuals, *args[3:])
+        query, value = args[0], args[2]
+        grad = query.new_zeros((*query.shape[:3], value.shape[3])) if grads[0] is None else grads[0]
+        rest = *args[3:10], grads[1], *args[10:]
+        found = _AttentionBackward.apply(grad, *args[:3], *residuals, *rest)
         return (*found, *(None,) * len(args[3:]))
 
     @classmethod
     def tangent(cls, args: Any, tangents: Any) -> Any:
+        query, value = args[0], args[2]
         if all(t is None for t in tangents[:3]):
-            return (args[0].new_zeros((*args[0].shape[:3], args[2].shape[3])),)
-        return call("attention_jvp", *args[:3], *tangents[:3], *args[3:])[1:2]
+            lse_t = query.new_zeros(query.shape[:3], dtype=_statistics_dtype(query))
+            return query.new_zeros((*query.shape[:3], value.shape[3])), lse_t
+        return call("attention_jvp", *args[:3], *tangents[:3], *args[3:])[2:]
+
+
+@functools.partial(in_float32, wide=(1,))
+def _plain_attention(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    mask, is_causal, scale, window = _plain_options(query, key, *options)
+    return reference.attention(
+        query, key, value, mask, is_causal, scale=scale, enable_gqa=True, window=window, return_lse=True
+    )
+
+
+@functools.partial(in_float32, wide=(1, 3))
+def _plain_attention_jvp(*args: Any) -> tuple[Tensor, ...]:
+    mask, is_causal, scale, window = _plain_options(args[0], args[1], *args[6:])
+    tensors: Any = args[:6]
+    out, out_t, lse, lse_t = reference.attention_jvp(
+        *tensors, mask, is_causal, scale=scale, enable_gqa=True, window=window, return_lse=True
+    )
+    return out, lse, out_t, lse_t
+
+
+def _plain_options(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    left: int | None = None,
+    right: int | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    *_: bool,
+) -> tuple[Tensor | None, bool, float, Window]:
+    """Mask, is_causal, scale and window of the reference, to which sequences are a mask."""
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        return mask, is_causal, scale, (left, right)
+    rows = query.shape[2], key.shape[2]
+    seen = same_sequence(cu_seqlens_q, cu_seqlens_k, *rows, is_causal, (left, right))
+    return seen, False, scale, (None, None)
 
 
 class _AttentionBackward(_Kernel):
@@ -315,29 +405,35 @@ class _AttentionBackward(_Kernel):
     def reference(
         grad: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, *rest: Any
     ) -> tuple[Tensor, ...]:
-        return vjp(_Attention.reference, (query, key, value, *rest), (grad,))[:3]
+        return vjp(_Attention.reference, (query, key, value, *rest[:7]), (grad, rest[7]))[:3]
 
 
 class _AttentionJvp(_Kernel):
-    """(query, key, value, their tangents or None, mask, is_causal, scale) -> (O, tO, lse)."""
+    """(query, key, value, their tangents or None, and the options of _Attention) -> (O, lse, tO, lse_t)."""
 
     op = "attention_jvp_forward"
-    constants = 1
-    residuals: ClassVar[tuple[int, ...]] = (2,)
+    residuals: ClassVar[tuple[int, ...]] = (1,)
     samples: ClassVar[tuple[int, ...]] = (0, 1, 2, 3, 4, 5, 6)
     by_reference: ClassVar[tuple[int, ...]] = (6,)
+    arity: ClassVar[int] = 13
+
+    @classmethod
+    def shares_the_rest(cls, args: Any) -> bool:
+        return args[cls.arity - 1] is None
 
     @staticmethod
-    @in_float32
     def reference(*args: Any) -> tuple[Tensor, ...]:
-        q, k, v, q_t, k_t, v_t, mask, is_causal, scale, *_ = args
-        return reference.attention_jvp(q, k, v, q_t, k_t, v_t, mask, is_causal, scale=scale, enable_gqa=True)
+        return _plain_attention_jvp(*args)
 
     @classmethod
     def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
-        if grads[1] is None:
+        grad, grad_lse, grad_t, grad_lse_t = grads
+        if grad_t is None and grad_lse_t is None:
             return _AttentionJvpDetached.gradient(grads, args, residuals, needed)
-        found = _AttentionJvpBackward.apply(*grads, *args[:6], *residuals, *args[6:])
+        if grad_t is None:
+            grad_t = args[0].new_zeros((*args[0].shape[:3], args[2].shape[3]))
+        rest = *args[6:13], grad_lse, grad_lse_t, *args[13:]
+        found = _AttentionJvpBackward.apply(grad, grad_t, *args[:6], *residuals, *rest)
         return (*found, *(None,) * len(args[6:]))
 
 
@@ -346,7 +442,8 @@ class _AttentionJvpBackward(_Kernel):
 
     @staticmethod
     def reference(grad: Tensor | None, grad_t: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        found = vjp(_AttentionJvp.reference, (*args[:6], *args[7:]), (grad, grad_t))[:6]
+        cotangents = grad, args[14], grad_t, args[15]
+        found = vjp(_AttentionJvp.reference, (*args[:6], *args[7:14]), cotangents)[:6]
         return tuple(grad_t.new_empty(0) if x is None else x for x in found)
 
 
@@ -356,11 +453,11 @@ class _AttentionJvpDetached(_AttentionJvp):
 
     @staticmethod
     def reference(*args: Any) -> tuple[Tensor, ...]:
-        return _AttentionJvp.reference(*args)[:1]
+        return _AttentionJvp.reference(*args)[:2]
 
     @classmethod
     def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
-        query, key, value, *rest = _Attention.gradient(grads[:1], (*args[:3], *args[6:]), residuals, needed)
+        query, key, value, *rest = _Attention.gradient(grads[:2], (*args[:3], *args[6:]), residuals, needed)
         return query, key, value, None, None, None, *rest
 
     @classmethod
@@ -368,9 +465,12 @@ class _AttentionJvpDetached(_AttentionJvp):
         return _Attention.tangent((*args[:3], *args[6:]), tangents[:3])
 
 
+def _statistics_dtype(query: Tensor) -> torch.dtype:
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
 def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return _out_like(query, value), query.new_empty(query.shape[:3], dtype=lse_dtype)
+    return _out_like(query, value), query.new_empty(query.shape[:3], dtype=_statistics_dtype(query))
 
 
 def _fake_jvp(
@@ -384,7 +484,7 @@ def _fake_jvp(
 ) -> tuple[Tensor, ...]:
     out, lse = _fake(query, key, value)
     count = next((t.shape[0] for t in (query_t, key_t, value_t) if t is not None), query.shape[0])
-    return out, _out_like(query[:count], value), lse
+    return out, lse, *_fake(query[:count], key, value)
 
 
 def _fake_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:

@@ -4,7 +4,12 @@ Each takes the arguments of the public function of the same name in `pmf.ops`, c
 given, and never touches a compiled kernel. For a trustworthy answer, call it in float64.
 """
 
-from .attention import attention, attention_jvp
+from .attention import (
+    attention,
+    attention_jvp,
+    attention_varlen,
+    attention_varlen_jvp,
+)
 from .gated_residual import gated_residual, gated_residual_jvp
 from .newton_schulz import newton_schulz
 from .patch_embed import patch_embed, patch_embed_jvp
@@ -16,6 +21,8 @@ from .swiglu import swiglu, swiglu_jvp
 __all__ = [
     "attention",
     "attention_jvp",
+    "attention_varlen",
+    "attention_varlen_jvp",
     "gated_residual",
     "gated_residual_jvp",
     "newton_schulz",

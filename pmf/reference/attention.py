@@ -7,10 +7,14 @@ A row that may attend to nothing gives zeros. What a mask hides does not matter,
 Memory is quadratic in the sequence length, unlike the kernels'.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["attention", "attention_jvp"]
+__all__ = ["attention", "attention_jvp", "attention_varlen", "attention_varlen_jvp"]
+
+Window = tuple[int | None, int | None]
 
 
 def attention(
@@ -22,13 +26,19 @@ def attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Tensor:
-    """O = softmax(c Q K^T + mask) V for query [..., Nq, D], key [..., Nk, D], value [..., Nk, Dv]."""
+    window: Window = (None, None),
+    return_lse: bool = False,
+) -> Any:
+    """O = softmax(c Q K^T + mask) V for query [..., Nq, D], key [..., Nk, D], value [..., Nk, Dv].
+
+    window: query i sees keys i - left to i + right; None is no limit. With return_lse (O, log sum exp S).
+    """
     if enable_gqa:
         key, value = _share_heads(query, key), _share_heads(query, value)
-    seen = _seen(query, key, attn_mask, is_causal)
-    P = _probabilities(query, key, attn_mask, seen, _scale(query, scale))
-    return _shown(_weigh(P, value, seen), seen)
+    seen = _seen(query, key, attn_mask, is_causal, window)
+    P, lse = _probabilities(query, key, attn_mask, seen, _scale(query, scale))
+    O = _shown(_weigh(P, value, seen), seen)  # noqa: E741
+    return (O, lse) if return_lse else O
 
 
 def attention_jvp(
@@ -43,8 +53,13 @@ def attention_jvp(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """(O, tO): attention and its derivative along (query_t, key_t, value_t); None is a zero tangent."""
+    window: Window = (None, None),
+    return_lse: bool = False,
+) -> Any:
+    """(O, tO): attention and its derivative along (query_t, key_t, value_t); None is a zero tangent.
+
+    With return_lse (O, tO, lse, r), r being the derivative of lse.
+    """
     Q, K, V = query, key, value
     tQ = torch.zeros_like(Q) if query_t is None else query_t
     tK = torch.zeros_like(K) if key_t is None else key_t
@@ -52,31 +67,106 @@ def attention_jvp(
     if enable_gqa:
         K, V, tK, tV = (_share_heads(Q, x) for x in (K, V, tK, tV))
     c = _scale(Q, scale)
-    seen = _seen(Q, K, attn_mask, is_causal)
+    seen = _seen(Q, K, attn_mask, is_causal, window)
 
-    P = _probabilities(Q, K, attn_mask, seen, c)
+    P, lse = _probabilities(Q, K, attn_mask, seen, c)
     O = _shown(_weigh(P, V, seen), seen)  # noqa: E741, the paper's name
     tS = c * (_scores(tQ, K, seen) + _scores(Q, tK, seen))
     H = P * tS
     r = H.sum(-1, keepdim=True)
     tO = _weigh(H, V, seen) - r * O + _weigh(P, tV, seen)
-    return O, _shown(tO, seen)
+    tO = _shown(tO, seen)
+    return (O, tO, lse, r.squeeze(-1)) if return_lse else (O, tO)
 
 
-def _seen(Q: Tensor, K: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor | None:
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    window: Window = (None, None),
+    return_lse: bool = False,
+) -> Any:
+    """Attention of sequences behind one another, query [T, H, D], as one sequence with a mask."""
+    mask = same_sequence(cu_seqlens_q, cu_seqlens_k, query.shape[0], key.shape[0], is_causal, window)
+    q, k, v = (x.transpose(0, 1) for x in (query, key, value))
+    out, lse = attention(q, k, v, mask, scale=scale, enable_gqa=enable_gqa, return_lse=True)
+    return (out.transpose(0, 1), lse) if return_lse else out.transpose(0, 1)
+
+
+def attention_varlen_jvp(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_t: Tensor | None,
+    key_t: Tensor | None,
+    value_t: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    window: Window = (None, None),
+    return_lse: bool = False,
+) -> Any:
+    """(O, tO) of sequences behind one another."""
+    mask = same_sequence(cu_seqlens_q, cu_seqlens_k, query.shape[0], key.shape[0], is_causal, window)
+    given = (query, key, value, query_t, key_t, value_t)
+    turned: Any = [None if x is None else x.transpose(0, 1) for x in given]
+    out, out_t, *rest = attention_jvp(*turned, mask, scale=scale, enable_gqa=enable_gqa, return_lse=True)
+    found = out.transpose(0, 1), out_t.transpose(0, 1)
+    return (*found, *rest) if return_lse else found
+
+
+def same_sequence(
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, T: int, S: int, is_causal: bool, window: Window
+) -> Tensor:
+    """[T, S], whether a query and a key are of one sequence, and the key in the query's window."""
+    sequence_q, place_q = _places(cu_seqlens_q, T)
+    sequence_k, place_k = _places(cu_seqlens_k, S)
+    return (sequence_q[:, None] == sequence_k) & _in_window(place_q, place_k, is_causal, window)
+
+
+def _places(cu_seqlens: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Of each row, the number of its sequence and its place in it."""
+    row = torch.arange(rows, device=cu_seqlens.device)
+    sequence = torch.searchsorted(cu_seqlens[1:].to(row.dtype).contiguous(), row, right=True)
+    return sequence, row - cu_seqlens[sequence]
+
+
+def _seen(Q: Tensor, K: Tensor, mask: Tensor | None, is_causal: bool, window: Window) -> Tensor | None:
     """[..., Nq, Nk], whether a query may attend a key; None if every query may attend every key."""
-    if mask is None and not is_causal:
+    if mask is None and not is_causal and window == (None, None):
         return None
-    Nq, Nk = Q.shape[-2], K.shape[-2]
-    seen = torch.ones(Nq, Nk, dtype=torch.bool, device=Q.device)
-    if is_causal:  # aligned at the top left, as in F.scaled_dot_product_attention
-        seen = seen.tril()
+    places_q, places_k = (torch.arange(x.shape[-2], device=Q.device) for x in (Q, K))
+    seen = _in_window(places_q, places_k, is_causal, window)
     if mask is not None:
         seen = seen & (mask if mask.dtype == torch.bool else mask != -torch.inf)
     return seen
 
 
-def _probabilities(Q: Tensor, K: Tensor, mask: Tensor | None, seen: Tensor | None, c: float) -> Tensor:
+def _in_window(query: Tensor, key: Tensor, is_causal: bool, window: Window) -> Tensor:
+    """[Nq, Nk], from places: aligned at the top left, as in F.scaled_dot_product_attention."""
+    ahead = key - query[:, None]
+    left, right = window
+    seen = torch.ones_like(ahead, dtype=torch.bool) if not is_causal else ahead <= 0
+    if left is not None:
+        seen = seen & (ahead >= -left)
+    if right is not None:
+        seen = seen & (ahead <= right)
+    return seen
+
+
+def _probabilities(
+    Q: Tensor, K: Tensor, mask: Tensor | None, seen: Tensor | None, c: float
+) -> tuple[Tensor, Tensor]:
+    """P and the rows' logarithms of sums."""
     S = c * _scores(Q, K, seen)
     if mask is not None and mask.dtype != torch.bool:
         S = S + mask.to(S.dtype)
@@ -84,8 +174,10 @@ def _probabilities(Q: Tensor, K: Tensor, mask: Tensor | None, seen: Tensor | Non
         S = S.masked_fill(~seen, -torch.inf)
     # Filled before and after, so that neither the softmax nor its derivatives ever see a row of -inf.
     nothing = (S == -torch.inf).all(-1, keepdim=True)
-    P = torch.softmax(S.masked_fill(nothing, 0.0), -1).masked_fill(nothing, 0.0)
-    return P if seen is None else P.masked_fill(~seen, 0.0)
+    S = S.masked_fill(nothing, 0.0)
+    P = torch.softmax(S, -1).masked_fill(nothing, 0.0)
+    lse = torch.logsumexp(S, -1).masked_fill(nothing.squeeze(-1), -torch.inf)
+    return (P if seen is None else P.masked_fill(~seen, 0.0)), lse
 
 
 def _shown(O: Tensor, seen: Tensor | None) -> Tensor:  # noqa: E741

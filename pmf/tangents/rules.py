@@ -324,8 +324,10 @@ def _attention(
     if mode.get(mask) is not None:
         return _ours(mode, func, args, kwargs)
     tangents = (mode.get(x) for x in (query, key, value))
-    out, out_t, lse = torch.ops.pmf.attention_jvp_forward(query, key, value, *tangents, mask, *rest)
+    found = torch.ops.pmf.attention_jvp_forward(query, key, value, *tangents, mask, *rest)
+    out, lse, out_t, lse_t = found
     mode.set(out, out_t)
+    mode.set(lse, lse_t)
     return out, lse
 
 

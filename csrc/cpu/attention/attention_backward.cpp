@@ -7,7 +7,7 @@
 // fixed order, in fp32, and stored once. With T workers the first floor(heads / T) T heads are
 // shared out evenly. Those that remain are split by panels instead, T / remaining workers to a
 // head, each with sums of its own that are then added in order. Results are bitwise the same for
-// the same T.
+// the same T, and for sequences packed together or one by one: each is divided as if it were alone.
 //
 // Memory per worker, in numbers: scores 2 x 96 Nk (4 x 96 Nk with tangents), packed keys and values
 // 2 to 3 Nk D (twice that), sums 2 Nk D (4 Nk D).
@@ -27,37 +27,49 @@ class BackwardKernel {
   static constexpr int64_t kDepth = Sizes::kDepth;
 
  public:
-  BackwardKernel(const AttentionBackwardParams& params, Packer<Unit> packer, int64_t threads)
-      : p_(params), sizes_(params.shape), packer_(packer), threads_(max64(1, threads)) {
+  BackwardKernel(const AttentionBackwardParams& params, const Packer<Unit>& packer, int64_t threads,
+                 int64_t worker_bytes)
+      : p_(params),
+        sizes_(params.shape, params.window),
+        packer_(packer),
+        worker_bytes_(worker_bytes) {
     // An empty tensor may have no data: without queries every gradient is zero, and written.
     tangent_ = p_.grad_t.data != nullptr || sizes_.queries == 0;
-    hides_ = p_.is_causal || p_.mask.kind != MaskKind::none;
+    hides_ = p_.window.hides() || p_.mask.kind != MaskKind::none;
     const int64_t heads = p_.shape.batch * p_.shape.key_heads;
-    whole_ = heads / threads_ * threads_;
+    whole_ = heads / threads * threads;
     remaining_ = heads - whole_;
     const int64_t panels = max64(1, sizes_.panels * group());
-    splits_ = remaining_ == 0 ? 1 : min64(threads_ / remaining_, panels);
+    splits_ = remaining_ == 0 ? 1 : min64(threads / remaining_, panels);
+    if (splits_ == 1) whole_ += remaining_, remaining_ = 0;
   }
 
+  // Of one worker.
   int64_t workspace_bytes() const {
     Buffers buffers;
-    return threads_ * carve(buffers, nullptr);
+    return carve(buffers, nullptr);
   }
 
-  void run(const ParallelFor& parallel) {
-    parallel(
-        0, threads_, 1,
-        [](void* self, int64_t first, int64_t last) {
-          for (; first < last; ++first) static_cast<BackwardKernel*>(self)->whole_heads(first);
-        },
-        this);
+  int64_t whole_heads() const { return whole_; }
+
+  // Heads [first, last) of those that are not shared.
+  void run_heads(int64_t worker, int64_t first, int64_t last) const {
+    Buffers w = buffers_of(worker);
+    for (int64_t head = first; head < last; ++head) {
+      panels(w, head, 0, 1);
+      store_keys(w, head, 0, sizes_.keys);
+    }
+  }
+
+  // The others, by all workers.
+  void run_shared_heads(const ParallelFor& parallel) {
+    if (remaining_ == 0) return;
     parallel(
         0, remaining_ * splits_, 1,
         [](void* self, int64_t first, int64_t last) {
           for (; first < last; ++first) static_cast<BackwardKernel*>(self)->part_of_head(first);
         },
         this);
-    if (splits_ == 1) return;
     parallel(
         0, remaining_ * blocks(), 1,
         [](void* self, int64_t first, int64_t last) {
@@ -100,7 +112,7 @@ class BackwardKernel {
     arena.take(w.gt_depth, kPanel / kDepth * s.value_padded, tangent_);
     arena.take(w.stage, kLanesW * max64(s.depth_padded, s.value_depth_padded));
 
-    const int64_t panel = kGroups * s.keys_padded * kLanesW;
+    const int64_t panel = kGroups * s.panel_padded * kLanesW;
     arena.take(w.e, panel);
     arena.take(w.b, panel);
     arena.take(w.ts, panel, tangent_);
@@ -140,18 +152,8 @@ class BackwardKernel {
 
   Buffers buffers_of(int64_t worker) const {
     Buffers w;
-    const int64_t bytes = carve(w, nullptr);
-    carve(w, static_cast<char*>(p_.workspace) + worker * bytes);
+    carve(w, static_cast<char*>(p_.workspace) + worker * worker_bytes_);
     return w;
-  }
-
-  void whole_heads(int64_t worker) {
-    Buffers w = buffers_of(worker);
-    const int64_t each = whole_ / threads_;
-    for (int64_t head = worker * each; head < (worker + 1) * each; ++head) {
-      panels(w, head, 0, 1);
-      store_keys(w, head, 0, sizes_.keys);
-    }
   }
 
   // Every splits_-th panel, so that causal panels, whose cost grows, are dealt out evenly.
@@ -159,7 +161,6 @@ class BackwardKernel {
     Buffers w = buffers_of(part);
     const int64_t head = whole_ + part / splits_;
     panels(w, head, part % splits_, splits_);
-    if (splits_ == 1) store_keys(w, head, 0, sizes_.keys);
   }
 
   // One block of keys of a head that several workers shared.
@@ -185,7 +186,7 @@ class BackwardKernel {
   }
 
   // Panels first, first + step, ... of the group's query heads, into w's sums and grad_query.
-  void panels(Buffers& w, int64_t head, int64_t first, int64_t step) {
+  void panels(Buffers& w, int64_t head, int64_t first, int64_t step) const {
     const int64_t batch = head / p_.shape.key_heads, key_head = head % p_.shape.key_heads;
     pack_head(w, batch, key_head);
     BackwardPanel<Unit> panel(p_, sizes_, w);
@@ -255,17 +256,22 @@ class BackwardKernel {
   // finite but whose gradient is zero, as that of a padded query is. lse becomes -inf, the row 0.
   void drop_rows(const Buffers& w, const TilePlace& place) const {
     const Sizes& s = sizes_;
-    const int64_t row = (place.batch * p_.shape.heads + place.head) * s.queries + place.query;
+    const int64_t head = place.batch * p_.shape.heads + place.head;
+    const int64_t row = head * lse_stride(p_) + place.query;
     const Float* lse = static_cast<const Float*>(p_.lse) + row;
+    const auto no_gradient = [&](const void* data, int64_t i) {
+      return data == nullptr || static_cast<const Float*>(data)[row + i] == Float(0);
+    };
     const int64_t groups = ceil_div(place.queries, Sizes::kGroupLanes);
     const bool finite_tangents =
         w.qt == nullptr || all_finite(w.qt, groups * s.depth_padded * Sizes::kGroupLanes);
     for (int64_t i = 0; i < place.queries; ++i) {
       w.lse[i] = lse[i];
       const bool suspect = lse[i] != lse[i] || !finite_tangents;
-      const bool drop =
-          lse[i] == -kInfinity<Float> || (suspect && is_zero(w.g, s.value_depth_padded, i) &&
-                                          is_zero(w.gt, s.value_depth_padded, i));
+      const bool drop = lse[i] == -kInfinity<Float> ||
+                        (suspect && is_zero(w.g, s.value_depth_padded, i) &&
+                         is_zero(w.gt, s.value_depth_padded, i) && no_gradient(p_.grad_lse, i) &&
+                         no_gradient(p_.grad_lse_t, i));
       if (!drop) continue;
       w.lse[i] = -kInfinity<Float>;
       clear_query(w.q, w.q_depth, s.depth_padded, s.width_padded, i);
@@ -336,28 +342,88 @@ class BackwardKernel {
     packer_.store(view, batch, head, first, sums + row * padded, padded, count, cols);
   }
 
-  const AttentionBackwardParams& p_;
+  const AttentionBackwardParams p_;
   const Sizes sizes_;
-  const Packer<Unit> packer_;
-  const int64_t threads_;
+  const Packer<Unit>& packer_;
+  const int64_t worker_bytes_;
   bool tangent_;
   bool hides_;  // a query may not attend every key
   int64_t whole_, remaining_,
       splits_;  // heads done by one worker each, the others, workers to each
 };
 
+// All problems of a call. First the heads that one worker does alone, of all problems at once,
+// shared out by cost; then, problem by problem, those that several workers share. A problem's heads
+// are divided as if it were alone, so that its sums are, too.
+template <typename Unit>
+class Backward {
+ public:
+  Backward(const AttentionBackwardParams& params, Packer<Unit> packer, int64_t threads)
+      : params_(params), packer_(packer), threads_(max64(1, threads)) {
+    for (int64_t i = 0; i < problem_count(params); ++i) {
+      worker_bytes_ = max64(worker_bytes_, problem(i).workspace_bytes());
+    }
+  }
+
+  int64_t workspace_bytes() const { return threads_ * worker_bytes_; }
+
+  void run(const ParallelFor& parallel) {
+    for (int64_t i = 0; i < problem_count(params_); ++i) {
+      cost_ += problem(i).whole_heads() * head_cost(i);
+    }
+    parallel(
+        0, threads_, 1,
+        [](void* self, int64_t first, int64_t last) {
+          for (; first < last; ++first) static_cast<Backward*>(self)->share(first);
+        },
+        this);
+    for (int64_t i = 0; i < problem_count(params_); ++i) problem(i).run_shared_heads(parallel);
+  }
+
+ private:
+  BackwardKernel<Unit> problem(int64_t index) const {
+    return {problem_of(params_, index), packer_, threads_, worker_bytes_};
+  }
+
+  // Up to a factor; windows and causality cost all heads of a problem the same.
+  int64_t head_cost(int64_t index) const {
+    const AttentionShape shape = problem_of(params_, index).shape;
+    const int64_t seen = params_.window.left + params_.window.right;
+    return (shape.queries + 1) * (min64(shape.keys, max64(0, seen)) + 1);
+  }
+
+  // The heads whose cost begins in the worker's share of the whole.
+  void share(int64_t worker) const {
+    const int64_t begin = cost_ * worker / threads_, end = cost_ * (worker + 1) / threads_;
+    int64_t at = 0;
+    for (int64_t i = 0; i < problem_count(params_) && at < end; ++i) {
+      const BackwardKernel<Unit> kernel = problem(i);
+      const int64_t each = head_cost(i), heads = kernel.whole_heads();
+      const int64_t first = max64(0, ceil_div(begin - at, each));
+      const int64_t last = min64(heads, ceil_div(end - at, each));
+      if (begin < at + heads * each && first < last) kernel.run_heads(worker, first, last);
+      at += heads * each;
+    }
+  }
+
+  const AttentionBackwardParams& params_;
+  const Packer<Unit> packer_;
+  const int64_t threads_;
+  int64_t worker_bytes_ = 0, cost_ = 0;
+};
+
 // Calls with(kernel) for the arithmetic of the dtype at this level.
 template <typename With>
 auto with_kernel(const AttentionBackwardParams& params, int64_t threads, With with) {
   if (params.dtype == DType::f64) {
-    return with(BackwardKernel<double>(params, make_packer<double, double>(), threads));
+    return with(Backward<double>(params, make_packer<double, double>(), threads));
   }
 #if defined(__AVX512BF16__)
   if (params.dtype == DType::bf16) {
-    return with(BackwardKernel<bf16x2>(params, make_packer<bf16, bf16x2>(), threads));
+    return with(Backward<bf16x2>(params, make_packer<bf16, bf16x2>(), threads));
   }
 #endif
-  return with(BackwardKernel<float>(params, float_packer(params.dtype), threads));
+  return with(Backward<float>(params, float_packer(params.dtype), threads));
 }
 
 }  // namespace

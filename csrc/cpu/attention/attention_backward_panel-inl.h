@@ -51,10 +51,11 @@ struct BackwardSizes {
   int64_t depth, value_depth;                // units that hold width and value_width numbers
   int64_t depth_padded, value_depth_padded;  // whole vectors of units
   int64_t width_padded, value_padded;        // whole vectors of Floats
-  int64_t keys_padded;                       // rows of packed keys and of panel matrices
+  int64_t keys_padded;                       // rows of packed keys
+  int64_t panel_padded;                      // rows of panel matrices: the window's keys
   int64_t panels;                            // of one query head
 
-  explicit BackwardSizes(const AttentionShape& shape)
+  BackwardSizes(const AttentionShape& shape, const AttentionWindow& window)
       : queries(shape.queries),
         keys(shape.keys),
         width(shape.width),
@@ -66,6 +67,8 @@ struct BackwardSizes {
         width_padded(round_up(width, kStep)),
         value_padded(round_up(value_width, kStep)),
         keys_padded(round_up(keys, kDepth) + kMaxTileRows),
+        panel_padded(
+            min64(keys_padded, max64(0, window.left + window.right) + kPanel + 2 * kMaxTileRows)),
         panels(ceil_div(queries, kPanel)) {}
 };
 
@@ -81,7 +84,7 @@ struct BackwardBuffers {
   Unit *q, *qt, *g, *gt;     // [group][depth_padded or value_depth_padded][kGroupLanes]
   Unit *q_depth, *qt_depth;  // [kPanel / kDepth][width_padded]
   Unit *g_depth, *gt_depth;  // [kPanel / kDepth][value_padded]
-  Float *e, *ts, *a, *b;     // [group][keys_padded][kGroupLanes]
+  Float *e, *ts, *a, *b;     // [group][panel_padded][kGroupLanes]
   UnitTiles<Unit> tiles;     // kKeyBlock keys of a whole panel
   Float* masses;             // [kKeyBlock rounded up to kLanes][kLanes]
   Float* weights;            // [kKeyBlock rounded up to kLanes]: sums of P over the panel's queries
@@ -112,11 +115,8 @@ class BackwardPanel {
   // Adds the panel's share to dk, dkt, dv, dvt and leaves dq, dqt. `place` names batch, query head
   // and queries; the queries are packed already.
   void run(TilePlace place) {
-    if (params_.is_causal) {
-      keys_ = min64(sizes_.keys, place.query + place.queries);
-    } else {
-      keys_ = sizes_.keys;
-    }
+    keys_ = keys_in_window(params_.window, place.query, place.query + place.queries - 1,
+                           sizes_.keys, kDepth);
     const bool tangent = w_.gt != nullptr;
     if (tangent) {
       sweep<true>(place);
@@ -136,15 +136,15 @@ class BackwardPanel {
     clear(w_.k_mean, sizes_.width_padded);
     clear(w_.kt_mean, sizes_.width_padded);
     Float mass = 0;  // queries that attend anything
-    for (int64_t key = 0; key < keys_; key += kKeyBlock) {
-      const int64_t count = min64(kKeyBlock, keys_ - key);
+    for (int64_t key = keys_.begin; key < keys_.end; key += kKeyBlock) {
+      const int64_t count = min64(kKeyBlock, keys_.end - key);
       clear(w_.masses, round_up(kKeyBlock, Sizes::kStep) * Sizes::kStep);
       for (int64_t g = 0; g < groups; ++g) {
         UnitTiles<Unit> out = w_.tiles;
         const int64_t rows_at = g * (kGroupLanes / kDepth), pairs_at = g * kGroupLanes;
         out.ds_rows += rows_at, out.p_rows += rows_at, out.ds_pairs += pairs_at;
         if (kTangent) out.dts_rows += rows_at, out.w_rows += rows_at, out.dts_pairs += pairs_at;
-        const BackwardTile<Float> from = tile(g).at(key);
+        const BackwardTile<Float> from = tile(g, key);
         if (w_.any_spoiled) {
           differentiate<kTangent, true, Unit>(rows[g], from, count, scale_, out, w_.masses);
         } else {
@@ -163,6 +163,7 @@ class BackwardPanel {
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t first = g * kGroupLanes, count = min64(kGroupLanes, place.queries - first);
       const int64_t at = first * sizes_.width_padded;
+      leave_rounding(rows[g], scale_);
       remove(w_.dq + at, rows[g].rho, w_.k_mean, share, count);
       if (kTangent) remove(w_.dq + at, rows[g].rho_t, w_.kt_mean, share, count);
       if (w_.dqt != nullptr) remove(w_.dqt + at, rows[g].rho_t, w_.k_mean, share, count);
@@ -198,9 +199,9 @@ class BackwardPanel {
     }
   }
 
-  BackwardTile<Float> tile(int64_t group) const {
-    const int64_t at = group * sizes_.keys_padded * kGroupLanes;
-    return {w_.e + at, w_.ts + at, w_.a + at, w_.b + at};
+  BackwardTile<Float> tile(int64_t group, int64_t key) const {
+    const int64_t at = group * sizes_.panel_padded * kGroupLanes;
+    return BackwardTile<Float>{w_.e + at, w_.ts + at, w_.a + at, w_.b + at}.at(key - keys_.begin);
   }
 
   // Sweeps 1 and 2 of one group.
@@ -211,20 +212,22 @@ class BackwardPanel {
     place.queries = min64(kGroupLanes, panel.queries - group * kGroupLanes);
     const bool beyond = begin_rows(rows, lse_of(place, group), place.queries);
     const Float factor = scale_ * static_cast<Float>(kLog2e);
-    for (int64_t key = 0; key < keys_; key += kScoreBlock) {
-      const BackwardTile<Float> t = tile(group).at(key);
+    read_gradients(rows, rows_from(params_.grad_lse, place), rows_from(params_.grad_lse_t, place),
+                   place.queries);
+    for (int64_t key = keys_.begin; key < keys_.end; key += kScoreBlock) {
+      const BackwardTile<Float> t = tile(group, key);
       place.key = key;
-      place.keys = min64(kScoreBlock, keys_ - key);
+      place.keys = min64(kScoreBlock, keys_.end - key);
       score_products<kTangent>(t, group, key, place.keys);
-      const bool masked = params_.mask.kind != MaskKind::none ||
-                          (params_.is_causal && key + place.keys > place.query + 1);
+      const bool masked =
+          params_.mask.kind != MaskKind::none || crosses_window(params_.window, place);
       if (w_.any_spoiled) restore_spoiled<kTangent>(t, key, place.keys);
       Float* const others[] = {t.b, kTangent ? t.ts : nullptr, kTangent ? t.a : nullptr};
       Float* const none[] = {nullptr};
       if (masked && w_.any_spoiled) {
-        apply_mask<kTileN>(t.e, others, factor, params_.mask, params_.is_causal, place, w_.bias);
+        apply_mask<kTileN>(t.e, others, factor, params_.mask, params_.window, place, w_.bias);
       } else if (masked) {
-        apply_mask<kTileN>(t.e, none, factor, params_.mask, params_.is_causal, place, w_.bias);
+        apply_mask<kTileN>(t.e, none, factor, params_.mask, params_.window, place, w_.bias);
       } else if (beyond) {
         scale_scores<kTileN>(t.e, place.keys, factor);
       }
@@ -232,23 +235,29 @@ class BackwardPanel {
       exponentiate<kTangent>(rows, t, place.keys, masked ? Float(1) : factor);
     }
     if (beyond) {
-      shift_to_maximum(rows, tile(group), keys_);
-      for (int64_t key = 0; key < keys_; key += kScoreBlock) {
-        exponentiate<kTangent>(rows, tile(group).at(key), min64(kScoreBlock, keys_ - key),
+      shift_to_maximum(rows, tile(group, keys_.begin), keys_.end - keys_.begin);
+      for (int64_t key = keys_.begin; key < keys_.end; key += kScoreBlock) {
+        exponentiate<kTangent>(rows, tile(group, key), min64(kScoreBlock, keys_.end - key),
                                Float(1));
       }
     }
     // The last unit of a block may reach past the last key.
-    for (int64_t key = keys_; key % kDepth != 0; ++key) {
-      std::memset(tile(group).at(key).e, 0, kGroupLanes * sizeof(Float));
+    for (int64_t key = keys_.end; key % kDepth != 0; ++key) {
+      std::memset(tile(group, key).e, 0, kGroupLanes * sizeof(Float));
     }
-    center<kTangent>(rows, tile(group), keys_, scale_);
+    center<kTangent>(rows, tile(group, keys_.begin), keys_.end - keys_.begin, scale_);
   }
 
   const Float* lse_of(const TilePlace& place, int64_t group) const {
-    if (w_.lse != nullptr) return w_.lse + group * kGroupLanes;
-    const int64_t row = (place.batch * params_.shape.heads + place.head) * sizes_.queries;
-    return static_cast<const Float*>(params_.lse) + row + place.query;
+    return w_.lse != nullptr ? w_.lse + group * kGroupLanes : rows_from(params_.lse, place);
+  }
+
+  // A row statistic from the place's first query on, or null.
+  const Float* rows_from(const void* data, const TilePlace& place) const {
+    const int64_t head = place.batch * params_.shape.heads + place.head;
+    return data == nullptr
+               ? nullptr
+               : static_cast<const Float*>(data) + head * lse_stride(params_) + place.query;
   }
 
   // NaN where a score comes of a key or value that is not finite and was zeroed when it was packed.
@@ -370,7 +379,7 @@ class BackwardPanel {
   const Sizes& sizes_;
   const BackwardBuffers<Unit>& w_;
   const Float scale_;
-  int64_t keys_ = 0;  // that any query of the panel attends
+  KeyRange keys_{};  // that any query of the panel attends
 };
 
 }  // namespace pmf::cpu::PMF_LEVEL

@@ -50,7 +50,8 @@ struct BackwardRows {
   Vec<Float> mass[kTileN];   // sum e; then w
   Vec<Float> r[kTileN], a[kTileN], d[kTileN];
   Vec<Float> r_pivot[kTileN], a_pivot[kTileN], d_pivot[kTileN];
-  Vec<Float> rho[kTileN], rho_t[kTileN];  // row sums of c dS and c dtS as rounded
+  Vec<Float> rho[kTileN], rho_t[kTileN];            // row sums of c dS and c dtS as rounded
+  Vec<Float> grad_lse[kTileN], grad_lse_t[kTileN];  // which should be c times these
 };
 
 // One group's panel matrices, [keys][kTileN vectors].
@@ -89,6 +90,32 @@ inline bool begin_rows(BackwardRows<Float>& rows, const Float* lse, int64_t quer
     rows.rho[j] = rows.rho_t[j] = Vec<Float>{};
   }
   return beyond;
+}
+
+// Gradients of lse and its tangent (null: zero); a row that attends nothing has none.
+template <typename Float>
+inline void read_gradients(BackwardRows<Float>& rows, const Float* grad_lse,
+                           const Float* grad_lse_t, int64_t queries) {
+  constexpr int kStep = kLanes<Float>;
+  const auto read = [&](Vec<Float>(&to)[kTileN], const Float* from) {
+    Float lanes[kTileN * kStep] = {};
+    if (from != nullptr) std::memcpy(lanes, from, static_cast<size_t>(queries) * sizeof(Float));
+    PMF_UNROLL for (int j = 0; j < kTileN; ++j) {
+      const Vec<Float> x = load(lanes + j * kStep);
+      to[j] = rows.shift[j] == kInfinity<Float> ? Vec<Float>{} : x;
+    }
+  };
+  read(rows.grad_lse, grad_lse);
+  read(rows.grad_lse_t, grad_lse_t);
+}
+
+// What the row sums of c dS and c dtS have beside what they should have.
+template <typename Float>
+inline void leave_rounding(BackwardRows<Float>& rows, Float scale) {
+  PMF_UNROLL for (int j = 0; j < kTileN; ++j) {
+    rows.rho[j] -= splat(scale) * rows.grad_lse[j];
+    rows.rho_t[j] -= splat(scale) * rows.grad_lse_t[j];
+  }
 }
 
 // The maximum of scores already in log-2 units in place of lse, where a row attends anything.
@@ -154,7 +181,8 @@ inline void exponentiate(BackwardRows<Float>& rows, const BackwardTile<Float>& t
   }
 }
 
-// Sums become means, and with tangents sweep 2 over all keys: leaves w, and D times c.
+// Sums become means, and with tangents sweep 2 over all keys: leaves w and D. The gradients of lse
+// and lse_t are what D and a are less by.
 template <bool kTangent, typename Float>
 inline void center(BackwardRows<Float>& rows, const BackwardTile<Float>& tile, int64_t keys,
                    Float scale) {
@@ -163,7 +191,7 @@ inline void center(BackwardRows<Float>& rows, const BackwardTile<Float>& tile, i
   PMF_UNROLL for (int j = 0; j < kTileN; ++j) {
     const Vec<Float> mass = rows.mass[j];
     rows.mass[j] = mass == Float(0) ? Vec<Float>{} : Float(1) / mass;
-    rows.a[j] = fma(rows.a[j], rows.mass[j], rows.a_pivot[j]);
+    rows.a[j] = fma(rows.a[j], rows.mass[j], rows.a_pivot[j]) - rows.grad_lse_t[j];
     // r stays about its pivot: u = c (tS - pivot) - c (r - pivot).
     rows.r[j] = rows.r[j] * rows.mass[j];
   }
@@ -187,7 +215,7 @@ inline void center(BackwardRows<Float>& rows, const BackwardTile<Float>& tile, i
     }
   }
   PMF_UNROLL for (int j = 0; j < kTileN; ++j) {
-    rows.d[j] = fma(rows.d[j], rows.mass[j], rows.d_pivot[j]);
+    rows.d[j] = fma(rows.d[j], rows.mass[j], rows.d_pivot[j]) - rows.grad_lse[j];
   }
 }
 

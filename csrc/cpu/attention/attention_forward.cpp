@@ -1,9 +1,11 @@
 // Flash attention on CPU, forward and forward with tangents (the tile loop: attention_panel.h).
 //
-// Work is cut into panels of queries, numbered head by head. Every worker takes one contiguous run
-// of panels of nearly equal cost, packs the keys and values of a head when it enters it (grouped
-// query heads share the packing), and walks its panels. Nothing is shared between workers and no
-// sum crosses panels, so results are bitwise the same for any number of threads.
+// Work is cut into panels of queries, numbered head by head and sequence by sequence. Every worker
+// takes one contiguous run of panels of nearly equal cost, packs the keys and values of a head when
+// it enters it (grouped query heads share the packing), and walks its panels. Nothing is shared
+// between workers and no sum crosses panels, so results are bitwise the same for any number of
+// threads, and for sequences packed together or one by one. A panel reads the tiles of keys in its
+// window alone.
 //
 // Memory: per worker one packed head, at most 4 Nk D units, and about 100 KB of tiles. Packing
 // reads and writes a head once; each panel of 48 queries then makes 72 FMAs per scalar packed.
@@ -31,6 +33,7 @@ struct Panels {
   int64_t first_vector(int64_t panel) const { return panel * narrow + min64(panel, wider); }
 };
 
+// One problem: B samples of one length, or one sequence of many.
 template <typename Unit>
 class ForwardKernel {
   using Float = Accumulator<Unit>;
@@ -40,7 +43,7 @@ class ForwardKernel {
       kDepth > 1;  // P and H are narrower than scores: their own buffers
 
  public:
-  ForwardKernel(const AttentionParams& params, Packer<Unit> packer)
+  ForwardKernel(const AttentionParams& params, const Packer<Unit>& packer)
       : params_(params),
         packer_(packer),
         panels_(params.shape.queries, kLane),
@@ -48,23 +51,47 @@ class ForwardKernel {
         depth_padded_(round_up(depth_, kLane)),
         value_rows_(round_up(params.shape.value_width, kTileM)),
         value_padded_(round_up(value_rows_, kLane)),
-        hides_(params.is_causal || params.mask.kind != MaskKind::none) {
+        hides_(params.window.hides() || params.mask.kind != MaskKind::none) {
+    if (params.shape.queries == 0) return;
     for (int64_t panel = 0; panel < panels_.count; ++panel) head_cost_ += cost(panel);
   }
 
-  int64_t workspace_bytes(int64_t workers) const {
+  // Of everything; 0 where there is nothing to do.
+  int64_t cost() const { return params_.shape.batch * params_.shape.heads * head_cost_; }
+
+  // One worker's scratch memory.
+  int64_t workspace_bytes() const {
     AttentionBuffers<Unit> unused;
-    return workers * place(nullptr, unused);
+    return place(nullptr, unused);
   }
 
-  void run(const ParallelFor& parallel) {
-    workers_ = max64(1, parallel.threads);
-    parallel(
-        0, workers_, 1,
-        [](void* self, int64_t begin, int64_t end) {
-          for (int64_t w = begin; w < end; ++w) static_cast<ForwardKernel*>(self)->share(w);
-        },
-        this);
+  // The panels, counted over all heads, whose cost begins in [begin, end).
+  void run(int64_t begin, int64_t end, char* workspace) const {
+    AttentionBuffers<Unit> w;
+    place(workspace, w);
+    const int64_t heads = params_.shape.heads, group = heads / params_.shape.key_heads;
+    int64_t packed = -1;
+    for (int64_t item = max64(0, begin) / head_cost_; item < params_.shape.batch * heads; ++item) {
+      int64_t at = item * head_cost_;
+      if (at >= end) return;
+      const int64_t b = item / heads, h = item % heads;
+      for (int64_t panel = 0; panel < panels_.count; at += cost(panel++)) {
+        if (at < begin || at >= end) continue;
+        const int64_t key_head = b * params_.shape.key_heads + h / group;
+        if (key_head != packed) pack_head(w, b, h / group);
+        packed = key_head;
+        switch (panels_.vectors(panel)) {
+          case 1:
+            run_panel<1>(w, b, h, panel);
+            break;
+          case 2:
+            run_panel<2>(w, b, h, panel);
+            break;
+          default:
+            run_panel<kTileN>(w, b, h, panel);
+        }
+      }
+    }
   }
 
  private:
@@ -104,49 +131,14 @@ class ForwardKernel {
     return arena.used;
   }
 
-  // Keys that the last query of a panel sees: all that any of its queries does.
-  int64_t visible_keys(int64_t panel) const {
-    const int64_t end = (panels_.first_vector(panel) + panels_.vectors(panel)) * kLane;
-    const int64_t keys = params_.shape.keys;
-    return params_.is_causal ? min64(keys, min64(end, params_.shape.queries)) : keys;
+  KeyRange visible_keys(int64_t panel) const {
+    const int64_t first = panels_.first_vector(panel) * kLane;
+    const int64_t end = min64(first + panels_.vectors(panel) * kLane, params_.shape.queries);
+    return keys_in_window(params_.window, first, end - 1, params_.shape.keys, kTileM);
   }
-  int64_t cost(int64_t panel) const { return panels_.vectors(panel) * (visible_keys(panel) + 1); }
-
-  // The first panel, counted over all heads, at or after `fraction` / workers of the whole cost.
-  int64_t boundary(int64_t fraction) const {
-    const int64_t heads = params_.shape.batch * params_.shape.heads;
-    const int64_t target = ceil_div(heads * head_cost_ * fraction, workers_);
-    int64_t before = target / head_cost_ * head_cost_;
-    int64_t panel = 0;
-    while (before < target) before += cost(panel++);
-    return target / head_cost_ * panels_.count + panel;
-  }
-
-  void share(int64_t worker) const {
-    AttentionBuffers<Unit> w;
-    const int64_t bytes = place(nullptr, w);
-    place(static_cast<char*>(params_.workspace) + worker * bytes, w);
-    const int64_t heads = params_.shape.heads;
-    const int64_t group = heads / params_.shape.key_heads;
-    const int64_t end = boundary(worker + 1);
-    int64_t packed = -1;
-    for (int64_t item = boundary(worker); item < end; ++item) {
-      const int64_t b = item / panels_.count / heads, h = item / panels_.count % heads;
-      const int64_t panel = item % panels_.count;
-      const int64_t key_head = b * params_.shape.key_heads + h / group;
-      if (key_head != packed) pack_head(w, b, h / group);
-      packed = key_head;
-      switch (panels_.vectors(panel)) {
-        case 1:
-          run_panel<1>(w, b, h, panel);
-          break;
-        case 2:
-          run_panel<2>(w, b, h, panel);
-          break;
-        default:
-          run_panel<kTileN>(w, b, h, panel);
-      }
-    }
+  int64_t cost(int64_t panel) const {
+    const KeyRange keys = visible_keys(panel);
+    return panels_.vectors(panel) * (keys.end - keys.begin + 1);
   }
 
   void pack_head(AttentionBuffers<Unit>& w, int64_t b, int64_t h) const {
@@ -195,41 +187,88 @@ class ForwardKernel {
 
     const bool no_tangent = w.qt == nullptr && w.kt == nullptr && w.vt == nullptr;
     const int64_t bytes = value_padded_ * kLanesW * static_cast<int64_t>(sizeof(Float));
-    if (shape.keys == 0) std::memset(w.o, 0, bytes);
-    if (w.ot != nullptr && (shape.keys == 0 || no_tangent)) std::memset(w.ot, 0, bytes);
+    const bool empty = shape.keys.begin == shape.keys.end;
+    if (empty) std::memset(w.o, 0, bytes);
+    if (w.ot != nullptr && (empty || no_tangent)) std::memset(w.ot, 0, bytes);
 
     RowState<kN, Float> state;
     const Float scale = static_cast<Float>(params_.scale < 0 ? -params_.scale : params_.scale);
     attention_tiles(params_, w, packer_, shape, place, scale, state);
 
-    const int64_t row = (b * params_.shape.heads + h) * params_.shape.queries + first;
+    const int64_t row = (b * params_.shape.heads + h) * lse_stride(params_) + first;
+    Float* const lse_t = static_cast<Float*>(params_.lse_t);
     finish_panel(state, w.o, w.ot, value_rows_, static_cast<Float*>(params_.lse) + row,
-                 place.queries);
+                 lse_t == nullptr ? nullptr : lse_t + row, place.queries);
     store_output(params_.out, w.o, w.stage_out, kLanesW, place);
     if (w.ot != nullptr) store_output(params_.out_t, w.ot, w.stage_out, kLanesW, place);
   }
 
-  const AttentionParams& params_;
-  const Packer<Unit> packer_;
+  const AttentionParams params_;
+  const Packer<Unit>& packer_;
   const Panels panels_;
   const int64_t depth_, depth_padded_, value_rows_, value_padded_;
   const bool hides_;  // a query may not attend every key
-  int64_t head_cost_ = 0, workers_ = 1;
+  int64_t head_cost_ = 0;
+};
+
+// All problems of a call, shared out by cost.
+template <typename Unit>
+class Forward {
+ public:
+  Forward(const AttentionParams& params, Packer<Unit> packer) : params_(params), packer_(packer) {
+    for (int64_t i = 0; i < problem_count(params); ++i) {
+      const ForwardKernel<Unit> kernel = problem(i);
+      cost_ += kernel.cost();
+      bytes_ = max64(bytes_, kernel.workspace_bytes());
+    }
+  }
+
+  int64_t workspace_bytes(int64_t workers) const { return workers * bytes_; }
+
+  void run(const ParallelFor& parallel) {
+    workers_ = max64(1, parallel.threads);
+    parallel(
+        0, workers_, 1,
+        [](void* self, int64_t begin, int64_t end) {
+          for (int64_t w = begin; w < end; ++w) static_cast<Forward*>(self)->share(w);
+        },
+        this);
+  }
+
+ private:
+  ForwardKernel<Unit> problem(int64_t index) const {
+    return ForwardKernel<Unit>(problem_of(params_, index), packer_);
+  }
+
+  void share(int64_t worker) const {
+    const int64_t begin = cost_ * worker / workers_, end = cost_ * (worker + 1) / workers_;
+    char* const workspace = static_cast<char*>(params_.workspace) + worker * bytes_;
+    int64_t at = 0;
+    for (int64_t i = 0; i < problem_count(params_) && at < end; ++i) {
+      const ForwardKernel<Unit> kernel = problem(i);
+      if (at + kernel.cost() > begin) kernel.run(begin - at, end - at, workspace);
+      at += kernel.cost();
+    }
+  }
+
+  const AttentionParams& params_;
+  const Packer<Unit> packer_;
+  int64_t cost_ = 0, bytes_ = 0, workers_ = 1;
 };
 
 // Calls `use` with the kernel for this dtype at this level.
 template <typename Use>
 PMF_INLINE void with_kernel(const AttentionParams& params, Use use) {
   if (params.dtype == DType::f64) {
-    ForwardKernel<double> kernel(params, make_packer<double, double>());
+    Forward<double> kernel(params, make_packer<double, double>());
     use(kernel);
 #if defined(__AVX512BF16__)
   } else if (params.dtype == DType::bf16) {
-    ForwardKernel<bf16x2> kernel(params, make_packer<bf16, bf16x2>());
+    Forward<bf16x2> kernel(params, make_packer<bf16, bf16x2>());
     use(kernel);
 #endif
   } else {
-    ForwardKernel<float> kernel(params, float_packer(params.dtype));
+    Forward<float> kernel(params, float_packer(params.dtype));
     use(kernel);
   }
 }

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "cpu/attention/attention_pack-inl.h"
+#include "cpu/attention/attention_sequences-inl.h"
 #include "pmf/attention.h"
 
 namespace pmf::cpu::PMF_LEVEL {
@@ -100,24 +101,30 @@ inline void mask_tile(Float* bias, const AttentionMask& mask, const TilePlace& p
   }
 }
 
-// Applies mask and causality to the tile of raw scores `s`, and zeroes what is hidden in `others`.
+// Applies mask and window to the tile of raw scores `s`, and zeroes what is hidden in `others`.
 template <int kN, int kOthers, typename Float>
 inline void apply_mask(Float* s, Float* const (&others)[kOthers], Float factor,
-                       const AttentionMask& mask, bool is_causal, const TilePlace& place,
-                       Float* bias) {
+                       const AttentionMask& mask, const AttentionWindow& window,
+                       const TilePlace& place, Float* bias) {
   constexpr int kStep = kLanes<Float>;
   constexpr int kLanesW = kN * kStep;
   const bool masked = mask.kind != MaskKind::none;
+  const bool windowed = crosses_window(window, place);
   if (masked) mask_tile<kLanesW>(bias, mask, place);
   Vec<Float> lane_index;
   PMF_UNROLL for (int i = 0; i < kStep; ++i) lane_index[i] = static_cast<Float>(i);
   for (int64_t i = 0; i < place.keys; ++i) {
-    // Lane q sees the key where place.query + q >= key, that is where q >= hidden.
-    const Float hidden = is_causal ? static_cast<Float>(place.key + i - place.query) : Float(-1);
+    // Lane q sees the key where first <= q <= last.
+    const int64_t key = place.key + i - place.query;
+    const Float first = static_cast<Float>(key - window.right);
+    const Float last = static_cast<Float>(key + window.left);
     for (int j = 0; j < kLanesW; j += kStep) {
       const int64_t at = i * kLanesW + j;
       Vec<Float> b = masked ? load(bias + at) : Vec<Float>{};
-      b = lane_index + static_cast<Float>(j) < hidden ? splat(-kInfinity<Float>) : b;
+      if (windowed) {
+        const Vec<Float> lane = lane_index + static_cast<Float>(j);
+        b = (lane < first) | (lane > last) ? splat(-kInfinity<Float>) : b;
+      }
       const auto closed = b == -kInfinity<Float>;
       store(s + at, closed ? b : fma(load(s + at), splat(factor), b));
       PMF_UNROLL for (int n = 0; n < kOthers; ++n) {

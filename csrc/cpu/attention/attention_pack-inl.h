@@ -221,12 +221,6 @@ constexpr Packer<Unit> make_packer() {
                       }};
 }
 
-// The view from row `rows` on.
-inline ConstView4 skip_rows(ConstView4 view, int64_t rows, DType dtype) {
-  view.data = static_cast<const char*>(view.data) + rows * view.stride[2] * dtype_bytes(dtype);
-  return view;
-}
-
 // What fp32 arithmetic needs for each dtype but fp64.
 inline Packer<float> float_packer(DType dtype) {
   if (dtype == DType::bf16) return make_packer<bf16, float>();

@@ -48,7 +48,7 @@ struct PanelShape {
   int64_t depth;         // ceil(D / kDepth)
   int64_t value_rows;    // Dv rounded up to kTileM: rows of O that are computed
   int64_t value_padded;  // Dv rounded up to kTileM and kLanes: rows of O that exist
-  int64_t keys;          // keys that any query of this panel attends
+  KeyRange keys;         // that any query of this panel attends
 };
 
 template <int kN, typename Unit>
@@ -177,11 +177,12 @@ inline void attention_tiles(const AttentionParams& params, const AttentionBuffer
   state.reset();
 
   // Tiles of equal size, so that 276 keys are five tiles of 56 and not four of 64 and one of 20.
-  const int64_t tiles = ceil_div(shape.keys, kTileKeys);
-  const int64_t step = tiles == 0 ? 0 : round_up(ceil_div(shape.keys, tiles), kTileM);
-  for (int64_t key = 0; key < shape.keys; key += step) {
-    const bool first = key == 0;
-    const int64_t keys = min64(step, shape.keys - key);
+  const int64_t begin = shape.keys.begin, end = shape.keys.end;
+  const int64_t tiles = ceil_div(end - begin, kTileKeys);
+  const int64_t step = tiles == 0 ? 0 : round_up(ceil_div(end - begin, tiles), kTileM);
+  for (int64_t key = begin; key < end; key += step) {
+    const bool first = key == begin;
+    const int64_t keys = min64(step, end - key);
     place.key = key;
     place.keys = keys;
 
@@ -199,10 +200,9 @@ inline void attention_tiles(const AttentionParams& params, const AttentionBuffer
     }
 
     Float factor = scale * static_cast<Float>(kLog2e);
-    const bool crosses_diagonal = params.is_causal && key + keys - 1 > place.query;
-    if (params.mask.kind != MaskKind::none || crosses_diagonal) {
+    if (params.mask.kind != MaskKind::none || crosses_window(params.window, place)) {
       Float* const tangents[] = {tangent_scores ? w.ts : nullptr};
-      apply_mask<kN>(w.s, tangents, factor, params.mask, params.is_causal, place, w.bias);
+      apply_mask<kN>(w.s, tangents, factor, params.mask, params.window, place, w.bias);
       factor = 1;
     }
     if (tangent_scores) {
@@ -230,22 +230,25 @@ inline void attention_tiles(const AttentionParams& params, const AttentionBuffer
   }
 }
 
-// Normalises o and ot (or null) in place and writes the rows' logarithms:
-//   out = O / l,  out_t = tO / l - (r / l) out,  lse = ln 2 (m + log2 l)
-// (r is what is left of it after the pivot; the pivot itself has gone into H.)
+// Normalises o and ot (or null) in place and writes the rows' logarithms, and their tangents unless
+// lse_t is null:
+//   out = O / l,  out_t = tO / l - (r / l) out,  lse = ln 2 (m + log2 l),  lse_t = p + r / l
+// (r is what is left of it after the pivot p, which itself has gone into H.)
 // A row with l = 0 attended nothing: all of it is zero, lse is -inf.
 template <int kN, typename Float>
 inline void finish_panel(const RowState<kN, Float>& state, Float* o, Float* ot, int64_t rows,
-                         Float* lse, int64_t queries) {
+                         Float* lse, Float* lse_t, int64_t queries) {
   constexpr int kStep = kLanes<Float>;
   constexpr int kLanesW = kN * kStep;
-  Float sum[kLanesW], top[kLanesW];
+  Float sum[kLanesW], top[kLanesW], mean[kLanesW];
   Vec<Float> inverse[kN], residual[kN];
   PMF_UNROLL for (int j = 0; j < kN; ++j) {
     inverse[j] = state.sum[j] == Float(0) ? Vec<Float>{} : Float(1) / state.sum[j];
     residual[j] = state.tangent[j] * inverse[j];
     store(sum + j * kStep, state.sum[j]);
     store(top + j * kStep, state.max[j]);
+    const Vec<Float> r = state.pivot[j] + residual[j];
+    store(mean + j * kStep, state.sum[j] == Float(0) ? Vec<Float>{} : r);
   }
   for (int64_t i = 0; i < rows; ++i) {
     PMF_UNROLL for (int j = 0; j < kN; ++j) {
@@ -259,6 +262,7 @@ inline void finish_panel(const RowState<kN, Float>& state, Float* o, Float* ot, 
     const Float log_sum = sizeof(Float) == 4 ? static_cast<Float>(__builtin_log2f(sum[i]))
                                              : static_cast<Float>(__builtin_log2(sum[i]));
     lse[i] = sum[i] == Float(0) ? -kInfinity<Float> : static_cast<Float>(kLn2) * (top[i] + log_sum);
+    if (lse_t != nullptr) lse_t[i] = mean[i];
   }
 }
 

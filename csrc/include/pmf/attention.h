@@ -3,6 +3,7 @@
 //   S = c Q K^T + mask       P = softmax(S)       out   = P V
 //   tS = c (tQ K^T + Q tK^T) r_i = sum_j P_ij tS_ij
 //   out_t = (P o tS) V - r o out + P tV
+//   lse_i = log sum_j exp(S_ij)      lse_t = r
 //
 // What a query may not attend (mask false or -inf, causality) does not reach it, even where it is
 // not finite: such an entry of K, tK, V or tV shows in the rows that see it and in their gradients
@@ -43,12 +44,30 @@ inline int64_t mask_element_bytes(const AttentionMask& mask) {
   return mask.kind == MaskKind::boolean ? 1 : dtype_bytes(mask.dtype);
 }
 
+// Query i attends keys i - left to i + right, aligned at the top left, besides what the mask
+// allows. A side may be negative: right = Nk - Nq is causality aligned at the lower right.
+constexpr int64_t kUnbounded = INT64_MAX / 4;
+struct AttentionWindow {
+  int64_t left = kUnbounded, right = kUnbounded;  // causal: right = 0
+  bool hides() const { return left < kUnbounded || right < kUnbounded; }
+};
+
+// Sequences behind one another in one [1, H, T, D] tensor: number s has rows offsets[s] to
+// offsets[s + 1] of query and of key, and attends itself alone. Windows count from its first row.
+// Each array ascends from 0 to the number of rows. Null: B samples of one length each.
+struct AttentionSequences {
+  int64_t count = 0;
+  const int64_t *queries = nullptr, *keys = nullptr;  // [count + 1], in the host's memory
+};
+
 struct AttentionParams {
   AttentionShape shape;
   DType dtype = DType::f32;  // of query, key, value, their tangents, out and out_t
   double scale = 1.0;        // c; any finite value
-  bool is_causal = false;    // query i attends keys j <= i (top-left aligned), besides the mask
-  bool allow_tf32 = false;   // fp32 on CUDA: products may round their factors to TF32
+  bool is_causal = false;    // on CUDA: the window's right side is 0, and no other is served
+  AttentionWindow window;
+  AttentionSequences sequences;  // not on CUDA
+  bool allow_tf32 = false;       // fp32 on CUDA: products may round their factors to TF32
   AttentionMask mask;
 
   ConstView4 query;  // [B, H,  Nq, D ] dtype
@@ -65,6 +84,9 @@ struct AttentionParams {
   // Contiguous [B, H, Nq], fp32 (fp64 for fp64): log sum_j exp(S_ij), natural logarithm, -inf where
   // a row attends nothing. All that the backward needs besides its inputs (attention_backward.h).
   void* lse = nullptr;
+  // The same for its tangent, 0 where a row attends nothing; null: not wanted. Not on CUDA.
+  void* lse_t = nullptr;
+  int64_t lse_stride = 0;  // elements of lse and lse_t from one head to the next; 0: Nq
 
   // attention_forward_workspace_bytes() bytes, aligned to 64; contents do not matter.
   void* workspace = nullptr;
@@ -72,7 +94,7 @@ struct AttentionParams {
 
 namespace cpu {
 
-// Scratch memory for `threads` workers: linear in Nk, independent of Nq.
+// Scratch memory for `threads` workers: linear in Nk (of the longest sequence), independent of Nq.
 int64_t attention_forward_workspace_bytes(const AttentionParams& params, int64_t threads);
 
 // Runs on parallel.threads workers (the number the workspace was sized for). Bitwise deterministic,

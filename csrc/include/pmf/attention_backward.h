@@ -10,6 +10,9 @@
 //   grad_key   = c (dS^T Q + dtS^T tQ)           grad_key_t   = c dtS^T Q
 //   grad_value = P^T G + (P o (tS - r))^T X      grad_value_t = P^T X
 //
+// A gradient g of lse is added to dS as P o g, a gradient y of lse_t to dtS as P o y and to dS as
+// P o (tS - r) o y.
+//
 // Without X this is the ordinary backward. The kernel recomputes a, D, r and the normalisation of P
 // itself, in full precision: out, out_t and row_t need not be kept for it, only lse.
 #pragma once
@@ -22,8 +25,10 @@ struct AttentionBackwardParams {
   AttentionShape shape;
   DType dtype = DType::f32;  // of everything but lse and the mask
   double scale = 1.0;        // c, as given to the forward
-  bool is_causal = false;
-  bool allow_tf32 = false;  // fp32 on CUDA: products may round their factors to TF32
+  bool is_causal = false;    // on CUDA
+  AttentionWindow window;
+  AttentionSequences sequences;  // not on CUDA
+  bool allow_tf32 = false;       // fp32 on CUDA: products may round their factors to TF32
   AttentionMask mask;
 
   ConstView4 query;  // [B, H,  Nq, D ] dtype
@@ -39,6 +44,10 @@ struct AttentionBackwardParams {
   // The forward's, contiguous [B, H, Nq], fp32 (fp64 for fp64). Any value near the row's maximum
   // would do: only the exponential's range depends on it. -inf: the row attends nothing.
   const void* lse = nullptr;
+  // Gradients of lse and lse_t, laid out like it; null means zero, and the second is read only with
+  // grad_t. Not on CUDA.
+  const void *grad_lse = nullptr, *grad_lse_t = nullptr;
+  int64_t lse_stride = 0;  // elements of these from one head to the next; 0: Nq
 
   View4 grad_query;  // [B, H,  Nq, D ] dtype
   View4 grad_key;    // [B, Hk, Nk, D ] dtype, summed over the query heads of a group

@@ -1,0 +1,161 @@
+"""Attention over packed sequences: of any lengths, one behind the other, without padding or a copy."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._autograd import call
+from ._inputs import autocast_matmul, check_tangents
+from ._subclasses import operation
+from .attention import MAX_WIDTH, Window, _Attention, _AttentionJvp, lacks_kernel, sides
+
+__all__ = ["attention_varlen", "attention_varlen_jvp"]
+
+
+@operation({}, "")
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    window: Window = (None, None),
+    return_lse: bool = False,
+) -> Any:
+    """`attention` of sequences that lie behind one another, each attending itself alone.
+
+    Args:
+        query: [T, H, D]; key: [S, Hk, D]; value: [S, Hk, Dv], of one dtype, any strides.
+        cu_seqlens_q, cu_seqlens_k: offsets, int32 or int64 [B + 1], ascending from 0 to T and S: sequence b
+            has rows cu_seqlens[b] to cu_seqlens[b + 1], possibly none. On the CPU beside CPU tensors.
+        is_causal, scale, window: as for `attention`; places count from the first row of a sequence.
+        enable_gqa: key and value may have fewer heads than query.
+        return_lse: also return lse [H, T].
+
+    Returns [T, H, Dv], bit for bit what `attention` of each sequence gives on the CPU; a sequence without
+    keys gives zeros. On CUDA the reference serves it, whose memory is quadratic in T.
+
+    Raises ValueError where shapes, dtypes or offsets do not fit.
+    """
+    query, key, value = autocast_matmul(query, key, value)
+    options = _options(query, key, value, cu_seqlens_q, cu_seqlens_k, is_causal, scale, enable_gqa, window)
+    args = (*map(_four, (query, key, value)), *options)
+    if lacks_kernel(query, 0):  # as windows
+        out, lse = _Attention.reference(*args)
+    else:
+        out, lse = call("attention", *args)
+    return (_packed(out), lse[0]) if return_lse else _packed(out)
+
+
+@operation({}, "", "")
+def attention_varlen_jvp(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_t: Tensor | None,
+    key_t: Tensor | None,
+    value_t: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    window: Window = (None, None),
+    return_lse: bool = False,
+    detach_tangent: bool = False,
+) -> Any:
+    """`attention_varlen` and its tangent in one pass, as `attention_jvp`; a tangent may be None for zero.
+
+    Returns (O, tO), and with return_lse also lse and its tangent, [H, T].
+
+    Raises as `attention_varlen` does.
+    """
+    given = autocast_matmul(query, key, value, query_t, key_t, value_t)
+    query, key, value, query_t, key_t, value_t = given
+    options = _options(query, key, value, cu_seqlens_q, cu_seqlens_k, is_causal, scale, enable_gqa, window)
+    pairs = [("query_t", query, query_t), ("key_t", key, key_t), ("value_t", value, value_t)]
+    for name, x, x_t in pairs:
+        if x_t is not None and x_t.shape != x.shape:
+            raise ValueError(
+                f"attention_varlen_jvp: {name} must have the shape of its value {list(x.shape)}, "
+                f"got {list(x_t.shape)}"
+            )
+    if check_tangents("attention_varlen_jvp", pairs, detach_tangent) is None:
+        query_t = query.new_zeros(()).expand(query.shape)
+    args = (*(None if x is None else _four(x) for x in (*given[:3], query_t, key_t, value_t)), *options)
+    if lacks_kernel(query, 0):  # as windows
+        out, lse, out_t, lse_t = _AttentionJvp.reference(*args)
+        if detach_tangent:
+            out_t, lse_t = out_t.detach(), lse_t.detach()
+    else:
+        out, lse, out_t, lse_t = call("attention_jvp_detached" if detach_tangent else "attention_jvp", *args)
+    found = _packed(out), _packed(out_t)
+    return (*found, lse[0], lse_t[0]) if return_lse else found
+
+
+def _four(x: Tensor) -> Tensor:
+    """[T, H, D] as [1, H, T, D], a view."""
+    return x.transpose(0, 1).unsqueeze(0)
+
+
+def _packed(x: Tensor) -> Tensor:
+    return x.squeeze(0).transpose(0, 1)
+
+
+def _options(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    window: Any,
+) -> tuple[Any, ...]:
+    """What `_Attention` takes behind its tensors, after every check that needs no values."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.dim() != 3 or not 1 <= x.shape[2] <= MAX_WIDTH:
+            raise ValueError(
+                f"attention_varlen: {name} must be [tokens, heads, D] with 1 <= D <= {MAX_WIDTH}, "
+                f"got {list(x.shape)}"
+            )
+        if not x.dtype == query.dtype:
+            raise ValueError(
+                "attention_varlen: query, key and value must have one dtype, "
+                f"got {query.dtype} query and {x.dtype} {name}"
+            )
+        if not x.is_floating_point():
+            raise TypeError(f"attention_varlen: {name} must be floating, got {x.dtype}")
+    shapes = f"got query {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)}"
+    if query.shape[2] != key.shape[2] or key.shape[:2] != value.shape[:2]:
+        raise ValueError(
+            "attention_varlen: query and key must have one width, key and value one length and number of "
+            f"heads, {shapes}"
+        )
+    heads, key_heads = query.shape[1], key.shape[1]
+    if heads != key_heads and (not enable_gqa or not key_heads or heads % key_heads):
+        raise ValueError(
+            "attention_varlen: key and value must have as many heads as query, or with enable_gqa a number "
+            f"that divides them, {shapes}"
+        )
+    for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if x.dtype not in (torch.int32, torch.int64) or x.dim() != 1 or not x.shape[0]:
+            raise ValueError(
+                f"attention_varlen: {name} must be int32 or int64 [sequences + 1], "
+                f"got {x.dtype} {list(x.shape)}"
+            )
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(
+            "attention_varlen: cu_seqlens_q and cu_seqlens_k must be of one number of sequences, "
+            f"got {cu_seqlens_q.shape[0] - 1} and {cu_seqlens_k.shape[0] - 1}"
+        )
+    left, right = sides("attention_varlen", window)
+    c = query.shape[2] ** -0.5 if scale is None else float(scale)
+    return None, is_causal, c, left, right, cu_seqlens_q, cu_seqlens_k
