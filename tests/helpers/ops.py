@@ -28,6 +28,8 @@ STEMS = (
     "rotary_qk_norm",
     "swiglu",
 )
+VARIANTS = {"attention_varlen": "attention"}
+"""Ops of the public API that are another's kernels, told more: by name, whose."""
 GEMM = "its CPU work is torch's GEMM, called from csrc/ops"
 TWO_FILES = "forward and backward are a kernel file each"
 ABSENT = {

@@ -63,11 +63,11 @@ struct AttentionSequences {
 struct AttentionParams {
   AttentionShape shape;
   DType dtype = DType::f32;  // of query, key, value, their tangents, out and out_t
-  double scale = 1.0;        // c; any finite value
   bool is_causal = false;    // on CUDA: the window's right side is 0, and no other is served
+  bool allow_tf32 = false;   // fp32 on CUDA: products may round their factors to TF32
+  double scale = 1.0;        // c; any finite value
   AttentionWindow window;
   AttentionSequences sequences;  // not on CUDA
-  bool allow_tf32 = false;       // fp32 on CUDA: products may round their factors to TF32
   AttentionMask mask;
 
   ConstView4 query;  // [B, H,  Nq, D ] dtype
