@@ -161,7 +161,8 @@ def _newton_schulz(
     *_: Any,
     out_val: Any = None,
 ) -> int:
-    return sum(_orthogonalisation(*x.shape, coefficients, method, dtype, allow_tf32) for x in matrices)
+    shapes = (tuple(x.shape) for x in matrices)
+    return sum(_orthogonalisation(m, n, coefficients, method, dtype, allow_tf32) for m, n in shapes)
 
 
 def _muon_step(params: Sequence[Tensor], *settings: Any, out_val: Any = None) -> int:

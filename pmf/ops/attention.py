@@ -371,9 +371,9 @@ def _plain_attention(query: Tensor, key: Tensor, value: Tensor, *options: Any) -
 @functools.partial(in_float32, wide=(1, 3))
 def _plain_attention_jvp(*args: Any) -> tuple[Tensor, ...]:
     mask, is_causal, scale, window = _plain_options(args[0], args[1], *args[6:])
-    tensors: Any = args[:6]
+    q, k, v, q_t, k_t, v_t = args[:6]
     out, out_t, lse, lse_t = reference.attention_jvp(
-        *tensors, mask, is_causal, scale=scale, enable_gqa=True, window=window, return_lse=True
+        q, k, v, q_t, k_t, v_t, mask, is_causal, scale=scale, enable_gqa=True, window=window, return_lse=True
     )
     return out, lse, out_t, lse_t
 

@@ -117,9 +117,11 @@ def attention_varlen_jvp(
 ) -> Any:
     """(O, tO) of sequences behind one another."""
     mask = same_sequence(cu_seqlens_q, cu_seqlens_k, query.shape[0], key.shape[0], is_causal, window)
-    given = (query, key, value, query_t, key_t, value_t)
-    turned: Any = [None if x is None else x.transpose(0, 1) for x in given]
-    out, out_t, *rest = attention_jvp(*turned, mask, scale=scale, enable_gqa=enable_gqa, return_lse=True)
+    q, k, v = (x.transpose(0, 1) for x in (query, key, value))
+    q_t, k_t, v_t = (None if x is None else x.transpose(0, 1) for x in (query_t, key_t, value_t))
+    out, out_t, *rest = attention_jvp(
+        q, k, v, q_t, k_t, v_t, mask, scale=scale, enable_gqa=enable_gqa, return_lse=True
+    )
     found = out.transpose(0, 1), out_t.transpose(0, 1)
     return (*found, *rest) if return_lse else found
 

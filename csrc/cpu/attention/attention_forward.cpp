@@ -246,7 +246,8 @@ class Forward {
     int64_t at = 0;
     for (int64_t i = 0; i < problem_count(params_) && at < end; ++i) {
       const ForwardKernel<Unit> kernel = problem(i);
-      if (kernel.cost() > 0 && at + kernel.cost() > begin) kernel.run(begin - at, end - at, workspace);
+      if (kernel.cost() > 0 && at + kernel.cost() > begin)
+        kernel.run(begin - at, end - at, workspace);
       at += kernel.cost();
     }
   }
