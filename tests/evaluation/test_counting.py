@@ -193,7 +193,7 @@ def test_sums_of_another_evaluation_are_refused_and_stay(tmp_path: Path) -> None
         UserError, match=r"another evaluation \(its batch_size is 8, now it is 4\): give another"
     ):
         count_features(Noise(), space(), 4, file, Ranks())
-    with pytest.raises(UserError, match=r"another evaluation \(its side is 4, now it is 2\)"):
+    with pytest.raises(UserError, match=r"another evaluation \(its size is \[4, 4\], now it is \[2, 2\]\)"):
         count_features(Noise(), Scored(1, 2, torch.device("cpu")), BATCH, file, Ranks())
     assert file.read_bytes() == before
     file.write_bytes(before[:-20])

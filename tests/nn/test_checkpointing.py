@@ -78,7 +78,7 @@ def test_the_values_of_the_blocks_once_more_and_no_tangents(model: PixelMeanFlow
         with FlopCounterMode(display=False) as counter:
             step(model, mode)
         flops[mode] = counter.get_total_flops()
-    tokens, image, hidden = CONFIG.num_tokens, CONFIG.side**2, CONFIG.hidden_size
+    tokens, image, hidden = CONFIG.num_tokens, CONFIG.num_image_tokens, CONFIG.hidden_size
     width = model.u_head[0].mlp.w1.out_features
 
     def block(queries: int) -> int:
