@@ -88,7 +88,7 @@ def problems(scale: str) -> Iterator[Problem]:
         (images, (rank, 3, patch, patch), (rank,), (hidden, rank), (hidden,), (count, hidden)),
         1,
         kind="gemm",
-        weave=lambda args, along: [*args[:5], *along, args[5]],
+        weave=lambda args, along: [*args, None, *along],
     )
 
 

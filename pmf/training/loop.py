@@ -266,7 +266,8 @@ class Run:
             first = int(finite.all(dim=1).int().argmin())
             step = trainer.step - len(rows) + first + 1
             term = next(i for i in (1, 2, 3, 0) if not finite[first, i])
-            raise self._diverged(f"{COLUMNS[term]} became {losses[first, term].item()} at step {step}")
+            found = losses[first, term].item()
+            raise self._diverged(f"the loss became {found} at step {step} (term {COLUMNS[term]})")
         means = dict(zip(COLUMNS, losses.mean(dim=0).tolist(), strict=False))
         del means["loss"]
         norms = rows[:, -1]

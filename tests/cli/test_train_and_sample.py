@@ -16,6 +16,7 @@ from helpers.pmf_process import TINY, environment, run_in
 from PIL import Image
 
 from pmf import checkpoint
+from pmf.checkpoint import ours
 from pmf.cli import main, sample
 
 
@@ -115,14 +116,14 @@ def test_sampling_never_reads_the_v_head(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = []
-    honest = checkpoint.read_tensors
+    honest = ours.read_tensors
 
     def spy(*arguments: object, **options: object) -> object:
         tensors, header = honest(*arguments, **options)
         read.extend(tensors)
         return tensors, header
 
-    monkeypatch.setattr(checkpoint, "read_tensors", spy)
+    monkeypatch.setattr(ours, "read_tensors", spy)
     assert main(["sample", str(trained), "--seeds", "1", "--out", str(tmp_path / "out")]) == 0
     assert "u_final.linear.weight" in read and not [name for name in read if name.startswith("v_")]
 

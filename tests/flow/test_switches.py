@@ -10,6 +10,7 @@ import torch
 from flow.test_objective import BATCHES, CONFIG, SAMPLES, CountingModel, batch, batch_of, compare, model
 from torch import Tensor
 
+import pmf
 from pmf.flow import (
     EDMPreconditioner,
     LineTimes,
@@ -18,7 +19,6 @@ from pmf.flow import (
     PlaneTimes,
     Preconditioner,
     SCMPreconditioner,
-    sample,
 )
 from pmf.models import ModelConfig, PixelMeanFlow
 from pmf.reference.network import network
@@ -202,7 +202,7 @@ def test_samples_follow_the_models_own_switches(model: PixelMeanFlow, name: str)
     model = copy.copy(model)
     model.config = config
     noise = torch.randn(2, 2, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    images = sample(model, [1, 3], omega=2.0, interval=(0.2, 0.9), noise=noise)
+    images = pmf.sample(model, [1, 3], omega=2.0, interval=(0.2, 0.9), noise=noise)
     one = torch.ones(2, dtype=torch.float64)
     c_in, c_skip, c_out = coefficients(config.preconditioner, one, config.sigma_data, config.noise_scale)
     condition = one, 2 * one, 0.2 * one, 0.9 * one, torch.tensor([1, 3])

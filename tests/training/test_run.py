@@ -105,7 +105,7 @@ def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_last_checkpoint(
     broken = MemoryImages(pixels, torch.arange(16) % 2, ["even", "odd"])
     order = Trainer(tiny(), broken).stream.indices(0, 16)
     bad_step = 1 if 5 in order[:8] else 2
-    sentence = f"loss_u became nan at step {bad_step}"
+    sentence = rf"the loss became nan at step {bad_step} \(term loss_u\)"
     with pytest.raises(UserError, match=f"{sentence}; no checkpoint had been saved; .*below --lr"):
         train(tiny(log_every=50), tmp_path / "first", dataset=broken)
     assert checkpoint.checkpoint_folders(tmp_path / "first") == []
