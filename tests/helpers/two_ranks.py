@@ -55,11 +55,15 @@ def config(**overrides: Any) -> TrainConfig:
 
 
 def steps(trainer: Trainer) -> dict[str, Any]:
-    """Losses of all steps, and the weights and averages at the end, whole."""
+    """Losses and gradient norms of all steps, and the weights and averages at the end, whole."""
     run = trainer.config.run
-    losses = [trainer.ranks.mean(trainer.train_step()) for _ in range(trainer.step, run.steps or 0)]
+    told = torch.stack(
+        [trainer.ranks.mean(trainer.train_step()) for _ in range(trainer.step, run.steps or 0)]
+    )
+    losses, norms = told[:, :3], told[:, -1]
     averages = trainer.ema.weights(trainer.config.sampling.sample_ema)
-    return {"losses": torch.stack(losses), "weights": whole(trainer.weights()), "averages": whole(averages)}
+    weights = whole(trainer.weights())
+    return {"losses": losses, "norms": norms, "weights": weights, "averages": whole(averages)}
 
 
 def muon_steps(process_group: Any, rank: int = 0, ranks: int = 1, mesh: Any = None) -> list[torch.Tensor]:

@@ -65,6 +65,7 @@ def difference(found: dict[str, Any], expected: dict[str, Any]) -> float:
 def test_two_ranks_are_one_process(two: dict[str, Any], one: dict[str, Any], how: str) -> None:
     assert one["losses"][:, 1:].std(dim=0).min() > 1e-3  # the steps do something
     assert difference(two[how], one) < EXACT
+    assert one["norms"].std() > 1e-3 and torch.allclose(two[how]["norms"], one["norms"], rtol=1e-4)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
