@@ -3,6 +3,7 @@
 // The kernels and their mathematics: attention_backward_queries.cuh (ordinary) or
 // attention_backward_tangents.cuh (through both outputs), then attention_backward_keys.cuh.
 #include "cuda/attention/attention_backward_plan.h"
+#include "cuda/attention/attention_views.h"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/launchers.h"
 
@@ -31,9 +32,26 @@ int preferred_warps(int64_t rows) {
   return 20 * padded(4) < 19 * padded(kMaxWarps) ? 4 : kMaxWarps;
 }
 
+// BackwardKernels::regular, but for the widths.
+bool is_regular(const AttentionBackwardParams& p) {
+  const AttentionShape& s = p.shape;
+  if (p.mask.kind != MaskKind::none || p.is_causal || s.heads != s.key_heads) return false;
+  const int64_t bytes = dtype_bytes(p.dtype);
+  const auto queries = [&](const auto& x) {
+    return x.data != nullptr && whole_chunks(x, s.batch, s.heads, s.queries, bytes);
+  };
+  const auto keys = [&](const auto& x) {
+    return x.data != nullptr && whole_chunks(x, s.batch, s.key_heads, s.keys, bytes);
+  };
+  const bool primal = queries(p.query) && queries(p.grad) && keys(p.key) && keys(p.value);
+  return primal && (p.grad_t.data == nullptr ||
+                    (queries(p.query_t) && queries(p.grad_t) && keys(p.key_t) && keys(p.value_t)));
+}
+
 }  // namespace
 
-const BackwardKernels& attention_backward_kernels(const AttentionBackwardParams& params) {
+const BackwardKernels& attention_backward_kernels(const AttentionBackwardParams& params,
+                                                  int64_t shared_limit) {
   const BackwardTable table = params.dtype == DType::bf16  ? attention_backward_bf16()
                               : params.dtype == DType::f16 ? attention_backward_f16()
                               : params.allow_tf32          ? attention_backward_tf32()
@@ -41,7 +59,18 @@ const BackwardKernels& attention_backward_kernels(const AttentionBackwardParams&
   // Without queries grad_t holds nothing, and gradients of tangents may still be wanted.
   const bool tangent = params.grad_t.data != nullptr || params.shape.queries == 0;
   const BackwardKernels* k = tangent ? table.tangent : table.ordinary;
-  while (k->width < params.shape.width || k->width < params.shape.value_width) ++k;
+  const AttentionShape& s = params.shape;
+  const bool regular = is_regular(params);
+  const auto fits = [&](const BackwardKernels& kernels) {
+    if (!kernels.regular) return s.width <= kernels.width && s.value_width <= kernels.width;
+    const auto runs = [&](bool by_keys) {
+      const BackwardPlan plan = attention_backward_plan(kernels, params, by_keys, shared_limit);
+      return plan.slots == kBackwardRegularSlots && plan.shared_bytes <= shared_limit;
+    };
+    return regular && s.width == kernels.width && s.value_width == kernels.width && runs(false) &&
+           runs(true);
+  };
+  while (!fits(*k)) ++k;
   return *k;
 }
 
@@ -51,6 +80,8 @@ BackwardPlan attention_backward_plan(const BackwardKernels& kernels,
   const AttentionShape& s = params.shape;
   const int64_t rows = by_keys ? s.keys : s.queries;
   int warps = preferred_warps(rows), slots = 3;
+  // Registers leave room for eight warps: two blocks of four cover each other's barriers.
+  if (kernels.regular && kernels.blocks * warps > kernels.warps) warps = 4;
   // A smaller ring first: blocks keep their size, and what they read is read once.
   while (shared_bytes(kernels, warps, slots, by_keys) > shared_limit) {
     const int fewer = warps > 2 ? warps - 2 : 1;
@@ -72,6 +103,11 @@ BackwardPlan attention_backward_plan(const BackwardKernels& kernels,
   const int out = by_keys ? kernels.out_keys : kernels.out_queries;
   plan.blocks = ceil_div(width, out) * ceil_div(rows, plan.rows) *
                 (by_keys ? s.key_heads : s.heads) * s.batch;
+  const int64_t heads = by_keys ? s.key_heads : s.heads;
+  plan.by_parts = Divisor(uint32_t(ceil_div(width, out)));
+  plan.by_row_blocks = Divisor(uint32_t(ceil_div(rows, plan.rows)));
+  plan.by_heads = Divisor(uint32_t(heads));
+  plan.by_group = Divisor(uint32_t(heads / (s.key_heads > 0 ? s.key_heads : 1)));
   plan.padded_queries = int(attention_backward_padded_queries(s));
   plan.statistics = static_cast<float*>(params.workspace);
   return plan;
@@ -81,10 +117,11 @@ const char* attention_backward(const AttentionBackwardParams& params, void* stre
   const AttentionShape& s = params.shape;
   constexpr int64_t kLongest = 2147483647 - 4 * kMaxWarps * kRowsOfWarp;
   if (s.queries > kLongest || s.keys > kLongest) return "more than 2^31 queries or keys";
-  const BackwardKernels& kernels = attention_backward_kernels(params);
+  const int64_t shared_limit = device_shared_limit();
+  if (shared_limit <= 0) return "the device does not say how much shared memory it has";
+  const BackwardKernels& kernels = attention_backward_kernels(params, shared_limit);
   for (const bool by_keys : {false, true}) {
-    const BackwardPlan plan =
-        attention_backward_plan(kernels, params, by_keys, device_shared_limit());
+    const BackwardPlan plan = attention_backward_plan(kernels, params, by_keys, shared_limit);
     if (plan.blocks == 0) continue;
     if (plan.blocks > kLargestGrid) return "more than 2^31 blocks of queries or keys";
     plan_next_launch(plan.rows, kernels.columns, kernels.blocks);

@@ -8,7 +8,7 @@
 //             b[0] B[t][g]  b[1] B[t + 4][g]
 //   both      c[0], c[1] C[g][2t, 2t + 1]     c[2], c[3] C[g + 8][2t, 2t + 1]
 //
-// All lanes of a warp must reach the collective ones (ldmatrix, mma, shuffle, ballot) together.
+// All lanes of a warp must reach the collective ones (ldmatrix, mma, shuffle, any) together.
 #pragma once
 
 #include "cuda/common/cuda.cuh"
@@ -158,30 +158,12 @@ __device__ inline T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(kWholeWarp, value, mask);
 }
 
-// From the lane `distance` above; the last lanes keep their own.
-template <typename T>
-__device__ inline T shuffle_down(T value, int distance) {
-  return __shfl_down_sync(kWholeWarp, value, distance);
-}
-
 template <typename T>
 __device__ inline T shuffle_idx(T value, int lane) {
   return __shfl_sync(kWholeWarp, value, lane);
 }
 
-// Bit i: what lane i said.
-__device__ inline uint32_t ballot(bool value) { return __ballot_sync(kWholeWarp, value); }
-
-// A barrier of its own among `threads` threads, whole warps; id 0 is __syncthreads().
-__device__ inline void barrier_sync(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-// Of 32-bit numbers, in global or shared memory. Returns the number before. Orders nothing else:
-// __threadfence() does.
-template <typename T>
-__device__ inline T atomic_add(T* address, T value) {
-  return atomicAdd(address, value);
-}
+// Whether any lane says so.
+__device__ inline bool any_lane(bool value) { return __any_sync(kWholeWarp, value) != 0; }
 
 }  // namespace pmf::cuda
