@@ -41,6 +41,7 @@ STABLE_TORCH_LIBRARY(pmf, m) {
 
   // Orthogonalisation of every matrix of a list; coefficients are a, b, c of each step, method direct, gram or auto.
   m.def("newton_schulz(Tensor[] matrices, float[] coefficients, str method, ScalarType dtype, bool allow_tf32=False) -> Tensor[]");
+  m.def("newton_schulz_segments(int rows, int columns, float[] coefficients, str method, ScalarType dtype, bool allow_tf32=False) -> int[]");
 
   // a b and c + a b of matrices in CPU memory, by the faster of the libraries that PyTorch carries.
   m.def("product(Tensor left, Tensor right) -> Tensor");

@@ -91,9 +91,7 @@ NewtonSchulzParams settings_of(const char* op, ScalarType elements,
               ": coefficients must be three numbers for each of one step or more, got ",
               coefficients.size());
   p.allow_tf32 = allow_tf32;
-  p.method = method == "gram"     ? NewtonSchulzMethod::gram
-             : method == "direct" ? NewtonSchulzMethod::direct
-                                  : NewtonSchulzMethod::automatic;
+  p.method = method_named(method);
   p.coefficients = coefficients.data();
   p.steps = static_cast<int64_t>(coefficients.size()) / 3;
   return p;

@@ -6,7 +6,7 @@
 // Per step a plain port spends 4 m^2 n + 2 m^3 FLOPs on full products. Here A and A^2, being
 // symmetric, are computed by block rows up to the diagonal and mirrored: (1 + m / kSymmetricRows) /
 // 2 of the work. The Gram form iterates on R = X X^T alone and touches X once per segment
-// (restarted after step 2 for accuracy):
+// (restarted for accuracy, segment_steps() in the contract says when):
 //   Z = b R + c R^2,  Q <- a Q + Z Q,  T = a R + Z R,  R <- a T + T Z,  at the end X <- Q X.
 // All of these are polynomials of one symmetric matrix, hence symmetric: 6 m^2 n + 14 m^3 for five
 // steps instead of 20 m^2 n + 10 m^3, and 17 m^3 as done here, where Q is not mirrored for
@@ -35,10 +35,6 @@ namespace {
 constexpr int64_t kSymmetricRows = 128;
 // Block rows of a full product.
 constexpr int64_t kRows = 256;
-// The Gram form multiplies into X and starts again after this step.
-constexpr int64_t kRestart = 2;
-// n >= kGramRatio m: the Gram form is cheaper and as accurate.
-constexpr double kGramRatio = 1.5;
 // Partial sums of the norm: a fixed order whatever the vector width.
 constexpr int64_t kLanes = 16;
 
@@ -273,6 +269,12 @@ struct Settings {
 
   int64_t steps() const { return static_cast<int64_t>(coefficients.size()) / 3; }
   ScalarType storage() const { return dtype == ScalarType::Half ? ScalarType::Float : dtype; }
+  DType rounding() const {
+    return dtype == ScalarType::Half       ? DType::f16
+           : dtype == ScalarType::BFloat16 ? DType::bf16
+           : dtype == ScalarType::Double   ? DType::f64
+                                           : DType::f32;
+  }
   ScalarType precise() const {
     return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   }
@@ -299,7 +301,8 @@ Tensor on_gram(Tensor x, const Settings& settings, const Executor& run) {
   Tensor next = torch::stable::new_empty(x, {m, n});
   Tensor gram = square(), product = square(), z = square(), q = square(), spare = square();
   for (int64_t begin = 0, end; begin < steps; begin = end) {
-    end = begin == 0 ? std::min(kRestart, steps) : steps;
+    end = begin +
+          segment_steps(settings.coefficients.data(), steps, begin, settings.rounding(), false);
     run.symmetric(gram, gram, x, x, 0, 1);
     for (int64_t step = begin; step < end; ++step) {
       const double* k = &settings.coefficients[3 * step];
@@ -341,10 +344,23 @@ void orthogonalise(const Tensor& source, const Tensor& out, const Settings& sett
   }
   if (run.half_storage) round_to_half(x);
   if (settings.storage() != settings.precise()) x = torch::stable::to(x, settings.storage());
-  const bool gram =
-      settings.method == "gram" ||
-      (settings.method == "auto" && static_cast<double>(n) >= kGramRatio * static_cast<double>(m));
+  const bool gram = takes_gram_form(method_named(settings.method), m, n);
   torch::stable::copy_(to, gram ? on_gram(x, settings, run) : direct(x, settings, run));
+}
+
+// Steps from restart to restart; ones for the direct form.
+std::vector<int64_t> newton_schulz_segments(int64_t rows, int64_t columns,
+                                            std::vector<double> coefficients, std::string method,
+                                            ScalarType dtype, bool allow_tf32) {
+  const Settings settings{std::move(coefficients), std::move(method), dtype};
+  const bool gram = takes_gram_form(method_named(settings.method), rows, columns);
+  std::vector<int64_t> segments;
+  for (int64_t begin = 0; begin < settings.steps(); begin += segments.back()) {
+    segments.push_back(gram ? segment_steps(settings.coefficients.data(), settings.steps(), begin,
+                                            settings.rounding(), allow_tf32)
+                            : 1);
+  }
+  return segments;
 }
 
 std::vector<Tensor> newton_schulz(std::vector<Tensor> matrices, std::vector<double> coefficients,
@@ -386,3 +402,8 @@ std::vector<Tensor> newton_schulz(std::vector<Tensor> matrices, std::vector<doub
 }  // namespace pmf
 
 PMF_IMPLEMENT(m) { m.impl("newton_schulz", TORCH_BOX(&pmf::newton_schulz)); }
+
+// No tensor decides where this runs.
+STABLE_TORCH_LIBRARY_IMPL(pmf, CompositeExplicitAutograd, m) {
+  m.impl("newton_schulz_segments", TORCH_BOX(&pmf::newton_schulz_segments));
+}

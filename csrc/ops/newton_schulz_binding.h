@@ -9,6 +9,12 @@
 
 namespace pmf {
 
+inline NewtonSchulzMethod method_named(const std::string& name) {
+  return name == "gram"     ? NewtonSchulzMethod::gram
+         : name == "direct" ? NewtonSchulzMethod::direct
+                            : NewtonSchulzMethod::automatic;
+}
+
 // The op on matrices that share a device and a dtype.
 std::vector<Tensor> newton_schulz_by_kernels(const std::vector<Tensor>& matrices,
                                              const std::vector<double>& coefficients,

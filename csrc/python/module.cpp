@@ -151,7 +151,10 @@ py::dict newton_schulz_launches(const std::vector<std::pair<int64_t, int64_t>>& 
       throw py::value_error("matrices must not be empty");
     }
   }
-  const std::vector<double> coefficients(3 * steps, 1.0);
+  std::vector<double> coefficients;  // the quintic's, which decide on restarts
+  for (int64_t step = 0; step < steps; ++step) {
+    coefficients.insert(coefficients.end(), {3.4445, -4.7750, 2.0315});
+  }
   const pmf::StepParams step;
   params.dtype = cuda_dtype(dtype);
   params.compute = cuda_dtype(compute_dtype);

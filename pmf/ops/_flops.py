@@ -12,15 +12,12 @@ import torch
 from torch import Tensor
 
 from pmf import _library
+from pmf.reference.newton_schulz import COEFFICIENTS
 
 __all__ = ["ELEMENTWISE", "FORMULAS", "register_all"]
 
 SYMMETRIC_ROWS = 128
 """Block rows of newton_schulz's symmetric products (kSymmetricRows in csrc/ops/newton_schulz.cpp)."""
-GRAM_RATIO = 1.5
-"""Its "auto" takes the Gram form from this ratio of the sides on (kGramRatio)."""
-GRAM_RESTART = 2
-"""The step after which the Gram form multiplies into the matrix and starts again (kRestart)."""
 
 
 def _products(query: Tensor, key: Tensor, value: Tensor, over_width: int, over_value: int) -> int:
@@ -159,29 +156,40 @@ def _newton_schulz(
     matrices: Sequence[Tensor],
     coefficients: Sequence[float],
     method: str,
+    dtype: torch.dtype,
+    allow_tf32: bool = False,
     *_: Any,
     out_val: Any = None,
 ) -> int:
-    return sum(
-        orthogonalisation_flops(x.shape[0], x.shape[1], len(coefficients) // 3, method) for x in matrices
-    )
+    return sum(_orthogonalisation(*x.shape, coefficients, method, dtype, allow_tf32) for x in matrices)
 
 
 def _muon_step(params: Sequence[Tensor], *settings: Any, out_val: Any = None) -> int:
-    coefficients, method = settings[-4:-2]
-    return _newton_schulz(params, coefficients, method)
+    return _newton_schulz(params, *settings[-4:])
 
 
-def orthogonalisation_flops(rows: int, columns: int, steps: int = 5, method: str = "auto") -> int:
-    """What newton_schulz executes for one matrix: symmetric products by block rows up to the diagonal."""
+def orthogonalisation_flops(
+    rows: int, columns: int, steps: int = 5, method: str = "auto", dtype: torch.dtype = torch.float16
+) -> int:
+    """What newton_schulz with the quintic's coefficients executes for one matrix."""
+    return _orthogonalisation(rows, columns, COEFFICIENTS["quintic"] * steps, method, dtype)
+
+
+def _orthogonalisation(
+    rows: int,
+    columns: int,
+    coefficients: Sequence[float],
+    method: str,
+    dtype: torch.dtype,
+    allow_tf32: bool = False,
+) -> int:
+    """Symmetric products are computed by block rows up to the diagonal."""
     m, n = min(rows, columns), max(rows, columns)
     blocks = [(begin, min(begin + SYMMETRIC_ROWS, m)) for begin in range(0, m, SYMMETRIC_ROWS)]
     half_square = sum((end - begin) * end for begin, end in blocks)
-    if method == "direct" or (method == "auto" and n < GRAM_RATIO * m):
-        return steps * 2 * (half_square * (n + m) + m * m * n)
     flops = 0
-    segments = [(0, min(GRAM_RESTART, steps)), (GRAM_RESTART, steps)]
-    for length in (end - begin for begin, end in segments if end > begin):
+    lengths = torch.ops.pmf.newton_schulz_segments(rows, columns, coefficients, method, dtype, allow_tf32)
+    for length in lengths:
         # X X^T and Q X; each step's square, and what brings gram to the next step; Q, but for the first step.
         flops += half_square * n + m * m * n
         flops += length * half_square * m + (length - 1) * (2 * half_square * m + m * m * m)

@@ -61,10 +61,12 @@ def newton_schulz(
         matrices: [..., m, n], or a list of matrices of any shapes; float32, bfloat16, float16 or float64, any
             strides. Never written to.
         steps: number of iterations.
-        coefficients: "quintic" (3.4445, -4.7750, 2.0315), "taylor" (15/8, -5/4, 3/8), a triple (a, b, c),
-            or one triple a step.
-        method: "direct"; "gram", which iterates on X X^T and restarts after step 2 (fewer FLOPs for wide
-            and tall matrices); or "auto": "gram" where the long side is at least 1.5 times the short one.
+        coefficients: "quintic" (3.4445, -4.7750, 2.0315), "taylor" (15/8, -5/4, 3/8), "polar-express" (made
+            for each step, with a safety factor of 1.01), a triple (a, b, c), or one triple a step.
+        method: "direct"; "gram", which iterates on X X^T for two steps, or the last three, between restarts
+            (fewer FLOPs for wide and tall matrices), and takes a direct step where rounding could grow too
+            much before the next restart; or "auto": "gram" where the long side is at least 1.5 times the
+            short one.
         compute_dtype: dtype of the products and of what is stored between them. By default float64 for
             float64 matrices; otherwise float32 on the CPU and float16 on CUDA. float16 on the CPU rounds
             each stored product to float16 and multiplies in float32.

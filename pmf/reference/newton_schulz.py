@@ -8,9 +8,12 @@ which applies p(s) = a s + b s^3 + c s^5 to every singular value and leaves the 
 """
 
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
+
+from pmf import _library
 
 __all__ = ["newton_schulz", "normalise", "step_coefficients"]
 
@@ -22,21 +25,33 @@ COEFFICIENTS: dict[str, Coefficients] = {
     # Taylor's: slower, but converges to exactly 1.
     "taylor": (15 / 8, -10 / 8, 3 / 8),
 }
-RESTART = 2
-GRAM_RATIO = 1.5
+SAFETY = 1.01
+"""Each polynomial p of Polar Express but the last is p(s / SAFETY): what rounding adds stays in its range."""
+POLAR_EXPRESS: tuple[Coefficients, ...] = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+    (1.875, -1.25, 0.375),
+)
+"""Amsel et al., "The Polar Express" (2025), for singular values from 1e-3 to 1; the last is repeated."""
 
 
 def newton_schulz(
     matrices: Tensor,
     steps: int = 5,
     coefficients: str | Coefficients | Sequence[Coefficients] = "quintic",
-    method: str = "auto",
+    method: str = "direct",
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Orthogonalise each matrix of [..., m, n]; the result has the dtype of `matrices`.
 
     "direct" is the iteration above. "gram" iterates on R = X X^T, multiplying the polynomials up in Q, and
-    restarts after step 2, because R squares the condition number. "auto" is "gram" where n >= 1.5 m.
+    restarts where the compiled op does, because R squares the condition number; so does "auto" for wide and
+    tall matrices.
     """
     factors = step_coefficients(steps, coefficients)
     tall = matrices.shape[-2] > matrices.shape[-1]
@@ -44,10 +59,11 @@ def newton_schulz(
     m, n = x.shape[-2:]
     precise = _precise(matrices.dtype, compute_dtype)
     x = normalise(x.to(precise)).to(compute_dtype or precise)
-    if method == "gram" or (method == "auto" and n >= GRAM_RATIO * m):
-        x = _on_gram(_on_gram(x, factors[:RESTART]), factors[RESTART:])
-    else:
+    if method == "direct":
         x = _direct(x, factors)
+    else:
+        for segment in _segments(m, n, factors, method, x.dtype):
+            x = _on_gram(x, segment) if len(segment) > 1 else _direct(x, segment)
     return (x.mT if tall else x).to(matrices.dtype)
 
 
@@ -73,8 +89,11 @@ def step_coefficients(
     if steps < 0:
         raise ValueError(f"newton_schulz: steps must not be negative, got {steps}")
     if isinstance(coefficients, str):
+        if coefficients == "polar-express":
+            safe = [(a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in POLAR_EXPRESS[:-1]]
+            return [(safe + [POLAR_EXPRESS[-1]])[min(i, len(safe))] for i in range(steps)]
         if coefficients not in COEFFICIENTS:
-            known = " or ".join(COEFFICIENTS)
+            known = ", ".join(COEFFICIENTS) + " or polar-express"
             raise ValueError(f"newton_schulz: coefficients must be {known} or numbers, got {coefficients!r}")
         return [COEFFICIENTS[coefficients]] * steps
     rows = torch.tensor(coefficients, dtype=torch.float64, device="cpu")
@@ -91,6 +110,17 @@ def _direct(x: Tensor, factors: Sequence[Coefficients]) -> Tensor:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x
+
+
+def _segments(
+    m: int, n: int, factors: Sequence[Coefficients], method: str, dtype: torch.dtype
+) -> list[list[Coefficients]]:
+    """The steps from restart to restart, as the compiled op has them (csrc/include/pmf/newton_schulz.h)."""
+    _library.require()
+    numbers = [number for triple in factors for number in triple]
+    lengths = torch.ops.pmf.newton_schulz_segments(m, n, numbers, method, dtype)
+    steps = iter(factors)
+    return [list(islice(steps, length)) for length in lengths]
 
 
 def _on_gram(x: Tensor, factors: Sequence[Coefficients]) -> Tensor:

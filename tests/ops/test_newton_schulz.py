@@ -1,5 +1,6 @@
 """Newton-Schulz: what must hold bit for bit, and its error against float64."""
 
+import math
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from pmf import reference
 from pmf.ops import newton_schulz
+from pmf.reference.newton_schulz import step_coefficients
 
 METHODS = ("direct", "gram")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -68,6 +70,54 @@ def test_any_number_of_steps(steps, method):
     for coefficients in ("quintic", "taylor", (1.5, -0.5, 0.0), triples or "quintic"):
         plain = reference.newton_schulz(g, steps, coefficients, "direct")
         assert error(newton_schulz(g, steps, coefficients, method), plain) < 1e-11
+
+
+def largest(x: torch.Tensor) -> float:
+    return torch.linalg.svdvals(x.double())[..., 0].max().item() if x.isfinite().all() else float("inf")
+
+
+@pytest.mark.parametrize("coefficients", ["quintic", "taylor", "polar-express"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", METHODS)
+def test_no_number_of_steps_explodes(method, dtype, coefficients):
+    """What rounding leaves of R where X has nothing grows with every step, and faster once it is negative."""
+    matrices = [random(12, 30), random(1, 9), random(40, 64), random(3, 12)]
+    matrices += [random(32, rank, seed=rank) @ random(rank, 96) for rank in (1, 2, 4)]
+    for m, n, last in ((2, 9, 0.03), (11, 22, 0.06), (24, 60, 1e-4), (16, 40, 1e-8)):
+        left, right = torch.linalg.qr(random(m, m))[0], torch.linalg.qr(random(n, m, seed=1))[0]
+        matrices.append(left @ (torch.logspace(0, math.log10(last), m)[:, None] * right.T))
+        values = torch.full((m,), last)
+        values[0] = 1  # the others repeated
+        matrices.append(left @ (values[:, None] * right.T))
+    for steps in (1, 2, 3, 4, 5, 6, 7, 8, 12, 19, 30):
+        for g, result in zip(
+            matrices,
+            newton_schulz(matrices, steps, coefficients, method, dtype),
+            strict=True,
+        ):
+            exact = largest(reference.newton_schulz(g.double(), steps, coefficients))
+            assert largest(result) <= 1.5 * max(exact, 0.9), (steps, tuple(g.shape))
+
+
+def test_polar_express_is_a_list_of_triples():
+    g = random(20, 60)
+    triples = step_coefficients(9, "polar-express")
+    assert len(set(triples)) == 8 and triples[7] == (1.875, -1.25, 0.375)
+    assert torch.equal(newton_schulz(g, 9, triples), newton_schulz(g, 9, "polar-express"))
+    assert (torch.linalg.svdvals(newton_schulz(g, 9, "polar-express")) - 1).abs().max() < 1e-4
+
+
+def test_where_the_gram_form_restarts():
+    def lengths(steps, dtype, coefficients="quintic"):
+        numbers = [number for triple in step_coefficients(steps, coefficients) for number in triple]
+        return torch.ops.pmf.newton_schulz_segments(64, 128, numbers, "auto", dtype)
+
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        assert lengths(5, dtype) == [2, 3] and lengths(8, dtype) == [2, 2, 2, 2]
+        assert lengths(7, dtype) == [2, 2, 3] and lengths(1, dtype) == [1] and lengths(0, dtype) == []
+    assert lengths(5, torch.bfloat16) == [1, 1, 1, 2]
+    assert lengths(5, torch.float16, "polar-express") == [1, 1, 3]
+    assert lengths(5, torch.bfloat16, "polar-express") == [1, 1, 1, 2]
 
 
 def test_taylor_converges_to_the_polar_factor():
@@ -208,7 +258,7 @@ def test_bad_arguments_are_named():
         (([torch.ones(2, 3, 4)],), r"a list of \[m, n\]"),
         ((torch.ones(3, 4, dtype=torch.int64),), "got int64"),
         ((g, -1), "steps must not be negative"),
-        ((g, 5, "cubic"), "coefficients must be quintic or taylor"),
+        ((g, 5, "cubic"), "coefficients must be quintic, taylor or polar-express"),
         ((g, 5, (1.0, float("nan"), 0.0)), "three finite numbers"),
         ((g, 5, [(1.0, 0.0, 0.0)] * 4), "or 5 such triples"),
         ((g, 5, "quintic", "svd"), "method must be auto, direct or gram"),

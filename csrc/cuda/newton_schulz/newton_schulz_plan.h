@@ -7,8 +7,8 @@
 // one launch. For five steps:
 //
 //   direct, 15 waves: thrice a step   A = X X^T,  P = a I + b A + c A^2,  X <- P X
-//   Gram, 17 waves, on R = X X^T, which is small, restarted after step 2 because R squares the
-//   condition number:
+//   Gram, 17 waves, on R = X X^T, which is small, restarted (segment_steps() in the contract says
+//   when) because R squares the condition number:
 //     each segment   R = X X^T;   at its end   X <- Q X
 //     each step      P = a I + b R + c R^2;   Q <- P Q (Q = P in the segment's first);
 //                    T = P R,  R <- T P (not in the segment's last); Q shares T's wave
@@ -27,13 +27,11 @@
 
 namespace pmf::cuda::ns {
 
-constexpr int kPad = 64;            // elements: a quarter of a tile
-constexpr int64_t kAlign = 128;     // bytes: a line of the L2 cache
-constexpr double kGramRatio = 1.5;  // n >= 1.5 m: the Gram form is cheaper and as accurate
-constexpr int64_t kRestart = 2;     // steps of the Gram form's first segment
-constexpr int kMaxMatrices = 512;   // of a chunk; these three keep launch arguments below 32 KB
-constexpr int kMaxBuckets = 32;     // of a chunk
-constexpr int kMaxProducts = 64;    // of a wave: two a bucket
+constexpr int kPad = 64;           // elements: a quarter of a tile
+constexpr int64_t kAlign = 128;    // bytes: a line of the L2 cache
+constexpr int kMaxMatrices = 512;  // of a chunk; these three keep launch arguments below 32 KB
+constexpr int kMaxBuckets = 32;    // of a chunk
+constexpr int kMaxProducts = 64;   // of a wave: two a bucket
 constexpr int64_t kMaxElements = 1 << 28;  // of a chunk: bounds the workspace, to some 2 GB
 
 constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
@@ -78,9 +76,7 @@ struct Wave {
 inline Bucket bucket_of(const NewtonSchulzParams& params, const NewtonSchulzMatrix& matrix) {
   Bucket bucket{std::min(matrix.rows, matrix.columns), std::max(matrix.rows, matrix.columns), false,
                 0, 0};
-  bucket.gram = params.method == NewtonSchulzMethod::gram ||
-                (params.method == NewtonSchulzMethod::automatic &&
-                 static_cast<double>(bucket.n) >= kGramRatio * static_cast<double>(bucket.m));
+  bucket.gram = takes_gram_form(params.method, matrix.rows, matrix.columns);
   return bucket;
 }
 
@@ -160,7 +156,8 @@ class Schedule {
   void gram() {
     char *r = square_[0], *t = square_[1], *q = square_[2], *p = square_[3], *next_q = square_[4];
     for (int64_t begin = 0, end; begin < params_.steps; begin = end) {
-      end = begin == 0 ? std::min(kRestart, params_.steps) : params_.steps;
+      end = begin + segment_steps(params_.coefficients, params_.steps, begin, params_.compute,
+                                  params_.allow_tf32);
       if (begin > 0) next_wave();
       self_product(r);
       for (int64_t step = begin; step < end; ++step) {

@@ -35,4 +35,43 @@ struct NewtonSchulzParams {
   void* workspace = nullptr;  // newton_schulz_workspace_bytes() of device memory, 16-byte aligned
 };
 
+// ---- which form, and how many steps between restarts --------------------------------------------
+
+// n >= kGramRatio m: on the Gram matrix the iteration costs less.
+constexpr double kGramRatio = 1.5;
+
+inline bool takes_gram_form(NewtonSchulzMethod method, int64_t rows, int64_t columns) {
+  const auto m = static_cast<double>(rows < columns ? rows : columns),
+             n = static_cast<double>(rows < columns ? columns : rows);
+  return method == NewtonSchulzMethod::gram ||
+         (method == NewtonSchulzMethod::automatic && n >= kGramRatio * m);
+}
+
+// Steps of the Gram form's segment that begins at step `begin`; a segment of one is a direct step.
+//
+// With R = X X^T off by at most u, the unit roundoff of what is stored, a segment's polynomial q
+// leaves singular values of at most sqrt(max (r + u) q(r)^2), r in [-u, |X|^2]: those of X below
+// sqrt(u), which R does not resolve, grow by G, the product of the steps' a, and add up to u G^2 to
+// the square of the largest. Up to a tenth they stay where the steps that follow converge (the
+// quintic's ends at 1.264, 5 % above its largest value); after the last step nothing follows, and 1
+// is allowed. Two steps are the most, because accuracy suffers from three; three where they are the
+// last, because they cost less than a restart.
+inline int64_t segment_steps(const double* coefficients, int64_t steps, int64_t begin,
+                             DType compute, bool allow_tf32) {
+  const double u = compute == DType::bf16                 ? 0x1p-9
+                   : compute == DType::f64                ? 0x1p-53
+                   : compute == DType::f32 && !allow_tf32 ? 0x1p-24
+                                                          : 0x1p-11;
+  const int64_t left = steps - begin;
+  for (int64_t length = begin > 0 && left == 3 ? 3 : 2; length > 1; --length) {
+    if (length > left) continue;
+    double growth = u;
+    for (int64_t step = begin; step < begin + length; ++step) {
+      growth *= coefficients[3 * step] * coefficients[3 * step];
+    }
+    if (growth <= (length == left ? 1 : 0.1)) return length;
+  }
+  return 1;
+}
+
 }  // namespace pmf
