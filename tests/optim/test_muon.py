@@ -320,7 +320,7 @@ def test_bad_arguments_are_named():
         (lambda: Muon(p, weight_decay=float("nan")), "weight_decay must be finite"),
         (lambda: Muon(p, scale="big"), "scale must be one of spectral, match_rms, none"),
         (lambda: Muon(p, ns_method="svd"), "ns_method must be one of auto, direct, gram"),
-        (lambda: Muon(p, ns_coefficients="cubic"), "coefficients must be quintic or taylor"),
+        (lambda: Muon(p, ns_coefficients="cubic"), "coefficients must be quintic, taylor or polar-express"),
         (lambda: Muon([{"params": p, "compute_dtype": "fp8"}]), "compute_dtype must be a floating dtype"),
         (lambda: Muon(p, lr=torch.ones(2)), "the learning rate must be one number"),
     ):
