@@ -170,7 +170,10 @@ def _choose(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Path | None, T
             done = checkpoint.step_of(checkpoint.newest_checkpoint(arguments.resume))
             config = config.with_settings(steps=done + 2, minutes=None)
         return arguments.resume, config
-    config, out = get_preset(arguments.preset or preset or "digits", **overrides), arguments.out
+    try:
+        config, out = get_preset(arguments.preset or preset or "digits", **overrides), arguments.out
+    except TypeError as error:  # flags have their types; only a file can hold a word where a number belongs
+        raise UserError(f"{arguments.config} holds a setting of a wrong type ({error})") from error
     if arguments.quick:
         config = quick(config, ranks.size)
     if out is not None and out.is_dir() and checkpoint.checkpoint_folders(out):

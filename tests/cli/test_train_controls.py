@@ -45,6 +45,7 @@ def test_a_settings_file_gives_what_flags_do_not(tmp_path: Path, capsys: pytest.
         ("a: [", "cannot be read as YAML"),
         ("image-size: big", "--image-size"),
         ("batch-size: -1", "--batch-size must be 1 or more"),
+        ("batch-size: many", "holds a setting of a wrong type"),
     ],
 )
 def test_a_wrong_settings_file_is_one_sentence(
