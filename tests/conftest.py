@@ -1,15 +1,26 @@
-"""Which tests run on the ptx backend (helpers/ptx), where every kernel is compiled before it runs.
-
-Of each test function's cases there those that bring a value of some parameter for the first time: every value
-once, not every combination. `PMF_PTX=all pytest -k ptx` runs them all.
-"""
+"""What holds for every test: fresh compiled code, and a choice of cases for the ptx backend."""
 
 import os
+import sys
+from collections.abc import Iterator
 
 import pytest
 
 
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    """Dynamo keeps eight graphs of one function: a ninth test's fails because of the eight before it."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The ptx backend (helpers/ptx) compiles every kernel before it runs.
+
+    Of each test function's cases it gets those that bring a value of some parameter for the first time: every
+    value once, not every combination. `PMF_PTX=all pytest -k ptx` runs them all.
+    """
     if os.environ.get("PMF_PTX") == "all":
         return
     seen: dict[str, set[tuple[int, str]]] = {}

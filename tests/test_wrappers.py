@@ -146,7 +146,6 @@ def test_weights_go_into_wrapped_models(name):
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_the_objective_and_the_sampler_take_wrapped_models(name):
     """The wrapped model's numbers and gradients, and its images, are the model's."""
-    torch._dynamo.reset()
     model = digits()
     wrapped = WRAPPERS[name](copy.deepcopy(model))
     objective = pmf.flow.Objective(noise_scale=model.config.noise_scale)

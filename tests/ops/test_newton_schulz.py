@@ -172,17 +172,18 @@ def test_alone_batched_listed_and_with_any_threads_bitwise(dtype):
 
 
 @pytest.mark.parametrize("setting", ["MKL_ENABLE_INSTRUCTIONS=AVX2", "ONEDNN_MAX_CPU_ISA=AVX512_CORE"])
-def test_the_same_as_another_processor_would_have_it(setting):
+def test_the_same_as_another_processor_would_have_it(setting, tmp_path):
     """MKL and oneDNN choose kernels by processor, and each divides its products in its own way."""
     name, value = setting.split("=")
     test = f"{__file__}::{test_alone_batched_listed_and_with_any_threads_bitwise.__name__}"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test],
         env={**os.environ, name: value},
+        cwd=tmp_path,  # -m puts the current folder first: the source folder would hide the installed package
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -3,7 +3,7 @@
 import copy
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,13 +19,6 @@ SHAPES = {
     "two shapes": [(16, 32), (8, 8)],
     "matrices, vectors and a convolution": [(16, 32), (16,), (16, 32), (4, 3, 2, 2), (16,)],
 }
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

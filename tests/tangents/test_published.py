@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.networks import Problem, jvp_math
-from helpers.published import load_or_skip
 from helpers.tolerance import assert_close, error
 from torch import Tensor
 
@@ -154,7 +153,6 @@ def test_replaced_attention_has_the_tangents_of_math_attention(make, load) -> No
 
 def test_pytorchs_own_samples() -> None:
     """Values of every sample of op_db, gradients, and tangents, against PyTorch's math attention."""
-    load_or_skip("expecttest")  # which the samples' module imports
     from torch.testing._internal.common_methods_invocations import op_db
 
     entry = next(op for op in op_db if op.name == "nn.functional.scaled_dot_product_attention")
