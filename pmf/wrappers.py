@@ -1,8 +1,12 @@
 """What people put around a model, and what that does to the names of its parameters.
 
 DistributedDataParallel     puts "module." in front of every name
+DataParallel                the same, and runs copies of the module on several devices
 torch.compile               puts "_orig_mod." before what lies in the compiled module
+checkpoint_wrapper          puts "_checkpoint_wrapped_module." before what lies in the block
 fully_shard (FSDP2)         changes no name; the module is all that it was, in another class
+FullyShardedDataParallel    (FSDP1) puts "_fsdp_wrapped_module." there and flattens the parameters: refused,
+                            except in the names of files
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,10 +17,13 @@ from torch import nn
 __all__ = ["by_plain_names", "exchanges", "plain_names", "unwrap", "without_ddp"]
 
 DDP = nn.parallel.DistributedDataParallel
+DP = nn.DataParallel
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
 
 _COMPILED, _PARALLEL = "_orig_mod", "module."
+_FSDP1 = "FullyShardedDataParallel"
+_WITHIN = (_COMPILED, "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def plain_names(names: Iterable[str]) -> list[str]:
@@ -25,7 +32,7 @@ def plain_names(names: Iterable[str]) -> list[str]:
     "module." counts only where it stands in front of all: a network may have a part of that name.
     """
     given = list(names)
-    plain = [".".join(part for part in name.split(".") if part != _COMPILED) for name in given]
+    plain = [".".join(part for part in name.split(".") if part not in _WITHIN) for name in given]
     while plain and all(name.startswith(_PARALLEL) for name in plain):
         plain = [name.removeprefix(_PARALLEL) for name in plain]
     return plain if len(set(plain)) == len(set(given)) else given
@@ -37,10 +44,24 @@ def by_plain_names(tensors: Mapping[str, T]) -> dict[str, T]:
 
 
 def unwrap(model: M) -> M:
-    """The model itself, inside DistributedDataParallel and torch.compile in any order."""
+    """The model itself, inside DistributedDataParallel, DataParallel and torch.compile in any order.
+
+    Raises TypeError for FullyShardedDataParallel, and for DataParallel on several devices: it would hand the
+    tangents of the first samples to the copies that have the others.
+    """
     inner: Any = model
-    while isinstance(inner, DDP) or _COMPILED in inner._modules:
-        inner = inner.module if isinstance(inner, DDP) else inner._modules[_COMPILED]
+    while isinstance(inner, (DDP, DP)) or _COMPILED in inner._modules:
+        if isinstance(inner, DP) and len(inner.device_ids) > 1:
+            raise TypeError(
+                f"the model is in DataParallel on {len(inner.device_ids)} devices, which cannot split "
+                "samples with tangents; use DistributedDataParallel, or pass model.module"
+            )
+        inner = inner._modules[_COMPILED] if _COMPILED in inner._modules else inner.module
+    if _has_base(inner, _FSDP1):
+        raise TypeError(
+            "the model is in FullyShardedDataParallel (FSDP1), which flattens parameters; shard it with "
+            "torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
     return inner
 
 
@@ -54,9 +75,11 @@ def without_ddp(model: M) -> M:
 
 def exchanges(model: nn.Module) -> bool:
     """Whether a pass through the model waits for other ranks, so that all have to make as many."""
-    return any(isinstance(module, DDP) or _is_fully_sharded(module) for module in model.modules())
+    return any(
+        isinstance(module, DDP) or _has_base(module, "FSDPModule", _FSDP1) for module in model.modules()
+    )
 
 
-def _is_fully_sharded(module: nn.Module) -> bool:
-    """By the name of the class that `fully_shard` adds: importing it costs as much as torch.distributed."""
-    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
+def _has_base(module: nn.Module, *names: str) -> bool:
+    """By name: importing the classes of FSDP costs as much as torch.distributed."""
+    return any(kind.__name__ in names for kind in type(module).__mro__)

@@ -18,6 +18,7 @@ from pmf.optim import EMA, Muon
 from pmf.wrappers import exchanges, plain_names, unwrap
 
 PREFIXES = ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module._orig_mod.")
+PREFIXES += ("_fsdp_wrapped_module.", "module._checkpoint_wrapped_module.")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,9 +36,11 @@ def compiled(model: nn.Module) -> nn.Module:
 
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "ddp": DDP,
+    "data parallel": nn.DataParallel,  # without a GPU it runs the module itself
     "compiled": compiled,
     "ddp of compiled": lambda model: DDP(compiled(model)),
     "compiled ddp": lambda model: compiled(DDP(model)),
+    "data parallel of compiled": lambda model: nn.DataParallel(compiled(model)),
 }
 
 
@@ -161,6 +164,41 @@ def test_the_objective_and_the_sampler_take_wrapped_models(name):
             pmf.sample(m, [0, 1, 2], noise=noise, precision=precision) for m in (wrapped, model)
         )
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_data_parallel_on_several_devices_is_refused():
+    """It would hand the tangents of the first samples to the copies that have others."""
+    model = nn.DataParallel(digits())
+    model.device_ids = [0, 1]
+    objective = pmf.flow.Objective(noise_scale=model.module.config.noise_scale)
+    images, labels = torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(TypeError, match="DataParallel on 2 devices.*use DistributedDataParallel"):
+        objective(model, images, labels, objective.draw(images, labels))
+    with pytest.raises(TypeError, match="DataParallel on 2 devices"):
+        pmf.sample(model, [0, 1])
+
+
+@pytest.mark.filterwarnings("ignore:.*FSDP.*", "ignore:.*NO_SHARD.*")
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_flattened_parameters_are_refused(use_orig_params):
+    """FSDP1's parameters are pieces of one vector: Muon would take a piece of a matrix for a bias."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = digits()
+    objective = pmf.flow.Objective(noise_scale=model.config.noise_scale)
+    wrapped = FullyShardedDataParallel(model, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+    images, labels = torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64)
+    attempts = {
+        "Muon": lambda: Muon(wrapped),
+        "Muon of pairs": lambda: Muon(wrapped.named_parameters()),
+        "EMA": lambda: EMA(wrapped),
+        "objective": lambda: objective(wrapped, images, labels, objective.draw(images, labels)),
+        "sample": lambda: pmf.sample(wrapped, [0, 1]),
+        "sample, compiled": lambda: pmf.sample(compiled(wrapped), [0, 1]),
+    }
+    for name, attempt in attempts.items():
+        with pytest.raises(TypeError, match=r"FullyShardedDataParallel \(FSDP1\).*fully_shard"):
+            pytest.fail(f"{name} took it: {attempt()}")
 
 
 def test_a_model_with_compiled_blocks():

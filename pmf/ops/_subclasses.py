@@ -122,6 +122,11 @@ def require_plain(op: str, **tensors: Any) -> None:
 
 def require_trainable(op: str, name: str, x: Tensor) -> None:
     """Raises TypeError unless an optimizer knows how x keeps its values: plain memory, or a DTensor's."""
+    if getattr(x, "_fsdp_flattened", False):
+        raise TypeError(
+            f"{op}: {name} is flattened by FullyShardedDataParallel (FSDP1), so that its matrices are gone; "
+            "shard the model with torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
     if type(x) in PLAIN or kind_of(x) in ("plain", "sharded"):
         return
     if kind_of(x) == "dispatched" and type(x).__module__.startswith("torch._subclasses."):  # fake tensors

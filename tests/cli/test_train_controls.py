@@ -96,6 +96,10 @@ def test_the_best_checkpoint_of_the_curve_is_kept(tmp_path: Path, capsys: pytest
     assert pmf.cli.main([*evaluation, "--out", str(tmp_path / "evaluation")]) == 0
     apart = json.loads((tmp_path / "evaluation" / "result.json").read_text())["frechet_distance"]
     assert apart == pytest.approx(best["frechet_distance"], rel=1e-5)
+    (tmp_path / "run" / "best.json").write_text('{"step": 2}')
+    capsys.readouterr()
+    assert pmf.cli.main(["train", "--resume", str(tmp_path / "run"), "--steps", "9"]) == 2
+    assert 'best.json must hold the numbers "step" and "frechet_distance"' in capsys.readouterr().err
 
 
 def test_an_evaluation_needs_a_reference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
