@@ -1,4 +1,4 @@
-"""``python -m pmf`` is the command ``pmf``."""
+"""``python -m pmf`` runs the command ``pmf``."""
 
 import sys
 

@@ -1,7 +1,7 @@
-"""Loads libpmf.so, once, and remembers why if it cannot be loaded.
+"""Load libpmf.so once; if it cannot be loaded, remember why.
 
-``import pmf`` never fails for want of the library: models, references and data work without it, and
-the first op that needs it raises one sentence that says what is wrong and what to do.
+``import pmf`` works without the library, and so do models, references and data; the first op that needs it
+raises a one-sentence error with the reason and the fix.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ LIBRARY = Path(__file__).with_name("libpmf.so")
 
 
 def _why_not() -> str | None:
-    """Load the library; None if that worked, else a sentence for the user."""
+    """Load the library; return None on success, else an error message for the user."""
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2] if part.isdigit())
     if version < OLDEST_TORCH:
         return (
-            f"pmf's compiled ops need PyTorch 2.11 or newer and this is {torch.__version__}: "
+            f"pmf's compiled ops need PyTorch 2.11 or newer and found {torch.__version__}: "
             "upgrade with `pip install --upgrade torch`."
         )
     if not LIBRARY.exists():
@@ -46,18 +46,18 @@ _error = _why_not()
 
 
 def missing() -> str | None:
-    """Why the compiled ops are not there, in one sentence; None if they are."""
+    """Why the compiled ops are unavailable, in one sentence; None if they are available."""
     return _error
 
 
 def require() -> None:
-    """Raise RuntimeError with that sentence if the compiled ops are not there."""
+    """Raise RuntimeError if the compiled ops are unavailable."""
     if _error is not None:
         raise RuntimeError(_error)
 
 
 def takes_cuda_kernel(tensor: torch.Tensor) -> bool:
-    """Which of an op's two kernels gets this tensor. (The tests' emulator answers for CPU tensors.)"""
+    """Whether this tensor goes to the CUDA kernel. (The tests' emulator patches this for CPU tensors.)"""
     return tensor.is_cuda
 
 
@@ -65,32 +65,32 @@ def allow_tf32() -> bool:
     """Whether float32 products on CUDA may round their operands to TF32: PyTorch's own setting."""
     try:
         return torch.get_float32_matmul_precision() != "highest"
-    except RuntimeError:  # it was chosen by torch's newer switch, of which the older one does not tell
+    except RuntimeError:  # set through torch's newer API, which the older getter cannot read
         return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def cpu_level() -> str:
-    """The level the CPU kernels run at: portable, avx2, avx512 or avx512_bf16."""
+    """The instruction-set level of the CPU kernels: portable, avx2, avx512 or avx512_bf16."""
     require()
     return torch.ops.pmf.cpu_level("")
 
 
 def set_cpu_level(name: str) -> str:
-    """Run the CPU kernels at a level ("auto": the best there is), from now on in the whole process.
+    """Set the level of the CPU kernels for this process ("auto": the best available).
 
-    The environment variable ``PMF_CPU_LEVEL`` does the same from the start. Raises ValueError for a level
-    that this processor does not have.
+    The environment variable ``PMF_CPU_LEVEL`` sets the initial level. Raises ValueError for a level that this
+    processor lacks.
     """
     require()
     return torch.ops.pmf.cpu_level(name)
 
 
 def _check_asked_level() -> None:
-    """Warn if PMF_CPU_LEVEL names a level that this processor or this library does not have."""
+    """Warn if PMF_CPU_LEVEL names a level that this processor or this library lacks."""
     asked = os.environ.get("PMF_CPU_LEVEL", "auto")
     if _error is None and asked not in ("", "auto") and asked != cpu_level():
         warnings.warn(
-            f"PMF_CPU_LEVEL={asked} is not a level of this processor: running at {cpu_level()}.",
+            f"PMF_CPU_LEVEL={asked} is not available on this processor: using {cpu_level()}.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -101,7 +101,7 @@ _check_asked_level()
 
 @functools.cache
 def introspection() -> ModuleType | None:
-    """The pybind11 module, or None: portable wheels, which serve every Python, leave it out."""
+    """The pybind11 module, or None in portable wheels, which omit it to serve every Python version."""
     if _error is not None:
         return None
     try:

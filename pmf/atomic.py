@@ -1,4 +1,4 @@
-"""Files and folders that are complete or absent, whatever happens while they are written."""
+"""Atomic writes: a file or folder is either complete or absent, even after a crash."""
 
 import os
 import shutil
@@ -6,14 +6,14 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
-_CHUNK = 1 << 24  # bytes compared at a time when a file is read back
+_CHUNK = 1 << 24  # bytes per read when verifying a file
 
 
 def write_folder(target: Path, files: Iterable[tuple[str, bytes]]) -> None:
-    """Write a folder so that it is either complete or absent, whatever happens on the way.
+    """Write a folder atomically: complete or absent.
 
-    Every file is synced and read back, then one rename makes the folder visible. Raises OSError, and then
-    removes what was written.
+    Every file is synced and verified, then a single rename makes the folder visible. On OSError, removes the
+    partial folder and re-raises.
     """
     partial = partial_folder(target)
     shutil.rmtree(partial, ignore_errors=True)
@@ -28,19 +28,19 @@ def write_folder(target: Path, files: Iterable[tuple[str, bytes]]) -> None:
 
 
 def partial_folder(target: Path) -> Path:
-    """What a folder is called while it is written."""
+    """The temporary name of a folder while it is being written."""
     return target.with_name(f".{target.name}.partial")
 
 
 def finish_folder(partial: Path, target: Path) -> None:
-    """Make a complete folder, whose files are synced, visible by one rename; raises OSError."""
+    """Make a complete folder with synced files visible in one rename; raises OSError."""
     _sync_folder(partial)
     partial.rename(target)
     _sync_folder(target.parent)
 
 
 def write_file(target: Path, content: bytes) -> None:
-    """Replace a file by ``content``, or raise OSError and leave the old one as it was."""
+    """Replace a file with ``content``, or raise OSError and keep the old one."""
     partial = target.with_name(f".{target.name}.partial")
     try:
         partial.unlink(missing_ok=True)

@@ -1,8 +1,7 @@
-"""Independence of PyTorch's global state: its default dtype and device, inference mode and autocast.
+"""Independence from PyTorch's global state: default dtype and device, inference mode and autocast.
 
-What a function of this package draws depends on the generator alone; what it computes, on its arguments.
-Models are the exception that users expect: like PyTorch's own modules they are made in the default dtype, on
-the default device.
+Random draws depend only on the generator, and results only on the arguments. Models are the exception that
+users expect: like PyTorch's own modules, they are created with the default dtype on the default device.
 """
 
 from collections.abc import Iterator
@@ -16,31 +15,31 @@ __all__ = ["factory_defaults", "normal", "uniform", "whole_numbers"]
 
 
 def uniform(*shape: int, generator: torch.Generator | None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Uniform numbers in [0, 1) on the CPU, drawn where the generator is."""
+    """Uniform numbers in [0, 1), drawn on the generator's device and returned on the CPU."""
     return torch.rand(shape, generator=generator, dtype=dtype, device=home(generator)).cpu()
 
 
 def normal(*shape: int, generator: torch.Generator | None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Standard normal numbers on the CPU, drawn where the generator is."""
+    """Standard normal numbers, drawn on the generator's device and returned on the CPU."""
     return torch.randn(shape, generator=generator, dtype=dtype, device=home(generator)).cpu()
 
 
 def whole_numbers(high: int, *shape: int, generator: torch.Generator | None) -> Tensor:
-    """Integers from 0 to high - 1 on the CPU, int64, drawn where the generator is."""
+    """int64 integers from 0 to high - 1, drawn on the generator's device and returned on the CPU."""
     return torch.randint(high, shape, generator=generator, dtype=torch.int64, device=home(generator)).cpu()
 
 
 def home(generator: torch.Generator | None) -> torch.device:
-    """Where a generator draws; the CPU's global one stands in for None."""
+    """The device a generator draws on; None stands for the CPU's global generator."""
     return torch.device("cpu") if generator is None else generator.device
 
 
 @contextmanager
 def factory_defaults() -> Iterator[None]:
-    """Make tensors as if nobody had changed the defaults: float32, on the CPU. Also a decorator.
+    """Create tensors in float32 on the CPU whatever the global defaults. Also a decorator.
 
-    For what is made once, such as a network whose weights come from a file. The default dtype is the whole
-    process's, so code that may run beside other threads names dtype and device instead.
+    For one-off construction, such as a network loaded from a file. The default dtype is global to the
+    process, so code that may run beside other threads passes dtype and device explicitly instead.
     """
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
@@ -52,7 +51,7 @@ def factory_defaults() -> Iterator[None]:
 
 
 def without_autocast(like: Tensor) -> Any:
-    """A context in which products have their arguments' dtype."""
+    """A context with autocast disabled, so that products keep their arguments' dtype."""
     return torch.autocast(like.device.type, enabled=False) if like.device.type != "meta" else _Nothing()
 
 

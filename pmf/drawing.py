@@ -1,4 +1,4 @@
-"""Images by class and seed, as the commands draw them."""
+"""Sample images by class and seed."""
 
 from collections.abc import Sequence
 
@@ -19,10 +19,10 @@ def draw_by_seed(
     omega: float | None = None,
     interval: tuple[float, float] | None = None,
 ) -> torch.Tensor:
-    """Images [B, C, H, W] around [-1, 1] on the sampler's device, each from the noise of its own seed.
+    """Images [B, C, H, W] around [-1, 1] on the sampler's device, each from its own seed.
 
-    A seed's noise is drawn on the CPU by a generator of its own: it depends neither on the batch nor on the
-    device. Raises UserError for guidance or labels out of range, and where memory does not suffice.
+    Each image's noise comes from its own generator on the CPU, so it depends on neither the batch nor the
+    device. Raises UserError if guidance or labels are out of range or memory runs out.
     """
     config = sampler.network.config
     shape, generator = config.image_shape, torch.Generator("cpu")

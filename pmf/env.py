@@ -1,4 +1,4 @@
-"""What a bug report needs: versions, the CPU level in force, CUDA and GPU, and why a part is missing."""
+"""The environment report for bug reports: versions, CPU level, CUDA, GPU, and why a component is missing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OLDEST_CAPABILITY = (8, 0)
 
 
 def cpu_name() -> str:
-    """The processor's model name, as benchmark records give it."""
+    """The processor's model name, as recorded in benchmarks."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -44,8 +44,8 @@ def _introspection() -> str:
     if _library.introspection() is not None:
         return "present"
     if _library.missing() is not None:
-        return "missing, as the compiled library is"
-    return "not in this wheel (portable wheels serve every Python and leave it out)"
+        return "missing, like the compiled library"
+    return "not in this wheel (portable wheels omit it to serve every Python version)"
 
 
 def _cuda_kernels() -> str:
@@ -57,7 +57,7 @@ def _gpu() -> str:
     if torch.version.cuda is None:
         return "none: this PyTorch is a CPU build"
     if not torch.cuda.is_available():
-        return f"none that PyTorch can use (its CUDA is {torch.version.cuda})"
+        return f"none usable by PyTorch (built with CUDA {torch.version.cuda})"
     names = []
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
@@ -67,7 +67,7 @@ def _gpu() -> str:
 
 
 def _driver() -> str:
-    """The NVIDIA kernel driver's version, which decides whether CUDA 13 kernels can start (from 580)."""
+    """The NVIDIA kernel driver's version; CUDA 13 kernels need 580 or newer."""
     try:
         return Path("/sys/module/nvidia/version").read_text().strip()
     except OSError:
@@ -89,7 +89,7 @@ def _version_of(distribution: str) -> str:
 
 
 def report() -> str:
-    """The facts, one a line, as text to paste into a bug report."""
+    """The report as text, one fact per line."""
     facts = {
         "pixelmeanflow": f"{VERSION} in {Path(__file__).parent}",
         "python": f"{platform.python_version()} ({platform.platform()})",

@@ -1,8 +1,8 @@
-"""The one exception that speaks to the person at the keyboard."""
+"""The exception for errors that the user can fix."""
 
 
 class UserError(Exception):
-    """Something the user can put right: one sentence that names the thing and says what to do.
+    """An error that the user can fix: one sentence that names the problem and the remedy.
 
     The command line prints it as ``error: <sentence>`` and exits with status 2.
     """

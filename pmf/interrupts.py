@@ -1,7 +1,7 @@
-"""Stopping between two steps of work, not in the middle of one.
+"""Stop between two steps of work rather than in the middle of one.
 
-A KeyboardInterrupt can be raised anywhere, also where Python drops it (in a destructor, in a callback of a
-weak reference), and then the program runs on. An event that is set is never lost.
+A KeyboardInterrupt can be raised anywhere, including where Python discards it (in a destructor or a weakref
+callback), and the program would keep running. An event, once set, is never lost.
 """
 
 import contextlib
@@ -14,9 +14,9 @@ __all__ = ["catch_stop_signals"]
 
 @contextlib.contextmanager
 def catch_stop_signals(twice: bool = True) -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM set the event, so that the step can end; a second Ctrl-C interrupts at once.
+    """Set the event on Ctrl-C or SIGTERM so that the step can finish; a second Ctrl-C interrupts immediately.
 
-    twice is False where torchrun started this process: it passes on the Ctrl-C that the process has had.
+    twice is False under torchrun, which forwards the Ctrl-C that the process has already received.
     """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():

@@ -1,7 +1,7 @@
-"""The processes of one run: who is who, and what they decide together.
+"""The processes of a distributed run: their identity and their collective decisions.
 
-``torchrun`` starts them and tells each its number in the environment. Everything here goes over the host
-(gloo) and never waits for a device; gradients and weights go over NCCL where they are on GPUs.
+``torchrun`` starts them and sets each rank in the environment. Communication here goes through host memory
+(gloo) and never waits for a device; gradients and weights on GPUs use NCCL.
 """
 
 import contextlib
@@ -20,22 +20,22 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the `size` of a run; alone, every method is the trivial one."""
+    """This process among the `size` processes of a run; with size 1 every method is trivial."""
 
     rank: int = 0
     size: int = 1
 
     @property
     def first(self) -> bool:
-        """Whether this rank writes and speaks for all."""
+        """Whether this rank writes files and prints for all."""
         return self.rank == 0
 
     def device(self, name: str) -> str:
-        """``cuda`` as the GPU of this rank among those of its machine."""
+        """``cuda`` as this rank's GPU on its machine; other names unchanged."""
         return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if self.size > 1 and name == "cuda" else name
 
     def together(self, action: Callable[[], T]) -> T:
-        """Do it on every rank; if one of them raises UserError, all raise the sentence of the first such."""
+        """Run the action on every rank; if any raises UserError, all raise the first rank's message."""
         if self.size == 1:
             return action()
         error: UserError | None = None
@@ -50,7 +50,7 @@ class Ranks:
         raise UserError(next(sentence for sentence in sentences if sentence)) from error
 
     def maximum(self, *numbers: float) -> list[float]:
-        """The largest of each number over the ranks."""
+        """The maximum of each number over the ranks."""
         if self.size == 1:
             return list(numbers)
         found = torch.tensor(numbers, dtype=torch.float64, device="cpu")
@@ -58,18 +58,18 @@ class Ranks:
         return found.tolist()
 
     def total(self, numbers: torch.Tensor) -> torch.Tensor:
-        """The sum of a tensor in host memory over the ranks."""
+        """The sum over the ranks of a tensor in host memory."""
         if self.size > 1:
             numbers = numbers.clone()
             dist.all_reduce(numbers)
         return numbers
 
     def mean(self, numbers: torch.Tensor) -> torch.Tensor:
-        """The mean of a tensor in host memory over the ranks."""
+        """The mean over the ranks of a tensor in host memory."""
         return self.total(numbers) / self.size
 
     def from_first(self, value: T) -> T:
-        """What the first rank says."""
+        """Broadcast the first rank's value."""
         if self.size == 1:
             return value
         said: list[Any] = [value]
@@ -77,7 +77,7 @@ class Ranks:
         return said[0]
 
     def require_same(self, what: str, mine: dict[str, Any]) -> None:
-        """UserError on all ranks that names the first entry in which one of them differs from the first."""
+        """Raise UserError on all ranks naming the first entry that differs from the first rank's."""
         if self.size == 1:
             return
         everyone: list[dict[str, Any]] = [{} for _ in range(self.size)]
@@ -93,7 +93,7 @@ class Ranks:
 
 @contextlib.contextmanager
 def joined_ranks() -> Iterator[Ranks]:
-    """Join the processes that torchrun started, for the length of a run; alone where it did not."""
+    """Join the processes that torchrun started, for the length of the context; otherwise run alone."""
     size = _number("WORLD_SIZE", 1)
     if size == 1 or dist.is_initialized():
         yield Ranks(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Ranks()

@@ -1,4 +1,4 @@
-"""Sizes of images: one number for squares, (height, width) for all others, HEIGHTxWIDTH in words."""
+"""Image sizes: one number for squares, otherwise (height, width); HEIGHTxWIDTH as text."""
 
 import operator
 import re
@@ -11,7 +11,7 @@ Size = int | tuple[int, int]
 
 
 def height_and_width(size: SupportsIndex | Sequence[int]) -> tuple[int, int]:
-    """(height, width) of a size; ValueError where it is neither one number of at least 1 nor two."""
+    """(height, width) of a size; ValueError unless it is one or two integers of at least 1."""
     try:
         numbers = (size, size) if isinstance(size, SupportsIndex) else tuple(size)
         height, width = (operator.index(number) for number in numbers)
@@ -23,13 +23,13 @@ def height_and_width(size: SupportsIndex | Sequence[int]) -> tuple[int, int]:
 
 
 def normal_size(size: SupportsIndex | Sequence[int]) -> Size:
-    """The one way to write a size: a square's as a number, so that equal sizes compare equal."""
+    """The canonical form of a size, a number for squares, so that equal sizes compare equal."""
     height, width = height_and_width(size)
     return height if height == width else (height, width)
 
 
 def parse_size(text: str) -> Size:
-    """``32`` or ``32x64``, height before width; ValueError for anything else."""
+    """Parse ``32`` or ``32x64`` (height first); ValueError for anything else."""
     match = re.fullmatch(r"(\d{1,9})(?:[xX](\d{1,9}))?", text.strip())
     if match is None:
         raise ValueError(f"must be a number or HEIGHTxWIDTH such as 32x64, got {text!r}")
@@ -37,5 +37,5 @@ def parse_size(text: str) -> Size:
 
 
 def size_in_words(size: SupportsIndex | Sequence[int]) -> str:
-    """``32x64``."""
+    """The size as text, such as ``32x64``."""
     return "{}x{}".format(*height_and_width(size))

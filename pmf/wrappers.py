@@ -1,12 +1,12 @@
-"""What people put around a model, and what that does to the names of its parameters.
+"""Wrappers around a model, and their effect on parameter names.
 
-DistributedDataParallel     puts "module." in front of every name
-DataParallel                the same, and runs copies of the module on several devices
-torch.compile               puts "_orig_mod." before what lies in the compiled module
-checkpoint_wrapper          puts "_checkpoint_wrapped_module." before what lies in the block
-fully_shard (FSDP2)         changes no name; the module is all that it was, in another class
-FullyShardedDataParallel    (FSDP1) puts "_fsdp_wrapped_module." there and flattens the parameters: refused,
-                            except in the names of files
+DistributedDataParallel     prefixes every name with "module."
+DataParallel                does the same, and runs copies of the module on several devices
+torch.compile               inserts "_orig_mod." before the names inside the compiled module
+checkpoint_wrapper          inserts "_checkpoint_wrapped_module." before the names inside the block
+fully_shard (FSDP2)         keeps the names; changes the module's class in place
+FullyShardedDataParallel    (FSDP1) inserts "_fsdp_wrapped_module." and flattens the parameters: rejected, except
+                            in the names in files
 """
 
 from collections.abc import Iterable, Mapping
@@ -27,9 +27,9 @@ _WITHIN = (_COMPILED, "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def plain_names(names: Iterable[str]) -> list[str]:
-    """The names without what wrappers put into them, in any order and number; as they are if two would meet.
+    """Parameter names without wrapper prefixes, in any order and number; unchanged if two would collide.
 
-    "module." counts only where it stands in front of all: a network may have a part of that name.
+    "module." is removed only if every name starts with it: a network may have a submodule of that name.
     """
     given = list(names)
     plain = [".".join(part for part in name.split(".") if part not in _WITHIN) for name in given]
@@ -39,15 +39,15 @@ def plain_names(names: Iterable[str]) -> list[str]:
 
 
 def by_plain_names(tensors: Mapping[str, T]) -> dict[str, T]:
-    """The same values under `plain_names`."""
+    """The same values keyed by `plain_names`."""
     return dict(zip(plain_names(tensors), tensors.values(), strict=True))
 
 
 def unwrap(model: M) -> M:
-    """The model itself, inside DistributedDataParallel, DataParallel and torch.compile in any order.
+    """The model inside DistributedDataParallel, DataParallel and torch.compile, nested in any order.
 
-    Raises TypeError for FullyShardedDataParallel, and for DataParallel on several devices: it would hand the
-    tangents of the first samples to the copies that have the others.
+    Raises TypeError for FullyShardedDataParallel, and for DataParallel on several devices: it would send the
+    tangents of the first samples to copies that hold other samples.
     """
     inner: Any = model
     while isinstance(inner, (DDP, DP)) or _COMPILED in inner._modules:
@@ -66,7 +66,7 @@ def unwrap(model: M) -> M:
 
 
 def without_ddp(model: M) -> M:
-    """What DistributedDataParallel wraps, for passes without gradients: its own would exchange buffers."""
+    """The model inside DistributedDataParallel, for passes without gradients: DDP's would sync buffers."""
     inner: Any = model
     while isinstance(inner, DDP):
         inner = inner.module
@@ -74,7 +74,7 @@ def without_ddp(model: M) -> M:
 
 
 def exchanges(model: nn.Module) -> bool:
-    """Whether a pass through the model waits for other ranks, so that all have to make as many."""
+    """Whether a forward pass waits for other ranks, so that all must run equally many passes."""
     return any(
         isinstance(module, DDP) or _has_base(module, "FSDPModule", _FSDP1) for module in model.modules()
     )

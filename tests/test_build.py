@@ -128,7 +128,7 @@ def test_unknown_level_is_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "expected"), [("portable", "level portable"), ("sse9", "PMF_CPU_LEVEL=sse9 is not a level")]
+    ("asked", "expected"), [("portable", "level portable"), ("sse9", "PMF_CPU_LEVEL=sse9 is not available")]
 )
 def test_environment_variable_sets_the_level(asked: str, expected: str, tmp_path: Path) -> None:
     script = "from pmf import _library; print('level', _library.cpu_level())"

@@ -10,12 +10,12 @@ from pmf.cli.notes import notes_on_stderr
 from pmf.errors import UserError
 
 _NEED_KERNELS = ("train", "sample", "evaluate", "ablate", "flops", "bench")
-_INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
-_DESCRIPTION = """Train Pixel MeanFlow models and draw images from them in one step.
+_INTERRUPTED = 130  # the exit status that shells report after Ctrl-C
+_DESCRIPTION = """Train Pixel MeanFlow models and sample images from them in one step.
 
-  pmf train                        train on the handwritten digits and draw a picture of samples
-  pmf sample runs/00000-digits     draw single images and a grid from what was trained
-  pmf COMMAND --help               all that a command can do
+  pmf train                        train on handwritten digits and save a grid of samples
+  pmf sample runs/00000-digits     sample images and a grid from that run
+  pmf COMMAND --help               all options of a command
 """
 
 
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         asks_help = not {"-h", "--help"}.isdisjoint(words)
         if words and words[0] in _NEED_KERNELS and not asks_help and (why := _library.missing()):
             raise UserError(why)
-        if words[:1] == ["bench"]:  # its options belong to pmf.bench, which parses them itself
+        if words[:1] == ["bench"]:  # pmf.bench parses its own options
             return bench.run(words[1:])
         parser = Parser(prog="pmf", description=_DESCRIPTION)
         commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:  # of a file that no command expected to fail
+    except OSError as error:  # from a file no command guards itself
         place = f"{error.filename}: " if error.filename else ""
         print(f"error: {place}{error.strerror or error}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""``pmf ablate``: variants of one training run, compared in one table and one plot."""
+"""``pmf ablate``: train variants of a run and compare them in one table and one plot."""
 
 import argparse
 import json
@@ -24,20 +24,20 @@ from pmf.version import VERSION
 _INTERRUPTED = 130
 _QUICK_NETWORK = {"hidden_size": 32, "num_heads": 2}
 _QUICK = {"steps": 4, "batch_size": 16, "judge_steps": 20, "samples": 64}  # at most
-_DESCRIPTION = """Train variants of one run for equal steps and compare their one-step samples.
+_DESCRIPTION = """Train variants of a run for the same number of steps and compare their one-step samples.
 
-Every variant is trained with every seed. A classifier that is trained on the real images first judges the
-samples: the Frechet distance in its features (no FID: it compares within one table only), and the share of
-samples that it takes for the class asked for. The folder of the study gets table.md, record.json and
-plot.png; a finished run is not done again when the same command is given again.
+Every variant is trained with every seed. A classifier, trained on the real images first, scores the samples:
+the Frechet distance in its feature space (not FID; comparable within one table only) and the share of samples
+classified as the requested class. The output folder receives table.md, record.json and plot.png; repeating
+the command skips runs that have finished.
 
   pmf ablate --suite digits                                   the paper's ablations on the digits
   pmf ablate --suite paper --data /usr/share/datasets/fashion-mnist
   pmf ablate --steps 2000 --variant base= --variant adam=optimizer=adam,adam-lr=0.003 --variant u=prediction=u
 
-A variant is NAME=flag=value,flag=value with the flags of pmf train, such as no-guidance; NAME= is the base
-itself. --variants takes a JSON file {"NAME": {"flag": value, ...}, ...}. Settings given to this command
-belong to all variants.
+A variant is NAME=flag=value,flag=value with the flags of pmf train, for example no-guidance; NAME= is the
+unchanged base. --variants reads a JSON file {"NAME": {"flag": value, ...}, ...}. Settings passed to this
+command apply to all variants.
 """
 
 
@@ -49,29 +49,27 @@ def add_parser(commands: Commands) -> None:
         usage="pmf ablate [--suite NAME] [--variant NAME=flag=value,...] [options]",
         description=_DESCRIPTION,
     )
-    parser.add_argument("--suite", choices=list(SUITES), help="variants that come with the package")
-    parser.add_argument("--variant", action="append", default=[], metavar="NAME=...", help="a variant more")
-    parser.add_argument("--variants", type=Path, metavar="FILE", help="variants from a JSON file")
-    parser.add_argument(
-        "--only", nargs="+", metavar="NAME", help="of all these variants, those with these names"
-    )
-    parser.add_argument("--preset", choices=list(PRESETS), help="the base (the suite's, or digits)")
-    parser.add_argument("--seeds", default="0-2", help="numbers and ranges, such as 0-2 (%(default)s)")
-    parser.add_argument("--samples", type=int, help="images drawn per run (5000, or half of the real ones)")
+    parser.add_argument("--suite", choices=list(SUITES), help="a built-in set of variants")
+    parser.add_argument("--variant", action="append", default=[], metavar="NAME=...", help="add a variant")
+    parser.add_argument("--variants", type=Path, metavar="FILE", help="read variants from a JSON file")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="run only the variants with these names")
+    parser.add_argument("--preset", choices=list(PRESETS), help="base preset (the suite's, or digits)")
+    parser.add_argument("--seeds", default="0-2", help="seeds and ranges, e.g. 0-2 (%(default)s)")
+    parser.add_argument("--samples", type=int, help="samples per run (5000, or half the real images)")
     parser.add_argument("--judge-steps", type=int, help="training steps of the classifier (1000)")
-    parser.add_argument("--out", type=Path, help="folder of the study (ablation, or ablation-quick)")
+    parser.add_argument("--out", type=Path, help="output folder (ablation, or ablation-quick)")
     parser.add_argument(
         "--quick",
         action="store_true",
-        help=f"a trial of seconds: one seed, at most {_QUICK['steps']} steps of a network "
-        f"{_QUICK_NETWORK['hidden_size']} wide and {_QUICK['samples']} samples; the figures mean nothing",
+        help=f"smoke test in seconds: one seed, at most {_QUICK['steps']} steps of a network of width "
+        f"{_QUICK_NETWORK['hidden_size']} and {_QUICK['samples']} samples; the results are meaningless",
     )
     add_settings(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run what is not finished, write the report, and print it."""
+    """Run the unfinished runs, write the report and print it."""
     if arguments.out is None:
         arguments.out = Path("ablation-quick" if arguments.quick else "ablation")
     if arguments.quick:
@@ -140,7 +138,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _cut(arguments: argparse.Namespace) -> None:
-    """Make what was asked for small enough for --quick; flags not given are set."""
+    """Shrink the study for --quick, including settings that were not given."""
     for name, most in _QUICK.items():
         given = getattr(arguments, name, None)
         setattr(arguments, name, most if given is None else min(given, most))
@@ -167,10 +165,10 @@ def _variants(arguments: argparse.Namespace, suite: Suite | None) -> list[Varian
 
 
 def _base(arguments: argparse.Namespace, suite: Suite | None) -> TrainConfig:
-    """The preset with the settings of the command line; a preset that ends by time needs --steps."""
+    """The base configuration: preset plus command-line settings; a preset limited by time needs --steps."""
     given = given_settings(arguments)
     if "seed" in given:
-        raise UserError("--seed is for one run: a study takes --seeds")
+        raise UserError("--seed is for a single run: use --seeds for a study")
     if suite is not None and arguments.preset in (None, suite.preset):
         given = {**suite.settings, **given}
     if "steps" in given and "minutes" not in given:
@@ -179,7 +177,7 @@ def _base(arguments: argparse.Namespace, suite: Suite | None) -> TrainConfig:
 
 
 def parse_variant(text: str) -> Variant:
-    """``NAME=flag=value,flag=value``: flags as `pmf train` takes them, without the dashes."""
+    """Parse ``NAME=flag=value,flag=value``, with the flags of `pmf train` minus the dashes."""
     name, equals, rest = text.partition("=")
     if not equals:
         raise UserError(f"--variant {text}: write NAME=flag=value,flag=value, such as adam=optimizer=adam")
@@ -191,13 +189,13 @@ def parse_variant(text: str) -> Variant:
 
 
 def read_variants(path: Path) -> list[Variant]:
-    """Variants of a JSON file {"NAME": {"flag": value, ...}, ...}; UserError where it holds anything else."""
+    """Read variants from JSON, {"NAME": {"flag": value, ...}, ...}; UserError for any other content."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"--variants {path} cannot be read as JSON ({error})") from error
     if not isinstance(content, dict) or not all(isinstance(value, dict) for value in content.values()):
-        raise UserError(f'--variants {path} must hold {{"NAME": {{"flag": value, ...}}, ...}}')
+        raise UserError(f'--variants {path} must contain {{"NAME": {{"flag": value, ...}}, ...}}')
     variants = []
     for name, given in content.items():
         words: list[str] = []
@@ -212,7 +210,7 @@ def read_variants(path: Path) -> list[Variant]:
 
 
 def _parse(words: Sequence[str], name: str) -> dict[str, Any]:
-    """Settings from the words of a command line; UserError names the variant."""
+    """Parse the settings of one variant; a UserError names the variant."""
     parser = Parser(prog="pmf ablate", add_help=False)
     add_settings(parser)
     try:

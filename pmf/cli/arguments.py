@@ -1,4 +1,4 @@
-"""Argparse with this project's manner of erring, and flags generated from the typed settings of training."""
+"""argparse whose errors are UserErrors, and flags generated from the typed training settings."""
 
 import argparse
 import types
@@ -9,18 +9,18 @@ from typing import Any, NoReturn
 from pmf.errors import UserError
 from pmf.training.config import TrainConfig, flag, settings
 
-Commands = Any  # argparse keeps the type of add_subparsers() to itself
+Commands = Any  # the return type of add_subparsers() is private to argparse
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises UserError, shows text as it is written, and knows no abbreviated flags."""
+    """An argument parser that raises UserError, keeps help text as written and rejects abbreviated flags."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=_Help, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        """Turn argparse's complaint into the sentence that `pmf.cli.main` prints."""
-        raise UserError(f"{message}; {self.prog} --help shows what can be given")
+        """Raise argparse's message as a UserError, which `pmf.cli.main` prints."""
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -29,7 +29,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """One flag for every field of the training settings; flags not given stay out of the namespace."""
+    """Add one flag per training setting; flags that are not given stay out of the namespace."""
     groups: dict[str, Any] = {}
     defaults = TrainConfig()
     for group, setting in settings():
@@ -42,7 +42,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
             groups[group].add_argument(flag(setting.name), **options)
             continue
         element, is_tuple = _element_type(typing.get_type_hints(section)[setting.name])
-        if element is bool:  # and --no-..., so that a resumed run can switch it off
+        if element is bool:  # with --no-..., so that a resumed run can turn it off
             options.update(action=argparse.BooleanOptionalAction)
         elif is_tuple:
             options.update(type=element, nargs="+", metavar=element.__name__.upper())
@@ -54,14 +54,14 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The settings that the command line named, ready for `TrainConfig.with_settings`."""
+    """The settings given on the command line, as keyword arguments for `TrainConfig.with_settings`."""
     names = {setting.name for _, setting in settings()}
     given = {name: value for name, value in vars(arguments).items() if name in names}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
 def word_by(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """`parse` as argparse's type: its ValueError becomes the sentence after the flag's name."""
+    """`parse` as an argparse type: its ValueError becomes the text after the flag's name."""
 
     def convert(text: str) -> Any:
         try:
@@ -73,7 +73,7 @@ def word_by(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def _element_type(kind: Any) -> tuple[type, bool]:
-    """The type of one word on the command line, and whether there may be several words."""
+    """The type of one command-line word, and whether the setting takes several words."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         (kind,) = [option for option in typing.get_args(kind) if option is not type(None)]
     if typing.get_origin(kind) is tuple:

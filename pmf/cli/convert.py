@@ -1,4 +1,4 @@
-"""``pmf convert``: any checkpoint as one file, of this project or under the authors' names."""
+"""``pmf convert``: write any checkpoint as a single file, in our format or with the authors' names."""
 
 import argparse
 import io
@@ -15,47 +15,47 @@ from pmf.sizes import size_in_words
 
 _SUFFIXES = (".safetensors", ".pth", ".pt")
 
-_DESCRIPTION = """Write one file from any checkpoint: a .safetensors, which carries its model's configuration,
-or a .pth under the names of the authors' PyTorch code, which knows the configuration from elsewhere.
+_DESCRIPTION = """Write a checkpoint as one file: .safetensors, which includes the model configuration, or
+.pth with the parameter names of the authors' PyTorch code, which stores no configuration.
 
   pmf convert pMF-B-16.pth pmf-b-16.safetensors --preset pmf-b/16
   pmf convert runs/00000-digits digits.safetensors --ema 50
   pmf convert runs/imagenet pMF-B-16.pth
 
-The authors' files are read without running any code they may hold; anything but tensors in them is an error.
+The authors' files are read without executing code they may contain; anything but tensors is an error.
 """
 
 
 def add_parser(commands: Commands) -> None:
     """Register the command."""
-    parser = commands.add_parser("convert", help="turn a checkpoint into one file", description=_DESCRIPTION)
-    parser.add_argument("source", type=Path, help="a run's folder, .safetensors, or the authors' .pth")
+    parser = commands.add_parser("convert", help="convert a checkpoint to one file", description=_DESCRIPTION)
+    parser.add_argument("source", type=Path, help="run folder, .safetensors, or the authors' .pth")
     parser.add_argument(
-        "target", type=Path, help="the .safetensors or .pth file to write; it must not exist yet"
+        "target", type=Path, help="the .safetensors or .pth file to write; must not exist yet"
     )
-    parser.add_argument("--ema", help="which averaged weights of a run: a half-life such as 500, or none")
-    parser.add_argument("--preset", choices=list(models.PRESETS), help="check that it is this model")
+    parser.add_argument("--ema", help="averaged weights to use: a half-life such as 500, or none")
+    parser.add_argument("--preset", choices=list(models.PRESETS), help="check that the model is this preset")
     parser.add_argument(
-        "--noise-scale", type=float, help="standard deviation of the noise, for weights of no preset's shape"
+        "--noise-scale", type=float, help="standard deviation of the noise, if the model matches no preset"
     )
     parser.add_argument(
         "--class-names",
         type=Path,
         metavar="FILE",
-        help="names for pmf sample --classes, one a line, for a .safetensors (the authors' are numbers)",
+        help="file with one class name per line for pmf sample --classes; .safetensors only",
     )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Convert, and say what was found."""
+    """Convert, and report what was written."""
     target: Path = arguments.target
     if target.suffix not in _SUFFIXES:
         raise UserError(
             f"the target must end in .safetensors, or in .pth for the authors' names, got {target}"
         )
     if target.exists():
-        raise UserError(f"{target} exists: choose another name")
+        raise UserError(f"{target} already exists: choose another name")
     loaded = checkpoint.load_model(arguments.source, arguments.ema, noise_scale=arguments.noise_scale)
     weights = {name: parameter.detach() for name, parameter in loaded.model.named_parameters()}
     if arguments.preset is not None:
@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     millions = sum(weight.numel() for weight in weights.values()) / 1e6
     print(f"{target}: {millions:.1f} M parameters from {loaded.path}")
     if target.suffix != ".safetensors":
-        print(f"what such a file cannot say: class names, {_settings(config)}")
+        print(f"not stored in a .pth file: class names, {_settings(config)}")
     return 0
 
 
@@ -101,7 +101,7 @@ def _official_bytes(model: models.PixelMeanFlow) -> bytes:
 
 
 def _read_names(path: Path, count: int) -> list[str]:
-    """One class name a line, in the order of the labels."""
+    """Read one class name per line, in label order."""
     try:
         names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
@@ -109,7 +109,7 @@ def _read_names(path: Path, count: int) -> list[str]:
     if len(names) != count or len(set(names)) != count:
         raise UserError(
             f"--class-names {path} has {len(set(names))} different names, but the model has {count} classes: "
-            "give one name a line"
+            "give one name per line"
         )
     return names
 
@@ -119,4 +119,4 @@ def _require_preset(loaded: checkpoint.LoadedModel, preset: str) -> None:
     for name in ("image_size", "patch_size", "channels", "hidden_size", "depth", "head_depth", "num_heads"):
         found, wanted = getattr(loaded.model.config, name), getattr(expected, name)
         if found != wanted:
-            raise UserError(f"{loaded.path} is not of {preset}: its {name} is {found}, not {wanted}")
+            raise UserError(f"{loaded.path} does not match {preset}: its {name} is {found}, not {wanted}")

@@ -1,4 +1,4 @@
-"""``pmf env``: what a bug report needs to say."""
+"""``pmf env``: the environment report for bug reports."""
 
 import argparse
 
@@ -9,8 +9,8 @@ def add_parser(commands: Commands) -> None:
     """Register the command."""
     parser = commands.add_parser(
         "env",
-        help="print versions, CPU level, GPU, and why a part is missing",
-        description="Print what a bug report needs: versions, CPU level, GPU, why a part is missing.",
+        help="print versions, CPU level, GPU, and why a component is missing",
+        description="Print the report for bug reports: versions, CPU level, GPU, why a component is missing.",
     )
     parser.set_defaults(run=run)
 

@@ -1,4 +1,4 @@
-"""``pmf evaluate``: FID and Inception Score of a model's samples, or of any images."""
+"""``pmf evaluate``: FID and Inception Score of a model's samples or of any images."""
 
 import argparse
 import dataclasses
@@ -37,22 +37,22 @@ from pmf.metrics import frechet_of_moments
 from pmf.ranks import Ranks, joined_ranks
 from pmf.sizes import parse_size
 
-_DESCRIPTION = """Compare images by the Frechet distance of their features, FID if these are Inception's.
+_DESCRIPTION = """Compute the Frechet distance between two sets of images (FID with Inception features).
 
-The images are samples of a checkpoint, class-balanced, or given with --images. They are compared with a file
-of statistics (.npz with mu and sigma, as pytorch-fid, ADM, EDM and the MeanFlow trainers write them), with a
-folder of images, with a .npz of images (arr_0), or with a data set such as digits.
+The images are class-balanced samples from a checkpoint, or the source given with --images. The reference is a
+statistics file (.npz with mu and sigma, as written by pytorch-fid, ADM, EDM and the MeanFlow trainers), a
+folder of images, an .npz of images (arr_0), or a dataset such as digits.
 
   pmf evaluate pMF-B-16.pth --reference imagenet256.npz --weights pt_inception-2015-12-05-6726825d.pth
   pmf evaluate runs/00000-digits --features pixels --reference digits --num-images 1797
   pmf evaluate --images imagenet/train --image-size 256 --make-stats imagenet256.npz
   torchrun --nproc-per-node 8 -m pmf evaluate pMF-H-16.pth --reference imagenet256.npz --device cuda
 
-Sums of the features are kept in --out, about once a minute: the same command, on any number of processes,
-goes on where it was stopped. The figures are in --out/result.json. Without --keep no image is stored.
+Feature sums are saved to --out about once a minute: the same command, on any number of processes, resumes
+where it stopped. Results are written to --out/result.json. Samples are not stored unless --keep is given.
 """
 _BATCH_ON_CPU, _BATCH_ELSEWHERE = 16, 64
-_QUICK = 20  # images of a look whether a command works
+_QUICK = 20  # images in a --quick run
 
 
 def add_parser(commands: Commands) -> None:
@@ -62,64 +62,66 @@ def add_parser(commands: Commands) -> None:
         "checkpoint",
         type=Path,
         nargs="?",
-        help="a run's or checkpoint's folder, .safetensors, or the authors' .pth",
+        help="run or checkpoint folder, .safetensors, or the authors' .pth",
     )
-    parser.add_argument("--images", metavar="SOURCE", help="a folder, .npz or data set in place of samples")
-    parser.add_argument("--reference", metavar="SOURCE", help="what to compare with: statistics or images")
+    parser.add_argument("--images", metavar="SOURCE", help="a folder, .npz or dataset to evaluate")
+    parser.add_argument("--reference", metavar="SOURCE", help="statistics or images to compare with")
     parser.add_argument(
-        "--make-stats", type=Path, metavar="FILE", help="write the images' own statistics to this .npz"
+        "--make-stats", type=Path, metavar="FILE", help="write the statistics of the images to this .npz"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("evaluation"), help="folder of sums and result.json (%(default)s)"
+        "--out", type=Path, default=Path("evaluation"), help="folder for sums and result.json (%(default)s)"
     )
-    parser.add_argument("--num-images", type=int, metavar="N", help="how many (50000; all of --images)")
+    parser.add_argument(
+        "--num-images", type=int, metavar="N", help="images to evaluate (50000; all of --images)"
+    )
     parser.add_argument(
         "--quick",
         action="store_true",
-        help=f"{_QUICK} images on each side: whatever else is asked: to see that a command works",
+        help=f"smoke test: use {_QUICK} images on each side",
     )
     features = parser.add_argument_group("Features")
     features.add_argument(
         "--features", choices=SPACES, default="inception", help="feature space (%(default)s: FID)"
     )
-    features.add_argument("--weights", type=Path, metavar="FILE", help="weights of the features' network")
+    features.add_argument("--weights", type=Path, metavar="FILE", help="weights of the feature network")
     features.add_argument(
         "--image-size",
         type=word_by(parse_size),
         metavar="SIZE",
-        help="cut the centres of image files to so many pixels: a number for squares, or HEIGHTxWIDTH",
+        help="centre-crop image files to this size in pixels: a number for squares, or HEIGHTxWIDTH",
     )
     features.add_argument(
-        "--channels", type=int, choices=(1, 3), help="read the files of --images as grey (1) or colour (3)"
+        "--channels", type=int, choices=(1, 3), help="read image files as greyscale (1) or colour (3)"
     )
     sampling = parser.add_argument_group("Samples")
     sampling.add_argument("--classes", nargs="+", metavar="CLASS", help="class names or numbers (all)")
     sampling.add_argument(
-        "--seed", type=int, default=0, help="seed of the first; i is of seed + i (%(default)s)"
+        "--seed", type=int, default=0, help="seed of the first sample; sample i uses seed + i (%(default)s)"
     )
-    sampling.add_argument("--keep", type=Path, metavar="FOLDER", help="keep all samples, a folder per class")
-    sampling.add_argument("--ema", help="which averaged weights of a run: a half-life such as 500, or none")
+    sampling.add_argument("--keep", type=Path, metavar="FOLDER", help="save all samples, a folder per class")
+    sampling.add_argument("--ema", help="averaged weights to use: a half-life such as 500, or none")
     sampling.add_argument("--steps", type=int, default=1, help="network evaluations per image (%(default)s)")
     sampling.add_argument(
-        "--times", nargs="+", type=float, metavar="T", help="evaluate at these times instead, such as 1 0.6 0"
+        "--times", nargs="+", type=float, metavar="T", help="evaluate at these times instead, e.g. 1 0.6 0"
     )
-    sampling.add_argument("--omega", type=float, help="guidance scale, 1 or more (the model's own)")
+    sampling.add_argument("--omega", type=float, help="guidance scale, at least 1 (the model's)")
     sampling.add_argument(
-        "--interval", nargs=2, type=float, metavar=("MIN", "MAX"), help="guidance interval (the model's own)"
+        "--interval", nargs=2, type=float, metavar=("MIN", "MAX"), help="guidance interval (the model's)"
     )
     sampling.add_argument("--precision", choices=PRECISIONS, default="auto", help="as for pmf sample")
     parser.add_argument(
         "--batch-size",
         type=int,
         metavar="N",
-        help=f"images at a time ({_BATCH_ON_CPU} on a CPU, else {_BATCH_ELSEWHERE})",
+        help=f"images per batch ({_BATCH_ON_CPU} on a CPU, otherwise {_BATCH_ELSEWHERE})",
     )
     parser.add_argument("--device", default="cpu", help="torch device (%(default)s)")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Count the features of all images, compare, and record."""
+    """Accumulate the features of all images, compare, and write the result."""
     _check(arguments)
     with joined_ranks() as ranks:
         try:
@@ -127,7 +129,7 @@ def run(arguments: argparse.Namespace) -> int:
         except UserError:
             if ranks.first:
                 raise
-            return 2  # every rank knows the sentence; one says it
+            return 2  # all ranks raise the same error; rank 0 prints it
         try:
             return _evaluate(arguments, task, ranks)
         except KeyboardInterrupt:
@@ -138,7 +140,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 class _Task(NamedTuple):
-    """What to compare: the images, in a space, with statistics or with the images to count for them."""
+    """A comparison: images, feature space, and reference statistics or the images to compute them from."""
 
     source: ImageSource
     space: FeatureSpace
@@ -148,7 +150,7 @@ class _Task(NamedTuple):
 
 
 def _prepare(arguments: argparse.Namespace, ranks: Ranks) -> _Task:
-    """Open everything, so that what cannot be used is said before anything is drawn."""
+    """Open all inputs, so that errors appear before any image is generated."""
     device = find_device(ranks.device(arguments.device))
     batch_size = arguments.batch_size or (_BATCH_ON_CPU if device.type == "cpu" else _BATCH_ELSEWHERE)
     source = _open_source(arguments, device)
@@ -191,15 +193,15 @@ def _evaluate(arguments: argparse.Namespace, task: _Task, ranks: Ranks) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """What can be known to be wrong before anything is opened."""
+    """Reject invalid arguments before opening anything."""
     if (arguments.checkpoint is None) == (arguments.images is None):
-        raise UserError("give a checkpoint to sample from or --images, one of the two")
+        raise UserError("give either a checkpoint to sample from or --images")
     if arguments.reference is None and arguments.make_stats is None:
-        raise UserError("give --reference to compare with, or --make-stats to write the images' statistics")
+        raise UserError("give --reference to compare, or --make-stats to write the statistics of the images")
     if arguments.make_stats is not None and arguments.make_stats.suffix != ".npz":
         raise UserError(f"--make-stats must end in .npz, got {arguments.make_stats}")
     if arguments.make_stats is not None and arguments.make_stats.exists():
-        raise UserError(f"{arguments.make_stats} exists: choose another name")
+        raise UserError(f"{arguments.make_stats} already exists: choose another name")
     for name in ("steps", "batch_size"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
@@ -222,15 +224,15 @@ def _check(arguments: argparse.Namespace) -> None:
 def _open_source(arguments: argparse.Namespace, device: torch.device) -> ImageSource:
     if arguments.images is not None:
         if arguments.classes is not None or arguments.keep is not None:
-            raise UserError("--classes and --keep are for samples, not for --images")
+            raise UserError("--classes and --keep apply to samples, not to --images")
         source = open_images(arguments.images, channels=arguments.channels, size=arguments.image_size)
         if len(source) < 2:
-            raise UserError(f"{arguments.images} holds one image: a distance needs two or more")
+            raise UserError(f"{arguments.images} contains one image: a distance needs at least two")
         if arguments.quick:
             return _few(source)
         return source if arguments.num_images is None else Some(source, arguments.num_images)
     if arguments.image_size is not None or arguments.channels is not None:
-        raise UserError("--image-size and --channels are for --images: samples are of the model's own size")
+        raise UserError("--image-size and --channels apply to --images: samples have the model's size")
     loaded = checkpoint.load_model(arguments.checkpoint, arguments.ema, v_head=False)
     names = loaded.class_names
     classes = list(range(len(names)))
@@ -238,7 +240,7 @@ def _open_source(arguments: argparse.Namespace, device: torch.device) -> ImageSo
         classes = choose_classes(arguments.classes, names)
     try:
         sampler = Sampler(loaded.model.to(device), arguments.precision)
-    except RuntimeError as error:  # too large for the device
+    except RuntimeError as error:  # does not fit on the device
         raise UserError(str(error).splitlines()[0]) from error
     return Samples(
         sampler,
@@ -257,7 +259,7 @@ def _open_source(arguments: argparse.Namespace, device: torch.device) -> ImageSo
 def _find_reference(
     arguments: argparse.Namespace, space: FeatureSpace, source: ImageSource
 ) -> tuple[Statistics | None, ImageSource | None]:
-    """The reference's statistics, or the images that have to be counted for them."""
+    """The reference statistics, or the images to compute them from."""
     if arguments.reference is None:
         return None, None
     if arguments.reference.endswith(".npz"):
@@ -266,7 +268,7 @@ def _find_reference(
             return statistics, None
     images = open_images(arguments.reference, channels=source.shape[0], size=source.shape[1:])
     if len(images) < 2:
-        raise UserError(f"{arguments.reference} holds one image: a distance needs two or more")
+        raise UserError(f"{arguments.reference} contains one image: a distance needs at least two")
     return None, _few(images) if arguments.quick else images
 
 
@@ -277,7 +279,7 @@ def _few(source: ImageSource) -> ImageSource:
 def _count(
     name: str, source: ImageSource, space: FeatureSpace, batch_size: int, out: Path, ranks: Ranks
 ) -> Sums:
-    hidden = None if ranks.first else True  # None: a bar on a terminal alone
+    hidden = None if ranks.first else True  # None: show the bar only on a terminal
     with tqdm(total=len(source), desc=name, unit="image", disable=hidden) as bar:
         return count_features(source, space, batch_size, out / f"{name}.safetensors", ranks, bar.update)
 
@@ -304,8 +306,10 @@ def _sentence(space: FeatureSpace, images: int, figures: dict[str, Any]) -> str:
     if "inception_score" in figures:
         sentence += (
             f"; Inception Score: {figures['inception_score']:.3f} "
-            f"(deviation of the parts {figures['inception_score_deviation']:.3f})"
+            f"(standard deviation over splits {figures['inception_score_deviation']:.3f})"
         )
     if images < space.width:
-        sentence += f"\nfewer images than the {space.width} numbers of a feature: compare equal numbers only"
+        sentence += (
+            f"\nfewer images than feature dimensions ({space.width}): compare equal numbers of images only"
+        )
     return sentence

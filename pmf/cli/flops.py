@@ -1,4 +1,4 @@
-"""``pmf flops``: what the presets cost, beside other models."""
+"""``pmf flops``: the computational cost of the presets, beside other models."""
 
 import argparse
 import dataclasses
@@ -16,11 +16,11 @@ _DESCRIPTION = """Print parameters and multiply-adds of the presets, counted fro
   pmf flops
   pmf flops pmf-h/16 --json
 
-M are parameters in millions: those that sample, and those that are trained. G are thousand million
-multiply-adds. sample, paper: a one-step sample as the paper counts it, half of all floating-point operations,
-every block whole; beside it what the paper quotes for others. sample: the matrix products that this library
-executes. training: those of objective and backward for one image, the mean over the draws of times and
-guidance, without perceptual networks. Muon: those of the optimizer for one step, whatever the batch.
+M: parameters in millions, for sampling and for training. G: multiply-adds in thousand millions. sample,
+paper: a one-step sample as the paper counts it, half of all floating-point operations with every block
+computed in full, beside the figures the paper quotes for other models. sample: the matrix products that this
+library executes. training: objective and backward per image, averaged over the random times and guidance
+scales, without perceptual networks. Muon: the optimizer's products per step, whatever the batch size.
 """
 _GIGA, _MEGA = 1e9, 1e6
 _COLUMNS = (
@@ -39,14 +39,14 @@ def add_parser(commands: Commands) -> None:
     """Register the command."""
     parser = commands.add_parser("flops", help="parameters and multiply-adds", description=_DESCRIPTION)
     parser.add_argument(
-        "presets", nargs="*", metavar="PRESET", help="such as pmf-h/16 (all of the paper's kind)"
+        "presets", nargs="*", metavar="PRESET", help="presets such as pmf-h/16 (all pmf-* presets)"
     )
     parser.add_argument("--json", action="store_true", help="print exact numbers as JSON")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Count and print."""
+    """Count and print the costs."""
     names = arguments.presets or [name for name in models.PRESETS if name.startswith("pmf-")]
     configs = {name: get_preset(name) for name in names}
     networks = {

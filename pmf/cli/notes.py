@@ -1,4 +1,4 @@
-"""What the library logs while a command runs, as lines for the person at the keyboard."""
+"""Print the library's log warnings while a command runs."""
 
 import logging
 import os
@@ -11,7 +11,7 @@ __all__ = ["notes_on_stderr"]
 
 @contextmanager
 def notes_on_stderr() -> Iterator[None]:
-    """Print warnings of pmf's loggers as ``note: <line>`` on stderr; of several ranks the first speaks."""
+    """Print warnings from pmf's loggers as ``note: <line>`` on stderr, on rank 0 only."""
     logger, handler = logging.getLogger("pmf"), _Notes(logging.WARNING)
     propagated, logger.propagate = logger.propagate, False
     logger.addHandler(handler)

@@ -1,4 +1,4 @@
-"""``pmf sample``: single images and a grid, by class and seed."""
+"""``pmf sample``: images and a grid, by class and seed."""
 
 import argparse
 import os
@@ -23,62 +23,62 @@ from pmf.errors import UserError
 from pmf.flow.sampler import PRECISIONS, Sampler, sampling_times
 from pmf.interrupts import catch_stop_signals
 
-_DESCRIPTION = """Draw one file for every class and seed, and grid.png with a class a row and a seed a column.
+_DESCRIPTION = """Sample an image per class and seed, and draw grid.png: a row per class, a column per seed.
 
-A seed stands for one noise image: the same seed gives the same picture whatever else is drawn with it. Every
-batch is written before the next is drawn: memory does not grow with the number of images, and Ctrl-C loses
-none that is written. Where there are too many for one picture, the grid shows the first classes and seeds.
+A seed determines one noise image: the same seed gives the same picture, whatever else is in the batch. Each
+batch is written before the next is computed, so memory does not grow with the number of images and Ctrl-C
+loses no image already written. If the grid would be too large, it shows the first classes and seeds only.
 
   pmf sample runs/00000-digits --classes 3 7 --seeds 0-19
   pmf sample pMF-B-16.pth --classes 207 --seeds 0-3 --omega 7.5 --interval 0.1 0.8 --out golden-retrievers
   pmf sample pMF-B-16.pth --classes all --seeds 0-49 --out fifty-thousand
 """
 _INTERRUPTED = 130
-_BATCH_ON_CPU, _BATCH_ELSEWHERE = 16, 64  # a CPU's caches hold no more
-_MAX_NAME = 60  # characters of a class name that go into a file name
-_GRID_SIDE = 4096  # the grid is no wider and no higher, in pixels, unless one image is
-_WRITERS = 8  # threads that compress and write, at most
+_BATCH_ON_CPU, _BATCH_ELSEWHERE = 16, 64  # larger batches do not fit a CPU's caches
+_MAX_NAME = 60  # characters of a class name used in file names
+_GRID_SIDE = 4096  # maximum side of the grid in pixels, unless a single image is larger
+_WRITERS = 8  # maximum number of threads that compress and write
 
 
 def add_parser(commands: Commands) -> None:
     """Register the command."""
-    parser = commands.add_parser("sample", help="draw images from a checkpoint", description=_DESCRIPTION)
+    parser = commands.add_parser("sample", help="sample images from a checkpoint", description=_DESCRIPTION)
     parser.add_argument(
-        "checkpoint", type=Path, help="a run's or checkpoint's folder, .safetensors, or the authors' .pth"
+        "checkpoint", type=Path, help="run or checkpoint folder, .safetensors, or the authors' .pth"
     )
     parser.add_argument(
         "--classes", nargs="+", metavar="CLASS", help="class names or numbers, or all (the first ten classes)"
     )
-    parser.add_argument("--seeds", default="0-9", help="numbers and ranges, such as 0-7,12 (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("samples"), help="folder to write (%(default)s)")
-    parser.add_argument("--ema", help="which averaged weights of a run: a half-life such as 500, or none")
+    parser.add_argument("--seeds", default="0-9", help="seeds and ranges, e.g. 0-7,12 (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("samples"), help="output folder (%(default)s)")
+    parser.add_argument("--ema", help="averaged weights to use: a half-life such as 500, or none")
     parser.add_argument("--steps", type=int, default=1, help="network evaluations per image (%(default)s)")
     parser.add_argument(
-        "--times", nargs="+", type=float, metavar="T", help="evaluate at these times instead, such as 1 0.6 0"
+        "--times", nargs="+", type=float, metavar="T", help="evaluate at these times instead, e.g. 1 0.6 0"
     )
-    parser.add_argument("--omega", type=float, help="guidance scale, 1 or more (the model's own)")
+    parser.add_argument("--omega", type=float, help="guidance scale, at least 1 (the model's)")
     parser.add_argument(
-        "--interval", nargs=2, type=float, metavar=("MIN", "MAX"), help="guidance interval (the model's own)"
+        "--interval", nargs=2, type=float, metavar=("MIN", "MAX"), help="guidance interval (the model's)"
     )
     parser.add_argument(
         "--batch-size",
         type=int,
         metavar="N",
-        help=f"images drawn at a time ({_BATCH_ON_CPU} on a CPU, else {_BATCH_ELSEWHERE})",
+        help=f"images per batch ({_BATCH_ON_CPU} on a CPU, otherwise {_BATCH_ELSEWHERE})",
     )
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,
         default="auto",
-        help="bf16 multiplies matrices in bfloat16; auto: where the device has such products and the network "
-        "is at least 256 wide",
+        help="bf16: matrix products in bfloat16; auto: bf16 if the device supports it and the network is at "
+        "least 256 wide",
     )
     parser.add_argument("--device", default="cpu", help="torch device (%(default)s)")
     parser.set_defaults(run=run)
 
 
 class _Job(NamedTuple):
-    """One image to draw: its place in the grid, and what it is."""
+    """One image to sample: its position in the grid, class and seed."""
 
     row: int
     column: int
@@ -87,7 +87,7 @@ class _Job(NamedTuple):
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Draw batch by batch, write, and say where."""
+    """Sample batch by batch, write the images, and report where they are."""
     device = find_device(arguments.device)
     batch_size = arguments.batch_size
     if batch_size is None:
@@ -110,7 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
     total = len(classes) * columns
     album = _Album(arguments.out, names, sampler, len(classes), columns)
     try:
-        bar = tqdm(total=total, unit="image", disable=None)  # None: a bar on a terminal alone
+        bar = tqdm(total=total, unit="image", disable=None)  # None: show the bar only on a terminal
         with album, bar, catch_stop_signals() as stop:
             while not stop.is_set() and (batch := list(islice(jobs, batch_size))):
                 album.write(batch, _draw(sampler, batch, arguments))
@@ -127,11 +127,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _open_sampler(arguments: argparse.Namespace, device: torch.device) -> tuple[Sampler, list[str], Path]:
-    """The sampler, the names of its classes, and the file it came from; the rest of the file is forgotten."""
+    """The sampler, its class names and the file it came from; other weights in the file are freed."""
     loaded = checkpoint.load_model(arguments.checkpoint, arguments.ema, v_head=False)
     try:
         return Sampler(loaded.model.to(device), arguments.precision), loaded.class_names, loaded.path
-    except RuntimeError as error:  # too large for the device
+    except RuntimeError as error:  # does not fit on the device
         raise UserError(str(error).splitlines()[0]) from error
 
 
@@ -149,12 +149,12 @@ def _draw(sampler: Sampler, jobs: Sequence[_Job], arguments: argparse.Namespace)
 
 
 class _Album:
-    """The folder of images, written as they come, and the grid of the first of them."""
+    """The output folder, written batch by batch, and the grid of its first images."""
 
     def __init__(self, folder: Path, names: list[str], sampler: Sampler, rows: int, columns: int) -> None:
         self.folder, self.names = folder, names
         self.written, self._lock = 0, threading.Lock()
-        self._threads = ThreadPoolExecutor()  # of the batch being written
+        self._threads = ThreadPoolExecutor()  # writes the current batch
         self._writing: list[Future[None]] = []
         config = sampler.network.config
         _, height, width = config.image_shape
@@ -168,10 +168,10 @@ class _Album:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Finish the files that are begun, even where Ctrl-C met `write` waiting for them.
+        """Finish files that have been started, even if Ctrl-C interrupted `write`.
 
-        It waits for the files and not for their threads: in Python 3.11 a join that Ctrl-C breaks off takes
-        its thread for finished, and the last file would miss the count.
+        Wait for the futures, not for the threads: in Python 3.11 an interrupted join marks its thread as
+        finished, so the last file would not be counted.
         """
         for file in self._writing:
             file.cancel()
@@ -179,7 +179,7 @@ class _Album:
         self._threads.shutdown()
 
     def write(self, jobs: Sequence[_Job], pictures: torch.Tensor) -> None:
-        """Write every picture, several at a time because compressing them is slow."""
+        """Write the pictures in parallel, because compression is slow."""
         with ThreadPoolExecutor(min(_WRITERS, os.cpu_count() or 1)) as self._threads:
             self._writing.clear()
             for job, picture in zip(jobs, pictures, strict=True):
@@ -211,24 +211,24 @@ class _Album:
 
 
 def parse_seeds(text: str) -> list[range]:
-    """``0-3,7`` as the ranges 0 to 3 and 7 to 7, however long they are."""
+    """Parse ``0-3,7`` as the ranges 0-3 and 7-7, of any length."""
     seeds: list[range] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         if match is None or int(match[2] or match[1]) < int(match[1]):
-            raise UserError(f"--seeds must be numbers and rising ranges such as 0-7,12, got {text!r}")
+            raise UserError(f"--seeds must be numbers and ascending ranges such as 0-7,12, got {text!r}")
         if int(match[2] or match[1]) >= 2**63:
             raise UserError(f"--seeds must lie below 2^63, got {text!r}")
         new = range(int(match[1]), int(match[2] or match[1]) + 1)
-        for old in seeds:  # two threads must not write one file
+        for old in seeds:  # two threads must not write the same file
             if new.start < old.stop and old.start < new.stop:
-                raise UserError(f"--seeds names {max(old.start, new.start)} twice: {text!r}")
+                raise UserError(f"--seeds contains {max(old.start, new.start)} twice: {text!r}")
         seeds.append(new)
     return seeds
 
 
 def choose_classes(wanted: list[str] | None, names: list[str]) -> list[int]:
-    """Class indices for names or, where no class has that name, for numbers; without any the first ten."""
+    """Class indices for names or, if no class has that name, numbers; the first ten classes by default."""
     if wanted is None:
         return list(range(min(10, len(names))))
     if wanted == ["all"] and "all" not in names:
@@ -248,6 +248,6 @@ def choose_classes(wanted: list[str] | None, names: list[str]) -> list[int]:
 
 
 def file_stem(label: int, name: str) -> str:
-    """A file name for a class: its number, and its name where that says more."""
+    """The file name stem of a class: its number, plus its name if that adds information."""
     safe = re.sub(r"[^\w.-]+", "_", name)[:_MAX_NAME]
     return f"class{label:04d}" if name == str(label) else f"class{label:04d}-{safe}"

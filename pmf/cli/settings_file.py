@@ -1,4 +1,4 @@
-"""Settings from a file: a run's config.json, or YAML with the names of the flags."""
+"""Settings from a file: a run's config.json, or YAML keyed by flag name."""
 
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,10 @@ from pmf.training.config import TrainConfig, flag, settings
 
 
 def read_settings_file(path: Path) -> tuple[str | None, dict[str, Any]]:
-    """The preset that a file names, if it does, and its settings, ready for `TrainConfig.with_settings`.
+    """The preset named in a file, if any, and its settings, ready for `TrainConfig.with_settings`.
 
-    A run's config.json holds all settings in groups; YAML (or JSON) of one level names any of them, as the
-    command line does: ``batch-size: 64``. Raises UserError for an unknown name or a value of a wrong type.
+    A run's config.json contains all settings in groups; flat YAML (or JSON) sets any of them by flag name:
+    ``batch-size: 64``. Raises UserError for an unknown name or a value of the wrong type.
     """
     content = _read(path)
     if isinstance(content.get("model"), dict) and isinstance(content.get("run"), dict):
@@ -26,7 +26,7 @@ def read_settings_file(path: Path) -> tuple[str | None, dict[str, Any]]:
     for word, value in content.items():
         name = str(word).replace("-", "_")
         if name not in known:
-            raise UserError(f"{path} sets {word!r}, which is no setting: pmf train --help lists them all")
+            raise UserError(f"{path} sets {word!r}, which is not a setting: see pmf train --help")
         parse = known[name].metadata["parse"]
         try:
             chosen[name] = parse(str(value)) if parse is not None and value is not None else _typed(value)
@@ -49,12 +49,12 @@ def _read(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path} cannot be read as YAML ({str(error).splitlines()[0]})") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} must hold settings by name, such as batch-size: 64")
+        raise UserError(f"{path} must map setting names to values, such as batch-size: 64")
     return content
 
 
 def _typed(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as a word."""
+    """Convert numbers that YAML 1.1 reads as strings, such as 1e-3."""
     if isinstance(value, list):
         return tuple(map(_typed, value))
     if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""``pmf toy``: why the network predicts images and not velocities, in a few minutes and one picture."""
+"""``pmf toy``: why the network predicts images rather than velocities, in a few minutes and one figure."""
 
 import argparse
 import dataclasses
@@ -24,14 +24,13 @@ from pmf.toy import PREDICTIONS, SHAPES, Outcome, Settings, draw_points, train_a
 from pmf.toy.picture import Panel, draw_panels
 from pmf.version import VERSION
 
-_DESCRIPTION = """Show that predicting data survives many dimensions and predicting velocities does not.
+_DESCRIPTION = """Show that predicting data scales to high dimensions and predicting velocities does not.
 
-Points of a plane are seen in D dimensions through a random orthonormal projection. For every D two networks
-that differ only in what their output stands for are trained with the MeanFlow loss: x, a data point, and u,
-the average velocity. Their one-step samples, projected back, are drawn in toy.png with two figures: W, the
-sliced Wasserstein distance to the data in the plane, and the mean distance from the plane. toy.json records
-all. Lengths are in units of the data's standard deviation. The last line has figures of the smallest and the
-largest D.
+Points in a plane are embedded in D dimensions by a random orthonormal projection. For each D, two networks
+that differ only in what they predict are trained with the MeanFlow loss: x, a data point, and u, the average
+velocity. toy.png shows their one-step samples, projected back, with two numbers: W, the sliced Wasserstein
+distance to the data within the plane, and the mean distance from the plane. toy.json records everything.
+Lengths are in standard deviations of the data. The last line printed summarises the smallest and largest D.
 
   pmf toy --out toy
   pmf toy --out toy --shape checkerboard --dims 2 64 --seeds 0-2
@@ -45,33 +44,33 @@ def add_parser(commands: Commands) -> None:
     """Register the command."""
     settings = Settings()
     parser = commands.add_parser(
-        "toy", help="x- against u-prediction on points of a plane", description=_DESCRIPTION
+        "toy", help="x- versus u-prediction on points in a plane", description=_DESCRIPTION
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for toy.png and toy.json")
     parser.add_argument(
-        "--shape", choices=list(SHAPES), default=settings.shape, help="the points (%(default)s)"
+        "--shape", choices=list(SHAPES), default=settings.shape, help="shape of the data (%(default)s)"
     )
-    parser.add_argument("--dims", type=int, nargs="+", metavar="D", help="the dimensions (2 8 16 512)")
+    parser.add_argument("--dims", type=int, nargs="+", metavar="D", help="dimensions (2 8 16 512)")
     parser.add_argument(
         "--seeds",
         "--seed",
         default="0",
-        help="numbers and ranges, such as 0-2: figures are means, points drawn are the first's (%(default)s)",
+        help="seeds and ranges, e.g. 0-2; numbers are means, the plot shows the first seed (%(default)s)",
     )
-    parser.add_argument("--steps", type=int, help=f"training steps of each network ({settings.steps})")
+    parser.add_argument("--steps", type=int, help=f"training steps per network ({settings.steps})")
     parser.add_argument(
         "--quick",
         action="store_true",
-        help=f"a look in seconds: D of 2 and 512 only, {_QUICK_STEPS} steps, unless given",
+        help=f"smoke test in seconds: D = 2 and 512, {_QUICK_STEPS} steps, unless given",
     )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train all networks in turn, draw, record, and print the figures."""
+    """Train all networks in turn, plot, record, and print the results."""
     dims: list[int] = sorted(arguments.dims or (_QUICK_DIMS if arguments.quick else _DIMS))
     if dims[0] < 2 or dims[-1] > _LARGEST_DIM or len(set(dims)) < len(dims):
-        raise UserError(f"--dims must be different numbers from 2 to {_LARGEST_DIM}, got {dims}")
+        raise UserError(f"--dims must be distinct numbers from 2 to {_LARGEST_DIM}, got {dims}")
     steps = arguments.steps
     if steps is None:
         steps = _QUICK_STEPS if arguments.quick else Settings.steps
@@ -79,16 +78,16 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--steps must be 1 or more, got {steps}")
     seeds = list(chain.from_iterable(parse_seeds(arguments.seeds)))
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("pmf toy draws with matplotlib, which is not installed: pip install matplotlib")
+        raise UserError("pmf toy needs matplotlib, which is not installed: pip install matplotlib")
     out: Path = arguments.out
-    out.mkdir(parents=True, exist_ok=True)  # now, and not after minutes of training
+    out.mkdir(parents=True, exist_ok=True)  # fail now rather than after minutes of training
     num_samples = _QUICK_SAMPLES if arguments.quick else Settings.num_samples
     settings = Settings(shape=arguments.shape, steps=steps, num_samples=num_samples)
 
     start = time.perf_counter()
     jobs = [(seed, dim, prediction) for seed in seeds for dim in dims for prediction in PREDICTIONS]
     outcomes = []
-    with tqdm(total=len(jobs) * steps, unit="step", disable=None) as bar:  # None: on a terminal alone
+    with tqdm(total=len(jobs) * steps, unit="step", disable=None) as bar:  # None: only on a terminal
         for seed, dim, prediction in jobs:
             bar.set_description(f"{prediction}-prediction, D = {dim}, seed {seed}")
             outcomes.append(train_and_measure(settings, seed, dim, prediction, on_step=bar.update))
@@ -121,7 +120,7 @@ Means = dict[tuple[int, str], dict[str, float]]
 
 
 def _means(outcomes: list[Outcome]) -> Means:
-    """Every figure's mean over the seeds, by dimension and prediction."""
+    """The mean of each number over the seeds, by dimension and prediction."""
     groups: dict[tuple[int, str], list[Outcome]] = {}
     for outcome in outcomes:
         groups.setdefault((outcome.dim, outcome.prediction), []).append(outcome)
@@ -132,7 +131,7 @@ def _means(outcomes: list[Outcome]) -> Means:
 
 
 def _data_panel(settings: Settings, seeds: list[int]) -> Panel:
-    """Points of the data, and how far two draws of them are apart, as samples without fault would be."""
+    """Data points, and the distance between two draws of them: the floor for perfect samples."""
     distances, points = [], []
     for seed in seeds:
         generator = torch.Generator("cpu").manual_seed(seed)

@@ -1,4 +1,4 @@
-"""``pmf train``: train a model, with a preset and overrides."""
+"""``pmf train``: train a model from a preset and overrides."""
 
 import argparse
 import json
@@ -25,10 +25,10 @@ from pmf.training import (
 
 _INTERRUPTED = 130
 _JUDGED_AT_ONCE = 64
-_DESCRIPTION = """Train a model, and end with a picture of samples that took one network evaluation each.
+_DESCRIPTION = """Train a model and save a grid of samples, each from one network evaluation.
 
-Without arguments this trains on the handwritten digits of scikit-learn for a few minutes on a CPU. The run's
-folder holds config.json, log.jsonl, loss.png, samples/*.png, samples.png and checkpoints/step-*.
+By default this trains on scikit-learn's handwritten digits for a few minutes on a CPU. The run folder
+contains config.json, log.jsonl, loss.png, samples/*.png, samples.png and checkpoints/step-*.
 
   pmf train --minutes 10 --seed 1
   pmf train --preset pmf-b/16 --data photos --batch-size 64 --precision bf16 --out runs/photos
@@ -36,14 +36,14 @@ folder holds config.json, log.jsonl, loss.png, samples/*.png, samples.png and ch
   torchrun --nproc-per-node 8 -m pmf train --preset pmf-b/16 --data 'shards/{000000..000063}.tar' \\
       --device cuda --parallel fsdp
 
-Images: a folder with one subfolder per class; or with labels.csv, whose first row is file,label and every
-other row an image and its class; or with dataset.json as the StyleGAN and EDM tools write it; or a folder
-of WebDataset shards (.tar with <key>.jpg|png|... and <key>.cls), or of parquet files as Hugging Face writes
-them (pip install pyarrow). Images without classes, such as a folder of nothing but images, train
-unconditionally. Of parts beside each other (train, val, test) the first is read. All that Pillow opens is
-taken, links are followed, and a note says what was left out. Images are cropped to their centre, turned as
-EXIF says and never mirrored. Ctrl-C ends the step, saves a checkpoint and stops. A run goes on with any
-number of ranks.
+--data accepts a folder with one subfolder per class; a folder with labels.csv, whose first row is file,label
+and whose other rows are an image and its class; a folder with dataset.json as written by the StyleGAN and EDM
+tools; WebDataset shards (.tar with <key>.jpg|png|... and <key>.cls); or parquet files as written by Hugging
+Face (pip install pyarrow). Images without classes, such as a flat folder, train an unconditional model. If
+there are several splits (train, val, test), the first is used. Every format that Pillow opens is read, links
+are followed, and a note reports what was skipped. Images are centre-cropped and rotated according to EXIF,
+never mirrored. Ctrl-C finishes the step, saves a checkpoint and stops. A run can be resumed on any number of
+ranks.
 """
 
 
@@ -53,37 +53,37 @@ def add_parser(commands: Commands) -> None:
         "train", help="train a model", usage="pmf train [--preset NAME] [options]", description=_DESCRIPTION
     )
     parser.add_argument(
-        "--preset", choices=list(PRESETS), help="where settings that are not given come from (digits)"
+        "--preset", choices=list(PRESETS), help="preset that supplies all other settings (digits)"
     )
     parser.add_argument(
         "--config",
         type=Path,
         metavar="FILE",
-        help="settings from a run's config.json, or from YAML with the flags' names; flags win",
+        help="read settings from a run's config.json or from YAML keyed by flag name; flags take precedence",
     )
-    parser.add_argument("--out", type=Path, help="the run's folder (runs/<number>-<preset>)")
+    parser.add_argument("--out", type=Path, help="run folder (runs/<number>-<preset>)")
     parser.add_argument(
-        "--resume", type=Path, metavar="RUN", help="continue the newest checkpoint of this run's folder"
+        "--resume", type=Path, metavar="RUN", help="resume from the newest checkpoint in this run folder"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print all settings as JSON and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print all settings as JSON and exit")
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="two steps of a small network on few images (of a resumed run: two more), all else as asked",
+        help="smoke test: two steps of a small network on few images (or two more steps of a resumed run)",
     )
     add_settings(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train, and say where the results are."""
+    """Train, and report where the results are."""
     with joined_ranks() as ranks:
         try:
             return _run(arguments, ranks)
         except UserError:
             if ranks.first:
                 raise
-            return 2  # every rank knows the sentence; one says it
+            return 2  # all ranks raise the same error; rank 0 prints it
 
 
 def _run(arguments: argparse.Namespace, ranks: Ranks) -> int:
@@ -93,7 +93,7 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> int:
             print(json.dumps(config.to_json(), indent=2))
         return 0
     trainer = prepare(config, resume_from=arguments.resume, ranks=ranks)
-    if out is None:  # only now, so that settings or data that cannot be used leave no folder behind
+    if out is None:  # created last, so that bad settings or data leave no folder behind
         made = ranks.together(lambda: new_run_folder(Path("runs"), config.preset) if ranks.first else None)
         out = ranks.from_first(made)
     assert out is not None
@@ -115,7 +115,7 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> int:
         for line in trainer.initial:
             told(line, flush=True)
     if trainer.config.follows_the_clock:
-        told("the learning rate follows the clock (--minutes): resumed, this run is not repeated bit for bit")
+        told("the learning rate depends on elapsed time (--minutes): a resumed run is not bit-reproducible")
     evaluate = ranks.together(lambda: _judge(trainer, out))
     result = Run(trainer, out, True, evaluate).run()
     saved = checkpoint.step_folder(out, result.step)
@@ -129,7 +129,7 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> int:
 
 
 def _judge(trainer: Trainer, out: Path) -> Judge | None:
-    """What --evaluate-every calls."""
+    """The evaluator that --evaluate-every calls."""
     settings = trainer.config.evaluation
     if settings.evaluate_reference is None:
         return None
@@ -148,21 +148,21 @@ def _judge(trainer: Trainer, out: Path) -> Judge | None:
 
 
 def _say_nothing(*words: object, **how: object) -> None:
-    """What ranks but the first print."""
+    """Print nothing, on every rank except the first."""
 
 
 def _choose(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Path | None, TrainConfig]:
-    """The run's folder, if it is known, and its settings."""
+    """The run folder, if known, and its settings."""
     overrides = given_settings(arguments)
     preset = None
     if arguments.config is not None:
         if arguments.resume is not None:
-            raise UserError("--resume takes the run's own settings: leave out --config")
+            raise UserError("--resume uses the run's own settings: leave out --config")
         preset, written = read_settings_file(arguments.config)
         overrides = written | overrides
     if arguments.resume is not None:
         if arguments.preset is not None or arguments.out is not None:
-            raise UserError("--resume takes the run's own folder and settings: leave out --preset and --out")
+            raise UserError("--resume uses the run's own folder and settings: leave out --preset and --out")
         if "init_from" in overrides:
             raise UserError("--resume continues from the run's own weights: leave out --init-from")
         config = resume_config(arguments.resume, overrides)
@@ -172,10 +172,10 @@ def _choose(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Path | None, T
         return arguments.resume, config
     try:
         config, out = get_preset(arguments.preset or preset or "digits", **overrides), arguments.out
-    except TypeError as error:  # flags have their types; only a file can hold a word where a number belongs
-        raise UserError(f"{arguments.config} holds a setting of a wrong type ({error})") from error
+    except TypeError as error:  # flags are typed; only a file can contain a value of the wrong type
+        raise UserError(f"{arguments.config} has a setting of the wrong type ({error})") from error
     if arguments.quick:
         config = quick(config, ranks.size)
     if out is not None and out.is_dir() and checkpoint.checkpoint_folders(out):
-        raise UserError(f"{out} already holds a run: give --resume {out}, or another --out")
+        raise UserError(f"{out} already contains a run: use --resume {out}, or another --out")
     return out, config

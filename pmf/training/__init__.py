@@ -1,4 +1,4 @@
-"""Training: typed settings, presets, one training step, and the life of a run."""
+"""Training: typed settings, presets, the training step and the run loop."""
 
 from pmf.training.config import TrainConfig
 from pmf.training.folders import new_run_folder, resume_config

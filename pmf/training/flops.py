@@ -1,9 +1,10 @@
-"""Multiply-adds of one-step sampling and of a training step, counted on tensors without data.
+"""Multiply-adds of one-step sampling and of a training step, counted on meta tensors.
 
-Two counts of a sample. `paper_multiply_adds` is the paper's: every block whole, half of all floating-point
-operations, elementwise ones included; it gives the 271 G that the paper states for pMF-H/16 (products alone
-are 270.4 G). What this library executes is counted by PyTorch's FlopCounterMode, as half of the operations of
-matrix products: less, because nothing reads what the last block makes of the condition tokens.
+A sample is counted in two ways. `paper_multiply_adds` follows the paper: every block in full, half of all
+floating-point operations, elementwise ones included; it reproduces the paper's 271 G for pMF-H/16 (matrix
+products alone are 270.4 G). What this library executes is counted with PyTorch's FlopCounterMode, as half the
+operations of matrix products; it is less because the last block skips the condition tokens, whose outputs are
+unused.
 """
 
 from collections.abc import Callable
@@ -24,35 +25,35 @@ from pmf.training.config import TrainConfig
 __all__ = ["Cost", "PEERS", "count_cost", "paper_multiply_adds", "product_multiply_adds"]
 
 PEERS = {"StyleGAN-XL": {256: 1574e9}, "a latent model's decoder alone": {256: 310e9, 512: 1230e9}}
-"""Multiply-adds per image by image size, as the paper (arXiv 2601.22158) quotes them."""
+"""Multiply-adds per image by image size, as quoted in the paper (arXiv 2601.22158)."""
 
-_DRAWN = 8192  # samples whose draws give a training step's mean work
-# Floating-point operations of one element.
+_DRAWN = 8192  # random draws averaged for the mean work of a training step
+# Floating-point operations per element.
 _NORM, _ROTATION, _SOFTMAX, _SWIGLU, _GATE = 4, 3, 5, 5, 2
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one preset costs; multiply-adds are per image, `optimizer` per step."""
+    """The cost of one preset; multiply-adds are per image, `optimizer` per step."""
 
     parameters_sampling: int
     parameters_training: int
     sampling_paper: float
-    """A one-step sample as the paper counts."""
+    """A one-step sample, counted as in the paper."""
     sampling: float
-    """A one-step sample as executed."""
+    """A one-step sample, as executed."""
     training: float
-    """Objective and backward as executed, the mean over the draws of t, r and omega."""
+    """Objective and backward, as executed, averaged over the draws of t, r and omega."""
     optimizer: float
     """Muon's orthogonalisation of all its matrices."""
 
 
 def product_multiply_adds(config: ModelConfig) -> int:
-    """Multiply-adds of all matrix products on the way to u, every block whole.
+    """Multiply-adds of all matrix products from image to u, every block in full.
 
         depth N (4 D^2 + 3 D W + 2 N D) + patches (p R + R D + D p) + 4 (256 D + D^2)
 
-    N tokens of width D, W the MLP's width, p = C patch^2 pixels of a patch, R the embedding's bottleneck.
+    N tokens of width D, MLP width W, p = C patch^2 pixels per patch, R the bottleneck of the embedding.
     """
     sizes = _Sizes(config)
     n, d, w = config.num_tokens, config.hidden_size, sizes.mlp_width
@@ -63,14 +64,14 @@ def product_multiply_adds(config: ModelConfig) -> int:
 
 
 def paper_multiply_adds(config: ModelConfig) -> float:
-    """`product_multiply_adds` and half of the blocks' elementwise operations.
+    """`product_multiply_adds` plus half the blocks' elementwise operations.
 
-    An addition, a multiplication, a division or an exponential is one operation: a norm has 4 an element
-    (square, sum, scale, weight), softmax 5 a score (scale, maximum, exponential, sum, quotient).
+    An addition, multiplication, division or exponential counts as one operation: a norm takes 4 per element
+    (square, sum, scale, weight), softmax 5 per score (scale, maximum, exponential, sum, quotient).
     """
     n, d, patches = config.num_tokens, config.hidden_size, config.num_image_tokens
     block = (
-        4 * n * d * _NORM  # before each branch; of queries and keys
+        4 * n * d * _NORM  # before each branch, and of queries and keys
         + 2 * patches * d * _ROTATION
         + config.num_heads * n * n * _SOFTMAX
         + n * _Sizes(config).mlp_width * _SWIGLU
@@ -80,7 +81,7 @@ def paper_multiply_adds(config: ModelConfig) -> float:
 
 
 def count_cost(config: ModelConfig, training: TrainConfig) -> Cost:
-    """The cost of a model, and of its training with these settings. The perceptual networks are left out."""
+    """The cost of a model and of training it with these settings, without the perceptual networks."""
     sizes = _Sizes(config)
     model = sizes.model
     with torch.device("meta"):
@@ -112,7 +113,7 @@ def count_cost(config: ModelConfig, training: TrainConfig) -> Cost:
 
 
 class _Sizes:
-    """The model without data, and the widths that its configuration leaves to it."""
+    """The model on the meta device, and the widths its configuration leaves to defaults."""
 
     def __init__(self, config: ModelConfig) -> None:
         with torch.device("meta"):
@@ -122,7 +123,7 @@ class _Sizes:
 
 
 def _mean_rows(training: TrainConfig) -> tuple[float, float]:
-    """Shares of the images that carry a tangent, and guidance passes an image."""
+    """The fraction of images with a tangent, and the guidance passes per image."""
     objective = build_objective(training.with_settings(perceptual="none"), noise_scale=1.0)
     generator = torch.Generator("cpu").manual_seed(0)
     images = torch.empty(_DRAWN, 1, 1, 1, dtype=torch.float32, device="cpu")
@@ -138,7 +139,7 @@ def _orthogonalisation(model: PixelMeanFlow) -> float:
 
 
 def _count(run: Callable[[], object]) -> float:
-    """Multiply-adds: half of the operations of all matrix products."""
+    """Multiply-adds: half the operations of all matrix products."""
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops() / 2

@@ -1,4 +1,4 @@
-"""Run folders: a new one, and what an old one may change when it is resumed."""
+"""Run folders: creating one, and which settings may change when a run is resumed."""
 
 import dataclasses
 from pathlib import Path
@@ -11,7 +11,7 @@ from pmf.training.config import TrainConfig, flag
 
 
 def new_run_folder(parent: Path, name: str) -> Path:
-    """Make ``parent/00000-name`` with the first number that is free."""
+    """Create ``parent/00000-name`` with the first free number."""
     used = [path.name.split("-")[0] for path in parent.glob("*-*")] if parent.is_dir() else []
     number = max((int(head) for head in used if head.isdecimal()), default=-1) + 1
     folder = parent / f"{number:05d}-{name.replace('/', '-')}"
@@ -23,10 +23,10 @@ def new_run_folder(parent: Path, name: str) -> Path:
 
 
 def resume_config(run: Path, overrides: dict[str, Any]) -> TrainConfig:
-    """The settings of a run's newest checkpoint, some replaced; UserError for one that shapes the weights."""
+    """The settings of a run's newest checkpoint with overrides; UserError if one would change the weights."""
     folder = checkpoint.newest_checkpoint(run)
     if folder == run:
-        raise UserError(f"{run} is a checkpoint, not a run: give the run's folder that holds checkpoints/")
+        raise UserError(f"{run} is a checkpoint, not a run: give the run folder that contains checkpoints/")
     saved = TrainConfig.from_json(checkpoint.read_json(folder / "config.json"))
     config = saved.with_settings(**overrides)
     fixed = {"data": saved.data.data, **dataclasses.asdict(saved.model)}

@@ -1,4 +1,4 @@
-"""What happens to gradients between the backward pass and the optimizer: their mean, their norm, clipping."""
+"""Gradients between backward and the optimizer: averaging over ranks, global norm, clipping."""
 
 from collections.abc import Iterable
 
@@ -9,9 +9,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], ranks: int) -> None:
-    """Give every rank the mean of the ranks' gradients; a gradient of None counts as zero.
+    """Average the gradients over the ranks in place; a gradient of None counts as zero.
 
-    Parameters sharded by `fully_shard` are left out: their gradients are means already.
+    Skips parameters sharded by `fully_shard`, whose gradients are already averaged.
     """
     plain = [p for p in parameters if p.requires_grad and not hasattr(p, "device_mesh")]
     for p in plain:
@@ -27,12 +27,12 @@ def average_gradients(parameters: Iterable[nn.Parameter], ranks: int) -> None:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], largest: float | None) -> Tensor:
-    """The Euclidean norm of all gradients together; above `largest` they are scaled down to it.
+    """The global Euclidean norm of the gradients; if it exceeds `largest`, scale them down in place.
 
         g <- g min(1, largest / ||g||)
 
-    Returns the norm before clipping, float32 []. Of sharded parameters it is that of all shards. A norm that
-    is not finite makes the gradients so, too.
+    Returns the norm before clipping, float32 []; for sharded parameters, over all shards. A norm that is not
+    finite makes every gradient non-finite too.
     """
     owners = [p for p in parameters if p.grad is not None]
     norm = get_total_norm([p.grad for p in owners if p.grad is not None])

@@ -1,4 +1,4 @@
-"""Weights to start from: those of another run, or the authors'."""
+"""Initial weights from another run or from the authors' checkpoint."""
 
 from pathlib import Path
 
@@ -8,18 +8,18 @@ from pmf import checkpoint, models
 from pmf.errors import UserError
 from pmf.wrappers import by_plain_names
 
-_SHOWN = 8  # names of a list in full
+_SHOWN = 8  # names listed in full
 
 
 def initialise(model: models.PixelMeanFlow, source: Path) -> list[str]:
-    """Copy what fits from a checkpoint into a model whose other weights keep their random draw.
+    """Copy the weights that fit from a checkpoint; the others keep their random initialisation.
 
-    source: as for `pmf.load_checkpoint`; of a run, the averaged weights that it samples from. A weight comes
-    along if the model has one of the same name and shape: other classes change the label table, other sizes
-    the positions, other patches the embedding and the last layers.
+    source: as for `pmf.load_checkpoint`; for a run, the weight average it samples from. A weight is copied if
+    the model has one of the same name and shape: a different set of classes changes the label table, a
+    different size the positions, a different patch size the embedding and the final layers.
 
-    Returns lines that say what came along and what is new. Raises UserError where the file is missing or
-    damaged, and where nothing fits.
+    Returns lines that report what was copied and what is new. Raises UserError if the file is missing or
+    damaged or nothing fits.
     """
     given = _read(source)
     parameters = dict(model.named_parameters())
@@ -32,10 +32,12 @@ def initialise(model: models.PixelMeanFlow, source: Path) -> list[str]:
     lines = [f"{len(fitting)} of {len(parameters)} weights come from {source}"]
     for name, p in parameters.items():
         if name in given and given[name].shape != p.shape:
-            lines.append(f"drawn new: {name}, {_size(p)} here and {_size(given[name])} there")
+            lines.append(
+                f"initialised randomly: {name}, {_size(p)} here and {_size(given[name])} in the file"
+            )
     for what, names in (
-        ("drawn new, not there", [name for name in parameters if name not in given]),
-        ("left out, not in this model", [name for name in given if name not in parameters]),
+        ("initialised randomly, not in the file", [name for name in parameters if name not in given]),
+        ("ignored, not in this model", [name for name in given if name not in parameters]),
     ):
         if names:
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
@@ -46,7 +48,7 @@ def initialise(model: models.PixelMeanFlow, source: Path) -> list[str]:
 def _read(source: Path) -> dict[str, torch.Tensor]:
     if source.is_dir() or source.suffix == ".safetensors":
         return dict(checkpoint.load_model(source).model.named_parameters())
-    try:  # without building its model, whose noise scale a state dict may not tell
+    try:  # without building its model: a state dict may not determine the noise scale
         return models.from_official(by_plain_names(checkpoint.read_official(source)))
     except ValueError as error:
         raise UserError(f"{source} does not hold a pixel MeanFlow model: {error}") from error

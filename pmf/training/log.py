@@ -1,4 +1,4 @@
-"""The log of a run: log.jsonl always, loss.png with matplotlib, TensorBoard events where it is installed."""
+"""The log of a run: log.jsonl, loss.png with matplotlib, and TensorBoard events if it is installed."""
 
 import importlib.util
 import json
@@ -13,9 +13,9 @@ from pmf.training.pictures import draw_losses
 
 
 class RunLog:
-    """Writes one line of numbers at a time, and keeps them for the plot.
+    """Writes one entry at a time and keeps the entries for the plot.
 
-    A resumed run drops the lines after its step, which a killed run wrote past its last checkpoint.
+    A resumed run drops the entries after its step, which a killed run wrote after its last checkpoint.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -29,9 +29,9 @@ class RunLog:
     def add(
         self, step: int, images: int, seconds: float, *, losses: Mapping[str, float], **speed: float
     ) -> None:
-        """Log one line: plain means of the losses since the line before, and how fast it went.
+        """Log an entry: mean losses since the previous entry, and the speed.
 
-        In TensorBoard losses stand as loss/u, loss/v, ..., everything else under its own name.
+        In TensorBoard the losses are named loss/u, loss/v, ...; everything else keeps its name.
         """
         row = {"step": step, "images": images, "seconds": round(seconds, 3), **losses, **speed}
         self._write(row)
@@ -40,7 +40,7 @@ class RunLog:
                 self._board.add_scalar(name.replace("loss_", "loss/"), value, step)
 
     def add_score(self, step: int, images: int, seconds: float, distance: float) -> None:
-        """Log the Frechet distance of samples at this step, in a line of its own."""
+        """Log the Frechet distance of samples at this step as a separate entry."""
         self._write(
             {"step": step, "images": images, "seconds": round(seconds, 3), "frechet_distance": distance}
         )
@@ -53,12 +53,12 @@ class RunLog:
         self._file.flush()
 
     def add_picture(self, step: int, grid: torch.Tensor) -> None:
-        """Show a uint8 picture [C, H, W] in TensorBoard."""
+        """Send a uint8 image [C, H, W] to TensorBoard."""
         if self._board is not None:
             self._board.add_image("samples", grid, step)
 
     def draw_plot(self) -> None:
-        """Draw loss.png from all lines so far; without matplotlib there is no plot."""
+        """Draw loss.png from all entries so far; a no-op without matplotlib."""
         rows = [row for row in self.rows if "loss_u" in row]
         if self._can_plot and rows:
             columns = [[row[name] for row in rows] for name in ("step", "loss_u", "loss_v")]
@@ -76,7 +76,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
             rows.append(json.loads(line))
-        except ValueError:  # the half line of a run that was killed while writing it
+        except ValueError:  # an incomplete line from a run that was killed while writing it
             break
     return rows
 

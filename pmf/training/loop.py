@@ -1,4 +1,4 @@
-"""The life of a run: budget, log, pictures, checkpoints, resuming, and stopping cleanly."""
+"""The training run: budget, log, sample grids, checkpoints, resuming and clean stops."""
 
 import contextlib
 import json
@@ -35,13 +35,13 @@ _BEST = "best.json"
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished or interrupted run leaves behind."""
+    """The result of a finished or interrupted run."""
 
-    model: PixelMeanFlow  # the averaged weights that the run samples from, eval mode
+    model: PixelMeanFlow  # with the weight average that the run samples from, in eval mode
     step: int
     seconds: float
     interrupted: bool
-    picture: Path | None  # grid of one-step samples, where the run has a folder
+    picture: Path | None  # grid of one-step samples, if the run has a folder
 
 
 def train(
@@ -52,13 +52,13 @@ def train(
     progress: bool = False,
     dataset: ImageDataset | None = None,
 ) -> TrainResult:
-    """Train until ``config.run.steps`` or ``config.run.minutes`` are spent, whichever comes first.
+    """Train until ``config.run.steps`` or ``config.run.minutes`` is reached, whichever comes first.
 
-    out: the run's folder for config, log, pictures and checkpoints; without it nothing is written.
-    resume: continue the newest checkpoint in ``out``; on a CPU this gives the bits of never stopping.
-    dataset: instead of the one that ``config.data`` names.
+    out: run folder for config, log, grids and checkpoints; without it nothing is written. resume: continue
+    from the newest checkpoint in ``out``; on a CPU, bit-identical to a run without the stop. dataset: used
+    instead of the one named by ``config.data``.
 
-    Raises UserError for settings or data that cannot be trained on, a loss not finite, or a full disk.
+    Raises UserError for unusable settings or data, a non-finite loss, or a full disk.
     """
     trainer = prepare(config, resume_from=out if resume else None, dataset=dataset)
     return Run(trainer, out, progress).run()
@@ -71,9 +71,9 @@ def prepare(
     dataset: ImageDataset | None = None,
     ranks: Ranks | None = None,
 ) -> Trainer:
-    """Read the data, build the model, and load the newest checkpoint of a run to resume; writes nothing.
+    """Open the data, build the model and, when resuming, load the run's newest checkpoint; writes nothing.
 
-    ranks: those that train together (`pmf.ranks`); all of them call this.
+    ranks: the ranks of the run (`pmf.ranks`); all of them must call this.
     """
     ranks = ranks or Ranks()
     ranks.require_same(
@@ -94,13 +94,13 @@ def _prepare(config: TrainConfig, dataset: ImageDataset | None, ranks: Ranks, fr
     if config.run.steps is None and config.run.minutes is None:
         raise UserError("the run has no end: give --steps or --minutes")
     if dataset is None:
-        model = model_config(config, num_classes=1)  # image size and channels; the data set tells the classes
+        model = model_config(config, num_classes=1)  # image size and channels; the classes come from the data
         dataset = load_dataset(config.data.data, model.image_size, model.channels)
     return Trainer(config, dataset, ranks, fresh=fresh)
 
 
 class Run:
-    """Drives a `Trainer` to the end of its budget; each of several ranks has one, and the first writes."""
+    """Drives a `Trainer` to the end of its budget, one per rank; the first rank writes the files."""
 
     def __init__(
         self,
@@ -109,20 +109,20 @@ class Run:
         progress: bool,
         evaluate: Callable[[PixelMeanFlow, int], float] | None = None,
     ) -> None:
-        """evaluate: the distance of a model's samples at a step, by all ranks together; lower is better."""
+        """evaluate: the distance of a model's samples at a step, lower is better; called by all ranks."""
         self.trainer, self.config, self.out, self.progress = trainer, trainer.config, out, progress
         self.ranks = trainer.ranks
         self.log: RunLog | None = None
         self.first_step, self.first_second = trainer.step, trainer.seconds
         shape = (self.config.run.log_every, len(COLUMNS))
         self.losses = torch.zeros(shape, dtype=torch.float32, device=trainer.device)
-        self.waited = 0.0  # seconds for data, since the last look at the losses
+        self.waited = 0.0  # seconds spent waiting for data since the losses were last read
         self.logged_second = trainer.seconds
         self.rate = 0.0
-        self.unread = 0  # rows of losses not yet looked at
-        self.shown = ""  # the losses in the progress bar
+        self.unread = 0  # rows of losses not yet read
+        self.shown = ""  # losses shown in the progress bar
         self.evaluate = evaluate if out is not None else None
-        self.score = ""  # the newest distance in the progress bar
+        self.score = ""  # newest distance shown in the progress bar
         self.best = _read_best(out, trainer.step)
 
     def run(self) -> TrainResult:
@@ -161,7 +161,7 @@ class Run:
         return TrainResult(model, trainer.step, trainer.seconds, interrupted, picture)
 
     def _train_step(self, rate: float) -> torch.Tensor:
-        """One step; an image that turns out to be unreadable costs none of the steps before it."""
+        """Run one step; if an image turns out to be unreadable, no earlier step is lost."""
         began = time.monotonic()
         try:
             self.ranks.together(self.trainer.fetch)
@@ -174,12 +174,12 @@ class Run:
         return self.trainer.train_step(rate)
 
     def _stops(self, stop: threading.Event) -> bool:
-        """Whether any rank was told to stop; ranks then count the same time, too."""
+        """Whether any rank was told to stop; also synchronises elapsed time over the ranks."""
         told, self.trainer.seconds = self.ranks.maximum(float(stop.is_set()), self.trainer.seconds)
         return told > 0
 
     def save(self) -> Path:
-        """Write a checkpoint of the present step and drop the oldest; UserError where the disk refuses."""
+        """Write a checkpoint of the current step and drop the oldest; UserError if writing fails."""
         assert self.out is not None
         trainer, folder = self.trainer, checkpoint.step_folder(self.out, self.trainer.step)
         if self.ranks.from_first(folder.is_dir()):
@@ -206,7 +206,7 @@ class Run:
                     shutil.rmtree(old, ignore_errors=True)
 
     def _evaluate(self) -> None:
-        """Measure the samples of the averaged weights; the best checkpoint so far is saved and kept."""
+        """Evaluate samples of the weight average; save and keep the best checkpoint so far."""
         if self.evaluate is None:
             return
         trainer = self.trainer
@@ -222,14 +222,14 @@ class Run:
         self.score = f", distance {distance:.4g}, best {self.best['frechet_distance']:.4g}"
 
     def _checkpoint_files(self) -> Iterator[tuple[str, bytes]]:
-        """One file at a time, so that no more than one copy of the weights is held in memory."""
+        """The files one at a time, so that at most one copy of the weights is in memory."""
         trainer = self.trainer
         yield from self._weights_files()
         yield "state.safetensors", checkpoint.tensors_bytes(*trainer.state())
         yield "config.json", _json_bytes(self.config)
 
     def _weights_files(self) -> Iterator[tuple[str, bytes]]:
-        """The weights and their averages, whole; every rank gathers them, the first gets the bytes."""
+        """The full weights and averages; all ranks gather them, the first receives the bytes."""
         trainer, names = self.trainer, self.trainer.dataset.class_names
         files = {"weights.safetensors": trainer.weights()}
         for half_life in trainer.ema.half_lives:
@@ -256,7 +256,7 @@ class Run:
         return path
 
     def _read_losses(self) -> None:
-        """Fetch the losses since the last look: one synchronisation with the device for log_every steps."""
+        """Fetch the losses since the last read: one device synchronisation per log_every steps."""
         if self.unread == 0:
             return
         rows, self.unread = self.ranks.mean(self.losses[: self.unread].cpu()), 0
@@ -307,7 +307,7 @@ class Run:
         return f"the last good checkpoint is {folders[-1]}" if folders else "no checkpoint had been saved"
 
     def _spent(self) -> float:
-        """The share of the budget used so far."""
+        """The fraction of the budget used so far."""
         run, trainer = self.config.run, self.trainer
         by_steps = trainer.step / run.steps if run.steps else 0.0
         by_time = trainer.seconds / (60 * run.minutes) if run.minutes else 0.0
@@ -315,7 +315,7 @@ class Run:
 
     @contextlib.contextmanager
     def _files(self) -> Iterator[None]:
-        """Say which file could not be written, and that the checkpoints are safe."""
+        """Turn a failed write into a UserError that names the file and the last checkpoint."""
         try:
             yield
         except OSError as error:
@@ -329,7 +329,7 @@ class Run:
             total=100.0,
             initial=min(100.0, 100 * self._spent()),
             disable=not (self.progress and self.ranks.first),
-            bar_format="{percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left{postfix}",
+            bar_format="{percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left{postfix}",
             mininterval=0.5,
         )
 
@@ -341,7 +341,7 @@ class Run:
 
 
 def _read_best(out: Path | None, step: int) -> dict[str, Any] | None:
-    """The best evaluation of a run up to this step, if its checkpoint is there."""
+    """The best evaluation of a run up to this step, if its checkpoint still exists."""
     if out is None or not (out / _BEST).is_file():
         return None
     best = checkpoint.read_json(out / _BEST)
@@ -355,10 +355,10 @@ def _read_best(out: Path | None, step: int) -> dict[str, Any] | None:
 
 
 def learning_rate_factor(settings: OptimizerSettings, step: int, spent: float) -> float:
-    """What the learning rates are multiplied by before step number `step` (from 0).
+    """The factor on the learning rates before step `step` (from 0).
 
-    spent: share of the run's budget used so far. The warm-up is min(1, (step + 1) / warmup_steps); times
-    constant:  1, and over the last `cooldown` share linearly to 0
+    spent: fraction of the run's budget used so far. The warm-up min(1, (step + 1) / warmup_steps) multiplies
+    constant:  1, decaying linearly to 0 over the last `cooldown` fraction
     cosine:    (1 + cos(pi spent)) / 2
     linear:    1 - spent
     """
@@ -372,7 +372,7 @@ def learning_rate_factor(settings: OptimizerSettings, step: int, spent: float) -
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes at most in use so far: of the GPU's memory by torch, else of the process."""
+    """Peak memory in bytes: of the GPU as torch reports it, otherwise of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

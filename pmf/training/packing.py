@@ -1,4 +1,4 @@
-"""Nested optimizer state as tensors plus a JSON skeleton, so that resuming never unpickles anything."""
+"""Nested optimizer state as tensors plus a JSON skeleton, so that resuming never unpickles."""
 
 from typing import Any
 
@@ -6,9 +6,9 @@ import torch
 
 
 def pack(tree: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """Move every tensor of ``tree`` into ``tensors`` under a path below ``name``; return the JSON-able rest.
+    """Move every tensor in ``tree`` into ``tensors``, keyed by path under ``name``; return the JSON rest.
 
-    Dicts become lists of pairs, because JSON has no integer keys. Raises TypeError for any other object.
+    Dicts become lists of pairs because JSON has no integer keys. Raises TypeError for any other object.
     """
     if isinstance(tree, torch.Tensor):
         tensors[name] = tree

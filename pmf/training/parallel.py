@@ -1,4 +1,4 @@
-"""How a batch and a model are cut up among ranks."""
+"""How a batch and a model are split over ranks."""
 
 import warnings
 
@@ -11,11 +11,11 @@ from pmf.training.config import TrainConfig
 
 
 def check_parts(config: TrainConfig, ranks: int) -> None:
-    """UserError where the batch cannot be cut into equal parts, or what was asked for is not to be had."""
+    """Raise UserError if the batch does not split into equal parts, or the options conflict."""
     batch, parts = config.data.batch_size, config.data.accumulate
     if batch % (ranks * parts):
         raise UserError(
-            f"--batch-size {batch} cannot be cut into {ranks} ranks x {parts} parts of equal size: use a "
+            f"--batch-size {batch} does not split into {ranks} ranks x {parts} parts of equal size: use a "
             f"multiple of {ranks * parts}"
         )
     if ranks > 1 and config.run.parallel == "fsdp" and config.run.compile:
@@ -23,23 +23,23 @@ def check_parts(config: TrainConfig, ranks: int) -> None:
 
 
 def slice_draws(draws: flow.Draws, rows: slice) -> flow.Draws:
-    """The draws of some samples: by every n-th, each part has its share of both kinds of samples."""
+    """The draws of some samples; a stride gives each part its share of both kinds of samples."""
     return flow.Draws._make(None if x is None else x[rows] for x in draws)
 
 
 def shard_model(model: models.PixelMeanFlow, precision: str) -> None:
-    """FSDP2: each block's parameters in rows over all ranks, gathered while it runs, and all others likewise.
+    """FSDP2: shard the parameters by rows over all ranks; each block's are gathered while it runs.
 
-    bf16: gathered and computed with in bfloat16; gradients are averaged, and weights kept, in float32.
+    bf16: gather and compute in bfloat16; gradients are averaged, and weights kept, in float32.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    # Nothing here writes into a module's output, so that it may be a view.
+    # Nothing here writes to a module's output, so it may be a view.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(model.position.device.type, (torch.distributed.get_world_size(),))
     low = torch.bfloat16 if precision == "bf16" else None
-    # Times and scales must stay float32, so the inputs are not cast: the network does that where it should.
+    # Times and scales must stay float32, so the inputs are not cast: the network casts where needed.
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in model.modules():
         if isinstance(module, models.Block):
@@ -48,5 +48,5 @@ def shard_model(model: models.PixelMeanFlow, precision: str) -> None:
 
 
 def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Sharded tensors gathered on every rank, which all call this together; others as they are."""
+    """Gather sharded tensors on every rank (a collective call); others are returned unchanged."""
     return {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in tensors.items()}

@@ -1,4 +1,4 @@
-"""Pictures drawn while training: a grid of one-step samples, and the curve of the losses."""
+"""Images drawn during training: a grid of one-step samples and the loss curves."""
 
 import io
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from pmf.data import image_grid, save_png
 from pmf.flow.sampler import sample
 from pmf.models import PixelMeanFlow
 
-_GRID_SIDE = 10  # at most this many classes, one a row, and this many samples of each
+_GRID_SIDE = 10  # at most this many classes (rows) and samples per class (columns)
 
 
 def draw_samples(model: PixelMeanFlow, seed: int, path: Path) -> torch.Tensor:
-    """One-step samples, a class a row, from noise that is the same at every step; returns the uint8 grid."""
+    """Draw one-step samples, a row per class, from the same noise at every step; returns the uint8 grid."""
     classes = min(_GRID_SIDE, model.config.num_classes)
     rows = (
         torch.linspace(0, model.config.num_classes - 1, classes, dtype=torch.float32, device="cpu")
@@ -31,7 +31,7 @@ def draw_samples(model: PixelMeanFlow, seed: int, path: Path) -> torch.Tensor:
 
 
 def draw_losses(steps: Sequence[int], loss_u: Sequence[float], loss_v: Sequence[float], path: Path) -> None:
-    """Plot the means of (V - v_g)^2 and (v - v_g)^2 by step, both axes logarithmic; needs matplotlib."""
+    """Plot the means of (V - v_g)^2 and (v - v_g)^2 by step on log-log axes; needs matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""The table of training presets: the authors' recipe at six sizes, one size of our own, digits and emoji."""
+"""Training presets: the authors' recipe at six sizes, one size of our own, digits and emoji."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ _IMAGENET_STEPS = 400_000  # 320 epochs of 1,281,167 images in batches of 1024
 def _imagenet(
     model: str, kimg: float, mean: float, max_t: float = 0.8, beta: float = 1.0, uniform: float = 0.0
 ) -> TrainConfig:
-    """The recipe of the paper: batch 1024, Muon and Adam at 1e-3, three averages, LPIPS and ConvNeXt."""
+    """The paper's recipe: batch 1024, Muon and Adam at 1e-3, three averages, LPIPS and ConvNeXt."""
     return TrainConfig(
         preset=model,
         data=DataSettings(data="imagenet"),
@@ -41,8 +41,9 @@ PRESETS: dict[str, TrainConfig] = {
         preset="digits",
         data=DataSettings(data="digits", batch_size=128),
         model=ModelSettings(model="digits"),
-        # One step starts at t = 1, so the times reach it (the paper's rarely pass 0.97). Next to no guidance:
-        # these classes need none, and it costs diversity. The rate is high and falls to 0 within the budget.
+        # Sampling starts at t = 1, so the times must reach it (the paper's rarely exceed 0.97). Almost no
+        # guidance: these classes need none, and it costs diversity. A high rate that decays to 0 within the
+        # budget.
         objective=ObjectiveSettings(time_mean=1.2, time_std=1.4, uniform_fraction=0.3, max_omega=1.5),
         optimizer=OptimizerSettings(lr=7e-3, cooldown=0.7, ema_half_lives=(3.0, 10.0, 30.0)),
         run=RunSettings(minutes=4.0, checkpoint_every=2000),
@@ -50,7 +51,7 @@ PRESETS: dict[str, TrainConfig] = {
             sample_every=1000, sample_ema=10.0, sample_omega=1.0, sample_interval=(0.0, 1.0)
         ),
     ),
-    # The categories of an emoji package at 32 pixels (pmf/data/emoji.py), for one processor core.
+    # The categories of an emoji package at 32 pixels (pmf/data/emoji.py), sized for one processor core.
     "emoji": TrainConfig(
         preset="emoji",
         data=DataSettings(data="package", batch_size=128),
@@ -62,7 +63,7 @@ PRESETS: dict[str, TrainConfig] = {
             sample_every=500, sample_ema=30.0, sample_omega=2.0, sample_interval=(0.0, 1.0)
         ),
     ),
-    # Fashion-MNIST in large patches, half a minute on a core: what `pmf ablate` compares its variants on.
+    # Fashion-MNIST in large patches, half a minute per core: the base of `pmf ablate`.
     "fashion": TrainConfig(
         preset="fashion",
         data=DataSettings(data="/usr/share/datasets/fashion-mnist", batch_size=64),
@@ -94,16 +95,16 @@ PRESETS: dict[str, TrainConfig] = {
 
 
 def get_preset(name: str, **overrides: Any) -> TrainConfig:
-    """A preset of the table with settings replaced by name: ``get_preset("digits", minutes=10, seed=1)``."""
+    """A preset with settings replaced by name: ``get_preset("digits", minutes=10, seed=1)``."""
     if name not in PRESETS:
         raise UserError(f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}")
     return PRESETS[name].with_settings(**overrides)
 
 
 def quick(config: TrainConfig, ranks: int = 1) -> TrainConfig:
-    """Two steps of a small network, everything else as asked: to see that a command and its data work.
+    """A smoke test: two steps of a small network with all other settings as given, to check command and data.
 
-    Two blocks 32 wide, one of them each head's, and at most 8 images for each part of each rank's batch.
+    Two blocks of width 32, one of them in each head, and at most 8 images per micro-batch.
     """
     most = 8 * ranks * config.data.accumulate
     return config.with_settings(

@@ -1,4 +1,4 @@
-"""One training step of a pixel MeanFlow model, and everything a run has to remember between two steps."""
+"""A training step of a pixel MeanFlow model, and all state that persists between steps."""
 
 import contextlib
 import copy
@@ -27,28 +27,28 @@ from pmf.training.parallel import check_parts, shard_model, slice_draws, whole
 _log = logging.getLogger(__name__)
 
 COLUMNS = ("loss", "loss_u", "loss_v", "loss_perceptual", "grad_norm")
-"""What one step tells."""
+"""The numbers that a step returns."""
 
 
 class Trainer:
-    """Model, objective, optimizer, averaged weights, data order and random state of one run.
+    """Model, objective, optimizer, weight averages, data order and random state of one run.
 
-    The weights are float32. With precision bf16 a bfloat16 copy computes, its gradients go to the float32
-    master weights, and the optimizer and the averages see those alone. With compile the copy, or the model
-    itself, computes through torch.compile; pictures are drawn without it.
+    The weights are float32. With precision bf16, forward and backward run on a bfloat16 copy; its gradients
+    go to the float32 master weights, the only ones the optimizer and the averages see. With compile,
+    torch.compile wraps the copy, or the model itself; sample grids are drawn without it.
 
-    Every rank makes the random draws of the whole batch, and takes every size-th image of it: the losses and
-    the gradients' mean are one process's, but for the order of sums. With accumulate, the rank's images go
-    through the network in that many parts, likewise.
+    Every rank makes the random draws of the whole batch and takes every size-th image of it, so losses and
+    mean gradients equal those of a single process up to the order of summation. The same holds for the
+    micro-batches of gradient accumulation (accumulate).
     """
 
     def __init__(
         self, config: TrainConfig, dataset: ImageDataset, ranks: Ranks | None = None, *, fresh: bool = True
     ) -> None:
-        """fresh: begins anew; a trainer that will `load` a checkpoint reads no other weights."""
+        """fresh: start anew; a trainer that will `load` a checkpoint skips --init-from."""
         self.ranks = ranks or Ranks()
         self.device = find_device(self.ranks.device(config.run.device))
-        if config.run.precision == "auto":  # settled here, so that the saved settings say what was computed
+        if config.run.precision == "auto":  # resolved here, so that the saved settings state what was used
             config = config.with_settings(precision="bf16" if has_bf16_products(self.device) else "fp32")
         if len(dataset.class_names) == 1:
             config = _without_guidance(config, dataset.class_names[0])
@@ -86,21 +86,22 @@ class Trainer:
         self._fetched: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def fetch(self) -> None:
-        """Read this rank's images of the next step, if they are not there; UserError where one is damaged."""
+        """Read this rank's images for the next step, unless already read; UserError if one is damaged."""
         if self._fetched is None:
             self._fetched = self.stream.next_batch()
 
     def put_back(self) -> None:
-        """Forget the images that no step has used, so that a checkpoint starts with them."""
+        """Discard images that no step has used, so that a checkpoint starts with them."""
         if self._fetched is not None:
             self.stream.position -= self.config.data.batch_size
             self._fetched = None
 
     def train_step(self, rate: float = 1.0) -> torch.Tensor:
-        """One step at ``rate`` times the learning rates; returns the numbers of `COLUMNS`, not synced.
+        """Run one step at ``rate`` times the learning rates; returns the numbers in `COLUMNS` without a sync.
 
-        The losses are means over this rank's images. grad_norm is that of the mean gradient of all ranks,
-        before clipping; without clipping it is measured where a line of the log ends, and NaN elsewhere.
+        The losses are means over this rank's images. grad_norm is the norm of the gradient averaged over all
+        ranks, before clipping; without clipping it is computed only on steps that are logged, and NaN
+        otherwise.
         """
         self.fetch()
         assert self._fetched is not None
@@ -133,14 +134,14 @@ class Trainer:
         return clip_gradients(parameters, largest)
 
     def _draw(self, images: torch.Tensor) -> flow.Draws:
-        """The draws of this rank's images: its slice of those of the whole batch."""
-        whole = torch.empty((), dtype=torch.float32, device="cpu")  # a shape alone
+        """This rank's slice of the draws of the whole batch."""
+        whole = torch.empty((), dtype=torch.float32, device="cpu")  # only its shape is used
         whole = whole.expand(self.config.data.batch_size, *images.shape[1:])
         draws = self.objective.draw(whole, whole, self.generator)
         return slice_draws(draws, slice(self.ranks.rank, None, self.ranks.size))
 
     def _backward(self, images: torch.Tensor, labels: torch.Tensor, draws: flow.Draws) -> torch.Tensor:
-        """Add the gradients of one part of this rank's images; returns its losses, as in `COLUMNS`."""
+        """Accumulate the gradients of one micro-batch; returns its losses in the order of `COLUMNS`."""
         images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         if images.dtype == torch.uint8:
             images = to_float(images)
@@ -152,9 +153,9 @@ class Trainer:
         return torch.stack([getattr(terms, name).detach().float() for name in COLUMNS[:-1]])
 
     def averaged_model(self, half_life: float) -> models.PixelMeanFlow:
-        """A copy of the model with the averaged weights of one half-life, in eval mode.
+        """A copy of the model with the weight average of one half-life, in eval mode.
 
-        Where no averages are kept, with the weights themselves.
+        Without averages, with the current weights.
         """
         weights = self.ema.weights(half_life) if self.config.optimizer.ema else self.weights()
         with torch.device("meta"):
@@ -171,7 +172,7 @@ class Trainer:
     def _gather_gradients(self) -> None:
         if self.computing is not self.model:
             for master, low in zip(self.model.parameters(), self.computing.parameters(), strict=True):
-                if low.grad is not None:  # summed in float32
+                if low.grad is not None:  # accumulated in float32
                     grad = low.grad.to(master.dtype)
                     master.grad = grad if master.grad is None else master.grad.add_(grad)
                 low.grad = None
@@ -181,7 +182,7 @@ class Trainer:
         return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """All that resuming needs besides the weights: tensors, and a JSON-able header."""
+        """Everything that resuming needs besides the weights: tensors and a JSON-able header."""
         tensors = {"generator": self.generator.get_state()}
         header = {
             "step": self.step,
@@ -193,7 +194,7 @@ class Trainer:
         return tensors, header
 
     def shared_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """All that resuming needs, as several ranks save it: live tensors by name, and a JSON-able header."""
+        """Everything that resuming needs, for a sharded checkpoint: live tensors and a JSON-able header."""
         tensors = {f"weights/{name}": weight for name, weight in self.weights().items()}
         for half_life in self.ema.half_lives:
             averages = self.ema.weights(half_life).items()
@@ -212,7 +213,7 @@ class Trainer:
         return tensors, header
 
     def load(self, folder: Path) -> None:
-        """Continue from a checkpoint folder; UserError where it is damaged or of another model."""
+        """Continue from a checkpoint folder; UserError if it is damaged or belongs to another model."""
         if sharded.is_sharded(folder):
             self._load_shared(folder)
             return
@@ -226,7 +227,7 @@ class Trainer:
                 file = folder / checkpoint.ema_file(half_life)
                 self.ema.load_weights(half_life, checkpoint.read_tensors(file)[0])
             self.optimizer.load_state_dict(unpack(header["optimizer"], tensors))
-            for group in self.optimizer.param_groups:  # the state brings its own, and --precision may change
+            for group in self.optimizer.param_groups:  # the saved state has its own; --precision may differ
                 group["compute_dtype"] = self.optimizer.defaults["compute_dtype"]
             self.ema.updates = header["ema_updates"]
             self.generator.set_state(tensors["generator"])
@@ -251,13 +252,13 @@ class Trainer:
     def _require_classes(self, trained: object, folder: Path) -> None:
         if trained != self.dataset.class_names:
             raise UserError(
-                f"{folder} was trained on other classes than those of {self.config.data.data} now: "
-                "put the images back as they were"
+                f"{folder} was trained on other classes than {self.config.data.data} has now: "
+                "restore the original images"
             )
 
 
 def _without_guidance(config: TrainConfig, name: str) -> TrainConfig:
-    """The settings for images of one class: nothing to guide to, so omega is 1 in training and in samples."""
+    """The settings for single-class data: there is nothing to guide towards, so omega is always 1."""
     found = "no classes" if name == UNLABELLED else f"one class, {name!r}"
     _log.warning("the images have %s: training is unconditional, guidance off", found)
     return config.with_settings(guidance=False, sample_omega=None, sample_interval=None)

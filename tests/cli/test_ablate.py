@@ -85,7 +85,7 @@ def test_two_variants_become_a_table_and_are_not_run_again(
         (["--variant", "a/b=", "--variant", "a b="], "two variants are called 'a/b' or nearly so"),
         (["--variant", "a*="], "a variant's name is letters"),
         (["--suite", "digits", "--only", "Eve"], "--only: there is no variant 'Eve'; there are x patch 8"),
-        (["--variant", "a=", "--seed", "1"], "--seed is for one run: a study takes --seeds"),
+        (["--variant", "a=", "--seed", "1"], "--seed is for a single run: use --seeds for a study"),
         (["--variant", "a=", "--minutes", "1"], "variants are compared at equal steps"),
         (
             ["--variant", "a=", "--samples", "1"],
@@ -115,7 +115,7 @@ def test_variants_of_a_file(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for content, sentence in (
-        ([1], '--variants v.json must hold {"NAME": {"flag": value, ...}, ...}'),
+        ([1], '--variants v.json must contain {"NAME": {"flag": value, ...}, ...}'),
         ({"a": {"lr": "fast"}}, "variant 'a': argument --lr: invalid float value: 'fast'"),
     ):
         Path("v.json").write_text(json.dumps(content))

@@ -93,7 +93,7 @@ BAD: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "no checkpoint": (lambda p: ["sample", str(p / "no.pth")], "there is no checkpoint"),
     "huge seed": (lambda p: ["sample", "x", "--seeds", "1" + "0" * 30], "--seeds must lie below 2^63"),
     "bad seeds": (lambda p: ["sample", "x", "--seeds", "9-0"], "--seeds must be numbers"),
-    "seed twice": (lambda p: ["sample", "x", "--seeds", "0-7,9,5-6"], "--seeds names 5 twice"),
+    "seed twice": (lambda p: ["sample", "x", "--seeds", "0-7,9,5-6"], "--seeds contains 5 twice"),
     "unknown precision": (lambda p: ["sample", "x", "--precision", "fp8"], "invalid choice: 'fp8'"),
     "no steps": (lambda p: ["sample", "x", "--steps", "0"], "--steps and --batch-size must be 1 or more"),
     "code in checkpoint": (lambda p: ["sample", save(p / "a.pth", {"f": print})], "more than tensors"),

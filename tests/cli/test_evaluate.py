@@ -106,7 +106,7 @@ def test_fid_and_inception_score_with_weights_of_a_file(
     assert main(["evaluate", str(weights), *words, "--weights", inception]) == 0
     said = capsys.readouterr().out
     assert said.startswith("FID of 3 images: ") and "Inception Score: 1." in said
-    assert "fewer images than the 2048 numbers" in said
+    assert "fewer images than feature dimensions (2048)" in said
     sums, _ = checkpoint.read_tensors(tmp_path / "out" / "samples.safetensors")
     found = result(tmp_path / "out")
     assert found["frechet_distance"] == pytest.approx(float(sums["moments.sum"].sum()) / 3)
@@ -154,15 +154,15 @@ BAD: dict[str, tuple[Words, str]] = {
     "weights": (lambda p: ["--reference", "digits"], "--weights"),
     "features": (lambda p: ["--reference", "digits", "--features", "vgg"], "invalid choice: 'vgg'"),
     "no network": (lambda p: [*PIXELS, "--weights", "x"], "pixels have none"),
-    "nothing": (lambda p: [], "give --reference to compare with, or --make-stats"),
-    "both": (lambda p: [*PIXELS, "--images", "digits"], "give a checkpoint to sample from or --images"),
+    "nothing": (lambda p: [], "give --reference to compare, or --make-stats"),
+    "both": (lambda p: [*PIXELS, "--images", "digits"], "give either a checkpoint to sample"),
     "suffix": (lambda p: [*PIXELS, "--make-stats", "x.pt"], "--make-stats must end in .npz"),
-    "overwriting": (lambda p: [*PIXELS, "--make-stats", stats(p, 64)], "stats.npz exists: choose another"),
+    "overwriting": (lambda p: [*PIXELS, "--make-stats", stats(p, 64)], "stats.npz already exists: choose"),
     "one image": (lambda p: [*PIXELS, "--num-images", "1"], "--num-images must be 2 or more, got 1"),
     "batch": (lambda p: [*PIXELS, "--batch-size", "0"], "--batch-size must be 1 or more, got 0"),
     "steps": (lambda p: [*PIXELS, "--steps", "0"], "--steps must be 1 or more, got 0"),
     "seed": (lambda p: [*PIXELS, "--seed", "-1"], "--seed must lie from 0"),
-    "cut": (lambda p: [*PIXELS, "--image-size", "8"], "--image-size and --channels are for --images"),
+    "cut": (lambda p: [*PIXELS, "--image-size", "8"], "--image-size and --channels apply to --images"),
 }  # fmt: skip
 
 

@@ -51,11 +51,11 @@ def test_figures_are_means_over_the_seeds(tmp_path: Path, capsys: pytest.Capture
     ("words", "sentence"),
     [
         (["--shape", "elephant"], "invalid choice: 'elephant'"),
-        (["--dims", "1", "8"], "--dims must be different numbers from 2 to 65536, got [1, 8]"),
-        (["--dims", "8", "8"], "--dims must be different numbers"),
+        (["--dims", "1", "8"], "--dims must be distinct numbers from 2 to 65536, got [1, 8]"),
+        (["--dims", "8", "8"], "--dims must be distinct numbers"),
         (["--dims", "two"], "invalid int value: 'two'"),
         (["--steps", "0"], "--steps must be 1 or more, got 0"),
-        (["--seeds", "2-0"], "--seeds must be numbers and rising ranges"),
+        (["--seeds", "2-0"], "--seeds must be numbers and ascending ranges"),
     ],
 )
 def test_wrong_words_get_one_sentence_and_write_nothing(

@@ -40,12 +40,12 @@ def test_a_settings_file_gives_what_flags_do_not(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("batchsize: 3", "sets 'batchsize', which is no setting"),
-        ("- 3", "must hold settings by name"),
+        ("batchsize: 3", "sets 'batchsize', which is not a setting"),
+        ("- 3", "must map setting names to values"),
         ("a: [", "cannot be read as YAML"),
         ("image-size: big", "--image-size"),
         ("batch-size: -1", "--batch-size must be 1 or more"),
-        ("batch-size: many", "holds a setting of a wrong type"),
+        ("batch-size: many", "has a setting of the wrong type"),
     ],
 )
 def test_a_wrong_settings_file_is_one_sentence(

@@ -61,7 +61,7 @@ def test_paper_presets_hold_the_paper_recipe() -> None:
         ("lpips_lambda", -1.0, "--lpips-lambda must be 0 or more"),
         ("max_omega", 0.5, "--max-omega must be 1 or more"),
         ("sample_omega", 0.9, "--sample-omega must be 1 or more"),
-        ("ema_half_lives", (5.0, 5.0), "--ema-half-lives must be different"),
+        ("ema_half_lives", (5.0, 5.0), "--ema-half-lives must be distinct"),
         ("sample_ema", 7.0, "--sample-ema must be one of"),
         ("sample_interval", (0.9, 0.1), "--sample-interval"),
         ("precision", "fp8", "--precision"),
@@ -94,7 +94,7 @@ def test_settings_out_of_range_are_named(setting: str, value: object, sentence: 
         ({"prediction": "u", "preconditioner": "edm"}, "--preconditioner edm makes images .* leave out one"),
         (
             {"guidance": False, "sample_omega": 2.0},
-            "--no-guidance trains omega 1 alone",
+            "--no-guidance trains at omega 1 only",
         ),
     ],
 )

@@ -172,7 +172,7 @@ def test_one_unreadable_image_costs_no_step(two: dict[str, Any], out: Path) -> N
 
 def test_ranks_that_disagree_and_batches_that_cannot_be_cut_are_refused(two: dict[str, Any]) -> None:
     assert "disagree on their settings: --lr is 0.001 on rank 0 and 0.002 on rank 1" in two["settings"]
-    assert "--batch-size 9 cannot be cut into 2 ranks x 1 parts" in two["batch"]
+    assert "--batch-size 9 does not split into 2 ranks x 1 parts" in two["batch"]
     assert "use a multiple of 6" in two["parts"]
     assert "--compile does not work with --parallel fsdp" in two["compile"]
 

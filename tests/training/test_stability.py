@@ -100,7 +100,7 @@ def test_starts_from_what_fits(tmp_path: Path, tiny: Tiny) -> None:
     for name, average in trainer.ema.weights(trainer.ema.half_lives[0]).items():
         assert torch.equal(average, ours[name])
     said = "\n".join(trainer.initial)
-    assert f"of {len(ours)} weights come from" in said and "drawn new: position" in said
+    assert f"of {len(ours)} weights come from" in said and "initialised randomly: position" in said
 
 
 def test_starting_from_nothing_usable_is_one_sentence(tmp_path: Path, tiny: Tiny) -> None:
