@@ -1,4 +1,4 @@
-"""The network of Pixel MeanFlow and its presets (arXiv 2601.22158)."""
+"""The Pixel MeanFlow network and its presets (arXiv 2601.22158)."""
 
 import math
 from collections.abc import Mapping
@@ -30,24 +30,24 @@ __all__ = [
 
 
 PREDICTIONS = ("x", "u")
-"""What `ModelConfig.prediction` can be."""
+"""Choices for `ModelConfig.prediction`."""
 PRECONDITIONERS = ("none", "edm", "scm")
-"""What `ModelConfig.preconditioner` can be."""
+"""Choices for `ModelConfig.preconditioner`."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What a checkpoint must say about its network. Every field is a number, a word or a tuple of numbers."""
+    """The network configuration stored in checkpoints: numbers, strings and tuples of numbers."""
 
     num_classes: int = 1000
     """Labels are 0 .. num_classes - 1; num_classes itself is the null label."""
     image_size: Size = 256
-    """Pixels: a number for squares, or (height, width)."""
+    """In pixels: a number for squares, or (height, width)."""
     patch_size: int = 16
     channels: int = 3
     hidden_size: int = 768
     depth: int = 16
-    """Blocks on the way from the image to either output: depth - head_depth are shared."""
+    """Blocks from the image to either output, of which depth - head_depth are shared."""
     head_depth: int = 8
     num_heads: int = 12
     noise_scale: float = 1.0
@@ -55,24 +55,24 @@ class ModelConfig:
     condition_tokens: tuple[int, int, int, int, int] = (8, 4, 2, 2, 4)
     """Tokens for class, omega, t_min, t_max and time."""
     bottleneck: int | None = None
-    """Width inside the patch embedding; by default 128, and 256 where hidden_size > 1024."""
+    """Width of the patch embedding's bottleneck; default 128, or 256 if hidden_size > 1024."""
     mlp_width: int | None = None
-    """Width inside the MLP; by default 8/3 of hidden_size (see `pmf.nn.mlp.swiglu_width`)."""
+    """Hidden width of the MLP; default 8/3 of hidden_size (see `pmf.nn.mlp.swiglu_width`)."""
     v_head: bool = True
-    """Whether the auxiliary head exists; without it the model samples, and is trained with u's head alone."""
+    """Whether the auxiliary v head exists; without it the model samples, and trains the u head only."""
     sample_omega: float = 7.0
-    """Guidance scale that `pmf.sample` uses unless told otherwise."""
+    """Default guidance scale of `pmf.sample`."""
     sample_interval: tuple[float, float] = (0.1, 0.7)
-    """Guidance interval [t_min, t_max] that `pmf.sample` uses unless told otherwise."""
+    """Default guidance interval [t_min, t_max] of `pmf.sample`."""
     prediction: str = "x"
-    """What both heads' outputs mean: "x" an image, "u" the velocity itself."""
+    """What both heads predict: "x" an image, "u" the average velocity."""
     preconditioner: str = "none"
     """Scalings around the network, c_skip z + c_out net(c_in z): "none", "edm" or "scm" (`pmf.flow`)."""
     sigma_data: float = 0.5
-    """The data's standard deviation, as a pre-conditioner takes it."""
+    """Standard deviation of the data, for the preconditioner."""
 
     def __post_init__(self) -> None:
-        for name in ("condition_tokens", "sample_interval"):  # lists, when they come from JSON
+        for name in ("condition_tokens", "sample_interval"):  # JSON gives lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
         try:
             object.__setattr__(self, "image_size", normal_size(self.image_size))
@@ -185,14 +185,13 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 CHECKPOINTING = ("none", "blocks")
-"""What `PixelMeanFlow.checkpointing` can be."""
+"""Choices for `PixelMeanFlow.checkpointing`."""
 
 
 class NetworkOutput(NamedTuple):
-    """Images [B, C, H, W], one per head that was asked for, and the u head's tangent [n, C, H, W].
+    """Images [B, C, H, W] from each requested head, and the u head's tangent [n, C, H, W].
 
-    Or, where the caller asked for tokens, the same pixels as [B, N, p p C]: the patches row by row, each
-    (p, p, C).
+    With as_tokens, the same pixels as [B, N, p p C]: the patches row by row, each (p, p, C).
     """
 
     u: Tensor | None
@@ -203,9 +202,9 @@ class NetworkOutput(NamedTuple):
 class PixelMeanFlow(nn.Module):
     """Transformer on pixels with two heads: u (average velocity) and v (instantaneous, for training only).
 
-    Tokens are [class | omega | t_min | t_max | time | image], all with a learned position; `depth -
-    head_depth` blocks are shared by the heads. The network computes in the dtype of its parameters; its
-    scalars are embedded in float32.
+    Tokens are [class | omega | t_min | t_max | time | image], all with learned positions; the heads share
+    `depth - head_depth` blocks. The network computes in the dtype of its parameters; its scalar inputs are
+    embedded in float32.
     """
 
     cos: Tensor
@@ -236,11 +235,11 @@ class PixelMeanFlow(nn.Module):
 
     @property
     def checkpointing(self) -> str:
-        """What training trades for memory: "none", or "blocks", where a block keeps its input alone.
+        """Activation checkpointing: "none", or "blocks" to keep only the input of each block.
 
-        Backward then runs each block's value (never its tangent) a second time: about a quarter more work,
-        for memory of D numbers a token and block in place of 6 D + 2 W (see `Attention` and `SwiGLU`). It is
-        no part of a checkpoint; set it on the model: ``model.checkpointing = "blocks"``.
+        With "blocks", backward recomputes each block's value (never its tangent): about a quarter more work,
+        for D instead of 6 D + 2 W saved numbers per token and block (see `Attention` and `SwiGLU`). It is not
+        stored in checkpoints; set it on the model: ``model.checkpointing = "blocks"``.
         """
         return self._checkpointing
 
@@ -252,7 +251,7 @@ class PixelMeanFlow(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw new weights as the paper does; both heads then predict 0, whatever the input."""
+        """Initialise the weights as in the paper; both heads then predict 0 for any input."""
         if self.position.is_meta:
             return
         self.condition.reset_parameters(generator)
@@ -274,18 +273,18 @@ class PixelMeanFlow(nn.Module):
         heads: str = "u",
         as_tokens: bool = False,
     ) -> NetworkOutput:
-        """Predicted images for noisy ones.
+        """Predict images from noisy ones.
 
-        images [B, C, H, W], condition [B] each. Tangents images_t [n, C, H, W] and h_t [n] belong to the
-        first n samples and go through the u head only, as constants for autograd. heads: "u" (sampling), "v"
-        (guidance) or "uv" (training). as_tokens: leave the pixels in the order of the tokens, for
-        `pmf.ops.patch_velocity` to read.
+        images [B, C, H, W], condition [B] each. The tangents images_t [n, C, H, W] and h_t [n] belong to the
+        first n samples; they go through the u head only and are constants for autograd. heads: "u"
+        (sampling), "v" (guidance) or "uv" (training). as_tokens: return pixels in token order, as
+        `pmf.ops.patch_velocity` reads them.
         """
         if heads not in ("u", "v", "uv"):
             raise ValueError(f"model: heads must be 'u', 'v' or 'uv', got {heads!r}")
         if "v" in heads and not self.config.v_head:
             raise RuntimeError(
-                "model: this checkpoint has no v head, so it can sample but not be trained (only without "
+                "model: this checkpoint has no v head, so it can sample but not be trained (except without "
                 "one: Objective(v_head=False))"
             )
         expected = self.config.image_shape
@@ -302,7 +301,7 @@ class PixelMeanFlow(nn.Module):
         prefix, prefix_t = self.condition(condition, h_t)
         images_t = None if images_t is None else images_t.to(dtype)
         x, x_t = self.patch_embedding(images.to(dtype), self.position, prefix, images_t, prefix_t)
-        # Under autocast the embedding is 16 bits wide; the sum of all branches must not be.
+        # Under autocast the embedding has 16 bits; the residual stream must not.
         x, x_t = x.to(dtype), None if x_t is None else x_t.to(dtype)
         for block in self.shared_blocks:
             x, x_t = self._through(block, x, x_t)
@@ -319,7 +318,7 @@ class PixelMeanFlow(nn.Module):
         image_tokens = self.config.num_image_tokens
         for block in blocks[:-1]:
             x, x_t = self._through(block, x, x_t)
-        # Nothing reads what the last block would make of the condition tokens.
+        # The last block's outputs for the condition tokens are unused.
         x, x_t = self._through(blocks[-1], x, x_t, image_tokens)
         pixels: tuple[Tensor, Tensor | None] = final(x, x_t, as_tokens=as_tokens)
         return pixels
@@ -339,7 +338,7 @@ class PixelMeanFlow(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PixelMeanFlow":
         super()._apply(fn, recurse)
-        # A model in bfloat16 keeps them in float32; one that leaves the meta device gets them.
+        # The tables stay float32 in a bfloat16 model and are created when a model leaves the meta device.
         self._set_rotary_tables()
         return self
 
@@ -356,15 +355,15 @@ def _either(words: tuple[str, ...]) -> str:
 
 
 def _follow_weights(model: PixelMeanFlow, _: Any) -> None:
-    """Loaded weights may bring a device. (A function of the module, because a lambda cannot be pickled.)"""
+    """Move the tables to the device of loaded weights. (Module-level, because lambdas cannot be pickled.)"""
     model._set_rotary_tables()
 
 
 def create_model(preset: str | None = None, **settings: Any) -> PixelMeanFlow:
-    """A freshly initialised model: a preset ("pmf-b/16", "digits", ...), any `ModelConfig` field replaced.
+    """Create a model with random weights from a preset ("pmf-b/16", "digits", ...) and `ModelConfig` fields.
 
-    Without a preset the fields start from their defaults. Draws from torch's global generator, on the default
-    device. Raises ValueError for an unknown preset and TypeError for an unknown field.
+    Without a preset, fields have their defaults. Draws from torch's global generator, on the default device.
+    Raises ValueError for an unknown preset and TypeError for an unknown field.
     """
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"create_model: no preset {preset!r}; there are {', '.join(PRESETS)}")
@@ -376,11 +375,11 @@ def create_model(preset: str | None = None, **settings: Any) -> PixelMeanFlow:
 
 
 def config_from_state_dict(state_dict: Mapping[str, Tensor], **settings: Any) -> ModelConfig:
-    """The configuration that fits a state dict (ours, or the authors' as `from_official` reads it).
+    """The configuration matching a state dict (ours, or the authors' converted by `from_official`).
 
-    What weights do not show (noise_scale, sampling defaults) comes from the preset of that shape, or from
-    `settings`. Weights show the number of image tokens alone: images are squares unless `settings` hold an
-    image_size.
+    What the weights do not determine (noise_scale, sampling defaults) comes from the preset of that shape or
+    from `settings`. The weights only determine the number of image tokens: images are square unless
+    `settings` contains an image_size.
     """
     shown = describe_state_dict(from_official(state_dict), settings.get("image_size"))
     shape = ModelConfig(**shown)
@@ -406,5 +405,5 @@ def config_from_state_dict(state_dict: Mapping[str, Tensor], **settings: Any) ->
             break
     else:
         if "noise_scale" not in settings:
-            raise ValueError("state dict: its shape is no preset's, so say its noise_scale")
+            raise ValueError("state dict: its shape matches no preset; pass noise_scale")
     return replace(shape, **settings)

@@ -1,4 +1,4 @@
-"""Names of weights: the authors' PyTorch checkpoints and ours."""
+"""Parameter names: the mapping between the authors' PyTorch checkpoints and ours."""
 
 import math
 import re
@@ -27,11 +27,10 @@ _IGNORED = ("rope_freqs",)  # a constant
 
 
 def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of `PixelMeanFlow` from the authors' one, or from ours. Tensors are shared, not copied.
+    """Convert the authors' state dict, or ours, to `PixelMeanFlow`'s. Tensors are shared, not copied.
 
-    Prefixes that DistributedDataParallel and torch.compile put before names do not matter (`pmf.wrappers`). A
-    missing v head is fine: the model then only samples. Raises ValueError naming the keys that are left
-    over or missing.
+    Prefixes added by DistributedDataParallel and torch.compile are ignored (`pmf.wrappers`). A missing v head
+    is allowed: the model can then only sample. Raises ValueError naming unknown or missing keys.
     """
     given = {key.removeprefix("net."): tensor for key, tensor in by_plain_names(state_dict).items()}
     given = by_plain_names(given)
@@ -43,7 +42,7 @@ def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         problems = [
             f"{what} {_list(keys)}" for what, keys in (("unknown", left_over), ("missing", missing)) if keys
         ]
-        raise ValueError(f"state dict: not a whole Pixel MeanFlow checkpoint: {'; '.join(problems)}")
+        raise ValueError(f"state dict: not a complete Pixel MeanFlow checkpoint: {'; '.join(problems)}")
     renamed = {name: given[key] for key, name in names.items()}
     # Theirs is a 1 x 1 convolution.
     renamed["patch_embedding.weight_up"] = renamed["patch_embedding.weight_up"].flatten(1)
@@ -51,10 +50,10 @@ def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_official(state_dict: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-    """The authors' state dict from `PixelMeanFlow`'s: the inverse of `from_official`, tensors shared.
+    """Convert `PixelMeanFlow`'s state dict to the authors': the inverse of `from_official`, tensors shared.
 
-    prefix goes in front of every key: the authors' own module calls the network ``net.``. Their constant
-    ``rope_freqs`` is not a weight and is left out. Raises ValueError as `from_official` does.
+    prefix is prepended to every key: the authors' module calls the network ``net.``. Their constant
+    ``rope_freqs`` is not a weight and is omitted. Raises ValueError like `from_official`.
     """
     ours = from_official(state_dict)
     theirs = {prefix + key: ours[name] for name, key in _names(ours, ours=True).items()}
@@ -66,10 +65,10 @@ def to_official(state_dict: Mapping[str, Tensor], prefix: str = "") -> dict[str,
 def describe_state_dict(
     state_dict: Mapping[str, Tensor], image_size: int | Sequence[int] | None = None
 ) -> dict[str, Any]:
-    """Fields of `ModelConfig` that the shapes of a state dict with our names show.
+    """The fields of `ModelConfig` that the shapes of a state dict with our names determine.
 
-    image_size: of images that are not square, which the weights cannot show; ValueError where the number of
-    tokens is another, or no square without it.
+    image_size: required for non-square images, which the weights cannot indicate; ValueError if the number of
+    tokens does not match, or is not a square and image_size is missing.
     """
     down = state_dict["patch_embedding.weight_down"]
     counts = tuple(state_dict[f"condition.{group}_tokens"].shape[1] for group in _GROUPS)
@@ -79,8 +78,8 @@ def describe_state_dict(
         image_size = math.isqrt(image_tokens) * patch_size
     if math.prod(side // patch_size for side in height_and_width(image_size)) != image_tokens:
         raise ValueError(
-            f"state dict: its {image_tokens} image tokens of {patch_size}x{patch_size} pixels are not those "
-            f"of {size_in_words(image_size)} images: give the image_size (height, width) they were trained on"
+            f"state dict: its {image_tokens} image tokens of {patch_size}x{patch_size} pixels do not match "
+            f"{size_in_words(image_size)} images: pass the image_size (height, width) they were trained on"
         )
     head_depth = _depth(state_dict, "u_head")
     return {
@@ -100,9 +99,9 @@ def describe_state_dict(
 
 
 def _names(given: Iterable[str], ours: bool) -> dict[str, str]:
-    """Our name -> the authors' key, for every weight of a model with the blocks seen in the file.
+    """Our name -> the authors' key, for every weight of a model with the blocks found in the file.
 
-    ours: whether the file has our names. The v head is expected whole where any part of it is there.
+    ours: whether the file uses our names. If any part of the v head is present, all of it is expected.
     """
     pairs = {
         "position": "pos_embed",
@@ -145,7 +144,7 @@ def _table(name: str) -> str:
 
 
 def _depth(names: Iterable[str], stack: str) -> int:
-    """Blocks in a stack: one more than the highest index."""
+    """The number of blocks in a stack: the highest index plus one."""
     return max((int(m[1]) + 1 for name in names if (m := re.match(rf"{stack}\.(\d+)\.", name))), default=0)
 
 

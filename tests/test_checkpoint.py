@@ -92,7 +92,7 @@ def test_authors_file_of_no_preset_asks_for_its_noise(
 @pytest.mark.parametrize("kept", [0, 7, 100, -100])
 def test_truncated_own_file_is_named(weights_file: Path, kept: int) -> None:
     weights_file.write_bytes(weights_file.read_bytes()[:kept])
-    with pytest.raises(UserError, match=r"weights\.safetensors is cut off"):
+    with pytest.raises(UserError, match=r"weights\.safetensors is truncated"):
         checkpoint.load_checkpoint(weights_file)
 
 
@@ -103,7 +103,7 @@ def test_truncated_authors_file_is_named(
     path = tmp_path / "theirs.pth"
     torch.save(official, path)
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(UserError, match=r"theirs\.pth is cut off"):
+    with pytest.raises(UserError, match=r"theirs\.pth is truncated"):
         checkpoint.load_checkpoint(path)
 
 
@@ -141,10 +141,10 @@ def test_a_plain_pickle_with_code_is_refused_and_never_run(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ({"pos_embed": torch.zeros(1), "epoch": 3}, "holds 'epoch' of type int"),
-        ({"state_dict": {"pos_embed": torch.zeros(1)}}, "holds 'state_dict' of type dict"),
-        ([torch.zeros(1)], "holds a list, not a state dict"),
-        (torch.zeros(3), "holds a Tensor, not a state dict"),
+        ({"pos_embed": torch.zeros(1), "epoch": 3}, "contains 'epoch' of type int"),
+        ({"state_dict": {"pos_embed": torch.zeros(1)}}, "contains 'state_dict' of type dict"),
+        ([torch.zeros(1)], "contains a list, not a state dict"),
+        (torch.zeros(3), "contains a Tensor, not a state dict"),
         ({"fc.weight": torch.zeros(3)}, "fc.weight"),
     ],
 )
@@ -165,7 +165,7 @@ def test_foreign_safetensors_are_named(tmp_path: Path) -> None:
     [
         ({"hidden_size": 32}, "of another model.*shape"),
         ({"depth": 3}, "of another model: it lacks 'shared_blocks.1"),
-        ({"v_head": False}, "of another model: it holds 'v_"),
+        ({"v_head": False}, "belongs to another model: it contains 'v_"),
     ],
 )
 def test_weights_of_another_shape_are_named(
@@ -193,5 +193,5 @@ def test_a_run_folder_gives_its_newest_checkpoint_and_the_average_asked_for(tmp_
         checkpoint.load_checkpoint(tmp_path, "7")
     with pytest.raises(UserError, match="there is no checkpoint"):
         checkpoint.load_checkpoint(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="holds no complete checkpoint"):
+    with pytest.raises(UserError, match="contains no complete checkpoint"):
         checkpoint.load_checkpoint(tmp_path / "checkpoints")

@@ -1,4 +1,4 @@
-"""Weights and runs on disk: this project's files (`ours`) and those that several ranks write (`sharded`)."""
+"""Weights and runs on disk: single-process files (`ours`) and sharded checkpoints (`sharded`)."""
 
 from pmf.checkpoint.ours import (
     LoadedModel,

@@ -1,18 +1,18 @@
-"""Weights on disk: this project's safetensors files, and the authors' PyTorch state dicts.
+"""Weights on disk: this project's safetensors files and the authors' PyTorch state dicts.
 
-A run keeps its checkpoints in ``<run>/checkpoints/step-<number>/``::
+A run writes its checkpoints to ``<run>/checkpoints/step-<number>/``::
 
-    weights.safetensors     what the optimizer trains, fp32
-    ema-<H>.safetensors     one file per moving average, H its half-life in thousand images
-    state.safetensors       optimizer, random generator, position in the data: what resuming needs
+    weights.safetensors     the trained weights, fp32
+    ema-<H>.safetensors     a weight average with half-life H in thousands of images
+    state.safetensors       what resuming needs: optimizer, random generator, position in the data
     config.json             every setting of the run
 
-Several ranks write their parts beside each other instead of the first three (`pmf.checkpoint.sharded`),
-and the weights files once more, whole, at the end of the run.
+A sharded run writes shards instead of the first three (`pmf.checkpoint.sharded`), and complete weights files
+at the end of the run.
 
-Each weights file also carries its model's configuration in its header, so that it can be moved and loaded
-alone. A checkpoint becomes visible by one rename of a complete, synced and re-read folder: a crash, a kill or
-a full disk leaves a folder called ``.step-<number>.partial`` and every earlier checkpoint as it was.
+The header of each weights file contains the model configuration, so that the file can be moved and loaded on
+its own. A checkpoint becomes visible when a complete, synced and verified folder is renamed: a crash, a kill
+or a full disk leaves a folder ``.step-<number>.partial`` and all earlier checkpoints intact.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from pmf.wrappers import by_plain_names, plain_names
 
 _FORMAT = "pixelmeanflow-1"
 _STEP_PREFIX = "step-"
-_V_HEAD = ("v_head", "v_final")  # how the names of its weights start, in our files and in the authors'
+_V_HEAD = ("v_head", "v_final")  # prefixes of its weights' names, in our files and the authors'
 
 PathLike = str | os.PathLike[str]
 Tensors = Mapping[str, torch.Tensor]
@@ -45,7 +45,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with its weights, the names of its classes, and the file that they came from."""
+    """A model with its weights, its class names, and the file they came from."""
 
     model: models.PixelMeanFlow
     class_names: list[str]
@@ -55,16 +55,16 @@ class LoadedModel:
 def load_checkpoint(
     path: PathLike, ema: str | None = None, *, noise_scale: float | None = None, v_head: bool = True
 ) -> models.PixelMeanFlow:
-    """Build the model that ``path`` holds and load its weights, ready to sample (eval mode, fp32, CPU).
+    """Build the model in ``path`` and load its weights, ready to sample (eval mode, fp32, CPU).
 
-    path: a run folder (its newest checkpoint), a checkpoint folder, a ``.safetensors`` file of this project,
-    or the authors' ``.pth`` / ``.pt`` state dict, which is read with ``weights_only=True``.
-    ema: for a folder, which weights: the half-life in thousand images ("500"), or "none" for the trained
-    weights themselves; by default the one that the run samples from.
-    noise_scale: for the authors' files of a shape that is no preset's, because weights do not tell it.
-    v_head: False leaves out the head that only training needs, a third of pMF-B's weights.
+    path: a run folder (its newest checkpoint is used), a checkpoint folder, a ``.safetensors`` file of this
+    project, or the authors' ``.pth`` / ``.pt`` state dict, read with ``weights_only=True``. ema: for a
+    folder, the weights to load: a half-life in thousands of images ("500"), or "none" for the trained
+    weights; by default the average that the run samples from. noise_scale: for the authors' files whose shape
+    matches no preset, since the weights do not determine it. v_head: False omits the head that only training
+    needs, a third of pMF-B's weights.
 
-    Raises UserError where the file is missing, cut off, holds more than tensors, or does not fit its model.
+    Raises UserError if the file is missing, truncated, contains more than tensors, or does not fit its model.
     """
     return load_model(path, ema, noise_scale=noise_scale, v_head=v_head).model
 
@@ -72,7 +72,7 @@ def load_checkpoint(
 def load_model(
     path: PathLike, ema: str | None = None, *, noise_scale: float | None = None, v_head: bool = True
 ) -> LoadedModel:
-    """As `load_checkpoint`, and with the class names beside the model."""
+    """Like `load_checkpoint`, but also returns the class names."""
     file = _choose_file(Path(path), ema)
     if file.parent.name == sharded.SHARDS:
         return _load_sharded(file.parent.parent, file.name, v_head)
@@ -82,7 +82,7 @@ def load_model(
             config, class_names = models.ModelConfig(**header["model"]), list(header["class_names"])
         except (TypeError, KeyError, ValueError) as error:
             raise UserError(
-                f"{file} does not describe its model ({error}): use another checkpoint"
+                f"{file} has no valid model configuration ({error}): use another checkpoint"
             ) from error
     else:
         try:
@@ -105,18 +105,20 @@ def load_model(
 
 
 def _empty_model(config: models.ModelConfig) -> models.PixelMeanFlow:
-    with torch.device("meta"):  # drawing random weights first would take longer than reading others
+    with torch.device("meta"):  # drawing random weights would take longer than reading the real ones
         model = models.PixelMeanFlow(config)
     return model.to_empty(device="cpu")
 
 
 def _load_sharded(folder: Path, part: str, v_head: bool) -> LoadedModel:
-    """One set of weights of what several ranks wrote."""
+    """Load one set of weights from a sharded checkpoint."""
     header = sharded.read_header(folder)
     try:
         config, class_names = models.ModelConfig(**header["model"]), list(header["class_names"])
     except (TypeError, KeyError, ValueError) as error:
-        raise UserError(f"{folder} does not describe its model ({error}): use another checkpoint") from error
+        raise UserError(
+            f"{folder} has no valid model configuration ({error}): use another checkpoint"
+        ) from error
     if not v_head:
         config = dataclasses.replace(config, v_head=False)
     model = _empty_model(config)
@@ -126,20 +128,20 @@ def _load_sharded(folder: Path, part: str, v_head: bool) -> LoadedModel:
 
 
 def assign_weights(model: torch.nn.Module, tensors: Tensors, source: Path) -> None:
-    """Copy tensors into the parameters of the same names; UserError names the first that does not fit.
+    """Copy tensors into the parameters of the same names; UserError for the first that does not fit.
 
-    What wrappers put into names (`pmf.wrappers`) does not matter, neither the model's nor the file's.
+    Wrapper prefixes (`pmf.wrappers`) in the names of either side are ignored.
     """
     parameters, tensors = by_plain_names(dict(model.named_parameters())), by_plain_names(tensors)
     missing, extra = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
     if missing or extra:
-        problem = f"lacks {missing[0]!r}" if missing else f"holds {extra[0]!r}, which the model does not have"
-        raise UserError(f"{source} is of another model: it {problem}")
+        problem = f"lacks {missing[0]!r}" if missing else f"contains {extra[0]!r}, which the model lacks"
+        raise UserError(f"{source} belongs to another model: it {problem}")
     for name, parameter in parameters.items():
         if tensors[name].shape != parameter.shape:
             raise UserError(
-                f"{source} is of another model: {name!r} has shape {tuple(tensors[name].shape)} there and "
-                f"{tuple(parameter.shape)} here"
+                f"{source} belongs to another model: {name!r} has shape {tuple(tensors[name].shape)} there "
+                f"and {tuple(parameter.shape)} here"
             )
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -147,20 +149,20 @@ def assign_weights(model: torch.nn.Module, tensors: Tensors, source: Path) -> No
 
 
 def weights_bytes(weights: Tensors, config: models.ModelConfig, class_names: list[str]) -> bytes:
-    """One weights file: the tensors, and in its header what `load_checkpoint` needs to build the model."""
+    """A weights file: the tensors, with a header from which `load_checkpoint` can build the model."""
     return tensors_bytes(weights, {"model": dataclasses.asdict(config), "class_names": class_names})
 
 
 def tensors_bytes(tensors: Tensors, header: Mapping[str, Any]) -> bytes:
-    """Tensors and a JSON header as the bytes of a safetensors file."""
+    """Tensors and a JSON header as a safetensors file."""
     plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     return safetensors.torch.save(plain, {"format": _FORMAT, "header": json.dumps(header)})
 
 
 def read_tensors(path: Path, skip: tuple[str, ...] = ()) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors and the header that `tensors_bytes` wrote; UserError for a damaged or foreign file.
+    """Read the tensors and header written by `tensors_bytes`; UserError for a damaged or foreign file.
 
-    Tensors whose names start with a word of ``skip`` are not read.
+    Tensors whose names start with an entry of ``skip`` are not read.
     """
     _require_file(path)
     try:
@@ -171,37 +173,37 @@ def read_tensors(path: Path, skip: tuple[str, ...] = ()) -> tuple[dict[str, torc
             tensors = {name: file.get_tensor(name) for name, x in plain if not x.startswith(skip)}
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(
-            f"{path} is cut off or is no safetensors file ({error}): copy it again or use another checkpoint"
+            f"{path} is truncated or not a safetensors file ({error}): copy it again, or use another"
         ) from error
     if metadata.get("format") != _FORMAT or "header" not in metadata:
         raise UserError(f"{path} was not written by pixelmeanflow: its header does not say {_FORMAT!r}")
     try:
         header = json.loads(metadata["header"])
     except ValueError as error:
-        raise UserError(f"{path} is damaged: its header is no JSON ({error})") from error
+        raise UserError(f"{path} is damaged: its header is not JSON ({error})") from error
     return tensors, header
 
 
 def read_official(path: Path) -> dict[str, torch.Tensor]:
-    """The authors' state dict, without running code of the file; UserError if it holds more than tensors."""
+    """Read the authors' state dict without running code in it; UserError if it contains more than tensors."""
     _require_file(path)
     try:
-        # Mapped into memory, what is not used is not read; PyTorch's old format cannot be.
+        # Memory-mapped, so unused tensors are not read; PyTorch's legacy format cannot be mapped.
         mapped = zipfile.is_zipfile(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} holds more than tensors, and loading it could run code: save model.state_dict() alone"
+            f"{path} contains more than tensors, and loading it could run code: save model.state_dict() alone"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is cut off or is no PyTorch file ({reason}): copy it again") from error
+        raise UserError(f"{path} is truncated or not a PyTorch file ({reason}): copy it again") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict of tensors")
+        raise UserError(f"{path} contains a {type(content).__name__}, not a state dict of tensors")
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise UserError(
-                f"{path} holds {name!r} of type {type(value).__name__}: it must hold named tensors only"
+                f"{path} contains {name!r} of type {type(value).__name__}: it must contain named tensors only"
             )
     return content
 
@@ -219,25 +221,25 @@ def checkpoint_folders(run: Path) -> list[Path]:
     steps = {}
     for path in (run / "checkpoints").glob(f"{_STEP_PREFIX}*"):
         number = path.name.removeprefix(_STEP_PREFIX)
-        if number.isdecimal() and path.is_dir():  # people keep copies under names such as step-00001000-good
+        if number.isdecimal() and path.is_dir():  # users keep copies with names such as step-00001000-good
             steps[int(number)] = path
     return [steps[number] for number in sorted(steps)]
 
 
 def newest_checkpoint(run: Path) -> Path:
-    """The newest complete checkpoint of a run folder, or ``run`` itself where it is a checkpoint folder."""
+    """The newest complete checkpoint of a run folder, or ``run`` itself if it is a checkpoint folder."""
     if not run.is_dir():
         raise UserError(f"there is no run folder {run}")
     if (run / "weights.safetensors").is_file() or sharded.is_sharded(run):
         return run
     folders = checkpoint_folders(run)
     if not folders:
-        raise UserError(f"{run} holds no complete checkpoint: give a folder written by pmf train")
+        raise UserError(f"{run} contains no complete checkpoint: give a folder written by pmf train")
     return folders[-1]
 
 
 def step_folder(run: Path, step: int) -> Path:
-    """Where the checkpoint of one step lives."""
+    """The folder of a step's checkpoint."""
     return run / "checkpoints" / f"{_STEP_PREFIX}{step:08d}"
 
 
@@ -247,7 +249,7 @@ def step_of(folder: Path) -> int:
 
 
 def ema_file(half_life: float) -> str:
-    """The file name of a moving average with this half-life in thousand images."""
+    """The file name of the weight average with this half-life in thousands of images."""
     return f"ema-{half_life:g}.safetensors"
 
 
@@ -256,7 +258,7 @@ def _choose_file(path: Path, ema: str | None) -> Path:
         raise UserError(f"there is no checkpoint {path}")
     if path.is_file():
         if ema is not None:
-            raise UserError(f"--ema chooses among the files of a checkpoint folder, but {path} is a file")
+            raise UserError(f"--ema selects weights in a checkpoint folder, but {path} is a file")
         return path
     folder = newest_checkpoint(path)
     if ema is None:
@@ -266,7 +268,7 @@ def _choose_file(path: Path, ema: str | None) -> Path:
             chosen = ema_file(settings["sampling"]["sample_ema"]) if averaged else "weights.safetensors"
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"{folder / 'config.json'} lacks sampling.sample_ema: choose with --ema"
+                f"{folder / 'config.json'} lacks sampling.sample_ema: select weights with --ema"
             ) from error
     elif ema == "none":
         chosen = "weights.safetensors"
@@ -285,11 +287,11 @@ def _choose_file(path: Path, ema: str | None) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; UserError where it is missing or damaged."""
+    """Read a JSON object; UserError if the file is missing or damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): use another checkpoint") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a JSON object")
+        raise UserError(f"{path} must contain a JSON object")
     return content

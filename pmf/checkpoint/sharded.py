@@ -1,8 +1,8 @@
-"""Checkpoints of several ranks: each writes its part, any number of ranks reads them.
+"""Sharded checkpoints: each rank writes its part, and any number of ranks can read them.
 
-A checkpoint folder of such a run holds ``shards/`` (torch.distributed.checkpoint: weights, averages,
-optimizer state, random generator) and ``sharded.json`` beside config.json. Its tensors are called
-``weights/<name>``, ``ema-<H>/<name>`` and ``optimizer/<name>/<what>``.
+The checkpoint folder contains ``shards/`` (torch.distributed.checkpoint: weights, averages, optimizer state,
+random generator) and ``sharded.json`` beside config.json. Its tensors are named ``weights/<name>``,
+``ema-<H>/<name>`` and ``optimizer/<name>/<what>``.
 """
 
 import contextlib
@@ -23,19 +23,19 @@ SHARDS, HEADER = "shards", "sharded.json"
 
 
 def is_sharded(folder: Path) -> bool:
-    """Whether a checkpoint folder was written by several ranks."""
+    """Whether a checkpoint folder is sharded."""
     return (folder / HEADER).is_file()
 
 
 def save(folder: Path, tensors: dict[str, torch.Tensor], header: dict[str, Any], config: bytes) -> None:
-    """Write a checkpoint folder from all ranks together; complete or absent. Raises OSError on every rank."""
-    import torch.distributed.checkpoint as dcp  # costs seconds
+    """Write a checkpoint folder collectively; complete or absent. Raises OSError on every rank."""
+    import torch.distributed.checkpoint as dcp  # importing it takes seconds
     from torch.distributed.checkpoint.api import CheckpointException
 
     partial, first = partial_folder(folder), dist.get_rank() == 0
     if first:
         shutil.rmtree(partial, ignore_errors=True)
-        with contextlib.suppress(OSError):  # then every rank fails to write below, and says so
+        with contextlib.suppress(OSError):  # every rank then fails to write below and reports it
             partial.mkdir(parents=True)
     dist.barrier()
     try:
@@ -59,36 +59,36 @@ def save(folder: Path, tensors: dict[str, torch.Tensor], header: dict[str, Any],
 
 
 def read_header(folder: Path) -> dict[str, Any]:
-    """What `save` was given beside the tensors; UserError where it is damaged."""
+    """The header passed to `save`; UserError if it is damaged."""
     try:
         content = json.loads((folder / HEADER).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / HEADER} cannot be read ({error}): use another checkpoint") from error
     if not isinstance(content, dict):
-        raise UserError(f"{folder / HEADER} must hold a JSON object: use another checkpoint")
+        raise UserError(f"{folder / HEADER} must contain a JSON object: use another checkpoint")
     return content
 
 
 def load_into(folder: Path, tensors: Mapping[str, torch.Tensor], *, alone: bool) -> None:
-    """Overwrite tensors, sharded or not, with those of the same names; UserError where one is not there.
+    """Overwrite tensors, sharded or not, with those of the same names; UserError if one is missing.
 
-    alone: one process reads by itself; otherwise all ranks have to call this together.
+    alone: a single process reads independently; otherwise this is a collective call.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a process group that is not there, which is as it should be
+            warnings.simplefilter("ignore")  # about the missing process group, which is intended
             dcp.load(dict(tensors), checkpoint_id=folder / SHARDS, no_dist=alone)
     except (CheckpointException, OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
         raise UserError(
-            f"{folder / SHARDS} is cut off, or is of another model ({_reason(error)}): use another checkpoint"
+            f"{folder / SHARDS} is truncated or belongs to another model ({_reason(error)}): use another one"
         ) from error
 
 
 def _reason(error: BaseException) -> str:
-    """The last line of the first rank's failure, which is where torch says what happened."""
+    """The last line of the first rank's failure, where torch gives the reason."""
     failures = getattr(error, "failures", None)
     if failures:
         error = next(iter(failures.values()))[0]
@@ -97,6 +97,6 @@ def _reason(error: BaseException) -> str:
 
 
 def parts(folder: Path) -> Iterator[str]:
-    """The sets of weights in it: "weights", "ema-<H>"."""
+    """The sets of weights in the checkpoint: "weights", "ema-<H>"."""
     yield "weights"
     yield from (f"ema-{half_life:g}" for half_life in read_header(folder)["half_lives"])

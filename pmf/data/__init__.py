@@ -1,4 +1,4 @@
-"""Images and labels for training: the digits, image folders, and the order in which they are seen."""
+"""Training data: the digits, image folders, shards and tables, and the order in which images are seen."""
 
 from pmf.data.datasets import FolderImages, ImageDataset, load_dataset
 from pmf.data.digits import load_digits

@@ -1,4 +1,4 @@
-"""Data sets: images by index, in memory or read from files."""
+"""Datasets: images by index, in memory or read from files."""
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,13 +16,13 @@ from pmf.data.memory import MemoryImages
 from pmf.errors import UserError
 from pmf.sizes import Size, height_and_width, size_in_words
 
-_CACHE_BYTES = 1 << 30  # folders whose cropped pixels fit in this are read once and kept in memory
-_QUEUED = 4096  # images that wait for a thread: a million of them would fill gigabytes
-_READERS = 8  # threads that decode images; Pillow releases the interpreter lock while it decodes
+_CACHE_BYTES = 1 << 30  # image sets whose cropped pixels fit in this are decoded once and kept in memory
+_QUEUED = 4096  # images queued for decoding: queueing millions would take gigabytes
+_READERS = 8  # decoding threads; Pillow releases the GIL while decoding
 
 
 class ImageDataset(Protocol):
-    """What training needs to know about its images."""
+    """The interface of a training dataset."""
 
     class_names: list[str]
     in_memory: bool
@@ -30,16 +30,16 @@ class ImageDataset(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images [B, C, H, W], uint8 or float32 in [-1, 1], as they are kept, and labels [B] int64."""
+        """Images [B, C, H, W] as stored, uint8 or float32 in [-1, 1], and labels [B] int64."""
         ...
 
     def get(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same, float32 in [-1, 1] always."""
+        """Images converted to float32 in [-1, 1], and labels."""
         ...
 
 
 class FolderImages:
-    """Images in files, or in larger files, read and decoded on threads each time they are asked for."""
+    """Images in files, or in larger files, read and decoded on threads on every access."""
 
     in_memory = False
 
@@ -66,7 +66,7 @@ class FolderImages:
         return to_float(pixels), labels
 
     def read_pixels(self, indices: Iterable[int]) -> torch.Tensor:
-        """uint8 [B, C, H, W]; the first file that cannot be read raises UserError."""
+        """uint8 [B, C, H, W]; raises UserError for the first unreadable file."""
         indices = list(indices)
         pixels = torch.empty((len(indices), self.channels, *height_and_width(self.size)), dtype=torch.uint8)
         rows = enumerate(indices)
@@ -79,21 +79,20 @@ class FolderImages:
         return pixels
 
     def check_headers(self) -> None:
-        """Open every file without decoding it, so that a wrong file is known before training starts."""
+        """Open every file without decoding it, so that a bad file is found before training starts."""
         paths = iter(self.paths)
         while some := list(islice(paths, _QUEUED)):
             list(self._readers.map(lambda path: check_image(path, self.size), some))
 
 
 def load_dataset(source: str, image_size: Size, channels: int) -> ImageDataset:
-    """``digits``, or images from files.
+    """Load ``digits``, or images from files.
 
-    A folder of images (pmf/data/labels.py says how), of files in MNIST's format, of WebDataset shards (or a
-    pattern of them, pmf/data/shards.py) or of parquet files (pmf/data/parquet.py). Images without classes
-    have one class. What of a source is left out, such as its test part, is logged in one line, as a warning.
-    image_size: a number for squares, or (height, width). Raises UserError where there is nothing, or a file
-    that is damaged, no image, or too small. Up to 1 GiB of cropped pixels is decoded at once and stays in
-    memory.
+    Accepts a folder of images (layouts: pmf/data/labels.py), of MNIST-format files, of WebDataset shards (or
+    a shard pattern, pmf/data/shards.py) or of parquet files (pmf/data/parquet.py). Images without classes
+    form a single class. Skipped files, such as a test split, are logged in a one-line warning. image_size: a
+    number for squares, or (height, width). Raises UserError if there are no images, or a file is damaged, not
+    an image, or too small. Up to 1 GiB of cropped pixels is decoded at once and kept in memory.
     """
     height, width = height_and_width(image_size)
     if channels not in (1, 3):
@@ -101,8 +100,8 @@ def load_dataset(source: str, image_size: Size, channels: int) -> ImageDataset:
     if source == "digits":
         if (height, width, channels) != (8, 8, 1):
             raise UserError(
-                f"the digits are 8x8 grey images, but {height}x{width} with {channels} channels was "
-                "asked for: use --image-size 8 --channels 1, or give an image folder with --data"
+                f"the digits are 8x8 grey images, but {height}x{width} with {channels} channels were "
+                "requested: use --image-size 8 --channels 1, or give an image folder with --data"
             )
         return load_digits()
     if is_idx_folder(Path(source)):
@@ -111,7 +110,7 @@ def load_dataset(source: str, image_size: Size, channels: int) -> ImageDataset:
         if tuple(images.shape[1:]) != (channels, height, width):
             raise UserError(
                 f"the images of {source} are {size_in_words(found)} and grey, but {height}x{width} with "
-                f"{channels} channels was asked for: use --image-size {size_in_words(found)} --channels 1"
+                f"{channels} channels were requested: use --image-size {size_in_words(found)} --channels 1"
             )
         return MemoryImages(images, labels, class_names(labels.tolist(), source))
     files = find_images(source)

@@ -1,4 +1,4 @@
-"""The handwritten digits that scikit-learn bundles: 1797 grey images of 8x8 pixels in 17 grey levels."""
+"""scikit-learn's handwritten digits: 1797 greyscale images of 8x8 pixels with 17 grey levels."""
 
 import torch
 
@@ -7,7 +7,7 @@ from pmf.errors import UserError
 
 
 def load_digits() -> MemoryImages:
-    """The digits as float32 [1797, 1, 8, 8] in [-1, 1] with labels 0..9: x / 8 - 1 of levels 0..16."""
+    """The digits as float32 [1797, 1, 8, 8] in [-1, 1], x / 8 - 1 for levels 0..16, with labels 0..9."""
     try:
         from sklearn import datasets
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Where the images of a data set are, and their classes: folders, shards and tables by one rule."""
+"""Find the images of a dataset and their classes: the same rules for folders, shards and tables."""
 
 import logging
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FoundImages:
-    """Encoded images in a fixed order, the class index of each, and the name of every class."""
+    """Encoded images in a fixed order, the class index of each, and the class names."""
 
     images: Sequence[str | Stored]
     labels: Sequence[int]
@@ -28,15 +28,15 @@ class FoundImages:
 
 
 def find_images(source: str) -> FoundImages:
-    """The images of a folder, of its shards or tables, or of files of these kinds that `source` names.
+    """Find the images in a folder, in its shards or tables, or in the files that `source` names.
 
-    A folder's own layout is one of pmf/data/labels.py. What is left out is logged in one line, as a warning.
-    Raises UserError where there is nothing, or something is damaged.
+    Folder layouts are described in pmf/data/labels.py. Skipped files are logged in a one-line warning. Raises
+    UserError if there are no images or something is damaged.
     """
     left_out = LeftOut()
     found = _find(source, left_out)
     if not found.images:
-        raise UserError(f"{source} holds no image")
+        raise UserError(f"{source} contains no images")
     if str(left_out):
         _log.warning("%s: left out %s", source, left_out)
     return found
@@ -66,7 +66,7 @@ def _find(source: str, left_out: LeftOut) -> FoundImages:
     _leave(left_out, "of another kind", shards)
     if not images:
         why = f" (left out {left_out})" if str(left_out) else ""
-        raise UserError(f"the folder {root} is empty of images{why}: put them into one subfolder per class")
+        raise UserError(f"the folder {root} contains no images{why}: put them into one subfolder per class")
     by_folder = images_by_folder(root, images, left_out)
     return FoundImages(by_folder.paths, by_folder.labels, by_folder.class_names)
 
@@ -77,9 +77,9 @@ def _leave(left_out: LeftOut, why: str, paths: list[str]) -> None:
 
 
 def _first_part(paths: list[str], left_out: LeftOut) -> list[str]:
-    """Those of the first of several parts, or all where their names tell none."""
+    """The paths of the first split, or all paths if their names do not indicate a split."""
     part, chosen, others = choose_split(paths, split_of_file)
-    _leave(left_out, f"of other parts than {part}", others)
+    _leave(left_out, f"of other splits than {part}", others)
     return chosen
 
 
@@ -101,7 +101,7 @@ def _numbered(
 
 
 def class_names(labels: Sequence[int], source: str, noted: list[str] | None = None) -> list[str]:
-    """Names of the classes: those noted, or numbers from 0 on. A class without images is one nevertheless."""
+    """Class names: those recorded, or numbers from 0. A class without images still counts."""
     if noted and max(labels) >= len(noted):
         raise UserError(
             f"{source} has an image of class {max(labels)}, but names {len(noted)} classes, 0 to "

@@ -1,4 +1,4 @@
-"""Reading, cropping and writing single images."""
+"""Read, crop and write single images."""
 
 import io
 from collections.abc import Sequence
@@ -14,33 +14,33 @@ from pmf.errors import UserError
 from pmf.sizes import Size, height_and_width, size_in_words
 
 Encoded = str | Path | Stored
-"""Where one encoded image is: a file, or a part of a larger one."""
+"""The location of an encoded image: a file, or part of a larger one."""
 
-_ORIENTATION, _LYING = ExifTags.Base.Orientation, (5, 6, 7, 8)  # the last four exchange rows and columns
-_NO_PICTURE = ("F", "LAB")  # Pillow makes no grey or colour image of these
-_16_BITS_IN_32 = ("PNG", "PPM")  # formats whose 16-bit levels Pillow may return as 32-bit ones
-_MODES = {1: "L", 3: "RGB"}  # Pillow's name for an 8-bit image of 1 or 3 channels
-_GRID_PIXELS = 512  # a grid narrower than this is enlarged, so that 8x8 images can be seen
-_GRID_GAP = 1  # pixels between two images of a grid, before enlargement
-_GRID_GREY = 128  # of the gaps, and of places without an image
+_ORIENTATION, _LYING = ExifTags.Base.Orientation, (5, 6, 7, 8)  # these four swap height and width
+_NO_PICTURE = ("F", "LAB")  # Pillow cannot convert these to greyscale or RGB
+_16_BITS_IN_32 = ("PNG", "PPM")  # formats whose 16-bit levels Pillow may return as 32-bit
+_MODES = {1: "L", 3: "RGB"}  # Pillow's modes for 8-bit images of 1 or 3 channels
+_GRID_PIXELS = 512  # grids narrower than this are enlarged, so that 8x8 images are visible
+_GRID_GAP = 1  # pixels between the images of a grid, before enlargement
+_GRID_GREY = 128  # grey level of gaps and empty cells
 
 
 def to_float(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 pixels to float32 in [-1, 1]: x / 127.5 - 1."""
+    """Convert uint8 pixels to float32 in [-1, 1]: x / 127.5 - 1."""
     return pixels.to(torch.float32) / 127.5 - 1
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Images around [-1, 1] to uint8, where they are: round(255 clip((x + 1) / 2, 0, 1)); a NaN becomes 0."""
+    """Convert images around [-1, 1] to uint8: round(255 clip((x + 1) / 2, 0, 1)); NaN becomes 0."""
     unit = ((images.detach().to(torch.float32) + 1) / 2).nan_to_num(nan=0.0).clamp(0, 1)
     return (255 * unit).round().to(torch.uint8)
 
 
 def centre_crop(image: Image.Image, size: Size) -> Image.Image:
-    """The centre of an image at ``size`` pixels, as ADM (Dhariwal, Nichol 2021) crops ImageNet.
+    """The centre of an image at ``size`` pixels, cropped like ImageNet in ADM (Dhariwal, Nichol 2021).
 
-    Halve by box filter while both sides are at least twice as long as asked for, bicubic until the image just
-    covers ``size``, then crop. size: a number for squares, or (height, width).
+    Halve with a box filter while both sides are at least twice the requested length, resize bicubically until
+    the image just covers ``size``, then crop. size: a number for squares, or (height, width).
     """
     height, width = height_and_width(size)
     while image.width >= 2 * width and image.height >= 2 * height:
@@ -53,23 +53,23 @@ def centre_crop(image: Image.Image, size: Size) -> Image.Image:
 
 
 def check_image(path: Encoded, size: Size) -> None:
-    """Read the header only: UserError where ``path`` is no image, or smaller than ``size`` pixels."""
+    """Read only the header; UserError if ``path`` is not an image or is smaller than ``size`` pixels."""
     with open_image(path) as image:
         _check_size(path, image, size)
 
 
 def image_size(path: Encoded) -> tuple[int, int]:
-    """(height, width) of an image as it is seen, from its header; UserError where it is none."""
+    """The displayed (height, width) of an image, from its header; UserError if it is not an image."""
     with open_image(path) as image:
         return _seen_size(image)
 
 
 def read_image(path: Encoded, size: Size, channels: int) -> torch.Tensor:
-    """One image as it is seen, uint8 [channels, height, width]: centre crop, transparency laid over white.
+    """Read an image as displayed, uint8 [channels, height, width]: centre-cropped, transparency over white.
 
-    Turned as its EXIF orientation says; of an animation the first picture; 16-bit grey levels are divided by
-    257. Raises UserError where the file is no image, is cut off, is too small, or has no levels from black to
-    white (32-bit and float pixels).
+    Applies the EXIF orientation; takes the first frame of an animation; divides 16-bit grey levels by 257.
+    Raises UserError if the file is not an image, is truncated or too small, or has no black and white levels
+    (32-bit and float pixels).
     """
     height, width = height_and_width(size)
     with open_image(path) as image:
@@ -81,19 +81,19 @@ def read_image(path: Encoded, size: Size, channels: int) -> torch.Tensor:
                 seen = _from_16_bits(seen, image.format)
             if seen is None or seen.mode in _NO_PICTURE:
                 raise UserError(
-                    f"{path} has {image.mode} pixels: convert it to an 8-bit grey or colour image"
+                    f"{path} has {image.mode} pixels: convert it to an 8-bit greyscale or colour image"
                 )
             if seen.has_transparency_data:
                 colour = seen.convert("RGBA")
                 seen = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), colour)
             pixels = np.asarray(centre_crop(seen.convert(_MODES[channels]), size))
         except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-            raise UserError(f"{path} is cut off or damaged ({error}): replace or remove it") from error
+            raise UserError(f"{path} is truncated or damaged ({error}): replace or remove it") from error
     return torch.from_numpy(pixels.copy()).reshape(height, width, channels).permute(2, 0, 1).contiguous()
 
 
 def _from_16_bits(image: Image.Image, kind: str | None) -> Image.Image | None:
-    """16-bit grey levels as 8-bit ones; None where pixels have 32 bits, and so no largest level."""
+    """Convert 16-bit grey levels to 8-bit; None for 32-bit pixels, which have no defined maximum."""
     if image.mode == "I" and kind not in _16_BITS_IN_32:
         return None
     levels = np.asarray(image).astype(np.uint32)
@@ -102,24 +102,24 @@ def _from_16_bits(image: Image.Image, kind: str | None) -> Image.Image | None:
 
 def _check_size(path: Encoded, image: Image.Image, size: Size) -> None:
     height, width = height_and_width(size)
-    if min(image.size) >= max(height, width):  # whichever way it is turned
+    if min(image.size) >= max(height, width):  # large enough in either orientation
         return
     found = _seen_size(image)
     if found[0] < height or found[1] < width:
         raise UserError(
             f"{path} is {size_in_words(found)} pixels, smaller than the {height}x{width} (height x width) "
-            "asked for: remove it, or give a smaller --image-size"
+            "requested: remove it, or use a smaller --image-size"
         )
 
 
 def _seen_size(image: Image.Image) -> tuple[int, int]:
-    """(height, width) after the turn that EXIF asks for."""
+    """(height, width) after applying the EXIF orientation."""
     lies = image.getexif().get(_ORIENTATION, 1) in _LYING if image.width != image.height else False
     return image.size if lies else (image.height, image.width)
 
 
 def open_image(path: Encoded) -> Image.Image:
-    """Pillow's image of a file, its header read; UserError where there is none."""
+    """Open an image with Pillow and read its header; UserError if that fails."""
     try:
         return Image.open(io.BytesIO(path.read()) if isinstance(path, Stored) else path)
     except UnidentifiedImageError as error:
@@ -130,7 +130,7 @@ def open_image(path: Encoded) -> Image.Image:
 
 
 def save_png(image: torch.Tensor, path: Path) -> None:
-    """Write one image, float around [-1, 1] or uint8, [C, H, W] with C = 1 or 3; raises OSError."""
+    """Write an image [C, H, W], float around [-1, 1] or uint8, with C = 1 or 3; raises OSError."""
     pixels = image if image.dtype == torch.uint8 else to_uint8(image)
     array = pixels.permute(1, 2, 0).cpu().numpy()
     content = io.BytesIO()
@@ -139,9 +139,9 @@ def save_png(image: torch.Tensor, path: Path) -> None:
 
 
 class ImageGrid:
-    """One uint8 picture of many images [C, H, W], each put in its place as it comes.
+    """A uint8 grid [C, H, W] of images, filled in as the images arrive.
 
-    Small images are enlarged by a whole factor, nearest neighbour, so that every pixel can be seen as it is.
+    Small images are enlarged by an integer factor (nearest neighbour), so that single pixels are visible.
     """
 
     def __init__(self, rows: int, columns: int, shape: Sequence[int]) -> None:
@@ -151,19 +151,19 @@ class ImageGrid:
         self._pixels = torch.full(size, _GRID_GREY, dtype=torch.uint8, device="cpu")
 
     def put(self, row: int, column: int, image: torch.Tensor) -> None:
-        """Lay one image, float around [-1, 1] or uint8, into its place."""
+        """Place an image, float around [-1, 1] or uint8, in its cell."""
         top, left = row * self._row_step, column * self._column_step
         pixels = image if image.dtype == torch.uint8 else to_uint8(image)
         self._pixels[:, top : top + self._height, left : left + self._width] = pixels
 
     def picture(self) -> torch.Tensor:
-        """What is there so far, uint8 [C, height, width]."""
+        """The grid so far, uint8 [C, height, width]."""
         factor = max(1, round(_GRID_PIXELS / self._pixels.shape[-1]))
         return self._pixels.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
 
 
 def image_grid(images: torch.Tensor, columns: int) -> torch.Tensor:
-    """Images [N, C, H, W] in rows of ``columns``, in reading order, as one picture of `ImageGrid`."""
+    """Images [N, C, H, W] in rows of ``columns``, row by row, as an `ImageGrid` picture."""
     grid = ImageGrid(-(-len(images) // columns), columns, images.shape[1:])
     for index, image in enumerate(to_uint8(images)):
         grid.put(*divmod(index, columns), image)

@@ -1,16 +1,16 @@
-"""Which image has which class: the layouts of a folder.
+"""Assign classes to images: the supported folder layouts.
 
-1. A subfolder per class: ``folder/<class>/**/<image>``; the classes are numbered by their sorted names.
-2. ``folder/labels.csv``: a first row ``file,label``, then one row an image; ``file`` is relative to the
-   folder, ``label`` is any word.
-3. ``folder/dataset.json``: ``{"labels": [["<file>", <integer>], ...]}``, as the StyleGAN and EDM tools do;
-   with null in place of the list the images have no classes.
+1. A subfolder per class: ``folder/<class>/**/<image>``; classes are numbered in sorted order of their names.
+2. ``folder/labels.csv``: a header row ``file,label``, then a row per image; ``file`` is relative to the
+   folder, ``label`` is any string.
+3. ``folder/dataset.json``: ``{"labels": [["<file>", <integer>], ...]}``, as written by the StyleGAN and EDM
+   tools; if the list is null, the images have no classes.
 4. An unpacked emoji package, whose ``emoji.json`` names the categories (pmf/data/emoji.py).
-5. Images alone, or in one subfolder: they have no classes.
+5. Images only, in the folder itself or in one subfolder: they have no classes.
 
-Labels that are all integers are numbered in numerical order, others in the order of their sorted names.
-Parts such as ``train`` and ``val`` beside each other, above the classes or below every one of them, are no
-classes (pmf/data/splits.py): the first part is read.
+Labels that are all integers are numbered numerically, others in sorted order. Splits such as ``train`` and
+``val``, side by side above the classes or inside every class, are not classes (pmf/data/splits.py): the first
+split is read.
 """
 
 import csv
@@ -31,12 +31,12 @@ __all__ = ["UNLABELLED", "LabelledFiles", "images_by_folder", "listed_images", "
 _log = logging.getLogger(__name__)
 
 UNLABELLED = "0"
-"""The name of the one class of images that have none."""
+"""The name of the single class of images that have none."""
 
 
 @dataclass(frozen=True)
 class LabelledFiles:
-    """Image files, the class index of each, and the name of every class."""
+    """Image files, the class index of each, and the class names."""
 
     paths: list[str]
     labels: list[int]
@@ -44,9 +44,9 @@ class LabelledFiles:
 
 
 def listed_images(root: Path) -> LabelledFiles | None:
-    """The images that a file in the folder lists with their labels; None where no file does.
+    """The images listed with their labels by a file in the folder; None if there is no such file.
 
-    Raises UserError where that file is broken, or names what is not there.
+    Raises UserError if that file is malformed or lists a missing image.
     """
     readers: list[tuple[str, Callable[[Path], list[tuple[str, str]] | None]]] = [
         ("labels.csv", _read_csv),
@@ -62,12 +62,12 @@ def listed_images(root: Path) -> LabelledFiles | None:
 
 
 def images_by_folder(root: Path, images: Sequence[str], left_out: LeftOut) -> LabelledFiles:
-    """Classes by the first folder of every path; `images` are relative to root and not none."""
+    """Assign classes by the first folder of each path; `images` are relative to root and not empty."""
     folders = sorted({path.partition("/")[0] for path in images if "/" in path})
     loose = [path for path in images if "/" not in path]
     if folders and all(map(split_of_folder, folders)):
         return _first_part(root, folders, images, left_out)
-    if len(folders) < 2 or (root / "dataset.json").is_file():  # whose labels are null
+    if len(folders) < 2 or (root / "dataset.json").is_file():  # dataset.json with null labels
         names = folders if len(folders) == 1 and not loose else [UNLABELLED]
         if len(deeper := {path.split("/")[1] for path in images if path.count("/") > 1}) > 1:
             _log.warning(
@@ -89,15 +89,15 @@ def images_by_folder(root: Path, images: Sequence[str], left_out: LeftOut) -> La
 
 
 def _first_part(root: Path, folders: list[str], images: Sequence[str], left_out: LeftOut) -> LabelledFiles:
-    """The images of the first of the parts that lie side by side, as of a folder of their own."""
+    """The images of the first of several splits side by side, treated as a folder of their own."""
     part, chosen, others = choose_split(folders, split_of_folder)
     loose = [path for path in images if "/" not in path]
-    if loose and part != TRAINING:  # what lies beside a test folder alone is for training
-        left_out.add(f"of other parts than {TRAINING}", folders[0], len(images) - len(loose))
+    if loose and part != TRAINING:  # images beside a lone test folder are training images
+        left_out.add(f"of other splits than {TRAINING}", folders[0], len(images) - len(loose))
         return LabelledFiles([f"{root}/{path}" for path in loose], [0] * len(loose), [UNLABELLED])
     for name in others:
         count = sum(path.startswith(f"{name}/") for path in images)
-        left_out.add(f"of other parts than {part}", name, count)
+        left_out.add(f"of other splits than {part}", name, count)
     if loose:
         left_out.add(f"beside the folder {chosen[0]}", loose[0], len(loose))
     if len(chosen) > 1:
@@ -112,7 +112,7 @@ def _first_part(root: Path, folders: list[str], images: Sequence[str], left_out:
 
 
 def _first_part_of_classes(images: list[str], left_out: LeftOut) -> list[str]:
-    """``cat/train/1.png``, ``cat/test/2.png``: the first part, where all classes are cut into parts alike."""
+    """The first split if every class is divided alike, as in ``cat/train/1.png``, ``cat/test/2.png``."""
 
     def part_of(path: str) -> str | None:
         folders = path.split("/")[1:-1]
@@ -122,7 +122,7 @@ def _first_part_of_classes(images: list[str], left_out: LeftOut) -> list[str]:
     if None in parts or len(parts) < 2:
         return images
     part, chosen, others = choose_split(images, part_of)
-    left_out.add(f"of other parts than {part}", others[0], len(others))
+    left_out.add(f"of other splits than {part}", others[0], len(others))
     return chosen
 
 
@@ -139,13 +139,15 @@ def _read_csv(source: Path) -> list[tuple[str, str]]:
         if not row:
             continue
         if len(row) != 2 or not row[0].strip() or not row[1].strip():
-            raise UserError(f"row {number} of {source} must hold a file and a label, got {','.join(row)!r}")
+            raise UserError(
+                f"row {number} of {source} must contain a file and a label, got {','.join(row)!r}"
+            )
         pairs.append((row[0].strip(), row[1].strip()))
     return pairs
 
 
 def _read_json(source: Path) -> list[tuple[str, str]] | None:
-    """The pairs of the file, or None where it says that there are no labels."""
+    """The (file, label) pairs of the file, or None if it states that there are no labels."""
     try:
         content = json.loads(source.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -154,7 +156,9 @@ def _read_json(source: Path) -> list[tuple[str, str]] | None:
         return None
     entries = content.get("labels") if isinstance(content, dict) else None
     if not isinstance(entries, list):
-        raise UserError(f'{source} must hold {{"labels": [["file", integer], ...]}}, or null for no labels')
+        raise UserError(
+            f'{source} must contain {{"labels": [["file", integer], ...]}}, or null for no labels'
+        )
     pairs = []
     for number, entry in enumerate(entries):
         pair = entry if isinstance(entry, list) and len(entry) == 2 else [None, None]
@@ -174,23 +178,23 @@ def _read_emoji(source: Path) -> list[tuple[str, str]]:
 
 def _check_listed(source: Path, root: Path, pairs: list[tuple[str, str]]) -> LabelledFiles:
     if not pairs:
-        raise UserError(f"{source} names no image")
-    pairs = [(os.path.normpath(file), label) for file, label in pairs]  # ./a.png and a.png are one file
+        raise UserError(f"{source} lists no images")
+    pairs = [(os.path.normpath(file), label) for file, label in pairs]  # ./a.png and a.png are the same file
     seen: set[str] = set()
     for file, _ in pairs:
         if os.path.isabs(file) or file.split("/")[0] == "..":
-            raise UserError(f"{source} names {file!r}, outside {root}: use paths relative to the folder")
+            raise UserError(f"{source} lists {file!r}, outside {root}: use paths relative to the folder")
         if file in seen:
-            raise UserError(f"{source} names {file!r} twice: keep one of the two rows")
+            raise UserError(f"{source} lists {file!r} twice: keep one of the two rows")
         if not os.path.isfile(f"{root}/{file}"):
-            raise UserError(f"{source} names {file!r}, which does not exist in {root}")
+            raise UserError(f"{source} lists {file!r}, which does not exist in {root}")
         seen.add(file)
     labels, names = number_labels([label for _, label in pairs])
     return LabelledFiles([f"{root}/{file}" for file, _ in pairs], labels, names)
 
 
 def number_labels(words: Sequence[str]) -> tuple[list[int], list[str]]:
-    """The class index of every word, and the classes' names: in numerical order if all are integers."""
+    """The class index of every label, and the class names; numerical order if all are integers."""
     found = set(words)
     numbers = {int(word) for word in found if word.removeprefix("-").isdecimal()}
     names = [str(n) for n in sorted(numbers)] if {str(n) for n in numbers} == found else sorted(found)

@@ -1,4 +1,4 @@
-"""Images in memory: the data set of everything that fits there."""
+"""In-memory datasets."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from pmf.data.images import to_float
 
 
 class MemoryImages:
-    """Images held in one tensor: uint8 [N, C, H, W], or float32 already in [-1, 1]."""
+    """Images in one tensor: uint8 [N, C, H, W], or float32 already in [-1, 1]."""
 
     in_memory = True
 

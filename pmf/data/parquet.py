@@ -1,7 +1,7 @@
-"""Parquet files as Hugging Face keeps image data sets: a column of encoded images, mostly one of labels.
+"""Parquet files in Hugging Face's image-dataset format: a column of encoded images and usually one of labels.
 
-Parquet is compressed by row groups, so that one image costs a whole group. The encoded images are therefore
-copied once into one plain file in the user's cache folder, from which any image is read by its offset.
+Parquet compresses by row group, so reading one image costs a whole group. The encoded images are therefore
+copied once into a plain file in the user's cache folder, where each image is read by its offset.
 """
 
 import hashlib
@@ -19,17 +19,17 @@ from pmf.data.labels import number_labels
 from pmf.data.shards import Stored
 from pmf.errors import UserError
 
-_LABELS = ("label", "labels", "fine_label", "class")  # the first of them that is there
-_NO_LABEL = -1  # Hugging Face's, in test parts
-_VERSION = 2  # of what is kept in the cache
+_LABELS = ("label", "labels", "fine_label", "class")  # the first that exists is used
+_NO_LABEL = -1  # Hugging Face's value in test splits
+_VERSION = 2  # of the cache format
 
 
 def index_tables(tables: list[Path]) -> tuple[list[Stored], list[int] | None, list[str] | None]:
-    """Every image of the tables in their order, its label, and the classes' names where they are known.
+    """Every image of the tables in order, its label, and the class names if known.
 
-    Labels are class numbers, or words, which are numbered in their sorted order; None where there is no
-    column of them, or nothing but null or -1 in it. Raises UserError where pyarrow is not installed, a file
-    is damaged or of another form, or the cache cannot be written.
+    Labels are class numbers, or strings, which are numbered in sorted order; None if there is no label column
+    or it contains only null or -1. Raises UserError if pyarrow is not installed, a file is damaged or has
+    another structure, or the cache cannot be written.
     """
     try:
         import pyarrow.parquet as parquet
@@ -48,7 +48,7 @@ def index_tables(tables: list[Path]) -> tuple[list[Stored], list[int] | None, li
         except OSError as error:
             raise UserError(
                 f"cannot unpack {tables[0].parent} to {pixels.parent} ({error.strerror or error}): set "
-                "XDG_CACHE_HOME to a folder with room that can be written"
+                "XDG_CACHE_HOME to a writable folder with enough space"
             ) from error
     try:
         with index.open("rb") as file, np.load(file, allow_pickle=False) as saved:
@@ -63,7 +63,7 @@ def index_tables(tables: list[Path]) -> tuple[list[Stored], list[int] | None, li
 
 
 def _unpack(parquet: Any, tables: list[Path], pixels: Path, index: Path) -> None:
-    """Write both files under other names and rename them when complete: several ranks may do this at once."""
+    """Write both files under temporary names and rename them when complete: ranks may race to do this."""
     pixels.parent.mkdir(parents=True, exist_ok=True)
     ends: list[int] = []
     values: list[Any] = []
@@ -75,7 +75,9 @@ def _unpack(parquet: Any, tables: list[Path], pixels: Path, index: Path) -> None
                 for images, labels in _row_groups(parquet, table):
                     for content, value in zip(images, labels, strict=True):
                         if not content:
-                            raise UserError(f"row {row} of {table} must hold an image's bytes: remove it")
+                            raise UserError(
+                                f"row {row} of {table} must contain the bytes of an image: remove it"
+                            )
                         end += out.write(content)
                         ends.append(end)
                         values.append(_label(value, row, table))
@@ -89,18 +91,20 @@ def _unpack(parquet: Any, tables: list[Path], pixels: Path, index: Path) -> None
 
 
 def _label(value: Any, row: int, table: Path) -> int | str | None:
-    """One entry of a column of labels: a class number, a word, or None for null and -1."""
+    """An entry of the label column: a class number, a string, or None for null and -1."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if value is None or value == _NO_LABEL:
         return None
     if isinstance(value, str) or (isinstance(value, int) and value >= 0):
         return int(value) if isinstance(value, bool) else value
-    raise UserError(f"row {row} of {table} must hold a class number, 0 or more, or a word, got {value!r}")
+    raise UserError(
+        f"row {row} of {table} must contain a class number, 0 or more, or a string, got {value!r}"
+    )
 
 
 def _number(values: list[int | str | None], folder: Path) -> tuple[list[int], list[str]]:
-    """Class numbers, and the names of classes that are words; neither where nothing has a label."""
+    """Class numbers, and class names if labels are strings; neither if nothing is labelled."""
     kinds = {type(value) for value in values}
     if kinds <= {type(None)}:
         return [], []
@@ -116,7 +120,7 @@ def _number(values: list[int | str | None], folder: Path) -> tuple[list[int], li
 
 
 def _row_groups(parquet: Any, table: Path) -> Any:
-    """(images' bytes, labels) of each row group; labels of a table without them are None."""
+    """(encoded images, labels) of each row group; labels are None if the table has none."""
     try:
         with parquet.ParquetFile(table) as file:
             image, label = _columns(file.schema_arrow, table)
@@ -126,13 +130,15 @@ def _row_groups(parquet: Any, table: Path) -> Any:
                 pictures = pictures.field("bytes") if str(pictures.type).startswith("struct<") else pictures
                 labels = [None] * len(pictures) if label is None else rows.column(label).to_pylist()
                 yield pictures.to_pylist(), labels
-    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+    except (OSError, ValueError) as error:  # pyarrow's errors derive from ValueError
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{table} is cut off or no parquet file ({reason}): download it again") from error
+        raise UserError(
+            f"{table} is truncated or not a parquet file ({reason}): download it again"
+        ) from error
 
 
 def _columns(schema: Any, table: Path) -> tuple[str, str | None]:
-    """The column of images, a struct with bytes or the bytes themselves, and that of labels, if any."""
+    """The image column, either bytes or a struct containing bytes, and the label column, if any."""
     structs = [
         field.name
         for field in schema
@@ -149,12 +155,14 @@ def _columns(schema: Any, table: Path) -> tuple[str, str | None]:
 
 
 def _class_names(parquet: Any, table: Path) -> list[str] | None:
-    """What Hugging Face notes in the file's metadata about the labels."""
+    """The class names that Hugging Face stores in the file's metadata."""
     try:
         schema = parquet.read_schema(table)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{table} is cut off or no parquet file ({reason}): download it again") from error
+        raise UserError(
+            f"{table} is truncated or not a parquet file ({reason}): download it again"
+        ) from error
     _, label = _columns(schema, table)
     try:
         noted = json.loads((schema.metadata or {})[b"huggingface"])
@@ -164,7 +172,7 @@ def _class_names(parquet: Any, table: Path) -> list[str] | None:
 
 
 def _cache_folder() -> Path:
-    """Where unpacked images are kept; UserError where the user has no home."""
+    """The folder for unpacked images; UserError if the user has no home folder."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pixelmeanflow"
     except RuntimeError as error:

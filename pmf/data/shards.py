@@ -1,10 +1,10 @@
-"""WebDataset shards: uncompressed tar files of images, ``<key>.jpg`` beside its class number ``<key>.cls``.
+"""WebDataset shards: uncompressed tar files of images, each ``<key>.jpg`` with its class in ``<key>.cls``.
 
-Without any ``.cls`` the images have no classes. Keys may hold dots.
+Without ``.cls`` members the images have no classes. Keys may contain dots.
 
-The shards are indexed once, header by header; an image is then read by its offset. So shuffling is a true
-permutation of all images, and resuming is exact, as with a folder. (The package webdataset streams shards and
-shuffles within a buffer, whose state a checkpoint would have to hold.)
+The shards are indexed once by reading their headers; images are then read by offset. Shuffling is therefore a
+true permutation of all images, and resuming is exact, as with a folder. (The webdataset package streams
+shards and shuffles within a buffer, whose state a checkpoint would have to contain.)
 """
 
 import re
@@ -17,9 +17,9 @@ from pathlib import Path
 from pmf.data.walk import LeftOut, image_endings, is_hidden
 from pmf.errors import UserError
 
-_LOOKED_AT = 200  # members of an archive that show whether it is a shard
+_LOOKED_AT = 200  # members inspected to decide whether an archive is a shard
 _LABEL = ".cls"
-_BLOCK = 512  # a tar file ends with blocks of zeros
+_BLOCK = 512  # size of the zero blocks that end a tar file
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -36,32 +36,32 @@ class Stored:
         return f"{self.name} in {self.file}"
 
     def read(self) -> bytes:
-        """Its bytes; UserError where the file is gone or shorter than it was."""
+        """Read the image's bytes; UserError if the file is missing or shorter than before."""
         try:
             with self.file.open("rb") as file:
                 file.seek(self.offset)
                 content = file.read(self.length)
         except OSError as error:
-            raise UserError(f"{self.file} cannot be read ({error.strerror}): put it back") from error
+            raise UserError(f"{self.file} cannot be read ({error.strerror}): restore it") from error
         if len(content) != self.length:
-            raise UserError(f"{self.file} is cut off: {self.name} ends after it; copy the file again")
+            raise UserError(f"{self.file} is truncated: {self.name} extends past its end; copy it again")
         return content
 
 
 def named_shards(source: str) -> list[Path]:
-    """The tar files that a name, or a pattern such as ``{000000..000063}.tar``, stands for.
+    """The tar files given by a name or a pattern such as ``{000000..000063}.tar``.
 
-    UserError where one of the pattern is missing.
+    Raises UserError if a file of the pattern is missing.
     """
     shards = [Path(name) for name in _expand(source)]
     for shard in shards:
         if not shard.is_file():
-            raise UserError(f"the shard {shard} is missing: put it back, or name the shards that there are")
+            raise UserError(f"the shard {shard} is missing: restore it, or name only existing shards")
     return shards
 
 
 def _expand(pattern: str) -> list[str]:
-    """``a-{08..11}.tar`` is a-08.tar, a-09.tar, a-10.tar, a-11.tar."""
+    """Expand ``a-{08..11}.tar`` to a-08.tar, a-09.tar, a-10.tar, a-11.tar."""
     words = _RANGE.split(pattern)
     ranges = [
         [f"{number:0{len(low)}d}" for number in range(int(low), int(high) + 1)]
@@ -75,9 +75,9 @@ def _expand(pattern: str) -> list[str]:
 
 
 def index_shards(shards: Sequence[Path], left_out: LeftOut) -> tuple[list[Stored], list[int] | None]:
-    """Every image of the shards in their order, and its label, or None where none has one.
+    """Every image of the shards in order, and its label, or None if no image has one.
 
-    Raises UserError for a damaged shard, and where only some of the images have labels.
+    Raises UserError for a damaged shard, or if only some of the images have labels.
     """
     images: list[Stored] = []
     labels: list[int] = []
@@ -100,7 +100,7 @@ def index_shards(shards: Sequence[Path], left_out: LeftOut) -> tuple[list[Stored
 
 
 def is_labelled(shard: Path) -> bool:
-    """Whether the first members of a tar file are those of a WebDataset shard, with a label among them."""
+    """Whether the first members of a tar file look like a labelled WebDataset shard."""
     try:
         with tarfile.open(shard, "r:") as archive:
             return any(member.name.lower().endswith(_LABEL) for member in islice(archive, _LOOKED_AT))
@@ -109,7 +109,7 @@ def is_labelled(shard: Path) -> bool:
 
 
 def _index(shard: Path, left_out: LeftOut) -> tuple[dict[str, Stored], dict[str, int]]:
-    """Images and labels by their keys: names up to the last dot."""
+    """Images and labels by key: the name up to its last dot."""
     pictures: dict[str, Stored] = {}
     numbers: dict[str, int] = {}
     endings = image_endings()
@@ -131,12 +131,12 @@ def _index(shard: Path, left_out: LeftOut) -> tuple[dict[str, Stored], dict[str,
             complete = shard.stat().st_size >= archive.offset + _BLOCK
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(
-            f"the shard {shard} is cut off or no uncompressed tar file ({error}): copy it again"
+            f"the shard {shard} is truncated or not an uncompressed tar file ({error}): copy it again"
         ) from error
     if not complete:
-        raise UserError(f"the shard {shard} is cut off: copy it again")
+        raise UserError(f"the shard {shard} is truncated: copy it again")
     if not pictures:
-        raise UserError(f"the shard {shard} holds no image that Pillow opens: leave it out")
+        raise UserError(f"the shard {shard} contains no image that Pillow can open: leave it out")
     return pictures, numbers
 
 
@@ -145,7 +145,7 @@ def _pair(
 ) -> Iterator[tuple[Stored, str]]:
     """Every image with its label's key: its own, or its name up to the first dot (``1.left.png``, ``1.cls``).
 
-    Of the images of one label the one called like it counts; UserError where none is and there are several.
+    If several images share a label, the one with the label's own name is used; UserError if there is none.
     """
     sharing: dict[str, Stored] = {}
     for key, picture in pictures.items():
@@ -157,8 +157,8 @@ def _pair(
             left_out.add("beside the image of its label", picture.name)
         elif short in sharing:
             raise UserError(
-                f"{shard} has one label {short}{_LABEL} for {sharing[short].name} and {picture.name}: name "
-                f"the image to train on like the label"
+                f"{shard} has one label {short}{_LABEL} for {sharing[short].name} and {picture.name}: rename "
+                f"the image to train on to match the label"
             )
         else:
             sharing[short] = picture
@@ -166,7 +166,7 @@ def _pair(
 
 
 def _without_ending(name: str) -> str:
-    """``a/b.c.png`` without ``.png``; dots of folders do not count."""
+    """``a/b.c.png`` without ``.png``; dots in folder names do not count."""
     stem, dot, ending = name.rpartition(".")
     return stem if dot and "/" not in ending else name
 
@@ -174,5 +174,5 @@ def _without_ending(name: str) -> str:
 def _label(content: bytes, shard: Path, name: str) -> int:
     text = content.decode("utf-8", "replace").strip()
     if not text.isdecimal():
-        raise UserError(f"{name} in {shard} must hold a class number, 0 or more, got {text[:20]!r}")
+        raise UserError(f"{name} in {shard} must contain a class number, 0 or more, got {text[:20]!r}")
     return int(text)

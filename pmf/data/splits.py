@@ -1,8 +1,8 @@
-"""Parts of a data set that lie beside each other: by one rule for folders, shards and tables.
+"""Splits of a dataset that lie side by side: one rule for folders, shards and tables.
 
-A name says that it holds the training, validation or test part by one of the words below, as a whole folder's
-name (``train``, ``val2017``, ``test_images``) or as a word in a file's (``imagenet1k-train-0000.tar``). Where
-there are several parts, the first in this order is read.
+A name marks the training, validation or test split by one of the words below, as a whole folder name
+(``train``, ``val2017``, ``test_images``) or as a word in a file name (``imagenet1k-train-0000.tar``). If
+there are several splits, the first in this order is read.
 """
 
 import re
@@ -17,7 +17,7 @@ SPLITS = {
     "validation": ("val", "valid", "validation", "dev", "eval"),
     "test": ("test", "testing"),
 }
-"""Every part, the one to train on first, and the words for it."""
+"""Every split, in order of preference for training, and its words."""
 
 _PART = {word: part for part, words in SPLITS.items() for word in words}
 _WORDS = "|".join(sorted(_PART, key=len, reverse=True))
@@ -28,13 +28,13 @@ Item = TypeVar("Item")
 
 
 def split_of_folder(name: str) -> str | None:
-    """The part that a folder of this name is, or None."""
+    """The split that a folder name indicates, or None."""
     match = _FOLDER.fullmatch(name)
     return _PART[match[1].lower()] if match else None
 
 
 def split_of_file(path: str) -> str | None:
-    """The part that a shard or table belongs to by its name or by a folder it lies in, or None."""
+    """The split that a shard's or table's file name or folders indicate, or None."""
     *folders, name = path.split("/")
     match = _FILE.search(name)
     return _PART[match[1].lower()] if match else next(filter(None, map(split_of_folder, folders[::-1])), None)
@@ -43,9 +43,9 @@ def split_of_file(path: str) -> str | None:
 def choose_split(
     items: Sequence[Item], split_of: Callable[[Item], str | None]
 ) -> tuple[str | None, list[Item], list[Item]]:
-    """The first part that is there, or None where none is, its items, and those left out.
+    """The first split present, or None if there is none; its items, and the items left out.
 
-    Items of no part are the training part where nothing else is, and are left out where something is.
+    Items of no split count as training items if there are no others, and are otherwise left out.
     """
     parts = [split_of(item) for item in items]
     if not any(parts):

@@ -1,4 +1,4 @@
-"""The order of the images: an endless chain of permutations, a pure function of a seed and a position."""
+"""The order of the images: an endless sequence of permutations, a pure function of seed and position."""
 
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,17 +8,17 @@ import torch
 
 from pmf.data.datasets import ImageDataset
 
-_AHEAD = 2  # batches read while the current one is trained on, for data that comes from files
+_AHEAD = 2  # batches prefetched during training, for data in files
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 class ShuffledStream:
-    """Batches of a data set, shuffled anew in each epoch; ``position`` (images seen so far) is all its state.
+    """Batches of a dataset, reshuffled every epoch; ``position`` (images seen so far) is the only state.
 
     The image at position p is entry p % n of the permutation drawn from (seed, p // n): a stream set to a
-    position continues exactly as the one that reached it, whatever the batch sizes were. One of several ranks
-    gets every ranks-th image of a batch, and counts all.
+    position continues exactly like one that reached it, whatever the batch sizes were. With several ranks,
+    each receives every ranks-th image of a batch, and the position counts all images.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class ShuffledStream:
         self._reader = None if dataset.in_memory else ThreadPoolExecutor(1, thread_name_prefix="pmf-batch")
 
     def indices(self, position: int, count: int) -> list[int]:
-        """Data set indices of the ``count`` images from ``position`` on."""
+        """Dataset indices of the ``count`` images starting at ``position``."""
         rows: list[int] = []
         while count > 0:
             epoch, start = divmod(position, len(self.dataset))
@@ -51,7 +51,7 @@ class ShuffledStream:
         return rows
 
     def next_batch(self) -> Batch:
-        """This rank's next images [B, C, H, W], as they are kept, and labels [B]; files are read ahead."""
+        """This rank's next images [B, C, H, W] as stored, and labels [B]; files are prefetched."""
         if self._reader is None:
             batch = self.dataset.read(self.indices(self.position, self.batch_size)[self.mine])
         else:

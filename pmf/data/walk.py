@@ -1,7 +1,7 @@
-"""The files below a folder: one walk for training, evaluation and statistics, and what it leaves out.
+"""List the files below a folder, for training, evaluation and statistics, and record what is skipped.
 
-Links are followed, to files and to folders; one that leads back into a folder it lies in is left out. Names
-that start with a dot and the folders ``__MACOSX`` are hidden: nothing below them counts.
+Links to files and folders are followed, except those that lead back to a folder above. Names that start with
+a dot, and ``__MACOSX`` folders, are hidden along with everything below them.
 """
 
 import os
@@ -14,14 +14,14 @@ from pmf.errors import UserError
 
 __all__ = ["LeftOut", "image_endings", "is_hidden", "walk"]
 
-_HIDDEN_FOLDER = "__MACOSX"  # what macOS adds to archives
-# Formats whose files Pillow recognises and, without other programs, does not decode.
+_HIDDEN_FOLDER = "__MACOSX"  # added to archives by macOS
+# Formats that Pillow recognises but cannot decode without other programs.
 _UNREADABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
 @cache
 def image_endings() -> frozenset[str]:
-    """Lower-case endings without their dot of all files that Pillow, with its plugins, opens as images."""
+    """Lower-case file extensions, without the dot, that Pillow and its plugins open as images."""
     known = Image.registered_extensions()
     return frozenset(
         ending[1:].lower() for ending, kind in known.items() if kind in Image.OPEN and kind not in _UNREADABLE
@@ -29,13 +29,13 @@ def image_endings() -> frozenset[str]:
 
 
 class LeftOut:
-    """What a search leaves out and why, for one line in the end."""
+    """What a search skips and why, summarised in one line."""
 
     def __init__(self) -> None:
         self._reasons: dict[str, list[str | int]] = {}
 
     def add(self, why: str, name: str, count: int = 1) -> None:
-        """`count` files or folders more, `name` being one of them."""
+        """Record `count` more files or folders; `name` is one of them."""
         known = self._reasons.setdefault(why, [name, 0])
         known[1] = int(known[1]) + count
 
@@ -48,16 +48,16 @@ class LeftOut:
 
 
 def walk(root: str, endings: Collection[str], left_out: LeftOut) -> list[str]:
-    """Paths relative to `root` of its files with these endings, at any depth, folder by folder in order.
+    """Paths relative to `root` of the files with these extensions, at any depth, folder by folder in order.
 
-    Raises UserError where `root` itself cannot be read.
+    Raises UserError if `root` itself cannot be read.
     """
     found: list[str] = []
     try:
         folders = [(_sorted_entries(root), "", _identity(os.stat(root)))]
     except OSError as error:
         raise UserError(f"the folder {root} cannot be read ({error.strerror}): choose another") from error
-    while folders:  # the folders from the root down to the one that is being read
+    while folders:  # the folders from the root down to the current one
         entries, prefix, _ = folders[-1]
         entry = next(entries, None)
         if entry is None:
@@ -78,7 +78,7 @@ def walk(root: str, endings: Collection[str], left_out: LeftOut) -> list[str]:
             try:
                 identity = _identity(entry.stat())
                 if any(identity == above for _, _, above in folders):
-                    left_out.add("link into a folder it lies in", path)
+                    left_out.add("link to a folder above it", path)
                 else:
                     folders.append((_sorted_entries(entry.path), path + "/", identity))
             except OSError as error:
@@ -87,7 +87,7 @@ def walk(root: str, endings: Collection[str], left_out: LeftOut) -> list[str]:
 
 
 def is_hidden(path: str) -> bool:
-    """Whether a path's name, or that of a folder above it, is hidden."""
+    """Whether the name of a path, or of a folder above it, is hidden."""
     return any(
         part == _HIDDEN_FOLDER or (part.startswith(".") and part not in (".", ".."))
         for part in path.split("/")
@@ -102,12 +102,12 @@ def _sorted_entries(folder: str) -> "Iterator[os.DirEntry[str]]":
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself
+    except OSError:  # a circular link
         return False
 
 
 def _is_special(entry: "os.DirEntry[str]") -> bool:
-    """Whether it is a pipe, a socket or a device. A link to nothing is a file that is missing."""
+    """Whether an entry is a pipe, socket or device. A dangling link counts as a missing file."""
     try:
         return not entry.is_file() and (not entry.is_symlink() or os.path.exists(entry.path))
     except OSError:

@@ -39,7 +39,7 @@ def read_statistics(path: Path, space: FeatureSpace) -> Statistics | None:
     try:
         arrays = _load(path, [*(name for pair in _NAMES for name in pair), "features"])
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{path} is cut off or is no .npz file ({error}): copy it again") from error
+        raise UserError(f"{path} is truncated or not an .npz file ({error}): copy it again") from error
     pair = next((pair for pair in _NAMES if set(pair) <= arrays.keys()), None)
     if pair is None and "arr_0" in arrays:
         return None

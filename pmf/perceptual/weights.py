@@ -75,7 +75,7 @@ class WeightFiles:
         for path in self._given:
             if path not in self._used:
                 raise UserError(
-                    f"{self.option} {path} holds weights of none of the networks asked for: leave it out"
+                    f"{self.option} {path} contains weights of none of the requested networks: leave it out"
                 )
 
 
@@ -119,14 +119,14 @@ def _read(path: Path, option: str) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} holds more than tensors, and loading it could run code: save its state dict alone"
+            f"{path} contains more than tensors, and loading it could run code: save its state dict alone"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is cut off or is no file of weights ({reason}): copy it again") from error
+        raise UserError(f"{path} is truncated or not a weights file ({reason}): copy it again") from error
     for key in _NESTED:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not named tensors")
+        raise UserError(f"{path} contains a {type(content).__name__}, not named tensors")
     return {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}

@@ -66,7 +66,7 @@ BAD: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     ),
     "unwanted weights": (
         lambda p: ["train", "--perceptual-weights", save(p / "d.pth", {"fc": torch.ones(1)})],
-        "holds weights of none of the networks asked for",
+        "contains weights of none of the requested networks",
     ),
     "no such folder": (lambda p: ["train", "--data", str(p / "no")], "is not a folder"),
     "empty folder": (lambda p: ["train", "--data", str(image_folder(p, "empty"))], "empty is empty"),
@@ -80,7 +80,7 @@ BAD: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         lambda p: ["train", "--image-size", "16", "--data", str(image_folder(p, "s", "cat", "dog"))],
         "is 8x8 pixels, smaller than the 16x16",
     ),
-    "truncated image": (truncated, "b.png is cut off or damaged"),
+    "truncated image": (truncated, "b.png is truncated or damaged"),
     "not an image": (not_an_image, "b.png is not an image"),
     "broken labels": (broken_labels, "'dog/none.png', which does not exist"),
     "digits too large": (lambda p: ["train", "--image-size", "16"], "the digits are 8x8 grey images"),

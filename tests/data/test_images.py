@@ -146,7 +146,7 @@ def test_truncated_image_is_named(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path)
     path.write_bytes(path.read_bytes()[:-1500])
-    with pytest.raises(UserError, match=r"cut\.png is cut off or damaged"):
+    with pytest.raises(UserError, match=r"cut\.png is truncated or damaged"):
         read_image(path, 16, 3)
 
 

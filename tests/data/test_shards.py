@@ -82,13 +82,13 @@ def test_a_missing_or_damaged_shard_is_named(shards: Path, monkeypatch: pytest.M
     end = len(whole.rstrip(b"\0")) // 512 * 512 + 512  # of the last member
     for length in (100, 700, end - 600, end):
         (shards / "000001.tar").write_bytes(whole[:length])
-        with pytest.raises(UserError, match=r"shard .*000001\.tar is cut off"):
+        with pytest.raises(UserError, match=r"shard .*000001\.tar is truncated"):
             load_dataset(str(shards), 4, 1)
     (shards / "000001.tar").write_bytes(whole)
     monkeypatch.setattr("pmf.data.datasets._CACHE_BYTES", 0)
     dataset = load_dataset(str(shards), 4, 1)
     (shards / "000001.tar").write_bytes(whole[:1024])  # while training
-    with pytest.raises(UserError, match=r"000001\.tar is cut off: 007\.webp ends after it"):
+    with pytest.raises(UserError, match=r"000001\.tar is truncated: 007\.webp ends after it"):
         dataset.read([7])
     (shards / "000001.tar").unlink()
     with pytest.raises(UserError, match=r"000001\.tar cannot be read"):
@@ -98,7 +98,7 @@ def test_a_missing_or_damaged_shard_is_named(shards: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("members", "sentence"),
     [
-        ([("a.txt", b"1")], "holds no image"),
+        ([("a.txt", b"1")], "contains no image"),
         (
             [("a.png", encoded(1)), ("b.png", encoded(1)), ("b.cls", b"1")],
             r"no label a\.cls beside a\.png, but others have theirs",
@@ -107,7 +107,7 @@ def test_a_missing_or_damaged_shard_is_named(shards: Path, monkeypatch: pytest.M
             [("1.left.png", encoded(1)), ("1.right.png", encoded(1)), ("1.cls", b"1")],
             r"one label 1\.cls for 1\.left\.png and 1\.right\.png",
         ),
-        ([("a.png", encoded(1)), ("a.cls", b"cat")], "must hold a class number"),
+        ([("a.png", encoded(1)), ("a.cls", b"cat")], "must contain a class number"),
         (
             [("a.png", b"x"), ("a.cls", b"1"), ("b.png", encoded(1)), ("b.cls", b"2")],
             r"a\.png in .* not an image",
@@ -160,7 +160,7 @@ def test_only_the_training_part_of_a_data_set_is_read(tables: Path) -> None:
 @pytest.mark.parametrize(
     ("labels", "sentence"),
     [
-        ([], "holds no image"),
+        ([], "contains no image"),
         ([0, 2], "an image of class 2, but names 2 classes, 0 to 1"),
     ],
 )
@@ -183,7 +183,7 @@ def test_a_damaged_table_is_named(tables: Path) -> None:
     table = tables / "train-00001.parquet"
     whole = table.read_bytes()
     table.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"train-00001\.parquet is cut off"):
+    with pytest.raises(UserError, match=r"train-00001\.parquet is truncated"):
         load_dataset(str(tables), 4, 1)
     assert list((tables.parent / "cache" / "pixelmeanflow").iterdir()) == []
 
@@ -249,7 +249,10 @@ def test_labels_of_tables_are_numbers_words_or_none(
     ("labels", "sentence"),
     [
         ([0, None, 1], r"labels of two kinds: 0 for its first image and None for image 1"),
-        ([0.5, 1.0], r"row 0 of .*train-0\.parquet must hold a class number, 0 or more, or a word, got 0\.5"),
+        (
+            [0.5, 1.0],
+            r"row 0 of .*train-0\.parquet must contain a class number, 0 or more, or a string, got 0\.5",
+        ),
         ([3, -2], r"row 1 of .* got -2"),
         ([[0, 1], [1, 1]], r"row 0 of .* got \[0, 1\]"),
     ],

@@ -72,7 +72,7 @@ def test_parts_are_no_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     (tmp_path / "annotations" / "all.json").touch()
     with caplog.at_level(logging.WARNING, "pmf"):
         assert read(tmp_path) == (["train2017/cat/1.png", "train2017/dog/2.png"], ["cat", "dog"])
-    assert "1 of other parts than train (val2017)" in caplog.text
+    assert "1 of other splits than train (val2017)" in caplog.text
     assert "1 beside the folder train2017 (sheet.png)" in caplog.text
 
 

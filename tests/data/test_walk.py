@@ -65,7 +65,7 @@ def test_links_are_followed_and_loops_noticed(tmp_path: Path) -> None:
     (root / "dog" / "itself").symlink_to("itself")
     found, left_out = walked(root)
     assert found == ["cat/1.png", "dog/file.png", "dog/own.png", "dog/part/1.png"]
-    assert "3 link into a folder it lies in (cat/self, ...)" in left_out
+    assert "3 link to a folder above it (cat/self, ...)" in left_out
     assert "1 of another kind (dog/itself)" in left_out
     assert len(load_dataset(str(root), 8, 1)) == len(open_images(str(root))) == 4
 

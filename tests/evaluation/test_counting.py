@@ -197,5 +197,5 @@ def test_sums_of_another_evaluation_are_refused_and_stay(tmp_path: Path) -> None
         count_features(Noise(), Scored(1, 2, torch.device("cpu")), BATCH, file, Ranks())
     assert file.read_bytes() == before
     file.write_bytes(before[:-20])
-    with pytest.raises(UserError, match="is cut off"):
+    with pytest.raises(UserError, match="is truncated"):
         count(file, Noise())

@@ -53,7 +53,7 @@ def test_a_batch_of_images_is_no_statistics_unless_it_holds_them_too(tmp_path: P
         ({"mu": np.zeros(4), "sigma": np.eye(5)}, r"sigma \[5, 5\]"),
         ({"m": np.zeros(4), "s": np.full((4, 4), np.nan)}, "not finite"),
         ({"mu": np.zeros(4)}, "holds mu, but neither mu and sigma nor images in arr_0"),
-        ({"mu": np.array([None]), "sigma": np.eye(4)}, "is cut off or is no .npz file"),
+        ({"mu": np.array([None]), "sigma": np.eye(4)}, "is truncated or not an .npz file"),
     ],
 )
 def test_statistics_that_do_not_fit_are_named(tmp_path: Path, arrays: dict[str, Any], sentence: str) -> None:
@@ -69,11 +69,11 @@ def test_damaged_files_of_statistics_are_named(tmp_path: Path) -> None:
     whole = (tmp_path / "a.npz").read_bytes()
     for kept in (0, 10, len(whole) // 2):
         (tmp_path / "a.npz").write_bytes(whole[:kept])
-        with pytest.raises(UserError, match="is cut off or is no .npz file"):
+        with pytest.raises(UserError, match="is truncated or not an .npz file"):
             read_statistics(tmp_path / "a.npz", SPACE)
     np.save(tmp_path / "b.npy", MEAN)
     (tmp_path / "b.npy").rename(tmp_path / "b.npz")
-    with pytest.raises(UserError, match="is no .npz file .it holds a single array"):
+    with pytest.raises(UserError, match="not an .npz file .it holds a single array"):
         read_statistics(tmp_path / "b.npz", SPACE)
 
 
@@ -118,7 +118,7 @@ def test_data_sets_of_training_are_taken_too(tmp_path: Path) -> None:
 def test_images_that_are_not_there_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there are no images .*nowhere: give a folder"):
         open_images(str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match="the folder .* is empty of images"):
+    with pytest.raises(UserError, match="the folder .* contains no images"):
         open_images(str(tmp_path))
     np.savez(tmp_path / "a.npz", np.zeros((2, 4, 4, 3)))
     with pytest.raises(UserError, match=r"holds float64 \[2, 4, 4, 3\]: images must be uint8"):
@@ -170,7 +170,7 @@ def test_weights_that_are_missing_or_another_networks_are_named(
     cached = tmp_path / "hub" / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
     cached.parent.mkdir(parents=True)
     cached.write_bytes(b"half")
-    with pytest.raises(UserError, match=r"weights-inception-2015-12-05-6726825d\.pth is cut off"):
+    with pytest.raises(UserError, match=r"weights-inception-2015-12-05-6726825d\.pth is truncated"):
         open_inception(None)
 
 

@@ -149,15 +149,15 @@ def test_missing_and_wrong_weights_are_told(lite0: tuple[EfficientNetLite0, Path
         build("both", weights=[lite0[1]])
     with pytest.raises(UserError, match="nowhere.pth does not exist"):
         build("lite0", weights=["nowhere.pth"])
-    with pytest.raises(UserError, match="random.pth holds weights of none of the networks"):
+    with pytest.raises(UserError, match="random.pth contains weights of none of the requested networks"):
         build("none", weights=[lite0[1]])
     cut = tmp_path / "cut.pth"
     cut.write_bytes(lite0[1].read_bytes()[:1000])
-    with pytest.raises(UserError, match="cut.pth is cut off or is no file of weights"):
+    with pytest.raises(UserError, match="cut.pth is truncated or not a weights file"):
         build("lite0", weights=[cut])
     code = tmp_path / "code.pth"
     torch.save({"model": Path("x")}, code)
-    with pytest.raises(UserError, match="holds more than tensors"):
+    with pytest.raises(UserError, match="contains more than tensors"):
         build("lite0", weights=[code])
     cache.mkdir(parents=True)
     torch.save(

@@ -121,7 +121,7 @@ def test_a_damaged_shard_of_a_checkpoint_is_named(out: Path) -> None:
     folder = checkpoint.newest_checkpoint(out / "stopped")
     for file in (folder / "shards").glob("*.distcp"):
         file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"shards is cut off, or is of another model"):
+    with pytest.raises(UserError, match=r"shards is truncated or belongs to another model"):
         prepare(resume_config(out / "stopped", {}), resume_from=out / "stopped", dataset=two_ranks.IMAGES)
 
 

@@ -152,7 +152,7 @@ def test_a_damaged_checkpoint_is_named_when_resuming(tmp_path: Path, tiny: Tiny)
     train(tiny(steps=2), tmp_path)
     state = checkpoint.newest_checkpoint(tmp_path) / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-10])
-    with pytest.raises(UserError, match=r"state\.safetensors is cut off"):
+    with pytest.raises(UserError, match=r"state\.safetensors is truncated"):
         train(resume_config(tmp_path, {"steps": 4}), tmp_path, resume=True)
 
 
@@ -216,7 +216,7 @@ def test_an_image_found_damaged_while_training_costs_no_step(
     damaged = tmp_path / "images" / "1" / "7.png"
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[:-60])
-    with pytest.raises(UserError, match=r"7\.png is cut off or damaged"):
+    with pytest.raises(UserError, match=r"7\.png is truncated or damaged"):
         train(config, tmp_path / "run")
     assert 0 <= int(checkpoint.newest_checkpoint(tmp_path / "run").name[5:]) <= 5
     damaged.write_bytes(whole)
