@@ -1,4 +1,4 @@
-"""Ablations: variants of one training run on one data set, each with several seeds, in one table."""
+"""Ablations: variants of a training run on one dataset, with several seeds each, in one table."""
 
 from pmf.ablation.report import judge_orderings, summarise, write_report
 from pmf.ablation.study import Study

@@ -1,7 +1,7 @@
-"""A small classifier of the real images, whose features and verdicts measure the samples.
+"""A small classifier of the real images, whose features and predictions score the samples.
 
-It needs no downloaded weights and serves every labelled data set. A Frechet distance in its features is no
-FID and can be compared only within one study.
+It needs no downloaded weights and works for every labelled dataset. A Frechet distance in its features is not
+FID and is comparable only within one study.
 """
 
 import math
@@ -20,15 +20,15 @@ from pmf.sizes import Size, height_and_width
 __all__ = ["SMALLEST", "Judge", "Reference", "Split", "train_judge"]
 
 SMALLEST = 8
-"""Pixels of the smallest images that can be judged."""
-_WIDTH = 64  # features
+"""Smallest image side in pixels that can be judged."""
+_WIDTH = 64  # feature dimension
 _BATCH, _RATE = 128, 2e-3
-_CHUNK = 1000  # images judged at a time
-_PIXELS = 1024  # numbers of an image when pixels are compared; larger images are averaged down
+_CHUNK = 1000  # images per batch when judging
+_PIXELS = 1024  # maximum dimension of the pixel comparison; larger images are averaged down
 
 
 class Judge(nn.Module):
-    """Three convolutions, 64 features and a linear classifier, for images [B, C, H, W] from 8 pixels on."""
+    """Three convolutions, 64 features, a linear classifier: for images [B, C, H, W] of at least 8 pixels."""
 
     def __init__(self, channels: int, image_size: Size, num_classes: int) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Judge(nn.Module):
 
     @classmethod
     def like(cls, dataset: ImageDataset, seed: int = 0) -> "Judge":
-        """An untrained one for a data set's images and classes."""
+        """An untrained judge for the images and classes of a dataset."""
         image = dataset.get([0])[0][0]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -63,25 +63,25 @@ class Judge(nn.Module):
 
     @torch.inference_mode()
     def features(self, images: Tensor) -> Tensor:
-        """[N, 64] of images [N, C, H, W]."""
+        """Features [N, 64] of images [N, C, H, W]."""
         return torch.cat([self.trunk(part) for part in images.split(_CHUNK)])
 
     @torch.inference_mode()
     def recognised(self, features: Tensor, labels: Tensor) -> float:
-        """The share of features whose class is their label."""
+        """The fraction of features classified as their label."""
         return float((self.classify(features).argmax(1) == labels).double().mean())
 
 
 class Split(NamedTuple):
-    """Rows of a data set, in an order drawn once."""
+    """Indices into a dataset, in an order drawn once."""
 
     unseen: list[int]
-    """A tenth, at most 5000, that the judge is not trained on: they say how good it is."""
+    """A tenth, at most 5000, held out from training the judge to measure its accuracy."""
     seen: list[int]
     real: list[int]
-    """What samples are held against."""
+    """The reference images for samples."""
     others: list[int]
-    """As many others, as far as there are any: what perfect samples would be."""
+    """An equal number of other images, if available: the score of perfect samples."""
 
     @classmethod
     def of(cls, dataset: ImageDataset, samples: int, seed: int = 0) -> "Split":
@@ -96,16 +96,16 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class Reference:
-    """A judge, and real images with their labels as it sees them."""
+    """A judge, and its view of real images with their labels."""
 
     judge: Judge
     labels: Tensor
     features: Tensor
     pixels: Tensor
     accuracy: float
-    """Of the judge, on real images that it was not trained on."""
+    """Of the judge, on held-out real images."""
     real: dict[str, float]
-    """`measure` of other real images; empty where there are none."""
+    """`measure` of other real images; empty if there are none."""
 
     @classmethod
     def of(cls, judge: Judge, dataset: ImageDataset, split: Split) -> "Reference":
@@ -118,7 +118,7 @@ class Reference:
         return reference
 
     def measure(self, images: Tensor, labels: Tensor | None = None) -> dict[str, float]:
-        """Figures of samples [N, C, H, W] in [-1, 1] of these labels, by default those of the real images."""
+        """Scores of samples [N, C, H, W] in [-1, 1] with these labels (default: those of the real images)."""
         features = self.judge.features(images)
         return {
             "frechet": frechet_distance(features, self.features),
@@ -128,7 +128,7 @@ class Reference:
 
 
 def train_judge(dataset: ImageDataset, split: Split, steps: int, seed: int = 0) -> Judge:
-    """A judge trained for `steps` batches of 128, at a rate that is constant for one half and falls to 0."""
+    """Train a judge for `steps` batches of 128, at a constant rate that decays to 0 over the second half."""
     judge, generator = Judge.like(dataset, seed), torch.Generator("cpu").manual_seed(seed)
     optimizer = torch.optim.AdamW(judge.parameters(), _RATE)
     for step in range(steps):
@@ -143,7 +143,7 @@ def train_judge(dataset: ImageDataset, split: Split, steps: int, seed: int = 0) 
 
 
 def as_pixels(images: Tensor) -> Tensor:
-    """[N, D] of images [N, C, H, W], averaged down by whole factors until D is at most 1024."""
+    """Images [N, C, H, W] as vectors [N, D], averaged down by integer factors until D is at most 1024."""
     factor = 1
     while math.prod((images.shape[1], *(side // factor for side in images.shape[2:]))) > _PIXELS:
         factor += 1

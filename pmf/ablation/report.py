@@ -1,4 +1,4 @@
-"""What a study found: one table in Markdown, the same as JSON, and one plot."""
+"""The results of a study: a Markdown table, the same as JSON, and a plot."""
 
 import importlib.util
 import io
@@ -19,7 +19,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def summarise(rows: Rows, variants: Sequence[str]) -> list[dict[str, Any]]:
-    """Per variant: its seeds, and mean and standard deviation of every figure over them."""
+    """Per variant: its seeds, and the mean and standard deviation of every score over them."""
     summary = []
     for variant in variants:
         own = [row for row in rows if row["variant"] == variant]
@@ -33,9 +33,9 @@ def summarise(rows: Rows, variants: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def judge_orderings(rows: Rows, orderings: Sequence[Ordering | Growth]) -> list[dict[str, Any]]:
-    """For each claim about variants that were run: the numbers, and whether it held, seed by seed.
+    """Evaluate each claim whose variants were run: the numbers, and whether it holds, overall and by seed.
 
-    holds: "yes" in the mean and in every seed, "in the mean" of the seeds only, or "no".
+    holds: "yes" (for the mean and every seed), "in the mean" (for the mean only) or "no".
     """
     distance: dict[str, dict[int, float]] = {}
     for row in rows:
@@ -78,7 +78,7 @@ def judge_orderings(rows: Rows, orderings: Sequence[Ordering | Growth]) -> list[
 
 
 def write_report(out: Path, record: Mapping[str, Any]) -> list[Path]:
-    """table.md, record.json and, where matplotlib is installed, plot.png; returns what was written."""
+    """Write table.md, record.json and, if matplotlib is installed, plot.png; returns the paths."""
     files = {
         "table.md": _table(record).encode(),
         "record.json": (json.dumps(record, indent=2) + "\n").encode(),
@@ -94,7 +94,7 @@ def write_report(out: Path, record: Mapping[str, Any]) -> list[Path]:
 
 
 def _table(record: Mapping[str, Any]) -> str:
-    """The record as a page of Markdown."""
+    """The record as a Markdown page."""
     metric = record["metric"]
     lines = [
         f"# Ablations on {record['data']}",
@@ -136,7 +136,7 @@ def _table(record: Mapping[str, Any]) -> str:
 
 
 def _plot(record: Mapping[str, Any]) -> bytes:
-    """A dot for every seed and a line for the mean, the best variant at the top; PNG."""
+    """A PNG with a dot per seed and a bar at the mean, best variant at the top."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -187,7 +187,7 @@ def _list(numbers: Sequence[float]) -> str:
 
 
 def _without_nan(line: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN: what one seed cannot tell is null."""
+    """Replace NaN by null for JSON: the deviation over a single seed."""
     for value in line.values():
         if isinstance(value, dict) and math.isnan(value["sd"]):
             value["sd"] = None

@@ -1,4 +1,4 @@
-"""Runs every variant with every seed, one after another, and remembers what is done."""
+"""Run every variant with every seed and record what is finished."""
 
 import json
 import time
@@ -20,21 +20,21 @@ from pmf.training.building import build_objective, model_config
 
 __all__ = ["Study"]
 
-_SAMPLES = 5000  # drawn of each run, where there are twice as many real images
+_SAMPLES = 5000  # per run, if there are at least twice as many real images
 _JUDGE_STEPS = 1000
 _DRAWN_AT_A_TIME = 500
-_GRID = 10  # classes, and samples of each, in a variant's picture
+_GRID = 10  # classes, and samples per class, in a variant's picture
 
 
 class Study:
-    """Variants of one configuration, for several seeds, in one folder.
+    """Variants of a configuration, with several seeds, in one folder.
 
-    out/runs/<variant>-seed<k>.json holds the settings and figures of each finished run; a study that is
-    started again with the same settings goes on behind them. The data, the judge, the labels and noise of the
-    samples and the number of steps are the same for all variants.
+    out/runs/<variant>-seed<k>.json contains the settings and scores of each finished run; a study started
+    again with the same settings skips them. Data, judge, labels and noise of the samples, and number of steps
+    are the same for all variants.
 
-    Raises UserError, before anything runs, where a variant cannot be trained, two have one name, there are
-    fewer images than samples, or a finished run had other settings.
+    Raises UserError before anything runs if a variant is invalid, two share a name, there are fewer images
+    than samples, or a finished run had other settings.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Study:
     ) -> None:
         check_names(variants)
         if base.run.steps is None or base.run.minutes is not None:
-            raise UserError("variants are compared at equal steps: give --steps, and no --minutes")
+            raise UserError("variants are compared at equal steps: give --steps, not --minutes")
         self.base, self.variants, self.seeds, self.out = base, list(variants), list(seeds), out
         self.judge_steps = _JUDGE_STEPS if judge_steps is None else judge_steps
         self.configs = {variant.name: self._config_of(variant) for variant in variants}
@@ -71,13 +71,13 @@ class Study:
                 self.finished[variant.name, seed] = self._read(variant, seed)
 
     def runs(self) -> Iterator[tuple[Variant, int]]:
-        """Seed by seed, so that a study cut short has compared all variants, only at fewer seeds."""
+        """Seed by seed, so that an interrupted study has compared all variants on fewer seeds."""
         for seed in self.seeds:
             for variant in self.variants:
                 yield variant, seed
 
     def prepare(self) -> Reference:
-        """The judge, trained or read from the folder, and what it measures samples against."""
+        """The judge, trained or loaded from the folder, with the reference for samples."""
         path = self.out / "judge.safetensors"
         split = Split.of(self.dataset, self.samples)
         if path.is_file():
@@ -95,7 +95,7 @@ class Study:
         return Reference.of(judge.eval().requires_grad_(False), self.dataset, split)
 
     def run(self, variant: Variant, seed: int, reference: Reference) -> dict[str, Any] | None:
-        """Train, draw, measure and write the result; None where Ctrl-C stopped the training."""
+        """Train, sample, score and save the result; None if Ctrl-C stopped the training."""
         config = self.configs[variant.name].with_settings(seed=seed)
         begin = time.perf_counter()
         result = train(config, dataset=self.dataset)
@@ -121,7 +121,7 @@ class Study:
         return row
 
     def _config_of(self, variant: Variant) -> TrainConfig:
-        """The variant's settings, which must give a network and an objective."""
+        """The variant's settings, checked by building its network and objective configuration."""
         try:
             config = self.base.with_settings(**variant.settings)
             build_objective(config, model_config(config, num_classes=2).noise_scale)
@@ -136,7 +136,7 @@ class Study:
         return torch.cat(parts).clamp(-1, 1)
 
     def _save_picture(self, variant: Variant, images: torch.Tensor, labels: torch.Tensor) -> None:
-        """The first samples of the first classes, a class a row."""
+        """Save the first samples of the first classes, a row per class."""
         rows = [(labels == label).nonzero().flatten()[:_GRID] for label in labels.unique()[:_GRID]]
         full = [row for row in rows if len(row) == min(_GRID, max(map(len, rows)))]
         path = self.out / "samples" / f"{variant.stem}.png"
@@ -147,14 +147,14 @@ class Study:
         return self.out / "runs" / f"{variant.stem}-seed{seed}.json"
 
     def _judge_of(self) -> dict[str, Any]:
-        """What decides the judge's weights, as its file notes it."""
+        """What determines the judge's weights, as recorded in its file."""
         return {"steps": self.judge_steps, "data": self.base.data.data}
 
     def _measure(self) -> dict[str, int]:
         return {"samples": self.samples, "judge_steps": self.judge_steps}
 
     def _read(self, variant: Variant, seed: int) -> dict[str, Any]:
-        """The result of a finished run; UserError where its file is damaged or it had other settings."""
+        """The result of a finished run; UserError if its file is damaged or the settings differ."""
         path = self._file(variant, seed)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -162,7 +162,7 @@ class Study:
             same = content["measured_by"] == self._measure()
             settings = TrainConfig.from_json(content["settings"])
         except (OSError, ValueError, KeyError, TypeError, UserError) as error:
-            raise UserError(f"{path} is damaged ({error}): remove it, and its run is done again") from error
+            raise UserError(f"{path} is damaged ({error}): remove it to repeat the run") from error
         if not same or settings != self.configs[variant.name].with_settings(seed=seed):
-            raise UserError(f"{path} is of a run with other settings: give another --out, or remove it")
+            raise UserError(f"{path} belongs to a run with other settings: give another --out, or remove it")
         return row

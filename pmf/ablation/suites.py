@@ -1,4 +1,4 @@
-"""Lists of variants that come with the package, and what the paper says of their order."""
+"""Built-in sets of variants, with the paper's claims about their order."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Ordering:
 
 @dataclass(frozen=True)
 class Growth:
-    """A claim that the distance of the second of each pair, divided by the first's, grows along the pairs."""
+    """A claim that the distance ratio of each pair (second over first) grows along the pairs."""
 
     claim: str
     pairs: tuple[tuple[str, str], ...]
@@ -28,11 +28,11 @@ class Growth:
 
 @dataclass(frozen=True)
 class Suite:
-    """Variants of one training preset, the first of them the base itself, and claims about them."""
+    """Variants of a training preset, the base first, and claims about them."""
 
     preset: str
     settings: Mapping[str, Any]
-    """What the base changes of its preset."""
+    """The base's changes to its preset."""
     variants: tuple[Variant, ...]
     orderings: tuple[Ordering | Growth, ...]
 
@@ -44,7 +44,7 @@ def _paper(
     perceptual: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Suite:
-    """The ablations of arXiv 2601.22158; the base has the largest of `patches`, which rise."""
+    """The ablations of arXiv 2601.22158; `patches` ascend, and the base uses the largest."""
     *smaller, largest = patches
     base, u = f"x patch {largest}", f"u patch {largest}"
     variants = [Variant(base), Variant(u, {"prediction": "u"})]
@@ -102,4 +102,4 @@ SUITES: dict[str, Suite] = {
         "digits", (2, 4, 8), (1e-3, 3e-3, 7e-3), settings={"patch_size": 8, "steps": 1000, "minutes": None}
     ),
 }
-"""Suites by name. Adam gets several learning rates, Muon only its preset's."""
+"""Suites by name. Adam is run at several learning rates, Muon at its preset's only."""

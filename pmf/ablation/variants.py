@@ -1,4 +1,4 @@
-"""Variants of a run: a name, and the settings in which it differs from the others."""
+"""Variants of a run: a name, and the settings that differ from the base."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,14 +7,14 @@ from typing import Any
 from pmf.errors import UserError
 from pmf.training.config import flag, settings
 
-# What all variants of a study share, so that their figures can be compared.
+# Settings shared by all variants of a study, so that scores are comparable.
 SHARED = ("data", "image_size", "channels", "steps", "minutes", "seed", "device")
 _IN_NAMES = " .,-_/+="
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One line of the table: ``Variant("adam", {"optimizer": "adam"})``."""
+    """A row of the table: ``Variant("adam", {"optimizer": "adam"})``."""
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -31,17 +31,17 @@ class Variant:
             if name in SHARED:
                 raise UserError(
                     f"variant {self.name!r} changes {flag(name)}, which all variants share: "
-                    "give it to the whole study"
+                    "set it for the whole study"
                 )
 
     @property
     def stem(self) -> str:
-        """The start of its files' names."""
+        """The prefix of its file names."""
         return "".join(letter if letter.isalnum() else "-" for letter in self.name)
 
 
 def check_names(variants: Sequence[Variant]) -> None:
-    """UserError where there is no variant, or two would share their files."""
+    """Raise UserError if there is no variant or two would share files."""
     if not variants:
         raise UserError("there is nothing to compare: give --suite, --variant or --variants")
     stems = [variant.stem for variant in variants]

@@ -58,11 +58,11 @@ def load_checkpoint(
     """Build the model in ``path`` and load its weights, ready to sample (eval mode, fp32, CPU).
 
     path: a run folder (its newest checkpoint is used), a checkpoint folder, a ``.safetensors`` file of this
-    project, or the authors' ``.pth`` / ``.pt`` state dict, read with ``weights_only=True``. ema: for a
-    folder, the weights to load: a half-life in thousands of images ("500"), or "none" for the trained
-    weights; by default the average that the run samples from. noise_scale: for the authors' files whose shape
-    matches no preset, since the weights do not determine it. v_head: False omits the head that only training
-    needs, a third of pMF-B's weights.
+    project, or the authors' ``.pth`` / ``.pt`` state dict, read with ``weights_only=True``.
+    ema: for a folder, the weights to load: a half-life in thousands of images ("500"), or "none" for the
+    trained weights; by default the average that the run samples from.
+    noise_scale: for the authors' files whose shape matches no preset, since the weights do not determine it.
+    v_head: False omits the head that only training needs, a third of pMF-B's weights.
 
     Raises UserError if the file is missing, truncated, contains more than tensors, or does not fit its model.
     """

@@ -1,4 +1,4 @@
-"""How good a model's images are: features of many images, counted over processes, continued after a stop."""
+"""Evaluation of images: feature statistics, accumulated over processes and resumable."""
 
 from pmf.evaluation.counting import count_features, describe
 from pmf.evaluation.digest import file_digest

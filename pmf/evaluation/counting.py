@@ -1,4 +1,4 @@
-"""Counting the features of many images: batch by batch, over processes, continued where it was broken off."""
+"""Accumulate the features of many images batch by batch, over processes, resuming where it stopped."""
 
 import time
 from collections import deque
@@ -18,11 +18,11 @@ from pmf.ranks import Ranks
 __all__ = ["count_features", "describe"]
 
 _SAVE_SECONDS = 60.0
-_AHEAD = 2  # batches of files read while one is computed with
+_AHEAD = 2  # batches of files prefetched during computation
 
 
 def describe(source: ImageSource, space: FeatureSpace, batch_size: int) -> dict[str, Any]:
-    """What decides the sums: images, features, and how they are cut into batches."""
+    """What determines the sums: images, features, and the division into batches."""
     return {"evaluated": source.identity(), "features": space.identity(), "batch_size": batch_size}
 
 
@@ -35,12 +35,12 @@ def count_features(
     on_images: Callable[[int], object] = lambda count: None,
     save_seconds: float = _SAVE_SECONDS,
 ) -> Sums:
-    """The sums over all images of the source, which every process returns and ``file`` then holds.
+    """Feature sums over all images of the source, returned on every process and saved to ``file``.
 
-    Batch b goes to process b mod their number. Each process saves its own sums about once a minute, in one
-    write of a whole file: ``file`` itself for the first process, ``<stem>-rank<r>`` beside it for the others.
-    Called again, on any number of processes, it counts only what no file holds; one process that was
-    broken off ends with the same bits as one that was not. on_images hears how many images have been counted.
+    Batch b goes to process b mod the number of processes. Each process saves its own sums about once a
+    minute, as a whole file: the first to ``file``, the others to ``<stem>-rank<r>`` beside it. A later call,
+    on any number of processes, computes only what no file contains; a single process that was interrupted
+    ends with the same bits as one that was not. on_images is called with the number of images added.
     """
     batches = -(-len(source) // batch_size)
     identity = describe(source, space, batch_size)
@@ -48,7 +48,7 @@ def count_features(
     sums = Sums(len(source), batches, space.width, space.classes, device)
 
     def collect() -> None:
-        """What files hold goes to the first process, and into one file."""
+        """Collect the sums from all files on the first process and merge them into one file."""
         parts = _parts(file)
         for part in [file, *parts] if file.is_file() else parts:
             sums.add_file(part, identity)
@@ -85,24 +85,24 @@ def count_features(
 
 
 def _parts(file: Path) -> list[Path]:
-    """The files of the processes but the first."""
+    """The files of all processes except the first."""
     return sorted(file.parent.glob(f"{file.stem}-rank*{file.suffix}"))
 
 
 def _merge(sums: Sums, file: Path, identity: dict[str, Any]) -> None:
-    """One file for all; only then the others go."""
+    """Save one file for all, and only then remove the others."""
     sums.save(file, identity)
     for part in _parts(file):
         part.unlink()
 
 
 def _rows(source: ImageSource, batch: int, batch_size: int) -> range:
-    """The images of one batch; the last may be smaller."""
+    """The image indices of one batch; the last batch may be smaller."""
     return range(batch * batch_size, min((batch + 1) * batch_size, len(source)))
 
 
 def _read_ahead(source: ImageSource, batches: Sequence[int], batch_size: int) -> Iterator[tuple[int, Tensor]]:
-    """Every batch with its pixels; images of files are read while the batch before is computed with."""
+    """Yield every batch with its pixels; images in files are prefetched during computation."""
     if not source.from_files:
         for batch in batches:
             yield batch, source.read(_rows(source, batch, batch_size))

@@ -1,4 +1,4 @@
-"""What tells weights from others, wherever they lie."""
+"""Digests that identify weights independently of their location."""
 
 import hashlib
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-_CHUNK = 1 << 22  # bytes read at a time
+_CHUNK = 1 << 22  # bytes per read
 
 
 def file_digest(path: Path) -> str:

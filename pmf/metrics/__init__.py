@@ -1,4 +1,4 @@
-"""Figures of two sets of samples, computed on any features, and the network whose features FID takes."""
+"""Metrics between two sets of samples, on any features, and FID's Inception network."""
 
 from pmf.metrics.frechet import frechet_distance, frechet_of_moments
 from pmf.metrics.inception import InceptionV3

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def _symmetric_sqrt(matrix: Tensor) -> Tensor:
-    """Square root of a symmetric positive semi-definite matrix; negative eigenvalues are rounding's."""
+    """Square root of a symmetric positive semi-definite matrix; negative eigenvalues are rounding errors."""
     values, vectors = torch.linalg.eigh(matrix)
     return (vectors * values.clamp_min(0).sqrt()) @ vectors.mT
 
@@ -27,8 +27,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     Raises:
         ValueError: if the shapes do not fit or a value is not finite.
 
-    Source: Dowson and Landau 1982; as an image metric, Heusel et al. 2017 (on Inception features; on any
-    others it must not be called FID).
+    Source: Dowson and Landau 1982; as an image metric, Heusel et al. 2017 (on Inception features; with any
+    other features it must not be called FID).
     """
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise ValueError(
@@ -41,10 +41,10 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def frechet_of_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
-    """`frechet_distance` of two Gaussians given by their moments: means ``[D]``, covariances ``[D, D]``.
+    """`frechet_distance` between two Gaussians given by their moments: means ``[D]``, covariances ``[D, D]``.
 
-    Covariances are those of samples (divided by N - 1). Computed in float64. Raises ValueError as
-    `frechet_distance` does.
+    The covariances are sample covariances (divided by N - 1). Computed in float64. Raises ValueError like
+    `frechet_distance`.
     """
     mean_a, cov_a, mean_b, cov_b = (x.double() for x in (mean_a, cov_a, mean_b, cov_b))
     size = mean_a.numel()
@@ -56,7 +56,7 @@ def frechet_of_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Ten
     if not all(x.isfinite().all() for x in (mean_a, cov_a, mean_b, cov_b)):
         raise ValueError("frechet_distance: the features must be finite")
     root = _symmetric_sqrt(cov_a)
-    # tr (C_a C_b)^{1/2} through a symmetric matrix: eigvalsh is exact where a general square root is not.
+    # tr (C_a C_b)^{1/2} through a symmetric matrix: eigvalsh is accurate where a general square root is not.
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
     distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
     return float(distance.clamp_min(0))

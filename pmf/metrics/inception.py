@@ -1,12 +1,12 @@
-"""The Inception network of FID and Inception Score, in plain torch.nn.
+"""The Inception network of FID and Inception Score in plain torch.nn.
 
-It is TensorFlow's graph of 2015-12-05 as its port to PyTorch names the weights (the file
-``pt_inception-2015-12-05-6726825d.pth`` of pytorch-fid, ``weights-inception-2015-12-05-6726825d.pth`` of
-torch-fidelity). It is not torchvision's: 1008 classes; pooling branches average without the padding, and the
-last one takes the maximum; images are enlarged as TensorFlow 1 did.
+It is TensorFlow's graph of 2015-12-05 with the weight names of its PyTorch port (the files
+``pt_inception-2015-12-05-6726825d.pth`` of pytorch-fid and ``weights-inception-2015-12-05-6726825d.pth`` of
+torch-fidelity). It differs from torchvision's: it has 1008 classes, its pooling branches average without the
+padding, the last one takes the maximum, and images are resized as in TensorFlow 1.
 
 Sources: Szegedy et al. 2016, "Rethinking the Inception Architecture"; Heusel et al. 2017; both ports.
-The test compares it with torch-fidelity's own network.
+A test compares it with torch-fidelity's network.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FEATURES, CLASSES = 2048, 1008
-_SIDE = 299  # pixels of the network's input
+_SIDE = 299  # side of the network's input in pixels
 
 
 class Conv(NamedTuple):
-    """A convolution with its norm and ReLU; padded to keep the size, or not at all where it strides."""
+    """A convolution with batch norm and ReLU; "same" padding, or none if it is strided."""
 
     name: str
     channels: int
@@ -31,7 +31,7 @@ class Conv(NamedTuple):
 
 
 Step = Conv | str | tuple[Conv, Conv]
-"""A convolution, "average", "max" or "halve" for a pooling, or two convolutions side by side."""
+"""A convolution; "average", "max" or "halve" for pooling; or two convolutions in parallel."""
 
 _1, _3, _5 = (1, 1), (3, 3), (5, 5)
 _ROW3, _COLUMN3, _ROW7, _COLUMN7 = (1, 3), (3, 1), (1, 7), (7, 1)
@@ -110,9 +110,9 @@ _BLOCKS: dict[str, list[list[Step]]] = {
 
 
 class InceptionV3(nn.Module):
-    """Images uint8 [B, 3, H, W] to features [B, 2048] and class logits [B, 1008] without their bias.
+    """Images uint8 [B, 3, H, W] to features [B, 2048] and class logits [B, 1008] without bias.
 
-    Inception Score is computed without the bias, as its first code did. Raises ValueError for other images.
+    Inception Score omits the bias, as in its original code. Raises ValueError for other images.
     """
 
     def __init__(self) -> None:
@@ -146,9 +146,9 @@ class InceptionV3(nn.Module):
 
 
 def resize_as_tensorflow_1(images: Tensor, side: int) -> Tensor:
-    """[B, C, H, W] to [B, C, side, side] by TensorFlow 1's bilinear rule, without antialiasing.
+    """Resize [B, C, H, W] to [B, C, side, side] with TensorFlow 1's bilinear rule, without antialiasing.
 
-    Output pixel i lies at i * size / side: the corners of the images meet, not the centres of pixels.
+    Output pixel i samples position i * size / side: image corners are aligned rather than pixel centres.
     """
     for dim in (2, 3):
         size = images.shape[dim]
@@ -178,7 +178,7 @@ class _ConvNorm(nn.Module):
 
 
 class _Branches(nn.Module):
-    """Chains of steps on one input, their results concatenated."""
+    """Parallel sequences of steps on one input, with concatenated outputs."""
 
     def __init__(self, in_channels: int, branches: list[list[Step]]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Inception Score of class logits that come batch by batch, from sums that add up over processes."""
+"""Inception Score from class logits, batch by batch, with sums that can be added over processes."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_SHUFFLE_SEED = 2020  # torch-fidelity's, so that both divide the images alike
+_SHUFFLE_SEED = 2020  # torch-fidelity's, for identical splits
 
 
 class InceptionScore:
-    """exp(mean_x KL(p(y|x) || p(y))) of each of `splits` parts of the images; their mean and deviation.
+    """exp(mean_x KL(p(y|x) || p(y))) on each of `splits` parts of the images; mean and deviation.
 
-    With p = p(y|x) and q = mean_x p the mean of KL is mean_x sum_y p log p - sum_y q log q: two sums a part.
-    Which image belongs to which part is a fixed permutation of their number, the one that torch-fidelity
-    draws, so that images in the order of their classes still make fair parts.
+    With p = p(y|x) and q = mean_x p, the mean KL is mean_x sum_y p log p - sum_y q log q: two sums per part.
+    Images are assigned to parts by a fixed permutation, the one torch-fidelity draws, so that images sorted
+    by class still give balanced parts.
 
     Source: Salimans et al. 2016, "Improved Techniques for Training GANs"; ten parts by convention.
     """
@@ -34,7 +34,7 @@ class InceptionScore:
         self.probability = torch.zeros(splits, classes, dtype=torch.float64, device=device)
 
     def add(self, logits: Tensor, indices: Tensor) -> None:
-        """Count logits [B, classes] of the images with these indices [B]."""
+        """Add the logits [B, classes] of the images with these indices [B]."""
         logits = logits.to(self.count.device, torch.float64)
         part = self._part[indices.cpu()].to(logits.device)
         log_p = logits.log_softmax(1)
@@ -44,7 +44,7 @@ class InceptionScore:
         self.probability.index_add_(0, part, p)
 
     def score(self) -> tuple[float, float]:
-        """Mean and standard deviation over the parts; ValueError while a part has no image."""
+        """Mean and standard deviation over the parts; ValueError if a part is incomplete."""
         if not self.count.all():
             raise ValueError("inception score: a part of the images was not counted")
         q = self.probability / self.count[:, None]
@@ -52,5 +52,5 @@ class InceptionScore:
         return float(scores.mean()), float(scores.std(correction=0))
 
     def tensors(self) -> dict[str, Tensor]:
-        """The sums by name, to be added up, saved and filled."""
+        """The sums by name, for adding, saving and loading."""
         return {"count": self.count, "negentropy": self.negentropy, "probability": self.probability}

@@ -1,4 +1,4 @@
-"""Diversity of samples measured with k-nearest-neighbour balls."""
+"""Diversity of samples from k-nearest-neighbour balls."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ def _distances(a: Tensor, b: Tensor, name: str, k: int) -> Tensor:
         )
     if not 0 < k < min(len(a), len(b)):
         raise ValueError(f"{name}: k must be at least 1 and below the size of both sets, got {k}")
-    # The matmul shortcut loses near neighbours to cancellation.
+    # The matmul formulation loses small distances to cancellation.
     return torch.cdist(a.double(), b.double(), compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def _ball_radii(points: Tensor, name: str, k: int) -> Tensor:
-    """Distance of each point to its k-th nearest neighbour in the same set."""
+    """The distance of each point to its k-th nearest neighbour in the same set."""
     distances = _distances(points, points, name, k).fill_diagonal_(float("inf"))
     return distances.kthvalue(k, dim=1).values
 
 
 def recall(real: Tensor, samples: Tensor, k: int = 3) -> float:
-    """Share of real points that lie in the k-ball of at least one sample: how much of the data they reach.
+    """Fraction of real points in the k-ball of at least one sample: how much of the data is reached.
 
     ``recall = mean_i [exists j: |real_i - sample_j| <= radius_k(sample_j)]``, the radius from the samples.
 
@@ -42,7 +42,7 @@ def recall(real: Tensor, samples: Tensor, k: int = 3) -> float:
 
 
 def coverage(real: Tensor, samples: Tensor, k: int = 3) -> float:
-    """Share of real points whose own k-ball holds a sample; unlike recall, noise does not raise it.
+    """Fraction of real points whose own k-ball contains a sample; unlike recall, not inflated by noise.
 
     ``coverage = mean_i [exists j: |real_i - sample_j| <= radius_k(real_i)]``, the radius from the real set.
 

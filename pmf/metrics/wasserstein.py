@@ -9,14 +9,15 @@ from torch import Tensor
 
 
 def sliced_wasserstein(a: Tensor, b: Tensor, num_projections: int = 128, order: float = 2.0) -> float:
-    r"""Wasserstein distance of the points' shadows on a line, averaged over lines of all directions.
+    r"""Wasserstein distance of one-dimensional projections, averaged over all directions.
 
     .. math:: \Bigl(\frac1K \sum_{k<K} \int_0^1 |A_k(q) - B_k(q)|^p \, dq\Bigr)^{1/p}, \qquad
         d_k = (\cos \tfrac{\pi k}{K}, \sin \tfrac{\pi k}{K})
 
     where A_k and B_k are the quantile functions of the points projected on d_k. The integral is exact: sets
-    of one size are sorted and matched, of two sizes their steps are merged. In the plane evenly spaced
-    directions need no luck: a shift by s gives exactly |s| / sqrt(2) at order 2, for any K of at least 2.
+    of equal size are sorted and matched; for different sizes the steps are merged. In the plane, evenly
+    spaced directions need no sampling: a shift by s gives exactly |s| / sqrt(2) at order 2, for any K of at
+    least 2.
 
     Args:
         a, b: ``[N, 2]`` and ``[M, 2]`` points, any floating dtype (computed in float64).
@@ -56,10 +57,10 @@ def sliced_wasserstein(a: Tensor, b: Tensor, num_projections: int = 128, order: 
 
 
 def _common_steps(n: int, m: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The pieces of [0, 1] on which quantile functions of n and of m points are both constant.
+    """The intervals of [0, 1] on which the quantile functions of n and of m points are both constant.
 
-    Their widths, and which of the n and of the m sorted values holds on each. Edges are counted in units of
-    1 / (n m), in which they are whole numbers.
+    Returns their widths, and the indices of the sorted values of each set on them. Edges are computed in
+    units of 1 / (n m), in which they are integers.
     """
     in_a, in_b = (torch.arange(size + 1, device=device) for size in (n, m))
     edges = torch.cat((in_a * m, in_b * n)).unique()

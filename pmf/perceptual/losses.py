@@ -1,4 +1,4 @@
-"""Perceptual losses of training: distances of frozen networks on paired random crops."""
+"""Perceptual losses for training: distances of frozen networks on paired random crops."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,11 +28,11 @@ _FEATURES: dict[str, Callable[[WeightFiles], nn.Module]] = {
     "offline": find_lite0,
 }
 CHOICES = ("none", "lpips", "convnext", "both", "stlpips", "stlpips-vgg", "lite0", "offline")
-"""both: LPIPS-VGG and ConvNeXt, the authors'. The last four need packages of PyPI alone."""
+"""both: LPIPS-VGG and ConvNeXt, as in the paper. The last four need only PyPI packages."""
 
 
 class FeatureDistance(nn.Module):
-    """The sum of squared differences of pooled features: images a, b [B, 3, H, W] to [B]."""
+    """Sum of squared differences of pooled features: images a, b [B, 3, H, W] to [B]."""
 
     def __init__(self, features: nn.Module) -> None:
         super().__init__()
@@ -43,12 +43,12 @@ class FeatureDistance(nn.Module):
 
 
 class CroppedDistances:
-    """`pmf.flow.Perceptual`: weighted distances of two images after one random crop per sample.
+    """`pmf.flow.Perceptual`: weighted distances between two images after a random crop per sample.
 
-    networks are (weight, distance) with distance(a, b) -> [B] of images [B, 3, size, size] in [-1, 1]; every
-    crop is resized to size (224: what the networks were trained on, and the authors' choice). Grey images
-    become colour images of three equal channels. The networks are frozen, and compute in float32 whatever
-    the images are.
+    networks are (weight, distance) pairs with distance(a, b) -> [B] for images [B, 3, size, size] in [-1, 1];
+    every crop is resized to size (224, on which the networks were trained, as in the paper). Greyscale images
+    are repeated over three channels. The networks are frozen and compute in float32 whatever the images'
+    dtype.
     """
 
     def __init__(
@@ -58,17 +58,17 @@ class CroppedDistances:
         self.max_t, self.size = max_t, size
 
     def draw(self, batch: int, image_size: Size, generator: torch.Generator | None) -> Tensor:
-        """Boxes (top, left, height, width), int64 [batch, 4] on the host."""
+        """Draw boxes (top, left, height, width), int64 [batch, 4] on the host."""
         return draw_crops(batch, image_size, generator)
 
     def __call__(self, x_pred: Tensor, x: Tensor, crop: Tensor | None) -> list[tuple[float, Tensor]]:
-        """(weight, distances [n]) of each network; gradients flow to x_pred alone."""
+        """(weight, distances [n]) of each network; gradients flow to x_pred only."""
         if crop is None:
             raise ValueError("perceptual: draws.crop is missing: take the draws from Objective.draw")
         if x.shape[1] not in (1, 3):
             raise ValueError(f"perceptual: images must have 1 or 3 channels, got {x.shape[1]}")
         a, b = (
-            # Channels last: the fastest layout for these networks (1.4 to 1.7 times on a CPU core).
+            # Channels last is the fastest layout for these networks (1.4 to 1.7 times on a CPU core).
             crop_and_resize(images, crop, self.size)
             .expand(-1, 3, -1, -1)
             .contiguous(memory_format=torch.channels_last)
@@ -86,15 +86,15 @@ def build(
     size: int = 224,
     weights: Sequence[str | Path] = (),
 ) -> CroppedDistances | None:
-    """The losses of one of CHOICES, or None; UserError where weights are missing.
+    """Build the named losses (one of CHOICES), or None; UserError if weights are missing.
 
-    LPIPS of any trunk has weight lpips_lambda, squared differences of features have convnext_lambda.
+    Every LPIPS has weight lpips_lambda, squared feature differences have convnext_lambda.
     """
     if name not in CHOICES:
         raise ValueError(f"perceptual: the loss must be one of {', '.join(CHOICES)}, got {name!r}")
     files = WeightFiles([Path(path) for path in weights], otherwise=" (or train with --perceptual none)")
     networks: list[tuple[float, nn.Module]] = []
-    with torch.random.fork_rng(devices=[]):  # networks draw random weights before they load theirs
+    with torch.random.fork_rng(devices=[]):  # networks draw random weights before loading
         if name in _LPIPS:
             networks.append((lpips_lambda, load_lpips(_LPIPS[name], files)))
         if name in _FEATURES:

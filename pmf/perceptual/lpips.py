@@ -1,10 +1,10 @@
-"""LPIPS: a weighted distance between the unit-length features of two images, on three trunks.
+"""LPIPS: a weighted distance between the unit-length features of two images, for three trunks.
 
     d(a, b) = sum over layers of mean over positions of  w_l . (f_l(a) / |f_l(a)| - f_l(b) / |f_l(b)|)^2
 
-with w_l >= 0 learned from people's judgements. "vgg" is LPIPS-VGG, version 0.1; "stlpips-vgg" and
-"stlpips-alex" are shift-tolerant LPIPS: no layer strides without a blur before it. Tensors have the names of
-the packages `lpips` and `stlpips_pytorch`, so that their files load.
+with w_l >= 0 learned from human judgements. "vgg" is LPIPS-VGG, version 0.1; "stlpips-vgg" and "stlpips-alex"
+are shift-tolerant LPIPS, in which every strided layer is preceded by a blur. Tensor names follow the packages
+`lpips` and `stlpips_pytorch`, so that their files load.
 
 Sources: Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric"; Ghildyal
 and Liu 2022, "Shift-tolerant Perceptual Similarity Metric".
@@ -24,7 +24,7 @@ Layers = list[nn.Module]
 
 
 class Blur(nn.Module):
-    """[1 2 1] / 4 in both directions, every second sample; the image is mirrored at its edges."""
+    """[1 2 1] / 4 in both directions with stride 2 and reflection padding."""
 
     filt: Tensor
 
@@ -38,7 +38,7 @@ class Blur(nn.Module):
 
 
 def _vgg16(shift_tolerant: bool) -> Iterator[Layers]:
-    """VGG16 as five slices, each up to the activations that are compared."""
+    """VGG16 as five slices, each ending at an activation that is compared."""
     channels = 3
     for width, convolutions in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
         layers: Layers = []
@@ -68,10 +68,10 @@ TRUNKS = {
 
 
 class LPIPS(nn.Module):
-    """The distance of images a, b [B, 3, H, W] in [-1, 1]: [B], float32. trunk is a name of TRUNKS.
+    """The distance between images a, b [B, 3, H, W] in [-1, 1]: [B], float32. trunk is a name in TRUNKS.
 
-    The images' channels are shifted and scaled first to what the trunk was trained on: that layer is LPIPS's
-    own. Nothing is clipped.
+    The channels are first shifted and scaled to the trunk's training statistics, by LPIPS's own layer.
+    Nothing is clipped.
     """
 
     shift: Tensor
@@ -84,7 +84,7 @@ class LPIPS(nn.Module):
         slices: OrderedDict[str, nn.Module] = OrderedDict()
         heads, first = [], 0
         for number, layers in enumerate(TRUNKS[trunk](), start=1):
-            # Layers are numbered through all slices, as in torchvision's `features`.
+            # Layers are numbered across slices, as in torchvision's `features`.
             slices[f"slice{number}"] = nn.Sequential(
                 OrderedDict((str(first + i), layer) for i, layer in enumerate(layers))
             )
@@ -92,7 +92,7 @@ class LPIPS(nn.Module):
             heads.append([layer.out_channels for layer in layers if isinstance(layer, nn.Conv2d)][-1])
         self.net = nn.Sequential(slices)
         for number, width in enumerate(heads):
-            # "1" because training had a dropout before it.
+            # "1" because a dropout preceded it in training.
             head = nn.Conv2d(width, 1, 1, bias=False)
             self.add_module(f"lin{number}", nn.ModuleDict({"model": nn.ModuleDict({"1": head})}))
 
@@ -108,7 +108,7 @@ class LPIPS(nn.Module):
 
 
 def _unit_length(x: Tensor) -> Tensor:
-    # Unlike sqrt(sum(x^2)), vector_norm has a finite gradient, 0, where ReLU left nothing.
+    # Unlike sqrt(sum(x^2)), vector_norm has a finite gradient, 0, where ReLU output is all zero.
     return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + _LENGTH_EPS)
 
 

@@ -1,4 +1,4 @@
-"""The networks by name, with their published weights, frozen."""
+"""The frozen networks by name, with their published weights."""
 
 import re
 from pathlib import Path
@@ -54,7 +54,7 @@ _LITE0 = Source(
 
 @factory_defaults()
 def load_lpips(trunk: str = "vgg", files: WeightFiles | None = None) -> LPIPS:
-    """LPIPS with learned weights; those of "vgg" come in two files, the trunk's and the linear heads'."""
+    """LPIPS with learned weights; "vgg" needs two files, the trunk and the linear heads."""
     network, files = LPIPS(trunk), files or WeightFiles()
     if trunk != "vgg":
         return _frozen(network, _SHIFT_TOLERANT[trunk], files)
@@ -68,26 +68,26 @@ def load_lpips(trunk: str = "vgg", files: WeightFiles | None = None) -> LPIPS:
 
 @factory_defaults()
 def load_convnext(files: WeightFiles | None = None) -> ConvNeXtV2:
-    """ConvNeXt V2 base with the weights of ImageNet-22k: 1024 features."""
+    """ConvNeXt V2 base with ImageNet-22k weights: 1024 features."""
     return _frozen(ConvNeXtV2(), _CONVNEXT, files or WeightFiles())
 
 
 def load_lite0(weights: Path | None = None, option: str = OPTION) -> EfficientNetLite0:
-    """EfficientNet-Lite0, 1280 features, with ImageNet's weights from a file, its package or the cache.
+    """EfficientNet-Lite0, 1280 features, with ImageNet weights from a file, its package or the cache.
 
-    option names the flag that takes the file, for the sentence that says it is missing.
+    option names the flag that takes the file, for the error message.
     """
     return find_lite0(WeightFiles([weights] if weights else [], option))
 
 
 @factory_defaults()
 def find_lite0(files: WeightFiles) -> EfficientNetLite0:
-    """EfficientNet-Lite0 with the weights that these files, its package or the cache hold."""
+    """EfficientNet-Lite0 with weights from the given files, its package or the cache."""
     return _frozen(EfficientNetLite0(), _LITE0, files)
 
 
 def _frozen(network: _Network, source: Source, files: WeightFiles, part: nn.Module | None = None) -> _Network:
-    """The network in eval mode, its weights without gradients; those of `part` (or all) come from source."""
+    """The network in eval mode without gradients; the weights of `part` (default: all) come from source."""
     part = network if part is None else part
     assign(part, *files.find(source, names(part)))
     return network.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Weights of the frozen networks: from files the user gives, installed packages, or torch hub's cache."""
+"""Weights of the frozen networks: from the user's files, installed packages, or torch hub's cache."""
 
 import importlib.util
 import pickle
@@ -17,28 +17,28 @@ from pmf.errors import UserError
 __all__ = ["OPTION", "Source", "WeightFiles", "assign", "names"]
 
 OPTION = "--perceptual-weights"
-_NESTED = ("model", "state_dict")  # keys under which training scripts keep a state dict
+_NESTED = ("model", "state_dict")  # keys under which training scripts nest a state dict
 _NOT_WEIGHTS = "num_batches_tracked"
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where one network, or a part of it, is to be found."""
+    """Where to find the weights of a network or part of one."""
 
     file: str
-    """The file's published name."""
+    """The published file name."""
     origin: str
-    """Who publishes it, in words."""
+    """A description of the weights and their publisher."""
     package: tuple[str, str] | None
-    """The module of an installed package, and the file's path inside it."""
+    """The module of an installed package and the path of the file in it."""
     translate: Callable[[str], str]
-    """The file's name of a tensor -> this project's."""
+    """Maps a tensor name in the file to ours."""
 
 
 class WeightFiles:
-    """The files a user gave, each opened once. A file serves where it holds all tensors that are wanted.
+    """The user's files, each opened once. A file is used if it contains all the requested tensors.
 
-    option is the flag that gave them, and otherwise what else the user can do, to end a sentence with.
+    option is the flag that gave them; otherwise is an alternative appended to error messages.
     """
 
     def __init__(self, given: Sequence[Path] = (), option: str = OPTION, otherwise: str = "") -> None:
@@ -47,7 +47,7 @@ class WeightFiles:
         self._used: set[Path] = set()
 
     def find(self, source: Source, wanted: set[str]) -> tuple[Path, dict[str, Tensor]]:
-        """The file of a source, and its tensors under this project's names; UserError where there is none."""
+        """The file of a source and its tensors under our names; UserError if there is none."""
         for path, tensors in self._given.items():
             named = {source.translate(name): tensor for name, tensor in tensors.items()}
             if wanted <= named.keys():
@@ -71,7 +71,7 @@ class WeightFiles:
         )
 
     def check_used(self) -> None:
-        """UserError for a given file that no network took."""
+        """Raise UserError for a given file that no network used."""
         for path in self._given:
             if path not in self._used:
                 raise UserError(
@@ -80,37 +80,37 @@ class WeightFiles:
 
 
 def assign(module: nn.Module, path: Path, tensors: dict[str, Tensor]) -> None:
-    """Copy tensors into the module's parameters and buffers of their names; UserError where one does not fit.
+    """Copy tensors into the parameters and buffers of the same names; UserError if one does not fit.
 
-    What the file holds beyond them, such as a classifier, is not used.
+    Additional tensors in the file, such as a classifier, are ignored.
     """
     with torch.no_grad():
         for name, place in module.state_dict().items():
             if name.endswith(_NOT_WEIGHTS):
                 continue
             if name not in tensors:
-                raise UserError(f"{path} lacks {name!r}: it is cut off or belongs to another network")
+                raise UserError(f"{path} lacks {name!r}: it is truncated or belongs to another network")
             if tensors[name].squeeze().shape != place.squeeze().shape:
                 raise UserError(
-                    f"{path}: {name!r} has shape {list(tensors[name].shape)} and not {list(place.shape)}, "
+                    f"{path}: {name!r} has shape {list(tensors[name].shape)}, not {list(place.shape)}, "
                     "so it belongs to another network"
                 )
             place.copy_(tensors[name].view(place.shape))
 
 
 def names(module: nn.Module) -> set[str]:
-    """The tensors a file must hold for this module."""
+    """The tensor names that a file must contain for this module."""
     return {name for name in module.state_dict() if not name.endswith(_NOT_WEIGHTS)}
 
 
 def _package_folder(module: str) -> Path | None:
-    """The folder of an installed package, which is not imported."""
+    """The folder of an installed package, without importing it."""
     spec = importlib.util.find_spec(module)
     return None if spec is None or spec.origin is None else Path(spec.origin).parent
 
 
 def _read(path: Path, option: str) -> dict[str, Tensor]:
-    """The named tensors of a .pth, .pt or .safetensors file, without running code of it."""
+    """Read named tensors from a .pth, .pt or .safetensors file without running code in it."""
     if not path.is_file():
         raise UserError(f"{option} {path} does not exist")
     try:

@@ -1,4 +1,4 @@
-"""The toy: points of a plane in D dimensions, learnt by x- and by u-prediction (arXiv 2601.22158)."""
+"""The toy experiment: x- and u-prediction of points in a plane in D dimensions (arXiv 2601.22158)."""
 
 from .network import Mlp
 from .shapes import SHAPES, draw_plane, draw_points

@@ -1,4 +1,4 @@
-"""The toy's network: a plain multi-layer perceptron that carries a tangent beside its value."""
+"""The toy's network: a multi-layer perceptron that propagates a tangent with its value."""
 
 import torch
 import torch.nn.functional as F
@@ -8,13 +8,13 @@ __all__ = ["Mlp"]
 
 
 class Mlp(nn.Module):
-    """ReLU MLP from a point z [B, D, 1, 1] and times t, h = t - r [B] to an output like z.
+    """ReLU MLP from a point z [B, D, 1, 1] and times t, h = t - r [B] to an output shaped like z.
 
-    A point is an image of D channels and one pixel, so that `pmf.flow`'s functions serve it as they are.
+    A point is an image of D channels and one pixel, so that `pmf.flow` applies unchanged.
     """
 
     def __init__(self, dim: int, width: int, depth: int) -> None:
-        """A network of `depth` hidden layers, each `width` wide."""
+        """A network of `depth` hidden layers of the given width."""
         super().__init__()
         inputs = [dim + 2] + [width] * (depth - 1)
         self.hidden = nn.ModuleList(nn.Linear(size, width) for size in inputs)
@@ -28,10 +28,11 @@ class Mlp(nn.Module):
         return self.last(value).view_as(z)
 
     def jvp(self, z: Tensor, t: Tensor, h: Tensor, z_t: Tensor, t_t: Tensor) -> tuple[Tensor, Tensor]:
-        """`forward` and its tangent along (z_t, t_t), a constant for autograd; r stands still, so h_t = t_t.
+        """`forward` and its tangent along (z_t, t_t), a constant for autograd; r is fixed, so h_t = t_t.
 
-        Tangents are of the first n samples: z_t [n, D, 1, 1] and t_t [n] give an output tangent of n. A
-        Linear layer maps the tangent by its matrix; a ReLU lets it through where it lets the value through.
+        Tangents belong to the first n samples: z_t [n, D, 1, 1] and t_t [n] give an output tangent for n
+        samples. A Linear layer multiplies the tangent by its weight; a ReLU passes it where the value is
+        positive.
         """
         value, tangent = _row(z, t, h), _row(z_t, t_t, t_t)
         for layer in self.hidden:

@@ -1,4 +1,4 @@
-"""The toy in one picture: data, x-prediction and u-prediction a row each, a column for every D."""
+"""The toy's figure: rows for data, x-prediction and u-prediction, a column per D."""
 
 import io
 import textwrap
@@ -9,13 +9,13 @@ from torch import Tensor
 
 __all__ = ["Panel", "draw_panels"]
 
-_LIMIT = 2.5  # the axes' end, in standard deviations of the data
-_DRAWN = 4096  # points of a panel, at most
+_LIMIT = 2.5  # axis limit in standard deviations of the data
+_DRAWN = 4096  # maximum number of points per panel
 _COLOURS = ("#404040", "#1f6fb4", "#c8451b")
 
 
 class Panel(NamedTuple):
-    """Points in the plane [N, 2], and the two figures below them."""
+    """Points in the plane [N, 2], and the two numbers below them."""
 
     points: Tensor
     wasserstein: float
@@ -23,11 +23,11 @@ class Panel(NamedTuple):
 
 
 def draw_panels(rows: Sequence[tuple[str, Sequence[Panel]]], columns: Sequence[str], caption: str) -> bytes:
-    """A PNG with a named row of panels for each of `rows`; needs matplotlib."""
+    """A PNG with a labelled row of panels for each entry of `rows`; needs matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    size, letters = 2.5, 38  # of a panel, in inches, and in letters of the caption
+    size, letters = 2.5, 38  # panel size in inches and in characters of the caption
     figure = Figure(
         figsize=(size * len(columns) + 0.6, (size + 0.35) * len(rows) + 0.6), layout="constrained"
     )
@@ -52,7 +52,7 @@ def _draw_panel(axes: Any, panel: Panel, colour: str) -> None:
 
 
 def _short(value: float) -> str:
-    """Three digits after the point below 1, fewer above; rounding errors are 0."""
+    """Three decimals below 1, fewer above; rounding errors print as 0."""
     if value < 5e-5:
         return "0"
     return f"{value:.3f}" if value < 1 else f"{value:.1f}"

@@ -1,7 +1,7 @@
-"""Points in the plane, and the plane's place in a space of D dimensions.
+"""Points in the plane, and the embedding of the plane in D dimensions.
 
-Every shape is centred and scaled by numbers worked out below, so that the mean of both coordinates' variances
-is 1: distances between shapes and their samples are in units of the data's standard deviation.
+Every shape is centred and scaled analytically so that the mean variance of the coordinates is 1: distances
+are in units of the data's standard deviation.
 """
 
 import math
@@ -16,7 +16,7 @@ __all__ = ["SHAPES", "draw_plane", "draw_points"]
 
 
 def _spiral(count: int, generator: torch.Generator) -> Tensor:
-    """Swiss roll seen from its end: one turn and a half of a (cos a, sin a), without noise."""
+    """Swiss roll from the end: one and a half turns of (a cos a, a sin a), without noise."""
     angle = math.pi * (1.5 + 3 * uniform(count, generator=generator))
     points = angle * torch.stack((angle.cos(), angle.sin()))
     # Integrals over the angle: the mean is (2, 2 / 3 pi), and E a^2 is 9.75 pi^2.
@@ -39,7 +39,7 @@ def _moons(count: int, generator: torch.Generator) -> Tensor:
 
 
 def _checkerboard(count: int, generator: torch.Generator) -> Tensor:
-    """Every second square of four by four, evenly filled."""
+    """Alternate squares of a four-by-four board, uniformly filled."""
     x = 4 * uniform(count, generator=generator) - 2
     row = 2 * whole_numbers(2, count, generator=generator) + x.floor() % 2
     y = uniform(count, generator=generator) + row - 2
@@ -56,7 +56,7 @@ def _gaussians(count: int, generator: torch.Generator) -> Tensor:
 
 
 def _rings(count: int, generator: torch.Generator) -> Tensor:
-    """Two rings of radius 1 and 1/2, with as many points in each."""
+    """Two rings of radius 1 and 1/2 with equally many points."""
     noise = 0.03
     angle = 2 * math.pi * uniform(count, generator=generator)
     radius = (1 + whole_numbers(2, count, generator=generator).float()) / 2
@@ -72,15 +72,15 @@ SHAPES: dict[str, Callable[[int, torch.Generator], Tensor]] = {
     "gaussians": _gaussians,
     "rings": _rings,
 }
-"""The shapes by name."""
+"""Shapes by name."""
 
 
 def draw_points(shape: str, count: int, generator: torch.Generator) -> Tensor:
-    """Points [count, 2] of a shape, float32, of mean 0 and mean variance 1."""
+    """Draw points [count, 2] of a shape, float32, with mean 0 and mean variance 1."""
     return SHAPES[shape](count, generator)
 
 
 def draw_plane(dim: int, generator: torch.Generator) -> Tensor:
-    """Orthonormal basis [D, 2] of a random plane in D dimensions: points [N, 2] lie at points @ basis.T."""
+    """Orthonormal basis [D, 2] of a random plane in D dimensions: points [N, 2] map to points @ basis.T."""
     basis, _ = torch.linalg.qr(normal(dim, 2, generator=generator))
     return basis

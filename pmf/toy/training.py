@@ -1,4 +1,4 @@
-"""MeanFlow on points of a plane in D dimensions: the loss, the training, and what is measured."""
+"""MeanFlow on points in a plane in D dimensions: loss, training and measurements."""
 
 import dataclasses
 import time
@@ -18,14 +18,14 @@ from pmf.toy.shapes import draw_plane, draw_points
 __all__ = ["PREDICTIONS", "Outcome", "Settings", "meanflow_loss", "one_step", "train_and_measure"]
 
 PREDICTIONS: dict[str, Prediction] = {"x": XPrediction(), "u": UPrediction()}
-"""What the network's output is taken for, by name: a point of the data, or the average velocity."""
+"""What the network predicts: a data point, or the average velocity."""
 _TIMES = PlaneTimes(uniform_fraction=1.0)
-_ROWS = 1024  # of a table of distances computed at a time
+_ROWS = 1024  # rows of the distance matrix computed at a time
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What one run of the toy is made of; all but dim, prediction and seed are common to its trainings."""
+    """Settings of a toy experiment; all but dim, prediction and seed are shared by its trainings."""
 
     shape: str = "spiral"
     steps: int = 4000
@@ -38,9 +38,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One trained network: its one-step samples in the plane's coordinates [N, 2], and their figures.
+    """A trained network's one-step samples in plane coordinates [N, 2], and their scores.
 
-    wasserstein: sliced Wasserstein distance in the plane between the samples and as many new points.
+    wasserstein: sliced Wasserstein distance in the plane between the samples and equally many fresh points.
     off_plane: mean length of the samples' component orthogonal to the plane.
     to_data: mean distance in D dimensions from a sample to the nearest of those points.
     """
@@ -55,7 +55,7 @@ class Outcome:
     seconds: float
 
     def to_json(self) -> dict[str, float | int | str]:
-        """All but the samples."""
+        """All fields except the samples."""
         return {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -66,14 +66,14 @@ class Outcome:
 def meanflow_loss(
     network: Mlp, prediction: Prediction, x: Tensor, noise: Tensor, t: Tensor, r: Tensor
 ) -> Tensor:
-    """Mean over the batch of |V - v|^2: pixel MeanFlow without guidance, labels and weights (norm_p = 0).
+    """Batch mean of |V - v|^2: pixel MeanFlow without guidance, labels or loss weighting (norm_p = 0).
 
         z = (1 - t) x + t e,  v = e - x
         V = u(z, t, r) + (t - r) stopgrad(du/dt)      du/dt in the direction (u(z, t, t), 1, 0) of (z, t, r)
 
-    x and noise are points [B, D, 1, 1]; of the times t >= r [B] those with t > r come first, as only these
-    need a tangent. Source: arXiv 2601.22158; the direction, the network's own velocity, is that of improved
-    MeanFlow (arXiv 2512.02012).
+    x and noise are points [B, D, 1, 1]; times t >= r [B] are ordered with t > r first, as only these need a
+    tangent. Source: arXiv 2601.22158; the direction, the network's own velocity, is from improved MeanFlow
+    (arXiv 2512.02012).
     """
     z = interpolate(x, noise, t)
     n = int((t > r).sum())
@@ -91,7 +91,7 @@ def meanflow_loss(
 
 @torch.no_grad()
 def one_step(network: Mlp, prediction: Prediction, noise: Tensor) -> Tensor:
-    """Samples x = e - u(e, t = 1, r = 0) from noise e [B, D, 1, 1]."""
+    """One-step samples x = e - u(e, t = 1, r = 0) from noise e [B, D, 1, 1]."""
     one = noise.new_ones(len(noise))
     return noise - prediction.velocity(noise, network(noise, one, one), one)
 
@@ -99,10 +99,10 @@ def one_step(network: Mlp, prediction: Prediction, noise: Tensor) -> Tensor:
 def train_and_measure(
     settings: Settings, seed: int, dim: int, prediction: str, on_step: Callable[[], object] = lambda: None
 ) -> Outcome:
-    """Train one network by Adam, its rate falling to zero along a cosine, and measure its samples.
+    """Train a network with Adam and a cosine decay to 0, and measure its samples.
 
-    A seed decides all that is random. Both predictions of a dimension see the same plane, the same points,
-    noise and times, and start from the same weights.
+    A seed determines all randomness. Both predictions at a dimension use the same plane, points, noise, times
+    and initial weights.
     """
     start = time.perf_counter()
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -120,7 +120,7 @@ def train_and_measure(
 
     for _ in range(settings.steps):
         points, noise = draw(settings.batch_size)
-        t, r = (times.flip(0) for times in _TIMES.draw(settings.batch_size, generator))  # r = t comes last
+        t, r = (times.flip(0) for times in _TIMES.draw(settings.batch_size, generator))  # r = t last
         x = (points @ basis.T)[:, :, None, None]
         optimizer.zero_grad()
         meanflow_loss(network, meaning, x, noise, t, r).backward()

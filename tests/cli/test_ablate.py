@@ -60,7 +60,7 @@ def test_two_variants_become_a_table_and_are_not_run_again(
 
     monkeypatch.chdir(tmp_path)
     assert main([*words, "--lr", "0.5"]) == 2
-    assert "is of a run with other settings: give another --out" in capsys.readouterr().err
+    assert "belongs to a run with other settings: give another --out" in capsys.readouterr().err
     (study / "runs" / "base-seed0.json").write_text("{")
     assert main(words) == 2
     assert "base-seed0.json is damaged" in capsys.readouterr().err

@@ -69,7 +69,10 @@ BAD: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         "contains weights of none of the requested networks",
     ),
     "no such folder": (lambda p: ["train", "--data", str(p / "no")], "is not a folder"),
-    "empty folder": (lambda p: ["train", "--data", str(image_folder(p, "empty"))], "empty is empty"),
+    "empty folder": (
+        lambda p: ["train", "--data", str(image_folder(p, "empty"))],
+        "empty contains no images",
+    ),
     "no size": (lambda p: ["train", "--image-size", "8by4"], "must be a number or HEIGHTxWIDTH"),
     "no size to compare at": (
         lambda p: ["evaluate", "--images", "x", "--make-stats", "y.npz", "--image-size", "0"],

@@ -131,7 +131,7 @@ def test_a_quick_look_takes_few_images_of_both_sides(
     assert result(tmp_path / "b")["frechet_distance"] == pytest.approx(0, abs=1e-9)
     words = ["--images", "digits", "--num-images", "1798", *PIXELS, "--out", str(tmp_path / "c")]
     assert main(["evaluate", *words]) == 2
-    assert "--num-images must be at most the 1797 images there are, got 1798" in capsys.readouterr().err
+    assert "--num-images must be at most the 1797 available images, got 1798" in capsys.readouterr().err
 
 
 def stats(folder: Path, width: int) -> str:

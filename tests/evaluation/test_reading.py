@@ -52,7 +52,7 @@ def test_a_batch_of_images_is_no_statistics_unless_it_holds_them_too(tmp_path: P
         ({"mu": np.zeros(5), "sigma": np.eye(5)}, r"mu \[5\] and sigma \[5, 5\].*'pixels'.*have 4 numbers"),
         ({"mu": np.zeros(4), "sigma": np.eye(5)}, r"sigma \[5, 5\]"),
         ({"m": np.zeros(4), "s": np.full((4, 4), np.nan)}, "not finite"),
-        ({"mu": np.zeros(4)}, "holds mu, but neither mu and sigma nor images in arr_0"),
+        ({"mu": np.zeros(4)}, "contains mu, but neither mu and sigma nor images in arr_0"),
         ({"mu": np.array([None]), "sigma": np.eye(4)}, "is truncated or not an .npz file"),
     ],
 )
@@ -63,7 +63,7 @@ def test_statistics_that_do_not_fit_are_named(tmp_path: Path, arrays: dict[str, 
 
 
 def test_damaged_files_of_statistics_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no file of reference statistics"):
+    with pytest.raises(UserError, match="there is no reference statistics file"):
         read_statistics(tmp_path / "a.npz", SPACE)
     np.savez(tmp_path / "a.npz", mu=MEAN, sigma=COVARIANCE)
     whole = (tmp_path / "a.npz").read_bytes()
@@ -73,7 +73,7 @@ def test_damaged_files_of_statistics_are_named(tmp_path: Path) -> None:
             read_statistics(tmp_path / "a.npz", SPACE)
     np.save(tmp_path / "b.npy", MEAN)
     (tmp_path / "b.npy").rename(tmp_path / "b.npz")
-    with pytest.raises(UserError, match="not an .npz file .it holds a single array"):
+    with pytest.raises(UserError, match="not an .npz file .it contains a single array"):
         read_statistics(tmp_path / "b.npz", SPACE)
 
 
@@ -84,7 +84,7 @@ def test_an_array_of_images_is_read_by_rows(tmp_path: Path, save: Any) -> None:
     source = open_images(str(tmp_path / "images.npz"))
     assert (len(source), source.shape) == (5, (3, 4, 4))
     assert torch.equal(source.read([3, 1]), torch.from_numpy(pixels[[3, 1]]).permute(0, 3, 1, 2))
-    with pytest.raises(UserError, match=r"holds images \[3, 4, 4\].* but \[3, 8, 8\] are wanted"):
+    with pytest.raises(UserError, match=r"contains images \[3, 4, 4\].* but \[3, 8, 8\] are needed"):
         open_images(str(tmp_path / "images.npz"), size=8)
 
 
@@ -121,10 +121,10 @@ def test_images_that_are_not_there_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the folder .* contains no images"):
         open_images(str(tmp_path))
     np.savez(tmp_path / "a.npz", np.zeros((2, 4, 4, 3)))
-    with pytest.raises(UserError, match=r"holds float64 \[2, 4, 4, 3\]: images must be uint8"):
+    with pytest.raises(UserError, match=r"contains float64 \[2, 4, 4, 3\]: images must be uint8"):
         open_images(str(tmp_path / "a.npz"))
     np.savez(tmp_path / "a.npz", labels=np.zeros(2))
-    with pytest.raises(UserError, match="holds no array of images arr_0"):
+    with pytest.raises(UserError, match="contains no image array arr_0"):
         open_images(str(tmp_path / "a.npz"))
 
 
@@ -137,7 +137,7 @@ def test_images_need_not_be_square(tmp_path: Path) -> None:
     np.savez(tmp_path / "images.npz", np.zeros((5, 4, 8, 3), np.uint8))
     assert open_images(str(tmp_path / "images.npz")).shape == (3, 4, 8)
     assert open_images(str(tmp_path / "images.npz"), size=(4, 8)).shape == (3, 4, 8)
-    with pytest.raises(UserError, match=r"holds images \[3, 4, 8\].* but \[3, 8, 4\] are wanted"):
+    with pytest.raises(UserError, match=r"contains images \[3, 4, 8\].* but \[3, 8, 4\] are needed"):
         open_images(str(tmp_path / "images.npz"), size=(8, 4))
 
 
@@ -165,7 +165,7 @@ def test_weights_that_are_missing_or_another_networks_are_named(
     with pytest.raises(UserError, match=r"--weights .*none\.pth does not exist: download it from https://"):
         open_inception(tmp_path / "none.pth")
     torch.save({"fc.weight": torch.zeros(1000, 2048)}, tmp_path / "vision.pth")
-    with pytest.raises(UserError, match="does not hold FID's Inception network .it lacks 'Conv2d_1a"):
+    with pytest.raises(UserError, match="does not contain FID's Inception network .it lacks 'Conv2d_1a"):
         open_inception(tmp_path / "vision.pth")
     cached = tmp_path / "hub" / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
     cached.parent.mkdir(parents=True)
