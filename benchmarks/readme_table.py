@@ -1,7 +1,7 @@
-"""Prints the tables of README.md and docs/ from the committed records: no figure there is typed by hand.
+"""Generate the tables in README.md and docs/ from the committed records; no number is typed by hand.
 
-python benchmarks/readme_table.py            print them
-python benchmarks/readme_table.py --write    put them between the pages' <!-- table: NAME --> marks
+python benchmarks/readme_table.py            print the tables
+python benchmarks/readme_table.py --write    write them between the <!-- table: NAME --> markers
 """
 
 from __future__ import annotations
@@ -29,39 +29,47 @@ def load(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def attention_table() -> str:
-    """Forward + JVP at every shape, forward and backward at one, beside torch's."""
-    record = load("bench_attention")
-    cases: dict[str, list[dict[str, Any]]] = {}
-    for row in record["rows"]:
-        cases.setdefault(row["case"], []).append(row)
+def speed_table() -> str:
+    """Attention, the training step and sampling beside plain PyTorch, for the README."""
+    attention, step, sampling = (
+        load(name) for name in ("bench_attention", "bench_training_step", "bench_sampling")
+    )
     lines = [
-        f"Medians on {record['device']}, {record['threads']} cores, torch {record['versions']['torch']}:",
+        f"Medians on {attention['device']}, {attention['threads']} cores, "
+        f"torch {attention['versions']['torch']}; attention shapes are (batch, heads, tokens, width):",
         "",
-        "| attention (batch, heads, tokens, width) | pmf | torch | times faster |",
+        "| | pmf | plain PyTorch | ratio |",
         "|---|---|---|---|",
     ]
-    for label, (ours, *peers) in cases.items():
-        if not (label.startswith("forward + JVP") or label.startswith(("forward (4, 12", "backward (4, 12"))):
-            continue
-        peer = peers[0]
-        name = "func.jvp of math" if "JVP" in label else "flash"
+    cases = {ours["case"]: (ours, peers) for ours, *peers in by_case(attention["rows"])}
+    for label in SPEED_CASES:
+        if label in cases:
+            ours, (peer, *_) = cases[label]
+            name = "`torch.func.jvp`, math" if "JVP" in label else "flash"
+            times = f"{ours['median_ms']:.1f} ms | {peer['median_ms']:.1f} ms ({name})"
+            lines.append(f"| attention {label} | {times} | {peer['time_over_ours']:.1f} |")
+    size = "hidden {hidden_size}, depth {depth}, {image_size} pixels".format(**step["sizes"]["timed"])
+    size += f", batch {step['sizes']['batch_size']}"
+    rows = {(row["part"], row.get("precision"), row.get("contestant")): row for row in step["rows"]}
+    for precision in ("bf16", "fp32"):
+        ours, port = (rows["time", precision, side]["step_ms"] for side in ("pmf", "plain port"))
         lines.append(
-            f"| {label} | {ours['median_ms']:.1f} ms ({ours['gflop_per_s']:.0f} GFLOP/s) "
-            f"| {peer['median_ms']:.1f} ms ({name}) | {peer['time_over_ours']:.1f} |"
+            f"| training step, {size}, {precision} | {ours:.0f} ms | {port:.0f} ms | {port / ours:.1f} |"
         )
-    rates = [
-        f"{rows[0]['gflop_per_s']:.0f} GFLOP/s in {label.split()[-1]}"
-        for label, rows in cases.items()
-        if label.startswith("torch GEMM")
-    ]
-    return "\n".join(
-        [*lines, "", f"torch's own 2048^3 matrix product ran at {' and '.join(rates)} in the same run."]
+        ours, port = (rows["memory", precision, side]["bytes"] / 2**20 for side in ("pmf", "plain port"))
+        lines.append(
+            f"| peak memory of that step, {precision} | {ours:.0f} MB | {port:.0f} MB | {port / ours:.1f} |"
+        )
+    ours, *_, plain = (row["images_per_second"] for row in sampling["rows"])
+    lines.append(
+        f"| one-step sampling, pMF-B/16 | {ours:.1f} images/s (bf16) | {plain:.1f} images/s (fp32) "
+        f"| {ours / plain:.1f} |"
     )
+    return "\n".join(lines)
 
 
 def quality_table() -> str:
-    """The three seeds of benchmarks/digits_quality.py, the worst, and two halves of the real set."""
+    """Scores of benchmarks/digits_quality.py: three seeds, the worst, and two halves of the real set."""
     record = load("digits_quality")
     names = ("accuracy", "frechet", "recall", "coverage")
     rows = [(f"seed {score['seed']}", score) for score in record["seeds"]]
@@ -69,7 +77,7 @@ def quality_table() -> str:
     lines = [
         f"Ten minutes of training on {record['device']}, {record['threads']} cores; 1797 one-step samples:",
         "",
-        "| | recognised as their class | Frechet distance (pixels) | recall | coverage |",
+        "| | classified correctly | Frechet distance (pixels) | recall | coverage |",
         "|---|---|---|---|---|",
     ]
     for label, figures in rows:
@@ -79,7 +87,7 @@ def quality_table() -> str:
 
 
 def training_table() -> str:
-    """Time, memory and FLOPs of a training step beside the plain port's."""
+    """Time, memory and FLOPs of a training step, compared with the plain port."""
     record = load("bench_training_step")
     rows: dict[str, list[dict[str, Any]]] = {}
     for row in record["rows"]:
@@ -131,7 +139,7 @@ def training_table() -> str:
 
 
 def sampling_table() -> str:
-    """Images per second of one-step sampling, and how near the images are."""
+    """Images per second of one-step sampling, and the agreement of the images."""
     record = load("bench_sampling")
     lines = [
         f"pMF-B/16 in one step on {record['device']}, {record['threads']} cores, "
@@ -146,22 +154,31 @@ def sampling_table() -> str:
     return "\n".join(lines)
 
 
+SPEED_CASES = (
+    "forward + JVP (4, 12, 276, 64) bfloat16",
+    "forward + JVP (1, 12, 1024, 64) bfloat16",
+    "forward + JVP (1, 12, 1024, 64) float32",
+    "forward (4, 12, 276, 64) bfloat16",
+    "backward (4, 12, 276, 64) bfloat16",
+)
+"""The cases of bench_attention (batch, heads, tokens, width) that the README shows."""
+
 # ---- every kernel on the CPU -------------------------------------------------------------------------------
 
 CEILINGS = {"torch copy_": "gbyte_per_s", "torch.mm": "gflop_per_s"}
-"""What measures the machine itself: contestants that are no kernel's, and the rate that they set."""
+"""Contestants that measure the machine itself, and the rate they bound."""
 
 
 def by_case(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """The rows of each case: this library's first, then its peers'."""
+    """The rows of each case: pmf first, then its peers."""
     for _, group in itertools.groupby(rows, key=lambda row: (row.get("op"), row["case"])):
         yield list(group)
 
 
 def kernels_table() -> str:
-    """Every op of every record: time, rate, that over torch's own in the same record, and the peers."""
+    """Every op of every record: time, rate, that as a fraction of torch's, and the peers."""
     lines = [
-        "| op | case | pmf | rate | of torch's | times faster than |",
+        "| op | case | pmf | rate | of torch's | speed-up over |",
         "|---|---|---|---|---|---|",
     ]
     seen: dict[tuple[str, int, str], None] = {}
@@ -182,16 +199,28 @@ def kernels_table() -> str:
             lines.append(f"| {' | '.join(cells)} |")
     machines = "; ".join(f"{device}, {threads} cores, torch {torch}" for device, threads, torch in seen)
     head = (
-        f"Medians on {machines}. A rate is compared with that of torch's own copy of a large buffer, or of "
-        "its 2048^3 matrix product, where the same run measured it."
+        f"Medians on {machines}. The fraction is of the rate of torch's copy of a large buffer, or of its "
+        "2048^3 matrix product, if the same run measured it."
     )
+    if products := _products(load("bench_attention")["rows"]):
+        head += f" In the attention run that product ran at {products}."
     return "\n".join([head, "", *lines])
+
+
+def _products(rows: list[dict[str, Any]]) -> str:
+    """The rate of torch's matrix product in each dtype."""
+    rates = (
+        f"{row['gflop_per_s']:.0f} GFLOP/s in {row['case'].split()[-1]}"
+        for row in rows
+        if row["contestant"] == "torch.mm"
+    )
+    return " and ".join(rates)
 
 
 def _rate_and_share(
     row: dict[str, Any], ceilings: dict[tuple[str, str], float], dtype: str
 ) -> tuple[str, str]:
-    """Of the rate whose ceiling the record has, or else of the one that the row has."""
+    """The rate that the record has a ceiling for, otherwise any rate of the row without a percentage."""
     units = {"gflop_per_s": "GFLOP/s", "gbyte_per_s": "GB/s"}
     known = [rate for rate in units if rate in row]
     for rate in known:
@@ -224,11 +253,11 @@ GPU_ROWS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("Muon step of pMF-B/16", {"op": "muon", "model": "pmf-b/16"}),
     ("Muon step of pMF-H/16", {"op": "muon", "model": "pmf-h/16"}),
 )
-"""What the README shows of a GPU run, and how to find it in the record."""
+"""The rows of the GPU table, and how to find them in the record."""
 
 
 def gpu_table() -> str:
-    """The main rows of benchmarks/run_all.py's record, or that there is none."""
+    """The main rows of benchmarks/run_all.py's record, or a statement that there is none."""
     rows: list[dict[str, Any]] = []
     head = "No GPU has run these kernels yet. On an H100:"
     if GPU_RECORD.exists():
@@ -242,7 +271,7 @@ def gpu_table() -> str:
             f"at {(rates['copy_gbyte_per_s'] or 0) / 1e3:.2f} TB/s, bf16 products at {products:.0f} TFLOP/s; "
             "medians:"
         )
-    lines = ["| | pmf | best right peer | times faster | target |", "|---|---|---|---|---|"]
+    lines = ["| | pmf | best correct peer | times faster | target |", "|---|---|---|---|---|"]
     for label, facts in GPU_ROWS:
         case = next((c for c in by_case(rows) if facts.items() <= c[0].items()), None)
         lines.append(f"| {label} | {' | '.join(_gpu_cells(case, facts))} |")
@@ -271,18 +300,18 @@ def _gpu_cells(case: list[dict[str, Any]] | None, facts: dict[str, Any]) -> list
 
 
 class Table(NamedTuple):
-    record: str | None
-    """Without it there is no table; None: there always is one."""
+    records: tuple[str, ...]
+    """Without all of these there is no table."""
     make: Callable[[], str]
 
 
 TABLES = {
-    "attention": Table("bench_attention", attention_table),
-    "quality": Table("digits_quality", quality_table),
-    "training": Table("bench_training_step", training_table),
-    "sampling": Table("bench_sampling", sampling_table),
-    "kernels": Table("bench_attention", kernels_table),
-    "gpu": Table(None, gpu_table),
+    "speed": Table(("bench_attention", "bench_training_step", "bench_sampling"), speed_table),
+    "quality": Table(("digits_quality",), quality_table),
+    "training": Table(("bench_training_step",), training_table),
+    "sampling": Table(("bench_sampling",), sampling_table),
+    "kernels": Table(("bench_attention",), kernels_table),
+    "gpu": Table((), gpu_table),
 }
 MARK = re.compile(r"^<!-- table: (?P<name>\w+) -->\n(?P<table>.*?)^<!-- end -->$", re.M | re.S)
 
@@ -292,16 +321,16 @@ def pages() -> list[Path]:
 
 
 def tables() -> dict[str, str]:
-    """Every table whose record has been made, by name."""
+    """Every table whose records exist, by name."""
     return {
         name: table.make()
         for name, table in TABLES.items()
-        if table.record is None or (RESULTS / f"{table.record}.json").exists()
+        if all((RESULTS / f"{record}.json").exists() for record in table.records)
     }
 
 
 def with_tables(page: str) -> str:
-    """A page with the present records' tables between its marks."""
+    """The page with its tables regenerated between the markers."""
     made = tables()
 
     def fill(match: re.Match[str]) -> str:
@@ -311,7 +340,7 @@ def with_tables(page: str) -> str:
         return match[0] if table is None else f"<!-- table: {match['name']} -->\n{table}\n<!-- end -->"
 
     if page.count("<!-- table: ") != len(MARK.findall(page)):
-        raise SystemExit("a <!-- table: NAME --> mark stands alone on its line, and <!-- end --> closes it")
+        raise SystemExit("a <!-- table: NAME --> marker needs its own line, and <!-- end --> closes it")
     return MARK.sub(fill, page)
 
 

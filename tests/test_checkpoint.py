@@ -163,8 +163,8 @@ def test_foreign_safetensors_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"hidden_size": 32}, "of another model.*shape"),
-        ({"depth": 3}, "of another model: it lacks 'shared_blocks.1"),
+        ({"hidden_size": 32}, "belongs to another model.*shape"),
+        ({"depth": 3}, "belongs to another model: it lacks 'shared_blocks.1"),
         ({"v_head": False}, "belongs to another model: it contains 'v_"),
     ],
 )

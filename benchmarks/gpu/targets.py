@@ -114,9 +114,9 @@ def _near_products(ours: Row, others: Sequence[Row]) -> Verdict:
 
 NEAR_MEMORY = Target(f"at most {FLOOR_FACTOR:g}x the memory floor", _near_memory)
 NEAR_PRODUCTS = Target(f"at least {MATRIX_SHARE:.0%} of the matrix rate", _near_products)
-TWICE_BEST = Target("2x the best right peer", _faster_than_right(2))
+TWICE_BEST = Target("2x the best correct peer", _faster_than_right(2))
 FIVE_TIMES_MATH = Target("5x torch.func.jvp through math attention", _faster_than(5, MATH_JVP))
-NOT_SLOWER = Target("as fast as torch's best right backend", _faster_than_right(1))
+NOT_SLOWER = Target("as fast as torch's best correct backend", _faster_than_right(1))
 OF_OP = {
     "training step": (Target("2x the plain port", _faster_than(2, "plain port")),),
     "sampling": (Target("3x the plain sampler", _faster_than(3, "plain sampler")),),

@@ -1,4 +1,4 @@
-"""Tables of records that may not have been made on the machine that the README speaks of."""
+"""The generated tables, from records that may be incomplete."""
 
 import json
 from pathlib import Path
@@ -44,6 +44,36 @@ def test_training_table(results: Path):
     assert "2e-15 (float64), 3e-06 (fp32) and 2e-02 (bf16)" in table
 
 
+def test_speed_table(results: Path):
+    """The README's table: attention, the training step and sampling, slower side over faster."""
+    timed = {"hidden_size": 768, "depth": 4, "image_size": 256}
+    case = "forward + JVP (1, 12, 1024, 64) bfloat16"
+    attention = [
+        {"case": case, "contestant": "pmf", "median_ms": 10.0},
+        {"case": case, "contestant": "func.jvp", "median_ms": 120.0, "time_over_ours": 12.0},
+        {"case": case, "contestant": "written out", "median_ms": 30.0, "time_over_ours": 3.0},
+    ]
+    samplers = [
+        {"contestant": str(rate), "images_per_second": rate, "psnr_db": None} for rate in (9.0, 4.0, 1.5)
+    ]
+    records = {
+        "attention": {**HEADER, "rows": attention},
+        "training_step": {**HEADER, "rows": ROWS, "sizes": {"timed": timed, "batch_size": 8}},
+        "sampling": {**HEADER, "batch_size": 8, "rows": samplers},
+    }
+    for name, record in records.items():
+        assert "speed" not in readme_table.tables()
+        (results / f"bench_{name}.json").write_text(json.dumps(record))
+    table = readme_table.tables()["speed"]
+    assert f"| attention {case} | 10.0 ms | 120.0 ms (`torch.func.jvp`, math) | 12.0 |" in table
+    assert (
+        "| training step, hidden 768, depth 4, 256 pixels, batch 8, fp32 | 3000 ms | 10000 ms | 3.3 |"
+        in table
+    )
+    assert "| peak memory of that step, bf16 | 1024 MB | 4096 MB | 4.0 |" in table
+    assert "| one-step sampling, pMF-B/16 | 9.0 images/s (bf16) | 1.5 images/s (fp32) | 6.0 |" in table
+
+
 def test_sampling_table(results: Path):
     rows = [
         {"contestant": "pmf, bf16 (its default)", "images_per_second": 9.0, "psnr_db": 52.4},
@@ -69,7 +99,7 @@ def test_marks(results: Path):
 
 
 def test_kernels_table(results: Path):
-    """A rate is compared with torch's copy or product of the same dtype in the same record."""
+    """A rate is divided by that of torch's copy or product of the same dtype in the same record."""
     rows = [
         {"case": "copy float32", "contestant": "torch copy_", "median_ms": 1.0, "gbyte_per_s": 80.0},
         {
@@ -105,7 +135,7 @@ def test_gpu_table_without_a_record_gives_no_figure(results: Path, monkeypatch: 
 def test_gpu_table_of_a_record(results: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(readme_table, "GPU_RECORD", results / "run_all.json")
     facts = {"case": "c", "op": "attention forward", "shape": [256, 12, 276, 64], "dtype": "bfloat16"}
-    target = {"target": "as fast as torch's best right backend", "found": "1.50x torch cudnn", "met": True}
+    target = {"target": "as fast as torch's best correct backend", "found": "1.50x torch cudnn", "met": True}
     case = [
         {**facts, "contestant": "pmf.ops.attention", "ours": True, "median_ms": 0.2, "targets": [target]},
         {**facts, "contestant": "torch flash", "median_ms": 0.1, "right": False},
@@ -124,5 +154,7 @@ def test_gpu_table_of_a_record(results: Path, monkeypatch: pytest.MonkeyPatch):
     assert (
         "a GPU (driver 580.1, torch 2.13.0); copies ran at 3.00 TB/s, bf16 products at 800 TFLOP/s" in table
     )
-    assert "64 | 0.2 ms | 0.3 ms (torch cudnn) | 1.5 | as fast as torch's best right backend: 1.50x" in table
+    assert (
+        "64 | 0.2 ms | 0.3 ms (torch cudnn) | 1.5 | as fast as torch's best correct backend: 1.50x" in table
+    )
     assert table.count("not measured |") == 3 * (len(readme_table.GPU_ROWS) - 1)

@@ -147,10 +147,10 @@ BAD: dict[str, tuple[Words, str]] = {
     "class": (lambda p: [*PIXELS, "--classes", "10"], "there is no class '10': the model knows digit 0,"),
     "size": (
         lambda p: ["--features", "pixels", "--reference", stats(p, 65)],
-        "mu [65] and sigma [65, 65], but the features 'pixels' of these images have 64 numbers",
+        "mu [65] and sigma [65, 65], but the features 'pixels' of these images have 64 dimensions",
     ),
     "reference": (lambda p: ["--features", "pixels", "--reference", str(p / "no")], "there are no images"),
-    "statistics": (lambda p: ["--reference", "no.npz", *PIXELS[:2]], "of reference statistics no.npz"),
+    "statistics": (lambda p: ["--reference", "no.npz", *PIXELS[:2]], "reference statistics file no.npz"),
     "weights": (lambda p: ["--reference", "digits"], "--weights"),
     "features": (lambda p: ["--reference", "digits", "--features", "vgg"], "invalid choice: 'vgg'"),
     "no network": (lambda p: [*PIXELS, "--weights", "x"], "pixels have none"),

@@ -34,7 +34,12 @@ def test_images_and_labels_are_those_of_the_files(tmp_path: Path, end: str) -> N
     [
         (HEADER[3] + PIXELS, HEADER[1] + bytes(4), 8, "6x6 and grey, .* use --image-size 6x6 --channels 1"),
         (HEADER[3] + PIXELS[:-1], HEADER[1] + bytes(4), 6, "images-idx3-ubyte.gz is truncated"),
-        (HEADER[3] + PIXELS, HEADER[3] + PIXELS, 6, "labels-idx1-ubyte.gz is truncated, or no file of 1-dim"),
+        (
+            HEADER[3] + PIXELS,
+            HEADER[3] + PIXELS,
+            6,
+            "labels-idx1-ubyte.gz is truncated, or not a file of 1-dim",
+        ),
         (HEADER[3] + PIXELS, bytes([0, 0, 8, 1, 0, 0, 0, 1, 5]), 6, "contains 4 images and 1 labels"),
         (b"", HEADER[1] + bytes(4), 6, "is truncated"),
     ],

@@ -159,7 +159,7 @@ def test_empty_text_small_and_float_files_are_named(tmp_path: Path) -> None:
     for name, sentence in {
         "empty.png": "is not an image",
         "words.png": "is not an image",
-        "small.png": r"is 7x40 pixels, smaller than the 8x8 .height x width. asked for: .*--image-size",
+        "small.png": r"is 7x40 pixels, smaller than the 8x8 .height x width. requested: .*--image-size",
         "float.tiff": "has F pixels: convert it",
         "deep.tiff": "has I pixels: convert it",
         "absent.png": "No such file",

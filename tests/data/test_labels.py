@@ -66,7 +66,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "not utf-8": (lambda f: (f / "labels.csv").write_bytes(b"file,label\n\xff\xfe") and None, "UTF-8"),
     "header": (write("labels.csv", "dog/a.png,1\n"), "first row of .*labels.csv must be file,label"),
     "empty csv": (write("labels.csv", ""), "first row"),
-    "no rows": (write("labels.csv", "file,label\n"), "names no image"),
+    "no rows": (write("labels.csv", "file,label\n"), "lists no images"),
     "three cells": (write("labels.csv", "file,label\ndog/a.png,1,2\n"), "row 2 .*got 'dog/a.png,1,2'"),
     "no label": (write("labels.csv", "file,label\ndog/a.png,\n"), "row 2"),
     "absent file": (

@@ -88,7 +88,7 @@ def test_a_missing_or_damaged_shard_is_named(shards: Path, monkeypatch: pytest.M
     monkeypatch.setattr("pmf.data.datasets._CACHE_BYTES", 0)
     dataset = load_dataset(str(shards), 4, 1)
     (shards / "000001.tar").write_bytes(whole[:1024])  # while training
-    with pytest.raises(UserError, match=r"000001\.tar is truncated: 007\.webp ends after it"):
+    with pytest.raises(UserError, match=r"000001\.tar is truncated: 007\.webp extends past its end"):
         dataset.read([7])
     (shards / "000001.tar").unlink()
     with pytest.raises(UserError, match=r"000001\.tar cannot be read"):
@@ -278,7 +278,9 @@ def test_without_a_home_or_a_cache_that_can_be_written_one_sentence_says_what_to
     tables: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")  # where nobody can write, root included
-    with pytest.raises(UserError, match="cannot unpack .* to /proc/none.*: set XDG_CACHE_HOME to a folder"):
+    with pytest.raises(
+        UserError, match="cannot unpack .* to /proc/none.*: set XDG_CACHE_HOME to a writable folder"
+    ):
         load_dataset(str(tables), 4, 1)
     monkeypatch.delenv("XDG_CACHE_HOME")
 

@@ -49,9 +49,12 @@ def test_a_batch_of_images_is_no_statistics_unless_it_holds_them_too(tmp_path: P
 @pytest.mark.parametrize(
     ("arrays", "sentence"),
     [
-        ({"mu": np.zeros(5), "sigma": np.eye(5)}, r"mu \[5\] and sigma \[5, 5\].*'pixels'.*have 4 numbers"),
+        (
+            {"mu": np.zeros(5), "sigma": np.eye(5)},
+            r"mu \[5\] and sigma \[5, 5\].*'pixels'.*have 4 dimensions",
+        ),
         ({"mu": np.zeros(4), "sigma": np.eye(5)}, r"sigma \[5, 5\]"),
-        ({"m": np.zeros(4), "s": np.full((4, 4), np.nan)}, "not finite"),
+        ({"m": np.zeros(4), "s": np.full((4, 4), np.nan)}, "non-finite"),
         ({"mu": np.zeros(4)}, "contains mu, but neither mu and sigma nor images in arr_0"),
         ({"mu": np.array([None]), "sigma": np.eye(4)}, "is truncated or not an .npz file"),
     ],

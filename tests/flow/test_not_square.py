@@ -108,7 +108,7 @@ def test_weights_alone_do_not_tell_a_wide_image_from_a_square() -> None:
     with pytest.raises(ValueError, match="16 image tokens of 2x2 pixels do not match 4x8 images"):
         config_from_state_dict(state, noise_scale=1.0, image_size=(4, 8))
     state = pmf.create_model("digits", image_size=(4, 12)).state_dict()
-    with pytest.raises(ValueError, match="12 image tokens .* give the image_size"):
+    with pytest.raises(ValueError, match="12 image tokens .* pass the image_size"):
         config_from_state_dict(state, noise_scale=1.0)
 
 

@@ -163,7 +163,7 @@ def test_missing_and_wrong_weights_are_told(lite0: tuple[EfficientNetLite0, Path
     torch.save(
         lite0[0].state_dict() | {"_bn1.bias": torch.zeros(3)}, cache / "efficientnet-lite0-57934424.pth"
     )
-    with pytest.raises(UserError, match=r"'_bn1.bias' has shape \[3\] and not \[1280\]"):
+    with pytest.raises(UserError, match=r"'_bn1.bias' has shape \[3\], not \[1280\]"):
         build("lite0")
     torch.save({"a": torch.zeros(1)}, cache / "efficientnet-lite0-57934424.pth")
     with pytest.raises(UserError, match="lacks '_conv_stem.weight'"):
