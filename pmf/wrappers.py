@@ -5,8 +5,8 @@ DataParallel                does the same, and runs copies of the module on seve
 torch.compile               inserts "_orig_mod." before the names inside the compiled module
 checkpoint_wrapper          inserts "_checkpoint_wrapped_module." before the names inside the block
 fully_shard (FSDP2)         keeps the names; changes the module's class in place
-FullyShardedDataParallel    (FSDP1) inserts "_fsdp_wrapped_module." and flattens the parameters: rejected, except
-                            in the names in files
+FullyShardedDataParallel    (FSDP1) inserts "_fsdp_wrapped_module." and flattens the parameters: rejected,
+                            except in the names in files
 """
 
 from collections.abc import Iterable, Mapping
@@ -81,5 +81,5 @@ def exchanges(model: nn.Module) -> bool:
 
 
 def _has_base(module: nn.Module, *names: str) -> bool:
-    """By name: importing the classes of FSDP costs as much as torch.distributed."""
+    """Whether a base class has one of these names; importing FSDP's classes would load torch.distributed."""
     return any(kind.__name__ in names for kind in type(module).__mro__)
