@@ -238,8 +238,9 @@ class PixelMeanFlow(nn.Module):
         """Activation checkpointing: "none", or "blocks" to keep only the input of each block.
 
         With "blocks", backward recomputes each block's value (never its tangent): about a quarter more work,
-        for D instead of 6 D + 2 W saved numbers per token and block (see `Attention` and `SwiGLU`). It is not
-        stored in checkpoints; set it on the model: ``model.checkpointing = "blocks"``.
+        for D instead of 6 D + 2 W saved numbers per token and block (see `AttentionBranch` and
+        `MlpBranch`). It is not stored in checkpoints; set it on the model:
+        ``model.checkpointing = "blocks"``.
         """
         return self._checkpointing
 

@@ -1,16 +1,16 @@
 """Layers that carry a value and its tangent side by side: module(x, x_t) -> (y, y_t)."""
 
-from .attention import Attention
+from .attention import AttentionBranch
 from .block import Block
 from .condition import Condition, ConditionTokens, LabelEmbedder, ScalarEmbedder
 from .final import FinalLayer
-from .mlp import SwiGLU
+from .mlp import MlpBranch
 from .norm import RMSNorm
 from .patch import PatchEmbedding
 from .rotary import rotary_tables
 
 __all__ = [
-    "Attention",
+    "AttentionBranch",
     "Block",
     "Condition",
     "ConditionTokens",
@@ -19,6 +19,6 @@ __all__ = [
     "PatchEmbedding",
     "RMSNorm",
     "ScalarEmbedder",
-    "SwiGLU",
+    "MlpBranch",
     "rotary_tables",
 ]

@@ -1,13 +1,14 @@
 """The attention branch of a block: norm, self-attention with normalised and rotated queries, gated sum."""
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pmf import reference
 from pmf._library import allow_tf32
-from pmf.ops._autograd import KernelFunction, call, in_float32, register, vjp
+from pmf.ops._autograd import Gradients, JvpFunction, KernelFunction, call, named, register
+from pmf.ops._plain import in_float32
 from pmf.ops._subclasses import require_plain
 
 from .branch import (
@@ -20,10 +21,10 @@ from .branch import (
 )
 from .norm import RMSNorm
 
-__all__ = ["Attention"]
+__all__ = ["AttentionBranch"]
 
 
-class Attention(nn.Module):
+class AttentionBranch(nn.Module):
     """y = x + gate out_proj(softmax(q k^T / sqrt(d)) v), q, k and v of RMSNorm(x); x [B, N, D].
 
     q and k are RMS-normalised per head, and the last tokens' rotated. Backward keeps x, q, k, v and the
@@ -75,10 +76,10 @@ class Attention(nn.Module):
             norm.eps,
             self.q_norm.eps,
         )
-        require_plain("Attention", **inputs._asdict(), x_t=x_t)
+        require_plain("AttentionBranch", **inputs._asdict(), x_t=x_t)
         if x_t is None:
             return call("attention_branch", *inputs)[0], None
-        return call("attention_branch_jvp_detached", *inputs, x_t)[:2]
+        return call("attention_branch_jvp", *inputs, x_t)[:2]
 
 
 UNPACKED = (None,) * 4
@@ -121,13 +122,14 @@ class _Inputs(NamedTuple):
 
 
 class _AttentionBranch(KernelFunction):
-    """_Inputs -> (y, and for backward q, k, v, o, lse)."""
+    """Besides y, for backward: queries, keys, values, attention's output and its lse."""
 
-    op = "attention_branch"
-    constants = 5
-    residuals: ClassVar[tuple[int, ...]] = (1, 2, 3, 4, 5)
-    samples: ClassVar[tuple[int, ...]] = (0,)
-    by_reference: ClassVar[tuple[int, ...]] = (9, 10)
+    outputs = ("y", "q", "k", "v", "o", "lse")
+    constants = ("q", "k", "v", "o", "lse")
+    residuals = ("q", "k", "v", "o", "lse")
+    samples = ("x",)
+    by_reference = ("cos", "sin")
+    Arguments = _Inputs
 
     @classmethod
     def forward(cls, *args: Any) -> tuple[Tensor, ...]:
@@ -152,13 +154,12 @@ class _AttentionBranch(KernelFunction):
 
     @classmethod
     def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
-        return (*_AttentionBranchBackward.apply(*grads, *residuals, *args), *(None,) * 6)
+        return _AttentionBranchBackward.by_name(grads.y, *residuals, *args)
 
 
-class _AttentionBranchBackward(KernelFunction):
-    """(grad, q, k, v, o, lse, *_Inputs) -> gradients of the first nine."""
-
-    op = "attention_branch_backward"
+class _AttentionBranchBackward(Gradients):
+    of = _AttentionBranch
+    outputs = ("x", "norm", "query", "key", "value", "query_norm", "key_norm", "out", "gate")
 
     @classmethod
     def forward(
@@ -190,18 +191,14 @@ class _AttentionBranchBackward(KernelFunction):
         w.last(grad_x).add_(grad)
         return grad_x, grad_norm, *grad_matrices, grad_query_norm, grad_key_norm, grad_out, grad_gate
 
-    @staticmethod
-    def reference(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        return vjp(_AttentionBranch.reference, args[5:], (grad,))[:9]
 
-
-class _AttentionBranchJvpDetached(_AttentionBranch):
-    """(*_Inputs, x_t) -> (y, y_t, and for backward q, k, v, o, lse)."""
-
-    constants = 6
-    residuals: ClassVar[tuple[int, ...]] = (2, 3, 4, 5, 6)
-    unsaved: ClassVar[tuple[int, ...]] = (15,)
-    samples: ClassVar[tuple[int, ...]] = (0, 15)
+class _AttentionBranchJvp(JvpFunction):
+    value = _AttentionBranch
+    detaches = True
+    outputs = ("y", "y_t", *_AttentionBranch.residuals)
+    constants = _AttentionBranch.residuals
+    samples = ("x", "x_t")
+    Arguments = named(*_Inputs._fields, "x_t")
 
     @classmethod
     def forward(cls, *args: Any) -> tuple[Tensor, ...]:
@@ -219,16 +216,9 @@ class _AttentionBranchJvpDetached(_AttentionBranch):
         return y, y_t, q, k, v, o, lse
 
     @staticmethod
-    def reference(*args: Any) -> tuple[Tensor, ...]:
-        return _AttentionBranch.reference(*args[:-1])
-
-    @classmethod
-    def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
-        return (*_AttentionBranch.gradient(grads, args[:-1], residuals, needed), None)
-
-    @classmethod
-    def tangent(cls, args: Any, tangents: Any) -> Any:
-        return _AttentionBranch.tangent(args[:-1], tangents[:-1])
+    def reference(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        *inputs, x_t = rest
+        return torch.func.jvp(lambda x: _AttentionBranch.reference(x, *inputs)[0], (x,), (x_t,))
 
 
 def _split(x: Tensor, num_heads: int) -> Tensor:
@@ -251,4 +241,4 @@ def _behind_zeros(grad: Tensor, q: Tensor) -> Tensor:
 
 
 register("attention_branch", _AttentionBranch)
-register("attention_branch_jvp_detached", _AttentionBranchJvpDetached)
+register("attention_branch_jvp", _AttentionBranchJvp)

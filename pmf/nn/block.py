@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import Attention
-from .mlp import SwiGLU
+from .attention import AttentionBranch
+from .mlp import MlpBranch
 from .norm import RMSNorm
 
 __all__ = ["Block", "checkpointed"]
@@ -29,10 +29,10 @@ class Block(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, mlp_width: int) -> None:
         super().__init__()
         self.norm1 = RMSNorm(hidden_size)
-        self.attn = Attention(hidden_size, num_heads)
+        self.attn = AttentionBranch(hidden_size, num_heads)
         self.attn_scale = nn.Parameter(torch.zeros(hidden_size))
         self.norm2 = RMSNorm(hidden_size)
-        self.mlp = SwiGLU(hidden_size, mlp_width)
+        self.mlp = MlpBranch(hidden_size, mlp_width)
         self.mlp_scale = nn.Parameter(torch.zeros(hidden_size))
 
     @torch.no_grad()

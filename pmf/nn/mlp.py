@@ -1,18 +1,19 @@
 """The MLP branch of a block: norm, SwiGLU, gated sum."""
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pmf import reference
-from pmf.ops._autograd import KernelFunction, call, in_float32, register, vjp
+from pmf.ops._autograd import Gradients, JvpFunction, KernelFunction, call, named, register
+from pmf.ops._plain import in_float32
 from pmf.ops._subclasses import require_plain
 
 from .branch import add_branch, branch_gradients, cast_for_products, project, project_gradients, scale_rows
 from .norm import RMSNorm
 
-__all__ = ["SwiGLU", "swiglu_width"]
+__all__ = ["MlpBranch", "swiglu_width"]
 
 
 def swiglu_width(hidden_size: int) -> int:
@@ -21,7 +22,7 @@ def swiglu_width(hidden_size: int) -> int:
     return -(-width // 8) * 8 if hidden_size > 1024 else width
 
 
-class SwiGLU(nn.Module):
+class MlpBranch(nn.Module):
     """y = x + gate w2(silu(w1 n) * w3 n), n = RMSNorm(x), no biases; x [B, N, D] (Shazeer, 2020).
 
     Backward keeps x, w1 n and w3 n, D + 2 W numbers a token of the inner width W; all else is computed again
@@ -43,10 +44,10 @@ class SwiGLU(nn.Module):
         """
         w1, w3, w2 = cast_for_products(x, self.w1.weight, self.w3.weight, self.w2.weight)
         inputs = _Inputs(x, norm.weight.to(x.dtype), w1, w3, w2, gate, norm.eps)
-        require_plain("SwiGLU", **inputs._asdict(), x_t=x_t)
+        require_plain("MlpBranch", **inputs._asdict(), x_t=x_t)
         if x_t is None:
             return call("mlp_branch", *inputs)[0], None
-        return call("mlp_branch_jvp_detached", *inputs, x_t)[:2]
+        return call("mlp_branch_jvp", *inputs, x_t)[:2]
 
 
 class _Inputs(NamedTuple):
@@ -60,12 +61,13 @@ class _Inputs(NamedTuple):
 
 
 class _MlpBranch(KernelFunction):
-    """_Inputs -> (y, and for backward w1 n and w3 n)."""
+    """Besides y, for backward: a = w1 n and b = w3 n."""
 
-    op = "mlp_branch"
-    constants = 2
-    residuals: ClassVar[tuple[int, ...]] = (1, 2)
-    samples: ClassVar[tuple[int, ...]] = (0,)
+    outputs = ("y", "a", "b")
+    constants = ("a", "b")
+    residuals = ("a", "b")
+    samples = ("x",)
+    Arguments = _Inputs
 
     @classmethod
     def forward(cls, *args: Any) -> tuple[Tensor, ...]:
@@ -83,13 +85,12 @@ class _MlpBranch(KernelFunction):
 
     @classmethod
     def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
-        return (*_MlpBranchBackward.apply(*grads, *residuals, *args), None)
+        return _MlpBranchBackward.by_name(grads.y, *residuals, *args)
 
 
-class _MlpBranchBackward(KernelFunction):
-    """(grad, w1 n, w3 n, *_Inputs) -> gradients of the first six."""
-
-    op = "mlp_branch_backward"
+class _MlpBranchBackward(Gradients):
+    of = _MlpBranch
+    outputs = ("x", "norm", "w1", "w3", "w2", "gate")
 
     @classmethod
     def forward(cls, grad: Tensor, a: Tensor, b: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -100,18 +101,14 @@ class _MlpBranchBackward(KernelFunction):
         grad_x, grad_norm = raw.rms_norm_backward(grad_y, w.x, w.norm, w.eps)
         return grad_x.add_(grad), grad_norm, grad_w1, grad_w3, grad_w2, grad_gate
 
-    @staticmethod
-    def reference(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        return vjp(_MlpBranch.reference, args[2:], (grad,))[:6]
 
-
-class _MlpBranchJvpDetached(_MlpBranch):
-    """(*_Inputs, x_t) -> (y, y_t, and for backward w1 n and w3 n)."""
-
-    constants = 3
-    residuals: ClassVar[tuple[int, ...]] = (2, 3)
-    unsaved: ClassVar[tuple[int, ...]] = (7,)
-    samples: ClassVar[tuple[int, ...]] = (0, 7)
+class _MlpBranchJvp(JvpFunction):
+    value = _MlpBranch
+    detaches = True
+    outputs = ("y", "y_t", "a", "b")
+    constants = ("a", "b")
+    samples = ("x", "x_t")
+    Arguments = named(*_Inputs._fields, "x_t")
 
     @classmethod
     def forward(cls, *args: Any) -> tuple[Tensor, ...]:
@@ -124,17 +121,10 @@ class _MlpBranchJvpDetached(_MlpBranch):
         return add_branch(w.x, scaled, s), add_branch(x_t, scaled, s_t), a, b
 
     @staticmethod
-    def reference(*args: Any) -> tuple[Tensor, ...]:
-        return _MlpBranch.reference(*args[:-1])
-
-    @classmethod
-    def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
-        return (*_MlpBranch.gradient(grads, args[:-1], residuals, needed), None)
-
-    @classmethod
-    def tangent(cls, args: Any, tangents: Any) -> Any:
-        return _MlpBranch.tangent(args[:-1], tangents[:-1])
+    def reference(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        *inputs, x_t = rest
+        return torch.func.jvp(lambda x: _MlpBranch.reference(x, *inputs)[0], (x,), (x_t,))
 
 
 register("mlp_branch", _MlpBranch)
-register("mlp_branch_jvp_detached", _MlpBranchJvpDetached)
+register("mlp_branch_jvp", _MlpBranchJvp)

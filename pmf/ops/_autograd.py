@@ -13,11 +13,14 @@ finds its rules, and Inductor sees the custom op. What torch.compile loses befor
 tangents of `torch.autograd.forward_ad`: there `call` raises.
 
 Every kernel has a reference: the same function in plain PyTorch. Derivatives that no kernel computes (of a
-mask, of a gradient) are the reference's, so they are always right, and only ever slower.
+mask, of a gradient) come from the reference: right, if slower.
+
+PyTorch's interface is positional; everything below speaks of arguments and outputs by name.
 """
 
-import functools
-from collections.abc import Callable, Sequence
+import inspect
+from collections import namedtuple
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -26,73 +29,142 @@ from torch.autograd import forward_ad
 
 from pmf import _library
 
+from ._plain import jvp, vjp
+
 __all__ = [
+    "Gradients",
+    "JvpFunction",
     "KernelFunction",
+    "apply",
     "call",
+    "detached",
     "functions",
-    "in_float32",
+    "has_kernel",
+    "named",
+    "pick",
+    "plain",
+    "reference_gradients",
     "register",
     "register_fake",
-    "vjp",
 ]
 
 Args = tuple[Any, ...]
+Names = tuple[str, ...]
 Outputs = Any  # a Tensor, or a tuple of them: what the raw op returns
 
 
-class KernelFunction(torch.autograd.Function):
-    """A kernel as a differentiable function of positional arguments, all that the raw op takes.
+def named(*names: str, defaults: Any = ()) -> Any:
+    """The type of tuples with these names."""
+    return namedtuple("named", names, defaults=defaults)
 
-    A subclass names the raw op and its reference; it overrides `gradient` and `tangent` where kernels compute
-    them.
+
+def pick(kind: Any, source: Any) -> Any:
+    """The fields of a named tuple that `kind` has."""
+    return kind(*(getattr(source, name) for name in kind._fields))
+
+
+class KernelFunction(torch.autograd.Function):
+    """A kernel as a differentiable function of everything the raw op takes.
+
+    A subclass names the raw op and its outputs; the parameters of its reference name the arguments. It
+    overrides `gradient` and `tangent` where kernels compute them.
     """
 
     op: ClassVar[str]
     """The raw op: torch.ops.pmf.<op>."""
-    constants: ClassVar[int] = 0
-    """How many of the last outputs have no derivative."""
-    residuals: ClassVar[tuple[int, ...]] = ()
-    """Outputs that the backward reads (row statistics)."""
-    unsaved: ClassVar[tuple[int, ...]] = ()
-    """Tensor arguments whose values the backward does not read."""
-    by_reference: ClassVar[tuple[int, ...]] = ()
+    outputs: ClassVar[Names] = ("y",)
+    constants: ClassVar[Names] = ()
+    """Outputs without a derivative."""
+    residuals: ClassVar[Names] = ()
+    """Outputs that backward reads, such as row statistics."""
+    unsaved: ClassVar[Names] = ()
+    """Tensor arguments whose values backward does not read."""
+    unsaved_samples: ClassVar[Names] = ()
+    """Tensor arguments of which `gradient` reads only dtype and shape: they are saved without samples."""
+    by_reference: ClassVar[Names] = ()
     """Arguments whose derivative no kernel computes: if one is asked for, the reference computes them all."""
-    samples: ClassVar[tuple[int, ...]] = ()
-    """Arguments and, always, outputs whose dimension 0 is the batch: vmap folds into it. None: vmap loops."""
+    samples: ClassVar[Names] = ()
+    """Arguments whose dimension 0 is the batch, as it is in every output: vmap folds into it. None: vmap
+    loops.
+    """
+
+    name: ClassVar[str]
+    """What `call` knows it by."""
+    Arguments: ClassVar[Any]
+    """The arguments as a named tuple, with the reference's defaults."""
+    Results: ClassVar[Any]
+    """The outputs with a derivative, as a named tuple."""
+    Residuals: ClassVar[Any]
 
     @staticmethod
     def reference(*args: Any) -> tuple[Tensor, ...]:
-        """The outputs without the constants, in plain PyTorch."""
+        """The results in plain PyTorch."""
         raise NotImplementedError
 
     @classmethod
-    def gradient(cls, grads: Args, args: Args, residuals: Args, needed: Sequence[bool]) -> Args:
-        """Gradients of the arguments that need them, given the outputs' (None is zero; not all are None)."""
-        return vjp(cls.reference, args, grads)
+    def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> dict[str, Tensor | None]:
+        """Gradients of the arguments, given those of the results (None is zero; not all are None).
+
+        grads, args, residuals and needed (whether an argument wants its gradient) are named tuples. Arguments
+        without a gradient may be left out.
+        """
+        return dict(zip(args._fields, vjp(cls.reference, args, grads), strict=True))
 
     @classmethod
-    def tangent(cls, args: Args, tangents: Args) -> tuple[Tensor, ...]:
-        """Tangents of the outputs without the constants, by differentiable operations (None is zero)."""
+    def tangent(cls, args: Any, tangents: Any) -> tuple[Tensor, ...]:
+        """Tangents of the results, by differentiable operations, given the arguments'; None is zero."""
         found = jvp(cls.reference, args, tangents)
-        rows = [args[i].shape[0] for i in cls.samples if isinstance(args[i], Tensor)]
+        rows = [getattr(args, name).shape[0] for name in cls.batched(args)]
         if rows and found[-1].shape[0] != min(rows):  # the reference spread the few tangents over all samples
             raise RuntimeError(
-                f"{cls.op.removesuffix('_forward')}: forward mode over tangents of the first samples alone "
-                "needs detach_tangent=True"
+                f"{cls.name}: forward mode over tangents of the first samples alone needs detach_tangent=True"
             )
         return found
 
     @classmethod
-    def shares_the_rest(cls, args: Args) -> bool:
-        """Whether the arguments outside `samples` are the same for all samples, so that vmap can fold."""
+    def batched(cls, args: Any) -> Names:
+        """Those of `samples` that are tensors here."""
+        return tuple(name for name in cls.samples if isinstance(getattr(args, name), Tensor))
+
+    @classmethod
+    def shares_the_rest(cls, args: Any) -> bool:
+        """Whether the other arguments are the same for all samples, so that vmap can fold."""
         return True
 
     @classmethod
     def complete(cls, args: Args) -> Args:
-        """The raw op's arguments, with those that it takes beside the Function's."""
+        """The raw op's arguments, given the Function's."""
         return args
 
-    # What follows is torch.autograd.Function's interface; subclasses leave it alone.
+    @classmethod
+    def plain(cls, args: Any) -> dict[str, Tensor]:
+        """The results by name, for PyTorch to differentiate."""
+        return dict(zip(cls.Results._fields, cls.reference(*args), strict=True))
+
+    # What follows serves torch.autograd.Function's interface; subclasses leave it alone.
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "reference" in vars(cls) and "Arguments" not in vars(cls):
+            parameters = inspect.signature(cls.reference).parameters.values()
+            defaults = [p.default for p in parameters if p.default is not p.empty]
+            cls.Arguments = named(*(p.name for p in parameters), defaults=defaults)
+        cls.Results = named(*(y for y in cls.outputs if y not in cls.constants))
+        cls.Residuals = named(*cls.residuals)
+
+    @classmethod
+    def pull_back(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> dict[str, Tensor | None]:
+        """`gradient`, or the reference's."""
+        if any(getattr(needed, name) for name in cls.by_reference):
+            return dict(zip(args._fields, vjp(cls.reference, args, grads), strict=True))
+        return cls.gradient(grads, args, residuals, needed)
+
+    @classmethod
+    def push_forward(cls, args: Any, tangents: Any) -> tuple[Tensor, ...]:
+        """`tangent`, or the reference's."""
+        if any(getattr(tangents, name) is not None for name in cls.by_reference):
+            return jvp(cls.reference, args, tangents)
+        return cls.tangent(args, tangents)
 
     @classmethod
     def forward(cls, *args: Any) -> Outputs:
@@ -105,12 +177,21 @@ class KernelFunction(torch.autograd.Function):
 
     @classmethod
     def save(cls, ctx: Any, inputs: Args, output: Outputs) -> None:
-        outputs = _tuple(output)
-        saved = [x if isinstance(x, Tensor) and i not in cls.unsaved else None for i, x in enumerate(inputs)]
+        outputs = dict(zip(cls.outputs, _tuple(output), strict=True))
+        needed = cls.Arguments(*ctx.needs_input_grad[: len(inputs)])  # of a raw op there is one more
+        empty = () if any(getattr(needed, name) for name in cls.by_reference) else cls.unsaved_samples
+        saved = [
+            x.new_empty((0, *x.shape[1:]))
+            if name in empty
+            else x
+            if isinstance(x, Tensor) and name not in cls.unsaved
+            else None
+            for name, x in zip(cls.Arguments._fields, inputs, strict=False)
+        ]
         # Residuals first: if a checkpointed block is computed again with PyTorch's attention, which saves
         # query, key and value first, torch.utils.checkpoint sees that the saved tensors differ.
-        ctx.save_for_backward(*(outputs[i] for i in cls.residuals), *saved)
-        ctx.mark_non_differentiable(*outputs[len(outputs) - cls.constants :])
+        ctx.save_for_backward(*(outputs[name] for name in cls.residuals), *saved)
+        ctx.mark_non_differentiable(*(outputs[name] for name in cls.constants))
         ctx.set_materialize_grads(False)
         ctx.inputs = tuple(None if isinstance(x, Tensor) else x for x in inputs)
         ctx.is_tensor = tuple(isinstance(x, Tensor) for x in inputs)
@@ -118,116 +199,206 @@ class KernelFunction(torch.autograd.Function):
 
     @classmethod
     def backward(cls, ctx: Any, *grads: Tensor | None) -> Any:
-        n = len(ctx.inputs)
         saved = ctx.saved_tensors  # read once: checkpointing allows no more
-        residuals, saved = saved[: len(saved) - n], saved[len(saved) - n :]
-        args = tuple(s if t else x for s, t, x in zip(saved, ctx.is_tensor, ctx.inputs, strict=True))
-        outputs = grads[: len(grads) - cls.constants]
-        if all(g is None for g in outputs):
-            return (None,) * n
-        if any(ctx.needs_input_grad[i] for i in cls.by_reference):
-            found = vjp(cls.reference, args, outputs)
-        else:
-            found = cls.gradient(outputs, args, residuals, ctx.needs_input_grad)
+        residuals, saved = saved[: len(cls.residuals)], saved[len(cls.residuals) :]
+        args = cls.Arguments(*_merged(ctx, saved))
+        each = dict(zip(cls.outputs, grads, strict=True))
+        results = cls.Results(*(each[y] for y in cls.Results._fields))
+        found: dict[str, Tensor | None] = {}
+        if any(g is not None for g in results):
+            needed = cls.Arguments(*ctx.needs_input_grad)
+            found = cls.pull_back(results, args, cls.Residuals(*residuals), needed)
         # A raw op's defaults, last among its inputs, have no place among its gradients.
-        return tuple(g if needed else None for g, needed in zip(found, ctx.needs_input_grad, strict=False))
+        needs = zip(args._fields, ctx.needs_input_grad, strict=False)
+        return tuple(found.get(name) if needs_gradient else None for name, needs_gradient in needs)
 
     @classmethod
     def jvp(cls, ctx: Any, *tangents: Tensor | None) -> Any:
         # PyTorch switches forward mode off in here, and with it an outer jvp's, whose tangents would be zero.
         # Switched on, the inputs must not carry this level's tangents: it would differentiate once more.
         with forward_ad._set_fwd_grad_enabled(True):
-            saved = iter(forward_ad.unpack_dual(x, level=0).primal for x in ctx.saved_tensors)
-            args = tuple(next(saved) if t else x for t, x in zip(ctx.is_tensor, ctx.inputs, strict=True))
-            if any(tangents[i] is not None for i in cls.by_reference):
-                found = jvp(cls.reference, args, tangents)
-            else:
-                found = cls.tangent(args, tangents)
-        return found[0] if ctx.is_single else (*found, *(None,) * cls.constants)
+            saved = [forward_ad.unpack_dual(x, level=0).primal for x in ctx.saved_tensors]
+            args = cls.Arguments(*_merged(ctx, _spread(ctx, saved)))
+            found = cls.push_forward(args, cls.Arguments(*tangents))
+        each = dict(zip(cls.Results._fields, found, strict=True))
+        return found[0] if ctx.is_single else tuple(each.get(y) for y in cls.outputs)
 
     @classmethod
-    def vmap(cls, info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Outputs, Any]:
-        mapped = [i for i, dim in enumerate(in_dims) if dim is not None]
-        rows = {_unmapped_rows(args[i], in_dims[i]) for i in cls.samples if isinstance(args[i], Tensor)}
+    def vmap(cls, info: Any, in_dims: Args, *given: Any) -> tuple[Outputs, Any]:
+        size, args = info.batch_size, cls.Arguments(*given)
+        dims = dict(zip(args._fields, in_dims, strict=False))
+        batched = cls.batched(args)
+        rows = {_unmapped_rows(getattr(args, name), dims[name]) for name in batched}
         is_batch = len(rows) == 1 and None not in rows
-        if set(mapped) <= set(cls.samples) and is_batch and cls.shares_the_rest(args):
-            folded = [
-                _fold(x, in_dims[i], info.batch_size) if i in cls.samples else x for i, x in enumerate(args)
-            ]
-            output = cls.apply(*folded)
-            outputs = tuple(x.unflatten(0, (info.batch_size, -1)) for x in _tuple(output))
+        maps_samples = all(dim is None or name in batched for name, dim in dims.items())
+        if maps_samples and is_batch and cls.shares_the_rest(args):
+            output = cls.apply(
+                *(
+                    _fold(x, dims[name], size) if name in batched else x
+                    for name, x in zip(args._fields, given, strict=False)
+                )
+            )
+            outputs = tuple(x.unflatten(0, (size, -1)) for x in _tuple(output))
         else:
             each = [
-                cls.apply(*(x if d is None else x.select(d, i) for x, d in zip(args, in_dims, strict=True)))
-                for i in range(info.batch_size)
+                cls.apply(*(x if d is None else x.select(d, i) for x, d in zip(given, in_dims, strict=True)))
+                for i in range(size)
             ]
             output = each[0]
             outputs = tuple(torch.stack(same) for same in zip(*map(_tuple, each), strict=True))
         return (outputs[0], 0) if isinstance(output, Tensor) else (outputs, (0,) * len(outputs))
 
 
+class Gradients(KernelFunction):
+    """The backward kernel of a function: (its results' gradients, its residuals and arguments) -> gradients.
+
+    `outputs` names the arguments whose gradients it returns; that of an argument of None is empty.
+    """
+
+    of: ClassVar[type[KernelFunction]]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        if "reference" not in vars(cls):
+            of, results = cls.of, len(cls.of.Results._fields)
+            before = results + len(of.residuals)
+            grads = [f"grad_{y}" for y in of.Results._fields]
+            cls.Arguments = named(*grads, *of.residuals, *of.Arguments._fields)
+
+            def reference(*args: Any) -> tuple[Tensor, ...]:
+                return reference_gradients(of, cls.outputs, args[:results], *args[before:])
+
+            cls.reference = staticmethod(reference)  # type: ignore[method-assign]
+        super().__init_subclass__(**options)
+
+    @classmethod
+    def by_name(cls, *args: Any) -> dict[str, Tensor | None]:
+        """The gradients by argument."""
+        return dict(zip(cls.outputs, _tuple(cls.apply(*args)), strict=True))
+
+    @classmethod
+    def fake(cls, *args: Any) -> Outputs:
+        """Every gradient has its argument's shape and layout."""
+        like = next(x for x in args if isinstance(x, Tensor))
+        values = (getattr(cls.Arguments(*args), name) for name in cls.outputs)
+        return tuple(like.new_empty(0) if x is None else torch.empty_like(x) for x in values)
+
+
+class JvpFunction(KernelFunction):
+    """A function and its tangent: the value's arguments and results, and tangents beside both."""
+
+    value: ClassVar[type[KernelFunction]]
+    detaches: ClassVar[bool] = False
+    """Whether the tangent is a constant: backward and forward mode are then the value's."""
+    tangents: ClassVar[Names]
+    """The outputs that are tangents of the value's results."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        value = cls.value
+        if "outputs" in vars(cls):
+            cls.tangents = tuple(y for y in cls.outputs if y not in (*value.Results._fields, *cls.constants))
+        if cls.detaches:
+            cls.constants = tuple(y for y in cls.outputs if y not in value.Results._fields)
+            cls.residuals, cls.by_reference = value.residuals, value.by_reference
+            tangents = (name for name in cls.Arguments._fields if name not in value.Arguments._fields)
+            cls.unsaved, cls.unsaved_samples = (*value.unsaved, *tangents), value.unsaved_samples
+        super().__init_subclass__(**options)
+
+    @classmethod
+    def pull_back(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> dict[str, Tensor | None]:
+        if not cls.detaches and any(getattr(grads, y) is not None for y in cls.tangents):
+            return super().pull_back(grads, args, residuals, needed)
+        value = cls.value
+        return value.pull_back(
+            pick(value.Results, grads),
+            pick(value.Arguments, args),
+            pick(value.Residuals, residuals),
+            pick(value.Arguments, needed),
+        )
+
+    @classmethod
+    def push_forward(cls, args: Any, tangents: Any) -> tuple[Tensor, ...]:
+        if not cls.detaches:
+            return super().push_forward(args, tangents)
+        arguments = cls.value.Arguments
+        return cls.value.push_forward(pick(arguments, args), pick(arguments, tangents))
+
+    @classmethod
+    def plain(cls, args: Any) -> dict[str, Tensor]:
+        """The reference needs a tangent for every sample: it gets the first n samples alone."""
+        batched = cls.batched(args)
+        rows = [getattr(args, name).shape[0] for name in batched]
+        count = min(rows, default=0)
+        first = args._replace(**{name: getattr(args, name)[:count] for name in batched})
+        names = [y for y in cls.outputs if y in (*cls.value.Results._fields, *cls.tangents)]
+        found = dict(zip(names, cls.reference(*first), strict=True))
+        if cls.detaches:
+            found |= {y: found[y].detach() for y in cls.tangents}
+        if count != max(rows, default=0):
+            found |= cls.value.plain(pick(cls.value.Arguments, args))
+        return found
+
+
+def detached(function: type[JvpFunction]) -> type[JvpFunction]:
+    """`function` with its tangent a constant."""
+    return type(f"{function.__name__}Detached", (function,), {"detaches": True})
+
+
 functions: dict[str, type[KernelFunction]] = {}
+_value_of: dict[str, str] = {}  # the function itself, or whose tangent it is
 
 
 def call(name: str, *args: Any) -> Any:
     """Run a registered KernelFunction so that every derivative is right, or raise."""
     _library.require()
-    if any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in args) and _on_cuda(args):
-        return _plain(name, args)
+    return _run(name, args, has_kernel(*args))
+
+
+def plain(name: str, *args: Any) -> Any:
+    """What `call` returns, from the reference, which PyTorch differentiates; None for the constants."""
+    return _run(name, args, False)
+
+
+def _run(name: str, args: Args, by_kernel: bool) -> Any:
     if not torch.compiler.is_compiling():
-        return functions[name].apply(*args)
+        return apply(name, by_kernel, *args)
     from . import _compiled  # imports torch._dynamo, which costs seconds
 
     # Read here, where torch.compile guards it: a graph compiled before is not reused inside a dual_level.
     if forward_ad._current_level >= 0 and not _compiled.in_func_jvp():
-        op = name.removesuffix("_detached").removesuffix("_jvp")
+        op = _value_of[name]
         raise RuntimeError(
             f"{op}: torch.compile drops the tangents of torch.autograd.forward_ad; "
             f"call pmf.ops.{op}_jvp with explicit tangents, or torch.func.jvp, instead"
         )
-    return _compiled.apply(name, *args)
+    return _compiled.apply(name, by_kernel, *args)
 
 
-def _on_cuda(args: Args) -> bool:
-    return _library.takes_cuda_kernel(next(x for x in args if isinstance(x, Tensor)))
-
-
-def _plain(name: str, args: Args) -> Outputs:
-    """float64 on CUDA: the reference, which PyTorch differentiates; None for what only a backward reads."""
+def apply(name: str, by_kernel: bool, *args: Any) -> Any:
+    """Run a registered KernelFunction, or its reference, out of torch.compile's sight."""
     function = functions[name]
-    if name.endswith("_detached"):
-        outputs = _plain_detached(functions[name.removesuffix("_detached")], function, args)
-    else:
-        outputs = function.reference(*args)
-    read = (None,) * len(function.residuals)
-    return outputs[0] if len(outputs) == 1 and not read else (*outputs, *read)
+    if by_kernel:
+        return function.apply(*args)
+    found = function.plain(function.Arguments(*args))
+    outputs = tuple(found.get(y) for y in function.outputs)
+    return outputs[0] if len(outputs) == 1 else outputs
 
 
-def _plain_detached(
-    jvp: type[KernelFunction], detached: type[KernelFunction], args: Args
-) -> tuple[Tensor, ...]:
-    """The reference wants tangents of all samples: zeros follow the first n, and come off again."""
-    rows = [args[i].shape[0] for i in jvp.samples if isinstance(args[i], Tensor)]
-    count, batch = min(rows), max(rows)
-
-    def whole(i: int, x: Any) -> Any:
-        per_sample = i in jvp.samples or (i in detached.unsaved and isinstance(x, Tensor) and x.dim() > 1)
-        if not isinstance(x, Tensor) or not per_sample or x.shape[0] != count:
-            return x
-        return torch.cat((x, x.new_zeros((batch - count, *x.shape[1:]))))
-
-    outputs = jvp.reference(*(whole(i, x) for i, x in enumerate(args)))
-    half = len(outputs) // 2
-    return (*outputs[:half], *(y[:count].detach() for y in outputs[half:]))
+def has_kernel(*args: Any) -> bool:
+    """Whether a kernel takes these tensors. float64 on CUDA goes to the reference."""
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    return all(x.dtype != torch.float64 for x in tensors) or not _library.takes_cuda_kernel(tensors[0])
 
 
-def register(name: str, function: type[KernelFunction], fake: Callable[..., Outputs] | None = None) -> None:
-    """Let `call` find `function`; with `fake`, give its raw op shapes, a gradient and a vmap.
+def register(name: str, function: type[KernelFunction]) -> None:
+    """Let `call` find `function`; where it has a `fake`, give its raw op shapes, a gradient and a vmap.
 
     The raw op's own gradient and vmap are for those who call torch.ops.pmf directly: `call` never needs them.
     """
+    function.name = name
     functions[name] = function
-    if fake is None or _library.missing():
+    _value_of[name] = function.value.name if issubclass(function, JvpFunction) else name
+    fake = getattr(function, "fake", None)
+    if fake is None or getattr(function, "detaches", False) or _library.missing():
         return
     register_fake(function.op, fake)
     torch.library.register_autograd(f"pmf::{function.op}", function.backward, setup_context=function.save)
@@ -240,66 +411,24 @@ def register_fake(op: str, fake: Callable[..., Outputs]) -> None:
         torch.library.register_fake(f"pmf::{op}", fake)
 
 
-def vjp(function: Callable[..., tuple[Tensor, ...]], args: Args, cotangents: Args) -> Args:
-    """Gradients of plain PyTorch code for all its arguments: None where an argument is no floating tensor."""
-    pure, tensors, where = _of_tensors(function, args)
-    outputs, pull = torch.func.vjp(pure, *tensors)[:2]
-    grads: list[Tensor | None] = [None] * len(args)
-    found = pull(
-        tuple(torch.zeros_like(y) if c is None else c for y, c in zip(outputs, cotangents, strict=True))
-    )
-    for i, grad in zip(where, found, strict=True):
-        grads[i] = grad
-    return tuple(grads)
+def reference_gradients(
+    function: type[KernelFunction], names: Names, grads: Args, *args: Any
+) -> tuple[Tensor, ...]:
+    """The gradients of the named arguments by the reference; that of an argument of None is empty."""
+    each = dict(zip(function.Arguments._fields, vjp(function.reference, args, grads), strict=False))
+    like = next(g for g in grads if g is not None)
+    found = (each[name] for name in names)
+    return tuple(like.new_empty(0) if x is None else x for x in found)
 
 
-def jvp(function: Callable[..., tuple[Tensor, ...]], args: Args, tangents: Args) -> tuple[Tensor, ...]:
-    """Tangents of plain PyTorch code; a tangent of None is zero.
-
-    J t is the gradient of <J^T c, t> in c, for any c: two reverse passes, because forward-mode levels do not
-    nest.
-    """
-    pure, tensors, where = _of_tensors(function, args)
-    given = (tangents[i] for i in where)
-    directions = tuple(torch.zeros_like(x) if t is None else t for x, t in zip(tensors, given, strict=True))
-    cotangents = tuple(torch.zeros_like(y) for y in pure(*tensors))
-    pull = torch.func.vjp(lambda *c: torch.func.vjp(pure, *tensors)[1](c), *cotangents)[1]
-    return pull(directions)
+def _merged(ctx: Any, saved: Any) -> Args:
+    """The inputs again: the saved tensors, and what is not a tensor."""
+    return tuple(s if t else x for s, t, x in zip(saved, ctx.is_tensor, ctx.inputs, strict=True))
 
 
-def in_float32(
-    function: Callable[..., tuple[Tensor, ...]], like: int = 0, wide: tuple[int, ...] = ()
-) -> Callable[..., tuple[Tensor, ...]]:
-    """Let plain PyTorch code compute 16-bit inputs in float32, in spite of autocast, and round once: to the
-    dtype of argument `like`, but for the outputs `wide`.
-    """
-
-    @functools.wraps(function)
-    def wrapper(*args: Any) -> tuple[Tensor, ...]:
-        with torch.autocast(args[like].device.type, enabled=False):
-            found = function(*map(_widen, args))
-            return tuple(y if i in wide else y.to(args[like].dtype) for i, y in enumerate(found))
-
-    return wrapper
-
-
-def _of_tensors(
-    function: Callable[..., Any], args: Args
-) -> tuple[Callable[..., Any], tuple[Tensor, ...], list[int]]:
-    """`function` as one of its floating tensors alone, these tensors, and their positions."""
-    where = [i for i, x in enumerate(args) if isinstance(x, Tensor) and x.is_floating_point()]
-
-    def pure(*tensors: Tensor) -> Any:
-        full = list(args)
-        for i, x in zip(where, tensors, strict=True):
-            full[i] = x
-        return function(*full)
-
-    return pure, tuple(args[i] for i in where), where
-
-
-def _widen(x: Any) -> Any:
-    return x.float() if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) else x
+def _spread(ctx: Any, tensors: list[Tensor]) -> list[Tensor | None]:
+    each = iter(tensors)
+    return [next(each) if t else None for t in ctx.is_tensor]
 
 
 def _tuple(output: Outputs) -> tuple[Tensor, ...]:
@@ -314,8 +443,6 @@ def _unmapped_rows(x: Tensor, dim: int | None) -> int | None:
     return shape[0] if len(shape) >= 2 else None
 
 
-def _fold(x: Any, dim: int | None, size: int) -> Any:
+def _fold(x: Tensor, dim: int | None, size: int) -> Tensor:
     """Merge the mapped dimension (or `size` copies) into dimension 0."""
-    if not isinstance(x, Tensor):
-        return x
     return (x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)

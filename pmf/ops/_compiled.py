@@ -4,15 +4,15 @@ from typing import Any
 
 import torch
 
-from ._autograd import functions
+from . import _autograd
 
 __all__ = ["apply", "in_func_jvp", "in_transform"]
 
 
 @torch.compiler.allow_in_graph
-def apply(name: str, *args: Any) -> Any:
+def apply(name: str, by_kernel: bool, *args: Any) -> Any:
     """The eager path itself, as one node of the graph."""
-    return functions[name].apply(*args)
+    return _autograd.apply(name, by_kernel, *args)
 
 
 # Looked up while tracing, where the transforms that will be compiled in are active.

@@ -1,7 +1,7 @@
 """Scaled dot-product attention, with its tangent, in memory linear in the sequence length."""
 
 import functools
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,8 +9,19 @@ from torch import Tensor
 from pmf import _library, reference
 from pmf.reference.attention import Window, same_sequence
 
-from ._autograd import KernelFunction, call, in_float32, register, vjp
+from ._autograd import (
+    Gradients,
+    JvpFunction,
+    KernelFunction,
+    call,
+    detached,
+    pick,
+    plain,
+    reference_gradients,
+    register,
+)
 from ._inputs import autocast_matmul, check_tangents, is_differentiable
+from ._plain import in_float32
 from ._subclasses import kind_of, operation
 
 __all__ = ["attention", "attention_jvp"]
@@ -77,11 +88,9 @@ def attention(
     query, key, value = autocast_matmul(query, key, value)
     left, right = sides("attention", window)
     plan = _plan(query, key, value, attn_mask, scale, enable_gqa)
-    args = (*plan.fold(query, key, value), plan.mask, is_causal, plan.scale, left, right, None, None)
-    if is_differentiable(attn_mask) or lacks_kernel(query, left, right, return_lse):
-        out, lse = _Attention.reference(*args)
-    else:
-        out, lse = call("attention", *args)
+    args = (*plan.fold(query, key, value), *Options(plan.mask, is_causal, plan.scale, left, right))
+    by_reference = is_differentiable(attn_mask) or lacks_kernel(query, left, right, return_lse)
+    out, lse = (plain if by_reference else call)("attention", *args)
     out = out.reshape(plan.out_shape)
     return (out, lse.reshape(plan.out_shape[:-1])) if return_lse else out
 
@@ -152,19 +161,10 @@ def attention_jvp(
             "[B, H, N, D] of one batch size"
         )
     tangents = (query_t, key_t, value_t) if fewer else plan.fold(query_t, key_t, value_t)
-    options = plan.mask, is_causal, plan.scale, left, right, None, None
-    args = (*plan.fold(query, key, value), *tangents, *options)
-    if is_differentiable(attn_mask) or lacks_kernel(query, left, right, return_lse):
-        if fewer:
-            out, lse = _Attention.reference(*args[:3], *options)
-            q, k, v, mask = (x if x is None else x[:count] for x in (*args[:3], plan.mask))
-            _, _, out_t, lse_t = _AttentionJvp.reference(q, k, v, *args[3:6], mask, *options[1:])
-        else:
-            out, lse, out_t, lse_t = _AttentionJvp.reference(*args)
-        if detach_tangent:
-            out_t, lse_t = out_t.detach(), lse_t.detach()
-    else:
-        out, lse, out_t, lse_t = call("attention_jvp_detached" if detach_tangent else "attention_jvp", *args)
+    args = (*plan.fold(query, key, value), *tangents, *Options(plan.mask, is_causal, plan.scale, left, right))
+    by_reference = is_differentiable(attn_mask) or lacks_kernel(query, left, right, return_lse)
+    name = "attention_jvp_detached" if detach_tangent else "attention_jvp"
+    out, lse, out_t, lse_t = (plain if by_reference else call)(name, *args)
     out = out.reshape(plan.out_shape)
     out_t = out_t if fewer else out_t.reshape(plan.out_shape)
     if not return_lse:
@@ -312,6 +312,35 @@ def _four(x: Tensor) -> Tensor:
     return x[(None,) * (4 - x.dim())]
 
 
+class Options(NamedTuple):
+    """What a kernel takes beside its tensors; with offsets they hold packed sequences, and the batch is 1."""
+
+    mask: Tensor | None
+    is_causal: bool
+    scale: float
+    window_left: int | None
+    window_right: int | None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+
+    def plain(self, query: Tensor, key: Tensor) -> dict[str, Any]:
+        """The reference's options, to which sequences are a mask."""
+        window: Window = (self.window_left, self.window_right)
+        mask, is_causal = self.mask, self.is_causal
+        if self.cu_seqlens_q is not None and self.cu_seqlens_k is not None:
+            rows = query.shape[2], key.shape[2]
+            mask = same_sequence(self.cu_seqlens_q, self.cu_seqlens_k, *rows, is_causal, window)
+            is_causal, window = False, (None, None)
+        return {
+            "attn_mask": mask,
+            "is_causal": is_causal,
+            "scale": self.scale,
+            "window": window,
+            "enable_gqa": True,
+            "return_lse": True,
+        }
+
+
 class _Kernel(KernelFunction):
     """Beside its arguments a raw op takes whether float32 products may be TF32, on CUDA.
 
@@ -325,182 +354,180 @@ class _Kernel(KernelFunction):
 
 
 class _Attention(_Kernel):
-    """(query, key, value, mask, is_causal, scale, window_left, window_right, cu_seqlens_q, cu_seqlens_k)
-    -> (O, lse), all four-dimensional; with offsets the batch is 1.
-    """
-
     op = "attention_forward"
-    residuals: ClassVar[tuple[int, ...]] = (1,)
-    samples: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
-    by_reference: ClassVar[tuple[int, ...]] = (3,)
-    arity: ClassVar[int] = 10
+    outputs = ("out", "lse")
+    residuals = ("lse",)
+    samples = ("query", "key", "value", "mask")
+    by_reference = ("mask",)
 
     @classmethod
     def shares_the_rest(cls, args: Any) -> bool:
-        return args[cls.arity - 1] is None  # offsets are of one batch
+        return args.cu_seqlens_k is None  # offsets are of one batch
 
     @staticmethod
-    def reference(*args: Any) -> tuple[Tensor, ...]:
-        return _plain_attention(*args)
+    @functools.partial(in_float32, wide=(1,))
+    def reference(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        is_causal: bool,
+        scale: float,
+        window_left: int | None = None,
+        window_right: int | None = None,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        allow_tf32: bool | None = None,
+    ) -> tuple[Tensor, ...]:
+        options = Options(mask, is_causal, scale, window_left, window_right, cu_seqlens_q, cu_seqlens_k)
+        return reference.attention(query, key, value, **options.plain(query, key))
+
+    @staticmethod
+    def fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        return _ordered_as(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=_wide(query))
 
     @classmethod
     def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
-        query, value = args[0], args[2]
-        grad = query.new_zeros((*query.shape[:3], value.shape[3])) if grads[0] is None else grads[0]
-        rest = *args[3:10], grads[1], *args[10:]
-        found = _AttentionBackward.apply(grad, *args[:3], *residuals, *rest)
-        return (*found, *(None,) * len(args[3:]))
+        query, key, value = args[:3]
+        grad = query.new_zeros((*query.shape[:3], value.shape[3])) if grads.out is None else grads.out
+        options = *pick(Options, args), grads.lse, *_tf32(args)
+        return _AttentionBackward.by_name(grad, query, key, value, residuals.lse, *options)
 
     @classmethod
     def tangent(cls, args: Any, tangents: Any) -> Any:
-        query, value = args[0], args[2]
+        query, key, value = args[:3]
         if all(t is None for t in tangents[:3]):
-            lse_t = query.new_zeros(query.shape[:3], dtype=_statistics_dtype(query))
+            lse_t = query.new_zeros(query.shape[:3], dtype=_wide(query))
             return query.new_zeros((*query.shape[:3], value.shape[3])), lse_t
-        return call("attention_jvp", *args[:3], *tangents[:3], *args[3:])[2:]
+        options = *pick(Options, args), *_tf32(args)
+        return call("attention_jvp", query, key, value, *tangents[:3], *options)[2:]
 
 
-@functools.partial(in_float32, wide=(1,))
-def _plain_attention(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    mask, is_causal, scale, window = _plain_options(query, key, *options)
-    return reference.attention(
-        query, key, value, mask, is_causal, scale=scale, enable_gqa=True, window=window, return_lse=True
-    )
-
-
-@functools.partial(in_float32, wide=(1, 3))
-def _plain_attention_jvp(*args: Any) -> tuple[Tensor, ...]:
-    mask, is_causal, scale, window = _plain_options(args[0], args[1], *args[6:])
-    q, k, v, q_t, k_t, v_t = args[:6]
-    out, out_t, lse, lse_t = reference.attention_jvp(
-        q, k, v, q_t, k_t, v_t, mask, is_causal, scale=scale, enable_gqa=True, window=window, return_lse=True
-    )
-    return out, lse, out_t, lse_t
-
-
-def _plain_options(
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    left: int | None = None,
-    right: int | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    *_: bool,
-) -> tuple[Tensor | None, bool, float, Window]:
-    """Mask, is_causal, scale and window of the reference, to which sequences are a mask."""
-    if cu_seqlens_q is None or cu_seqlens_k is None:
-        return mask, is_causal, scale, (left, right)
-    rows = query.shape[2], key.shape[2]
-    seen = same_sequence(cu_seqlens_q, cu_seqlens_k, *rows, is_causal, (left, right))
-    return seen, False, scale, (None, None)
-
-
-class _AttentionBackward(_Kernel):
+class _AttentionBackward(_Kernel, Gradients):
+    of = _Attention
     op = "attention_backward"
+    outputs = ("query", "key", "value")
 
     @staticmethod
     def reference(
-        grad: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, *rest: Any
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        lse: Tensor,
+        mask: Tensor | None,
+        is_causal: bool,
+        scale: float,
+        window_left: int | None = None,
+        window_right: int | None = None,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        grad_lse: Tensor | None = None,
+        allow_tf32: bool | None = None,
     ) -> tuple[Tensor, ...]:
-        return vjp(_Attention.reference, (query, key, value, *rest[:7]), (grad, rest[7]))[:3]
+        options = Options(mask, is_causal, scale, window_left, window_right, cu_seqlens_q, cu_seqlens_k)
+        args = query, key, value, *options
+        return reference_gradients(_Attention, _AttentionBackward.outputs, (grad, grad_lse), *args)
+
+    @classmethod
+    def fake(cls, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        return tuple(_ordered_as(x) for x in (query, key, value))
 
 
-class _AttentionJvp(_Kernel):
-    """(query, key, value, their tangents or None, and the options of _Attention) -> (O, lse, tO, lse_t)."""
-
+class _AttentionJvp(_Kernel, JvpFunction):
+    value = _Attention
     op = "attention_jvp_forward"
-    residuals: ClassVar[tuple[int, ...]] = (1,)
-    samples: ClassVar[tuple[int, ...]] = (0, 1, 2, 3, 4, 5, 6)
-    by_reference: ClassVar[tuple[int, ...]] = (6,)
-    arity: ClassVar[int] = 13
+    outputs = ("out", "lse", "out_t", "lse_t")
+    residuals = ("lse",)
+    samples = ("query", "key", "value", "query_t", "key_t", "value_t", "mask")
+    by_reference = ("mask",)
 
     @classmethod
     def shares_the_rest(cls, args: Any) -> bool:
-        return args[cls.arity - 1] is None
+        return args.cu_seqlens_k is None
 
     @staticmethod
-    def reference(*args: Any) -> tuple[Tensor, ...]:
-        return _plain_attention_jvp(*args)
+    @functools.partial(in_float32, wide=(1, 3))
+    def reference(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        query_t: Tensor | None,
+        key_t: Tensor | None,
+        value_t: Tensor | None,
+        mask: Tensor | None,
+        is_causal: bool,
+        scale: float,
+        window_left: int | None = None,
+        window_right: int | None = None,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        allow_tf32: bool | None = None,
+    ) -> tuple[Tensor, ...]:
+        options = Options(mask, is_causal, scale, window_left, window_right, cu_seqlens_q, cu_seqlens_k)
+        tensors = query, key, value, query_t, key_t, value_t
+        out, out_t, lse, lse_t = reference.attention_jvp(*tensors, **options.plain(query, key))
+        return out, lse, out_t, lse_t
+
+    @staticmethod
+    def fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        count = next((t.shape[0] for t in rest[:3] if t is not None), query.shape[0])
+        return *_Attention.fake(query, key, value), *_Attention.fake(query[:count], key, value)
 
     @classmethod
     def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
-        grad, grad_lse, grad_t, grad_lse_t = grads
-        if grad_t is None and grad_lse_t is None:
-            return _AttentionJvpDetached.gradient(grads, args, residuals, needed)
+        query, _, value, *_ = tensors = args[:6]
+        grad_t = grads.out_t
         if grad_t is None:
-            grad_t = args[0].new_zeros((*args[0].shape[:3], args[2].shape[3]))
-        rest = *args[6:13], grad_lse, grad_lse_t, *args[13:]
-        found = _AttentionJvpBackward.apply(grad, grad_t, *args[:6], *residuals, *rest)
-        return (*found, *(None,) * len(args[6:]))
+            grad_t = query.new_zeros((*query.shape[:3], value.shape[3]))
+        options = *pick(Options, args), grads.lse, grads.lse_t, *_tf32(args)
+        return _AttentionJvpBackward.by_name(grads.out, grad_t, *tensors, residuals.lse, *options)
 
 
-class _AttentionJvpBackward(_Kernel):
+class _AttentionJvpBackward(_Kernel, Gradients):
+    of = _AttentionJvp
     op = "attention_jvp_backward"
+    outputs = ("query", "key", "value", "query_t", "key_t", "value_t")
 
     @staticmethod
-    def reference(grad: Tensor | None, grad_t: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        cotangents = grad, args[14], grad_t, args[15]
-        found = vjp(_AttentionJvp.reference, (*args[:6], *args[7:14]), cotangents)[:6]
-        return tuple(grad_t.new_empty(0) if x is None else x for x in found)
-
-
-class _AttentionJvpDetached(_AttentionJvp):
-    constants = 2
-    unsaved: ClassVar[tuple[int, ...]] = (3, 4, 5)
-
-    @staticmethod
-    def reference(*args: Any) -> tuple[Tensor, ...]:
-        return _AttentionJvp.reference(*args)[:2]
+    def reference(
+        grad: Tensor | None,
+        grad_t: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        query_t: Tensor | None,
+        key_t: Tensor | None,
+        value_t: Tensor | None,
+        lse: Tensor,
+        mask: Tensor | None,
+        is_causal: bool,
+        scale: float,
+        window_left: int | None = None,
+        window_right: int | None = None,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        grad_lse: Tensor | None = None,
+        grad_lse_t: Tensor | None = None,
+        allow_tf32: bool | None = None,
+    ) -> tuple[Tensor, ...]:
+        options = Options(mask, is_causal, scale, window_left, window_right, cu_seqlens_q, cu_seqlens_k)
+        args = query, key, value, query_t, key_t, value_t, *options
+        grads = grad, grad_lse, grad_t, grad_lse_t
+        return reference_gradients(_AttentionJvp, _AttentionJvpBackward.outputs, grads, *args)
 
     @classmethod
-    def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
-        query, key, value, *rest = _Attention.gradient(grads[:2], (*args[:3], *args[6:]), residuals, needed)
-        return query, key, value, None, None, None, *rest
-
-    @classmethod
-    def tangent(cls, args: Any, tangents: Any) -> Any:
-        return _Attention.tangent((*args[:3], *args[6:]), tangents[:3])
+    def fake(cls, grad: Tensor | None, grad_t: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        return tuple(grad_t.new_empty(0) if x is None else _ordered_as(x) for x in args[:6])
 
 
-def _statistics_dtype(query: Tensor) -> torch.dtype:
+def _tf32(args: Any) -> tuple[bool, ...]:
+    """The setting of a raw op that is differentiated by itself."""
+    return () if args.allow_tf32 is None else (args.allow_tf32,)
+
+
+def _wide(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
-
-
-def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return _out_like(query, value), query.new_empty(query.shape[:3], dtype=_statistics_dtype(query))
-
-
-def _fake_jvp(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_t: Tensor | None,
-    key_t: Tensor | None,
-    value_t: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    out, lse = _fake(query, key, value)
-    count = next((t.shape[0] for t in (query_t, key_t, value_t) if t is not None), query.shape[0])
-    return out, lse, *_fake(query[:count], key, value)
-
-
-def _fake_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return tuple(_ordered_as(x) for x in (query, key, value))
-
-
-def _fake_jvp_backward(
-    grad: Tensor | None, grad_t: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    absent = query.new_empty(0)
-    tangents = (absent.clone() if t is None else _ordered_as(t) for t in rest[:3])
-    return (*(_ordered_as(x) for x in (query, key, value)), *tangents)
-
-
-def _out_like(query: Tensor, value: Tensor) -> Tensor:
-    return _ordered_as(query, value.shape[3])
 
 
 def _ordered_as(x: Tensor, width: int | None = None) -> Tensor:
@@ -512,8 +539,8 @@ def _ordered_as(x: Tensor, width: int | None = None) -> Tensor:
     return x.new_empty((batch, heads, tokens, width))
 
 
-register("attention", _Attention, _fake)
-register("attention_backward", _AttentionBackward, _fake_backward)
-register("attention_jvp", _AttentionJvp, _fake_jvp)
-register("attention_jvp_backward", _AttentionJvpBackward, _fake_jvp_backward)
-register("attention_jvp_detached", _AttentionJvpDetached)
+register("attention", _Attention)
+register("attention_backward", _AttentionBackward)
+register("attention_jvp", _AttentionJvp)
+register("attention_jvp_backward", _AttentionJvpBackward)
+register("attention_jvp_detached", detached(_AttentionJvp))

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._autograd import call
+from ._autograd import call, plain
 from ._inputs import autocast_matmul, check_tangents
 from ._subclasses import operation
-from .attention import MAX_WIDTH, Window, _Attention, _AttentionJvp, lacks_kernel, sides
+from .attention import MAX_WIDTH, Options, Window, lacks_kernel, sides
 
 __all__ = ["attention_varlen", "attention_varlen_jvp"]
 
@@ -45,10 +45,7 @@ def attention_varlen(
     query, key, value = autocast_matmul(query, key, value)
     options = _options(query, key, value, cu_seqlens_q, cu_seqlens_k, is_causal, scale, enable_gqa, window)
     args = (*map(_four, (query, key, value)), *options)
-    if lacks_kernel(query, 0):  # as windows
-        out, lse = _Attention.reference(*args)
-    else:
-        out, lse = call("attention", *args)
+    out, lse = (plain if lacks_kernel(query, 0) else call)("attention", *args)  # as windows
     return (_packed(out), lse[0]) if return_lse else _packed(out)
 
 
@@ -89,12 +86,8 @@ def attention_varlen_jvp(
     if check_tangents("attention_varlen_jvp", pairs, detach_tangent) is None:
         query_t = query.new_zeros(()).expand(query.shape)
     args = (*(None if x is None else _four(x) for x in (*given[:3], query_t, key_t, value_t)), *options)
-    if lacks_kernel(query, 0):  # as windows
-        out, lse, out_t, lse_t = _AttentionJvp.reference(*args)
-        if detach_tangent:
-            out_t, lse_t = out_t.detach(), lse_t.detach()
-    else:
-        out, lse, out_t, lse_t = call("attention_jvp_detached" if detach_tangent else "attention_jvp", *args)
+    name = "attention_jvp_detached" if detach_tangent else "attention_jvp"
+    out, lse, out_t, lse_t = (plain if lacks_kernel(query, 0) else call)(name, *args)  # as windows
     found = _packed(out), _packed(out_t)
     return (*found, lse[0], lse_t[0]) if return_lse else found
 
@@ -118,8 +111,8 @@ def _options(
     scale: float | None,
     enable_gqa: bool,
     window: Any,
-) -> tuple[Any, ...]:
-    """What `_Attention` takes behind its tensors, after every check that needs no values."""
+) -> Options:
+    """The options, after every check that needs no values."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() != 3 or not 1 <= x.shape[2] <= MAX_WIDTH:
             raise ValueError(
@@ -158,4 +151,4 @@ def _options(
         )
     left, right = sides("attention_varlen", window)
     c = query.shape[2] ** -0.5 if scale is None else float(scale)
-    return None, is_causal, c, left, right, cu_seqlens_q, cu_seqlens_k
+    return Options(None, is_causal, c, left, right, cu_seqlens_q, cu_seqlens_k)

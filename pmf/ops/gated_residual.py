@@ -1,14 +1,23 @@
 """A residual branch behind a learned gate: y = x + gate branch."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pmf import reference
 
-from ._autograd import KernelFunction, call, in_float32, register, vjp
+from ._autograd import (
+    Gradients,
+    JvpFunction,
+    KernelFunction,
+    call,
+    detached,
+    reference_gradients,
+    register,
+)
 from ._inputs import autocast_widest, check_tangents, zeros
+from ._plain import in_float32
 from ._subclasses import operation
 
 __all__ = ["gated_residual", "gated_residual_jvp"]
@@ -79,60 +88,82 @@ def gated_residual_jvp(
 
 class _GatedResidual(KernelFunction):
     op = "gated_residual"
-    unsaved: ClassVar[tuple[int, ...]] = (0,)
-    samples: ClassVar[tuple[int, ...]] = (0, 1)
-
-    @classmethod
-    def shares_the_rest(cls, args: Any) -> bool:
-        return args[2].dim() == 1
+    unsaved = ("x",)
+    samples = ("x", "branch")
 
     @staticmethod
     @in_float32
     def reference(x: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
         return (reference.gated_residual(x, branch, gate),)
 
+    @staticmethod
+    def fake(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+    @classmethod
+    def batched(cls, args: Any) -> Any:
+        return cls.samples if args.gate.dim() == 1 else (*cls.samples, "gate")
+
     @classmethod
     def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
-        return (grads[0], *_GatedResidualBackward.apply(grads[0], *args[1:]))
+        return {"x": grads.y, **_GatedResidualBackward.by_name(grads.y, args.branch, args.gate)}
 
     @classmethod
     def tangent(cls, args: Any, tangents: Any) -> Any:
         return (gated_residual_jvp(*args, *tangents)[1],)
 
 
-class _GatedResidualBackward(KernelFunction):
+class _GatedResidualBackward(Gradients):
+    of = _GatedResidual
     op = "gated_residual_backward"
+    outputs = ("branch", "gate")
 
     @staticmethod
     def reference(grad: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
-        return vjp(_GatedResidual.reference, (torch.zeros_like(branch), branch, gate), (grad,))[1:]
+        outputs = _GatedResidualBackward.outputs
+        return reference_gradients(_GatedResidual, outputs, (grad,), torch.zeros_like(branch), branch, gate)
+
+    @staticmethod
+    def fake(grad: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
+        return torch.empty_like(branch), gate.new_empty(gate.shape)
 
 
-class _GatedResidualJvp(KernelFunction):
+class _GatedResidualJvp(JvpFunction):
+    value = _GatedResidual
     op = "gated_residual_jvp"
-    unsaved: ClassVar[tuple[int, ...]] = (0, 3)
-    samples: ClassVar[tuple[int, ...]] = (0, 1, 3, 4)
-
-    @classmethod
-    def shares_the_rest(cls, args: Any) -> bool:
-        return args[2].dim() == 1
+    outputs = ("y", "y_t")
+    unsaved = ("x", "x_t")
+    samples = ("x", "branch", "x_t", "branch_t")
 
     @staticmethod
     @in_float32
-    def reference(*args: Tensor | None) -> tuple[Tensor, ...]:
-        return reference.gated_residual_jvp(*args)  # type: ignore[arg-type]
+    def reference(
+        x: Tensor, branch: Tensor, gate: Tensor, x_t: Tensor, branch_t: Tensor, gate_t: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        return reference.gated_residual_jvp(x, branch, gate, x_t, branch_t, gate_t)
+
+    @staticmethod
+    def fake(
+        x: Tensor, branch: Tensor, gate: Tensor, x_t: Tensor, branch_t: Tensor, gate_t: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        return torch.empty_like(x), torch.empty_like(x_t)
+
+    @classmethod
+    def batched(cls, args: Any) -> Any:
+        if args.gate.dim() == 1:
+            return cls.samples
+        return (*cls.samples, "gate") if args.gate_t is None else (*cls.samples, "gate", "gate_t")
 
     @classmethod
     def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
-        if grads[1] is None:
-            return _GatedResidualJvpDetached.gradient(grads, args, residuals, needed)
-        _, branch, gate, _, branch_t, gate_t = args
-        found = _GatedResidualJvpBackward.apply(*grads, branch, gate, branch_t, gate_t)
-        return grads[0], found[0], found[1], grads[1], found[2], found[3]
+        found = _GatedResidualJvpBackward.by_name(*grads, args.branch, args.gate, args.branch_t, args.gate_t)
+        return {"x": grads.y, "x_t": grads.y_t, **found}
 
 
-class _GatedResidualJvpBackward(KernelFunction):
+class _GatedResidualJvpBackward(Gradients):
+    of = _GatedResidualJvp
     op = "gated_residual_jvp_backward"
+    outputs = ("branch", "gate", "branch_t", "gate_t")
 
     @staticmethod
     def reference(
@@ -144,46 +175,25 @@ class _GatedResidualJvpBackward(KernelFunction):
         gate_t: Tensor | None,
     ) -> tuple[Tensor, ...]:
         x, x_t = torch.zeros_like(branch), torch.zeros_like(branch_t)
-        found = vjp(_GatedResidualJvp.reference, (x, branch, gate, x_t, branch_t, gate_t), (grad, grad_t))
-        return tuple(grad_t.new_empty(0) if found[i] is None else found[i] for i in (1, 2, 4, 5))
+        args = x, branch, gate, x_t, branch_t, gate_t
+        outputs = _GatedResidualJvpBackward.outputs
+        return reference_gradients(_GatedResidualJvp, outputs, (grad, grad_t), *args)
+
+    @staticmethod
+    def fake(
+        grad: Tensor | None,
+        grad_t: Tensor,
+        branch: Tensor,
+        gate: Tensor,
+        branch_t: Tensor,
+        gate_t: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        grad_gate_t = gate.new_empty(0 if gate_t is None else gate.shape)
+        return torch.empty_like(branch), gate.new_empty(gate.shape), torch.empty_like(branch_t), grad_gate_t
 
 
-class _GatedResidualJvpDetached(_GatedResidualJvp):
-    constants = 1
-    unsaved: ClassVar[tuple[int, ...]] = (0, 3, 4, 5)
-
-    @classmethod
-    def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
-        return (*_GatedResidual.gradient(grads[:1], args[:3], (), needed), None, None, None)
-
-    @classmethod
-    def tangent(cls, args: Any, tangents: Any) -> Any:
-        return _GatedResidual.tangent(args[:3], tangents[:3])
-
-
-def _fake(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    return torch.empty_like(x)
-
-
-def _fake_jvp(
-    x: Tensor, branch: Tensor, gate: Tensor, x_t: Tensor, branch_t: Tensor, gate_t: Tensor | None
-) -> tuple[Tensor, ...]:
-    return torch.empty_like(x), torch.empty_like(x_t)
-
-
-def _fake_backward(grad: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
-    return torch.empty_like(branch), gate.new_empty(gate.shape)
-
-
-def _fake_jvp_backward(
-    grad: Tensor | None, grad_t: Tensor, branch: Tensor, gate: Tensor, branch_t: Tensor, gate_t: Tensor | None
-) -> tuple[Tensor, ...]:
-    grad_gate_t = gate.new_empty(0 if gate_t is None else gate.shape)
-    return torch.empty_like(branch), gate.new_empty(gate.shape), torch.empty_like(branch_t), grad_gate_t
-
-
-register("gated_residual", _GatedResidual, _fake)
-register("gated_residual_backward", _GatedResidualBackward, _fake_backward)
-register("gated_residual_jvp", _GatedResidualJvp, _fake_jvp)
-register("gated_residual_jvp_backward", _GatedResidualJvpBackward, _fake_jvp_backward)
-register("gated_residual_jvp_detached", _GatedResidualJvpDetached)
+register("gated_residual", _GatedResidual)
+register("gated_residual_backward", _GatedResidualBackward)
+register("gated_residual_jvp", _GatedResidualJvp)
+register("gated_residual_jvp_backward", _GatedResidualJvpBackward)
+register("gated_residual_jvp_detached", detached(_GatedResidualJvp))

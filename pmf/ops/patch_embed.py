@@ -1,15 +1,26 @@
 """Images to tokens through a narrow layer, written behind the prefix tokens in one buffer."""
 
 import functools
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pmf import reference
 
-from ._autograd import KernelFunction, call, in_float32, register, register_fake, vjp
+from ._autograd import (
+    Gradients,
+    JvpFunction,
+    KernelFunction,
+    call,
+    detached,
+    named,
+    reference_gradients,
+    register,
+    register_fake,
+)
 from ._inputs import autocast_matmul, check_tangents, zeros
+from ._plain import in_float32
 from ._subclasses import operation
 
 __all__ = ["patch_embed", "patch_embed_jvp"]
@@ -113,117 +124,137 @@ _in_float32 = functools.partial(in_float32, like=1)  # tokens have the dtype of 
 
 
 class _PatchEmbed(KernelFunction):
-    """(images, weight_down, bias_down, weight_up, bias_up, position, prefix) -> (tokens, hidden)."""
-
     op = "patch_embed"
-    constants = 1
-    residuals: ClassVar[tuple[int, ...]] = (1,)
-    samples: ClassVar[tuple[int, ...]] = (0, 6)
+    outputs = ("tokens", "hidden")
+    constants = ("hidden",)
+    residuals = ("hidden",)
+    samples = ("images", "prefix")
 
     @staticmethod
     @_in_float32
-    def reference(*args: Any) -> tuple[Tensor, ...]:
-        return (reference.patch_embed(*args),)
+    def reference(
+        images: Tensor,
+        weight_down: Tensor,
+        bias_down: Tensor | None,
+        weight_up: Tensor,
+        bias_up: Tensor | None,
+        position: Tensor | None,
+        prefix: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        return (reference.patch_embed(images, weight_down, bias_down, weight_up, bias_up, position, prefix),)
+
+    @classmethod
+    def fake(cls, *args: Any) -> tuple[Tensor, ...]:
+        images, weight_down, _, weight_up, _, _, prefix = args
+        return _tokens(images, weight_down, weight_up, prefix), _hidden(images, weight_down)
 
     @classmethod
     def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
-        return _PatchEmbedBackward.apply(*grads, *residuals, needed[0], *args)
+        return _PatchEmbedBackward.by_name(grads.tokens, residuals.hidden, needed.images, *args)
 
     @classmethod
     def tangent(cls, args: Any, tangents: Any) -> Any:
-        # Of the images and the prefix the op is linear; the weights' tangents come from the reference.
-        images, weight_down, bias_down, weight_up, bias_up, position, prefix = args
-        if any(tangents[i] is not None for i in (1, 2, 3, 4, 5)):
+        # The op is linear in the images and the prefix; the weights' tangents come from the reference.
+        if any(t is not None for t in tangents._replace(images=None, prefix=None)):
             return super().tangent(args, tangents)
-        images_t = torch.zeros_like(images) if tangents[0] is None else tangents[0]
-        prefix_t = torch.zeros_like(prefix) if prefix is not None and tangents[6] is None else tangents[6]
-        return (patch_embed(images_t, weight_down, None, weight_up, None, None, prefix_t),)
+        images, prefix = args.images, args.prefix
+        images_t = torch.zeros_like(images) if tangents.images is None else tangents.images
+        no_prefix_t = prefix is not None and tangents.prefix is None
+        prefix_t = torch.zeros_like(prefix) if no_prefix_t else tangents.prefix
+        return (patch_embed(images_t, args.weight_down, None, args.weight_up, None, None, prefix_t),)
 
 
-class _PatchEmbedBackward(KernelFunction):
-    """(grad, hidden, images_need_grad, *_PatchEmbed's arguments) -> their gradients; that of None is empty.
+class _PatchEmbedBackward(Gradients):
+    """(grad, hidden, whether images need theirs, arguments) -> gradients; that of None is empty.
 
     It takes more than the kernel does (the biases), because a second derivative runs through hidden to all of
     them.
     """
 
+    of = _PatchEmbed
+    outputs = _PatchEmbed.Arguments._fields
+    Arguments = named("grad", "hidden", "need", *outputs)
+
     @classmethod
     def forward(cls, grad: Tensor, hidden: Tensor, need: bool, *args: Any) -> tuple[Tensor, ...]:
-        images, weight_down, _, weight_up, _, position, prefix = args
-        found = torch.ops.pmf.patch_embed_backward(grad, images, weight_down, weight_up, hidden, need)
-        return *found[:5], _last_rows(found[5], position), _first_tokens(grad, prefix)
+        w = _PatchEmbed.Arguments(*args)
+        images, *weights, position = torch.ops.pmf.patch_embed_backward(
+            grad, w.images, w.weight_down, w.weight_up, hidden, need
+        )
+        return images, *weights, _last_rows(position, w.position), _first_tokens(grad, w.prefix)
 
     @staticmethod
     def reference(grad: Tensor, hidden: Tensor, need: bool, *args: Any) -> tuple[Tensor, ...]:
-        images_grad, *found = vjp(_PatchEmbed.reference, args, (grad,))
-        return tuple(grad.new_empty(0) if x is None else x for x in (images_grad if need else None, *found))
+        images, *rest = reference_gradients(_PatchEmbed, _PatchEmbedBackward.outputs, (grad,), *args)
+        return images if need else grad.new_empty(0), *rest
 
 
-class _PatchEmbedJvp(KernelFunction):
-    """(*_PatchEmbed's arguments, images_t, prefix_t) -> (tokens, tokens_t, hidden, hidden_t)."""
-
+class _PatchEmbedJvp(JvpFunction):
+    value = _PatchEmbed
     op = "patch_embed_jvp"
-    constants = 2
-    residuals: ClassVar[tuple[int, ...]] = (2, 3)
-    samples: ClassVar[tuple[int, ...]] = (0, 6, 7, 8)
+    outputs = ("tokens", "tokens_t", "hidden", "hidden_t")
+    constants = ("hidden", "hidden_t")
+    residuals = ("hidden", "hidden_t")
+    samples = ("images", "prefix", "images_t", "prefix_t")
 
     @staticmethod
     @_in_float32
-    def reference(*args: Any) -> tuple[Tensor, ...]:
-        return reference.patch_embed_jvp(*args)
+    def reference(
+        images: Tensor,
+        weight_down: Tensor,
+        bias_down: Tensor | None,
+        weight_up: Tensor,
+        bias_up: Tensor | None,
+        position: Tensor | None,
+        prefix: Tensor | None,
+        images_t: Tensor,
+        prefix_t: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        weights = weight_down, bias_down, weight_up, bias_up, position
+        return reference.patch_embed_jvp(images, *weights, prefix, images_t, prefix_t)
+
+    @classmethod
+    def fake(cls, *args: Any) -> tuple[Tensor, ...]:
+        *value, images_t, _ = args
+        tokens, hidden = _PatchEmbed.fake(*value)
+        count = images_t.shape[0]
+        return tokens, tokens[:count].clone(), hidden, hidden[:count].clone()
 
     @classmethod
     def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
-        if grads[1] is None:
-            return _PatchEmbedJvpDetached.gradient(grads, args, residuals[:1], needed)
-        return _PatchEmbedJvpBackward.apply(*grads, *residuals, needed[0] or needed[7], *args)
+        return _PatchEmbedJvpBackward.by_name(*grads, *residuals, needed.images or needed.images_t, *args)
 
 
-class _PatchEmbedJvpBackward(KernelFunction):
-    """(grad, grad_t, hidden, hidden_t, images_need_grad, *_PatchEmbedJvp's arguments) -> their gradients."""
+class _PatchEmbedJvpBackward(Gradients):
+    """As `_PatchEmbedBackward`, with whether images or their tangents need theirs."""
+
+    of = _PatchEmbedJvp
+    outputs = _PatchEmbedJvp.Arguments._fields
+    Arguments = named("grad", "grad_t", "hidden", "hidden_t", "need", *outputs)
 
     @classmethod
     def forward(
         cls, grad: Tensor | None, grad_t: Tensor, hidden: Tensor, hidden_t: Tensor, need: bool, *args: Any
     ) -> tuple[Tensor, ...]:
-        images, weight_down, _, weight_up, _, position, prefix, images_t, prefix_t = args
-        found = torch.ops.pmf.patch_embed_jvp_backward(
-            grad, grad_t, images, images_t, weight_down, weight_up, hidden, hidden_t, need
+        w = _PatchEmbedJvp.Arguments(*args)
+        images, images_t, *weights, position = torch.ops.pmf.patch_embed_jvp_backward(
+            grad, grad_t, w.images, w.images_t, w.weight_down, w.weight_up, hidden, hidden_t, need
         )
-        images_grad, images_t_grad, *weights, position_grad = found
-        prefix_grad = _first_tokens(zeros(grad_t) if grad is None else grad, prefix)
-        position_grad = _last_rows(position_grad, position)
-        return (
-            images_grad,
-            *weights,
-            position_grad,
-            prefix_grad,
-            images_t_grad,
-            _first_tokens(grad_t, prefix_t),
-        )
+        prefix = _first_tokens(zeros(grad_t) if grad is None else grad, w.prefix)
+        position = _last_rows(position, w.position)
+        return images, *weights, position, prefix, images_t, _first_tokens(grad_t, w.prefix_t)
 
     @staticmethod
     def reference(
         grad: Tensor | None, grad_t: Tensor, hidden: Any, hidden_t: Any, need: bool, *args: Any
-    ) -> Any:
-        found = list(vjp(_PatchEmbedJvp.reference, args, (grad, grad_t)))
+    ) -> tuple[Tensor, ...]:
+        names = _PatchEmbedJvpBackward.outputs
+        found = dict(
+            zip(names, reference_gradients(_PatchEmbedJvp, names, (grad, grad_t), *args), strict=True)
+        )
         if not need:
-            found[0] = found[7] = None
-        return tuple(grad_t.new_empty(0) if x is None else x for x in found)
-
-
-class _PatchEmbedJvpDetached(_PatchEmbedJvp):
-    constants = 3
-    residuals: ClassVar[tuple[int, ...]] = (2,)
-    unsaved: ClassVar[tuple[int, ...]] = (7, 8)
-
-    @classmethod
-    def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
-        return *_PatchEmbed.gradient(grads[:1], args[:7], residuals, needed), None, None
-
-    @classmethod
-    def tangent(cls, args: Any, tangents: Any) -> Any:
-        return _PatchEmbed.tangent(args[:7], tangents[:7])
+            found["images"], found["images_t"] = grad_t.new_empty(0), grad_t.new_empty(0)
+        return tuple(found.values())
 
 
 def _last_rows(grad: Tensor, position: Tensor | None) -> Tensor:
@@ -234,18 +265,6 @@ def _last_rows(grad: Tensor, position: Tensor | None) -> Tensor:
 def _first_tokens(grad: Tensor, prefix: Tensor | None) -> Tensor:
     """The gradient of prefix [B, P, D] among that of all tokens; a tensor of its own."""
     return grad.new_empty(0) if prefix is None else grad[:, : prefix.shape[1]].clone()
-
-
-def _fake(images: Tensor, weight_down: Tensor, _: Any, weight_up: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return _tokens(images, weight_down, weight_up, rest[2]), _hidden(images, weight_down)
-
-
-def _fake_jvp(
-    images: Tensor, weight_down: Tensor, _: Any, weight_up: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    prefix, images_t = rest[2], rest[3]
-    tokens, hidden = _tokens(images, weight_down, weight_up, prefix), _hidden(images, weight_down)
-    return tokens, tokens[: images_t.shape[0]].clone(), hidden, hidden[: images_t.shape[0]].clone()
 
 
 def _fake_backward(
@@ -295,8 +314,8 @@ def _weight_grads(grad: Tensor, weight_down: Tensor, weight_up: Tensor) -> tuple
     return tuple(weight_up.new_empty(shape) for shape in shapes)
 
 
-register("patch_embed", _PatchEmbed, _fake)
-register("patch_embed_jvp", _PatchEmbedJvp, _fake_jvp)
-register("patch_embed_jvp_detached", _PatchEmbedJvpDetached)
+register("patch_embed", _PatchEmbed)
+register("patch_embed_jvp", _PatchEmbedJvp)
+register("patch_embed_jvp_detached", detached(_PatchEmbedJvp))
 register_fake("patch_embed_backward", _fake_backward)
 register_fake("patch_embed_jvp_backward", _fake_jvp_backward)

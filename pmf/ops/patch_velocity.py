@@ -1,14 +1,23 @@
 """The read-out: tokens back to images and at once to a velocity, written without the image in between."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pmf import reference
 
-from ._autograd import KernelFunction, call, in_float32, register, vjp
+from ._autograd import (
+    Gradients,
+    JvpFunction,
+    KernelFunction,
+    call,
+    detached,
+    reference_gradients,
+    register,
+)
 from ._inputs import check_tangents, zeros
+from ._plain import in_float32
 from ._subclasses import operation
 
 __all__ = ["patch_velocity", "patch_velocity_jvp"]
@@ -81,120 +90,96 @@ def _times(t: Tensor, tokens: Tensor) -> Tensor:
     return t.to(torch.float64 if tokens.dtype == torch.float64 else torch.float32)
 
 
+def _as_images(function: Any) -> Any:
+    """A reference of (tokens, images, ...), whose results have the dtype of images."""
+    return in_float32(function, like=1)
+
+
 class _PatchVelocity(KernelFunction):
-    """Backward keeps t alone, but for a gradient of t, which is the reference's."""
+    """Backward keeps t alone, except for a gradient of t, which is the reference's."""
 
     op = "patch_velocity"
-    samples: ClassVar[tuple[int, ...]] = (0, 1, 2)
-    by_reference: ClassVar[tuple[int, ...]] = (2,)
+    unsaved_samples = ("tokens", "images")
+    samples = ("tokens", "images", "t")
+    by_reference = ("t",)
 
     @staticmethod
+    @_as_images
     def reference(tokens: Tensor, images: Tensor, t: Tensor, floor: float) -> tuple[Tensor, ...]:
-        return _as_images(reference.patch_velocity)(tokens, images, t, floor)
+        return (reference.patch_velocity(tokens, images, t, floor),)
 
-    @classmethod
-    def save(cls, ctx: Any, inputs: Any, output: Any) -> None:
-        super().save(ctx, inputs if ctx.needs_input_grad[2] else _without_samples(inputs), output)
+    @staticmethod
+    def fake(tokens: Tensor, images: Tensor, t: Tensor, floor: float) -> Tensor:
+        return images.new_empty(images.shape)
 
     @classmethod
     def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
-        tokens, _, t, floor = args
-        grad = grads[0]
-        grad_tokens = _PatchVelocityBackward.apply(grad, tokens, t, floor) if needed[0] else None
-        grad_images = None
-        if needed[1]:
-            grad_images = (grad / t.clamp(floor, 1.0)[:, None, None, None]).to(grad.dtype)
-        return grad_tokens, grad_images, None, None
+        grad, found = grads.y, {}
+        if needed.tokens:
+            found = _PatchVelocityBackward.by_name(grad, args.tokens, args.t, args.floor)
+        if needed.images:
+            clipped = args.t.clamp(args.floor, 1.0)[:, None, None, None]
+            found["images"] = (grad / clipped).to(grad.dtype)
+        return found
 
     @classmethod
     def tangent(cls, args: Any, tangents: Any) -> Any:
         tokens, images, t, floor = args
-        tokens_t, images_t, t_t = tangents[:3]
+        tokens_t, images_t, t_t, _ = tangents
         return (patch_velocity_jvp(tokens, images, t, tokens_t, images_t, t_t, floor)[1],)
 
 
-class _PatchVelocityBackward(KernelFunction):
+class _PatchVelocityBackward(Gradients):
     """(grad, tokens of no samples, t, floor) -> the gradient of the tokens."""
 
+    of = _PatchVelocity
     op = "patch_velocity_backward"
+    outputs = ("tokens",)
 
     @staticmethod
     def reference(grad: Tensor, tokens: Tensor, t: Tensor, floor: float) -> tuple[Tensor, ...]:
         like = tokens.new_zeros((grad.shape[0], *tokens.shape[1:]))
-        images = torch.zeros_like(grad)
-        found = vjp(_PatchVelocity.reference, (like, images, t, floor), (grad,))[0]
-        return (found,)
+        args = like, torch.zeros_like(grad), t, floor
+        return reference_gradients(_PatchVelocity, _PatchVelocityBackward.outputs, (grad,), *args)
+
+    @classmethod
+    def fake(cls, grad: Tensor, tokens: Tensor, t: Tensor, floor: float) -> Tensor:
+        return tokens.new_empty((grad.shape[0], *tokens.shape[1:]))
 
 
-class _PatchVelocityJvp(KernelFunction):
+class _PatchVelocityJvp(JvpFunction):
+    value = _PatchVelocity
     op = "patch_velocity_jvp"
-    samples: ClassVar[tuple[int, ...]] = (0, 1, 2, 3, 4, 5)
+    outputs = ("y", "y_t")
+    samples = ("tokens", "images", "t", "tokens_t", "images_t", "t_t")
 
     @staticmethod
-    def reference(*args: Any) -> tuple[Tensor, ...]:
-        return _as_images(reference.patch_velocity_jvp)(*args)
-
-
-class _PatchVelocityJvpDetached(_PatchVelocityJvp):
-    constants = 1
-    unsaved: ClassVar[tuple[int, ...]] = (3, 4, 5)
-    by_reference: ClassVar[tuple[int, ...]] = (2,)
+    @_as_images
+    def reference(
+        tokens: Tensor,
+        images: Tensor,
+        t: Tensor,
+        tokens_t: Tensor,
+        images_t: Tensor,
+        t_t: Tensor,
+        floor: float,
+    ) -> tuple[Tensor, ...]:
+        return reference.patch_velocity_jvp(tokens, images, t, tokens_t, images_t, t_t, floor)
 
     @staticmethod
-    def reference(*args: Any) -> tuple[Tensor, ...]:
-        tokens, images, t, *_, floor = args
-        return _PatchVelocity.reference(tokens, images, t, floor)
-
-    @classmethod
-    def save(cls, ctx: Any, inputs: Any, output: Any) -> None:
-        super().save(ctx, inputs if ctx.needs_input_grad[2] else _without_samples(inputs), output)
-
-    @classmethod
-    def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
-        found = _PatchVelocity.gradient(grads[:1], (*args[:3], args[6]), (), needed)
-        return (*found[:3], None, None, None, None)
-
-    @classmethod
-    def tangent(cls, args: Any, tangents: Any) -> Any:
-        return _PatchVelocity.tangent((*args[:3], args[6]), tangents[:3])
+    def fake(
+        tokens: Tensor,
+        images: Tensor,
+        t: Tensor,
+        tokens_t: Tensor,
+        images_t: Tensor,
+        t_t: Tensor,
+        floor: float,
+    ) -> tuple[Tensor, ...]:
+        return images.new_empty(images.shape), images.new_empty(images_t.shape)
 
 
-def _as_images(function: Any) -> Any:
-    """A reference of (tokens, images, ...), whose results have the dtype of images."""
-    return in_float32(lambda *args: _tuple(function(*args)), like=1)
-
-
-def _tuple(x: Any) -> tuple[Tensor, ...]:
-    return (x,) if isinstance(x, Tensor) else x
-
-
-def _without_samples(inputs: Any) -> tuple[Any, ...]:
-    """The inputs with tokens and images of no samples: their dtype and shape remain."""
-    tokens, images, *rest = inputs
-    return *(x.new_empty((0, *x.shape[1:])) for x in (tokens, images)), *rest
-
-
-def _fake(tokens: Tensor, images: Tensor, t: Tensor, floor: float) -> Tensor:
-    return images.new_empty(images.shape)
-
-
-def _fake_jvp(
-    tokens: Tensor,
-    images: Tensor,
-    t: Tensor,
-    tokens_t: Tensor,
-    images_t: Tensor,
-    t_t: Tensor,
-    floor: float,
-) -> tuple[Tensor, ...]:
-    return images.new_empty(images.shape), images.new_empty(images_t.shape)
-
-
-def _fake_backward(grad: Tensor, tokens: Tensor, t: Tensor, floor: float) -> Tensor:
-    return tokens.new_empty((grad.shape[0], *tokens.shape[1:]))
-
-
-register("patch_velocity", _PatchVelocity, _fake)
-register("patch_velocity_backward", _PatchVelocityBackward, _fake_backward)
-register("patch_velocity_jvp", _PatchVelocityJvp, _fake_jvp)
-register("patch_velocity_jvp_detached", _PatchVelocityJvpDetached)
+register("patch_velocity", _PatchVelocity)
+register("patch_velocity_backward", _PatchVelocityBackward)
+register("patch_velocity_jvp", _PatchVelocityJvp)
+register("patch_velocity_jvp_detached", detached(_PatchVelocityJvp))

@@ -1,14 +1,15 @@
 """Root-mean-square normalisation: y = w x / sqrt(mean x^2 + eps)."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pmf import reference
 
-from ._autograd import KernelFunction, call, in_float32, register, vjp
+from ._autograd import Gradients, JvpFunction, KernelFunction, call, detached, register
 from ._inputs import autocast_widest, check_tangents, zeros
+from ._plain import in_float32
 from ._subclasses import operation
 
 __all__ = ["rms_norm", "rms_norm_jvp"]
@@ -71,34 +72,37 @@ def rms_norm_jvp(
 
 class _RmsNorm(KernelFunction):
     op = "rms_norm"
-    samples: ClassVar[tuple[int, ...]] = (0,)
+    samples = ("x",)
 
     @staticmethod
     @in_float32
     def reference(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
         return (reference.rms_norm(x, weight, eps),)
 
+    @staticmethod
+    def fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return torch.empty_like(x)
+
     @classmethod
     def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
-        return (*_RmsNormBackward.apply(*grads, *args), None)
+        return _RmsNormBackward.by_name(grads.y, *args)
 
     @classmethod
     def tangent(cls, args: Any, tangents: Any) -> Any:
-        x, weight, eps = args
-        return (rms_norm_jvp(x, weight, tangents[0], tangents[1], eps)[1],)
+        return (rms_norm_jvp(args.x, args.weight, tangents.x, tangents.weight, args.eps)[1],)
 
 
-class _RmsNormBackward(KernelFunction):
+class _RmsNormBackward(Gradients):
+    of = _RmsNorm
     op = "rms_norm_backward"
-
-    @staticmethod
-    def reference(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        return vjp(_RmsNorm.reference, args, (grad,))[:2]
+    outputs = ("x", "weight")
 
 
-class _RmsNormJvp(KernelFunction):
+class _RmsNormJvp(JvpFunction):
+    value = _RmsNorm
     op = "rms_norm_jvp"
-    samples: ClassVar[tuple[int, ...]] = (0, 2)
+    outputs = ("y", "y_t")
+    samples = ("x", "x_t")
 
     @staticmethod
     @in_float32
@@ -107,65 +111,25 @@ class _RmsNormJvp(KernelFunction):
     ) -> tuple[Tensor, ...]:
         return reference.rms_norm_jvp(x, weight, x_t, weight_t, eps)
 
-    @classmethod
-    def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
-        if grads[1] is None:
-            return _RmsNormJvpDetached.gradient(grads, args, residuals, needed)
-        return (*_RmsNormJvpBackward.apply(*grads, *args), None)
-
-
-class _RmsNormJvpBackward(KernelFunction):
-    op = "rms_norm_jvp_backward"
-
     @staticmethod
-    def reference(grad: Tensor | None, grad_t: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        found = vjp(_RmsNormJvp.reference, args, (grad, grad_t))[:4]
-        return tuple(grad_t.new_empty(0) if x is None else x for x in found)
-
-
-class _RmsNormJvpDetached(_RmsNormJvp):
-    constants = 1
-    unsaved: ClassVar[tuple[int, ...]] = (2, 3)
+    def fake(
+        x: Tensor, weight: Tensor, x_t: Tensor, weight_t: Tensor | None, eps: float
+    ) -> tuple[Tensor, ...]:
+        return torch.empty_like(x), torch.empty_like(x_t)
 
     @classmethod
     def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
-        x, weight = _RmsNormBackward.apply(grads[0], args[0], args[1], args[4])
-        return x, weight, None, None, None
-
-    @classmethod
-    def tangent(cls, args: Any, tangents: Any) -> Any:
-        return _RmsNorm.tangent((args[0], args[1], args[4]), tangents[:2])
+        return _RmsNormJvpBackward.by_name(*grads, *args)
 
 
-def _fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return torch.empty_like(x)
+class _RmsNormJvpBackward(Gradients):
+    of = _RmsNormJvp
+    op = "rms_norm_jvp_backward"
+    outputs = ("x", "weight", "x_t", "weight_t")
 
 
-def _fake_jvp(
-    x: Tensor, weight: Tensor, x_t: Tensor, weight_t: Tensor | None, eps: float
-) -> tuple[Tensor, ...]:
-    return torch.empty_like(x), torch.empty_like(x_t)
-
-
-def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
-    return torch.empty_like(x), weight.new_empty(weight.shape)
-
-
-def _fake_jvp_backward(
-    grad: Tensor | None,
-    grad_t: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    x_t: Tensor,
-    weight_t: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, ...]:
-    grad_weight_t = weight.new_empty(0 if weight_t is None else weight.shape)
-    return torch.empty_like(x), weight.new_empty(weight.shape), torch.empty_like(x_t), grad_weight_t
-
-
-register("rms_norm", _RmsNorm, _fake)
-register("rms_norm_backward", _RmsNormBackward, _fake_backward)
-register("rms_norm_jvp", _RmsNormJvp, _fake_jvp)
-register("rms_norm_jvp_backward", _RmsNormJvpBackward, _fake_jvp_backward)
-register("rms_norm_jvp_detached", _RmsNormJvpDetached)
+register("rms_norm", _RmsNorm)
+register("rms_norm_backward", _RmsNormBackward)
+register("rms_norm_jvp", _RmsNormJvp)
+register("rms_norm_jvp_backward", _RmsNormJvpBackward)
+register("rms_norm_jvp_detached", detached(_RmsNormJvp))

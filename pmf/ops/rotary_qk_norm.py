@@ -1,14 +1,15 @@
 """Per-head RMSNorm of queries and keys, then rotary embedding, in one pass over both."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pmf import reference
 
-from ._autograd import KernelFunction, call, in_float32, register, vjp
+from ._autograd import Gradients, JvpFunction, KernelFunction, call, detached, register
 from ._inputs import autocast_widest, check_tangents, zeros
+from ._plain import in_float32
 from ._subclasses import operation
 
 __all__ = ["rotary_qk_norm", "rotary_qk_norm_jvp"]
@@ -99,133 +100,101 @@ def rotary_qk_norm_jvp(
 
 class _RotaryQkNorm(KernelFunction):
     op = "rotary_qk_norm"
-    samples: ClassVar[tuple[int, ...]] = (0, 1)
-    by_reference: ClassVar[tuple[int, ...]] = (4, 5)
+    outputs = ("query", "key")
+    samples = ("query", "key")
+    by_reference = ("cos", "sin")
 
     @staticmethod
     @in_float32
-    def reference(*args: Any) -> tuple[Tensor, ...]:
-        return reference.rotary_qk_norm(*args)
+    def reference(
+        query: Tensor,
+        key: Tensor,
+        query_weight: Tensor,
+        key_weight: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        eps: float,
+    ) -> tuple[Tensor, ...]:
+        return reference.rotary_qk_norm(query, key, query_weight, key_weight, cos, sin, eps)
+
+    @staticmethod
+    def fake(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        return torch.empty_like(query), torch.empty_like(key)
 
     @classmethod
     def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
-        grads = (zeros(x) if g is None else g for x, g in zip(args, grads, strict=False))
-        return (*_RotaryQkNormBackward.apply(*grads, *args), None, None, None)
+        grad_query = zeros(args.query) if grads.query is None else grads.query
+        grad_key = zeros(args.key) if grads.key is None else grads.key
+        return _RotaryQkNormBackward.by_name(grad_query, grad_key, *args)
 
     @classmethod
     def tangent(cls, args: Any, tangents: Any) -> Any:
         *inputs, eps = args
-        query_t, key_t = (zeros(x) if t is None else t for x, t in zip(args[:2], tangents[:2], strict=True))
-        return call("rotary_qk_norm_jvp", *inputs, query_t, key_t, tangents[2], tangents[3], eps)[2:]
+        query_t = zeros(args.query) if tangents.query is None else tangents.query
+        key_t = zeros(args.key) if tangents.key is None else tangents.key
+        weights_t = tangents.query_weight, tangents.key_weight
+        return call("rotary_qk_norm_jvp", *inputs, query_t, key_t, *weights_t, eps)[2:]
 
 
-class _RotaryQkNormBackward(KernelFunction):
+class _RotaryQkNormBackward(Gradients):
+    of = _RotaryQkNorm
     op = "rotary_qk_norm_backward"
-
-    @staticmethod
-    def reference(grad_query: Tensor, grad_key: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        return vjp(_RotaryQkNorm.reference, args, (grad_query, grad_key))[:4]
+    outputs = ("query", "key", "query_weight", "key_weight")
 
 
-class _RotaryQkNormJvp(KernelFunction):
-    """(query, key, weights, cos, sin, query_t, key_t, weights' tangents or None, eps) -> (q, k, tq, tk)."""
-
+class _RotaryQkNormJvp(JvpFunction):
+    value = _RotaryQkNorm
     op = "rotary_qk_norm_jvp"
-    samples: ClassVar[tuple[int, ...]] = (0, 1, 6, 7)
-    by_reference: ClassVar[tuple[int, ...]] = (4, 5)
+    outputs = ("query", "key", "query_t", "key_t")
+    samples = ("query", "key", "query_t", "key_t")
+    by_reference = ("cos", "sin")
 
     @staticmethod
     @in_float32
-    def reference(*args: Any) -> tuple[Tensor, ...]:
-        query, key, query_weight, key_weight, cos, sin, query_t, key_t, query_weight_t, key_weight_t, eps = (
-            args
-        )
-        outputs = reference.rotary_qk_norm_jvp(
+    def reference(
+        query: Tensor,
+        key: Tensor,
+        query_weight: Tensor,
+        key_weight: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        query_t: Tensor,
+        key_t: Tensor,
+        query_weight_t: Tensor | None,
+        key_weight_t: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, ...]:
+        q, k, q_t, k_t = reference.rotary_qk_norm_jvp(
             query, key, query_weight, key_weight, cos, sin, query_t, key_t, eps
         )
         if query_weight_t is None and key_weight_t is None:
-            return outputs
+            return q, k, q_t, k_t
         # The op is linear in the weights: their tangents in their place give the missing terms.
         none = torch.zeros_like(query_weight)
-        more = reference.rotary_qk_norm(
-            query,
-            key,
-            none if query_weight_t is None else query_weight_t,
-            none if key_weight_t is None else key_weight_t,
-            cos,
-            sin,
-            eps,
-        )
-        return outputs[0], outputs[1], outputs[2] + more[0], outputs[3] + more[1]
+        query_weight_t = none if query_weight_t is None else query_weight_t
+        key_weight_t = none if key_weight_t is None else key_weight_t
+        more = reference.rotary_qk_norm(query, key, query_weight_t, key_weight_t, cos, sin, eps)
+        return q, k, q_t + more[0], k_t + more[1]
+
+    @staticmethod
+    def fake(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(x) for x in (query, key, rest[4], rest[5]))
 
     @classmethod
     def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
-        if grads[2] is None and grads[3] is None:
-            return _RotaryQkNormJvpDetached.gradient(grads, args, residuals, needed)
-        grad_query_t, grad_key_t = (
-            zeros(x) if g is None else g for x, g in zip(args[6:8], grads[2:], strict=True)
-        )
-        found = _RotaryQkNormJvpBackward.apply(*grads[:2], grad_query_t, grad_key_t, *args)
-        return (*found[:4], None, None, *found[4:], None)
+        grad_query_t = zeros(args.query_t) if grads.query_t is None else grads.query_t
+        grad_key_t = zeros(args.key_t) if grads.key_t is None else grads.key_t
+        return _RotaryQkNormJvpBackward.by_name(grads.query, grads.key, grad_query_t, grad_key_t, *args)
 
 
-class _RotaryQkNormJvpBackward(KernelFunction):
+class _RotaryQkNormJvpBackward(Gradients):
+    of = _RotaryQkNormJvp
     op = "rotary_qk_norm_jvp_backward"
-
-    @staticmethod
-    def reference(*args: Any) -> tuple[Tensor, ...]:
-        found = vjp(_RotaryQkNormJvp.reference, args[4:], args[:4])
-        return tuple(args[2].new_empty(0) if found[i] is None else found[i] for i in (0, 1, 2, 3, 6, 7, 8, 9))
+    outputs = (*_RotaryQkNormBackward.outputs, "query_t", "key_t", "query_weight_t", "key_weight_t")
 
 
-class _RotaryQkNormJvpDetached(_RotaryQkNormJvp):
-    constants = 2
-    unsaved: ClassVar[tuple[int, ...]] = (6, 7, 8, 9)
-
-    @staticmethod
-    def reference(*args: Any) -> tuple[Tensor, ...]:
-        return _RotaryQkNormJvp.reference(*args)[:2]
-
-    @classmethod
-    def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
-        found = _RotaryQkNorm.gradient(grads[:2], (*args[:6], args[-1]), (), needed)
-        return (*found[:6], None, None, None, None, None)
-
-    @classmethod
-    def tangent(cls, args: Any, tangents: Any) -> Any:
-        return _RotaryQkNorm.tangent((*args[:6], args[-1]), tangents[:6])
-
-
-def _fake(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return torch.empty_like(query), torch.empty_like(key)
-
-
-def _fake_backward(grad_query: Tensor, grad_key: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    query, key, query_weight, key_weight = args[:4]
-    return torch.empty_like(query), torch.empty_like(key), _vector(query_weight), _vector(key_weight)
-
-
-def _fake_jvp(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(x) for x in (query, key, rest[4], rest[5]))
-
-
-def _fake_jvp_backward(*args: Any) -> tuple[Tensor, ...]:
-    query, key, query_weight, key_weight, _, _, query_t, key_t, query_weight_t, key_weight_t, _ = args[4:]
-    return (
-        *_fake_backward(args[2], args[3], query, key, query_weight, key_weight),
-        torch.empty_like(query_t),
-        torch.empty_like(key_t),
-        query_weight.new_empty(0) if query_weight_t is None else _vector(query_weight),
-        key_weight.new_empty(0) if key_weight_t is None else _vector(key_weight),
-    )
-
-
-def _vector(like: Tensor) -> Tensor:
-    return like.new_empty(like.shape)
-
-
-register("rotary_qk_norm", _RotaryQkNorm, _fake)
-register("rotary_qk_norm_backward", _RotaryQkNormBackward, _fake_backward)
-register("rotary_qk_norm_jvp", _RotaryQkNormJvp, _fake_jvp)
-register("rotary_qk_norm_jvp_backward", _RotaryQkNormJvpBackward, _fake_jvp_backward)
-register("rotary_qk_norm_jvp_detached", _RotaryQkNormJvpDetached)
+register("rotary_qk_norm", _RotaryQkNorm)
+register("rotary_qk_norm_backward", _RotaryQkNormBackward)
+register("rotary_qk_norm_jvp", _RotaryQkNormJvp)
+register("rotary_qk_norm_jvp_backward", _RotaryQkNormJvpBackward)
+register("rotary_qk_norm_jvp_detached", detached(_RotaryQkNormJvp))

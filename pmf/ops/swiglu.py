@@ -1,14 +1,15 @@
 """The SwiGLU gate: y = silu(gate) up."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pmf import reference
 
-from ._autograd import KernelFunction, call, in_float32, register, vjp
+from ._autograd import Gradients, JvpFunction, KernelFunction, call, detached, register
 from ._inputs import autocast_widest, check_tangents, zeros
+from ._plain import in_float32
 from ._subclasses import operation
 
 __all__ = ["swiglu", "swiglu_jvp"]
@@ -61,85 +62,60 @@ def swiglu_jvp(
 
 class _Swiglu(KernelFunction):
     op = "swiglu"
-    samples: ClassVar[tuple[int, ...]] = (0, 1)
+    samples = ("gate", "up")
 
     @staticmethod
     @in_float32
     def reference(gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
         return (reference.swiglu(gate, up),)
 
+    @staticmethod
+    def fake(gate: Tensor, up: Tensor) -> Tensor:
+        return torch.empty_like(gate)
+
     @classmethod
     def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
-        return _SwigluBackward.apply(*grads, *args)
+        return _SwigluBackward.by_name(grads.y, *args)
 
     @classmethod
     def tangent(cls, args: Any, tangents: Any) -> Any:
         return (swiglu_jvp(*args, *tangents)[1],)
 
 
-class _SwigluBackward(KernelFunction):
+class _SwigluBackward(Gradients):
+    of = _Swiglu
     op = "swiglu_backward"
-
-    @staticmethod
-    def reference(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
-        return vjp(_Swiglu.reference, (gate, up), (grad,))
+    outputs = ("gate", "up")
 
 
-class _SwigluJvp(KernelFunction):
+class _SwigluJvp(JvpFunction):
+    value = _Swiglu
     op = "swiglu_jvp"
-    samples: ClassVar[tuple[int, ...]] = (0, 1, 2, 3)
+    outputs = ("y", "y_t")
+    samples = ("gate", "up", "gate_t", "up_t")
 
     @staticmethod
     @in_float32
     def reference(gate: Tensor, up: Tensor, gate_t: Tensor, up_t: Tensor) -> tuple[Tensor, ...]:
         return reference.swiglu_jvp(gate, up, gate_t, up_t)
 
-    @classmethod
-    def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
-        if grads[1] is None:
-            return _SwigluJvpDetached.gradient(grads, args, residuals, needed)
-        return _SwigluJvpBackward.apply(*grads, *args)
-
-
-class _SwigluJvpBackward(KernelFunction):
-    op = "swiglu_jvp_backward"
-
     @staticmethod
-    def reference(grad: Tensor | None, grad_t: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
-        return vjp(_SwigluJvp.reference, args, (grad, grad_t))
-
-
-class _SwigluJvpDetached(_SwigluJvp):
-    constants = 1
-    unsaved: ClassVar[tuple[int, ...]] = (2, 3)
+    def fake(gate: Tensor, up: Tensor, gate_t: Tensor, up_t: Tensor) -> tuple[Tensor, ...]:
+        return torch.empty_like(gate), torch.empty_like(gate_t)
 
     @classmethod
     def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
-        return (*_Swiglu.gradient(grads[:1], args[:2], (), needed), None, None)
-
-    @classmethod
-    def tangent(cls, args: Any, tangents: Any) -> Any:
-        return _Swiglu.tangent(args[:2], tangents[:2])
+        return _SwigluJvpBackward.by_name(*grads, *args)
 
 
-def _fake(gate: Tensor, up: Tensor) -> Tensor:
-    return torch.empty_like(gate)
+class _SwigluJvpBackward(Gradients):
+    of = _SwigluJvp
+    op = "swiglu_jvp_backward"
+    outputs = ("gate", "up", "gate_t", "up_t")
 
 
-def _fake_jvp(gate: Tensor, up: Tensor, gate_t: Tensor, up_t: Tensor) -> tuple[Tensor, ...]:
-    return torch.empty_like(gate), torch.empty_like(gate_t)
-
-
-def _fake_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
-    return torch.empty_like(gate), torch.empty_like(up)
-
-
-def _fake_jvp_backward(grad: Tensor | None, grad_t: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(x) for x in inputs)
-
-
-register("swiglu", _Swiglu, _fake)
-register("swiglu_backward", _SwigluBackward, _fake_backward)
-register("swiglu_jvp", _SwigluJvp, _fake_jvp)
-register("swiglu_jvp_backward", _SwigluJvpBackward, _fake_jvp_backward)
-register("swiglu_jvp_detached", _SwigluJvpDetached)
+register("swiglu", _Swiglu)
+register("swiglu_backward", _SwigluBackward)
+register("swiglu_jvp", _SwigluJvp)
+register("swiglu_jvp_backward", _SwigluJvpBackward)
+register("swiglu_jvp_detached", detached(_SwigluJvp))

@@ -346,12 +346,13 @@ def _with_twin(twin: Callable[..., tuple[Tensor, Tensor]], primals: int) -> Rule
 def _ours(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """By the tangent that the operator's autograd.Function has for torch.func.jvp."""
     name = func._schema.name.partition("::")[2]
-    function = next((f for f in functions.values() if f.op == name), None)
+    function = next((f for f in functions.values() if getattr(f, "op", None) == name), None)
     if function is None:
         return _unknown(mode, func, args, kwargs)
     out = func(*args, **kwargs)
     with torch.no_grad():
-        found = function.tangent(tuple(args), tuple(mode.get(x) for x in args))
+        tangents = function.Arguments(*(mode.get(x) for x in args))
+        found = function.tangent(function.Arguments(*args), tangents)
     for value, tangent in zip((out,) if isinstance(out, Tensor) else out, found, strict=False):
         mode.set(value, tangent)
     return out

@@ -10,6 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from torch.profiler import ProfilerActivity, profile
 
+from pmf import _library
 from pmf.nn import Block, rotary_tables
 from pmf.reference import network as reference
 
@@ -205,3 +206,16 @@ def test_the_stream_stays_wide_beside_narrow_products(block: Block, x: Tensor, w
     for parameter, gradient, ideal in zip(block.parameters(), gradients, expected, strict=True):
         assert gradient.dtype == parameter.dtype
         assert error(gradient, ideal) < 4 * unit
+
+
+@pytest.mark.parametrize("count", [BATCH, 1])
+def test_float64_on_cuda_is_the_reference_s(block: Block, x: Tensor, count: int, monkeypatch) -> None:
+    """With tangents too, of all samples or of the first; backward is the value's."""
+    found = []
+    for is_cuda in (False, True):
+        monkeypatch.setattr(_library, "takes_cuda_kernel", lambda tensor, answer=is_cuda: answer)
+        leaf = x.clone().requires_grad_()
+        y, y_t = block(leaf, cos, sin, 2 * x[:count].flip(1))
+        assert not y_t.requires_grad
+        found.append((y, y_t, *torch.autograd.grad(y.square().sum(), (leaf, *block.parameters()))))
+    assert_close(*found, EXACT)

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from pmf.nn import (
-    Attention,
+    AttentionBranch,
     Block,
     Condition,
     ConditionTokens,
     FinalLayer,
+    MlpBranch,
     PatchEmbedding,
     RMSNorm,
     ScalarEmbedder,
-    SwiGLU,
     rotary_tables,
 )
 
@@ -42,7 +42,7 @@ def layers() -> dict[str, tuple[tuple[int, ...], Layer]]:
     """Name -> shape of one sample's input, and the layer as a function of value and tangent."""
     cos, sin = rotary_tables(SIDE, HIDDEN // HEADS, dtype=torch.float64)
     attention, mlp, norm = (
-        random(layer) for layer in (Attention(HIDDEN, HEADS), SwiGLU(HIDDEN, 24), RMSNorm(HIDDEN))
+        random(layer) for layer in (AttentionBranch(HIDDEN, HEADS), MlpBranch(HIDDEN, 24), RMSNorm(HIDDEN))
     )
     gate = torch.randn(HIDDEN, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     block = random(Block(HIDDEN, HEADS, 24))

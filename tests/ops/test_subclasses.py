@@ -13,7 +13,7 @@ from torch.testing._internal.logging_tensor import LoggingTensor
 from torch.testing._internal.two_tensor import TwoTensor
 
 from pmf import ops, replace_sdpa
-from pmf.nn import Attention, RMSNorm, SwiGLU, rotary_tables
+from pmf.nn import AttentionBranch, MlpBranch, RMSNorm, rotary_tables
 from pmf.ops import _subclasses
 from pmf.optim import EMA, Muon
 
@@ -358,10 +358,10 @@ def test_jagged_without_a_meaning_is_refused():
 def test_layers_refuse_what_their_kernels_would_misread():
     x = randn(2, 4, 8)
     cos, sin = rotary_tables(2, 4)
-    with pytest.raises(TypeError, match=r"Attention: x is a .*Unread"):
-        Attention(8, 2)(x.as_subclass(Unread), RMSNorm(8), None, cos, sin)
-    with pytest.raises(TypeError, match="SwiGLU: gate is a .*Unread"):
-        SwiGLU(8, 8)(x, RMSNorm(8), randn(8).as_subclass(Unread))
+    with pytest.raises(TypeError, match=r"AttentionBranch: x is a .*Unread"):
+        AttentionBranch(8, 2)(x.as_subclass(Unread), RMSNorm(8), None, cos, sin)
+    with pytest.raises(TypeError, match="MlpBranch: gate is a .*Unread"):
+        MlpBranch(8, 8)(x, RMSNorm(8), randn(8).as_subclass(Unread))
 
 
 @pytest.mark.parametrize("cls", [Unread, Deaf, TwoTensor])
