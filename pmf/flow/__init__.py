@@ -1,4 +1,4 @@
-"""The MeanFlow objectives, on pixels and for any network, their random draws, and the samplers."""
+"""MeanFlow objectives, for pixels and for any network, with their random draws and samplers."""
 
 from .draws import Draws
 from .guidance import ClassifierFreeGuidance, Guidance, IntervalGuidance, NoGuidance

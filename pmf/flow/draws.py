@@ -1,4 +1,4 @@
-"""All the randomness of one evaluation of the objective."""
+"""All random numbers of one evaluation of the objective."""
 
 from typing import NamedTuple
 
@@ -8,11 +8,11 @@ __all__ = ["Draws"]
 
 
 class Draws(NamedTuple):
-    """With these given, the loss is a pure function of model, images and labels.
+    """The random draws; given these, the loss is a pure function of model, images and labels.
 
-    t >= r, omega >= 1, t_min, t_max [B] float and drop [B] bool belong on the CPU: what has to be computed is
-    decided from them before anything runs. noise [B, C, H, W] is e itself, already times noise_scale, on the
-    images' device. Samples with r = t are flow-matching samples. crop belongs to perceptual losses and may be
+    t >= r, omega >= 1, t_min, t_max [B] float and drop [B] bool are on the CPU: they determine what to
+    compute before anything runs. noise [B, C, H, W] is e itself, already multiplied by noise_scale, on the
+    images' device. Samples with r = t are flow-matching samples. crop is for perceptual losses and may be
     absent.
     """
 

@@ -1,4 +1,4 @@
-"""Classifier-free guidance built into the training target."""
+"""Classifier-free guidance as part of the training target."""
 
 import math
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ __all__ = ["ClassifierFreeGuidance", "Guidance", "IntervalGuidance", "NoGuidance
 
 
 class Guidance(Protocol):
-    """Draws each sample's guidance and says how strong it is at its time. Tensors are [B], on the host."""
+    """Draws each sample's guidance and gives its strength at a time. Tensors are [B], on the host."""
 
     def draw(self, flow_matching: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
-        """omega, t_min, t_max."""
+        """Draw omega, t_min, t_max."""
         ...
 
     def effective_omega(
@@ -28,10 +28,10 @@ class Guidance(Protocol):
 
 @dataclass(frozen=True)
 class IntervalGuidance:
-    """Scale omega in [1, max_omega], density ~ omega^-beta, in force for t_min <= t <= t_max only.
+    """Scale omega in [1, max_omega] with density ~ omega^-beta, active only for t_min <= t <= t_max.
 
-    t_min ~ U(0, 1/2), t_max ~ U(1/2, 1); flow-matching samples have the interval [0, 1] and no test against
-    it.
+    t_min ~ U(0, 1/2), t_max ~ U(1/2, 1); flow-matching samples have the interval [0, 1] and are always
+    active.
     """
 
     max_omega: float = 8.0
@@ -49,7 +49,7 @@ class IntervalGuidance:
         return self._omega(quantile), t_min, t_max
 
     def _omega(self, quantile: Tensor) -> Tensor:
-        """Inverse of the distribution function of omega^-beta on [1, max_omega]."""
+        """Inverse cumulative distribution function of omega^-beta on [1, max_omega]."""
         power = 1.0 - self.beta
         if abs(power) < 1e-6:
             return torch.exp(quantile * math.log(self.max_omega))
@@ -63,7 +63,7 @@ class IntervalGuidance:
 
 
 class NoGuidance:
-    """omega = 1 on the interval [0, 1] for every sample: the target is v_t, and no pass for v_u is needed."""
+    """omega = 1 on the interval [0, 1] for every sample: the target is v_t, and v_u needs no pass."""
 
     def draw(self, flow_matching: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
         one = torch.ones(len(flow_matching), dtype=torch.float32, device="cpu")
@@ -77,12 +77,12 @@ class NoGuidance:
 
 @dataclass(frozen=True)
 class ClassifierFreeGuidance:
-    """MeanFlow's: one scale for all samples, of which the network is not told.
+    """MeanFlow's guidance: one scale for all samples, which is not an input of the network.
 
         v_g = omega v_t + kappa u(z, t, t | c) + (1 - omega - kappa) u(z, t, t | null),  t in the interval
 
-    Outside of the interval v_g = v_t. The field that is learned is guided by omega / (1 - kappa). Source:
-    Geng et al., "Mean Flows for One-step Generative Modeling" (2025), section 4.2 and appendix B.1.
+    Outside the interval v_g = v_t. The learned field is guided by omega / (1 - kappa). Source: Geng et al.,
+    "Mean Flows for One-step Generative Modeling" (2025), section 4.2 and appendix B.1.
     """
 
     omega: float = 2.0

@@ -1,4 +1,4 @@
-"""MeanFlow and improved MeanFlow for anybody's network and data of any shape."""
+"""MeanFlow and improved MeanFlow for any network and data of any shape."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ PREDICTIONS: dict[str, Prediction] = {"u": UPrediction(), "x": XPrediction()}
 
 @dataclass(frozen=True)
 class MeanFlow:
-    """The MeanFlow loss of a batch, for a network of one's own.
+    """The MeanFlow loss of a batch, for any network.
 
         objective = pmf.flow.MeanFlow()
         draws = objective.draw(x, generator)
@@ -37,23 +37,23 @@ class MeanFlow:
         V = u(z, t, r) + (t - r) stopgrad(du/dt)      du/dt along (z, t, r) in the direction (v, 1, 0)
         loss = mean of adp(sum (V - v_g)^2),          adp(l) = l / stopgrad((l + norm_eps)^norm_p)
 
-    prediction: what the network returns: "u", the average velocity, or "x", the data, of which
+    prediction: what the network returns: "u", the average velocity, or "x", the data, for which
         u = (z - x) / clip(t, 0.05, 1) (arXiv 2601.22158).
     direction: v is the target v_g itself ("conditional", arXiv 2505.13447) or the network's own u(z, t, t)
         ("network", arXiv 2512.02012).
     guidance: `NoGuidance`: v_g = v_t. `ClassifierFreeGuidance`: MeanFlow's,
         v_g = omega v_t + kappa u(z, t, t | c) + (1 - omega - kappa) u(z, t, t | null). `IntervalGuidance`:
-        improved MeanFlow's, v_g = v_t + (1 - 1/omega) (u(z, t, t | c) - u(z, t, t | null)) with another omega
-        for each sample, which the network takes as the conditions omega, t_min and t_max.
-    null: for each condition that guidance takes away, its value without: null={"label": 10}. A share
-        class_dropout of the samples loses them, and trains on v_t.
+        improved MeanFlow's, v_g = v_t + (1 - 1/omega) (u(z, t, t | c) - u(z, t, t | null)) with an omega per
+        sample, which the network takes as the conditions omega, t_min and t_max.
+    null: the null value of each condition that guidance drops: null={"label": 10}. A fraction class_dropout
+        of the samples loses these conditions and trains on v_t.
     times: pairs (t, r); MeanFlow's ImageNet settings are PlaneTimes(-0.4, 1.0, data_proportion=0.75).
-    noise_scale: the deviation of e. norm_p, norm_eps: of adp; norm_p = 0 is the plain sum.
+    noise_scale: the standard deviation of e. norm_p, norm_eps: of adp; norm_p = 0 is the plain sum.
 
-    The network is called as network(z, t, r, **conditions), with t and r [B] in x's dtype, and returns what
-    is like z. It is a module, a `pmf.Jvp` of one, or any function of PyTorch's operations; DDP, FSDP and
-    torch.compile go around a `pmf.Jvp`. It is called once with tangents, and before that, if direction or
-    guidance ask for it, once without gradients: as often for any draws.
+    The network is called as network(z, t, r, **conditions), with t and r [B] in x's dtype, and returns a
+    tensor like z. It is a module, a `pmf.Jvp` of one, or any function of PyTorch operations; DDP, FSDP and
+    torch.compile wrap the `pmf.Jvp`. It is called once with tangents and, if direction or guidance need it,
+    once before without gradients; the number of calls does not depend on the draws.
     """
 
     prediction: Literal["u", "x"] = "u"
@@ -75,14 +75,13 @@ class MeanFlow:
         if not 0 <= self.class_dropout <= 1:
             raise ValueError(f"MeanFlow: class_dropout must lie in [0, 1], got {self.class_dropout}")
         if not self.null and not isinstance(self.guidance, NoGuidance):
-            raise ValueError('MeanFlow: guidance needs null, the conditions of nothing: null={"label": 10}')
+            raise ValueError('MeanFlow: guidance needs null values for its conditions: null={"label": 10}')
 
-    @torch.inference_mode(False)  # autograd takes no tensor of inference mode
+    @torch.inference_mode(False)  # autograd rejects inference-mode tensors
     def draw(self, x: Tensor, generator: torch.Generator | None = None) -> Draws:
-        """Draws for data x [B, ...] from a CPU generator, the same on every device. Only noise is moved.
+        """Draw for data x [B, ...] from a CPU generator, identical on every device; only noise is moved.
 
-        The first samples are the flow-matching ones, and the first Binomial(B, class_dropout) lose their
-        conditions.
+        Flow-matching samples come first; the first Binomial(B, class_dropout) samples lose their conditions.
         """
         batch = len(x)
         t, r = self.times.draw(batch, generator)
@@ -93,7 +92,7 @@ class MeanFlow:
         return Draws(t, r, noise.to(x.device, x.dtype, non_blocking=True), omega, t_min, t_max, drop)
 
     def __call__(self, network: Network, x: Tensor, draws: Draws, **conditions: Any) -> Terms:
-        """Loss terms for data x [B, ...], float32 or float64; of the Terms loss_v and v are zero."""
+        """Loss terms for data x [B, ...], float32 or float64; in the Terms, loss_v and v are zero."""
         _check(x, draws)
         flow_matching = draws.r == draws.t
         effective = self.guidance.effective_omega(
@@ -148,7 +147,7 @@ class MeanFlow:
         null: dict[str, Tensor],
         effective: Tensor,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """u(z, t, t) with the conditions and without, as far as the settings ask for them, in one pass."""
+        """u(z, t, t) with and without conditions, as far as the settings need them, in one pass."""
         guided = not isinstance(self.guidance, NoGuidance)
         kappa = self.guidance.kappa if isinstance(self.guidance, ClassifierFreeGuidance) else 0.0
         with_c = self.direction == "network" or kappa != 0 or self._tells_omega
@@ -174,7 +173,7 @@ class MeanFlow:
     def _guided(
         self, v_t: Tensor, v_c: Tensor | None, v_u: Tensor, effective: Tensor, draws: Draws
     ) -> Tensor:
-        """v_g, where effective is omega within its interval and 1 outside of it."""
+        """v_g, where effective is omega inside its interval and 1 outside."""
         omega = per_sample(effective, v_t)
         if not isinstance(self.guidance, ClassifierFreeGuidance):
             assert v_c is not None
@@ -206,12 +205,12 @@ def sample(
     prediction: Literal["u", "x"] = "u",
     **conditions: Any,
 ) -> Tensor:
-    """Samples like noise, in one step or in as many as `times` has intervals.
+    """Samples shaped like noise, in one step per interval of `times`.
 
-        z <- z - (t - r) u(z, t, r),  t and r neighbours in times, from z = noise
+        z <- z - (t - r) u(z, t, r),  t and r adjacent in times, starting from z = noise
 
-    network and prediction: as for `MeanFlow`. noise [B, ...]: e itself, already times noise_scale. times:
-    descending in [0, 1].
+    network and prediction: as for `MeanFlow`. noise [B, ...]: e itself, already multiplied by noise_scale.
+    times: descending in [0, 1].
     """
     _check_choice("prediction", prediction, PREDICTIONS)
     if not isinstance(noise, Tensor) or not noise.is_floating_point() or noise.dim() < 1:
@@ -230,14 +229,14 @@ def sample(
 
 
 def _call(network: Network, z: Tensor, t: Tensor, r: Tensor, conditions: dict[str, Any]) -> Any:
-    """The network's value alone."""
+    """The network's value only."""
     if _is_jvp(network):
         return network((z, t, r), (None, None, None), **conditions)[0]
     return network(z, t, r, **conditions)
 
 
 def _is_jvp(network: Any) -> bool:
-    """Whether it is a Jvp, also behind wrappers: DDP, torch.compile, averages of weights."""
+    """Whether it is a Jvp, possibly inside wrappers: DDP, torch.compile, weight averages."""
     while isinstance(network, nn.Module) and not isinstance(network, Jvp):
         inner = getattr(network, "_orig_mod", None) or getattr(network, "module", None)
         if not isinstance(inner, nn.Module):
@@ -247,7 +246,7 @@ def _is_jvp(network: Any) -> bool:
 
 
 class _Function(nn.Module):
-    """A function of tensors as a network; the weights it holds are its own affair."""
+    """Wraps a function of tensors as a module; any weights inside it are not registered."""
 
     def __init__(self, function: Network) -> None:
         super().__init__()
@@ -273,7 +272,7 @@ def _is_per_sample(value: Any, batch: int) -> bool:
 
 
 def _nulls(null: Mapping[str, Any], conditions: Mapping[str, Any], x: Tensor) -> dict[str, Tensor]:
-    """For each named condition, a tensor like it that stands for nothing."""
+    """For each named condition, a tensor like it filled with its null value."""
     found = {}
     for name, nothing in null.items():
         given = conditions.get(name)

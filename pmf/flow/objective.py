@@ -1,4 +1,4 @@
-"""The Pixel MeanFlow objective (arXiv 2601.22158, with the authors' code where the two differ)."""
+"""The Pixel MeanFlow objective (arXiv 2601.22158, following the authors' code where the two differ)."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,14 +25,13 @@ __all__ = ["Objective", "Terms"]
 
 
 class Terms:
-    """What one evaluation gives.
+    """The result of one evaluation.
 
-    loss is what to differentiate: the batch mean of the weighted terms, about 2 whatever happens when norm_p
-    is 1. loss_u and loss_v, the plain means of (V - v_g)^2 and (v - v_g)^2, are what to watch, and
-    loss_perceptual, the mean over the batch of the weighted distances; a term that is switched off is 0. The
-    rest are images [B, C, H, W] without gradients, in the order of the batch: the targets' v_target = v_g,
-    v_tangent (the direction of z, zero where no tangent was needed), u, du_dt (zero likewise) and v (zero
-    without a v head).
+    loss is the value to differentiate: the batch mean of the weighted terms, about 2 throughout if norm_p is
+    1. Watch loss_u and loss_v instead, the plain means of (V - v_g)^2 and (v - v_g)^2, and loss_perceptual,
+    the batch mean of the weighted distances; disabled terms are 0. The rest are images [B, C, H, W] without
+    gradients, in batch order: v_target = v_g, v_tangent (the direction of z; zero where no tangent was
+    needed), u, du_dt (likewise) and v (zero without a v head).
     """
 
     def __init__(
@@ -76,7 +75,7 @@ class Terms:
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of one batch, and the random draws it needs.
+    """The loss of a batch, and the random draws it needs.
 
         objective = Objective(noise_scale=model.config.noise_scale)
         draws = objective.draw(images, labels, generator)
@@ -89,17 +88,16 @@ class Objective:
         loss = mean of adp(sum (V - v_g)^2) + adp(sum (v - v_g)^2)
         adp(l) = l / stopgrad((l + norm_eps)^norm_p)
 
-    perceptual adds weight_k adp(d_k(z - t u, x)) for each of its distances, where t < its max_t. Without
-    v_head, v is the u head at h = 0, in v_c and v_u too, and the loss has no term for it. prediction and
-    preconditioner are the model's own unless given.
+    perceptual adds weight_k adp(d_k(z - t u, x)) for each of its distances where t < its max_t. Without
+    v_head, v is the u head at h = 0, also in v_c and v_u, and has no loss term. prediction and preconditioner
+    default to the model's own.
 
-    Only what the numbers depend on is computed (see `pmf.flow.plan`). Images, scalars and losses are float32,
-    or float64 where the images are, whatever dtype the model has.
+    Only what affects the result is computed (see `pmf.flow.plan`). Images, scalars and losses are float32, or
+    float64 for float64 images, whatever the model's dtype.
 
-    row_multiple rounds the number of samples in a guidance pass, and of those with tangents, up to a multiple
-    of it: the same numbers for a little more work, from a network that meets few different shapes
-    (torch.compile, CUDA graphs). even_passes calls the network twice whatever the draws are, as ranks that
-    share its weights have to.
+    row_multiple rounds the number of samples in guidance passes and with tangents up to a multiple of it: the
+    same result for slightly more work, with fewer different shapes (for torch.compile and CUDA graphs).
+    even_passes always calls the network twice whatever the draws, as ranks that share its weights must.
     """
 
     noise_scale: float = 1.0
@@ -127,12 +125,11 @@ class Objective:
                 f"objective: row_multiple must be a whole number of at least 1, got {self.row_multiple}"
             )
 
-    @torch.inference_mode(False)  # autograd takes no tensor of inference mode
+    @torch.inference_mode(False)  # autograd rejects inference-mode tensors
     def draw(self, images: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Draws:
-        """Draws for images [B, C, H, W] from a CPU generator, the same on every device. Only noise is moved.
+        """Draw for images [B, C, H, W] from a CPU generator, identical on every device; only noise is moved.
 
-        The first samples are the flow-matching ones, and the first Binomial(B, class_dropout) lose their
-        label.
+        Flow-matching samples come first; the first Binomial(B, class_dropout) samples lose their label.
         """
         batch = len(images)
         t, r = self.times.draw(batch, generator)
@@ -141,19 +138,19 @@ class Objective:
         noise = self.noise_scale * normal(*images.shape, generator=generator)
         noise = noise.to(images.device, images.dtype, non_blocking=True)
         crop = None
-        if self.perceptual is not None:  # last, so that the other draws are those of a run without
+        if self.perceptual is not None:  # last, so that the other draws do not depend on it
             crop = self.perceptual.draw(batch, (images.shape[-2], images.shape[-1]), generator)
         return Draws(t, r, noise, omega, t_min, t_max, torch.arange(batch, device="cpu") < dropped, crop)
 
     def __call__(self, model: PixelMeanFlow, images: Tensor, labels: Tensor, draws: Draws) -> Terms:
         """Loss terms for images [B, C, H, W] in [-1, 1] and labels [B] (int64, 0 .. num_classes - 1).
 
-        model may be wrapped by DistributedDataParallel, `fully_shard` and torch.compile, in any order. Ranks
-        need not draw alike: where a pass waits for other ranks, even_passes is in force.
+        model may be wrapped in DistributedDataParallel, `fully_shard` and torch.compile, nested in any order.
+        Ranks may draw differently: if a pass waits for other ranks, even_passes applies.
         """
         config = unwrap(model).config
         _check(images, labels, draws, config.num_classes)
-        if self.noise_scale != config.noise_scale:  # samples would start from noise never trained on
+        if self.noise_scale != config.noise_scale:  # sampling would start from noise never seen in training
             raise ValueError(
                 f"objective: noise_scale is {self.noise_scale} but the model samples with "
                 f"{config.noise_scale}: use Objective(noise_scale=model.config.noise_scale)"
@@ -206,7 +203,7 @@ class Objective:
     def _guidance_pass(
         self, model: PixelMeanFlow, z: Tensor, labels: Tensor, s: dict[str, Tensor], plan: Plan
     ) -> tuple[Tensor, Tensor]:
-        """v_c(w') of plan.conditional's rows and v_u of plan.guided's, by one pass at h = 0."""
+        """v_c(w') for the rows in plan.conditional and v_u for those in plan.guided, in one pass at h = 0."""
         num_conditional, num_guided = len(plan.conditional), len(plan.guided)
         if num_conditional + num_guided + len(plan.repeated) == 0:
             return z[:0], z[:0]
@@ -231,7 +228,7 @@ class Objective:
         z_t: Tensor | None,
         t_t: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """u, du/dt (a constant) of the first samples, those with z_t and t_t, and v, if there is a v head."""
+        """u, du/dt (a constant) of the first samples, those with z_t and t_t, and v if there is a v head."""
         how, heads = self._read_out(model), "uv" if self.v_head else "u"
         shown, du_dt = how.preconditioner.input(z, t), None
         if z_t is None or t_t is None:
@@ -240,7 +237,7 @@ class Objective:
         else:
             n = len(z_t)
             shown_t = how.preconditioner.input_tangent(z[:n], t[:n], z_t, t_t)
-            # h = t - r moves with t.
+            # h = t - r changes with t.
             out = model(shown, condition, shown_t, t_t, heads=heads, as_tokens=True)
             u, du_dt = read_velocity_jvp(*how, z, out.u, t, z_t, out.u_t, t_t)
         return u, du_dt, read_velocity(*how, z, out.v, t) if self.v_head else None
@@ -248,7 +245,7 @@ class Objective:
     def _perceptual_terms(
         self, x: Tensor, z: Tensor, u: Tensor, crop: Tensor | None, plan: Plan
     ) -> tuple[Tensor, Tensor]:
-        """The batch mean of sum_k weight_k adp(d_k), to differentiate, and of sum_k weight_k d_k."""
+        """Batch means of sum_k weight_k adp(d_k), to differentiate, and of sum_k weight_k d_k."""
         weighted, plain = x.new_zeros(()), x.new_zeros(())
         if self.perceptual is None:
             return weighted, plain
@@ -265,7 +262,7 @@ class Objective:
         return weighted, plain
 
     def _read_out(self, model: PixelMeanFlow) -> "_ReadOut":
-        """How this objective reads the model's tokens."""
+        """How the model's tokens are converted to velocities."""
         config = unwrap(model).config
         return _ReadOut(
             self.prediction or prediction_of(config), self.preconditioner or preconditioner_of(config)
@@ -282,7 +279,7 @@ class _ReadOut(NamedTuple):
 
 
 def _direction(v_c: Tensor, t: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The direction of du/dt in z and t: v_c and 1; zeros up to `count`, where du/dt is not used."""
+    """The direction of du/dt in z and t: v_c and 1, and zeros up to `count`, where du/dt is unused."""
     z_t = torch.nn.functional.pad(v_c, (0, 0) * 3 + (0, count - len(v_c)))
     t_t = torch.zeros_like(t[:count])
     t_t[: len(v_c)] = 1
@@ -309,7 +306,7 @@ def _check(images: Tensor, labels: Tensor, draws: Draws, num_classes: int) -> No
             raise ValueError(f"objective: {name} must have shape [{len(images)}], got {list(value.shape)}")
     if labels.dtype != torch.int64:
         raise ValueError(f"objective: labels must be int64, got {labels.dtype}")
-    # Looking at labels on another device would make the host wait for it.
+    # Reading labels on another device would make the host wait.
     if labels.device.type == "cpu" and len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
         low, high = int(labels.min()), int(labels.max())
         raise ValueError(f"objective: labels must lie in 0..{num_classes - 1}, got {low}..{high}")

@@ -5,7 +5,7 @@ from torch import Tensor
 __all__ = ["T_FLOOR", "conditional_velocity", "interpolate", "over_pixels", "per_sample"]
 
 T_FLOOR = 0.05
-"""Times are clipped from below by this where a velocity divides by t."""
+"""Lower bound on times where a velocity divides by t."""
 
 
 def interpolate(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -15,7 +15,7 @@ def interpolate(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 
 def conditional_velocity(z: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """(z - x) / clip(t, 0.05, 1), which is e - x from t = 0.05 on."""
+    """(z - x) / clip(t, 0.05, 1), which equals e - x for t >= 0.05."""
     return (z - x) / per_sample(t.clamp(T_FLOOR, 1.0), x)
 
 
@@ -25,5 +25,5 @@ def over_pixels(values: Tensor) -> Tensor:
 
 
 def per_sample(values: Tensor, x: Tensor) -> Tensor:
-    """[B] -> [B, 1, ...], as many dimensions as x has."""
+    """Reshape [B] to [B, 1, ...], with as many dimensions as x."""
     return values.reshape(-1, *(1,) * (x.dim() - 1))

@@ -1,4 +1,4 @@
-"""Which samples need which network passes, decided on the host before anything runs."""
+"""Decide on the host, before anything runs, which samples need which network passes."""
 
 from typing import NamedTuple
 
@@ -12,30 +12,30 @@ __all__ = ["Plan", "make_plan"]
 
 
 class Plan(NamedTuple):
-    """Work for one batch. All rows but `order` count in the internal order: MeanFlow samples first.
+    """The work for one batch. All rows except `order` use the internal order: MeanFlow samples first.
 
-    Three facts save work and change no number. Where r = t the factor (t - r) is 0, so only MeanFlow samples
-    need du/dt and its direction v_c. A flow-matching sample's guidance input (h = 0, its omega, the interval
-    [0, 1], its label) is its training input, so v_c is there already. Where the weight 1 - 1/w' is 0, or the
-    label was dropped, v_u has no effect.
+    Three facts save work without changing the result. Where r = t the factor (t - r) is 0, so only MeanFlow
+    samples need du/dt and its direction v_c. The guidance input of a flow-matching sample (h = 0, its omega,
+    the interval [0, 1], its label) equals its training input, so v_c is already available. Where the weight 1
+    - 1/w' is 0 or the label was dropped, v_u has no effect.
 
-    Rows may be rounded up to a multiple, so that the network meets few different shapes. Which rows fill up
-    changes no number either: guidance passes repeat a row whose result nobody reads, and a flow-matching
-    sample's tangent meets the factor (t - r) = 0.
+    Row counts may be rounded up to a multiple, so that the network sees few different shapes. The padding
+    does not change the result: guidance passes repeat a row and discard its output, and the tangent of a
+    flow-matching sample is multiplied by (t - r) = 0.
     """
 
     order: Tensor
     """Internal order -> given order, int64 [B]."""
     num_meanflow: int
-    """The first that many samples have r < t."""
+    """The number of samples with r < t, which come first."""
     num_tangents: int
-    """The first that many samples carry a tangent: num_meanflow, rounded up to at most B."""
+    """The number of samples with a tangent, which come first: num_meanflow, rounded up to at most B."""
     conditional: Tensor
-    """Rows whose v_c comes from a pass of its own: the MeanFlow samples, then rare others."""
+    """Rows whose v_c needs a separate pass: the MeanFlow samples, then rare others."""
     guided: Tensor
-    """Rows whose target has a guidance term: they need v_u."""
+    """Rows whose target has a guidance term, and so need v_u."""
     repeated: Tensor
-    """Rows that fill up the guidance pass, behind conditional and guided."""
+    """Rows that pad the guidance pass, after conditional and guided."""
     scalars: dict[str, Tensor]
     """Per sample, on the host: t, r, omega, t_min, t_max, effective_omega, weight (1 - 1/w'), drop."""
 
@@ -47,9 +47,9 @@ def make_plan(
     row_multiple: int = 1,
     even_passes: bool = False,
 ) -> Plan:
-    """The plan for these draws; scalars are converted to dtype after all decisions are made.
+    """Plan the work for these draws; scalars are converted to dtype after all decisions are made.
 
-    even_passes: a guidance pass that no row needs is made with the first, for nobody.
+    even_passes: make a guidance pass with the first row even if no row needs one.
     """
     t, r, omega, t_min, t_max, drop = (
         x.detach().cpu() for x in (draws.t, draws.r, draws.omega, draws.t_min, draws.t_max, draws.drop)
@@ -82,5 +82,5 @@ def make_plan(
 
 
 def _missing(count: int, multiple: int) -> int:
-    """What count lacks to the next multiple; nothing where it is 0."""
+    """The padding from count to the next multiple; 0 if count is 0."""
     return -count % multiple

@@ -1,4 +1,4 @@
-"""What stands between (z, t) and the network: scalings of its input and its output."""
+"""Preconditioning: scalings of the network's input and output."""
 
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -18,10 +18,9 @@ __all__ = [
 
 
 class Preconditioner(Protocol):
-    """input(z, t) is what the network is shown; output(z, raw, t) is the prediction made of what it returns.
+    """input(z, t) is what the network receives; output(z, raw, t) is the prediction made from its output.
 
-    z and raw are [B, C, H, W], t [B]. The *_tangent methods give the derivative along tangents of all
-    arguments.
+    z and raw are [B, C, H, W], t [B]. The *_tangent methods differentiate along tangents of all arguments.
     """
 
     def input(self, z: Tensor, t: Tensor) -> Tensor: ...
@@ -36,7 +35,7 @@ class Preconditioner(Protocol):
 
 
 class NoPreconditioner:
-    """The network is shown z and its output is the prediction."""
+    """The network receives z, and its output is the prediction."""
 
     def input(self, z: Tensor, t: Tensor) -> Tensor:
         return z
@@ -63,19 +62,19 @@ class _Coefficients(NamedTuple):
 
 @dataclass(frozen=True)
 class EDMPreconditioner:
-    """x = c_skip z + c_out net(c_in z) with EDM's three demands, solved for z = (1 - t) x + t e.
+    """x = c_skip z + c_out net(c_in z) with EDM's three requirements, solved for z = (1 - t) x + t e.
 
-    Let x have mean 0 and standard deviation a = sigma_data, e have b = noise_scale, both independent, so that
+    Let x have mean 0 and standard deviation a = sigma_data and e have b = noise_scale, independent, so that
 
         V(t) = Var z = a^2 (1 - t)^2 + b^2 t^2,     Cov(x, z) = a^2 (1 - t).
 
     1. The network's input has variance 1:           c_in   = V^(-1/2)
-    2. so has its target (x - c_skip z) / c_out:     c_out^2 = Var(x - c_skip z)
-    3. its errors count least, c_out is smallest:    c_skip = Cov(x, z) / V = a^2 (1 - t) / V
-       and with it c_out^2 = a^2 - Cov(x, z)^2 / V = a^2 b^2 t^2 / V:  c_out = a b t V^(-1/2)
+    2. So does its target (x - c_skip z) / c_out:    c_out^2 = Var(x - c_skip z)
+    3. Its errors are amplified least (min c_out):   c_skip = Cov(x, z) / V = a^2 (1 - t) / V,
+       and hence c_out^2 = a^2 - Cov(x, z)^2 / V = a^2 b^2 t^2 / V:  c_out = a b t V^(-1/2)
 
-    At t = 0 the image is z itself, at t = 1 it is the network's alone. Source: Karras et al., "Elucidating
-    the Design Space of Diffusion-Based Generative Models" (2022), appendix B.6.
+    At t = 0 the image is z itself, at t = 1 it is the network's output only. Source: Karras et al.,
+    "Elucidating the Design Space of Diffusion-Based Generative Models" (2022), appendix B.6.
     """
 
     sigma_data: float = 0.5
@@ -103,7 +102,7 @@ class EDMPreconditioner:
         return c.c_skip * z_t + c.c_out * raw_t + over_pixels(t_t) * (d.c_skip * z + d.c_out * raw)
 
     def _deviations(self) -> tuple[float, float]:
-        """a and b; b < 0 turns the sign of c_out."""
+        """a and b; b < 0 flips the sign of c_out."""
         return self.sigma_data, self.noise_scale
 
     def _coefficients(self, t: Tensor) -> _Coefficients:
@@ -114,7 +113,7 @@ class EDMPreconditioner:
         return _Coefficients(c_in, a * a * (1 - t) / variance, a * b * t * c_in)
 
     def _derivatives(self, t: Tensor) -> _Coefficients:
-        """Of the coefficients by t; V' = 2 (b^2 t - a^2 (1 - t)) and (V^(-1/2))' = -V' V^(-3/2) / 2."""
+        """Derivatives in t; V' = 2 (b^2 t - a^2 (1 - t)) and (V^(-1/2))' = -V' V^(-3/2) / 2."""
         a, b = self._deviations()
         c = self._coefficients(t)
         t = over_pixels(t)
@@ -128,21 +127,21 @@ class EDMPreconditioner:
 
 @dataclass(frozen=True)
 class SCMPreconditioner(EDMPreconditioner):
-    """x = c_skip z + c_out net(c_in z) where the network predicts the velocity of sCM's rotation.
+    """x = c_skip z + c_out net(c_in z), where the network predicts the velocity of sCM's rotation.
 
     Divided by its length n = ((1 - t)^2 + t^2)^(1/2), the path z = (1 - t) x + t e is a rotation from x to e,
 
         z / n = cos(w) x + sin(w) e,    cos(w) = (1 - t) / n,  sin(w) = t / n,
 
-    whose velocity is y = d(z / n)/dw = -sin(w) x + cos(w) e. Solved for the image, whatever x and e are:
-    x = cos(w) z / n - sin(w) y. sCM's network is shown z / n and predicts y, both in units of a = sigma_data,
-    y = a net(z / (n a)):
+    with velocity y = d(z / n)/dw = -sin(w) x + cos(w) e. Solved for the image, for any x and e: x = cos(w) z
+    / n - sin(w) y. sCM's network receives z / n and predicts y, both in units of a = sigma_data, y = a net(z
+    / (n a)):
 
         c_in = 1 / (a n),    c_skip = (1 - t) / n^2,    c_out = -a t / n.
 
-    These are EDM's for noise of the data's own deviation, b = a, but for the sign of c_out; noise_scale has
-    no part, as in sCM, whose noise is as wide as its data. Source: Lu and Song, "Simplifying, Stabilizing and
-    Scaling Continuous-Time Consistency Models" (2024), section 3.
+    These equal EDM's for noise with the data's standard deviation, b = a, except for the sign of c_out;
+    noise_scale does not enter, as in sCM, whose noise has the data's scale. Source: Lu and Song,
+    "Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models" (2024), section 3.
     """
 
     def _deviations(self) -> tuple[float, float]:
@@ -150,7 +149,7 @@ class SCMPreconditioner(EDMPreconditioner):
 
 
 def preconditioner_of(config: ModelConfig) -> Preconditioner:
-    """A model's pre-conditioner by its configuration."""
+    """The preconditioner in a model's configuration."""
     if config.preconditioner == "none":
         return NoPreconditioner()
     kind = {"edm": EDMPreconditioner, "scm": SCMPreconditioner}[config.preconditioner]

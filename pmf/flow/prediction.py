@@ -1,4 +1,4 @@
-"""What the network's output means: how a velocity follows from it."""
+"""What the network predicts, and the velocity that follows from it."""
 
 from typing import Protocol
 
@@ -11,7 +11,7 @@ __all__ = ["Prediction", "UPrediction", "XPrediction", "prediction_of"]
 
 
 class Prediction(Protocol):
-    """Maps an output [B, ...] at (z, t) to a velocity, and a tangent of all three to the velocity's."""
+    """Maps an output [B, ...] at (z, t) to a velocity, and tangents of all three to the velocity's."""
 
     def velocity(self, z: Tensor, output: Tensor, t: Tensor) -> Tensor: ...
 
@@ -29,7 +29,7 @@ class XPrediction:
     def velocity_tangent(
         self, z: Tensor, output: Tensor, t: Tensor, z_t: Tensor, output_t: Tensor, t_t: Tensor
     ) -> Tensor:
-        """tu = (tz - tx - u tt) / t where t >= 0.05; below, where the clip is constant, without u tt."""
+        """tu = (tz - tx - u tt) / t for t >= 0.05; below, where the clip is constant, without u tt."""
         moving = (t >= T_FLOOR) & (t <= 1.0)
         clipped = t.clamp(T_FLOOR, 1.0)
         direct = (z_t - output_t) / per_sample(clipped, z)
@@ -39,7 +39,7 @@ class XPrediction:
 class UPrediction:
     """The output is the velocity itself, for both heads (MeanFlow, arXiv 2505.13447).
 
-    It has to carry the noise, which fills all dimensions of a patch where images fill few.
+    It must contain the noise, which fills all dimensions of a patch, whereas images fill few.
     """
 
     def velocity(self, z: Tensor, output: Tensor, t: Tensor) -> Tensor:
@@ -52,5 +52,5 @@ class UPrediction:
 
 
 def prediction_of(config: ModelConfig) -> Prediction:
-    """What a model's output means by its configuration."""
+    """The prediction in a model's configuration."""
     return UPrediction() if config.prediction == "u" else XPrediction()

@@ -1,4 +1,4 @@
-"""From the network's tokens to a velocity."""
+"""Convert the network's tokens to a velocity."""
 
 import torch
 from torch import Tensor
@@ -16,10 +16,10 @@ __all__ = ["read_velocity", "read_velocity_jvp"]
 def read_velocity(
     prediction: Prediction, preconditioner: Preconditioner, z: Tensor, tokens: Tensor, t: Tensor
 ) -> Tensor:
-    """The velocity [B, C, H, W] at (z, t) that a head's tokens [B, N, p p C] stand for, in z's dtype.
+    """The velocity [B, C, H, W] at (z, t) given by a head's tokens [B, N, p p C], in z's dtype.
 
-    In general by way of images, which the preconditioner and then the prediction turn into a velocity. The
-    paper's choice, an image as the prediction and no preconditioner, is one kernel.
+    In general through images, which the preconditioner and the prediction turn into a velocity. The paper's
+    choice, an image as the prediction without preconditioner, is a single kernel.
     """
     tokens = _beside(z, tokens)
     if _is_papers(prediction, preconditioner):
@@ -57,7 +57,7 @@ def _is_papers(prediction: Prediction, preconditioner: Preconditioner) -> bool:
 
 
 def _beside(z: Tensor, tokens: Tensor) -> Tensor:
-    """Tokens as a kernel takes them beside z: in z's dtype, or 16 bits wide beside float32."""
+    """Tokens in a dtype the kernel accepts with z: z's, or 16-bit beside float32."""
     narrow = z.dtype == torch.float32 and tokens.element_size() == 2
     return tokens if narrow else tokens.to(z.dtype)
 

@@ -1,4 +1,4 @@
-"""Images from noise in one step, or in a few."""
+"""Sample images from noise in one step or a few."""
 
 import dataclasses
 import itertools
@@ -20,7 +20,7 @@ from .read_out import read_velocity
 __all__ = ["PRECISIONS", "Sampler", "sample", "sampling_times"]
 
 PRECISIONS = ("auto", "bf16", "fp32")
-_WIDE = 256  # narrower networks take milliseconds an image in float32 too, and keep its digits
+_WIDE = 256  # narrower networks take only milliseconds per image in float32, and keep its precision
 
 
 def sample(
@@ -37,15 +37,16 @@ def sample(
     prediction: Prediction | None = None,
     preconditioner: Preconditioner | None = None,
 ) -> Tensor:
-    """Images [B, C, H, W] of classes labels [B], around [-1, 1], not clipped; float32 (float64 models: so).
+    """Images [B, C, H, W] for labels [B], around [-1, 1], not clipped; float32 (float64 for float64 models).
 
         z <- z - (t - r) u(z, t, r, omega, interval, label), t from 1 to 0 in `steps` equal parts
 
-    times: instead of equal parts, the times themselves, from 1 down to 0: [1.0, 0.6, 0.0] are two steps.
-    labels may hold num_classes, the null label. omega (one number or [B]) and interval default to the model's
-    own. noise [B, C, H, W] is e itself, already times noise_scale; without it, it is drawn from generator (on
-    the generator's device, the CPU if there is none). prediction and preconditioner are the model's own
-    unless it was trained with others. precision is `Sampler`'s, whose conversion this function repeats in
+    times: explicit times instead of equal parts, from 1 down to 0: [1.0, 0.6, 0.0] are two steps. labels may
+    contain num_classes, the null label. omega (a number or [B]) and interval default to the model's own.
+    noise [B, C, H, W] is e itself, already multiplied by noise_scale; by default it is drawn from generator,
+    on the generator's device or the CPU. prediction and preconditioner default to the model's own. precision
+    is as for `Sampler`, whose weight conversion this function repeats on every call: for many batches create
+    one Sampler.
     every call: for many batches make one Sampler.
     """
     sampler = Sampler(model, precision, prediction=prediction, preconditioner=preconditioner)
@@ -53,30 +54,31 @@ def sample(
 
 
 class Sampler:
-    """Draws batch after batch from one model, made ready once.
+    """Samples batch after batch from one model, prepared once.
 
         sampler = Sampler(model)
         images = sampler(labels, generator=generator)      # arguments as for `sample`
 
-    precision: "bf16" multiplies matrices in bfloat16 and keeps the sum of the blocks' branches in float32,
-    which alone would lose 4 to 6 dB in bfloat16; "fp32" computes in float32; "auto" is the model's own, but
+    precision: "bf16" multiplies matrices in bfloat16 but keeps the residual stream in float32, which by
+    itself would lose 4 to 6 dB in bfloat16; "fp32" computes in float32; "auto" uses the model's dtype, but
     bf16 for a float32 model at least 256 wide on a device with bfloat16 products (AVX512-BF16, AMX, a GPU
     from sm_80).
 
-    model may be wrapped by DistributedDataParallel, `fully_shard` and torch.compile, in any order. Of a
-    sharded one all ranks together make the Sampler, which has a whole copy and then is each rank's own.
+    model may be wrapped in DistributedDataParallel, `fully_shard` and torch.compile, nested in any order. For
+    a sharded model, construction is collective and gathers a full copy; calls are then independent on each
+    rank.
 
-    Only the way to u is used. Where the precision is not the model's own, `network` is a copy of these
-    weights, which later changes of the model do not reach. Everything runs under torch.inference_mode, but
-    the images are ordinary tensors.
+    Only the path to u is evaluated. If the precision differs from the model's, `network` is a copy of the
+    weights and does not follow later changes of the model. Everything runs under torch.inference_mode, but
+    the returned images are ordinary tensors.
 
     Raises ValueError for another precision.
     """
 
     network: PixelMeanFlow
-    """What is evaluated. Whatever wraps a module can be put here, such as torch.compile(sampler.network)."""
+    """The module that is evaluated. Can be replaced by a wrapped one, e.g. torch.compile(sampler.network)."""
     precision: str
-    """What "auto" became: "bf16", "fp32", or the model's own dtype."""
+    """What "auto" resolved to: "bf16", "fp32", or the model's own dtype."""
 
     def __init__(
         self,
@@ -94,7 +96,7 @@ class Sampler:
         if precision == "auto" and own == torch.float32:
             is_wide = model.config.hidden_size >= _WIDE
             precision = "bf16" if is_wide and has_bf16_products(device) else "fp32"
-        # A rank samples when it likes: nothing that waits for the others is evaluated.
+        # Ranks sample independently: nothing that waits for other ranks is evaluated.
         self.network, self.precision = (model if exchanges(alone) else alone), precision
         if precision == "auto":
             self.precision = str(own).removeprefix("torch.")
@@ -136,7 +138,7 @@ class Sampler:
                 f"sample: omega must be one number or one for each of the {len(labels)} labels, "
                 f"got {list(omega.shape)}"
             )
-        # Looking at numbers on another device would make the host wait for it.
+        # Reading numbers on another device would make the host wait.
         if omega.device.type == "cpu" and not (omega >= 1).all():
             raise ValueError(f"sample: omega must be at least 1 (1 is no guidance), got {omega.tolist()}")
         shape = (len(labels), *config.image_shape)
@@ -152,7 +154,7 @@ class Sampler:
                 for value in (omega, t_min, t_max)
             )
             images = self._steps(noise.to(device, dtype), labels, times, *guidance)
-        return images.clone()  # outside: autograd takes no tensor of inference mode
+        return images.clone()  # outside inference mode, because autograd rejects its tensors
 
     def _steps(
         self, z: Tensor, labels: Tensor, times: list[float], omega: Tensor, t_min: Tensor, t_max: Tensor
@@ -166,7 +168,7 @@ class Sampler:
         return z
 
     def _predict(self, images: Tensor, condition: Condition) -> Tensor:
-        """The network's u path: all that runs on the device, and of one shape for batches of one size."""
+        """The network's path to u: all the device work, with one shape for batches of one size."""
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return self.network(images, condition, heads="u", as_tokens=True).u
 
@@ -174,7 +176,7 @@ class Sampler:
 def sampling_times(steps: int, times: Sequence[float] | None = None) -> list[float]:
     """The times of a sampler's network evaluations, from 1 down to 0: `steps` equal parts, or those given.
 
-    Raises ValueError where they do not descend from 1 to 0, or where steps says something else.
+    Raises ValueError if they do not descend from 1 to 0 or contradict steps.
     """
     if times is None:
         if steps < 1:
@@ -203,9 +205,9 @@ def _check_labels(labels: Tensor | Sequence[int], num_classes: int) -> Tensor:
 
 
 def _copy_u_path(model: PixelMeanFlow, matrices: torch.dtype) -> PixelMeanFlow:
-    """The model without its v head: the Linear layers in the dtype `matrices`, all else in float32.
+    """The model without its v head: Linear layers in the dtype `matrices`, everything else in float32.
 
-    The scales of the blocks' branches are multiplied into the matrices, before these are rounded.
+    The gates of the blocks' branches are multiplied into the matrices before rounding.
     """
     rest = torch.float64 if matrices == torch.float64 else torch.float32
     with torch.device("meta"):
@@ -222,12 +224,12 @@ def _copy_u_path(model: PixelMeanFlow, matrices: torch.dtype) -> PixelMeanFlow:
             value = _whole(weights[name])
             for matrix, scale in Block.scaled.items():
                 gate = weights.get(name.removesuffix(matrix) + scale) if name.endswith(matrix) else None
-                if gate is not None:  # None in a network that came from here
+                if gate is not None:  # None in a network that was already folded
                     value = _whole(gate)[:, None] * value
             parameter.copy_(value)
     return copy.requires_grad_(False).eval()
 
 
 def _whole(x: Tensor) -> Tensor:
-    """A sharded tensor gathered, by all ranks together; any other as it is."""
+    """Gather a sharded tensor (a collective call); return any other unchanged."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x

@@ -1,4 +1,4 @@
-"""Which pairs of times (t, r) training sees."""
+"""Distributions of the training times (t, r)."""
 
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -12,17 +12,17 @@ __all__ = ["LineTimes", "PlaneTimes", "TimeSampling"]
 
 
 class TimeSampling(Protocol):
-    """Draws times t >= r, each [batch] on the CPU in float32. Samples with r = t are flow-matching ones."""
+    """Draws times t >= r, each [batch] on the CPU in float32; r = t makes a flow-matching sample."""
 
     def draw(self, batch: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
 class PlaneTimes:
-    """t and r logit-normal, sigmoid(std n + mean), all over 0 <= r <= t <= 1; the first samples have r = t.
+    """Logit-normal t and r, sigmoid(std n + mean), over 0 <= r <= t <= 1; the first samples have r = t.
 
-    uniform_fraction of the pairs are uniform in the unit square instead (the authors' tr_uniform, a tenth for
-    H models). data_proportion is the share of flow-matching samples.
+    A fraction uniform_fraction of the pairs is uniform on the unit square instead (the authors' tr_uniform,
+    0.1 for H models). data_proportion is the fraction of flow-matching samples.
     """
 
     mean: float = 0.8
@@ -50,7 +50,7 @@ class PlaneTimes:
 
 @dataclass(frozen=True)
 class LineTimes:
-    """t as in the plane, and r on one of its edges only: "r=t" (flow matching) or "r=0" (one step to x)."""
+    """t as in the plane, and r on one edge only: "r=t" (flow matching) or "r=0" (one step to x)."""
 
     plane: PlaneTimes = field(default_factory=PlaneTimes)
     line: str = "r=t"

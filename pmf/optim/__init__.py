@@ -1,4 +1,4 @@
-"""Muon with Adam for what is no matrix, and averaged weights."""
+"""Muon for matrices, Adam for everything else, and weight averages."""
 
 from ._cohort import local
 from ._sharing import fill

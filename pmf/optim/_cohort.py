@@ -1,4 +1,4 @@
-"""Parameters that step together, and how a group's fall into such cohorts."""
+"""Cohorts: the parameters of a group that step together."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ States = dict[Tensor, State]
 class Cohort:
     """Parameters with gradients that share settings, dtype, device and step count.
 
-    The count is one tensor on the device where the kernels step them, and a number where PyTorch does.
+    The count is one tensor on the device if kernels do the step, and a number if PyTorch does.
     """
 
     group: dict[str, Any]
@@ -29,7 +29,7 @@ class Cohort:
     states: list[State]
 
     def step(self) -> None:
-        """One step of them all."""
+        """Step all of them."""
         if isinstance(self.states[0]["step"], Tensor):
             step = _kernels.muon_step if self.group["algorithm"] == "muon" else _kernels.adam_step
             step(self.group, self.parameters, self.states)
@@ -56,7 +56,7 @@ class Cohort:
 
 
 def cohorts(group: dict[str, Any], states: States) -> list[Cohort]:
-    """The cohorts of a group's parameters that have gradients, with all their state made."""
+    """The cohorts of a group's parameters that have gradients, with their state created."""
     present = [p for p in group["params"] if p.grad is not None]
     for p in present:
         if not states[p]:
@@ -69,7 +69,7 @@ def cohorts(group: dict[str, Any], states: States) -> list[Cohort]:
 
 
 def _place_counts(group: dict[str, Any], present: Sequence[Tensor], states: States) -> None:
-    """Step counts as their steps need them: on the device, in one tensor for those that step together."""
+    """Put step counts where the steps need them: on the device, in one tensor per cohort."""
     absent = {_count(states[p]) for p in group["params"] if p.grad is None and p in states and states[p]}
     counters: dict[tuple[Any, ...], Tensor] = {}
     for p in present:
@@ -80,26 +80,26 @@ def _place_counts(group: dict[str, Any], present: Sequence[Tensor], states: Stat
             if key not in counters:
                 counters[key] = torch.full((), state["step"], dtype=torch.int64, device=p.device)
             state["step"] = counters[key]
-        elif key[0] in absent:  # those without gradients keep the old count
+        elif key[0] in absent:  # parameters without gradients keep their old count
             if key not in counters:
                 counters[key] = state["step"].clone()
             state["step"] = counters[key]
 
 
 def _count(state: State) -> Any:
-    """A step count to compare without reading it from a device: a number, or which tensor holds it."""
+    """A step count to compare without reading it from a device: a number, or its tensor's identity."""
     step = state["step"]
     return ("tensor", id(step)) if isinstance(step, Tensor) else step
 
 
 def new_state(group: dict[str, Any], p: Tensor, owned: bool = True) -> State:
-    """What a parameter remembers before its first step; the momentum of a matrix only where it is owned."""
+    """A parameter's state before its first step; the momentum of a matrix only if this rank owns it."""
     dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
     state: State = {"step": 0}
     if group["algorithm"] == "adam":
         state["momentum"] = torch.zeros_like(p, dtype=dtype)
         state["square"] = torch.zeros_like(p, dtype=dtype)
-    elif owned:  # whole, also where the parameter is in shards
+    elif owned:  # full, even if the parameter is sharded
         state["momentum"] = torch.zeros(p.shape, dtype=dtype, device=p.device)
     if p.dtype != dtype:
         state["master"] = p.detach().to(dtype)
@@ -107,7 +107,7 @@ def new_state(group: dict[str, Any], p: Tensor, owned: bool = True) -> State:
 
 
 def working(p: Tensor, state: State) -> Tensor:
-    """The local part of a parameter, or its master: a new one if someone else changed the parameter."""
+    """The local part of a parameter, or its master, recreated if the parameter was changed externally."""
     master: Tensor | None = state.get("master")
     p = local(p.detach())
     if master is None:
@@ -120,11 +120,11 @@ def working(p: Tensor, state: State) -> Tensor:
 
 
 def gradient(p: Tensor, work: Tensor) -> Tensor:
-    """A parameter's gradient in the dtype of its steps."""
+    """A parameter's gradient in the dtype of its step."""
     assert p.grad is not None
     return p.grad.detach().to(work.dtype)
 
 
 def local(x: Tensor) -> Tensor:
-    """The part of x that lives here: a DTensor's shard, or x itself."""
+    """The local part of x: a DTensor's shard, or x itself."""
     return x.to_local() if hasattr(x, "to_local") else x

@@ -1,7 +1,7 @@
-"""The optimizer's step by CUDA kernels: few launches, nothing read back, so that it can be captured.
+"""The optimizer's step with CUDA kernels: few launches, no readback, so that a graph can capture it.
 
-What changes from step to step lives on the device: the step count always, a learning rate and a weight decay
-where they are given as tensors there. All else is an argument of a launch, which a captured graph keeps.
+What changes between steps is on the device: always the step count, and learning rate and weight decay if
+given as tensors there. Everything else is a launch argument, which a captured graph keeps.
 """
 
 from itertools import chain
@@ -23,7 +23,7 @@ State = dict[str, Any]
 
 
 def take(group: dict[str, Any], p: Tensor) -> bool:
-    """Whether the kernels step this parameter, which has a gradient; else it is plain PyTorch's."""
+    """Whether the kernels step this parameter, which has a gradient; otherwise plain PyTorch does."""
     assert p.grad is not None
     if not (p.is_contiguous() and p.grad.dtype == p.dtype):
         return False
@@ -33,12 +33,12 @@ def take(group: dict[str, Any], p: Tensor) -> bool:
 
 
 def compute_dtype(group: dict[str, Any]) -> torch.dtype | None:
-    """The dtype of a group's Newton-Schulz iteration, None for the device's own choice."""
+    """The dtype of a group's Newton-Schulz iteration; None for the device's default."""
     return None if group["compute_dtype"] is None else getattr(torch, group["compute_dtype"])
 
 
 def muon_step(group: dict[str, Any], params: list[Tensor], states: list[State]) -> None:
-    """One step of parameters that share dtype, device and step count: of all their matrices together."""
+    """Step parameters that share dtype, device and step count, all their matrices together."""
     layouts = [layout_of(group, p.shape) for p in params]
     coefficients = step_coefficients(group["ns_steps"], group["ns_coefficients"])
     torch.ops.pmf.muon_step(
@@ -59,7 +59,7 @@ def muon_step(group: dict[str, Any], params: list[Tensor], states: list[State]) 
 
 
 def adam_step(group: dict[str, Any], params: list[Tensor], states: list[State]) -> None:
-    """One step of any parameters that share dtype, device and step count."""
+    """Step any parameters that share dtype, device and step count."""
     torch.ops.pmf.adam_step(
         *_lists(params, states, "momentum", "square"),
         *_settings(group, params[0], states[0]),
@@ -70,7 +70,7 @@ def adam_step(group: dict[str, Any], params: list[Tensor], states: list[State]) 
 
 
 def _lists(params: list[Tensor], states: list[State], *names: str) -> list[list[Tensor]]:
-    """Parameters, gradients, their state by name, and masters, if they have any."""
+    """Parameters, gradients, their state by name, and masters if any."""
     grads = [p.grad.contiguous() for p in params if p.grad is not None]
     return [
         [p.detach() for p in params],
@@ -81,7 +81,7 @@ def _lists(params: list[Tensor], states: list[State], *names: str) -> list[list[
 
 
 def _settings(group: dict[str, Any], p: Tensor, state: State) -> list[Any]:
-    """The step count, learning rate and weight decay: each of the last two a tensor or a number."""
+    """Step count, learning rate and weight decay: each of the last two a tensor or a number."""
     settings = [state["step"]]
     for name in ("lr", "weight_decay"):
         value = group[name]

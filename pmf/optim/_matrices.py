@@ -1,9 +1,9 @@
-"""Which matrices a parameter of Muon's holds: itself, parts of its rows, heads of a part, or experts.
+"""The matrices in a Muon parameter: itself, row blocks, heads of a block, or experts.
 
-[rows, columns]             one matrix; with split_sizes one for each part of the rows, with num_heads one
-                            for each head of each part
-[experts, rows, columns]    as many for each expert
-[out, ...] with flatten     the matrix [out, all else], as above: a convolution's weight
+[rows, columns]             one matrix; with split_sizes one per row block, with num_heads one per head of
+                            each block
+[experts, rows, columns]    the same for each expert
+[out, ...] with flatten     the matrix [out, everything else], as above: a convolution's weight
 """
 
 import math
@@ -26,7 +26,7 @@ SCALES: dict[str, Callable[[int, int], float]] = {
 
 @dataclass(frozen=True)
 class Layout:
-    """A parameter's matrices, in the order of memory."""
+    """A parameter's matrices, in memory order."""
 
     rows: tuple[int, ...]
     """Of each matrix, or of each matrix of one expert."""
@@ -38,7 +38,7 @@ class Layout:
         return self.experts is None and len(self.rows) == 1
 
     def cut(self, x: Tensor) -> list[Tensor]:
-        """The matrices of a tensor of the parameter's shape: views where it is contiguous."""
+        """The matrices of a tensor with the parameter's shape: views if it is contiguous."""
         if self._is_one:
             return [x if x.dim() == 2 else x.flatten(1)]
         if self.experts is None:
@@ -48,22 +48,22 @@ class Layout:
         return [part for expert in x.unbind() for part in expert.split(self.rows)]
 
     def parts(self, x: Tensor) -> list[Tensor]:
-        """As `cut`, but views in any case, which keep the dimensions that `flatten` joins."""
+        """Like `cut`, but always views, which keep the dimensions that `flatten` merges."""
         return [x] if self._is_one else list(x.split(self.rows)) if self.experts is None else self.cut(x)
 
     def join(self, matrices: list[Tensor], like: Tensor) -> Tensor:
         """The inverse of `cut`, in the shape of `like`."""
-        if not matrices:  # of no experts
+        if not matrices:  # zero experts
             return torch.empty_like(like)
         return (matrices[0] if self._is_one else torch.cat(matrices)).reshape(like.shape)
 
     def scales(self, scale: str) -> list[float]:
-        """What each matrix's step is multiplied by, by the name of the rule."""
+        """The factor on each matrix's step under the named rule."""
         one = [SCALES[scale](rows, self.columns) if rows and self.columns else 1.0 for rows in self.rows]
         return one * (1 if self.experts is None else self.experts)
 
     def work(self) -> int:
-        """Multiply-adds of one Newton-Schulz step: A = X X^T, A^2 and (b A + c A^2) X, X being wide."""
+        """Multiply-adds of a Newton-Schulz step: A = X X^T, A^2 and (b A + c A^2) X, for wide X."""
         return (1 if self.experts is None else self.experts) * sum(
             2 * short * short * long + short**3
             for short, long in (sorted((rows, self.columns)) for rows in self.rows)
@@ -71,14 +71,14 @@ class Layout:
 
 
 def layout_of(group: Mapping[str, Any], shape: torch.Size) -> Layout:
-    """How a group sees a parameter of this shape. Raises ValueError, without its name, where it cannot."""
+    """The layout of a parameter of this shape in a group; ValueError, without its name, if it has none."""
     return _layout(
         tuple(shape), _hashable(group["split_sizes"]), _hashable(group["num_heads"]), group["flatten"]
     )
 
 
 def check_layouts(group: Mapping[str, Any]) -> None:
-    """Raises ValueError that names the first of a Muon group's parameters that is not what it says."""
+    """Raise ValueError naming the first parameter of a Muon group that does not fit its settings."""
     if not isinstance(group["flatten"], bool):
         raise ValueError(f"Muon: flatten must be True or False, got {group['flatten']!r}")
     for name in ("split_sizes", "num_heads"):
@@ -109,20 +109,18 @@ def _layout(
 ) -> Layout:
     if len(shape) < 2:
         raise ValueError(
-            "is no matrix, and only matrices can go by Muon: give it a group of algorithm 'adam'"
+            "is not a matrix, and Muon only steps matrices: put it in a group with algorithm 'adam'"
         )
     if len(shape) > 3 and not flatten:
         raise ValueError(
-            "has more than three dimensions: flatten=True in its group makes a convolution's weight the "
-            "matrix [out, all else]"
+            "has more than three dimensions: flatten=True in its group treats a convolution's weight as the "
+            "matrix [out, everything else]"
         )
     experts, total = (shape[0], shape[1]) if len(shape) == 3 and not flatten else (None, shape[0])
     columns = math.prod(shape[1:]) if experts is None else shape[2]
     parts = (total,) if split_sizes is None else split_sizes
     if sum(parts) != total:
-        raise ValueError(
-            f"has {total} rows, but its group's split_sizes {list(parts)} add up to {sum(parts)}"
-        )
+        raise ValueError(f"has {total} rows, but its group's split_sizes {list(parts)} sum to {sum(parts)}")
     heads = num_heads if isinstance(num_heads, tuple) else (num_heads or 1,) * len(parts)
     if len(heads) != len(parts):
         raise ValueError(f"has {len(parts)} parts, but its group's num_heads are {len(heads)}: {list(heads)}")

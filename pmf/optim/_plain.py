@@ -1,4 +1,4 @@
-"""The optimizer's step in plain PyTorch: by lists of parameters that share dtype, device and step count."""
+"""The optimizer's step in plain PyTorch, on lists of parameters that share dtype, device and step count."""
 
 from collections.abc import Iterator
 from itertools import chain, islice
@@ -15,13 +15,13 @@ from ._matrices import Layout
 __all__ = ["adam_step", "muon_apply", "muon_directions"]
 
 CHUNK = 1 << 26
-"""Elements orthogonalised at a time: bounds the memory of updates (256 MB each in float32), not the bits."""
+"""Elements orthogonalised at a time: bounds memory (256 MB per update in float32), not the result."""
 
 
 def muon_directions(
     group: dict[str, Any], k: int, grads: list[Tensor], momenta: list[Tensor], layouts: list[Layout]
 ) -> Iterator[list[Tensor]]:
-    """s newton_schulz(u) of each parameter's matrices at step k; the momenta take in the gradients."""
+    """s newton_schulz(u) of each parameter's matrices at step k; updates the momenta."""
     mu = group["momentum"]
     torch._foreach_lerp_(momenta, grads, 1 - mu)
     of_momentum, of_gradient = _nesterov(mu, k, group["nesterov"], group["bias_correction"])
@@ -37,7 +37,7 @@ def muon_directions(
             group["ns_method"],
             _kernels.compute_dtype(group),
         )
-        if found:  # of no experts there are no matrices, and PyTorch takes no empty list
+        if found:  # zero experts have no matrices, and PyTorch rejects empty lists
             torch._foreach_mul_(
                 found, [s for layout in layouts[chunk] for s in layout.scales(group["scale"])]
             )
@@ -47,7 +47,7 @@ def muon_directions(
 
 
 def muon_apply(group: dict[str, Any], p: Tensor, parts: list[Tensor], steps: list[Tensor]) -> None:
-    """p <- (1 - lr wd) p - lr step, a step for each of p's parts."""
+    """p <- (1 - lr wd) p - lr step, with a step for each part of p."""
     lr, decay = float(group["lr"]), float(group["weight_decay"])
     if decay != 0:
         p.mul_(1 - lr * decay)
@@ -77,7 +77,7 @@ def adam_step(
 
 
 def _nesterov(beta: float, k: int, nesterov: bool, bias_correction: bool) -> tuple[float, float]:
-    """What momentum and gradient are multiplied by in the update of step k."""
+    """The factors on momentum and gradient in the update of step k."""
     if not nesterov:
         return (1 / (1 - beta**k) if bias_correction else 1.0), 0.0
     if not bias_correction:

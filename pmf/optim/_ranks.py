@@ -1,14 +1,15 @@
-"""One parameter, one owner: how several ranks share Muon's work and its state.
+"""One parameter, one owner: how ranks share Muon's work and state.
 
-Orthogonalising a matrix needs all of it, so each parameter goes, with all its matrices, to one rank, its
-owner, who alone keeps its momentum. Longest first: parameters in falling order of work, each to the rank
-with the least so far (Graham, 1969). A step moves each gradient to its owner and each direction back, once:
+Orthogonalising a matrix needs all of it, so each parameter, with all its matrices, is assigned to one rank,
+its owner, the only one to keep its momentum. Longest first: parameters in decreasing order of work, each to
+the rank with the least so far (Graham, 1969). A step moves each gradient to its owner and each update back,
+once:
 
-    replicated parameters (DDP)     reduce-scatter of gradients, all-gather of directions
-    rows sharded (FSDP2)            all-to-all of row shards, both ways; FSDP2 has averaged the gradients
+    replicated parameters (DDP)     reduce-scatter of gradients, all-gather of updates
+    sharded by rows (FSDP2)         all-to-all of row shards, both ways; FSDP2 has averaged the gradients
 
-Ranks send buffers of one length (the longest, padded), or exactly their rows. Everything else in the step is
-elementwise and happens where the numbers are.
+Ranks send buffers of equal length (the longest, padded), or exactly their rows. Everything else in the step
+is elementwise and local.
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 
 
 def assign_owners(works: Sequence[int], ranks: int) -> list[int]:
-    """The owner of each parameter, by the work of its matrices; the same on every rank."""
+    """Assign each parameter to an owner by the work of its matrices; the same on every rank."""
     load, owners = [0] * ranks, [0] * len(works)
     for i in sorted(range(len(works)), key=lambda i: -works[i]):
         owners[i] = load.index(min(load))
@@ -36,17 +37,17 @@ def assign_owners(works: Sequence[int], ranks: int) -> list[int]:
 
 
 class Exchange(Protocol):
-    """Moves gradients to owners, and directions back."""
+    """Moves gradients to owners and updates back."""
 
     owned: list[int]
-    """Which of the parameters are this rank's."""
+    """Whether each parameter is owned by this rank."""
 
     def collect(self, grads: list[Tensor]) -> list[Tensor]:
-        """Mean gradients of the owned parameters, whole, from every rank's local ones of all."""
+        """Full mean gradients of the owned parameters, from every rank's local gradients of all."""
         ...
 
     def give_back(self, directions: list[Tensor]) -> list[Tensor]:
-        """Local directions of all parameters, from the owners' whole ones."""
+        """Local updates of all parameters, from the owners' full ones."""
         ...
 
     def average(self, grads: list[Tensor]) -> list[Tensor]:
@@ -55,7 +56,7 @@ class Exchange(Protocol):
 
 
 def make_exchange(params: list[Tensor], works: list[int] | None, group: dist.ProcessGroup | None) -> Exchange:
-    """For parameters of one kind: DTensors, whose mesh names the ranks, or plain ones of `group`.
+    """The exchange for parameters of one kind: DTensors, whose mesh gives the ranks, or plain tensors.
 
     works: of each parameter's matrices; None for Adam's parameters, which have no owner.
     """
@@ -67,7 +68,7 @@ def make_exchange(params: list[Tensor], works: list[int] | None, group: dist.Pro
         assert isinstance(p, DTensor)
         if mesh.ndim != 1 or p.device_mesh != mesh or tuple(p.placements) != (Shard(0),):
             raise ValueError(
-                f"Muon: sharded parameters must be sharded by rows over one mesh of one dimension, as "
+                f"Muon: sharded parameters must be sharded by rows over a one-dimensional mesh, as "
                 f"fully_shard does, got {p.placements} over {p.device_mesh}"
             )
     return _RowShards(params, works, mesh.get_group())
@@ -109,7 +110,7 @@ class _Replicated:
 
 
 class _RowShards:
-    """Every rank has some rows of every parameter, and of its gradient, which is the mean already."""
+    """Every rank has some rows of every parameter and of its gradient, which is already averaged."""
 
     def __init__(self, params: list[Tensor], works: list[int] | None, group: dist.ProcessGroup) -> None:
         self._group, self._ranks, self._rank = group, dist.get_world_size(group), dist.get_rank(group)
@@ -142,13 +143,13 @@ class _RowShards:
         return range(self._ranks)
 
     def _shard(self, i: int, rank: int) -> torch.Size:
-        """The shape of one rank's rows: as torch.chunk cuts them, the last ranks may have fewer or none."""
+        """The shape of a rank's rows: split like torch.chunk, so the last ranks may have fewer or none."""
         rows, *rest = self._shapes[i]
         most = -(-rows // self._ranks)
         return torch.Size((max(0, min(most, rows - rank * most)), *rest))
 
     def _swap(self, sent: list[list[Tensor]], shapes: list[list[torch.Size]]) -> list[list[Tensor]]:
-        """Give each rank its list, and get one of these shapes from each."""
+        """Send each rank its list, and receive tensors of these shapes from each."""
         counts = [sum(shape.numel() for shape in of) for of in shapes]
         received = self._empty.new_empty(sum(counts))
         buffer = torch.cat([self._empty, *(part.flatten() for parts in sent for part in parts)])
@@ -164,7 +165,7 @@ def _by_owner(works: list[int] | None, ranks: int) -> list[list[int]]:
 
 
 def _empty(p: Tensor) -> Tensor:
-    """No numbers, of the dtype and on the device of the parameter's steps."""
+    """An empty tensor with the dtype and device of the parameter's step."""
     return torch.empty(0, dtype=torch.float64 if p.dtype == torch.float64 else torch.float32, device=p.device)
 
 
@@ -174,6 +175,6 @@ def _fill(flat: Tensor, parts: list[Tensor]) -> None:
 
 
 def _cut(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    """The front of a flat tensor as tensors of these shapes: views."""
+    """The beginning of a flat tensor as tensors of these shapes: views."""
     sizes = [shape.numel() for shape in shapes]
     return [part.view(shape) for part, shape in zip(flat[: sum(sizes)].split(sizes), shapes, strict=True)]

@@ -1,4 +1,4 @@
-"""The optimizer's settings: presets, who reads which, and what they must be."""
+"""The optimizer's settings: presets, which algorithm reads which, and validation."""
 
 import difflib
 import math
@@ -42,18 +42,18 @@ PRESETS: dict[str, dict[str, Any]] = {
 PRESETS["moonlight"] = {**PRESETS["torch"], "scale": "match_rms"}
 
 LAYOUT = {"split_sizes": None, "num_heads": None, "flatten": False}
-"""How a group's parameters are matrices: no numbers to tune, so that a saved state does not change them."""
+"""Settings that define a group's matrices: not tuned numbers, so a saved state does not change them."""
 
 _MUON = ("momentum", "nesterov", "bias_correction", "scale", "compute_dtype", "ns_steps", "ns_coefficients")
 _READ = {"muon": {*_MUON, "ns_method", *LAYOUT}, "adam": {"betas", "eps", "adam_nesterov"}}
 _BOTH = {"lr", "weight_decay"}
 _NOT_SETTINGS = {"params", "param_names", "algorithm"}
 _SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
-"""What torch.optim's schedulers keep in a group."""
+"""Entries that torch.optim's schedulers add to a group."""
 
 
 def check_keys(group: Mapping[str, Any]) -> None:
-    """Raises ValueError for a key of a group that no one reads."""
+    """Raise ValueError for an unknown key of a group."""
     known = set.union(*_READ.values(), _BOTH)
     for key in group:
         if key not in known | _NOT_SETTINGS | _SCHEDULERS:
@@ -63,38 +63,38 @@ def check_keys(group: Mapping[str, Any]) -> None:
 
 
 def check_read(group: Mapping[str, Any], algorithms: Iterable[str], defaults: Mapping[str, Any]) -> None:
-    """Raises ValueError for a setting of a group that none of its parameters' algorithms reads.
+    """Raise ValueError for a setting that none of the group's algorithms reads.
 
-    One that says what holds anyway is fine: groups are copied with all their settings.
+    A setting equal to its default is allowed: groups are copied with all their settings.
     """
     algorithms = sorted(set(algorithms))
     for key, value in group.items():
         if not any(reads(algorithm, key) for algorithm in algorithms) and value != defaults[key]:
             raise ValueError(
-                f"Muon: {key} is set in a group whose parameters all go by {' and '.join(algorithms)}, which "
+                f"Muon: {key} is set in a group whose parameters all use {' and '.join(algorithms)}, which "
                 "does not read it: leave it out, or give the group another algorithm"
             )
 
 
 def reads(algorithm: str, key: str) -> bool:
-    """Whether a group of this algorithm has a use for this key."""
+    """Whether a group with this algorithm uses this key."""
     return not any(key in keys for other, keys in _READ.items() if other != algorithm)
 
 
 def dtype_name(dtype: torch.dtype | str | None) -> str | None:
-    """A dtype as settings hold it, which a saved state can be read without unpickling."""
+    """A dtype as a string, so that saved settings can be read without unpickling."""
     return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def check(group: Mapping[str, Any]) -> None:
-    """Raises ValueError in one sentence for a setting out of range, and for parameters that do not fit it."""
+    """Raise ValueError for a setting out of range, or for parameters that do not fit it."""
     for name, words in (("lr", "the learning rate"), ("weight_decay", "weight_decay")):
         value = group[name]
         if isinstance(value, Tensor):
             if value.numel() != 1:
                 raise ValueError(f"Muon: {words} must be one number, got shape {list(value.shape)}")
             if value.device.type != "cpu":
-                continue  # reading it would wait for the device, and end a capture
+                continue  # reading it would wait for the device and end a capture
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"Muon: {words} must be finite and not negative, got {float(value)}")
     for name, value in (

@@ -1,4 +1,4 @@
-"""Steps that several ranks share, each with a part of the work and of the state."""
+"""Steps shared by several ranks, each with part of the work and of the state."""
 
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from ._cohort import State, States, gradient, local, new_state, working
 from ._matrices import layout_of
 from ._plain import adam_step, muon_apply, muon_directions
 
-if TYPE_CHECKING:  # at run time it is imported when there are ranks: it costs what torch.distributed costs
+if TYPE_CHECKING:  # imported at run time only with several ranks, because it loads torch.distributed
     from torch.distributed import ProcessGroup
 
     from ._ranks import Exchange
@@ -21,7 +21,7 @@ Group = dict[str, Any]
 
 
 class SharedSteps:
-    """The ranks that step an optimizer's groups together, and what moves their gradients."""
+    """The ranks that step an optimizer's groups together, and the exchanges of their gradients."""
 
     def __init__(self, process_group: "ProcessGroup | None" = None) -> None:
         self.process_group = process_group
@@ -32,20 +32,20 @@ class SharedSteps:
         return self.process_group is not None or any(hasattr(p, "device_mesh") for p in group["params"])
 
     def make_state(self, index: int, group: Group, states: States) -> None:
-        """All the state that this rank keeps of the group of this index."""
+        """Create all state that this rank keeps for the group at this index."""
         for exchange, parameters in self._exchanges_of(index, group):
             for i, p in enumerate(parameters):
                 if not states[p]:
                     states[p].update(new_state(group, p, owned=i in exchange.owned))
 
     def step(self, index: int, group: Group, states: States) -> None:
-        """One step of the group of this index, by all ranks; a gradient of None counts as zero."""
+        """Step the group at this index on all ranks; a gradient of None counts as zero."""
         self.make_state(index, group, states)
         for exchange, parameters in self._exchanges_of(index, group):
             _step(group, exchange, parameters, [states[p] for p in parameters])
 
     def _exchanges_of(self, index: int, group: Group) -> "list[tuple[Exchange, list[Tensor]]]":
-        """The group's parameters in lists of one kind."""
+        """The group's parameters, in lists of one kind."""
         if sum(len(parameters) for _, parameters in self._exchanges.get(index, ())) != len(group["params"]):
             from ._ranks import make_exchange
 
@@ -88,14 +88,14 @@ def _step(group: Group, exchange: "Exchange", parameters: list[Tensor], states: 
 
 
 def _owned_steps(group: Group, k: int, grads: list[Tensor], momenta: list[Tensor]) -> list[Tensor]:
-    """s newton_schulz(u) of whole parameters, in their shapes."""
+    """s newton_schulz(u) of full parameters, in their shapes."""
     layouts = [layout_of(group, grad.shape) for grad in grads]
     steps = zip(grads, layouts, muon_directions(group, k, grads, momenta, layouts), strict=True)
     return [layout.join(matrices, grad) for grad, layout, matrices in steps]
 
 
 def fill(live: Tensor, whole: Tensor) -> None:
-    """Overwrite a tensor, or this rank's shard of it, with a whole one that every rank has."""
+    """Overwrite a tensor, or this rank's shard of it, with a full one that every rank has."""
     if hasattr(live, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
 

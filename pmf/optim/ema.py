@@ -18,11 +18,11 @@ from ._sharing import fill
 __all__ = ["EMA"]
 
 RAMP_UP = 0.05
-"""A half-life is at most this share of the images seen, so that early averages forget the initial weights."""
+"""Half-lives are at most this fraction of the images seen, so that averages forget the initial weights."""
 
 
 class EMA:
-    """Averages of a model's parameters, one for each half-life.
+    """Moving averages of a model's parameters, one per half-life.
 
         w <- d w + (1 - d) p,    d = 0.5^(B / min(H, 0.05 k B))
 
@@ -31,12 +31,13 @@ class EMA:
     Args:
         model: a module, or (name, parameter) pairs. Buffers are not averaged. Names are those of the model
             inside DistributedDataParallel and torch.compile (`pmf.wrappers`).
-        half_lives: in thousand images, increasing or not, all different.
+        half_lives: in thousands of images, distinct, in any order.
 
-    `updates` counts them. `copies[i]` maps each parameter's name to its average, in float32 (float64 for
-    float64 parameters), sharded as it is. On a GPU one kernel updates them all and reads each parameter once.
+    `updates` is their number. `copies[i]` maps each parameter's name to its average, in float32 (float64 for
+    float64 parameters), sharded like it. On a GPU one kernel updates all averages and reads each parameter
+    once.
 
-    Raises ValueError where a half-life is not positive or given twice, or where there are no parameters.
+    Raises ValueError if a half-life is not positive or repeated, or if there are no parameters.
 
     Source: Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models" (2024).
     """
@@ -54,18 +55,18 @@ class EMA:
             require_trainable("EMA", name, p)
         self.half_lives = tuple(float(h) for h in half_lives)
         if len(set(self.half_lives)) != len(self.half_lives) or not all(h > 0 for h in self.half_lives):
-            raise ValueError(f"EMA: half-lives must be positive and different, got {list(half_lives)}")
+            raise ValueError(f"EMA: half-lives must be positive and distinct, got {list(half_lives)}")
         self.updates = 0
         self.copies = [{n: _precise(p).clone() for n, p in self._parameters.items()} for _ in self.half_lives]
 
     def decay(self, half_life: float, batch_size: int) -> float:
-        """The d of the last update, had it been of `batch_size` images."""
+        """The decay d of the last update for a batch of `batch_size` images."""
         return 0.5 ** (batch_size / min(1000 * half_life, RAMP_UP * self.updates * batch_size))
 
-    @torch._disable_dynamo  # a graph would hold the decay of its first update
+    @torch._disable_dynamo  # a graph would bake in the decay of its first update
     @torch.no_grad()
     def update(self, batch_size: int) -> None:
-        """Take in the parameters as they are after a step on `batch_size` images."""
+        """Average in the current parameters after a step on `batch_size` images."""
         if batch_size <= 0:
             raise ValueError(f"EMA: batch_size must be positive, got {batch_size}")
         self.updates += 1
@@ -82,14 +83,14 @@ class EMA:
             torch._foreach_lerp_(copy, current, weight)
 
     def weights(self, half_life: float) -> dict[str, Tensor]:
-        """The averages of one half-life by parameter name: the live tensors, not copies."""
+        """The averages for one half-life by parameter name: the live tensors, not copies."""
         if half_life not in self.half_lives:
             raise ValueError(f"EMA: no average has half-life {half_life}; there are {list(self.half_lives)}")
         return self.copies[self.half_lives.index(half_life)]
 
     @contextmanager
     def swapped_in(self, half_life: float) -> Iterator[None]:
-        """Within the block, and for sampling, the model's parameters hold the averages."""
+        """Temporarily replace the model's parameters by the averages, for sampling."""
         averages = self.weights(half_life)
         with torch.no_grad():
             own = {n: p.clone() for n, p in self._parameters.items()}
@@ -103,7 +104,7 @@ class EMA:
                     p.copy_(own[n])
 
     def state_dict(self) -> dict[str, Any]:
-        """All that an exact continuation needs, in tensors, numbers, lists and dicts."""
+        """Everything needed to continue exactly, in tensors, numbers, lists and dicts."""
         return {
             "updates": self.updates,
             "half_lives": list(self.half_lives),
@@ -112,7 +113,7 @@ class EMA:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`. Raises ValueError where half-lives, names or shapes differ."""
+        """Continue from `state_dict()`. Raises ValueError if half-lives, names or shapes differ."""
         if tuple(state["half_lives"]) != self.half_lives:
             raise ValueError(
                 f"EMA: the saved half-lives are {state['half_lives']}, not {list(self.half_lives)}"
@@ -123,12 +124,12 @@ class EMA:
 
     @torch.no_grad()
     def load_weights(self, half_life: float, weights: Mapping[str, Tensor]) -> None:
-        """Overwrite the averages of one half-life. Raises ValueError where names or shapes differ."""
+        """Overwrite the averages for one half-life. Raises ValueError if names or shapes differ."""
         averages, weights = self.weights(half_life), by_plain_names(weights)
         for name in sorted(averages.keys() | weights.keys()):
             if _shape(averages, name) != _shape(weights, name):
                 raise ValueError(
-                    f"EMA: the saved averages are of another model: {name} has shape "
+                    f"EMA: the saved averages belong to another model: {name} has shape "
                     f"{_shape(weights, name)}, not {_shape(averages, name)}"
                 )
         for name, average in averages.items():
@@ -136,7 +137,7 @@ class EMA:
 
 
 def _kernel_takes(parameters: Sequence[Tensor]) -> bool:
-    """Whether the CUDA kernel updates their averages; those on several GPUs, or in float64, PyTorch does."""
+    """Whether the CUDA kernel updates the averages; PyTorch does for several GPUs or float64."""
     return len({p.device for p in parameters}) == 1 and all(
         _library.takes_cuda_kernel(p) and p.is_contiguous() and p.dtype != torch.float64 for p in parameters
     )

@@ -1,4 +1,4 @@
-"""Muon for matrices and Adam for the rest, in one torch optimizer."""
+"""Muon for matrices and Adam for everything else, in one torch optimizer."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ __all__ = ["Muon"]
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon: momentum, orthogonalised, for matrices; Adam for everything else.
+    """Muon (orthogonalised momentum) for matrices; Adam for everything else.
 
     For a matrix p [rows, columns] (torch's [out, in]) with gradient g, at its step k = 1, 2, ...:
 
@@ -42,46 +42,47 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         params: a module, (name, parameter) pairs, parameters, or groups: dicts with "params", any of the
-            settings below, and "algorithm" "muon" or "adam". `pmf.optim.routing.route` says who gets what,
-            `routing()` lists it.
-        lr: learning rate of both; a one-element tensor works, as it does for weight_decay.
+            settings below, and "algorithm" "muon" or "adam". `pmf.optim.routing.route` defines the
+            assignment, `routing()` lists it.
+        lr: learning rate of both; a one-element tensor also works, here and for weight_decay.
         preset: "pmf"; "torch" (torch.optim.Muon's: bfloat16 iteration, no bias correction, weight decay 0.1,
-            and AdamW); or "moonlight" (the same with scale "match_rms"). The settings below default to it.
+            and AdamW); or "moonlight" (the same with scale "match_rms"). It sets the defaults of the settings
+            below.
         momentum, nesterov, bias_correction, scale, weight_decay: as above.
         ns_steps, ns_coefficients, ns_method, compute_dtype: as in `pmf.ops.newton_schulz`.
-        split_sizes, num_heads: a parameter's rows are fused matrices: split_sizes are the rows of each, and
-            num_heads (one number, or one for each part) the heads that share a part's rows equally. Every
-            part, or head, is orthogonalised and scaled by itself, as if it were a parameter of its own: a
-            fused QKV weight is split_sizes=[D, D, D], by head num_heads=H besides, and with grouped queries
+        split_sizes, num_heads: for fused matrices: split_sizes are the rows of each part, and num_heads (one
+            number, or one per part) the heads that share a part's rows equally. Every part or head is
+            orthogonalised and scaled separately, like a parameter of its own: a fused QKV weight has
+            split_sizes=[D, D, D], for separate heads also num_heads=H, and with grouped queries
             split_sizes=[H d, K d, K d], num_heads=[H, K, K]. A parameter [experts, rows, columns] in a group
-            of algorithm "muon" is that many such matrices.
-        flatten: weights of convolutions [out, in, ...] go by Muon, as matrices [out, in ...].
+            with algorithm "muon" is that many such matrices.
+        flatten: treat weights of convolutions [out, in, ...] as matrices [out, in ...] for Muon.
         betas, eps, adam_nesterov: Adam's.
-        adam_lr: learning rate of the Adam groups, if it is another.
-        process_group: the ranks that have the same parameters, and gradients of their own samples, when the
-            optimizer is to share them: `torch.distributed.group.WORLD`. step() averages the gradients (those
-            that DDP has averaged stay what they are). Parameters sharded by `fully_shard` need no such word.
+        adam_lr: learning rate of the Adam groups, if different.
+        process_group: the ranks that replicate the parameters and have gradients of their own samples, if
+            they are to share the optimizer's work: `torch.distributed.group.WORLD`. step() averages the
+            gradients (averaging those that DDP has averaged changes nothing). Parameters sharded by
+            `fully_shard` do not need it.
 
-    Over several ranks each parameter has one owner, who keeps its momentum and orthogonalises its matrices
-    (`pmf.optim._ranks`), all ranks apply the result, and a gradient of None counts as zero. The numbers are
-    one process's for the same mean gradients; the step is plain PyTorch around `newton_schulz`.
+    Over several ranks each parameter has one owner, which keeps its momentum and orthogonalises its matrices
+    (`pmf.optim._ranks`); all ranks apply the result, and a gradient of None counts as zero. The result equals
+    that of one process with the same mean gradients; the step is plain PyTorch around `newton_schulz`.
     `named_state` is the state for `torch.distributed.checkpoint`.
 
-    On CUDA the step is compiled kernels (float64 parameters: plain PyTorch): two dozen launches for a whole
-    model, none of which waits for the device, so that a CUDA graph can capture a step once the first has made
-    the state. A captured step follows its own step count, and `lr` and `weight_decay` where they are tensors
-    on the parameters' device, which are not checked there; numbers stay as they were captured. The result
-    does not pass through the compute dtype: it is added in float32.
+    On CUDA the step is compiled kernels (plain PyTorch for float64 parameters): two dozen launches for a
+    whole model, none of which waits for the device, so that a CUDA graph can capture a step once the first
+    has created the state. A captured step follows its own step count, and `lr` and `weight_decay` if they are
+    tensors on the parameters' device, where they are not checked; numbers stay as captured. The update is not
+    rounded to the compute dtype: it is added in float32.
 
-    State is float32 (float64 for float64 parameters). 16-bit parameters get float32 master weights, which
-    take the steps and are rounded into the parameters; a parameter changed from outside starts a new master
-    (on CUDA element by element).
-    A gradient of None skips its parameter; a zero gradient from the start moves nothing; p.grad is never
-    written to. `load_state_dict` continues bit for bit.
+    State is float32 (float64 for float64 parameters). 16-bit parameters get float32 master weights, which are
+    updated and rounded into the parameters; a parameter changed externally starts a new master (on CUDA
+    element by element). A gradient of None skips its parameter; a gradient that has always been zero moves
+    nothing; p.grad is never modified. `load_state_dict` continues bit for bit.
 
-    Raises ValueError for a setting out of range (a learning rate that is not finite, also one set later), for
-    one that no one reads, for rows that split_sizes or num_heads do not divide, for a parameter given twice,
-    and for a state of other parameters or of parameters split otherwise.
+    Raises ValueError for a setting out of range (including a non-finite learning rate set later), an unused
+    setting, rows that split_sizes or num_heads do not divide, a parameter given twice, and a state saved for
+    other parameters or splits.
 
     Sources: Jordan et al., "Muon" (2024); Kingma and Ba, "Adam" (2015); Liu et al., "Muon is Scalable for LLM
     Training" (2025) for "moonlight".
@@ -145,9 +146,9 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as the constructor takes them; without an "algorithm" it may become several.
+        """Add a group in the constructor's format; without an "algorithm" it may become several.
 
-        Raises as the constructor does, and adds nothing then.
+        Raises like the constructor, and then adds nothing.
         """
         groups = route([param_group], self.defaults)
         check_tensors(groups)
@@ -173,26 +174,26 @@ class Muon(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for group in self.param_groups:  # of a version that had no such settings
+        for group in self.param_groups:  # from a version without such settings
             for key, value in LAYOUT.items():
                 group.setdefault(key, value)
 
     def routing(self) -> dict[str, list[str]]:
-        """Names of the parameters that go by "muon", by "adam", and those of the module that are "frozen"."""
+        """Names of the parameters stepped by "muon" and by "adam", and of the module's "frozen" ones."""
         names: dict[str, list[str]] = {"muon": [], "adam": [], "frozen": list(self._frozen)}
         for group in self.param_groups:
             names[group["algorithm"]] += group["param_names"]
         return names
 
-    @torch._disable_dynamo  # as torch.optim's own methods: Dynamo cannot follow what depends on step counts
+    @torch._disable_dynamo  # like torch.optim's own methods: Dynamo cannot follow the step counts
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of every parameter that has a gradient; returns what `closure`, if given, returns."""
+        """Step every parameter that has a gradient; returns the result of `closure`, if given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:  # all of them before any steps: a schedule may have set something
+        for group in self.param_groups:  # check all before any steps: a schedule may have changed something
             check(group)
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 if p.grad is not None and p.grad.layout != torch.strided:
@@ -206,7 +207,7 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as numbers and tensors; step counts that live on a device are read."""
+        """The state as numbers and tensors; step counts on a device are read."""
         saved = super().state_dict()
         counts: dict[int, int] = {}
         for i, state in saved["state"].items():
@@ -218,16 +219,16 @@ class Muon(torch.optim.Optimizer):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from `state_dict()`. Raises ValueError where the parameters' names or shapes differ.
+        """Continue from `state_dict()`. Raises ValueError if the parameters' names or shapes differ.
 
-        What wrappers put into names does not matter. Settings become those of the saved state; how parameters
-        are split must agree.
+        Wrapper prefixes in names are ignored. Settings become those of the saved state; the splits of
+        parameters must match.
         """
         saved_groups = [dict(group) for group in state_dict["param_groups"]]
         mine = [(group["algorithm"], plain_names(group["param_names"])) for group in self.param_groups]
         saved = [(g.get("algorithm"), plain_names(g.get("param_names", ()))) for g in saved_groups]
         if mine != saved:
-            raise ValueError("Muon: the saved state is of other parameters, or they went by other algorithms")
+            raise ValueError("Muon: the saved state belongs to other parameters or algorithms")
         for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
             _require_same_layout(group, saved_group)
             saved_group.update({key: group[key] for key in ("param_names", *LAYOUT)})
@@ -239,12 +240,12 @@ class Muon(torch.optim.Optimizer):
         }
         for p, state in states.items():
             if any(isinstance(x, Tensor) and x.shape != p.shape for x in state.values()):
-                raise ValueError("Muon: the saved state is of parameters of other shapes")
+                raise ValueError("Muon: the saved state belongs to parameters of other shapes")
         if any(self._shared.takes(group) for group in self.param_groups):
             self._load_on_ranks(saved_groups, states)
             return
         super().load_state_dict({**state_dict, "param_groups": saved_groups})
-        # torch casts the state to the parameter's dtype; a 16-bit parameter's is float32.
+        # torch casts the state to the parameter's dtype, but a 16-bit parameter's state is float32.
         for p, state in states.items():
             for key, value in state.items():
                 if key == "step":
@@ -253,10 +254,10 @@ class Muon(torch.optim.Optimizer):
                     self.state[p][key] = value.detach().to(p.device, copy=True)
 
     def named_state(self) -> dict[str, Tensor]:
-        """The live state as "<parameter>/<what>", to be saved or overwritten in place; made where absent.
+        """The live state as "<parameter>/<what>", to be saved or overwritten in place; created if absent.
 
-        Over several ranks: this rank's parameters, whole; its rows of sharded tensors, as DTensors. The
-        number of steps is no tensor of the optimizer: `set_steps` puts it back.
+        Over several ranks: this rank's parameters in full, and its rows of sharded tensors as DTensors. The
+        step count is not among these tensors: `set_steps` restores it.
         """
         named: dict[str, Tensor] = {}
         for index, group in enumerate(self.param_groups):
@@ -269,13 +270,13 @@ class Muon(torch.optim.Optimizer):
         return named
 
     def set_steps(self, steps: int) -> None:
-        """Continue as after so many steps of every parameter."""
+        """Continue as if every parameter had been stepped this many times."""
         self.named_state()
         for state in self.state.values():
             state["step"] = steps
 
     def _load_on_ranks(self, groups: list[dict[str, Any]], states: dict[Tensor, dict[str, Any]]) -> None:
-        """Take one process's state: this rank's part of it."""
+        """Load this rank's part of a single-process state."""
         counts = {int(state["step"]) for state in states.values()}
         if len(counts) > 1:
             raise ValueError("Muon: ranks step all parameters together, but the saved step counts differ")
@@ -290,13 +291,13 @@ class Muon(torch.optim.Optimizer):
 
 
 def _require_same_layout(group: dict[str, Any], saved: dict[str, Any]) -> None:
-    """ValueError where a saved group splits its parameters otherwise; one that does not say is fine."""
+    """Raise ValueError if a saved group splits its parameters differently; a missing entry is accepted."""
     for key in LAYOUT:
         mine, other = (
             list(x) if isinstance(x, tuple) else x for x in (group[key], saved.get(key, group[key]))
         )
         if mine != other:
             raise ValueError(
-                f"Muon: {group['param_names'][0]} has {key} {mine}, but was saved with {other}: make the "
-                f"optimizer with {other}, and to change it set {key} in param_groups after loading"
+                f"Muon: {group['param_names'][0]} has {key} {mine}, but was saved with {other}: create the "
+                f"optimizer with {other}, and change {key} in param_groups after loading"
             )

@@ -1,4 +1,4 @@
-"""Which parameters Muon takes: the weights of linear layers, and nothing else unless a group says so."""
+"""Assign parameters to Muon: the weights of linear layers, and nothing else unless a group says so."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -17,34 +17,34 @@ __all__ = ["Named", "ParamsLike", "check_tensors", "frozen_names", "route"]
 Named = tuple[str, Tensor]
 ParamsLike = nn.Module | Iterable[Tensor] | Iterable[Named] | Iterable[Mapping[str, Any]]
 Layouts = dict[int, dict[str, Any]]
-"""What goes by Muon: by id of the parameter, the settings that say which matrices it holds."""
+"""Muon's parameters: id of the parameter -> the settings that define its matrices."""
 
 EMBEDDING_NAMES = ("embed", "emb", "wte", "wpe")
-"""What modules of embedding tables are called beside names that contain "embedding"."""
+"""Names of embedding modules, besides names that contain "embedding"."""
 SEPARATE_PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-"""What nn.MultiheadAttention has in place of in_proj_weight where keys or values have another width."""
+"""The weights that nn.MultiheadAttention has instead of in_proj_weight if keys or values differ in width."""
 
 
 class Routed(dict[str, Any]):
-    """A group that has been through `route`, and goes through it as it is."""
+    """A group already processed by `route`, which then returns it unchanged."""
 
 
 def route(params: ParamsLike, defaults: Mapping[str, Any] = LAYOUT) -> list[Routed]:
     """Parameter groups, each with its "algorithm", "muon" or "adam", and "params" as (name, tensor) pairs.
 
-    - A module: weights of `nn.Linear` by Muon, except where an `nn.Embedding` shares them, and
-      `nn.MultiheadAttention`'s `in_proj_weight` in three parts; all else by Adam.
-    - (name, tensor) pairs: matrices called `<module>.weight` by Muon, unless that module is an embedding;
-      `in_proj_weight` likewise; all else by Adam.
-    - Tensors: all matrices by Muon, all else by Adam.
+    - A module: Muon for weights of `nn.Linear`, unless an `nn.Embedding` shares them, and for
+      `nn.MultiheadAttention`'s `in_proj_weight` in three parts; Adam for everything else.
+    - (name, tensor) pairs: Muon for matrices named `<module>.weight`, unless that module is an embedding, and
+      for `in_proj_weight` as above; Adam for everything else.
+    - Tensors: Muon for all matrices, Adam for everything else.
     - Groups (dicts): their "algorithm"; without one, their "params" as above.
 
-    With flatten, of a group or in defaults, weights of convolutions go by Muon too: those of a module, and by
-    name or among tensors those of more than two dimensions.
+    With flatten, in a group or in defaults, Muon also takes convolution weights: a module's, or by name or
+    among tensors those with more than two dimensions.
 
     Names are those of the model inside DistributedDataParallel and torch.compile (`pmf.wrappers`).
 
-    Raises ValueError for a setting that no one reads, or none of its group's parameters.
+    Raises ValueError for a setting that is unknown or unused by its group's parameters.
     """
     if isinstance(params, nn.Module):
         named = _plainly_named([(n, p) for n, p in params.named_parameters() if p.requires_grad])
@@ -87,7 +87,7 @@ def route(params: ParamsLike, defaults: Mapping[str, Any] = LAYOUT) -> list[Rout
 
 
 def frozen_names(params: ParamsLike) -> list[str]:
-    """Parameters of a module that no one trains."""
+    """The parameters of a module that do not require gradients."""
     if not isinstance(params, nn.Module):
         return []
     every = list(params.named_parameters())
@@ -96,7 +96,7 @@ def frozen_names(params: ParamsLike) -> list[str]:
 
 
 def _split(named: list[Named], muon: Layouts, extra: dict[str, Any]) -> list[Routed]:
-    """One group for each way of being matrices, then Adam's, each with what it reads of the settings."""
+    """One group per set of matrix settings, then Adam's, each with the settings it reads."""
     if not named:
         raise ValueError("Muon: there are no parameters that require a gradient")
     parts: dict[str, list[Named]] = defaultdict(list)
@@ -160,7 +160,7 @@ def _thirds(weight: Tensor) -> dict[str, Any]:
 
 
 def _named(params: Any, count: int) -> tuple[list[Named], bool]:
-    """(name, tensor) pairs, made up as "param<i>" for tensors; and whether there were names."""
+    """(name, tensor) pairs, with names "param<i>" for tensors; and whether names were given."""
     items: list[Any] = [params] if isinstance(params, Tensor) else list(params)
     if not items:
         raise ValueError("Muon: a group has no parameters")
@@ -180,12 +180,12 @@ def _plainly_named(named: list[Named]) -> list[Named]:
 
 
 def check_tensors(groups: list[Routed]) -> None:
-    """Raises where a parameter comes twice, or has a dtype that no optimizer here can train."""
+    """Raise if a parameter is repeated or has a dtype that cannot be trained here."""
     seen: dict[int, str] = {}
     for group in groups:
         for name, p in group["params"]:
             if id(p) in seen:
-                raise ValueError(f"Muon: a parameter comes twice, as {seen[id(p)]} and as {name}")
+                raise ValueError(f"Muon: a parameter is given twice, as {seen[id(p)]} and as {name}")
             seen[id(p)] = name
             require_trainable("Muon", name, p)
             if p.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):

@@ -310,9 +310,9 @@ def test_bad_arguments_are_named():
     p = parameters((3, 3), (4,))
     for make, message in (
         (lambda: Muon([]), "there are no parameters"),
-        (lambda: Muon([p[0], p[1], p[0]]), "a parameter comes twice, as param0 and as param2"),
-        (lambda: Muon([{"params": p[:1]}, {"params": p[:1]}]), "a parameter comes twice"),
-        (lambda: Muon([{"params": p, "algorithm": "muon"}]), r"param1 of shape \[4\] is no matrix"),
+        (lambda: Muon([p[0], p[1], p[0]]), "a parameter is given twice, as param0 and as param2"),
+        (lambda: Muon([{"params": p[:1]}, {"params": p[:1]}]), "a parameter is given twice"),
+        (lambda: Muon([{"params": p, "algorithm": "muon"}]), r"param1 of shape \[4\] is not a matrix"),
         (lambda: Muon([{"params": p, "algorithm": "sgd"}]), "algorithm must be 'muon' or 'adam', got 'sgd'"),
         (lambda: Muon(p, preset="adam"), "preset must be one of pmf, torch, moonlight"),
         (lambda: Muon(p, momentum=1.0), "momentum must be at least 0 and less than 1"),
