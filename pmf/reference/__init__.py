@@ -1,7 +1,7 @@
-"""Plain PyTorch versions of the ops: short, differentiable, any dtype. What every kernel is held against.
+"""The ops in plain PyTorch: short, differentiable, any dtype. Every kernel is tested against them.
 
-Each takes the arguments of the public function of the same name in `pmf.ops`, computes in the dtype it is
-given, and never touches a compiled kernel. For a trustworthy answer, call it in float64.
+Each takes the arguments of the public function of the same name in `pmf.ops`, computes in the dtype of its
+inputs, and never uses a compiled kernel. For an accurate result, call it in float64.
 """
 
 from .attention import (

@@ -3,8 +3,8 @@
     S = c Q K^T + mask      P = softmax(S)      O = P V
     tS = c (tQ K^T + Q tK^T)      H = P o tS      r = rowsum(H)      tO = H V - r o O + P tV
 
-A row that may attend to nothing gives zeros. What a mask hides does not matter, even where it is NaN.
-Memory is quadratic in the sequence length, unlike the kernels'.
+A row that may attend to nothing gives zeros. Values hidden by a mask have no effect, even if they are NaN.
+Unlike the kernels', memory is quadratic in the sequence length.
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ def attention(
 ) -> Any:
     """O = softmax(c Q K^T + mask) V for query [..., Nq, D], key [..., Nk, D], value [..., Nk, Dv].
 
-    window: query i sees keys i - left to i + right; None is no limit. With return_lse (O, log sum exp S).
+    window: query i sees keys i - left to i + right; None means no limit. With return_lse (O, log sum exp S).
     """
     if enable_gqa:
         key, value = _share_heads(query, key), _share_heads(query, value)
@@ -58,7 +58,7 @@ def attention_jvp(
 ) -> Any:
     """(O, tO): attention and its derivative along (query_t, key_t, value_t); None is a zero tangent.
 
-    With return_lse (O, tO, lse, r), r being the derivative of lse.
+    With return_lse (O, tO, lse, r), where r is the derivative of lse.
     """
     Q, K, V = query, key, value
     tQ = torch.zeros_like(Q) if query_t is None else query_t
@@ -92,7 +92,7 @@ def attention_varlen(
     window: Window = (None, None),
     return_lse: bool = False,
 ) -> Any:
-    """Attention of sequences behind one another, query [T, H, D], as one sequence with a mask."""
+    """Attention over packed sequences, query [T, H, D], as one sequence with a mask."""
     mask = same_sequence(cu_seqlens_q, cu_seqlens_k, query.shape[0], key.shape[0], is_causal, window)
     q, k, v = (x.transpose(0, 1) for x in (query, key, value))
     out, lse = attention(q, k, v, mask, scale=scale, enable_gqa=enable_gqa, return_lse=True)
@@ -115,7 +115,7 @@ def attention_varlen_jvp(
     window: Window = (None, None),
     return_lse: bool = False,
 ) -> Any:
-    """(O, tO) of sequences behind one another."""
+    """(O, tO) over packed sequences."""
     mask = same_sequence(cu_seqlens_q, cu_seqlens_k, query.shape[0], key.shape[0], is_causal, window)
     q, k, v = (x.transpose(0, 1) for x in (query, key, value))
     q_t, k_t, v_t = (None if x is None else x.transpose(0, 1) for x in (query_t, key_t, value_t))
@@ -129,21 +129,21 @@ def attention_varlen_jvp(
 def same_sequence(
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, T: int, S: int, is_causal: bool, window: Window
 ) -> Tensor:
-    """[T, S], whether a query and a key are of one sequence, and the key in the query's window."""
+    """[T, S]: whether query and key belong to the same sequence and the key is in the query's window."""
     sequence_q, place_q = _places(cu_seqlens_q, T)
     sequence_k, place_k = _places(cu_seqlens_k, S)
     return (sequence_q[:, None] == sequence_k) & _in_window(place_q, place_k, is_causal, window)
 
 
 def _places(cu_seqlens: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Of each row, the number of its sequence and its place in it."""
+    """For each row, the index of its sequence and its position in it."""
     row = torch.arange(rows, device=cu_seqlens.device)
     sequence = torch.searchsorted(cu_seqlens[1:].to(row.dtype).contiguous(), row, right=True)
     return sequence, row - cu_seqlens[sequence]
 
 
 def _seen(Q: Tensor, K: Tensor, mask: Tensor | None, is_causal: bool, window: Window) -> Tensor | None:
-    """[..., Nq, Nk], whether a query may attend a key; None if every query may attend every key."""
+    """[..., Nq, Nk]: whether a query may attend to a key; None if all may attend to all."""
     if mask is None and not is_causal and window == (None, None):
         return None
     places_q, places_k = (torch.arange(x.shape[-2], device=Q.device) for x in (Q, K))
@@ -154,7 +154,7 @@ def _seen(Q: Tensor, K: Tensor, mask: Tensor | None, is_causal: bool, window: Wi
 
 
 def _in_window(query: Tensor, key: Tensor, is_causal: bool, window: Window) -> Tensor:
-    """[Nq, Nk], from places: aligned at the top left, as in F.scaled_dot_product_attention."""
+    """[Nq, Nk], from positions: aligned at the top left, as in F.scaled_dot_product_attention."""
     ahead = key - query[:, None]
     left, right = window
     seen = torch.ones_like(ahead, dtype=torch.bool) if not is_causal else ahead <= 0
@@ -168,13 +168,13 @@ def _in_window(query: Tensor, key: Tensor, is_causal: bool, window: Window) -> T
 def _probabilities(
     Q: Tensor, K: Tensor, mask: Tensor | None, seen: Tensor | None, c: float
 ) -> tuple[Tensor, Tensor]:
-    """P and the rows' logarithms of sums."""
+    """P and the log-sum-exp of the rows."""
     S = c * _scores(Q, K, seen)
     if mask is not None and mask.dtype != torch.bool:
         S = S + mask.to(S.dtype)
     if seen is not None:
         S = S.masked_fill(~seen, -torch.inf)
-    # Filled before and after, so that neither the softmax nor its derivatives ever see a row of -inf.
+    # Masked before and after, so that neither the softmax nor its derivatives see a row of -inf.
     nothing = (S == -torch.inf).all(-1, keepdim=True)
     S = S.masked_fill(nothing, 0.0)
     P = torch.softmax(S, -1).masked_fill(nothing, 0.0)
@@ -183,12 +183,12 @@ def _probabilities(
 
 
 def _shown(O: Tensor, seen: Tensor | None) -> Tensor:  # noqa: E741
-    """O; 0 for the queries that attend nothing, so that no gradient comes back from them."""
+    """O with 0 for queries that attend to nothing, so that no gradient flows back from them."""
     return O if seen is None else O.masked_fill(~seen.any(-1, keepdim=True), 0.0)
 
 
 def _scores(Q: Tensor, K: Tensor, seen: Tensor | None) -> Tensor:
-    """Q K^T; 0 where a key is hidden. NaN and infinity reach those alone that see them."""
+    """Q K^T with 0 for hidden keys. NaN and infinity reach only queries that see them."""
     if seen is None:
         return Q @ K.mT
     Q = Q.masked_fill(~seen.any(-1, keepdim=True), 0.0)
@@ -198,7 +198,7 @@ def _scores(Q: Tensor, K: Tensor, seen: Tensor | None) -> Tensor:
 
 
 def _weigh(P: Tensor, V: Tensor, seen: Tensor | None) -> Tensor:
-    """P V. NaN and infinity reach those queries alone that see them."""
+    """P V. NaN and infinity reach only queries that see them."""
     if seen is None:
         return P @ V
     spoiled = ~V.isfinite()

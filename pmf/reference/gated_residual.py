@@ -1,4 +1,4 @@
-"""A residual branch behind a learned gate (LayerScale; Touvron et al., 2021) and its tangent.
+"""A residual branch with a learned gate (LayerScale; Touvron et al., 2021) and its tangent.
 
 y = x + g b      ty = tx + g tb + tg b
 """

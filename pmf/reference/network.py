@@ -1,7 +1,7 @@
-"""The network of Pixel MeanFlow as one function of its weights, in the order in which the paper describes it.
+"""The Pixel MeanFlow network as one function of its weights, in the paper's order.
 
-Tokens [class | omega | t_min | t_max | time | image]; shared blocks; then the blocks and the final layer of
-one head. Differentiable in any mode, in the dtype it is given. `params` are named as in
+Tokens [class | omega | t_min | t_max | time | image]; shared blocks; then the blocks and final layer of one
+head. Differentiable in any mode, in the dtype of its inputs. `params` are named as in
 `PixelMeanFlow.state_dict()`.
 """
 
@@ -35,7 +35,7 @@ def network(
     num_heads: int,
     head: str,
 ) -> Tensor:
-    """Image [B, C, H, W] that head "u" or "v" predicts from z [B, C, H, W]; the conditions are [B] each."""
+    """The image [B, C, H, W] that head "u" or "v" predicts from z [B, C, H, W]; each condition is [B]."""
     prefix = torch.cat(
         [
             params["condition.class_tokens"]
@@ -92,8 +92,7 @@ def _block(w: Params, x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Te
 
 
 def _rotary(grid: tuple[int, int], head_dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos, sin [rows columns, head_dim / 2]: half of the pairs turn with a token's row, half with its
-    column."""
+    """cos, sin [rows columns, head_dim / 2]: half the pairs turn with the token's row, half with its column."""
     pairs = head_dim // 4
     frequency = 1e4 ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
     token = torch.arange(grid[0] * grid[1])

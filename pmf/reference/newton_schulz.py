@@ -1,10 +1,10 @@
 """Newton-Schulz orthogonalisation (Jordan et al., "Muon", 2024), batched, in plain PyTorch.
 
-For a wide X [m, n] (a tall matrix is transposed first), five times:
+For a wide X [m, n] (tall matrices are transposed first), five times:
 
     A = X X^T        X <- a X + (b A + c A^2) X
 
-which applies p(s) = a s + b s^3 + c s^5 to every singular value and leaves the singular vectors.
+which applies p(s) = a s + b s^3 + c s^5 to every singular value and preserves the singular vectors.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ COEFFICIENTS: dict[str, Coefficients] = {
     "taylor": (15 / 8, -10 / 8, 3 / 8),
 }
 SAFETY = 1.01
-"""Each polynomial p of Polar Express but the last is p(s / SAFETY): what rounding adds stays in its range."""
+"""Polar Express polynomials except the last are p(s / SAFETY), so that rounding stays in their range."""
 POLAR_EXPRESS: tuple[Coefficients, ...] = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -49,7 +49,7 @@ def newton_schulz(
 ) -> Tensor:
     """Orthogonalise each matrix of [..., m, n]; the result has the dtype of `matrices`.
 
-    "direct" is the iteration above. "gram" iterates on R = X X^T, multiplying the polynomials up in Q, and
+    "direct" is the iteration above. "gram" iterates on R = X X^T, accumulating the polynomials in Q, and
     restarts where the compiled op does, because R squares the condition number; so does "auto" for wide and
     tall matrices.
     """
@@ -68,7 +68,7 @@ def newton_schulz(
 
 
 def normalise(x: Tensor) -> Tensor:
-    """x / |x|_F without overflow or underflow: first an exact power of two, then the norm.
+    """x / |x|_F without overflow or underflow: first scaled by an exact power of two, then by the norm.
 
     Zero stays exactly zero; NaN and infinity become NaN.
     """
@@ -85,7 +85,7 @@ def normalise(x: Tensor) -> Tensor:
 def step_coefficients(
     steps: int, coefficients: str | Coefficients | Sequence[Coefficients]
 ) -> list[Coefficients]:
-    """(a, b, c) of every step: from a name, one triple for all, or a list of `steps` triples."""
+    """(a, b, c) for every step: from a name, one triple for all, or a list of `steps` triples."""
     if steps < 0:
         raise ValueError(f"newton_schulz: steps must not be negative, got {steps}")
     if isinstance(coefficients, str):
@@ -115,7 +115,7 @@ def _direct(x: Tensor, factors: Sequence[Coefficients]) -> Tensor:
 def _segments(
     m: int, n: int, factors: Sequence[Coefficients], method: str, dtype: torch.dtype
 ) -> list[list[Coefficients]]:
-    """The steps from restart to restart, as the compiled op has them (csrc/include/pmf/newton_schulz.h)."""
+    """Steps per segment between restarts, as in the compiled op (csrc/include/pmf/newton_schulz.h)."""
     _library.require()
     numbers = [number for triple in factors for number in triple]
     lengths = torch.ops.pmf.newton_schulz_segments(m, n, numbers, method, dtype)
@@ -135,6 +135,6 @@ def _on_gram(x: Tensor, factors: Sequence[Coefficients]) -> Tensor:
 
 
 def _precise(dtype: torch.dtype, compute_dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype to normalise in: float32, or float64 for float64."""
+    """The dtype for normalising: float32, or float64 for float64."""
     wide = torch.float64 in (dtype if compute_dtype is None else compute_dtype,)
     return torch.float64 if wide else torch.float32

@@ -1,6 +1,6 @@
-"""The Pixel MeanFlow objective, line by line: forward mode and three guidance passes for the whole batch.
+"""The Pixel MeanFlow objective written out: forward mode and three guidance passes for the whole batch.
 
-It spends several times the work of `pmf.flow.Objective` and must give the same numbers, with every switch.
+It takes several times the work of `pmf.flow.Objective` and must give the same result, with every switch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -56,8 +56,8 @@ def objective(
 ) -> ObjectiveValues:
     """Loss terms for images [B, C, H, W], labels [B] and the draws [B]; noise is e, shaped like images.
 
-    prediction, preconditioner and v_head are the ablations of the same names. perceptual(x_pred, x, crop)
-    gives (weight, distances [B]) for each network.
+    prediction, preconditioner and v_head are the ablation switches. perceptual(x_pred, x, crop) returns
+    (weight, distances [B]) for each network.
     """
     null = torch.full_like(labels, len(params["condition.label_embedder.embedding.weight"]) - 1)
     zero, one = torch.zeros_like(t), torch.ones_like(t)
@@ -118,7 +118,7 @@ def objective(
 def coefficients(
     preconditioner: str, t: Tensor, sigma_data: float, noise_scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """c_in, c_skip, c_out [B] of "none", "edm" or "scm", as `pmf.flow.preconditioner` derives them."""
+    """c_in, c_skip, c_out [B] for "none", "edm" or "scm", as derived in `pmf.flow.preconditioner`."""
     if preconditioner == "edm":
         variance = (sigma_data * (1 - t)) ** 2 + (noise_scale * t) ** 2
         c_skip = sigma_data**2 * (1 - t) / variance

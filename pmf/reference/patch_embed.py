@@ -1,4 +1,4 @@
-"""Images to tokens through a narrow layer (JiT's bottleneck embedding; Li and He, 2025), and its tangent.
+"""Images to tokens through a bottleneck (JiT; Li and He, 2025), and the tangent.
 
     tokens = W_up (W_down patches + b_down) + b_up + position      t tokens = W_up W_down t patches
 
@@ -23,8 +23,9 @@ def patch_embed(
 ) -> Tensor:
     """tokens [B, P + N, D] of images [B, C, H, W].
 
-    weight_down [R, C, p, p], weight_up [D, R]; prefix [B, P, D] goes in front;
-    position [n, D] is added to the last n tokens: N rows for the image tokens alone, P + N for all.
+    weight_down [R, C, p, p], weight_up [D, R]; prefix [B, P, D] is prepended; position [n, D] is added to the
+    last n
+    tokens: n = N for the image tokens only, P + N for all.
     """
     patches = F.conv2d(images, weight_down, bias_down, stride=weight_down.shape[-1])
     tokens = F.linear(patches.flatten(2).mT, weight_up, bias_up)

@@ -1,4 +1,4 @@
-"""Tokens back to an image, and the velocity that points from it to the noisy one (arXiv 2601.22158).
+"""Tokens to an image, and the velocity from it to the noisy image (arXiv 2601.22158).
 
 s = clip(t, floor, 1)      v = (z - x) / s
 tv = (tz - tx) / s - v ts / s,  ts = tt inside the clip's bounds, else 0
@@ -13,7 +13,7 @@ __all__ = ["patch_velocity", "patch_velocity_jvp", "to_images"]
 
 
 def to_images(tokens: Tensor, channels: int, height: int, width: int) -> Tensor:
-    """[B, rows columns, p p C] -> [B, C, H, W]: tokens row by row, each holding its pixels as (p, p, C)."""
+    """[B, rows columns, p p C] -> [B, C, H, W]: tokens in row order, pixels within a token as (p, p, C)."""
     p = math.isqrt(tokens.shape[-1] // channels)
     pixels = tokens.reshape(-1, height // p, width // p, p, p, channels)
     return pixels.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, height, width)

@@ -3,7 +3,7 @@
     s = rsqrt(mean x^2 + eps)      n = x s      y = n w
     g = tx s      tn = g - n mean(n g)      ty = tn w + n tw
 
-The mean is over the last dimension. No term of tn grows like x^2, so large inputs cost no accuracy.
+The mean is over the last dimension. No term of tn grows like x^2, so large inputs lose no accuracy.
 """
 
 import torch

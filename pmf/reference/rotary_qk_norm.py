@@ -3,8 +3,8 @@
     n = rms_norm(x, w)
     (a, b) -> (a cos - b sin, a sin + b cos) for each pair of adjacent elements (a, b) of n
 
-The tables cos, sin [P, D/2] belong to the last P of the N tokens: the first N - P are normalised and not
-rotated. Rotation is linear, so the tangent of the norm takes the same rotation.
+The tables cos, sin [P, D/2] apply to the last P of the N tokens: the first N - P are normalised but not
+rotated. Rotation is linear, so the norm's tangent is rotated in the same way.
 """
 
 import torch
@@ -49,7 +49,7 @@ def rotary_qk_norm_jvp(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each adjacent pair of the last cos.shape[0] tokens of x [..., N, D] by its angle."""
+    """Rotate each adjacent pair in the last cos.shape[0] tokens of x [..., N, D] by its angle."""
     first = x.shape[-2] - cos.shape[0]
     a, b = x[..., first:, 0::2], x[..., first:, 1::2]
     turned = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)

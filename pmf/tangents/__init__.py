@@ -1,4 +1,4 @@
-"""Tangents through networks that are not this library's."""
+"""Tangents through arbitrary networks."""
 
 from .module import Jvp
 from .sdpa import replace_sdpa

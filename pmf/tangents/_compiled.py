@@ -1,4 +1,4 @@
-"""What torch.compile meets in place of the eager pass; imported while it traces, never before."""
+"""The version of the eager pass that torch.compile traces; imported only while it traces."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,14 +20,14 @@ def traced(
     constants: dict[str, Any],
     what: Any,
 ) -> Any:
-    """The eager pass as one node of the graph, whose operators AOTAutograd traces."""
+    """The eager pass as one graph node, whose operators AOTAutograd traces."""
     del what  # guarded by the caller
     with replace_sdpa():
         return beside(network, primals, given, constants)
 
 
 def what_it_does(network: nn.Module) -> tuple[Any, ...]:
-    """What of a network decides what its forward does, read where torch.compile guards it."""
+    """The attributes of a network that determine its forward, read where torch.compile guards them."""
     found: list[Any] = []
     for module in network.modules():
         found.append(type(module).__qualname__)

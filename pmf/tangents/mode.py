@@ -1,16 +1,16 @@
-"""Tangents beside the values of a network that runs as always: a dispatch mode below autograd.
+"""Tangents alongside the values of a network that runs as usual: a dispatch mode below autograd.
 
-The network is called normally. Below autograd the mode sees every operator that runs, computes its value,
-which autograd above records as always, and beside it the tangent, which autograd never sees: so a tangent
-costs what its products cost, nothing of it is kept for backward, and hooks, checkpoints, DDP and FSDP meet an
-ordinary forward pass. The rules for single operators are in `rules`.
+The network is called normally. Below autograd the mode intercepts every operator and computes its value,
+which autograd above records as usual, and its tangent, which autograd never sees. A tangent therefore costs
+only its own products, saves nothing for backward, and leaves an ordinary forward pass for hooks, checkpoints,
+DDP and FSDP. The rules for single operators are in `rules`.
 
-A tangent has the sizes and strides of its value, and aliases of a value have aliases of its tangent: so
-writing into a view writes into its base's tangent. Memory that was there without a tangent, and into which
-something with one is written, gets a shadow: a tangent for all of its storage.
+A tangent has the sizes and strides of its value, and aliases of a value have aliases of its tangent, so that
+writing to a view also writes to the tangent of its base. Existing memory without a tangent gets a shadow, a
+tangent for its whole storage, when a value with a tangent is written to it.
 
-What the mode cannot see raises: PyTorch's autograd called by the network itself, whose saved values carry no
-tangents, and other people's autograd.Functions, whose derivative need not be that of their forward.
+What the mode cannot see raises: calls of PyTorch's autograd by the network itself, whose saved values carry
+no tangents, and third-party autograd.Functions, whose derivative may differ from that of their forward.
 """
 
 import sys
@@ -26,9 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 __all__ = ["TangentMode", "is_active"]
 
 _Keys = torch._C.DispatchKey
-# Excluded below autograd, and needed where tensors with a conjugate or negative bit are computed with.
+# Excluded below autograd, but needed for tensors with a conjugate or negative bit.
 _LAZY = (_Keys.Conjugate, _Keys.Negative, _Keys.ZeroTensor)
-# Values come cast already, and tangents follow them.
+# Values arrive already cast, and tangents follow them.
 _AUTOCAST = tuple(getattr(_Keys, name) for name in ("AutocastCPU", "AutocastCUDA"))
 
 
@@ -38,7 +38,7 @@ def is_active() -> bool:
 
 
 class TangentMode(TorchDispatchMode):
-    """The tangents of all values while it is entered; `get`, `set` and `write` are what rules use."""
+    """The tangents of all values while the mode is active; rules use `get`, `set` and `write`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class TangentMode(TorchDispatchMode):
         self._graph_task = torch._C._current_graph_task_id()
 
     def get(self, x: Any) -> Tensor | None:
-        """The tangent of a value; None is zero."""
+        """The tangent of a value; None means zero."""
         if not isinstance(x, Tensor):
             return None
         entry = self._of.get(id(x))
@@ -58,7 +58,7 @@ class TangentMode(TorchDispatchMode):
         return None
 
     def set(self, x: Tensor, tangent: Tensor | None) -> None:
-        """Give a new value its tangent, in the value's dtype, sizes and strides."""
+        """Set the tangent of a new value, in its dtype, sizes and strides."""
         if tangent is None or not (x.is_floating_point() or x.is_complex()):
             return
         if tangent.dtype != x.dtype:
@@ -68,7 +68,7 @@ class TangentMode(TorchDispatchMode):
         self.alias(x, tangent)
 
     def alias(self, x: Tensor, tangent: Tensor | None) -> None:
-        """Give a view of a value the same view of its tangent; None holds the zero against a shadow."""
+        """Give a view of a value the same view of its tangent; None keeps it zero despite a shadow."""
         key, of = id(x), self._of
 
         def forget(reference: Any) -> None:
@@ -78,7 +78,7 @@ class TangentMode(TorchDispatchMode):
         of[key] = (weakref.ref(x, forget), tangent)
 
     def write(self, x: Tensor, tangent: Tensor | None) -> None:
-        """The value x has been overwritten in place by one with this tangent."""
+        """Record that x has been overwritten in place by a value with this tangent."""
         here = self.get(x)
         if here is not None:
             here.zero_() if tangent is None else here.copy_(tangent)
@@ -87,7 +87,7 @@ class TangentMode(TorchDispatchMode):
             for address in [a for a, (reference, _) in self._shadows.items() if reference.expired()]:
                 del self._shadows[address]
             shadow = torch.zeros(storage.nbytes() // x.element_size(), dtype=x.dtype, device=x.device)
-            self._shadows[storage._cdata] = (StorageWeakRef(storage), shadow)  # its address stays taken
+            self._shadows[storage._cdata] = (StorageWeakRef(storage), shadow)  # keeps the address taken
             self._of.pop(id(x), None)
             shadow.as_strided(x.size(), x.stride(), x.storage_offset()).copy_(tangent)
 
@@ -120,7 +120,7 @@ class TangentMode(TorchDispatchMode):
 
 
 def tensors_of(values: Any) -> Iterator[Tensor]:
-    """The tensors among an operator's arguments, which may be lists."""
+    """The tensors among an operator's arguments, including those in lists."""
     for x in values:
         if isinstance(x, Tensor):
             yield x
@@ -135,7 +135,7 @@ def _same_strides(a: Tensor, b: Tensor) -> bool:
 
 
 def _check_function() -> None:
-    # Off inside of an autograd.Function's forward, whatever torch.no_grad says.
+    # Disabled inside an autograd.Function's forward, whatever torch.no_grad says.
     if not torch._C._is_fwd_grad_enabled() and (name := _foreign_function()) is not None:
         raise RuntimeError(
             f"Jvp: {name} is an autograd.Function, whose derivative need not be that of its forward: call "

@@ -1,4 +1,4 @@
-"""Value and tangent of anybody's network, as a module."""
+"""Value and tangent of any network, as a module."""
 
 import contextlib
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from .sdpa import _is_plain, replace_sdpa
 __all__ = ["Jvp"]
 
 Directions = Sequence[Tensor | None]
-"""Tangents of the leaves of the primals, one after another."""
+"""Tangents of the primals' leaves, in order."""
 
 
 class Jvp(nn.Module):
@@ -26,25 +26,25 @@ class Jvp(nn.Module):
         out = f(z, t, r),  out_t = df(z, t, r) [z_t, t_t, 0]
 
     Args of a call:
-        primals: the network's positional arguments; trees of tensors, anything else in them is passed on.
+        primals: the network's positional arguments; pytrees of tensors, other leaves are passed through.
         tangents: their tangents, in their shapes and dtypes; None is zero, for a tensor or a whole argument.
-            Where the first dimension of all primals is the batch, those of the first n samples will do.
-        detach_tangent: the tangent is a constant, for autograd and for transforms around the call: nothing is
-            kept for it, and backward costs what the network's does. False is torch.func.jvp within
+            If the first dimension of all primals is the batch, they may cover only the first n samples.
+        detach_tangent: the tangent is a constant for autograd and for transforms around the call: it saves
+            nothing, and backward costs the same as for the network alone. False is torch.func.jvp within
             `replace_sdpa`, differentiable throughout.
         constants: the network's keyword arguments, which have no tangents.
 
-    Returns (out, out_t), both as the network returns them; what is no tensor has the tangent None, and a
-    tensor that does not depend on the primals zero. Of n samples, out_t has the first n rows.
+    Returns (out, out_t), structured like the network's output; the tangent of a non-tensor is None, and of a
+    tensor that does not depend on the primals zero. With tangents for n samples, out_t has the first n rows.
 
-    The network is called once, as always: hooks, checkpoints, buffers, random numbers, autocast, DDP, FSDP2
-    (around the whole, or around its layers) and torch.compile around this module meet an ordinary forward
-    pass, in which attention is `pmf.ops.attention`. Under a transform of torch.func it is torch.func.jvp.
+    The network is called once, as usual: hooks, checkpoints, buffers, random numbers, autocast, DDP, FSDP2
+    (around this module or around its layers) and torch.compile around this module see an ordinary forward
+    pass, in which attention is `pmf.ops.attention`. Under a torch.func transform it is torch.func.jvp.
 
-    Parameters and buffers are the network's own; in a state dict their names begin with "network.".
+    Parameters and buffers are the network's own; their names in a state dict start with "network.".
 
-    Raises TypeError or ValueError where tangents do not fit, NotImplementedError for an operator that has no
-    forward mode, RuntimeError for what a detached tangent cannot follow: autograd within the network, and
+    Raises TypeError or ValueError if tangents do not fit, NotImplementedError for an operator without forward
+    mode, and RuntimeError for what a detached tangent cannot follow: autograd inside the network, and
     autograd.Functions other than PyTorch's and this library's.
     """
 
@@ -78,7 +78,7 @@ class Jvp(nn.Module):
 def beside(
     network: nn.Module, primals: Sequence[Any], given: Directions, constants: dict[str, Any]
 ) -> tuple[Any, Any]:
-    """One pass of the network with the tangents beside it."""
+    """One pass of the network with its tangents."""
     if is_active():
         raise RuntimeError(
             "Jvp: a network within a Jvp calls a Jvp; use torch.func.jvp for higher derivatives"
@@ -87,7 +87,7 @@ def beside(
     leaves, spec = tree_flatten(tuple(primals))
     for i, t in enumerate(given):
         if t is not None:
-            # A tensor of its own: the same one may be given twice, or be a constant too.
+            # A separate tensor: the same one may be passed twice, or also be a constant.
             leaves[i] = leaves[i].view_as(leaves[i])
             mode.alias(leaves[i], torch.empty_like(leaves[i]).copy_(t.detach()))
     with mode, _DetachInPlace(mode):
@@ -98,7 +98,7 @@ def beside(
 
 
 class _DetachInPlace(TorchFunctionMode):
-    """Tensor.detach_ ends above what a dispatch mode sees."""
+    """Handles Tensor.detach_, which never reaches a dispatch mode."""
 
     def __init__(self, mode: TangentMode) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ def _by_transform(
 
 
 def _pair(primals: Any, tangents: Any) -> tuple[tuple[Any, ...], Directions, int | None]:
-    """The primals, the tangents of their leaves, and of how many samples these are, if not of all."""
+    """The primals, the tangents of their leaves, and the number of samples these cover, if not all."""
     if not isinstance(primals, (tuple, list)) or not isinstance(tangents, (tuple, list)):
         raise TypeError(
             "Jvp: primals and tangents must be tuples, one entry for each argument of the network"
@@ -200,7 +200,7 @@ def _check(i: int, value: Any, tangent: Any) -> None:
 
 
 def _in_transform(compiling: bool) -> bool:
-    """Whether a transform of torch.func is active: the mode would see other tensors than it knows."""
+    """Whether a torch.func transform is active, in which the mode would see wrapped tensors."""
     if not compiling:
         return torch._C._functorch.maybe_current_level() is not None
     from pmf.ops import _compiled
@@ -226,9 +226,9 @@ def _or_zero(value: Any, tangent: Tensor | None) -> Tensor | None:
 
 
 def _freed_early() -> contextlib.AbstractContextManager[Any]:
-    """Let autograd save aliases, so that a value, and with it its tangent, is freed after its last use.
+    """Let autograd save aliases, so that a value and its tangent are freed after their last use.
 
-    Somebody's own hooks stay in force: those of checkpoints and of offloading keep no value either.
+    The user's own hooks remain active: those of checkpointing and offloading do not keep values either.
     """
     hooks_there = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     if not torch.is_grad_enabled() or hooks_there:
@@ -239,7 +239,7 @@ def _freed_early() -> contextlib.AbstractContextManager[Any]:
 
     def unpack(saved: tuple[Tensor, int]) -> Tensor:
         alias, version = saved
-        if alias._version != version:  # autograd's own check, which it leaves to hooks
+        if alias._version != version:  # autograd's own check, which hooks must repeat
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace "
                 f"operation: {list(alias.shape)} is at version {alias._version}; expected version {version}"

@@ -1,8 +1,8 @@
 """Value and tangent of single operators: (mode, func, args, kwargs) -> what func returns.
 
-Most operators of networks are linear, or have a Jacobian that equals its transpose, so that the operator's
-own backward kernel computes the tangent: elementwise functions, softmax, and normalisations without their
-affine part. Operators without a rule take PyTorch's own forward-mode formula, and where there is none, raise.
+Most operators in networks are linear, or have a symmetric Jacobian, so that the operator's own backward
+kernel computes the tangent: elementwise functions, softmax, and normalisations without their affine part.
+Operators without a rule use PyTorch's forward-mode formula and raise if there is none.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ _rules: dict[Any, Rule] = {}
 
 
 def rule_of(func: Any) -> Rule:
-    """How an operator treats tangents; found once."""
+    """The rule for an operator's tangents, cached."""
     found = _rules.get(func)
     if found is None:
         found = _rules[func] = _find(func)
@@ -208,7 +208,7 @@ def _convolution(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict
     return out
 
 
-# A Jacobian that equals its transpose: the backward kernel computes the tangent.
+# A symmetric Jacobian: the backward kernel computes the tangent.
 
 
 @_rule(aten.gelu.default, aten.silu.default, aten.mish.default, aten.hardswish.default)
@@ -304,7 +304,7 @@ def _dropout(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str
 def _torchs_attention(
     mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """Reached by those whom `replace_sdpa` does not reach: C++, and blocks that are computed again."""
+    """For calls that `replace_sdpa` does not reach: C++, and recomputed blocks."""
     query, key, value, dropout_p, is_causal = (*args, 0.0, False)[:5] if len(args) < 5 else args
     if dropout_p != 0.0:
         return _unknown(mode, func, args, kwargs)
@@ -332,7 +332,7 @@ def _attention(
 
 
 def _with_twin(twin: Callable[..., tuple[Tensor, Tensor]], primals: int) -> Rule:
-    """By a public function (primals, tangents, the rest) -> (value, tangent)."""
+    """A rule from a public function (primals, tangents, the rest) -> (value, tangent)."""
 
     def rule(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
         with torch.no_grad():
@@ -344,7 +344,7 @@ def _with_twin(twin: Callable[..., tuple[Tensor, Tensor]], primals: int) -> Rule
 
 
 def _ours(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """By the tangent that the operator's autograd.Function has for torch.func.jvp."""
+    """Use the tangent that the operator's autograd.Function defines for torch.func.jvp."""
     name = func._schema.name.partition("::")[2]
     function = next((f for f in functions.values() if getattr(f, "op", None) == name), None)
     if function is None:
@@ -368,7 +368,7 @@ _OURS: dict[str, Rule] = {
 }
 
 
-# Writing in place.
+# In-place operators.
 
 _LINEAR_IN_PLACE = {aten.add_.Tensor, aten.sub_.Tensor}
 _RANDOM = {
@@ -416,13 +416,13 @@ def _in_place(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[st
 
 
 def _composite(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Under inference_mode PyTorch leaves taking operators apart to us."""
+    """Under inference_mode PyTorch leaves decomposing operators to us."""
     with mode:
         return func.decompose(*args, **kwargs)
 
 
 def _formula(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Value and tangent by PyTorch's own forward-mode formula, which raises where there is none."""
+    """Value and tangent from PyTorch's forward-mode formula, which raises if there is none."""
     given = []
 
     def dual(x: Any) -> Any:

@@ -1,14 +1,14 @@
-"""F.scaled_dot_product_attention, whoever calls it, as `pmf.ops.attention`.
+"""Replace F.scaled_dot_product_attention by `pmf.ops.attention`, for all callers.
 
-No single door reaches every caller, so three are held open together:
+No single hook reaches every caller, so three are combined:
 
-- the attribute of torch.nn.functional, for F.multi_head_attention_forward and whoever writes `F.` or imports
-  inside a function;
-- a TorchFunctionMode, for names imported before; PyTorch hides it from the code below torch.nn.functional;
-- the fused path of nn.MultiheadAttention in eval mode, which calls neither, is switched off.
+- the attribute of torch.nn.functional, for F.multi_head_attention_forward and code that writes `F.` or
+  imports inside a function;
+- a TorchFunctionMode, for names imported earlier; PyTorch hides it from code below torch.nn.functional;
+- the fused path of nn.MultiheadAttention in eval mode, which calls neither, is disabled.
 
-Attribute and fused path belong to the process, so they are counted under a lock: two threads that enter and
-leave in any order leave nothing behind. Inside torch.compile the tracer undoes what it sees, without a lock.
+Attribute and fused path are global to the process, so they are counted under a lock: two threads that enter
+and exit in any order leave no trace. Inside torch.compile the tracer undoes what it sees, without a lock.
 """
 
 import contextlib
@@ -32,20 +32,19 @@ _torchs = F.scaled_dot_product_attention
 
 
 class replace_sdpa(contextlib.ContextDecorator):  # noqa: N801 (a function to its users)
-    """Within it, F.scaled_dot_product_attention is `pmf.ops.attention`: flash speed with a forward mode.
+    """Inside it, F.scaled_dot_product_attention is `pmf.ops.attention`: flash speed with a forward mode.
 
         with pmf.replace_sdpa():
             out, out_t = torch.func.jvp(network, (x,), (x_t,))
 
-    The network is anybody's and stays as it is: nn.MultiheadAttention, timm, diffusers, transformers. Also a
-    decorator; it nests, works inside and around torch.compile, and leaves nothing behind, after an exception
-    either.
+    Works with any unmodified network: nn.MultiheadAttention, timm, diffusers, transformers. Also a decorator;
+    it nests, works inside and around torch.compile, and leaves no trace, even after an exception.
 
-    Calls that `pmf.ops.attention` cannot serve (dropout, widths above 256, nested tensors and other
-    subclasses) are PyTorch's own as before. In forward mode, where PyTorch's fused kernels raise, those with
-    dropout or of such widths take its math backend, and other subclasses raise TypeError.
+    Calls that `pmf.ops.attention` does not support (dropout, widths above 256, nested tensors and other
+    subclasses) remain PyTorch's. In forward mode, where PyTorch's fused kernels raise, calls with dropout or
+    such widths use its math backend, and other subclasses raise TypeError.
 
-    A block under torch.utils.checkpoint is computed again with the same attention, wherever backward runs.
+    A block under torch.utils.checkpoint is recomputed with the same attention, wherever backward runs.
     """
 
     def __enter__(self) -> None:
@@ -65,12 +64,12 @@ class replace_sdpa(contextlib.ContextDecorator):  # noqa: N801 (a function to it
             _count(-1)
 
     def _recreate_cm(self) -> "replace_sdpa":
-        """Decorated functions may be entered again before they are left."""
+        """Decorated functions may be re-entered before they return."""
         return replace_sdpa()
 
 
 class _Imported(TorchFunctionMode):
-    """Reaches those who imported the function by name before."""
+    """Reaches callers that imported the function by name earlier."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _torchs:
@@ -84,9 +83,9 @@ _fused_path = True
 
 
 def _count(step: int) -> None:
-    """One more or one less replacement in the process; the first replaces and the last restores."""
+    """Adjust the process-wide count of replacements; the first replaces and the last restores."""
     global _inside, _fused_path
-    torch.overrides.get_overridable_functions()  # cached by PyTorch at its first call: not with our function
+    torch.overrides.get_overridable_functions()  # PyTorch caches it on first use: do so without our function
     with _lock:
         _inside += step
         if step == 1 and _inside == 1:
@@ -109,7 +108,7 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     if attn_mask is not None and kind_of(attn_mask) == "bias" and _is_plain(query) and _is_plain(key):
-        # Its __torch_function__ looks for torch.nn.functional's own, and would let its memory be read.
+        # Its __torch_function__ compares with torch.nn.functional's own, and would let its memory be read.
         attn_mask, is_causal = causal_bias(attn_mask, is_causal, query, key)
     if _is_served(query, key, value, attn_mask, dropout_p):
         _compute_again_alike()
@@ -124,13 +123,13 @@ def _attention(
                 raise TypeError(
                     f"scaled_dot_product_attention: {kind} has no forward mode; pass plain tensors"
                 )
-        backend = sdpa_kernel(SDPBackend.MATH)  # PyTorch's only one with a forward mode
+        backend = sdpa_kernel(SDPBackend.MATH)  # PyTorch's only backend with a forward mode
     with backend:
         return _torchs(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
 def _is_served(query: Any, key: Any, value: Any, attn_mask: Any, dropout_p: float) -> bool:
-    """Whether `pmf.ops.attention` computes this call; errors about the others are PyTorch's."""
+    """Whether `pmf.ops.attention` computes this call; PyTorch reports errors in the others."""
     data = (query, key, value)
     given = data if attn_mask is None else (*data, attn_mask)
     if dropout_p != 0.0 or not all(map(_is_plain, given)) or any(x.is_nested for x in given):
@@ -146,7 +145,7 @@ def _is_served(query: Any, key: Any, value: Any, attn_mask: Any, dropout_p: floa
 
 
 def _is_plain(x: Any) -> bool:
-    """A tensor, or what stands for one while PyTorch traces."""
+    """Whether x is a plain tensor, or stands for one while PyTorch traces."""
     return type(x) in (Tensor, torch.nn.Parameter, torch.nn.Buffer) or (
         isinstance(x, Tensor) and type(x).__module__.startswith("torch._subclasses.")
     )
@@ -154,7 +153,7 @@ def _is_plain(x: Any) -> bool:
 
 def _in_forward_mode() -> bool:
     if torch.compiler.is_compiling():
-        from pmf.ops import _compiled  # imports torch._dynamo, which costs seconds
+        from pmf.ops import _compiled  # imports torch._dynamo, which takes seconds
 
         return _compiled.in_func_jvp()
     jvp = torch._C._functorch.TransformType.Jvp
@@ -163,11 +162,11 @@ def _in_forward_mode() -> bool:
 
 
 def _compute_again_alike() -> None:
-    """Inside a block under torch.utils.checkpoint: let it be computed again with this attention.
+    """Inside a block under torch.utils.checkpoint, make its recomputation use this attention.
 
-    Backward may run outside of the context, where PyTorch's own attention would save other tensors. Should a
-    PyTorch keep its frames elsewhere, nothing happens here, and checkpoint itself raises: what the
-    Function saves (`pmf.ops.attention`) never passes for what PyTorch's saves.
+    Backward may run outside the context, where PyTorch's attention would save other tensors. If a future
+    PyTorch stores its frames elsewhere, this is a no-op and checkpoint itself raises: the tensors saved by
+    the Function (`pmf.ops.attention`) never match those saved by PyTorch's.
     """
     if torch.compiler.is_compiling():
         return
@@ -180,7 +179,7 @@ def _compute_again_alike() -> None:
 
 
 class _Recomputed:
-    """A block's function, within `replace_sdpa`."""
+    """A block's function, run inside `replace_sdpa`."""
 
     def __init__(self, block: Any) -> None:
         self.block = block

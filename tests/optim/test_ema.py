@@ -119,7 +119,7 @@ def test_bad_arguments_are_named():
         ema.weights(2.0)
     with pytest.raises(ValueError, match="batch_size must be positive"):
         ema.update(0)
-    with pytest.raises(ValueError, match="of another model: weight has shape"):
+    with pytest.raises(ValueError, match="belong to another model: weight has shape"):
         ema.load_state_dict(EMA(nn.Linear(4, 2), half_lives=(1.0,)).state_dict())
     with pytest.raises(ValueError, match="saved half-lives"):
         ema.load_state_dict(EMA(model, half_lives=(2.0,)).state_dict())

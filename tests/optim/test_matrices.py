@@ -335,7 +335,7 @@ def test_torch_s_own_inputs():
         (
             {"split_sizes": [D, D]},
             (48, D),
-            r"qkv.weight of shape \[48, 16\] has 48 rows.*split_sizes \[16, 16\] add up to 32",
+            r"qkv.weight of shape \[48, 16\] has 48 rows.*split_sizes \[16, 16\] sum to 32",
         ),
         (
             {"split_sizes": [D, D, D], "num_heads": 5},
@@ -397,7 +397,7 @@ def test_a_split_set_later_is_checked_before_anything_moves():
     p.grad = q.grad = random((6, 4), 2)
     optimizer.param_groups[1]["split_sizes"] = [4, 4]
     start = p.detach().clone()
-    with pytest.raises(ValueError, match="add up to 8"):
+    with pytest.raises(ValueError, match="sum to 8"):
         optimizer.step()
     assert torch.equal(p, start)
     optimizer.param_groups[1]["split_sizes"] = [3, 3]
