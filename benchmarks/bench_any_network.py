@@ -1,19 +1,20 @@
-"""A MeanFlow step of other people's networks: `pmf.Jvp` against torch.func.jvp through math attention.
+"""A MeanFlow step of third-party networks: `pmf.Jvp` beside torch.func.jvp through math attention.
 
     python benchmarks/bench_any_network.py [--rounds 5] [--quick] [--compiled] [--out FILE.json]
 
-Networks, float32, batch 4: ViT-S/16 of timm at 224 pixels (197 tokens), and six DiT blocks with adaLN (width
-384, six heads) on 1024 tokens. A step is value, tangent, loss and the gradients of all weights. Contestants:
+Networks, float32, batch 4: ViT-S/16 from timm at 224 pixels (197 tokens), and six DiT blocks with adaLN
+(width 384, six heads) on 1024 tokens. A step is value, tangent, loss and the gradients of all weights.
+Contestants:
 
 - pmf.Jvp, and with --compiled torch.compile of it;
 - torch.func.jvp with the math backend, which is what PyTorch offers;
 - the two-pass recipe: the same under no_grad, and a second forward pass for the gradients;
-- a plain training step, without any tangent: what a tangent that costs nothing would leave. Its products are
-  a quarter less than those of a step with a tangent, whose limit is therefore 4/3 of it.
+- a plain training step without a tangent: the cost if tangents were free. It has a quarter fewer products
+  than a step with a tangent, so the limit for that step is 4/3 of it.
 
 First losses and gradients must agree within 1e-5; otherwise nothing is timed and the exit status is 1. Times
-are medians of rounds in turn; peak memory is the growth of the largest resident set in one step, a fresh
-process for each contestant. The last line is `NAME=T,M`s: its time and memory over torch.func.jvp's.
+are medians of interleaved rounds; peak memory is the growth of the resident set in one step, in a fresh
+process per contestant. The last line is `NAME=T,M`s: time and memory relative to torch.func.jvp's.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class DiT(nn.Module):
 
 
 def make_vit(quick: bool) -> tuple[nn.Module, Inputs]:
-    schemas = torch.library.Library("torchvision", "FRAGMENT")  # lacking beside a CPU build of torch
+    schemas = torch.library.Library("torchvision", "FRAGMENT")  # missing in CPU builds of torch
     for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):
             schemas.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -143,14 +144,14 @@ def make_step(name: str, network: nn.Module, inputs: Inputs) -> Callable[[], tup
 
 
 def agreement(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
-    """Relative error of the loss and of all gradients as one vector: some are zero but for rounding."""
+    """Relative error of the loss and of all gradients as one vector; some are zero except for rounding."""
     loss = abs(found[0] - expected[0]) / expected[0]
     one, other = (torch.cat([g.flatten() for g in grads[1:]]) for grads in (found, expected))
     return max(loss.item(), ((one - other).norm() / other.norm()).item())
 
 
 def peak_memory(network: str, contestant: str, quick: bool) -> int:
-    """Bytes that the resident set grows in one step, in a fresh process."""
+    """Growth of the resident set in one step, in bytes, in a fresh process."""
     command = [sys.executable, str(Path(__file__).resolve()), "--memory-of", network, contestant]
     done = subprocess.run(command + ["--quick"] * quick, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -168,7 +169,7 @@ def print_memory(network: str, contestant: str, quick: bool) -> None:
 
 
 def measure(network: str, contestants: list[str], rounds: int, quick: bool) -> list[dict[str, Any]]:
-    """A row for each contestant; without times where ours is wrong."""
+    """A row per contestant; without times if ours is wrong."""
     torch.manual_seed(0)
     made = NETWORKS[network](quick)
     steps = {name: make_step(name, *made) for name in contestants}
@@ -193,7 +194,7 @@ def measure(network: str, contestants: list[str], rounds: int, quick: bool) -> l
         row |= {"median_ms": 1e3 * medians[name], "rounds": rounds, "others_share": others.share}
         row["time_over_math"] = medians[name] / medians[MATH]
         row["time_over_plain"] = medians[name] / medians[PLAIN]
-        if name != COMPILED:  # the compiler's own memory would count
+        if name != COMPILED:  # this would include the compiler's own memory
             row["peak_bytes"] = peak_memory(network, name, quick)
     peaks = {row["contestant"]: row.get("peak_bytes") for row in rows}
     for row in rows:
@@ -209,9 +210,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument(
-        "--compiled", action="store_true", help="torch.compile of pmf.Jvp too, which takes minutes"
+        "--compiled", action="store_true", help="also run torch.compile of pmf.Jvp, which takes minutes"
     )
-    parser.add_argument("--quick", action="store_true", help="small networks: does it all run?")
+    parser.add_argument("--quick", action="store_true", help="smoke test on small networks")
     parser.add_argument("--out", type=Path, help="write the record to this JSON file")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     settings = parser.parse_args()

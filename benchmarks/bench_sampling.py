@@ -1,13 +1,13 @@
-"""One-step sampling from pMF-B/16 against a plain float32 sampler with attention written out (plain_port.py).
+"""One-step sampling from pMF-B/16 beside a plain float32 sampler with written-out attention (plain_port.py).
 
     python benchmarks/bench_sampling.py [--batch-size 8] [--quick] [--out FILE.json]
 
-Same weights (random, with gates that are not zero and final layers that give images of unit size), noise and
-labels. First the images must agree: in float32 within 1e-4, and in the precision that pmf samples with unless
-told otherwise (bfloat16 products where the CPU has them) with a PSNR of at least 50 dB at a range of 2; or
-else nothing is timed and the exit status is 1. Then all run in turn, and medians are compared.
+Same weights (random, with non-zero gates and final layers that give images of unit size), noise and labels.
+First the images must agree: in float32 within 1e-4, and in pmf's default sampling precision (bfloat16
+products if the CPU has them) with a PSNR of at least 50 dB at a range of 2; otherwise nothing is timed and
+the exit status is 1. Then all run interleaved, and medians are compared.
 
-The last line is `images_per_second_ratio=R psnr_db=P`: pmf by its default over the plain sampler.
+The last line is `images_per_second_ratio=R psnr_db=P`: pmf's default over the plain sampler.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ OURS_FP32, PLAIN = "pmf, fp32", "plain sampler, fp32"
 
 
 def make_runs(sizes: plain_port.Sizes, batch_size: int, device: torch.device) -> dict[str, Run]:
-    """One batch by each sampler, from the same weights, noise and labels; this library's default first."""
+    """A batch by each sampler, with the same weights, noise and labels; pmf's default first."""
     with device:
         model = make_model(sizes)
         plain = plain_port.Network(sizes, attend=plain_port.written_out_attention)
@@ -74,7 +74,7 @@ def main() -> int:
     )
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=60.0, help="time to spend (default: 60)")
-    parser.add_argument("--quick", action="store_true", help="a small network: does it all run?")
+    parser.add_argument("--quick", action="store_true", help="smoke test on a small network")
     parser.add_argument("--out", type=Path, help="write the record to this JSON file")
     arguments = parser.parse_args()
     sizes = QUICK if arguments.quick else plain_port.Sizes()

@@ -1,21 +1,21 @@
-"""One training step of Pixel MeanFlow against a plain PyTorch port of the same objective (plain_port.py).
+"""One Pixel MeanFlow training step beside a plain PyTorch port of the same objective (plain_port.py).
 
     python benchmarks/bench_training_step.py [--quick] [--also CONTESTANT ...] [--out FILE.json]
 
-Same weights (random, with gates and final layers that are not zero), same images, same draws. First both
-sides' loss_u, loss_v and all gradients must agree: in float64, float32 and bfloat16 on small networks for
-batches of every case, then in the precision and size that is timed; otherwise nothing is timed and the exit
-status is 1. Then, for objective + backward + optimizer step:
+Same weights (random, with non-zero gates and final layers), images and draws. First both sides' loss_u,
+loss_v and all gradients must agree: in float64, float32 and bfloat16 on small networks for batches of every
+case, then in the precision and size that is timed; otherwise nothing is timed and the exit status is 1. Then,
+for objective + backward + optimizer step:
 
 - time: interleaved medians, in fp32, and in bf16 (ours: a bfloat16 model with float32 master weights; the
-  port: autocast). torch.optim.Muon orthogonalises in bfloat16, so our Muon is asked to do the same. The
-  memory allocator keeps what is freed, for both.
+  port: autocast). torch.optim.Muon orthogonalises in bfloat16, so ours is set to do the same. The memory
+  allocator keeps freed memory, for both.
 - FLOPs executed by objective and backward at depth 16, batch 128, averaged over draws, counted by
-  torch.utils.flop_counter on tensors without data.
-- peak memory: growth of the largest resident set over the loaded model, a fresh process for each side.
+  torch.utils.flop_counter on meta tensors.
+- peak memory: growth of the resident set over the loaded model, in a fresh process per side.
 
 The last line is `step_time_ratio=T flops_ratio=F peak_memory_ratio=M`, each ours over the port's: T and M are
-those of the whole step in fp32.
+for the whole step in fp32.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def print_agreement(row: dict[str, Any]) -> None:
 def time_steps(
     sizes: plain_port.Sizes, batch_size: int, precision: str, rounds: int, contestants: Sequence[str]
 ) -> tuple[Rows, Rows]:
-    """How well each form of this library agrees with the port at this size; the times, if all do."""
+    """Check the agreement of each form of this library with the port at this size; time them if all agree."""
     model = make_model(sizes)
     sides = {name: make_side(name, model, sizes, precision) for name in contestants}
     del model
@@ -89,7 +89,7 @@ def time_steps(
 
     for name, side in sides.items():
         side.update()
-        if name == COMPILED:  # its graphs for every number of samples
+        if name == COMPILED:  # compile the graphs for every number of samples
             for batch in batches[1:]:
                 side.backward(batch)
                 side.update()
@@ -153,10 +153,10 @@ def measure_memory(
 
 
 def keep_freed_memory() -> None:
-    """Start anew with glibc told to keep what is freed.
+    """Restart with glibc set to keep freed memory.
 
-    By its defaults it returns large blocks to the system and asks for them again in every step: a second of
-    page faults in the port, which anyone who cares turns off, and which depends on the machine's mood.
+    By default it returns large blocks to the system and requests them again in every step: a second of page
+    faults in the port, which careful users disable and which varies with the machine's state.
     """
     if any(name not in os.environ for name in KEEP_MEMORY):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
@@ -168,10 +168,8 @@ def main() -> int:
     )
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds in fp32; twice as many in bf16")
-    parser.add_argument(
-        "--also", nargs="+", default=[], choices=list(ALSO), help="contestants besides the two"
-    )
-    parser.add_argument("--quick", action="store_true", help="a small network: does it all run?")
+    parser.add_argument("--also", nargs="+", default=[], choices=list(ALSO), help="additional contestants")
+    parser.add_argument("--quick", action="store_true", help="smoke test on a small network")
     parser.add_argument("--out", type=Path, help="write the record to this JSON file")
     arguments = parser.parse_args()
     batch_size, rounds = arguments.batch_size, arguments.rounds

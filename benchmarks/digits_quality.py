@@ -1,15 +1,15 @@
-"""How good are one-step digits after ten minutes of training on this machine?
+"""Quality of one-step digits after ten minutes of training on this machine.
 
-For each seed: train the ``digits`` preset for ``--minutes``, draw one sample per real image with its label in
-one step, clip it to [-1, 1], and compare the two sets of 1797 images as 64 pixels in [-1, 1]:
+For each seed: train the ``digits`` preset for ``--minutes``, sample one image per real image with its label
+in one step, clip it to [-1, 1], and compare the two sets of 1797 images as 64 pixels in [-1, 1]:
 
-- accuracy: share recognised as their label by an SVM trained on the real digits (its own accuracy on held-out
-  digits, five folds, is printed first: above 0.98, or the figure means little);
+- accuracy: the fraction classified as their label by an SVM trained on the real digits (its own accuracy on
+  held-out digits, five folds, is printed first; below 0.98 this score means little);
 - Frechet distance between the pixel Gaussians; recall and coverage with k = 3 neighbours (``pmf.metrics``).
 
-The figures for two halves of the real set give the scale. One omega and one interval (the preset's) serve
-every figure; nothing is added to the network's output. The last line is the worst seed's:
-``accuracy=A frechet=F recall=R coverage=C``.
+The scores of two halves of the real set give the scale. The preset's omega and interval are used throughout;
+the network's output is not post-processed. The last line is the worst seed's: ``accuracy=A frechet=F recall=R
+coverage=C``.
 
     python benchmarks/digits_quality.py [--seeds 3] [--minutes 10] [--out FILE.json]
 """
@@ -43,7 +43,7 @@ def real_digits() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def classifier() -> SVC:
-    """RBF support vectors on pixels in [-1, 1]: the classical model of this data set."""
+    """RBF support vectors on pixels in [-1, 1]: the classical model for this dataset."""
     return SVC(C=10, gamma="scale")
 
 
@@ -57,7 +57,7 @@ def spread(real: torch.Tensor, samples: torch.Tensor) -> dict[str, float]:
 
 
 def real_halves(pixels: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """The same figures between two halves of the data with equal classes: what perfect samples would get."""
+    """The same scores between two class-balanced halves of the data: what perfect samples would get."""
     first, second = next(StratifiedKFold(2, shuffle=True, random_state=0).split(pixels, labels))
     return spread(pixels[first], pixels[second])
 
@@ -91,7 +91,7 @@ def train_and_score(
 
 
 def worst(scores: list[dict[str, float]]) -> dict[str, float]:
-    """The worst value of each figure over the seeds: the largest distance, the smallest of the others."""
+    """The worst value of each score over the seeds: the largest distance, the smallest of the others."""
     return {name: (max if name == "frechet" else min)(score[name] for score in scores) for name in FIGURES}
 
 
@@ -103,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds to train, from 0")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds to train, from 0")
     parser.add_argument("--minutes", type=float, default=10.0, help="training time for each seed")
     parser.add_argument("--out", type=Path, help="write the record to this JSON file")
     arguments = parser.parse_args()

@@ -1,10 +1,10 @@
-"""Pixel MeanFlow as a good researcher would port it to plain PyTorch: the baseline of the benchmarks.
+"""A careful port of Pixel MeanFlow to plain PyTorch: the baseline of the benchmarks.
 
 One network that returns both heads, three guidance passes over the whole batch, torch.func.jvp over the whole
-batch with torch's math attention (of its attention backends the only one with a forward mode), and
-torch.optim.Muon with torch.optim.AdamW. Nothing here is slow on purpose: the shared blocks run once for both
-heads, attention is flash attention wherever no tangent passes, norms and the optimizers are torch's fused
-ones. It imports nothing but torch, so that it can disagree with the library that it is compared with.
+batch with torch's math attention (the only torch backend with a forward mode), and torch.optim.Muon with
+torch.optim.AdamW. Nothing is slow on purpose: the shared blocks run once for both heads, attention is flash
+attention wherever there is no tangent, and norms and optimizers are torch's fused ones. It imports only
+torch, so that it is independent of the library it is compared with.
 
     python -c "import plain_port; help(plain_port.objective)"
 """
@@ -22,7 +22,7 @@ CONDITIONS = ("class", "omega", "t_min", "t_max", "time")
 
 
 class Sizes(NamedTuple):
-    """The network's shape; by default pMF-B/16."""
+    """The network's shape; the defaults are pMF-B/16."""
 
     num_classes: int = 1000
     image_size: int = 256
@@ -51,7 +51,7 @@ def written_out_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's own; its fused form wants weight and input in one dtype, and autocast gives two."""
+    """torch's own; its fused form needs weight and input in one dtype, and autocast gives two."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=1e-6)
@@ -132,14 +132,14 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(sizes.hidden_size, sizes.patch_size**2 * sizes.channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Image tokens [B, side^2, D] -> [B, C, S, S]; a token holds its pixels as (p, p, C)."""
+        """Image tokens [B, side^2, D] -> [B, C, S, S]; pixels within a token are ordered (p, p, C)."""
         side, p = math.isqrt(x.shape[1]), self.patch_size
         x = self.linear(self.norm(x)).unflatten(-1, (p, p, -1)).unflatten(1, (side, side))
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
 class Condition(nn.Module):
-    """Tokens [class | omega | t_min | t_max | time]: learned ones plus an embedding for each group."""
+    """Tokens [class | omega | t_min | t_max | time]: learned tokens plus an embedding per group."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class Condition(nn.Module):
 
 
 class Network(nn.Module):
-    """The transformer of Pixel MeanFlow (arXiv 2601.22158) with its two heads."""
+    """The Pixel MeanFlow transformer (arXiv 2601.22158) with its two heads."""
 
     cos: Tensor
     sin: Tensor
@@ -207,7 +207,7 @@ class Network(nn.Module):
         labels: Tensor,
         heads: str = "uv",
     ) -> tuple[Tensor, ...]:
-        """The images that the heads predict from z [B, C, S, S]; the conditions are [B] each."""
+        """The images that the heads predict from z [B, C, S, S]; each condition is [B]."""
         prefix = self.condition(h, omega, t_min, t_max, labels)
         patches = self.patch_up(self.patch_down(z)).flatten(2).transpose(1, 2)
         x = torch.cat((prefix, patches), 1) + self.position
@@ -224,9 +224,9 @@ class Network(nn.Module):
 
 
 def rotary_tables(prefix: int, side: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """cos and sin [tokens, head_dim / 2], float64, of a 2-D rotary embedding; the prefix does not turn.
+    """cos and sin [tokens, head_dim / 2], float64, of a 2-D rotary embedding; the prefix is not rotated.
 
-    The first half of the pairs turn with the token's row, the others with its column.
+    The first half of the pairs rotate with the token's row, the others with its column.
     """
     quarter = head_dim // 4
     frequency = 1e4 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
@@ -237,7 +237,7 @@ def rotary_tables(prefix: int, side: int, head_dim: int) -> tuple[Tensor, Tensor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Adjacent elements of x [..., tokens, head_dim] are real and imaginary part, and turn by the angle."""
+    """Rotate adjacent elements of x [..., tokens, head_dim], as real and imaginary part, by the angle."""
     pairs = torch.view_as_complex(x.to(cos.dtype).unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
 
@@ -246,7 +246,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Losses(NamedTuple):
-    """What to differentiate, and the plain means of (V - v_g)^2 and (v - v_g)^2."""
+    """The value to differentiate, and the plain means of (V - v_g)^2 and (v - v_g)^2."""
 
     loss: Tensor
     loss_u: Tensor
@@ -268,9 +268,9 @@ def objective(
     norm_eps: float = 0.01,
     guidance_heads: str = "uv",
 ) -> Losses:
-    """The MeanFlow objective of images [B, C, S, S], with every draw given ([B]; noise as images).
+    """The MeanFlow objective for images [B, C, S, S], with every draw given ([B]; noise like images).
 
-    guidance_heads: the guidance passes use v alone; "v" is for those who notice.
+    guidance_heads: the guidance passes use only v; "v" is for users who notice.
     """
     x, e = images, noise
     t_, r_ = t[:, None, None, None], r[:, None, None, None]
@@ -286,7 +286,7 @@ def objective(
         images = network(z, zero, omega, zero, one, labels, heads=guidance_heads)
         return velocity(z, images[-1], t)
 
-    # The guided target. Flow-matching samples know no interval; the others are guided within theirs alone.
+    # The guided target. Flow-matching samples have no interval; the others are guided inside theirs only.
     omega_inside = torch.where((t_min <= t) & (t <= t_max), omega, one)
     v_t = velocity(z, x, t)
     v_u = guidance_pass(one, null)
@@ -304,7 +304,7 @@ def objective(
         return velocity(z, x_u, t), velocity(z, x_v, t)
 
     with sdpa_kernel(SDPBackend.MATH):
-        # Three with has_aux, which torch's annotation does not say.
+        # Three results with has_aux, which torch's annotation omits.
         u, du_dt, v = torch.func.jvp(u_and_v, (z, t, r), (v_c_inside, one, zero), has_aux=True)  # type: ignore[misc]
     V = u + (t_ - r_) * du_dt.detach()
 
@@ -353,7 +353,7 @@ RENAMED = {
 
 
 def load(network: Network, weights: Mapping[str, Tensor]) -> Network:
-    """Give the network pixelmeanflow's weights; every one of both must have its counterpart."""
+    """Load pixelmeanflow's weights into the network; the names must correspond one to one."""
     named = {RENAMED.get(name, name): weight for name, weight in weights.items()}
     own = network.state_dict()
     network.load_state_dict({n: w.reshape(own[n].shape) if n in own else w for n, w in named.items()})

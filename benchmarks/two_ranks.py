@@ -1,9 +1,9 @@
-"""Two ranks against one, and a rank killed in the middle: prints a table and writes a JSON record.
+"""Compare two ranks with one, and kill a rank in the middle: prints a table and writes a JSON record.
 
     python benchmarks/two_ranks.py [--out record.json] [--steps 10] [--device cpu]
 
-Trains a small network on the digits by torchrun, in float32: one process; two by DDP; two by FSDP2; both with
-gradient accumulation; and each of the latter once more with one rank killed by SIGKILL in the middle and the
+Trains a small network on the digits with torchrun, in float32: one process; two by DDP; two by FSDP2; both
+with gradient accumulation; and each of the latter again with one rank killed by SIGKILL in the middle and the
 run resumed. Reports the largest differences of logged loss_u and loss_v and of every weight and average.
 """
 
@@ -38,7 +38,7 @@ def train(ranks: int, arguments: list[str]) -> None:
 
 
 def train_and_kill(out: Path, after: int, arguments: list[str]) -> dict[str, int]:
-    """Kill the second rank once a checkpoint of `after` steps is there; says how torchrun ended."""
+    """Kill the second rank once a checkpoint of `after` steps exists; returns how torchrun ended."""
     log = out.with_suffix(".log").open("wb")
     running = subprocess.Popen(command(2, arguments), stdout=log, stderr=log, env=ENVIRONMENT)
     while not checkpoint.step_folder(out, after).is_dir():
@@ -63,7 +63,7 @@ def losses(out: Path) -> torch.Tensor:
 
 
 def difference(found: Path, expected: Path) -> dict[str, float]:
-    """The largest differences of two finished runs."""
+    """The largest differences between two finished runs."""
     result = dict(
         zip(("loss_u", "loss_v"), (losses(found) - losses(expected)).abs().amax(0).tolist(), strict=True)
     )
@@ -104,7 +104,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, help="where to write the JSON record")
+    parser.add_argument("--out", type=Path, help="write the JSON record here")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()

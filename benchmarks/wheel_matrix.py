@@ -1,4 +1,4 @@
-"""Does one wheel load everywhere? Builds the wheels once and tries them against other Pythons and PyTorches.
+"""Build the wheels once and test them with other versions of Python and PyTorch.
 
     python benchmarks/wheel_matrix.py                       # the default matrix, python3.X taken from PATH
     python benchmarks/wheel_matrix.py --case 3.12=2.12.1    # one environment
@@ -6,11 +6,11 @@
 
 Both wheels are built here, with this interpreter and its PyTorch: the default one (with the pybind11 module,
 for this Python version) and the portable one (py3-none), with CUDA kernels if nvcc is found. The record has
-their sizes and what building took: the portable one compiles everything, the default one after it only the
-pybind11 module. For each case a new environment gets that PyTorch from the package index, then the wheel with
-its dependencies, which must leave that PyTorch alone; CHECK runs in it: values, tangents and gradients of the
-compiled ops against plain float64 PyTorch. The record says what was installed and what came out, failures
-included. An environment is several GB with CUDA builds of PyTorch; it is deleted before the next one is made.
+their sizes and build times: the portable one compiles everything, the default one after it only the pybind11
+module. For each case a new environment installs that PyTorch from the package index, then the wheel with its
+dependencies, which must not replace that PyTorch; CHECK runs in it: values, tangents and gradients of the
+compiled ops against plain float64 PyTorch. The record lists what was installed and the results, including
+failures. An environment with a CUDA build of PyTorch takes several GB; it is deleted before the next one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# Every supported Python and every PyTorch minor version from 2.11 to 2.15, on few environments.
+# Every supported Python and every PyTorch minor version from 2.11 to 2.15, in few environments.
 DEFAULT_CASES = (
     "3.10=2.11.0",
     "3.11=2.13.0",
@@ -114,7 +114,7 @@ print(json.dumps({
 
 
 def run(*command: object, **options: object) -> subprocess.CompletedProcess[str]:
-    """The command, as text; its own environment, so that this checkout is never imported."""
+    """Run a command in a clean environment, so that this checkout is never imported; output as text."""
     environment = {
         k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV", "PMF_CPU_LEVEL")
     }
@@ -125,10 +125,10 @@ def run(*command: object, **options: object) -> subprocess.CompletedProcess[str]
 
 
 def build_wheels(folder: Path) -> tuple[dict[str, Path], dict[str, object]]:
-    """The portable and the default wheel, from a copy of this checkout's files; and what it took.
+    """Build the portable and the default wheel from a copy of this checkout; also returns build times.
 
-    One copy serves both, so that the kernels compile once; the portable wheel comes first, as what it packs
-    must not hold the other's pybind11 module.
+    Both use one copy, so that the kernels compile once; the portable wheel comes first, because it must not
+    contain the other's pybind11 module.
     """
     source = folder / "source"
     listed = run("git", "ls-files", "-co", "--exclude-standard", "-z", cwd=ROOT).stdout
@@ -167,7 +167,7 @@ def find_pythons(extra: list[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for candidate in filter(None, candidates):
         version = run(candidate, "-c", "import sys; print('%d.%d' % sys.version_info[:2])")
-        if version.returncode == 0:  # a pyenv shim exists for versions that are not selected, and fails
+        if version.returncode == 0:  # pyenv has failing shims for versions that are not selected
             found.setdefault(version.stdout.strip(), candidate)
     return found
 
@@ -175,7 +175,7 @@ def find_pythons(extra: list[str]) -> dict[str, str]:
 def try_case(
     python: str, torch_version: str, wheels: dict[str, Path], folder: Path
 ) -> list[dict[str, object]]:
-    """One environment: install PyTorch, then each wheel that fits this Python, and check it."""
+    """Test one environment: install PyTorch, then each wheel that fits this Python, and check it."""
     environment = folder / "environment"
     shutil.rmtree(environment, ignore_errors=True)
     records: list[dict[str, object]] = []
@@ -186,7 +186,7 @@ def try_case(
         if installed.returncode != 0:
             return [{"ok": False, "error": "installing torch failed: " + installed.stderr.strip()[-500:]}]
         for name, wheel in wheels.items():
-            # As a user would: the dependencies come with it, and PyTorch must stay what it is.
+            # As a user would: with its dependencies; PyTorch must not change.
             run(interpreter, "-m", "pip", "uninstall", "-q", "-y", "pixelmeanflow")
             done = run(interpreter, "-m", "pip", "install", "-q", wheel)
             if done.returncode != 0:
@@ -207,13 +207,13 @@ def try_case(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Try the wheels against other Pythons and PyTorches.")
+    parser = argparse.ArgumentParser(description="Test the wheels with other versions of Python and PyTorch.")
     parser.add_argument(
         "--case", action="append", metavar="PYTHON=TORCH", help="e.g. 3.12=2.12.1; may be repeated"
     )
     parser.add_argument("--python", action="append", default=[], metavar="PATH", help="an interpreter to use")
     parser.add_argument(
-        "--wheels", type=Path, metavar="FOLDER", help="try the wheels in it instead of building"
+        "--wheels", type=Path, metavar="FOLDER", help="test the wheels in it instead of building"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/wheel_matrix.json")
     arguments = parser.parse_args()

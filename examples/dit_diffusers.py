@@ -1,4 +1,4 @@
-"""MeanFlow on a DiT with adaLN from diffusers, compiled: the second time is one more channel of its input.
+"""MeanFlow on a DiT with adaLN from diffusers, compiled: the second time is an additional input channel.
 
 pip install diffusers
 python examples/dit_diffusers.py [--steps N] [--compile]
@@ -29,7 +29,7 @@ class Network(nn.Module):
 
 
 def rings(labels: Tensor, size: int) -> Tensor:
-    """A circle whose radius is the label's."""
+    """A circle whose radius is given by the label."""
     axis = torch.linspace(-1, 1, size)
     radius = (axis[:, None].square() + axis.square()).sqrt()
     wanted = 0.2 + 0.15 * labels[:, None, None, None]

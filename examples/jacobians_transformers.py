@@ -1,4 +1,4 @@
-"""Per-sample Jacobians of an encoder from transformers: which token moves which, sentence by sentence.
+"""Per-sample Jacobians of an encoder from transformers: which token influences which, for each sentence.
 
 pip install transformers
 python examples/jacobians_transformers.py

@@ -1,4 +1,4 @@
-"""MeanFlow on points of the plane: an MLP that draws two moons in one step.
+"""MeanFlow on points in the plane: an MLP that samples two moons in one step.
 
 python examples/points.py [--steps N]
 """
@@ -29,7 +29,7 @@ class Network(nn.Module):
 
 
 def moons(count: int, generator: torch.Generator) -> Tensor:
-    """Two half circles, a little blurred."""
+    """Two half circles with a little noise."""
     angle = math.pi * torch.rand(count, generator=generator)
     upper = torch.stack((angle.cos() - 0.5, angle.sin() - 0.25), 1)
     side = 1 - 2 * torch.randint(2, (count, 1), generator=generator)

@@ -1,4 +1,4 @@
-"""MeanFlow on a signal: a small residual network that draws damped oscillations in one step.
+"""MeanFlow on a signal: a small residual network that samples damped oscillations in one step.
 
 python examples/signal_1d.py [--steps N]
 """
@@ -35,7 +35,7 @@ class Network(nn.Module):
 
 
 def oscillations(count: int, generator: torch.Generator) -> Tensor:
-    """A struck string: one to three periods with any phase, dying away after a random onset."""
+    """A plucked string: one to three periods with any phase, decaying after a random onset."""
     frequency, phase, onset = torch.rand(3, count, 1, generator=generator)
     s = torch.linspace(0, 1, LENGTH)
     since = s - 0.4 * onset

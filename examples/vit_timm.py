@@ -1,4 +1,4 @@
-"""MeanFlow on a ViT from timm: its blocks as they are, with the times as two more tokens.
+"""MeanFlow on a ViT from timm: its blocks unchanged, with the times as two additional tokens.
 
 pip install timm scikit-learn
 python examples/vit_timm.py [--steps N]

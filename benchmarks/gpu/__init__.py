@@ -1,1 +1,1 @@
-"""What run_all.py runs: sections of cases, checks of every op, targets, and the process that measures."""
+"""The parts of run_all.py: sections of cases, checks of every op, targets, and the measuring process."""

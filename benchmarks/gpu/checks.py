@@ -1,7 +1,7 @@
-"""Is every op right on this device? Values, tangents and gradients against float64, in every dtype.
+"""Check every op on this device: values, tangents and gradients against float64, in every dtype.
 
-One case is one op at one shape in one dtype; its error is the largest of all that the op computes, each in
-units of its limit, so that 1 is what is still right.
+A case is one op at one shape in one dtype; its error is the largest over everything the op computes, each in
+units of its limit, so that up to 1 is correct.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ HALF_LIVES = (0.5, 2.0)
 class Problem:
     """Shapes of an op's arguments.
 
-    op: its name in pmf.ops; with "_jvp" behind it the twin that takes tangents.
-    shapes: of the arguments; of these the first `varying` carry tangents and the last `constants` are
-    float32 numbers in (0, 1) without gradients.
+    op: its name in pmf.ops; with the suffix "_jvp" the twin that takes tangents.
+    shapes: of the arguments; the first `varying` of them carry tangents and the last `constants` are float32
+    numbers in (0, 1) without gradients.
     weave: (arguments, tangents) -> the arguments of the _jvp form.
     """
 
@@ -111,7 +111,7 @@ def cases(setting: Setting) -> Iterator[Planned]:
 
 
 def _only_check(error: Callable[[], float]) -> Case:
-    """`error` is in units of its limit."""
+    """A case that is only checked; `error` is in units of its limit."""
     return Case({"pmf": lambda: None}, lambda name: error(), limit=1.0, timed=False)
 
 
@@ -135,7 +135,7 @@ def _check_op(setting: Setting, problem: Problem, dtype: torch.dtype) -> Case:
 
 
 def limits(kind: str, dtype: torch.dtype) -> dict[str, float]:
-    """Of what `results` gives. Gradients of weights are sums over all tokens, as a matrix product's are."""
+    """Limits for the entries of `results`. Weight gradients sum over all tokens, like a matrix product."""
     gradient = "gemm" if kind == "elementwise" else kind
     value = kind.removesuffix(" gradient")
     return {
@@ -154,7 +154,7 @@ def results(
     along: list[Tensor],
     dtype: torch.dtype,
 ) -> dict[str, Sequence[Tensor]]:
-    """All that an op of pmf.ops or pmf.reference computes, for gradients rounded to dtype."""
+    """Everything an op in pmf.ops or pmf.reference computes, for gradients rounded to dtype."""
     x = [t.detach().requires_grad_() for t in inputs]
     x_t = [t.detach().requires_grad_() for t in along]
     plain, jvp = getattr(module, problem.op), getattr(module, f"{problem.op}_jvp")
@@ -171,7 +171,7 @@ def results(
 
 
 def _check_newton_schulz(setting: Setting, dtype: torch.dtype) -> Case:
-    """Matrices of mixed shapes in one call, some of no size that tiles like."""
+    """Matrices of mixed shapes in one call, some with sizes that do not tile."""
     small = setting.scale == "tiny"
     shapes = ((12, 20), (20, 12), (9, 9)) if small else ((1024, 2730), (768, 256), (300, 300), (65, 1000))
     matrices = setting.normal(*shapes)

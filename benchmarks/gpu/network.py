@@ -1,4 +1,4 @@
-"""A training step and one-step sampling, as bench_training_step.py and bench_sampling.py set them up."""
+"""A training step and one-step sampling, set up as in bench_training_step.py and bench_sampling.py."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LEAST_PSNR_ERROR = bench_sampling.RANGE * 10 ** (-bench_sampling.LEAST_PSNR / 20
 
 
 def training_cases(setting: Setting) -> Iterator[Planned]:
-    """Objective, backward and optimizer, beside the plain port; ours is checked against the port."""
+    """Objective, backward and optimizer beside the plain port, against which ours is checked."""
     sizes, batch_size = TRAINED[setting.scale]
     facts = {"op": "training step", "depth": sizes.depth, "batch": batch_size, "dtype": PRECISION}
     label = f"step of depth {sizes.depth}, batch {batch_size}, {PRECISION}"
@@ -40,7 +40,7 @@ def _training(setting: Setting, sizes: plain_port.Sizes, batch_size: int) -> Cas
     }
 
     def error(name: str) -> float:
-        """The largest of losses and gradients, against the port's."""
+        """The largest error of losses and gradients against the port's."""
         if name == PORT:
             return 0.0
         found, expected = (agreement.evaluate(sides[side], batches[side][0]) for side in (OURS, PORT))
@@ -53,7 +53,7 @@ def _training(setting: Setting, sizes: plain_port.Sizes, batch_size: int) -> Cas
 
 
 def _batch(side: str, sizes: plain_port.Sizes, batch_size: int, seed: int, device: torch.device) -> Batch:
-    """For the port every draw is on the device; this library reads all but the noise on the host."""
+    """A batch. For the port every draw is on the device; pmf reads all but the noise on the host."""
     drawn = draw_batch(sizes, batch_size, seed)
     moved = drawn.on(device)
     return moved if side == PORT else moved._replace(draws=drawn.draws._replace(noise=moved.draws.noise))
@@ -68,7 +68,7 @@ def _step(side: Side, batches: Iterator[Batch]) -> Callable[[], None]:
 
 
 def sampling_cases(setting: Setting) -> Iterator[Planned]:
-    """Images in one step; the plain sampler as its authors run it on a GPU, with TF32 products."""
+    """One-step sampling; the plain sampler runs as its authors run it on a GPU, with TF32 products."""
     sizes, batch_size = SAMPLED[setting.scale]
     facts = {"op": "sampling", "depth": sizes.depth, "batch": batch_size}
     label = f"one step, depth {sizes.depth}, batch {batch_size}"
@@ -81,7 +81,7 @@ def _sampling(setting: Setting, sizes: plain_port.Sizes, batch_size: int) -> Cas
     size = truth.square().mean().sqrt().item()
     name, plain = f"{bench_sampling.PLAIN} weights, TF32 products", runs.pop(bench_sampling.PLAIN)
     runs[name] = functools.partial(_with_tf32, plain)
-    # As bench_sampling has it: a PSNR of at least 50 dB, as a relative error.
+    # As in bench_sampling: a PSNR of at least 50 dB, as a relative error.
     return Case(runs, lambda key: relative_error(runs[key](), truth), LEAST_PSNR_ERROR / size)
 
 

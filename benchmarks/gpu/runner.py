@@ -1,9 +1,9 @@
-"""Runs sections in a process of their own and keeps what they measured, whatever happens to that process.
+"""Run sections in a separate process and keep their measurements, whatever happens to that process.
 
 The child measures and sends rows; the parent, which never touches the device, writes the record after every
-case. A case that raises is a failed row. A case that ends the process, or leaves the device unusable, is a
-failed row too, and a new child goes on behind it. A section whose time is over is ended, and a new child goes
-on with the next one.
+case. A case that raises becomes a failed row. So does a case that ends the process or leaves the device
+unusable; a new child then continues after it. A section that runs out of time is ended, and a new child
+continues with the next.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from .sections import PUBLISHED, Section
 from .targets import Rates, add_shares, judge
 
 LAST_CASE = 0.85
-"""Share of a section's time after which it begins no new case."""
+"""Fraction of a section's time after which it starts no new case."""
 START_S = 30.0
-"""Seconds that a process may take to reach its device. They are no section's: a cold machine needs many."""
-NO_TIME = "no time was left in this section"
+"""Seconds for a process to reach its device, not counted in any section: a cold machine needs many."""
+NO_TIME = "no time left in this section"
 NO_KERNELS = "this build of pmf has no CUDA kernels: install it with PMF_CUDA=on, which says what is missing"
 
 
 class NoDeviceError(Exception):
-    """There is nothing to measure on; the sentence is for the user."""
+    """There is no device to measure on; the message is for the user."""
 
 
 class Runner:
@@ -48,12 +48,12 @@ class Runner:
         self.rates = Rates()
         self.todo: list[Section] = []
         self.begun = 0
-        """Cases of todo[0] that are over, or were when their process ended."""
+        """Cases of todo[0] that have finished, or were running when their process ended."""
         self.label: str | None = None
-        """The case that is running."""
+        """The running case."""
 
     def run(self, sections: Sequence[Section]) -> None:
-        """Raises NoDeviceError before anything is measured where the device is not there."""
+        """Raises NoDeviceError before measuring anything if there is no device."""
         self.record["sections"] = []
         self.todo = [section for section in sections if section.limits(self.scale).section > 0]
         while self.todo:
@@ -62,13 +62,13 @@ class Runner:
 
     @contextmanager
     def _child(self) -> Iterator[Connection]:
-        context = multiprocessing.get_context("fork")  # what the parent has imported need not be again
+        context = multiprocessing.get_context("fork")  # the child inherits the parent's imports
         receiver, sender = context.Pipe(duplex=False)
         spent = self._entry()["seconds"]
         given = (sender, self.device, self.scale, self.todo, self.begun, spent)
         child = context.Process(target=_work, args=given)
         child.start()
-        sender.close()  # so that the end of the child is the end of its messages
+        sender.close()  # so that the end of the child ends its messages
         try:
             yield receiver
         finally:
@@ -76,7 +76,7 @@ class Runner:
             child.join()
 
     def _follow(self, messages: Connection) -> None:
-        """Take in what one child sends until all is done, or until another child is needed."""
+        """Process one child's messages until all is done or another child is needed."""
         self.label, has_device = None, False
         last = time.monotonic()
         while self.todo:
@@ -108,7 +108,7 @@ class Runner:
                     self.label = None
                     self._take(value)
                 case "end":
-                    if value:  # while they are still those of the work
+                    if value:  # while they still belong to this work
                         entry["clocks"] = value
                     self._next_section()
                 case "lost":
@@ -120,14 +120,14 @@ class Runner:
                     self._next_section()
                     return
                 case "died":
-                    self._fail("the process ended without a word")
-                    if self.label is None:  # not a case's doing: it would happen again
+                    self._fail("the process ended without a message")
+                    if self.label is None:  # not caused by a case: it would happen again
                         self._next_section()
                     return
             self.save()
 
     def _entry(self) -> dict[str, Any]:
-        """The present section's part of the record."""
+        """The current section's part of the record."""
         entries, section = self.record["sections"], self.todo[0]
         if not entries or entries[-1]["name"] != section.name:
             limit = section.limits(self.scale).section
@@ -158,12 +158,12 @@ class Runner:
 
 
 def failures(record: dict[str, Any]) -> list[Row]:
-    """Rows that say something of ours is wrong, or that could not be run."""
+    """Rows that show a fault of ours, or that could not be run."""
     return [row for entry in record["sections"] for row in entry["rows"] if not is_good(row)]
 
 
 def _why_not(name: str) -> str | None:
-    """Why there is nothing to measure on such a device."""
+    """Why nothing can be measured on this device."""
     try:
         kind = find_device(name).type
     except UserError as problem:
@@ -175,9 +175,9 @@ def _why_not(name: str) -> str | None:
 def _work(
     sender: Connection, name: str, scale: Scale, sections: Sequence[Section], skip: int, spent: float
 ) -> None:
-    """The child. It sends (kind, value): "case" before a case and "rows" behind it, "end" behind a section.
+    """The child. It sends (kind, value): "case" before a case, "rows" after it, "end" after a section.
 
-    skip, spent: cases and seconds of the first section that other children have had.
+    skip, spent: cases and seconds of the first section already used by other children.
     """
     if problem := _why_not(name):
         sender.send(("absent", problem))
@@ -200,7 +200,7 @@ def _work(
                 rows = run_case(planned, device, limits.case)
             except DeviceLostError as lost:
                 sender.send(("lost", [{**base, "ours": True, "failed": sentence(lost)}]))
-                os._exit(1)  # tidying up would ask the device
+                os._exit(1)  # cleaning up would access the device
             sender.send(("rows", rows))
             del planned
             device.release()

@@ -1,4 +1,4 @@
-"""The parts of a run, each with the time it may take. Their sum is what a run takes at most."""
+"""The sections of a run, each with a time limit. Their sum limits the run."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ ELEMENTWISE = (rms_norm, swiglu, gated_residual, rotary_qk_norm, patch_velocity)
 
 
 class Limits(NamedTuple):
-    """Seconds: what the section may take in all, and what the timing of one case should."""
+    """Seconds: for the whole section, and for the timing of one case."""
 
     section: float
     case: float
 
 
 class Section(NamedTuple):
-    """Cases, with the time for them in full and in quick runs."""
+    """Cases, with time limits for full and quick runs."""
 
     name: str
     cases: Cases
@@ -48,14 +48,14 @@ class Section(NamedTuple):
     quick: Limits
 
     def limits(self, scale: Scale) -> Limits:
-        """On the CPU those of a full run, but a case is timed no longer than the fewest rounds take."""
+        """On the CPU, those of a full run, but each case is timed for the minimum number of rounds."""
         if scale == "quick":
             return self.quick
         return self.full if scale == "full" else self.full._replace(case=0.0)
 
 
 def rates(setting: Setting) -> Iterator[Planned]:
-    """What the device can do: the ceilings that shares are of."""
+    """The device's limits, of which the reported fractions are."""
     yield pairs.copy_case(setting, torch.bfloat16)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         yield attention.gemm(setting, dtype)
@@ -66,7 +66,7 @@ def _without(op: str, cases: Iterator[Planned]) -> Iterator[Planned]:
 
 
 def attention_cases(setting: Setting) -> Iterator[Planned]:
-    """Beside torch's, the Triton baseline, which is right at every length."""
+    """Beside torch's backends, the Triton baseline, which is correct at every length."""
     jvp_peers: dict[str, attention.Jvp] = {}
     if setting.device.device.type == "cuda":
         jvp_peers["Triton baseline"] = triton_baseline
@@ -95,7 +95,7 @@ def newton_schulz_cases(setting: Setting) -> Iterator[Planned]:
 
 
 def published_cases(setting: Setting) -> Iterator[Planned]:
-    """Once more beside the published packages that are installed; last, as some compile for long."""
+    """Attention beside the published packages that are installed; last, because some compile for long."""
     if published.is_installed("gram_newton_schulz"):
         made = functools.cache(published.gram_newton_schulz)
         peers = {"gram-newton-schulz": lambda matrices: made()(matrices)}
@@ -119,4 +119,4 @@ SECTIONS = (
     Section("patch_embed", patch_embed_cases, Limits(15, 0.6), Limits(4, 0.3)),
     Section(PUBLISHED, published_cases, Limits(50, 0.6), Limits(0, 0)),
 )
-"""What matters most comes first. Quick runs leave the published packages out."""
+"""Most important first. Quick runs omit the published packages."""

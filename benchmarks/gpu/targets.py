@@ -1,6 +1,6 @@
-"""What the project set out to reach on an H100, and whether a run did; the share of what the device can do.
+"""The project's targets on an H100, whether a run met them, and fractions of the device's limits.
 
-A target is judged within one case: rows measured in turn. The numbers were set before anything was measured.
+A target is evaluated within one case, on interleaved rows. The numbers were set before anything was measured.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 Row = dict[str, Any]
 Verdict = tuple[str, bool | None]
-"""What was found, and whether that meets the target; None where there was nothing to compare with."""
+"""The measured value, and whether it meets the target; None if there was nothing to compare with."""
 
 MATH_JVP = "torch.func.jvp of torch math"
 FLOOR_FACTOR, MATRIX_SHARE = 1.4, 0.6
 SHORT = 276
-"""At this length attention is bound by memory, from 1024 on by the matrix units."""
+"""Attention is memory-bound at this length, and bound by the tensor cores from 1024 on."""
 NOTHING = "nothing to compare with", None
 
 
@@ -27,7 +27,7 @@ class Target(NamedTuple):
 
 
 class Rates:
-    """The measured ceilings: copy in GB/s (bytes read and written), products in GFLOP/s for each dtype."""
+    """Measured ceilings: copy in GB/s (bytes read and written), products in GFLOP/s per dtype."""
 
     def __init__(self) -> None:
         self.copy: float | None = None
@@ -44,7 +44,7 @@ class Rates:
 
 
 def add_shares(row: Row, rates: Rates) -> None:
-    """Shares of the measured rates, and the time that moving the bytes alone takes."""
+    """Add fractions of the measured rates, and the time for moving the bytes alone."""
     if "gbyte_per_s" in row and rates.copy:
         row["share_of_copy_rate"] = row["gbyte_per_s"] / rates.copy
         row["memory_floor_ms"] = row["bytes"] / rates.copy / 1e6
@@ -53,7 +53,7 @@ def add_shares(row: Row, rates: Rates) -> None:
 
 
 def judge(rows: Sequence[Row]) -> list[Row]:
-    """The targets of the case that these rows are of: what was asked, what was found, whether it was met."""
+    """Evaluate the targets of the case that these rows belong to: target, value, whether met."""
     ours = next((row for row in rows if row.get("ours")), None)
     if ours is None or "median_ms" not in ours:
         return []
@@ -63,7 +63,7 @@ def judge(rows: Sequence[Row]) -> list[Row]:
 
 
 def targets_of(facts: Mapping[str, Any]) -> tuple[Target, ...]:
-    """Of a case by its op, shape and dtype."""
+    """The targets of a case, by its op, shape and dtype."""
     op = facts.get("op", "")
     if not op.startswith("attention"):
         return OF_OP.get(op, ())
@@ -85,14 +85,14 @@ def _faster(ours: Row, peers: Sequence[Row], factor: float) -> Verdict:
 
 
 def _faster_than(factor: float, start: str) -> Callable[[Row, Sequence[Row]], Verdict]:
-    """Than the peer whose name begins so, be its result right or not."""
+    """Faster than the peers whose name starts with `start`, correct or not."""
     return lambda ours, others: _faster(
         ours, [row for row in others if row["contestant"].startswith(start)], factor
     )
 
 
 def _faster_than_right(factor: float) -> Callable[[Row, Sequence[Row]], Verdict]:
-    """Than the best peer whose result is right, func.jvp of math left out."""
+    """Faster than the best peer with a correct result, except func.jvp of math."""
     return lambda ours, others: _faster(
         ours,
         [row for row in others if row.get("right", True) and row["contestant"] != MATH_JVP],

@@ -22,22 +22,20 @@ BENCHMARKS = (
 def main(
     argv: list[str] | None = None, parser_type: type[argparse.ArgumentParser] = argparse.ArgumentParser
 ) -> int:
-    """Run the named benchmarks (default: all) and print a table for each; 1 if a result of ours was wrong.
+    """Run the named benchmarks (default: all) and print a table each; 1 if a result of ours was wrong.
 
-    parser_type: the command line's own, which has its own manner of erring.
+    parser_type: the command line's parser class, which determines how errors are reported.
     """
     parser = parser_type(
         prog="pmf bench",
-        description="Time the ops against their peers: correctness first, then all in turn, medians.",
+        description="Time the ops beside their peers: correctness first, then interleaved runs, medians.",
     )
     parser.add_argument(
         "names", nargs="*", metavar="OP", help=f"any of {', '.join(BENCHMARKS)} (default: all)"
     )
-    parser.add_argument("--seconds", type=float, default=3.0, help="time to spend on each case (default: 3)")
-    parser.add_argument(
-        "--device", default="cpu", help="cpu, or cuda, which times by CUDA events (default: cpu)"
-    )
-    parser.add_argument("--out", type=Path, help="folder for one JSON record a benchmark")
+    parser.add_argument("--seconds", type=float, default=3.0, help="time per case (default: 3)")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda, timed with CUDA events (default: cpu)")
+    parser.add_argument("--out", type=Path, help="folder for one JSON record per benchmark")
     arguments = parser.parse_args(argv)
     if unknown := [name for name in arguments.names if name not in BENCHMARKS]:
         parser.error(f"there is no benchmark {unknown[0]!r}: choose from {', '.join(BENCHMARKS)}")

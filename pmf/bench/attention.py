@@ -1,11 +1,11 @@
 """Attention: forward, forward with tangents, backward, and backward through both outputs.
 
-FLOPs count the tile products the mathematics needs: 2, 6, 5 and 15 of 2 Nq Nk D each for every head; bytes
-the tensors of [B, H, N, D] that must move: 4, 8, 8 and 16. Peers: torch's attention backends (on the CPU the
-flash kernel), torch.func.jvp through torch's math attention (the only one of torch's that has a tangent), the
-written-out reference; and a large GEMM of the same dtype, whose rate is the ceiling.
+FLOPs count the necessary tile products: 2, 6, 5 and 15 of 2 Nq Nk D each per head; bytes count the tensors
+[B, H, N, D] that must move: 4, 8, 8 and 16. Peers: torch's attention backends (on the CPU the flash kernel),
+torch.func.jvp through torch's math attention (the only torch backend with a tangent), and the written-out
+reference; also a large GEMM of the same dtype, whose rate is the ceiling.
 
-Errors are those of evenly spaced heads, as many as have SCORES scores in float64.
+Errors are computed on evenly spaced heads, as many as have SCORES scores in float64.
 """
 
 import functools
@@ -51,7 +51,7 @@ BACKENDS = {
 
 
 def cases(setting: Setting, jvp_peers: Mapping[str, Jvp] | None = None) -> Iterator[Planned]:
-    """jvp_peers: more contestants for forward + JVP, functions of (primals, tangents)."""
+    """jvp_peers: additional contestants for forward + JVP, functions of (primals, tangents)."""
     makers: tuple[tuple[str, int, Callable[..., Case]], ...] = (
         ("forward", 2, forward),
         ("forward + JVP", 6, functools.partial(forward_jvp, peers=jvp_peers or {})),
@@ -67,7 +67,7 @@ def cases(setting: Setting, jvp_peers: Mapping[str, Jvp] | None = None) -> Itera
 
 
 def gemm(setting: Setting, dtype: torch.dtype) -> Planned:
-    """The ceiling of matrix work."""
+    """The ceiling for matrix work."""
     n = GEMM[setting.scale]
 
     def build() -> Case:
@@ -79,7 +79,7 @@ def gemm(setting: Setting, dtype: torch.dtype) -> Planned:
 
 
 def _build(setting: Setting, shape: Shape, dtype: torch.dtype, make: Callable[..., Case]) -> Case:
-    """query, key, value, their tangents, and gradients of both outputs, made into a case."""
+    """Build a case from query, key, value, their tangents, and gradients of both outputs."""
     return make(*setting.normal(*[shape] * 8, dtype=dtype))
 
 
@@ -105,7 +105,7 @@ def _bytes(count: int, x: Tensor) -> float:
 
 
 def _heads(x: Tensor) -> Tensor:
-    """Evenly spaced heads [heads, N, D] with SCORES scores in all."""
+    """Evenly spaced heads [heads, N, D] with SCORES scores in total."""
     every = x.detach().flatten(0, 1)
     count = min(len(every), max(1, SCORES // x.shape[2] ** 2))
     return every[torch.linspace(0, len(every) - 1, count).long().to(x.device)]
@@ -116,7 +116,7 @@ def _some_heads(result: Any) -> list[Tensor]:
 
 
 def _exactly(*inputs: Tensor) -> Any:
-    """The heads that are checked, in float64, each as a batch of its own."""
+    """The checked heads in float64, each as a separate batch."""
     return [_heads(x).double()[:, None] for x in inputs]
 
 
@@ -163,7 +163,7 @@ def forward_jvp(*inputs: Tensor, peers: Mapping[str, Jvp]) -> Case:
 
 
 def _backward_run(outputs: Callable[[], Any], leaves: Any, grads: Any) -> Run:
-    """The backward pass alone: the first call, outside the clock, makes the outputs."""
+    """The backward pass only: the first call, outside the timing, computes the outputs."""
     made = functools.cache(outputs)
     return lambda: torch.autograd.grad(made(), leaves, grads, retain_graph=True)
 

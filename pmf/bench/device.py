@@ -1,4 +1,4 @@
-"""Where a benchmark runs, and how time is taken there: a plain clock on the CPU, events on a GPU."""
+"""Benchmark devices and their timing: a wall clock on the CPU, events on a GPU."""
 
 from __future__ import annotations
 
@@ -20,45 +20,45 @@ GPU_ROUNDS, LEAST_GPU_ROUNDS = 5, 2
 SMI_FIELDS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
 SMI_SECONDS = 10.0
 LEFTOVER = 1 << 30
-"""Bytes still in use behind a case from which on it is worth looking for forgotten objects."""
+"""If more bytes than this remain in use after a case, it is worth collecting garbage."""
 SMALL_BLOCK, LARGE_BLOCK = 1 << 18, 1 << 28
-"""Numbers in a block: the caching allocator keeps blocks below a megabyte apart from the others."""
+"""Elements in a block: the caching allocator keeps blocks below a megabyte in a separate pool."""
 
 
 class Device(Protocol):
-    """A kind of processor to measure on."""
+    """A kind of device to measure on."""
 
     device: torch.device
 
     def facts(self) -> dict[str, Any]:
-        """What a record must say of the machine."""
+        """The machine facts that a record must state."""
         ...
 
     def clocks(self) -> dict[str, str] | None:
-        """Driver, clocks and power limit at this moment; None where nothing tells."""
+        """Driver, clocks and power limit now; None if unknown."""
         ...
 
     def times(
         self, contestants: Mapping[str, Run], seconds: float, least_rounds: int | None = None
     ) -> dict[str, list[float]]:
-        """Seconds of every run of each contestant, all in turn in every round, for `seconds` in all."""
+        """Seconds for every run of each contestant, interleaved in rounds, for `seconds` in total."""
         ...
 
     def settle(self) -> None:
-        """Wait for the device; raises what went wrong there and was not yet reported."""
+        """Wait for the device; raises pending errors."""
         ...
 
     def poison(self) -> None:
-        """Leave NaN in the memory that the next tensors get, so that numbers never written are seen."""
+        """Fill the memory that the next tensors will get with NaN, so that elements never written show up."""
         ...
 
     def release(self) -> None:
-        """Give unused memory back, between cases of different sizes."""
+        """Release unused memory, between cases of different sizes."""
         ...
 
 
 class Cpu:
-    """The processor, by a wall clock."""
+    """The processor, timed with a wall clock."""
 
     device = torch.device("cpu")
 
@@ -76,7 +76,7 @@ class Cpu:
         self, contestants: Mapping[str, Run], seconds: float, least_rounds: int | None = None
     ) -> dict[str, list[float]]:
         least = LEAST_ROUNDS if least_rounds is None else least_rounds
-        for run in contestants.values():  # allocate, compile and fill caches outside the clock
+        for run in contestants.values():  # allocate, compile and fill caches before timing
             run()
         times: dict[str, list[float]] = {name: [] for name in contestants}
         end = time.perf_counter() + seconds
@@ -100,7 +100,7 @@ class Cpu:
 
 
 class Cuda:
-    """The current NVIDIA GPU, by triton.testing.do_bench: events, and an L2 cache emptied before each run."""
+    """The current NVIDIA GPU, timed by triton.testing.do_bench: events, L2 cache cleared before each run."""
 
     def __init__(self, device: torch.device) -> None:
         torch.cuda.set_device(device)
@@ -125,7 +125,7 @@ class Cuda:
         command.append(f"--id=GPU-{torch.cuda.get_device_properties(self.device).uuid}")
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SMI_SECONDS)
-        except (OSError, subprocess.TimeoutExpired):  # clocks are no reason to lose what can be measured
+        except (OSError, subprocess.TimeoutExpired):  # missing clocks must not prevent measurements
             return None
         values = [value.strip() for value in done.stdout.strip().split(",")]
         return dict(zip(SMI_FIELDS, values, strict=True)) if len(values) == len(SMI_FIELDS) else None
@@ -133,7 +133,7 @@ class Cuda:
     def times(
         self, contestants: Mapping[str, Run], seconds: float, least_rounds: int | None = None
     ) -> dict[str, list[float]]:
-        from triton.testing import do_bench  # comes with torch's CUDA builds
+        from triton.testing import do_bench  # included with torch's CUDA builds
 
         least = LEAST_GPU_ROUNDS if least_rounds is None else least_rounds
         milliseconds = 1e3 * seconds / GPU_ROUNDS / max(1, len(contestants))
@@ -156,10 +156,10 @@ class Cuda:
 
     def release(self) -> None:
         if torch.cuda.memory_allocated(self.device) > LEFTOVER:
-            gc.collect()  # modules and optimizers refer to themselves
+            gc.collect()  # modules and optimizers contain reference cycles
         torch.cuda.empty_cache()
 
 
 def make_device(device: torch.device) -> Device:
-    """For a device of the CPU or of CUDA that is there."""
+    """The CPU or an available CUDA device."""
     return Cuda(device) if device.type == "cuda" else Cpu()

@@ -1,9 +1,9 @@
-"""Fair timing of an op against its peers: correctness first, then all in turn, medians, one record.
+"""Fair timing of an op beside its peers: correctness first, then interleaved runs, medians, one record.
 
-A case lists contestants, functions without arguments that do the same work. Before any is timed, each one's
+A case lists contestants, functions without arguments that do the same work. Before timing, each contestant's
 error against float64 is computed; one above the case's limit is marked in the table, and one that raises is
-listed with what it said. Contestants run in turn within every round, so that a machine whose speed drifts
-slows all of them alike.
+listed with its message. Contestants are interleaved within every round, so that drifts in machine speed
+affect all of them alike.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ Scale = Literal["tiny", "cpu", "quick", "full"]
 
 ZERO = 1e-13
 PEER_SLACK = 4.0
-"""A peer counts as right up to this many times our limit: it may round more often, not compute less."""
+"""A peer counts as correct up to this many times our limit: it may round more often, but not compute less."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how large: "cpu" and "full" are what `pmf bench` runs on a processor and on a GPU."""
+    """Device and scale: "cpu" and "full" are the scales of `pmf bench` on a processor and on a GPU."""
 
     device: Device
     scale: Scale
@@ -51,14 +51,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class Case:
-    """One shape and dtype of one piece of work, its inputs made.
+    """One shape and dtype of a piece of work, with its inputs.
 
-    contestants: name -> function; the first is this library's.
+    contestants: name -> function; the first is ours.
     error: name -> relative error of that contestant's result against float64; None: nothing to check.
-    limit: largest error that counts as right.
-    flops: floating-point operations that the mathematics needs (0: not reported).
+    limit: largest error that counts as correct.
+    flops: necessary floating-point operations (0: not reported).
     bytes: bytes that must move, each input read once and each output written once (0: not reported).
-    timed: False for a check of correctness alone.
+    timed: False for a correctness check only.
     """
 
     contestants: Mapping[str, Run]
@@ -71,9 +71,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Planned:
-    """A case before its inputs are made.
+    """A case before its inputs are created.
 
-    label: what and where, as a reader should see it.
+    label: op and shape, for readers.
     facts: the same for programs (op, shape, dtype), copied into every row.
     """
 
@@ -83,13 +83,13 @@ class Planned:
 
 
 class DeviceLostError(RuntimeError):
-    """The device answers no more: what failed there spoils all that follows in this process."""
+    """The device no longer responds, so nothing later in this process can be trusted."""
 
 
 def relative_error(result: Tensor | Iterable[Tensor], exact: Tensor | Iterable[Tensor]) -> float:
     """Largest relative Frobenius error over the tensors of a result; NaN counts as infinite.
 
-    Where the truth is zero, up to float64's rounding of numbers around 1, it is absolute.
+    If the exact value is zero, up to float64's rounding of numbers around 1, the error is absolute.
     """
     worst = 0.0
     for one, truth in zip(tensors(result), tensors(exact), strict=True):
@@ -107,7 +107,7 @@ def tensors(result: Any) -> tuple[Tensor, ...]:
 def against(
     contestants: Mapping[str, Run], exact: Any, part: Callable[[Any], Any] = lambda result: result
 ) -> Callable[[str], float]:
-    """The errors of what contestants return; `part` picks the numbers that `exact` holds."""
+    """The errors of the contestants' results; `part` selects the elements that `exact` contains."""
     return lambda name: relative_error(part(contestants[name]()), exact)
 
 
@@ -116,10 +116,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def run_case(planned: Planned, device: Device, seconds: float) -> list[Row]:
-    """Check, time, and describe one case: a row for each contestant.
+    """Check and time a case; returns a row per contestant.
 
-    A row has "failed", a sentence, where the contestant raised. Raises DeviceLostError after a failure that
-    the device does not recover from.
+    A row has "failed", a message, if the contestant raised. Raises DeviceLostError after a failure from which
+    the device does not recover.
     """
     base = {"case": planned.label, **planned.facts}
     failed: dict[str, str] = {}
@@ -169,7 +169,7 @@ def run_case(planned: Planned, device: Device, seconds: float) -> list[Row]:
 def _times_alone(
     contestants: Mapping[str, Run], device: Device, seconds: float, failed: dict[str, str]
 ) -> dict[str, list[float]]:
-    """After a failure in turn: each by itself, so that one that cannot be timed costs no other its time."""
+    """After a failure of interleaved timing: time each separately, so that failures affect no others."""
     times: dict[str, list[float]] = {}
     for name, run in contestants.items():
         try:
@@ -194,7 +194,7 @@ def _time_row(case: Case, times: list[float]) -> Row:
 
 
 def sentence(problem: BaseException) -> str:
-    """The first line of what an exception says, with its kind."""
+    """The first line of an exception's message, with its type."""
     lines = str(problem).strip().splitlines()
     return f"{type(problem).__name__}: {lines[0]}" if lines else type(problem).__name__
 
@@ -207,19 +207,19 @@ def _check_alive(device: Device, problem: Exception) -> None:
 
 
 def is_good(row: Row) -> bool:
-    """Whether a row casts no doubt on this library: peers may fail."""
+    """Whether a row raises no doubt about this library: peers may fail."""
     return not row.get("ours") or ("failed" not in row and row.get("right", True))
 
 
 def print_rows(rows: Iterable[Row]) -> None:
-    """One table; the last column says how often this library's time fits into the contestant's."""
+    """Print a table; the last column is the contestant's time over ours."""
     print(f"{'case':48} {'contestant':30} {'ms':>9} {'GFLOP/s':>8} {'GB/s':>7} {'error':>9} {'vs ours':>8}")
     for row in rows:
         print(row_line(row), flush=True)
 
 
 def row_line(row: Row) -> str:
-    """A line of `print_rows`' table."""
+    """A row of `print_rows`' table."""
     what = f"{row['case']:48} {row['contestant']:30}"
     if "failed" in row:
         return f"{what} failed: {row['failed']}"
@@ -243,14 +243,14 @@ def versions() -> dict[str, str]:
 
 
 def command() -> str:
-    """How this run was asked for: `pmf bench ...` (or python -m pmf), or a script of benchmarks/."""
+    """The command of this run: `pmf bench ...` (or python -m pmf), or a script in benchmarks/."""
     program = Path(sys.argv[0])
     is_script = program.parent.name == "benchmarks" or program.name.startswith("bench_")
     return " ".join([f"python benchmarks/{program.name}" if is_script else "pmf", *sys.argv[1:]])
 
 
 def write_record(path: Path, content: Mapping[str, Any]) -> None:
-    """Write one record as JSON, with its folder; whoever ends the process meanwhile leaves the old one."""
+    """Write a record as JSON, creating its folder; if the process is killed, the old record remains."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     part.write_text(json.dumps(content, indent=1) + "\n")
@@ -264,7 +264,7 @@ def run_benchmark(
     seconds: float,
     out: Path | None,
 ) -> int:
-    """Run every case of one benchmark; the exit status is 1 where this library's own result is wrong."""
+    """Run every case of a benchmark; the exit status is 1 if one of our results is wrong."""
     rows: list[Row] = []
     for planned in cases(setting):
         rows += run_case(planned, setting.device, seconds)

@@ -1,4 +1,4 @@
-"""How much of the machine went to other programs while something was timed."""
+"""The fraction of the machine used by other programs during a measurement."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from types import TracebackType
 
 STAT = Path("/proc/stat")
 LOUD = 0.05
-"""From this share on, times say more about the neighbours than about the code."""
+"""Above this fraction, times say more about other programs than about the code."""
 
 
 class OtherLoad:
-    """Context manager; afterwards `share`, in [0, 1], is what other processes and the hypervisor took.
+    """Context manager; afterwards `share` in [0, 1] is what other processes and the hypervisor used.
 
-    None where the system does not tell (it needs Linux's /proc/stat).
+    None if the system does not provide it (Linux's /proc/stat).
     """
 
     share: float | None = None
@@ -33,15 +33,15 @@ class OtherLoad:
         self.share = max(0.0, busy - own) / (wall * (os.cpu_count() or 1))
 
     def sentence(self) -> str:
-        """What to print under the times."""
+        """The text printed below the times."""
         if self.share is None:
-            return "How much other programs took meanwhile is not known on this system."
-        taken = f"Other programs took {self.share:.1%} of the processor meanwhile"
-        return f"{taken}: these times are not to be trusted." if self.share > LOUD else f"{taken}."
+            return "The load from other programs is unknown on this system."
+        taken = f"Other programs used {self.share:.1%} of the processor during this run"
+        return f"{taken}: do not trust these times." if self.share > LOUD else f"{taken}."
 
 
 def _clocks() -> tuple[float, float, float] | None:
-    """Seconds: now; all processors' time that was not idle; this process's own with its children's."""
+    """Seconds: now; all processors' non-idle time; this process's own, including its children."""
     try:
         fields = [int(x) for x in STAT.read_text().split("\n", 1)[0].split()[1:9]]
     except (OSError, ValueError):

@@ -1,9 +1,9 @@
-"""One Muon step, beside torch.optim.Muon with torch.optim.AdamW: on the CPU of a twentieth of pMF-B/16.
+"""One Muon step beside torch.optim.Muon with torch.optim.AdamW; on the CPU, for a twentieth of pMF-B/16.
 
-torch.optim.Muon computes in bfloat16: pmf runs in bfloat16 for equal terms, and in its default (float32 on
-the CPU, float16 on a GPU). Steps are checked on one matrix of each shape.
+torch.optim.Muon computes in bfloat16, so pmf runs both in bfloat16, for a fair comparison, and with its
+default (float32 on the CPU, float16 on a GPU). Steps are checked on one matrix of each shape.
 
-And fused QKV weights, by part and by head, beside the same matrices as parameters of their own.
+Also fused QKV weights, split by part and by head, beside the same matrices as separate parameters.
 """
 
 from collections import Counter
@@ -30,7 +30,7 @@ STEP_LIMIT = 3e-2  # bfloat16's error in the direction of a step
 
 
 def shapes_of(model: str) -> tuple[Shapes, Shapes]:
-    """What Muon and what Adam owns of a preset: shapes with their numbers."""
+    """The parameters that Muon and Adam own in a preset: shapes with their counts."""
     with torch.device("meta"):
         network = create_model(model)
     matrices = set(Muon(network).routing()["muon"])
@@ -41,7 +41,7 @@ def shapes_of(model: str) -> tuple[Shapes, Shapes]:
 
 
 class Contestant:
-    """Parameters with the optimizers that step them; the same numbers in every contestant."""
+    """Parameters with their optimizers; the same values for every contestant."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Contestant:
         compute_dtype: torch.dtype | None,
         optimizer: str = "pmf",
     ) -> None:
-        """compute_dtype None: the default of this library's optimizer. optimizer: "pmf" or "torch"."""
+        """compute_dtype None: our default. optimizer: "pmf" or "torch"."""
         self.matrices, self.others = (self._parameters(setting, s) for s in shapes)
         self.firsts = list({tuple(p.shape): p for p in reversed(self.matrices)}.values())
         self.start = [p.detach().clone() for p in self.firsts]
@@ -82,12 +82,12 @@ class Contestant:
             optimizer.step()
 
     def moved(self) -> tuple[Tensor, ...]:
-        """How far the first matrix of each shape is from its start."""
+        """The displacement of the first matrix of each shape from its start."""
         return tuple(p.detach() - p0 for p, p0 in zip(self.firsts, self.start, strict=True))
 
 
 SAME = {"bias_correction": False, "weight_decay": 0.1, "adam_nesterov": False}
-"""torch.optim.Muon's settings, but for the dtype."""
+"""torch.optim.Muon's settings, except for the dtype."""
 
 
 def cases(setting: Setting) -> Iterator[Planned]:
@@ -134,7 +134,7 @@ def _truth(contestant: Contestant) -> list[Tensor]:
 
 
 def _fused_case(setting: Setting, by_head: bool) -> Case:
-    """The same step of the same numbers: fused weights, and their matrices as parameters of their own."""
+    """The same step on the same values: fused weights, and their matrices as separate parameters."""
     layers, width, heads = FUSED[setting.scale]
     rows = width // heads if by_head else width
     weights, grads = (setting.normal(*[(3 * width, width)] * layers, seed=seed) for seed in range(2))

@@ -1,7 +1,7 @@
 """newton_schulz on the matrices of pMF-B, L and H, beside the same iteration written in PyTorch.
 
 At equal compute dtype: for 16 bits torch.optim.Muon's own function, which computes in bfloat16; for float32
-its lines without the cast.
+the same code without the cast.
 """
 
 import functools
@@ -32,7 +32,7 @@ MATRICES: dict[str, list[tuple[torch.dtype, Matrices]]] = {
         (_F32, {(768, 2048): 8}),
     ],
 }
-"""On the CPU the commonest shapes of B/16 and L/16 in numbers that time quickly; on a GPU all there are."""
+"""On the CPU the most common shapes of B/16 and L/16 in numbers that run quickly; on a GPU all of them."""
 LIMITS = {_F32: 1e-4, _BF16: 3e-2, _F16: 3e-2}
 
 Peer = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -50,17 +50,17 @@ def plain_float32(g: Tensor) -> Tensor:
 
 
 def torch_bfloat16(g: Tensor) -> Tensor:
-    """torch.optim.Muon's own."""
+    """torch.optim.Muon's own function."""
     return _zeropower_via_newtonschulz(g, QUINTIC, 5, 1e-7)
 
 
 def flops(m: int, n: int) -> float:
-    """Of the cheaper form with every symmetric product half computed: direct, or Gram with one restart."""
+    """For the cheaper form with half of every symmetric product: direct, or Gram with one restart."""
     return min(15 * m * m * n + 5 * m**3, 6 * m * m * n + 14 * m**3)
 
 
 def cases(setting: Setting, peers: Mapping[str, Peer] | None = None) -> Iterator[Planned]:
-    """peers: more contestants, functions of the list of matrices."""
+    """peers: additional contestants, functions of the list of matrices."""
     for dtype, matrices in MATRICES[setting.scale]:
         yield gemm(setting, dtype)
         for shape, count in matrices.items():

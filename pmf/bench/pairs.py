@@ -1,7 +1,7 @@
-"""Cases that every elementwise op shares: value, value with tangent, and backward, against plain PyTorch.
+"""Cases common to all elementwise ops: value, value with tangent, and backward, beside plain PyTorch.
 
-These ops are bound by memory. The bytes of a case are what must move: each input read once, each output
-written once; a large copy, in the table too, shows what this machine can do.
+These ops are memory-bound. A case's bytes are those that must move: each input read once, each output written
+once; the table also includes a large copy as the machine's limit.
 """
 
 import functools
@@ -70,7 +70,7 @@ def pair_cases(
 ) -> Iterator[Planned]:
     """A copy, then value, value + JVP and backward of one op, in every dtype of the setting.
 
-    draw: makes the op's inputs. shape: of the first one, for the label.
+    draw: creates the op's inputs. shape: of the first one, for the label.
     """
     kinds = {"forward": _forward, "forward + JVP": _forward_jvp, "backward": _backward}
     for dtype in DTYPES[setting.scale]:

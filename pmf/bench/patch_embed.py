@@ -1,4 +1,4 @@
-"""patch_embed at pMF-B/16: 256 patches of 16 x 16 x 3 through 128 channels to 768, behind 20 other tokens."""
+"""patch_embed at pMF-B/16: 256 16 x 16 x 3 patches through 128 channels to 768, plus 20 condition tokens."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +27,7 @@ def convolutions(
     position: Tensor,
     prefix: Tensor,
 ) -> Tensor:
-    """The usual way: two convolutions, a transpose, an addition and a concatenation."""
+    """The usual implementation: two convolutions, a transpose, an addition and a concatenation."""
     hidden = F.conv2d(images, down, bias_down, stride=PATCH)
     tokens = F.conv2d(hidden, up[:, :, None, None], bias_up).flatten(2).mT + position
     return torch.cat((prefix, tokens), 1)
@@ -74,7 +74,7 @@ def _forward(arguments: list[Tensor], flops: float) -> Case:
 
 
 def _backward(arguments: list[Tensor], flops: float) -> Case:
-    """Gradients of everything but the image."""
+    """Gradients of everything except the image."""
     image, *rest = arguments
     leaves = [x.detach().requires_grad_() for x in rest]
     exact_leaves = [x.detach().double().requires_grad_() for x in rest]

@@ -13,7 +13,7 @@ HEADS, WIDTH, FIXED = 12, 64, 20
 
 
 def plain(*arguments: Any) -> Any:
-    """As a plain model does it: the tables are in the dtype of what they rotate."""
+    """As in a plain model: the tables have the dtype of the tensors they rotate."""
     query, key, query_weight, key_weight, cos, sin = arguments
     tables = cos.to(query.dtype), sin.to(query.dtype)
     return reference.rotary_qk_norm(query, key, query_weight, key_weight, *tables)

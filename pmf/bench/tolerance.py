@@ -1,8 +1,7 @@
-"""How far a result may be from the float64 answer for the same (rounded) inputs: one table for all tests and
-benchmarks.
+"""Tolerances against the float64 result for the same (rounded) inputs, for all tests and benchmarks.
 
-Errors are relative Frobenius norms. The unit roundoff u of a 16-bit type bounds one store from above;
-storing random values costs 0.42 u. What remains is for one more rounding inside (the probabilities).
+Errors are relative Frobenius norms. The unit roundoff u of a 16-bit type bounds one store from above; storing
+random values costs 0.42 u. The rest allows for one more rounding inside (the probabilities).
 """
 
 import torch
@@ -19,10 +18,10 @@ UNIT_ROUNDOFF: dict[torch.dtype | str, float] = {
     TF32: 2.0**-11,
 }
 
-# In units of u. 16-bit types: one store, and for attention one rounding of the probabilities before it;
+# In units of u. 16-bit types: one store, preceded for attention by one rounding of the probabilities;
 # gradients add one of the score gradients. 32 and 64 bits: sums of a few hundred terms, and the exponential.
-# TF32: the same roundings inside, of probabilities and score gradients, but no store in 16 bits; for inputs
-# that are TF32 numbers. Found by rounding just these in float64.
+# TF32: the same internal roundings, of probabilities and score gradients, but no store in 16 bits, for inputs
+# that are TF32 numbers. Determined by applying just these roundings in float64.
 _BF16, _F16, _F32, _F64, _TF32 = UNIT_ROUNDOFF
 FACTORS: dict[str, dict[torch.dtype | str, float]] = {
     "elementwise": {_BF16: 0.5, _F16: 0.5, _F32: 8, _F64: 64},
@@ -33,10 +32,10 @@ FACTORS: dict[str, dict[torch.dtype | str, float]] = {
 
 
 def tolerance(kind: str, dtype: torch.dtype | str) -> float:
-    """Largest relative Frobenius error of an op of that kind that computes in `dtype` (or TF32)."""
+    """Largest relative Frobenius error for an op of this kind that computes in `dtype` (or TF32)."""
     return FACTORS[kind][dtype] * UNIT_ROUNDOFF[dtype]
 
 
 def spread(x: Tensor) -> float:
-    """1 + the relative standard deviation of a root mean square of as many errors as x has numbers."""
+    """1 + the relative standard deviation of a root mean square over as many errors as x has elements."""
     return 1 + (2 * max(1, x.numel())) ** -0.5

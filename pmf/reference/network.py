@@ -92,7 +92,7 @@ def _block(w: Params, x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Te
 
 
 def _rotary(grid: tuple[int, int], head_dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos, sin [rows columns, head_dim / 2]: half the pairs turn with the token's row, half with its column."""
+    """cos, sin [rows columns, head_dim / 2]: half the pairs turn with the row, half with the column."""
     pairs = head_dim // 4
     frequency = 1e4 ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
     token = torch.arange(grid[0] * grid[1])

@@ -27,7 +27,7 @@ def test_share_is_of_all_processors(clocks):
     with load.OtherLoad() as others:
         pass
     assert others.share == pytest.approx((18 - 16) / (10 * 2))
-    assert others.sentence().endswith("10.0% of the processor meanwhile: these times are not to be trusted.")
+    assert others.sentence().endswith("10.0% of the processor during this run: do not trust these times.")
 
 
 def test_rounding_of_the_clocks_is_no_load(clocks):
@@ -35,7 +35,7 @@ def test_rounding_of_the_clocks_is_no_load(clocks):
     with load.OtherLoad() as others:
         pass
     assert others.share == 0.0
-    assert others.sentence() == "Other programs took 0.0% of the processor meanwhile."
+    assert others.sentence() == "Other programs used 0.0% of the processor during this run."
 
 
 def test_a_system_that_does_not_tell(monkeypatch, tmp_path):

@@ -94,7 +94,7 @@ def test_what_fails_is_a_row_and_the_rest_goes_on():
     assert list(found) == ["good", "raises", "cannot be built", "ends the process", "behind it"]
     assert found["raises"]["failed"] == "ValueError: one"
     assert found["cannot be built"]["failed"] == "ValueError: no"
-    assert found["ends the process"]["failed"] == "the process ended without a word"
+    assert found["ends the process"]["failed"] == "the process ended without a message"
     peers = {row["case"]: row for row in rows["first"] if not row["ours"]}
     assert all("median_ms" in found[label] for label in ("good", "behind it"))
     assert "median_ms" in peers["raises"]  # the others of its case are timed
