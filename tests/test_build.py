@@ -123,7 +123,7 @@ def test_levels_can_be_forced_in_a_running_process() -> None:
 
 
 def test_unknown_level_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="'sse9' is no level of this processor"):
+    with pytest.raises(ValueError, match="'sse9' is not a level of this processor"):
         _library.set_cpu_level("sse9")
 
 

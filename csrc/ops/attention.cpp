@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor va
   return {forward.out, forward.lse};
 }
 
-// Tangents may cover the first n samples only: the rest then runs as the plain forward, on the same
+// Tangents may cover the first n samples only: the rest runs through the plain forward, on the same
 // buffers. Training needs this, where only some samples of a batch have a tangent.
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_jvp_forward(
     Tensor query, Tensor key, Tensor value, OptionalTensor query_t, OptionalTensor key_t,
@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_jvp_forward(
                                                 statistics_dtype(query));
   params.out_t = view4(out_t);
   params.lse_t = lse_t.mutable_data_ptr();
-  if (takes_cuda_kernel(query)) torch::stable::fill_(lse_t, NAN);  // which the kernel leaves alone
+  if (takes_cuda_kernel(query)) torch::stable::fill_(lse_t, NAN);  // not written by the kernel
   launch(params, query);
 
   if (samples < shape.batch) {

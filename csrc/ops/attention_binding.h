@@ -1,4 +1,4 @@
-// What attention.cpp and attention_backward.cpp share: checks in the user's words, and views.
+// Shared by attention.cpp and attention_backward.cpp: argument checks and views.
 #pragma once
 
 #include <algorithm>
@@ -18,9 +18,9 @@ View from_sample(View view, int64_t first, int64_t bytes) {
   return view;
 }
 
-// Uninitialised [B, H, N, D] in the memory order of `like`, so that the model's [B, N, H, D]
-// buffers seen as [B, H, N, D] give outputs of the same kind and no copy follows. The rule is one
-// comparison, which pmf/ops repeats for the shapes it tells torch.compile.
+// Uninitialised [B, H, N, D] in the memory order of `like`, so that [B, N, H, D]
+// buffers viewed as [B, H, N, D] give outputs in the same layout without a copy. The rule is one
+// comparison, which pmf/ops repeats for the shapes it gives torch.compile.
 inline Tensor empty_in_order_of(const Tensor& like, int64_t tokens, int64_t width) {
   const int64_t batch = like.size(0), heads = like.size(1);
   if (like.stride(2) > like.stride(1)) {
@@ -30,7 +30,7 @@ inline Tensor empty_in_order_of(const Tensor& like, int64_t tokens, int64_t widt
   return torch::stable::new_empty(like, {batch, heads, tokens, width});
 }
 
-// Sizes of the problem, after every check on query, key and value.
+// The problem's sizes, after all checks of query, key and value.
 inline AttentionShape check_attention(const Tensor& query, const Tensor& key, const Tensor& value) {
   for (const auto& [tensor, name] :
        {std::pair(&query, "query"), std::pair(&key, "key"), std::pair(&value, "value")}) {
@@ -85,7 +85,7 @@ inline AttentionMask check_mask(const OptionalTensor& mask, const AttentionShape
   if (result.kind == MaskKind::additive) result.dtype = dtype_of(*mask, "attention", "attn_mask");
 
   const int64_t sizes[4] = {shape.batch, shape.heads, shape.queries, shape.keys};
-  const int64_t absent = 4 - mask->dim();  // leading dimensions that the mask leaves out
+  const int64_t absent = 4 - mask->dim();  // leading dimensions that the mask omits
   bool fits = absent >= 0;
   for (int64_t d = 0; fits && d < mask->dim(); ++d) {
     const int64_t size = mask->size(d);
@@ -106,7 +106,7 @@ Params shaped(const AttentionShape& shape) {
   return params;
 }
 
-// What the raw ops take beside tensors.
+// The non-tensor arguments of the raw ops.
 struct AttentionOptions {
   OptionalTensor mask;
   bool is_causal;
@@ -171,7 +171,7 @@ struct Offsets {
   }
 };
 
-// What only the CPU kernels do; pmf/ops sends it to the reference on CUDA.
+// Only the CPU kernels support these; on CUDA pmf/ops uses the reference.
 inline void check_cuda_serves(const Tensor& query, const AttentionWindow& window,
                               const AttentionSequences& sequences, bool lse_gradient) {
   check_value(!takes_cuda_kernel(query) ||
@@ -182,7 +182,7 @@ inline void check_cuda_serves(const Tensor& query, const AttentionWindow& window
 }
 
 // A tangent is shaped as its primal, or as its first n samples; `samples` is -1 until the first one
-// tells n. Absent tangents are zero.
+// determines n. Absent tangents are zero.
 inline ConstView4 check_tangent(const OptionalTensor& tangent, const Tensor& primal,
                                 const char* name, int64_t* samples) {
   if (!tangent) return {};

@@ -4,7 +4,7 @@
 
 // clang-format off
 STABLE_TORCH_LIBRARY(pmf, m) {
-  // Attention, on [B, H, N, D] views; lse, the rows' logarithms of sums, is what the backward needs of the forward.
+  // Attention, on [B, H, N, D] views; lse is the log-sum-exp of each row, all that the backward needs from the forward.
   // Query i attends keys i - window_left to i + window_right; offsets cut [1, H, T, D] into sequences. allow_tf32: fp32 on CUDA.
   m.def("attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal, float scale, int? window_left=None, int? window_right=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, bool allow_tf32=False) -> (Tensor out, Tensor lse)");
   m.def("attention_jvp_forward(Tensor query, Tensor key, Tensor value, Tensor? query_t, Tensor? key_t, Tensor? value_t, Tensor? attn_mask, bool is_causal, float scale, int? window_left=None, int? window_right=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, bool allow_tf32=False) -> (Tensor out, Tensor lse, Tensor out_t, Tensor lse_t)");
@@ -40,22 +40,22 @@ STABLE_TORCH_LIBRARY(pmf, m) {
   m.def("patch_velocity_jvp(Tensor tokens, Tensor images, Tensor t, Tensor tokens_t, Tensor images_t, Tensor t_t, float floor) -> (Tensor, Tensor)");
   m.def("patch_velocity_backward(Tensor grad, Tensor tokens, Tensor t, float floor) -> Tensor");
 
-  // Orthogonalisation of every matrix of a list; coefficients are a, b, c of each step, method direct, gram or auto.
+  // Orthogonalisation of every matrix in a list; coefficients are a, b, c of each step, method direct, gram or auto.
   m.def("newton_schulz(Tensor[] matrices, float[] coefficients, str method, ScalarType dtype, bool allow_tf32=False) -> Tensor[]");
   m.def("newton_schulz_segments(int rows, int columns, float[] coefficients, str method, ScalarType dtype, bool allow_tf32=False) -> int[]");
 
-  // a b and c + a b of matrices in CPU memory, by the faster of the libraries that PyTorch carries.
+  // a b and c + a b of matrices in CPU memory, by the faster of PyTorch's libraries.
   m.def("product(Tensor left, Tensor right) -> Tensor");
   m.def("add_product(Tensor add, Tensor left, Tensor right) -> Tensor");
 
-  // An optimizer's step on CUDA: `step` counts up by one, a learning rate or weight decay may be a tensor, masters may be none.
+  // An optimizer's step on CUDA: `step` is incremented; learning rate and weight decay may be tensors; masters are optional.
   m.def("muon_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] masters, Tensor(d!) step, Tensor? lr, float lr_value, Tensor? weight_decay, float weight_decay_value, float momentum, bool nesterov, bool bias_correction, float[] scales, float[] coefficients, str method, ScalarType dtype, bool allow_tf32) -> ()");
   m.def("adam_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] squares, Tensor(d!)[] masters, Tensor(e!) step, Tensor? lr, float lr_value, Tensor? weight_decay, float weight_decay_value, float beta1, float beta2, float eps, bool nesterov) -> ()");
 
   // Moving averages a <- a + w (p - a) on CUDA: those of all parameters by the first weight, then by the next.
   m.def("ema_update(Tensor(a!)[] averages, Tensor[] parameters, float[] weights) -> ()");
 
-  // The level the CPU kernels run at; a name asks for it first ("auto": the best this processor has).
+  // The level the CPU kernels run at; a name sets it first ("auto": the best available).
   m.def("cpu_level(str request) -> str");
 }
 // clang-format on
@@ -64,16 +64,17 @@ namespace pmf {
 namespace {
 
 std::string set_and_get_cpu_level(std::string request) {
-  check_value(request.empty() || set_cpu_level(request.c_str()), "cpu_level: '", request,
-              "' is no level of this processor; use portable, avx2, avx512 or avx512_bf16 up to ",
-              best_cpu_level(), ", or auto");
+  check_value(
+      request.empty() || set_cpu_level(request.c_str()), "cpu_level: '", request,
+      "' is not a level of this processor; use portable, avx2, avx512 or avx512_bf16 up to ",
+      best_cpu_level(), ", or auto");
   return cpu_level();
 }
 
 }  // namespace
 }  // namespace pmf
 
-// No tensor decides where this runs.
+// No tensor argument selects a device.
 STABLE_TORCH_LIBRARY_IMPL(pmf, CompositeExplicitAutograd, m) {
   m.impl("cpu_level", TORCH_BOX(&pmf::set_and_get_cpu_level));
 }

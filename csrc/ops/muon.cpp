@@ -17,7 +17,7 @@ void check_alike(const char* op, const char* name, const Tensor& tensor, const T
   check_value(tensor.is_contiguous(), op, ": ", name, " must be contiguous");
 }
 
-// One tensor of each list belongs to one parameter.
+// The lists have one tensor per parameter.
 void check_list(const char* op, const char* name, const std::vector<Tensor>& tensors,
                 const std::vector<Tensor>& params, ScalarType dtype) {
   check_value(tensors.size() == params.size(), op, ": ", name, " must be as many as params, got ",
@@ -80,7 +80,7 @@ DType narrow_dtype(const char* op, ScalarType type) {
                                     : DType::bf16;
 }
 
-// What both uses of Newton-Schulz share.
+// Shared by both uses of Newton-Schulz.
 NewtonSchulzParams settings_of(const char* op, ScalarType elements,
                                const std::vector<double>& coefficients, const std::string& method,
                                ScalarType dtype, bool allow_tf32) {

@@ -1,12 +1,12 @@
-// Newton-Schulz orthogonalisation on the CPU: the products are PyTorch's GEMM, the saving is in
-// which ones.
+// Newton-Schulz orthogonalisation on the CPU: the products are PyTorch's GEMM; the savings are in
+// the choice of products.
 //
 //   A = X X^T,  X <- a X + (b A + c A^2) X,  for X [m, n], m <= n (a tall matrix is transposed).
 //
-// Per step a plain port spends 4 m^2 n + 2 m^3 FLOPs on full products. Here A and A^2, being
-// symmetric, are computed by block rows up to the diagonal and mirrored: (1 + m / kSymmetricRows) /
-// 2 of the work. The Gram form iterates on R = X X^T alone and touches X once per segment
-// (restarted for accuracy, segment_steps() in the contract says when):
+// A direct implementation spends 4 m^2 n + 2 m^3 FLOPs per step on full products. Here A and A^2,
+// being symmetric, are computed by block rows up to the diagonal and mirrored: (1 + m /
+// kSymmetricRows) / 2 of the work. The Gram form iterates on R = X X^T alone and touches X once per
+// segment (restarted for accuracy, segment_steps() in the contract says when):
 //   Z = b R + c R^2,  Q <- a Q + Z Q,  T = a R + Z R,  R <- a T + T Z,  at the end X <- Q X.
 // All of these are polynomials of one symmetric matrix, hence symmetric: 6 m^2 n + 14 m^3 for five
 // steps instead of 20 m^2 n + 10 m^3, and 17 m^3 as done here, where Q is not mirrored for
@@ -40,8 +40,8 @@ constexpr int64_t kLanes = 16;
 
 // ---- tasks -------------------------------------------------------------------
 
-// Calls body(0 .. count - 1), in this thread or shared out; each call keeps to its thread, so that
-// how many there are does not show in the bits.
+// Calls body(0 .. count - 1), in this thread or distributed; each call stays on its thread, so that
+// the number of threads does not affect the bits.
 template <class Body>
 void for_each_task(int64_t count, bool shared, const Body& body) {
   const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());

@@ -1,4 +1,4 @@
-// torch.ops.pmf.patch_embed*: images to tokens through a narrow layer, on PyTorch's GEMM.
+// torch.ops.pmf.patch_embed*: images to tokens through a bottleneck, with PyTorch's GEMM.
 //
 //   hidden = W_down patches + b_down        tokens = W_up hidden + b_up + position
 // patches [B N, C p p], hidden [B N, R], tokens [B, P + N, D] behind P given prefix tokens. A
@@ -91,7 +91,7 @@ Tensor down(const Tensor& images, const Tensor& weight_down, const OptionalTenso
   return hidden;
 }
 
-// What every image adds to its N tokens: b_up + the last N rows of position. Nothing if neither is.
+// Added to the N tokens of every image: b_up + the last N rows of position. Empty without either.
 OptionalTensor shift_of(const OptionalTensor& bias, const OptionalTensor& position,
                         const Sizes& s) {
   OptionalTensor shift;

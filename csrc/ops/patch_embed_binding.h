@@ -1,5 +1,5 @@
-// torch.ops.pmf.patch_embed*: what its two files share, checks and views. The CPU's work is in
-// patch_embed.cpp, the calls of the CUDA kernels in patch_embed_cuda.cpp.
+// torch.ops.pmf.patch_embed*: checks and views for its two files. The CPU path is in
+// patch_embed.cpp, the calls to the CUDA kernels in patch_embed_cuda.cpp.
 #pragma once
 
 #include <algorithm>
@@ -31,7 +31,7 @@ inline Tensor rows_of(const Tensor& m, int64_t begin, int64_t count) {
 struct Sizes {
   int64_t batch, channels, rows, columns, patch;  // rows x columns patches an image
   int64_t narrow, wide;                           // R, D
-  ScalarType dtype;                               // what products are made in
+  ScalarType dtype;                               // the dtype of the products
 
   int64_t tokens() const { return rows * columns; }
   int64_t features() const { return channels * patch * patch; }
@@ -42,7 +42,7 @@ struct Sizes {
   }
 };
 
-// Everything has the dtype of the weights; images may be float32 beside 16 bits.
+// Everything has the dtype of the weights; images may be float32 with 16-bit weights.
 inline Sizes check_inputs(const Tensor& images, const Tensor& weight_down,
                           const Tensor& weight_up) {
   const bool narrow = dtype_bytes(dtype_of(weight_down, kOp, "weight_down")) == 2;

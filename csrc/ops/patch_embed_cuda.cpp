@@ -40,7 +40,7 @@ View4 writable_view_of(const Tensor& t) {
   return view;
 }
 
-// Without gaps; the copies live as long as this does.
+// Contiguous copies, alive as long as this object.
 class Packed {
  public:
   const void* operator()(const Tensor& t) {

@@ -24,7 +24,7 @@ PatchShape shape_of_patches(const Tensor& tokens, const Tensor& images, const ch
     s.columns = width / s.patch;
   }
   check_value(divides && s.token() == tokens.size(2) && s.rows * s.columns == tokens.size(1), kOp,
-              ": tokens ", shape_of(tokens), " are no [B, N, p p C] of patches of ", name, " ",
+              ": tokens ", shape_of(tokens), " are not [B, N, p p C] for patches of ", name, " ",
               shape_of(images));
   return s;
 }
@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor> patch_velocity_jvp(Tensor tokens, Tensor images, Tens
   return {velocity, velocity_t};
 }
 
-// `tokens` tells dtype and shape of a token alone: it may have no samples.
+// `tokens` only gives the dtype and shape of a token: it may have no samples.
 Tensor patch_velocity_backward(Tensor grad, Tensor tokens, Tensor t, double floor) {
   check_same_device(grad, tokens, kOp, "grad", "tokens");
   check_same_device(grad, t, kOp, "grad", "t");

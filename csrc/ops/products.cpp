@@ -1,4 +1,4 @@
-// Which library multiplies float32 matrices on the CPU; the reason is in products.h.
+// Choose the library for float32 matrix products on the CPU; products.h gives the reason.
 #include "ops/products.h"
 
 #include <cstring>
@@ -7,7 +7,7 @@
 #include <cpuid.h>
 #endif
 
-// oneDNN's doors in PyTorch's C interface. Weak: a PyTorch built without oneDNN lacks them.
+// oneDNN's entry points in PyTorch's C interface. Weak: a PyTorch without oneDNN lacks them.
 extern "C" {
 __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise(
     AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias, const char* attribute,
@@ -17,7 +17,7 @@ __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise_binary(
     const char* attribute, AtenTensorHandle* result);
 }
 
-// How many threads the calling one may use. Weak: a PyTorch without MKL or OpenMP lacks them.
+// Thread limits of the calling thread. Weak: a PyTorch without MKL or OpenMP lacks them.
 extern "C" {
 __attribute__((weak)) int MKL_Set_Num_Threads_Local(int threads);  // returns what held before
 __attribute__((weak)) int omp_get_max_threads();
@@ -84,7 +84,7 @@ Tensor onednn_add_product(const Tensor& add, const Tensor& left, const Tensor& r
 }
 
 SingleThread::SingleThread() {
-  // PyTorch sets both counts when a thread first asks for its own: before, then, not in between.
+  // PyTorch sets both counts when a thread first queries its own: do that now, not in between.
   torch::stable::get_num_threads();
   if (MKL_Set_Num_Threads_Local != nullptr) mkl_ = MKL_Set_Num_Threads_Local(1);
   if (omp_get_max_threads != nullptr && omp_set_num_threads != nullptr) {
@@ -100,7 +100,7 @@ SingleThread::~SingleThread() {
 
 namespace {
 
-// torch.ops.pmf.product and add_product: what Python calls in place of torch.mm and torch.addmm.
+// torch.ops.pmf.product and add_product: called from Python instead of torch.mm and torch.addmm.
 
 void check_matrices(const Tensor& left, const Tensor& right, const char* op) {
   if (!left.is_cpu()) fail(op, ": for tensors on the CPU; on a GPU use torch.mm or torch.addmm");

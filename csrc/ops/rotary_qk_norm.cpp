@@ -20,7 +20,7 @@ void check_side(const char* name, const Tensor& x, const char* weight_name, cons
   check_vector(kOp, weight_name, weight, name, x);
 }
 
-// Everything of a call that query and key share, and the tensors that keep it alive.
+// The parts of a call common to query and key, and the tensors that keep them alive.
 struct Frame {
   RotaryShape shape;
   Tensor cos, sin;
@@ -139,7 +139,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotary_qk_norm_jvp(
   return {q_out.result(), k_out.result(), q_out_t.result(), k_out_t.result()};
 }
 
-// Queries or keys of a backward: what a kernel reads, kept alive, and the gradients it writes.
+// Queries or keys of a backward: the kernel's inputs, kept alive, and the gradients it writes.
 struct BackwardSide {
   Tensor x, weight, grad;
   bool has_grad;

@@ -1,4 +1,4 @@
-// Tensors to rows: what the bindings of the elementwise ops share (see pmf/rows.h).
+// Tensors to rows, for the bindings of the elementwise ops (see pmf/rows.h).
 #pragma once
 
 #include "ops/torch_shim.h"
@@ -58,7 +58,7 @@ inline bool has_unit_stride(const Tensor& t) {
   return t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1;
 }
 
-// The tensor itself if its rows lie in one piece, else a copy.
+// The tensor itself if its rows are contiguous, else a copy.
 inline Tensor readable(const Tensor& t) {
   return has_unit_stride(t) ? t : torch::stable::contiguous(t);
 }
@@ -74,14 +74,14 @@ inline Tensor zeros_vector(const Tensor& like, int64_t width) {
   return torch::stable::new_zeros(like, {width});
 }
 
-// The gradient of a vector that serves all rows of x, to be written by a kernel. An empty x has no
-// data for a kernel to be told of: then no kernel runs, and the gradient is zero already.
+// The gradient of a vector shared by all rows of x, to be written by a kernel. For an empty x no
+// kernel runs, and the gradient is already zero.
 inline Tensor gradient_of(const Tensor& vector, const Tensor& x) {
   return x.numel() == 0 ? torch::stable::new_zeros(vector, vector.sizes())
                         : torch::stable::new_empty(vector, vector.sizes());
 }
 
-// A gradient that is not there reads as a row of zeros, repeated.
+// An absent gradient reads as a repeated row of zeros.
 inline Tensor or_zeros(const OptionalTensor& grad, const Tensor& like) {
   return grad ? *grad : zeros_vector(like, like.size(like.dim() - 1));
 }
@@ -91,7 +91,7 @@ inline void check_like(const char* op, const char* name, const OptionalTensor& t
   if (t) check_like(op, name, *t, like_name, like);
 }
 
-// What an absent weight tangent's gradient is.
+// The gradient of an absent weight tangent.
 inline Tensor no_gradient(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
 
 // A result in the memory layout of `like`. Where that layout has no contiguous rows the kernel

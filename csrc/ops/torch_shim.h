@@ -1,4 +1,4 @@
-// Everything of PyTorch that this library uses, in one place: the stable ABI (torch/csrc/stable),
+// The only interface of this library to PyTorch: the stable ABI (torch/csrc/stable),
 // which keeps one binary valid for every PyTorch from TORCH_TARGET_VERSION on. No other file
 // includes torch.
 #pragma once
@@ -35,7 +35,7 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 // ---- errors -------------------------------------------------------------------------------------
-// One sentence in the user's words. PyTorch's own check macro would put file and line in front.
+// A one-sentence error. PyTorch's check macro would prepend file and line.
 
 template <class... Parts>
 std::string sentence(const Parts&... parts) {
@@ -84,7 +84,7 @@ inline const char* dtype_name(ScalarType type) {
   }
 }
 
-// The kernels' name of a tensor's element type; `op` and `name` are for the error.
+// The kernels' enum for a tensor's element type; `op` and `name` are for the error.
 inline DType dtype_of(const Tensor& tensor, const char* op, const char* name) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
@@ -117,7 +117,7 @@ inline ScalarType statistics_dtype(const Tensor& tensor) {
 
 // Launches a kernel of cuda/launch.h on the tensor's device and PyTorch's current stream there:
 //   run_on_cuda(x, "swiglu", PMF_CUDA_KERNEL(swiglu), params);
-// `Launch` is const char* (*)(const Params&, void* stream), or nullptr's type where there is none.
+// `Launch` is const char* (*)(const Params&, void* stream), or nullptr's type without a kernel.
 template <class Launch, class Params>
 void run_on_cuda(const Tensor& tensor, const char* op, Launch launch, const Params& params) {
 #if PMF_WITH_CUDA
@@ -137,7 +137,7 @@ void run_on_cuda(const Tensor& tensor, const char* op, Launch launch, const Para
 #endif
 }
 
-// Which of an op's two kernels gets these tensors.
+// Whether these tensors go to the op's CUDA kernel.
 inline bool takes_cuda_kernel(const Tensor& tensor) { return tensor.is_cuda(); }
 
 // "cpu", "cuda:0"
@@ -153,7 +153,7 @@ inline void check_same_device(const Tensor& first, const Tensor& second, const c
 
 // ---- threads and scratch memory -----------------------------------------------------------------
 
-// PyTorch's own pool: torch.set_num_threads() is the one knob.
+// PyTorch's own pool, controlled by torch.set_num_threads().
 inline ParallelFor torch_parallel() {
   ParallelFor parallel;
   parallel.run = [](void*, int64_t begin, int64_t end, int64_t grain,
@@ -165,7 +165,7 @@ inline ParallelFor torch_parallel() {
   return parallel;
 }
 
-// Runs the kernel that belongs to the tensor's device:
+// Runs the kernel for the tensor's device:
 //   run(x, "swiglu", &cpu::swiglu, PMF_CUDA_KERNEL(swiglu), params);
 template <class Cpu, class Launch, class Params>
 void run(const Tensor& tensor, const char* op, Cpu cpu, Launch launch, const Params& params) {
@@ -193,7 +193,7 @@ class Workspace {
 
 }  // namespace pmf
 
-// Registers the functions of one file for both devices, so that both get the same checks:
+// Registers a file's functions for both devices, with the same checks:
 //   PMF_IMPLEMENT(m) { m.impl("swiglu", TORCH_BOX(&pmf::swiglu)); }
 #define PMF_IMPLEMENT(m)                                            \
   static void pmf_implement(torch::stable::detail::StableLibrary&); \

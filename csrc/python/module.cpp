@@ -1,4 +1,4 @@
-// pmf._introspection: what the library knows about itself, as Python values. No kernel is reached
+// pmf._introspection: introspection of the library, as Python values. No kernel is reachable
 // through here and nothing here touches a tensor; pmf works without this module (portable wheels).
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
@@ -52,13 +52,13 @@ pmf::AttentionShape attention_shape(int64_t batch, int64_t heads, int64_t key_he
   return {batch, heads, key_heads, queries, keys, width, value_width};
 }
 
-// What every plan of a CUDA op says about the device; by default an H100.
+// The device arguments of every CUDA op's plan; an H100 by default.
 #define PMF_DEVICE_ARGUMENTS                                                              \
   py::arg("shared_per_block") = 227 * 1024, py::arg("shared_per_processor") = 228 * 1024, \
   py::arg("processors") = 132
 
 pmf::Device device_with(int64_t shared_per_block, int64_t shared_per_processor, int processors) {
-  constexpr int64_t kLeastShared = 99 * 1024;  // sm_86's: a plan that fits exists from here on
+  constexpr int64_t kLeastShared = 99 * 1024;  // of sm_86, the smallest for which a plan exists
   if (shared_per_block < kLeastShared || shared_per_processor < shared_per_block ||
       processors < 1) {
     throw py::value_error(

@@ -123,9 +123,9 @@ def test_empty(batch: int) -> None:
     ("tokens", "images", "t", "message"),
     [
         ((2, 4, 12), (2, 3, 4), (2,), r"tokens must be \[B, N, p p C\] and images \[B, C, H, W\]"),
-        ((2, 4, 13), (2, 3, 4, 4), (2,), "are no .* of patches of images"),
-        ((2, 5, 12), (2, 3, 4, 4), (2,), "are no .* of patches of images"),
-        ((2, 4, 12), (2, 3, 5, 4), (2,), "are no .* of patches of images"),
+        ((2, 4, 13), (2, 3, 4, 4), (2,), "are not .* for patches of images"),
+        ((2, 5, 12), (2, 3, 4, 4), (2,), "are not .* for patches of images"),
+        ((2, 4, 12), (2, 3, 5, 4), (2,), "are not .* for patches of images"),
         ((3, 4, 12), (2, 3, 4, 4), (2,), "must be of one batch, got 3 and 2 samples"),
         ((2, 4, 12), (2, 3, 4, 4), (3,), r"t must be \[2\], got \[3\]"),
     ],

@@ -1,4 +1,4 @@
-// The library's facts about itself. Compiled once, with the baseline flags.
+// Introspection of the library. Compiled once, with the baseline flags.
 #include "pmf/introspection.h"
 
 #include <initializer_list>
@@ -20,7 +20,7 @@ Products products(Pass pass, bool tangent) {
   return tangent ? Products{9, 6} : Products{3, 2};
 }
 
-// Any address: the workspace queries ask only whether an operand is there.
+// Any address: workspace queries only test whether an operand is present.
 template <class View>
 void present(View& view) {
   static char anything;

@@ -1,4 +1,4 @@
-// Which level the kernels run at. Compiled once, with the baseline flags.
+// The kernels' instruction-set level. Compiled once, with the baseline flags.
 #include "cpu/common/dispatch.h"
 
 #include <atomic>
@@ -11,7 +11,7 @@ namespace {
 constexpr const char* kNames[4] = {"portable", "avx2", "avx512", "avx512_bf16"};
 constexpr int kUnset = -1;
 
-// What set_level() asked for, or kUnset.
+// The level requested by set_level(), or kUnset.
 std::atomic<int> chosen{kUnset};
 
 int detect() {

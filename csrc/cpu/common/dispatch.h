@@ -13,7 +13,7 @@
 // one compiled for AVX-512.
 #pragma once
 
-#ifndef PMF_X86  // -DPMF_X86=0 leaves the portable level alone
+#ifndef PMF_X86  // -DPMF_X86=0 keeps only the portable level
 #if defined(__x86_64__) || defined(_M_X64)
 #define PMF_X86 1
 #else
@@ -33,8 +33,8 @@ Level level();
 // The best level this processor (and its operating system) supports.
 Level best_level();
 
-// True and in force from the next call on, if `name` is a level this processor supports; "" or
-// "auto" goes back to the default. False, and nothing changes, otherwise.
+// Returns true and takes effect from the next call if `name` is a level this processor supports; ""
+// or "auto" goes back to the default. False, and nothing changes, otherwise.
 bool set_level(const char* name);
 
 const char* level_name(Level level);

@@ -2,10 +2,10 @@
 //
 // GCC and clang vector extensions carry most of it: Vec<float> is as wide as the level's registers
 // (16 bytes portable, 32 AVX2, 64 AVX-512) and + - * / & | << compile to the right instruction.
-// Intrinsics appear only where the language has no word: fused multiply-add, max, floor, the
+// Intrinsics are used only where the language has no operator: fused multiply-add, max, floor, the
 // exponent trick of exp2, and conversions from and to 16-bit floats.
 //
-// Everything lives in the level's namespace and is inlined by force, so that no AVX-512 copy of a
+// Everything lives in the level's namespace and is forced inline, so that no AVX-512 copy of a
 // function can be linked into a portable caller.
 #pragma once
 
@@ -49,7 +49,7 @@ constexpr bool kHasBf16Dot = false;
 template <typename T, int kBytes = kVecBytes>
 struct VecType {
   typedef T type __attribute__((vector_size(kBytes)));
-  // The same at any address: what a pointer into a tensor may be read through.
+  // The same without alignment, for pointers into tensors.
   typedef T unaligned __attribute__((vector_size(kBytes), aligned(alignof(T)), may_alias));
 };
 template <typename T>

@@ -1,7 +1,7 @@
 // The read-out on the CPU. The mathematics is in pmf/patch_velocity.h.
 //
-// One row of patches at a time: its tokens and its rows of the image fit in the first-level cache
-// together, so that the change of order between them costs no second pass over memory. Rounded
+// One row of patches at a time: its tokens and its rows of the image fit in the L1 cache
+// together, so that reordering costs no second pass over memory. Rounded
 // once, at the store.
 #include "pmf/patch_velocity.h"
 

@@ -1,7 +1,7 @@
 // Gated residual on the CPU: y = x + g b. The mathematics is in pmf/gated_residual.h.
 //
-// One row at a time, every operand read once, straight from and to memory. Nothing is computed that
-// could take as long as the bytes: in units of one [rows, W] tensor the forward moves 3, its
+// One row at a time, every operand read once, directly from and to memory. No computation
+// takes as long as moving the bytes: in units of one [rows, W] tensor the forward moves 3, its
 // tangent 3 more, the backward 3 or 6, and copy bandwidth is the bound. The gate is one vector that
 // stays in cache. Values are rounded once, at the store.
 #include "pmf/gated_residual.h"

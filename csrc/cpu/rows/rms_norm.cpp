@@ -2,7 +2,7 @@
 //
 // In units of one [rows, W] tensor the forward moves 2, its tangent 2 more, the backward 3 or 6;
 // copy bandwidth is the bound. The weight's gradient adds runs of rows into fp32 vectors that stay
-// in the first-level cache, then the runs in order (RowSums): the same bits for any thread count.
+// in the L1 cache, then the runs in order (RowSums): the same bits for any thread count.
 #include "pmf/rms_norm.h"
 
 #include "cpu/rows/norm-inl.h"

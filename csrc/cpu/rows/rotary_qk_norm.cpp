@@ -1,11 +1,11 @@
 // Per-head RMSNorm and rotary embedding on the CPU. The mathematics is in pmf/rotary_qk_norm.h, the
 // norm of a row (one head of one token) in norm.h.
 //
-// cos and sin are spread once per call to the full width, sin with alternating sign, so that a turn
-// is two multiplications and one swap of neighbours: y = n o cos + swap(n) o sin. Rows are walked
-// in the order they lie in memory, heads inside tokens or tokens inside heads. In units of query
-// plus key the forward moves 2, its tangent 2 more, the backward 3 or 6: copy bandwidth is the
-// bound.
+// cos and sin are expanded once per call to the full width, sin with alternating sign, so that a
+// turn is two multiplications and one swap of neighbours: y = n o cos + swap(n) o sin. Rows are
+// walked in the order they lie in memory, heads inside tokens or tokens inside heads. In units of
+// query plus key the forward moves 2, its tangent 2 more, the backward 3 or 6: copy bandwidth is
+// the bound.
 #include "pmf/rotary_qk_norm.h"
 
 #include "cpu/rows/norm-inl.h"

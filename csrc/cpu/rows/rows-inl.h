@@ -1,7 +1,7 @@
 // Loops over rows and over the vectors of a row, shared by the elementwise kernels.
 //
 // A kernel writes one lambda for a vector's worth of elements; for_vectors() runs it over a row,
-// the last, incomplete vector included. These kernels are bound by memory: what counts is that
+// the last, incomplete vector included. These kernels are memory-bound: what matters is that
 // every operand is read once per row and that sums have enough independent accumulators.
 #pragma once
 
@@ -97,7 +97,7 @@ PMF_INLINE double root(double x) { return __builtin_sqrt(x); }
 
 // ---- Rows ---------------------------------------------------------------------------------------
 
-// Where row number `row` lies; next() is cheaper than starting anew.
+// The location of row `row`; next() is cheaper than a new cursor.
 struct Cursor {
   const RowShape& shape;
   int64_t index[kMaxLeading];
@@ -141,7 +141,7 @@ PMF_INLINE void parallel_ranges(const ParallelFor& parallel, int64_t count, int6
       const_cast<Body*>(&body));
 }
 
-// Rows that are worth a thread's start: about 32 thousand elements.
+// Rows per thread that justify starting it: about 32 thousand elements.
 PMF_INLINE int64_t row_grain(int64_t width) {
   constexpr int64_t kElements = 32768;
   return max64(1, kElements / max64(1, width));

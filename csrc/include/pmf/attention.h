@@ -5,10 +5,10 @@
 //   out_t = (P o tS) V - r o out + P tV
 //   lse_i = log sum_j exp(S_ij)      lse_t = r
 //
-// What a query may not attend (mask false or -inf, causality) does not reach it, even where it is
-// not finite: such an entry of K, tK, V or tV shows in the rows that see it and in their gradients
-// alone. A row that attends nothing gives zeros and takes no gradient, whatever it holds; neither,
-// on the CPU, does a row that is not finite but whose gradient is exactly zero, where anything is
+// Entries hidden from a query (mask false or -inf, causality) do not affect it, even if they are
+// not finite: such an entry of K, tK, V or tV affects only the rows that see it and their
+// gradients. A row that attends to nothing gives zeros and gets no gradient; on the CPU, neither
+// does a non-finite row whose incoming gradient is exactly zero, if anything is
 // hidden.
 //
 // Sizes: B batches, H query heads, Hk key heads (H % Hk == 0; query head h reads key head
@@ -52,8 +52,8 @@ struct AttentionWindow {
   bool hides() const { return left < kUnbounded || right < kUnbounded; }
 };
 
-// Sequences behind one another in one [1, H, T, D] tensor: number s has rows offsets[s] to
-// offsets[s + 1] of query and of key, and attends itself alone. Windows count from its first row.
+// Packed sequences in one [1, H, T, D] tensor: sequence s has rows offsets[s] to
+// offsets[s + 1] of query and of key, and attends only to itself. Windows count from its first row.
 // Each array ascends from 0 to the number of rows. Null: B samples of one length each.
 struct AttentionSequences {
   int64_t count = 0;
@@ -63,7 +63,7 @@ struct AttentionSequences {
 struct AttentionParams {
   AttentionShape shape;
   DType dtype = DType::f32;  // of query, key, value, their tangents, out and out_t
-  bool is_causal = false;    // on CUDA: the window's right side is 0, and no other is served
+  bool is_causal = false;    // on CUDA: right side of the window is 0; no other window exists
   bool allow_tf32 = false;   // fp32 on CUDA: products may round their factors to TF32
   double scale = 1.0;        // c; any finite value
   AttentionWindow window;
@@ -74,21 +74,21 @@ struct AttentionParams {
   ConstView4 key;    // [B, Hk, Nk, D ] dtype
   ConstView4 value;  // [B, Hk, Nk, Dv] dtype
 
-  // Tangents, each shaped as its primal; null means zero and costs nothing. Read only if out_t is
+  // Tangents, each shaped as its primal; null means zero at no cost. Read only if out_t is
   // set.
   ConstView4 query_t, key_t, value_t;
 
   View4 out;    // [B, H, Nq, Dv] dtype; zero where a row attends nothing
   View4 out_t;  // [B, H, Nq, Dv] dtype; null: forward only
 
-  // Contiguous [B, H, Nq], fp32 (fp64 for fp64): log sum_j exp(S_ij), natural logarithm, -inf where
-  // a row attends nothing. All that the backward needs besides its inputs (attention_backward.h).
+  // Contiguous [B, H, Nq], fp32 (fp64 for fp64): log sum_j exp(S_ij), natural logarithm, -inf if
+  // a row attends to nothing. The backward needs nothing else from here (attention_backward.h).
   void* lse = nullptr;
-  // The same for its tangent, 0 where a row attends nothing; null: not wanted. Not on CUDA.
+  // The same for its tangent, 0 if a row attends to nothing; null: not wanted. Not on CUDA.
   void* lse_t = nullptr;
   int64_t lse_stride = 0;  // elements of lse and lse_t from one head to the next; 0: Nq
 
-  // attention_forward_workspace_bytes() bytes, aligned to 64; contents do not matter.
+  // attention_forward_workspace_bytes() bytes, aligned to 64; contents arbitrary.
   void* workspace = nullptr;
 };
 

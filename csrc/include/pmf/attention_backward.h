@@ -35,14 +35,14 @@ struct AttentionBackwardParams {
   ConstView4 key;    // [B, Hk, Nk, D ] dtype
   ConstView4 value;  // [B, Hk, Nk, Dv] dtype
 
-  // Tangents, each shaped as its primal; null means zero and costs nothing. Read only with grad_t.
+  // Tangents, each shaped as its primal; null means zero at no cost. Read only with grad_t.
   ConstView4 query_t, key_t, value_t;
 
   ConstView4 grad;    // [B, H, Nq, Dv] dtype; null means zero (not both null)
   ConstView4 grad_t;  // [B, H, Nq, Dv] dtype; null: the ordinary backward
 
   // The forward's, contiguous [B, H, Nq], fp32 (fp64 for fp64). Any value near the row's maximum
-  // would do: only the exponential's range depends on it. -inf: the row attends nothing.
+  // would do: it only sets the exponential's range. -inf: the row attends to nothing.
   const void* lse = nullptr;
   // Gradients of lse and lse_t, laid out like it; null means zero, and the second is read only with
   // grad_t. Not on CUDA.
@@ -56,8 +56,8 @@ struct AttentionBackwardParams {
   // Written only with grad_t; null: not wanted, and its product is skipped.
   View4 grad_query_t, grad_key_t, grad_value_t;
 
-  // attention_backward_workspace_bytes() bytes of the namespace, aligned to 64; contents do not
-  // matter.
+  // attention_backward_workspace_bytes() bytes of the namespace, aligned to 64; contents
+  // arbitrary.
   void* workspace = nullptr;
 };
 
@@ -75,8 +75,8 @@ void attention_backward(const AttentionBackwardParams& params, const ParallelFor
 
 namespace cuda {
 
-// Statistics of the queries that one kernel leaves for the next, [B, H, statistic, rows]: fp32,
-// rows being the queries and what the last block of them may reach past.
+// Query statistics that one kernel passes to the next, [B, H, statistic, rows]: fp32,
+// with rows for the queries and for the overhang of their last block.
 constexpr int64_t kBackwardMostRows = 96;  // of a block
 constexpr int64_t kBackwardStatistics = 3, kBackwardStatisticsWithTangents = 5;
 

@@ -1,7 +1,7 @@
-// What every kernel contract shares: element types, strided views, and the way a kernel gets
+// Common parts of the kernel contracts: element types, strided views, and access to
 // threads.
 //
-// Nothing here knows of torch, CUDA or any instruction set. A kernel receives raw pointers, strides
+// Independent of torch, CUDA and instruction sets. A kernel receives raw pointers, strides
 // and a ParallelFor; it allocates nothing and validates nothing (csrc/ops does both).
 #pragma once
 
@@ -22,7 +22,7 @@ struct ConstView4 {
   int64_t stride[4] = {0, 0, 0, 0};
 };
 
-// The same, written to. Strides must then address every element once.
+// The same, writable. Strides must then address every element once.
 struct View4 {
   void* data = nullptr;
   int64_t stride[4] = {0, 0, 0, 0};
@@ -30,16 +30,16 @@ struct View4 {
 
 // A thread pool seen through one function pointer. run(self, begin, end, grain, body, ctx) calls
 // body(ctx, first, last) on disjoint ranges that cover [begin, end), possibly concurrently, and
-// returns when all of them have returned. `threads` is the largest number of ranges worth making:
+// returns when all of them have returned. `threads` is the largest useful number of ranges:
 // a kernel that needs scratch memory per worker splits its work into `threads` numbered shares and
-// runs body over the share numbers, so that results do not depend on which thread takes which.
+// runs body over the share numbers, so that results do not depend on which thread runs which.
 struct ParallelFor {
   void (*run)(void* self, int64_t begin, int64_t end, int64_t grain,
               void (*body)(void* ctx, int64_t begin, int64_t end), void* ctx) = nullptr;
   void* self = nullptr;
   int64_t threads = 1;
 
-  // Inlined by force: kernel files are compiled for several instruction sets, and the linker would
+  // Forced inline: kernel files are compiled for several instruction sets, and the linker would
   // keep a single copy of an ordinary inline function.
   __attribute__((always_inline)) void operator()(int64_t begin, int64_t end, int64_t grain,
                                                  void (*body)(void* ctx, int64_t begin,

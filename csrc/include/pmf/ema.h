@@ -1,15 +1,15 @@
 // Exponential moving averages of many tensors, several averages of each: a <- a + w (p - a).
 //
-// CUDA only; on the CPU pmf/optim/ema.py asks PyTorch for the same, average by average.
+// CUDA only; on the CPU pmf/optim/ema.py uses PyTorch, average by average.
 //
-// Bytes an element: the parameter once (4, or 2), 8 for each average.
+// Bytes per element: the parameter once (4 or 2), 8 per average.
 #pragma once
 
 #include "pmf/common.h"
 
 namespace pmf {
 
-constexpr int kMaxAverages = 4;  // of a launch; csrc/ops makes several of more
+constexpr int kMaxAverages = 4;  // per launch; csrc/ops splits more into several
 
 struct EmaTensor {
   const void* parameter = nullptr;     // [size] dtype

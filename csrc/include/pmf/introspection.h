@@ -1,4 +1,4 @@
-// What the library tells about itself: the only C++ symbols it exports, for csrc/python/module.cpp.
+// Introspection: the only C++ symbols that the library exports, for csrc/python/module.cpp.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,7 @@ PMF_EXPORT const char* cpu_level();
 PMF_EXPORT const char* best_cpu_level();
 PMF_EXPORT bool set_cpu_level(const char* name);
 
-// What one call of an op costs, before it is made.
+// The cost of one call of an op, computed in advance.
 struct Cost {
   double flops = 0;             // of the tile products, a multiply and an add counted as two
   double bytes = 0;             // that must move at least: every operand once
@@ -40,12 +40,12 @@ PMF_EXPORT Cost attention_plan(const AttentionShape& shape, DType dtype, Pass pa
                                int64_t threads);
 
 // ---- launches of the CUDA ops -------------------------------------------------------------------
-// Made by the ops' own launchers, run dry (cuda/dry_run.h): no GPU is needed.
+// From the ops' own launchers in a dry run (cuda/dry_run.h): no GPU is needed.
 
-// A GPU, as far as launches depend on it. Bytes of shared memory, as the CUDA runtime gives them.
+// The GPU properties that launches depend on: bytes of shared memory, as in the CUDA runtime.
 struct Device {
-  int64_t shared_per_block = 0;      // that a block may ask for
-  int64_t shared_per_processor = 0;  // that blocks on one multiprocessor share
+  int64_t shared_per_block = 0;      // available to a block
+  int64_t shared_per_processor = 0;  // shared by the blocks on one multiprocessor
   int processors = 0;
 };
 
@@ -53,7 +53,7 @@ struct KernelLaunch {
   const void* kernel = nullptr;  // its host function in libpmf.so
   int64_t blocks = 0;            // of the grid
   int64_t threads = 0, shared_bytes = 0;
-  // What the launcher counts on; 0 where it has no tile, or takes any number of blocks.
+  // The launcher's assumptions; 0 if it has no tile, or accepts any number of blocks.
   int64_t tile_rows = 0, tile_columns = 0;
   int64_t blocks_per_processor = 0;
 };
@@ -62,14 +62,14 @@ using NoteLaunch = void (*)(void* context, const KernelLaunch& launch);
 
 struct CudaPlan {
   Cost cost;
-  const char* problem = nullptr;  // one sentence; null: none
+  const char* problem = nullptr;  // one-sentence error; null: none
 };
 
 // Each calls note(context, launch) for every launch of a call, in order.
 PMF_EXPORT CudaPlan attention_launches(const AttentionShape& shape, DType dtype, Pass pass,
                                        bool tangent, const Device& device, NoteLaunch note,
                                        void* context);
-// Of params, addresses do not matter.
+// Addresses in params are not used.
 PMF_EXPORT CudaPlan newton_schulz_launches(const NewtonSchulzParams& params, const Device& device,
                                            NoteLaunch note, void* context);
 // Contiguous tensors, with biases and position.

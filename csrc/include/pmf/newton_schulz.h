@@ -1,5 +1,5 @@
-// Newton-Schulz orthogonalisation of many matrices of any shapes, alone or as a step of Muon. CUDA
-// only: on the CPU the work is torch's GEMM, called from csrc/ops.
+// Newton-Schulz orthogonalisation of many matrices of any shapes, alone or in a Muon step. CUDA
+// only: on the CPU, csrc/ops calls torch's GEMM.
 //
 //   X = G / |G|_F;  every step  X <- a X + (b A + c A^2) X,  A = X X^T   (a tall G is transposed)
 //
@@ -17,7 +17,7 @@ struct NewtonSchulzMatrix {
   float* momentum = nullptr;  // [rows, columns] contiguous; Muon's only
   float* master = nullptr;    // [rows, columns] contiguous; Muon's only, of a 16-bit parameter
   int64_t rows = 0, columns = 0;
-  double scale = 1;  // Muon's only
+  double scale = 1;  // Muon only
 };
 
 enum class NewtonSchulzMethod : int32_t { automatic = 0, direct = 1, gram = 2 };
@@ -35,9 +35,9 @@ struct NewtonSchulzParams {
   void* workspace = nullptr;  // newton_schulz_workspace_bytes() of device memory, 16-byte aligned
 };
 
-// ---- which form, and how many steps between restarts --------------------------------------------
+// ---- form, and number of steps between restarts --------------------------------------------
 
-// n >= kGramRatio m: on the Gram matrix the iteration costs less.
+// n >= kGramRatio m: iterating on the Gram matrix is cheaper.
 constexpr double kGramRatio = 1.5;
 
 inline bool takes_gram_form(NewtonSchulzMethod method, int64_t rows, int64_t columns) {

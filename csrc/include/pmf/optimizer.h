@@ -1,21 +1,21 @@
-// Optimizer steps on the device: the numbers that change from step to step, and Adam.
+// Optimizer steps on the device: the numbers that change between steps, and Adam.
 //
-// Whatever a captured CUDA graph must follow (the step count, a learning rate that a schedule
-// moves) is read from device memory; all else is a number here.
+// What a captured CUDA graph must follow (the step count, a learning rate that a schedule
+// changes) is read from device memory; everything else is a number here.
 #pragma once
 
 #include "pmf/common.h"
 
 namespace pmf {
 
-// A number in device memory (f32 or f64), or the value here where `data` is null.
+// A number in device memory (f32 or f64), or `value` if `data` is null.
 struct DeviceScalar {
   const void* data = nullptr;
   DType dtype = DType::f32;
   double value = 0;
 };
 
-// What the step k = *step + 1 multiplies by:
+// The factors of step k = *step + 1:
 //   of momentum, of gradient   mu / (1 - mu^(k+1)), (1 - mu) / (1 - mu^k)   Nesterov,
 //   bias-corrected
 //                              mu, 1 - mu                                   Nesterov
@@ -24,11 +24,11 @@ struct DeviceScalar {
 //   lr
 //   of square                  1 / (1 - beta2^k)
 struct StepParams {
-  int64_t* step = nullptr;  // [1] device memory, counted up by one
+  int64_t* step = nullptr;  // [1] device memory, incremented by the step
   DeviceScalar lr;
   DeviceScalar weight_decay;
   double momentum = 0;  // mu; Adam's beta1
-  double beta2 = 0;     // Adam's; Muon has none
+  double beta2 = 0;     // Adam only
   bool nesterov = true;
   bool bias_correction = true;
 };

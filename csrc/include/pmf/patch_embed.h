@@ -1,10 +1,10 @@
-// tokens = W_up (W_down patches + b_down) + b_up + position, behind given prefix tokens; CUDA only
-// (the CPU's work is PyTorch's GEMM, called from csrc/ops/patch_embed.cpp, where the mathematics
-// is).
+// tokens = W_up (W_down patches + b_down) + b_up + position, after given prefix tokens; CUDA only
+// (on the CPU, csrc/ops/patch_embed.cpp calls PyTorch's GEMM; the mathematics
+// is there).
 //
 //   hidden [B N, R] = patches [B N, K] W_down' + b_down           K = C p p, N patches an image
 //   tokens [B, P + N, D]: hidden W_up' + b_up + position behind the P tokens of the prefix
-// The tangent takes the same products without the biases.
+// The tangent uses the same products without the biases.
 //
 // Bytes: images, tokens and hidden once each, forward; backward: the images once, the tokens'
 // gradient three times, hidden and its gradient three times.
@@ -25,7 +25,7 @@ struct PatchSizes {
   int64_t features() const { return channels * patch * patch; }
 };
 
-// The value and its tangent, or their gradients; data of the second null: none.
+// The value and its tangent, or their gradients; null data in the second: none.
 struct PatchEmbedParams {
   PatchSizes sizes;
   ConstView4 images[2];                   // [B, C, H, W], [n, C, H, W]
@@ -57,7 +57,7 @@ struct PatchEmbedBackwardParams {
 };
 
 // The weights' gradients sum over the rows of all images: runs of rows are summed by themselves,
-// and then the runs, in order. `tiles`: of the gradient, each a block's work.
+// and then the runs, in order. `tiles`: of the gradient, one per block.
 struct PatchRuns {
   int64_t runs, depth;
 
@@ -72,7 +72,7 @@ struct PatchRuns {
   }
 };
 
-// The parts of the backward's workspace, one after the other.
+// The consecutive parts of the backward's workspace.
 struct PatchWorkspace {
   int64_t hidden = 0;    // gradient of hidden, [B, N, R] of each pair
   int64_t weights = 0;   // runs of one weight's gradient, fp32

@@ -1,13 +1,13 @@
-// The network's read-out: tokens back to an image x, and the velocity that follows from it.
+// The network's read-out: tokens to an image x, and the resulting velocity.
 //
 //   x[b, c, r p + i, q p + j] = tokens[b, r columns + q, (i p + j) C + c]
 //   s = clip(t, floor, 1)
 //
 //   forward    v = (z - x) / s
-//              tv = (tz - tx) / s - (tt m / s) v,  m = 1 where s follows t, else 0
+//              tv = (tz - tx) / s - (tt m / s) v,  m = 1 where s = t, else 0
 //   backward   dtokens = -V / s in the tokens' order  (V: the gradient of v)
 //
-// z are the noisy images. The gradients of z and t are not a kernel's.
+// z are the noisy images. No kernel computes the gradients of z and t.
 //
 // Bytes, in units of one image: forward 3, with tangent 6; backward 2.
 #pragma once

@@ -23,7 +23,7 @@ struct RmsNormParams {
   const void* weight = nullptr;    // [W]
   Rows y;                          // [rows, W]
   ConstRows x_t;                   // [rows, W]; null: value only
-  const void* weight_t = nullptr;  // [W] with x_t; zeros for a weight without a tangent
+  const void* weight_t = nullptr;  // [W] with x_t; zeros if the weight has no tangent
   Rows y_t;                        // [rows, W], with x_t
 };
 

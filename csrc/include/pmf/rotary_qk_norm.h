@@ -3,8 +3,8 @@
 //   n = w x rsqrt(mean x^2 + eps)                       over the D of one head and token
 //   y[2i]     = n[2i] cos[i] - n[2i + 1] sin[i]         y = R n, R orthogonal,
 //   y[2i + 1] = n[2i] sin[i] + n[2i + 1] cos[i]         the identity for the first N - P tokens
-// Tangents and gradients are rms_norm's (see rms_norm.h): R applies to ty as to y, and the
-// gradients of both outputs are turned back by R^T first.
+// Tangents and gradients are rms_norm's (see rms_norm.h): R applies to ty and y alike, and the
+// gradients of both outputs are first rotated back by R^T.
 //
 // Bytes, in units of query plus key: forward 2, with tangent 4; backward 3, through both 6; the
 // tables are small and stay in cache.
@@ -41,7 +41,7 @@ struct RotaryShape {
   double eps = 1e-6;
   const void* cos = nullptr;  // [P, D/2] contiguous, fp32 (fp64 for fp64)
   const void* sin = nullptr;
-  void* tables = nullptr;  // rotary_table_bytes() bytes, 64-aligned: scratch of the CPU's
+  void* tables = nullptr;  // rotary_table_bytes() bytes, 64-aligned: scratch for the CPU kernel
 };
 
 struct RotaryQkNormParams {
@@ -55,12 +55,12 @@ struct RotaryQkNormBackwardParams {
   void* workspace = nullptr;  // rotary_workspace_bytes() bytes, 64-aligned
 };
 
-// cos and sin spread to full width, and one more row that turns nothing.
+// cos and sin expanded to full width, and one more row with the identity.
 inline int64_t rotary_table_bytes(const RotaryShape& s) {
   return 2 * (s.rotated + 1) * s.width * (s.dtype == DType::f64 ? 8 : 4);
 }
 
-// On the CPU one side after the other uses it, on a GPU both at once.
+// On the CPU the sides use it in turn, on a GPU simultaneously.
 inline int64_t rotary_workspace_bytes(const RotaryQkNormBackwardParams& p, bool gpu) {
   int64_t largest = 0, all = 0;
   for (const RotaryHeadsBackward& side : p.sides) {

@@ -1,6 +1,6 @@
-// Tensors as rows: what the elementwise contracts (rms_norm, swiglu, gated_residual) share.
+// Tensors as rows: common to the elementwise contracts (rms_norm, swiglu, gated_residual).
 //
-// A tensor [..., W] is a set of rows of W elements that lie next to each other; where each row
+// A tensor [..., W] is a set of rows of W contiguous elements; where each row
 // begins follows from one stride per leading dimension. Leading dimensions that can be walked as
 // one are merged before a kernel sees them (csrc/ops/row_binding.h), so that most calls have a
 // single one.
@@ -24,8 +24,8 @@ struct RowShape {
   }
 };
 
-// Strides count elements; 0 repeats a row (a broadcast vector has only zeros). An operand that is
-// absent but must read as zero is a row of zeros with zero strides: kernels have no case for it.
+// Strides count elements; 0 repeats a row (a broadcast vector has only zeros). An absent
+// operand that must read as zero is a row of zeros with zero strides: kernels need no extra case.
 struct ConstRows {
   const void* data = nullptr;
   int64_t stride[kMaxLeading] = {};
@@ -36,9 +36,9 @@ struct Rows {
   int64_t stride[kMaxLeading] = {};
 };
 
-// Sums over rows (the gradient of a weight) are made in two steps whose order does not depend on
+// Sums over rows (the gradient of a weight) take two steps whose order does not depend on
 // the number of threads: runs of rows add up into one vector each, and the vectors are then added
-// in order. Both the kernel and the code that sizes its workspace ask for this plan.
+// in order. The kernel and the code that sizes its workspace both use this plan.
 struct RowSums {
   int64_t runs = 0;      // vectors a group needs
   int64_t run_rows = 1;  // rows of a run; the last one may be shorter
