@@ -1,4 +1,4 @@
-"""What holds for every test: fresh compiled code, and a choice of cases for the ptx backend."""
+"""Setup for all tests: up-to-date compiled code, and a selection of cases for the ptx backend."""
 
 import os
 import sys

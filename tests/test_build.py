@@ -1,4 +1,4 @@
-"""The compiled parts: what they export, need and promise, and what building says when it cannot."""
+"""The compiled parts: exports, dependencies and guarantees, and error messages of the build."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ def test_the_library_loads() -> None:
 
 
 def test_only_introspection_is_exported() -> None:
-    """A C++ symbol that leaks can replace another extension's, or be replaced by it."""
+    """A leaked C++ symbol can replace another extension's, or be replaced by it."""
     exported = {name.partition("(")[0] for kind, name in symbols("--defined-only") if kind != "A"}
     assert exported == {f"pmf::{name}" for name in EXPORTS}
 
 
 def test_needs_only_the_stable_abi_of_torch() -> None:
-    """No mangled C++ symbol of libtorch or c10: those change with every release, and with the compiler."""
+    """No mangled C++ symbol of libtorch or c10: these change with every release, and with the compiler."""
     needed = [name for _, name in symbols("--undefined-only")]
     assert not [name for name in needed if re.match(r"(at|c10|torch|caffe2)::", name)]
     stable = {name for name in needed if name.startswith(("aoti_torch_", "torch_"))}
@@ -68,7 +68,7 @@ def test_needs_only_the_stable_abi_of_torch() -> None:
 
 
 def test_cuda_is_a_weak_need() -> None:
-    """aoti_torch_get_current_cuda_stream exists in CUDA builds of PyTorch only."""
+    """aoti_torch_get_current_cuda_stream exists only in CUDA builds of PyTorch."""
     kinds = {name: kind for kind, name in symbols("--undefined-only")}
     assert kinds.get("aoti_torch_get_current_cuda_stream", "w") == "w"
     assert not [name for name in kinds if name.startswith(("cuda", "cu")) and "::" not in name]
@@ -83,7 +83,7 @@ def test_no_search_path_is_baked_in() -> None:
 
 
 def test_newest_glibc_is_the_promised_one() -> None:
-    """The manylinux tag is read off the library the same way."""
+    """The manylinux tag is determined from the library in the same way."""
     setup = load_setup()
     assert setup.newest_glibc([_library.LIBRARY]) <= NEWEST_GLIBC
     versions = read("readelf", "-V", "-W", _library.LIBRARY)
@@ -144,7 +144,7 @@ def test_environment_variable_sets_the_level(asked: str, expected: str, tmp_path
 
 
 def test_no_function_is_shared_between_levels() -> None:
-    """One definition rule: an inline function of two levels would be linked once, perhaps as AVX-512.
+    """One definition rule: an inline function in two levels would be linked once, perhaps as AVX-512.
 
     A symbol that the linker may merge and that objects of two levels define is such a function.
     """
@@ -176,7 +176,7 @@ def test_introspection_module_agrees_with_the_library() -> None:
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("tangent", [False, True])
 def test_attention_memory_is_linear_in_the_length(backward: bool, tangent: bool) -> None:
-    """No N x N buffer: scratch memory grows with the keys, at most in proportion, never with the queries."""
+    """No N x N buffer: scratch memory grows at most in proportion to the keys, and not with the queries."""
     module = _library.introspection()
     if module is None:
         pytest.skip("portable wheel: it has no introspection module")
@@ -226,7 +226,7 @@ def test_env_report_names_every_part() -> None:
 
 
 def test_missing_library_is_one_sentence_and_import_works(tmp_path: Path) -> None:
-    """A copy of the package without its libraries: imports, and says what to do when an op is called."""
+    """A copy of the package without its libraries imports, and says what to do when an op is called."""
     package = tmp_path / "pmf"
     for source in Path(pmf.__file__).parent.rglob("*.py"):
         target = package / source.relative_to(Path(pmf.__file__).parent)
@@ -272,7 +272,7 @@ def test_ops_compile_with_and_without_cuda(with_cuda: int) -> None:
 
 
 def test_building_without_torch_is_one_sentence(tmp_path: Path) -> None:
-    """ "No module named 'torch'" while building is what users of such packages meet first."""
+    """Users of such packages first meet "No module named 'torch'" while building."""
     venv.create(tmp_path / "empty", with_pip=False)
     setup = load_setup()
     script = (

@@ -1,4 +1,4 @@
-"""Weights on disk: what is read back, and every file that must be refused."""
+"""Weights on disk: what is read back, and every file that must be rejected."""
 
 import pickle
 from pathlib import Path

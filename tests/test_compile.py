@@ -1,4 +1,4 @@
-"""torch.compile of the whole network in training: what it learns, and how many graphs it takes."""
+"""torch.compile of the whole network in training: what it learns, and how many graphs it needs."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -93,7 +93,7 @@ def test_compiled_training_follows_eager(model: PixelMeanFlow, dtype: torch.dtyp
 
 
 def test_all_kinds_of_batches_share_the_graphs_that_torch_compile_allows(model: PixelMeanFlow) -> None:
-    """Rows of guidance and of tangents vary from step to step; few numbers of them give a new graph."""
+    """The rows of guidance and tangents vary between steps; few numbers of them give a new graph."""
     graphs = []
 
     def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:

@@ -1,8 +1,8 @@
-"""Every command and every example in docs/ runs, in order, page by page; `--quick` cuts the sizes.
+"""Every command and example in docs/ runs, in order, page by page; `--quick` reduces the sizes.
 
-A page's Python blocks share one namespace. Its shell blocks run in a folder of the page's own that holds what
-the page's reader has: images, and nothing else. A block after an HTML comment that begins with "not run" is
-left out.
+A page's Python blocks share one namespace. Its shell blocks run in a separate folder that contains what the
+page's reader has: images, and nothing else. A block after an HTML comment that begins with "not run" is
+skipped.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""PyTorch's global state: what is drawn, and what comes out, is the same whatever it is set to."""
+"""Draws and results do not depend on PyTorch's global state."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -133,7 +133,7 @@ def test_draws_are_the_same(name, state):
 
 
 def test_draws_of_the_global_generator_are_the_same():
-    """A default of another device does not take them from that device's generator."""
+    """A default on another device does not draw from that device's generator."""
     torch.manual_seed(5)
     expected = Objective().draw(IMAGES, LABELS)
     for state in STATES.values():
@@ -262,7 +262,7 @@ def test_a_model_follows_the_defaults_as_modules_do():
 
 
 def test_newton_schulz_in_inference_mode_may_use_all_threads():
-    """Worker threads are not in inference mode: they raised where they wrote to the results."""
+    """Worker threads are not in inference mode: they raised when writing to the results."""
     matrices, before = [tensor(6, 4), tensor(64, 96)], torch.get_num_threads()
     torch.set_num_threads(2)
     try:

@@ -53,7 +53,7 @@ def test_headers_have_names_of_their_own():
 
 
 def test_headers_compiled_for_each_cpu_level_say_so():
-    """`-inl.h`: its contents live in namespace pmf::cpu::PMF_LEVEL, once a level."""
+    """The contents of `-inl.h` headers are in namespace pmf::cpu::PMF_LEVEL, once per level."""
     headers = list((ROOT / "csrc/cpu").rglob("*.h"))
     assert headers
     for path in headers:
@@ -68,7 +68,7 @@ def test_the_table_lists_every_op():
 
 
 def test_no_op_lives_outside_its_stem():
-    """Helpers of the ops begin with an underscore; every other file there is an op of the table."""
+    """Helpers of the ops start with an underscore; every other file there is an op in the table."""
     for folder in ("pmf/ops", "pmf/reference"):
         modules = {path.stem for path in (ROOT / folder).glob("*.py") if not path.stem.startswith("_")}
         assert modules >= set(STEMS)

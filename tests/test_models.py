@@ -1,4 +1,4 @@
-"""Presets, initialisation and the names of weights."""
+"""Presets, initialisation and parameter names."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""The README says what the committed records say, and its commands are the ones that CI runs."""
+"""The README matches the committed records, and its commands are the ones that CI runs."""
 
 import importlib.util
 import re

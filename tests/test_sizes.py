@@ -1,4 +1,4 @@
-"""Sizes of images: a number, (height, width), or words."""
+"""Image sizes: a number, (height, width), or text."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Models inside DistributedDataParallel, fully_shard and torch.compile are taken as they are."""
+"""Models inside DistributedDataParallel, fully_shard and torch.compile are accepted directly."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -107,7 +107,7 @@ def test_optimizer_and_averages_resume_without_the_wrapper_and_with(name):
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_states_with_names_from_before(prefix):
-    """Of versions that kept the wrapper's names."""
+    """From versions that kept the wrapper's names."""
     model = small()
     optimizer, ema = Muon(model, lr=0.1), EMA(model, (0.1,))
     saved, averages = optimizer.state_dict(), ema.state_dict()
@@ -148,7 +148,7 @@ def test_weights_go_into_wrapped_models(name):
 
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_the_objective_and_the_sampler_take_wrapped_models(name):
-    """The wrapped model's numbers and gradients, and its images, are the model's."""
+    """The wrapped model's numbers, gradients and images equal the model's."""
     model = digits()
     wrapped = WRAPPERS[name](copy.deepcopy(model))
     objective = pmf.flow.Objective(noise_scale=model.config.noise_scale)
@@ -167,7 +167,7 @@ def test_the_objective_and_the_sampler_take_wrapped_models(name):
 
 
 def test_data_parallel_on_several_devices_is_refused():
-    """It would hand the tangents of the first samples to the copies that have others."""
+    """It would send the tangents of the first samples to copies that hold other samples."""
     model = nn.DataParallel(digits())
     model.device_ids = [0, 1]
     objective = pmf.flow.Objective(noise_scale=model.module.config.noise_scale)
@@ -181,7 +181,7 @@ def test_data_parallel_on_several_devices_is_refused():
 @pytest.mark.filterwarnings("ignore:.*FSDP.*", "ignore:.*NO_SHARD.*")
 @pytest.mark.parametrize("use_orig_params", [True, False])
 def test_flattened_parameters_are_refused(use_orig_params):
-    """FSDP1's parameters are pieces of one vector: Muon would take a piece of a matrix for a bias."""
+    """FSDP1's parameters are pieces of one vector: Muon would mistake a piece of a matrix for a bias."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     model = digits()

@@ -1,4 +1,4 @@
-"""Means, verdicts and the judge, on numbers worked out by hand."""
+"""Means, verdicts and the judge, on hand-computed numbers."""
 
 import math
 
@@ -52,7 +52,7 @@ def test_growth_is_that_of_the_ratios() -> None:
 
 
 def test_the_judge_knows_digits_from_noise() -> None:
-    """Real images are nearer than mirrored ones, these nearer than noise, in features and in pixels."""
+    """Real images are closer than mirrored ones, and these closer than noise, in features and in pixels."""
     dataset = load_digits()
     split = Split.of(dataset, 500)
     assert not set(split.unseen) & set(split.seen) and not set(split.real) & set(split.others)

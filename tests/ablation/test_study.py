@@ -1,4 +1,4 @@
-"""A study's folder belongs to one data set."""
+"""A study folder belongs to one dataset."""
 
 from pathlib import Path
 

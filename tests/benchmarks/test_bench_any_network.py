@@ -1,4 +1,4 @@
-"""The benchmark of other people's networks: it compares gradients before it times anything."""
+"""The benchmark of third-party networks compares gradients before timing anything."""
 
 import json
 import re

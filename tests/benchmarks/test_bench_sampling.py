@@ -1,4 +1,4 @@
-"""The sampling benchmark: it compares images before it times anything."""
+"""The sampling benchmark compares images before timing anything."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The training step's benchmark finds mistakes before it times anything, and counts what it says."""
+"""The training-step benchmark detects mistakes before timing anything, and its counts are correct."""
 
 import json
 import re
@@ -58,7 +58,7 @@ def test_disagreement_ends_the_run_before_anything_is_timed(monkeypatch, capsys)
 
 
 def test_the_count_is_the_derivation_by_hand_plus_what_it_leaves_out():
-    """Depth 4 with heads of 2, one draw: every unit accounted for."""
+    """Depth 4 with heads of depth 2, one draw: every unit is accounted for."""
     sizes, batch_size = Sizes(depth=4, head_depth=2), 8
     counted = flops.count(sizes, batch_size, draws=1)["units"]
     draws = draw_batch(sizes._replace(image_size=16), batch_size, seed=0).draws
@@ -76,7 +76,7 @@ def test_the_count_is_the_derivation_by_hand_plus_what_it_leaves_out():
 
 
 def test_memory_is_the_growth_over_the_loaded_model():
-    """Twice the batch: the optimizer's part stays, activations double."""
+    """With twice the batch, the optimizer's share stays the same and activations double."""
     small, large = (memory.growth("pmf", "fp32", SMALL, batch) for batch in (64, 256))
     batch_bytes = 4 * SMALL.channels * SMALL.image_size**2
     assert 192 * batch_bytes < large - small

@@ -1,4 +1,4 @@
-"""The harness finds what is wrong before it times, and times every contestant in turn."""
+"""The harness detects wrong results before timing, and interleaves the contestants."""
 
 import json
 import os

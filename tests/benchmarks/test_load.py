@@ -1,4 +1,4 @@
-"""What other programs take of the processor is seen, and what the process takes itself is not."""
+"""Processor time used by other programs is detected, and the process's own is not counted."""
 
 import os
 import subprocess

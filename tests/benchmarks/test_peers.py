@@ -1,4 +1,4 @@
-"""The Triton baseline is right at every length and width; Triton's interpreter runs it without a GPU."""
+"""The Triton baseline is correct at every length and width; Triton's interpreter runs it without a GPU."""
 
 import os
 import subprocess

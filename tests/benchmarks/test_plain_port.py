@@ -1,4 +1,4 @@
-"""The baseline of the benchmarks is right, and owes nothing to what it is compared with."""
+"""The benchmarks' baseline is correct, and independent of the library it is compared with."""
 
 import ast
 from pathlib import Path
@@ -102,7 +102,7 @@ def test_weights_that_do_not_fit_are_refused():
 
 
 def test_its_optimizers_own_the_same_and_step_alike():
-    """One step from the same gradients: full-rank ones, whose directions bfloat16 can tell from noise."""
+    """One step from the same full-rank gradients, whose directions bfloat16 can distinguish from noise."""
     model = make_model(SMALL)
     ours, port = Ours(model, "fp32"), Port(model, SMALL, "fp32")
     theirs = dict(port.network.named_parameters())

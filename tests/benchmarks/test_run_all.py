@@ -1,4 +1,4 @@
-"""run_all.py: what it measured is kept whatever fails, and it runs on the CPU as it does on a GPU."""
+"""run_all.py keeps its measurements whatever fails, and runs on the CPU as on a GPU."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""``pmf ablate`` as a person runs it: its table, going on where it stopped, and its words to wrong ones."""
+"""``pmf ablate`` from the command line: table, resuming, and errors for bad input."""
 
 import json
 from pathlib import Path

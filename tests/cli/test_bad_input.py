@@ -1,4 +1,4 @@
-"""Every wrong word gives one sentence on stderr that starts with error:, and status 2."""
+"""Every bad argument gives one sentence on stderr that starts with error:, and exit status 2."""
 
 from collections.abc import Callable
 from pathlib import Path

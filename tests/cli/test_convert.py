@@ -1,4 +1,4 @@
-"""``pmf convert`` there and back: the same weights, the same samples, and what it refuses."""
+"""``pmf convert`` in both directions: same weights, same samples, and rejected input."""
 
 from pathlib import Path
 

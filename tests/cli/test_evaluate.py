@@ -1,4 +1,4 @@
-"""``pmf evaluate`` from a checkpoint to its figures, and the ways to ask it, or ``pmf sample``, wrongly."""
+"""``pmf evaluate`` from a checkpoint to its scores, and bad arguments for it and ``pmf sample``."""
 
 import json
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""The whole road for a flat folder of wide images: train, resume, sample, evaluate, convert."""
+"""The whole workflow for a flat folder of wide images: train, resume, sample, evaluate, convert."""
 
 import json
 from pathlib import Path

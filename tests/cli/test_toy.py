@@ -1,4 +1,4 @@
-"""``pmf toy`` as a person runs it: its figures, its files, and what it says to wrong words."""
+"""``pmf toy`` from the command line: numbers, files, and errors for bad input."""
 
 import json
 import re

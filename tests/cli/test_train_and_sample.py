@@ -1,4 +1,4 @@
-"""The road of a user: train, be interrupted, go on, sample, convert."""
+"""A user's workflow: train, interrupt, resume, sample, convert."""
 
 import re
 import shutil

@@ -1,4 +1,4 @@
-"""pmf train with a settings file, and evaluated while it trains."""
+"""pmf train with a settings file, and with evaluation during training."""
 
 import json
 from pathlib import Path

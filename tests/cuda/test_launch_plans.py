@@ -1,4 +1,4 @@
-"""What the CUDA ops say they launch, held against what the compiler made of the kernels. No GPU is needed."""
+"""The CUDA ops' launch plans, checked against the compiled kernels. No GPU is needed."""
 
 import itertools
 from pathlib import Path
@@ -82,7 +82,7 @@ def every_plan(plans: ModuleType, gpu: Gpu) -> list[Plan]:
 
 @pytest.mark.parametrize("name", GPUS)
 def test_what_is_planned_fits_what_was_compiled(plans: ModuleType, code: MachineCode, name: str) -> None:
-    """A launch stays within its kernel's bounds, and as many blocks fit a multiprocessor as it counts on."""
+    """A launch is within its kernel's limits, and as many blocks fit on a multiprocessor as it assumes."""
     gpu = GPUS[name]
     usage, planned = code.usage(gpu.architecture), set()
     for launch in (each for plan in every_plan(plans, gpu) for each in plan["launches"]):
@@ -99,7 +99,7 @@ def test_what_is_planned_fits_what_was_compiled(plans: ModuleType, code: Machine
 
 
 def test_heads_of_276_tokens_are_read_once(plans: ModuleType) -> None:
-    """One block a head: each key and value comes from memory once, and no other block asks for it."""
+    """With one block per head, each key and value is read from memory once, by one block only."""
     for (gpu, width), tangent in itertools.product(((A100, 64), (H100, 64), (H100, 80)), (False, True)):
         (launch,) = attention(plans, gpu, 3072, 276, 276, width, tangent=tangent)["launches"]
         assert launch["blocks"] == 3072, (gpu, launch)
@@ -112,7 +112,7 @@ def test_a_step_of_muon_is_twenty_launches(plans: ModuleType) -> None:
 
 
 def test_the_patch_embedding_is_one_kernel_where_it_fits(plans: ModuleType) -> None:
-    """Besides the prefix: both products in 112 KB, or one by one."""
+    """Besides the prefix: both products in 112 KB, or one after the other."""
     kernels = [len(patch_embed(plans, gpu)["launches"]) - 1 for gpu in (H100, A100, RTX_3090)]
     assert kernels == [1, 1, 2]
 

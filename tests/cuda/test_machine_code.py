@@ -1,4 +1,4 @@
-"""The machine code of this build, as the compiler left it: nothing is compiled again, no GPU is needed."""
+"""The machine code of this build as the compiler left it: nothing is recompiled, no GPU is needed."""
 
 import re
 import shutil
@@ -99,7 +99,7 @@ def named(code: MachineCode, name: str) -> str:
 
 
 def test_every_kernel_is_there_for_every_architecture(code: MachineCode) -> None:
-    """Machine code for sm_80 and sm_90a, PTX for newer ones: of all that the host code can launch."""
+    """Machine code for sm_80 and sm_90a, and PTX for newer ones, for everything the host code can launch."""
     assert code.registered
     for architecture in ARCHITECTURES:
         assert set(code.usage(architecture)) == code.registered
@@ -116,7 +116,7 @@ def test_every_kernel_in_the_sources_is_in_the_library(code: MachineCode) -> Non
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_kernel_has_a_stack_frame(code: MachineCode, architecture: str) -> None:
-    """Spilled registers live in one, so no kernel spills: those for widths 64 and 80, and all others."""
+    """Spilled registers live in the stack frame, so no kernel spills: widths 64 and 80, and all others."""
     usage = code.usage(architecture)
     assert sum(re.match(TUNED, name) is not None for name in demangled(usage).values()) == 24
     assert spilling(usage) == {}
@@ -144,7 +144,7 @@ def test_registers_allow_the_blocks_that_launch_bounds_promise(code: MachineCode
 
 
 def test_the_library_is_small_enough(code: MachineCode, tmp_path: Path) -> None:
-    """A wheel is a zip file, and this library nearly all of it: under 40 MB."""
+    """A wheel is a zip file, of which this library is nearly all: under 40 MB."""
     packed = shutil.make_archive(str(tmp_path / "library"), "zip", code.path.parent, code.path.name)
     assert Path(packed).stat().st_size < 36e6
 

@@ -1,4 +1,4 @@
-"""Data sets in MNIST's file format, as Fashion-MNIST is distributed."""
+"""Datasets in MNIST's file format, as Fashion-MNIST is distributed."""
 
 import gzip
 from pathlib import Path

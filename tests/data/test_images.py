@@ -1,4 +1,4 @@
-"""Pixels in, pixels out: scaling, ADM's centre crop, file modes, and files that cannot be used."""
+"""Reading and writing pixels: scaling, ADM's centre crop, file modes, and unusable files."""
 
 import struct
 import zlib

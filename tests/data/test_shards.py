@@ -1,4 +1,4 @@
-"""WebDataset shards and parquet files: the images and labels in them, and what is wrong with a file."""
+"""WebDataset shards and parquet files: their images and labels, and errors for bad files."""
 
 import io
 import json

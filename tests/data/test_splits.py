@@ -1,4 +1,4 @@
-"""Training, validation and test parts beside each other, in folders, shards and tables by one rule."""
+"""Training, validation and test splits side by side, under one rule for folders, shards and tables."""
 
 import io
 import logging

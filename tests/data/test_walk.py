@@ -1,4 +1,4 @@
-"""One walk for everything: links, loops, names and kinds of files, and the line about what it leaves out."""
+"""File search: links, loops, names and types of files, and the line about what is skipped."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""Tensors on several devices, and devices or drivers too old: an error, never a wrong result."""
+"""Tensors on several devices, and devices or drivers that are too old: an error, never a wrong result."""
 
 import dataclasses
 import itertools

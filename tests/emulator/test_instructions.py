@@ -1,4 +1,4 @@
-"""The emulated instructions, and nvcc's, against the tables of the PTX ISA and plain numpy."""
+"""The emulated instructions, and nvcc's, against the tables in the PTX ISA and plain numpy."""
 
 import math
 from collections.abc import Iterator
@@ -51,7 +51,7 @@ def cut(x: Fraction) -> Fraction:
 @pytest.mark.parametrize(("bits", "blocks"), [(24, 2), (25, 1), (23, 2)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_mma_cuts_its_sums(planted: Planted, kind: str, bits: int, blocks: int) -> None:
-    """Bit for bit, of terms that differ by up to 2^24, some zero, some that cancel."""
+    """Bit for bit, with terms that differ by up to 2^24, some zero, some cancelling."""
     number, depth, a_place, b_place = KINDS[kind]
     generator = np.random.default_rng(3)
 
@@ -78,7 +78,7 @@ def test_mma_cuts_its_sums(planted: Planted, kind: str, bits: int, blocks: int) 
 
 
 def test_mma_of_infinities_and_nan(planted: Planted) -> None:
-    """They stay in their rows and columns; a sum beyond fp32 is infinite."""
+    """Terms stay in their rows and columns; a sum beyond fp32 is infinite."""
     a, b, c = np.ones((16, 16)), np.ones((16, 8)), np.zeros((16, 8))
     a[2, 3], a[4, 5], b[7, 6], c[9, 1] = np.inf, np.nan, -np.inf, np.inf
     a[11], b[:, 3] = 2.0**100, 2.0**27

@@ -1,4 +1,4 @@
-"""Every family of kernels with other devices' plans: 99, 163 and 227 KB a block, 4 and 132 processors."""
+"""Every kernel family under other devices' plans: 99, 163 and 227 KB per block, 4 and 132 processors."""
 
 import itertools
 

@@ -1,7 +1,7 @@
 """Faults planted in the inline assembly of csrc/cuda/common/ptx.cuh, compiled by nvcc: each is caught.
 
-The checks are those of test_instructions.py, and pass on the file as it is; nothing but the ptx backend sees
-the assembly.
+The checks are those of test_instructions.py, which pass on the unmodified file; only the ptx backend sees the
+assembly.
 """
 
 import re
@@ -104,7 +104,7 @@ def unguarded(text: str) -> list[str]:
 
 
 def test_ptx_missing_clobbers_are_caught() -> None:
-    """In the text: the side effects of `volatile` alone keep this nvcc from moving anything, unpromised."""
+    """Checked in the text: only the side effects of `volatile` keep this nvcc from moving anything."""
     text = source()
     assert unguarded(text) == []
     clobbers = [match.span() for match in re.finditer(r':(?:::)? "memory"', text)]
@@ -114,7 +114,7 @@ def test_ptx_missing_clobbers_are_caught() -> None:
 
 
 def test_ptx_instruction_that_lanes_reach_at_different_places(tmp_path: Path) -> None:
-    """An instruction that is .aligned must be one instruction for the whole warp."""
+    """An instruction marked .aligned must be executed by the whole warp at once."""
     text = (SOURCE / "probes.cu").read_text()
     once = "if constexpr (kKind == kBf16) mma_m16n8k16<__nv_bfloat16>(c, a, b);"
     assert once in text
@@ -140,7 +140,7 @@ def test_ptx_parameters_that_are_laid_out_otherwise(tmp_path: Path) -> None:
 
 
 def test_ptx_as_it_is_passes() -> None:
-    """The checks, on the file as it is; all instructions of test_instructions.py have run on it."""
+    """The checks on the unmodified file; all instructions of test_instructions.py have run on it."""
     with planted_at("ptx", of_nvcc(FILES[1])) as planted:
         for fault in FAULTS.values():
             fault.check(planted)

@@ -86,7 +86,7 @@ def test_message_names_the_line(planted: Planted) -> None:
 
 
 def test_a_twin_after_a_bug_is_not_blamed_for_it(planted: Planted) -> None:
-    """What a launch that was ended left behind (copies under way, waiting lanes) is gone."""
+    """The remains of an aborted launch (copies in flight, waiting lanes) are cleared."""
     for bug in FOUND:
         assert run(planted, bug, True, 1) is not None
         assert run(planted, "copy_over_readers", False, 1) is None

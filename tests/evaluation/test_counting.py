@@ -1,4 +1,4 @@
-"""Sums over many images: batch by batch, stopped and continued, on one process and on several."""
+"""Sums over many images: batch by batch, interrupted and resumed, on one process and on several."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""Reference statistics, images and weights as people have them, and those that cannot be used."""
+"""Reference statistics, images and weights in the formats in use, and unusable ones."""
 
 from pathlib import Path
 from typing import Any

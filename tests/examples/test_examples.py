@@ -1,4 +1,4 @@
-"""The programs of examples/, each in its small form."""
+"""The programs in examples/, each at reduced size."""
 
 import importlib.util
 import sys

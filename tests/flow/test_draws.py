@@ -1,4 +1,4 @@
-"""Random draws: their distributions, and that they alone decide the loss."""
+"""Random draws: their distributions, and that they alone determine the loss."""
 
 import math
 

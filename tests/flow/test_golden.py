@@ -1,7 +1,7 @@
-"""The authors' trainer in numbers: golden/objective.npz holds what it computes for one tiny network.
+"""The authors' trainer as numbers: golden/objective.npz has its results for one tiny network.
 
-The published code was run with every random draw given. Two implementations of it agreed to 1e-6; 1e-4 is
-asked here.
+The published code was run with every random draw fixed. Two implementations of it agreed to 1e-6; the test
+requires 1e-4.
 """
 
 from pathlib import Path

@@ -171,7 +171,7 @@ class Recording(nn.Module):
 @pytest.mark.parametrize("guidance", GUIDANCE)
 @pytest.mark.parametrize("direction", ["conditional", "network"])
 def test_the_network_is_called_as_often_for_any_draws(direction: Any, guidance: str):
-    """Ranks that share its weights would wait for each other forever otherwise."""
+    """Otherwise ranks that share its weights would wait for each other forever."""
     counts = set()
     for times in (PlaneTimes(), LineTimes(line="r=t"), LineTimes(line="r=0")):
         objective = MeanFlow(direction=direction, times=times, **GUIDANCE[guidance])
@@ -217,7 +217,7 @@ def test_modules_wrappers_and_functions(wrap: str):
 
 @pytest.mark.parametrize("prediction", ["u", "x"])
 def test_samples_follow_the_field(prediction: Any):
-    """The average velocity from x = 3 at every time, written down: any steps end there exactly."""
+    """The exact average velocity from x = 3 at every time: any number of steps ends there exactly."""
 
     def network(z, t, r, shift):
         end = torch.full_like(z, 3.0) + shift
@@ -232,7 +232,7 @@ def test_samples_follow_the_field(prediction: Any):
 
 
 def test_a_trained_network_samples_its_data():
-    """Two points a side: one step from noise ends near one of them."""
+    """Two points on each side: one step from noise ends near one of them."""
     torch.manual_seed(0)
     network, data = Net(1), torch.tensor([[-1.0], [1.0]])
     objective = MeanFlow()

@@ -1,4 +1,4 @@
-"""Images that are not square: model, objective and samples against the plain port."""
+"""Non-square images: model, objective and samples against the plain port."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The objective against a plain port of the paper's equations, in float64, on batches of every case."""
+"""The objective against a direct port of the paper's equations, in float64, on batches of every case."""
 
 from dataclasses import replace
 from typing import Any

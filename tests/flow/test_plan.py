@@ -1,4 +1,4 @@
-"""What the objective spends, in (layers x batch) at the sizes of a B model. A plain port spends 168."""
+"""The objective's work in (layers x batch), at the sizes of a B model. A plain port takes 168."""
 
 import torch
 

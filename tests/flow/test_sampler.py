@@ -122,7 +122,7 @@ def test_a_sampler_is_made_once_for_many_batches() -> None:
 
 
 def test_the_prepared_network_is_the_same_function() -> None:
-    """Its blocks' scales are in their matrices: values and gradients must not show it."""
+    """The gates of its blocks are folded into its matrices: values and gradients must not change."""
     model = deep_model().double()
     network = Sampler(model, "fp32").network
     images, labels = torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 3])

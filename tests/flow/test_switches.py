@@ -1,4 +1,4 @@
-"""Every ablation, alone and with others, against the plain port in float64, on batches of every case."""
+"""Every ablation, alone and combined, against the plain port in float64, on batches of every case."""
 
 import copy
 from collections.abc import Sequence
@@ -172,7 +172,7 @@ def test_tangents_of_preconditioners_are_their_derivatives(name: str) -> None:
 
 
 def test_edm_coefficients_meet_their_demands() -> None:
-    """Measured on samples: unit input, unit target, and no c_skip that would leave a smaller error."""
+    """Measured on samples: unit input, unit target, and no other c_skip has a smaller error."""
     torch.manual_seed(0)
     x, e = 0.4 * torch.randn(200_000).double(), 2.0 * torch.randn(200_000).double()
     for t in (0.1, 0.5, 0.8, 1.0):

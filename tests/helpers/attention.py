@@ -1,7 +1,7 @@
-"""Problems for attention, easy and hard, and their answers in float64.
+"""Easy and hard attention problems, with their results in float64.
 
-An answer is that of the reference for the inputs as rounded to the dtype under test; it is computed once for
-all levels of the kernels.
+A result is the reference's for the inputs as rounded to the dtype under test; it is computed once for all
+kernel levels.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Everything an elementwise op computes, next to the float64 reference on the same rounded inputs."""
+"""Everything an elementwise op computes, beside the float64 reference on the same rounded inputs."""
 
 from collections.abc import Callable
 from typing import Any

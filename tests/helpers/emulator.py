@@ -1,4 +1,4 @@
-"""Builds and loads the emulator's libraries (tests/emulator): once for all processes, when first needed."""
+"""Build and load the emulator's libraries (tests/emulator) on first use, once for all processes."""
 
 import ctypes
 import fcntl

@@ -1,4 +1,4 @@
-"""Whether torch.compile can make machine code here."""
+"""Whether torch.compile can generate machine code here."""
 
 import functools
 from collections.abc import Callable

@@ -1,6 +1,6 @@
-"""What single instructions must do: tables of the PTX ISA, written down here, and plain numpy.
+"""What single instructions must do: tables from the PTX ISA, written down here, and plain numpy.
 
-Each check runs a kernel of tests/emulator/probes.cu on operands given lane by lane.
+Each check runs a kernel in tests/emulator/probes.cu on operands given lane by lane.
 """
 
 from collections.abc import Callable

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="operator, misc, arg-type, return-value"
-"""What each of two processes does for tests/tangents/test_jvp_ranks.py."""
+"""The work of each of two processes in tests/tangents/test_jvp_ranks.py."""
 
 import os
 from collections.abc import Callable

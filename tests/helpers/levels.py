@@ -1,8 +1,8 @@
-"""Where the kernels run: the levels of the CPU kernels, the emulator, and a GPU; switched inside one process.
+"""Where the kernels run: the CPU levels, the emulator, and a GPU, switched within one process.
 
-Each is a namespace of raw ops in the place of torch.ops.pmf. The emulator's takes CPU tensors to the CUDA
-kernels, compiled for the CPU (tests/emulator), or as nvcc compiled them (helpers/ptx); the GPU's takes copies
-there and brings the results back, so that one test serves all.
+Each is a namespace of raw ops that replaces torch.ops.pmf. The emulator's runs the CUDA kernels on CPU
+tensors, compiled for the CPU (tests/emulator) or by nvcc (helpers/ptx); the GPU's copies tensors there and
+the results back, so that one test serves all.
 """
 
 from collections.abc import Callable, Iterator

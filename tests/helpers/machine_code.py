@@ -1,7 +1,7 @@
-"""The machine code of a compiled library, as NVIDIA's own tools show it.
+"""The machine code of a compiled library, as shown by NVIDIA's tools.
 
-cuobjdump says what each kernel takes, nvdisasm what instructions it has. They come with the CUDA toolkit,
-with Triton, and as packages, nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm, which the extra "test" installs.
+cuobjdump reports each kernel's resources, nvdisasm its instructions. They come with the CUDA toolkit, with
+Triton, and as the packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm, which the extra "test" installs.
 """
 
 import functools

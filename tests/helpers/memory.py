@@ -1,4 +1,4 @@
-"""How much memory PyTorch's allocator gives to a call."""
+"""The memory that PyTorch's allocator hands out during a call."""
 
 from collections.abc import Callable
 

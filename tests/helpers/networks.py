@@ -1,7 +1,7 @@
-"""Small networks as their authors write them: nothing of this library's in them.
+"""Small networks as third parties write them, without anything from this library.
 
-Each entry of NETWORKS makes a module, its inputs and the constants of the call; `jvp_math`, torch.func.jvp
-through PyTorch's math attention, is what a tangent is held against.
+Each entry of NETWORKS creates a module, its inputs and the constants of the call; tangents are checked
+against `jvp_math`, torch.func.jvp through PyTorch's math attention.
 """
 
 from collections.abc import Callable

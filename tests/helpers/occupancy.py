@@ -1,4 +1,4 @@
-"""How many blocks one multiprocessor runs at once: the rules of NVIDIA's occupancy calculator."""
+"""How many blocks a multiprocessor runs at once: the rules of NVIDIA's occupancy calculator."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""The ops: where each one's parts are, and small inputs to try it on."""
+"""The ops: the location of each one's parts, and small inputs for it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

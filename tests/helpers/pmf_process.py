@@ -1,4 +1,4 @@
-"""Real processes of the command ``pmf``, on one thread and a network of a few thousand weights."""
+"""Run the command ``pmf`` in a real process, with one thread and a network of a few thousand weights."""
 
 import os
 import subprocess

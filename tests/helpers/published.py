@@ -1,6 +1,6 @@
-"""The packages that the networks are compared with.
+"""The packages that published the networks under comparison.
 
-A test skips where its package is missing, and fails with PMF_PEERS=required, as continuous integration sets.
+A test is skipped if its package is missing, and fails with PMF_PEERS=required, as set in CI.
 """
 
 import importlib

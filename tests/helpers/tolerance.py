@@ -1,4 +1,4 @@
-"""Errors, and the limits for them: those of pmf.bench.tolerance, the one table."""
+"""Errors and their limits, which come from the one table in pmf.bench.tolerance."""
 
 from collections.abc import Iterable
 

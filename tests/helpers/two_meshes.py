@@ -1,4 +1,4 @@
-"""What each of two processes does for tests/ops/test_sharded.py; all checks share one pair of them."""
+"""The work of each of two processes in tests/ops/test_sharded.py; all checks share one pair."""
 
 import os
 from collections.abc import Callable, Sequence

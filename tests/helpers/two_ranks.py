@@ -1,4 +1,4 @@
-"""What each of two processes does for tests/training/test_ranks.py; all checks share one pair of them."""
+"""The work of each of two processes in tests/training/test_ranks.py; all checks share one pair."""
 
 import os
 import signal

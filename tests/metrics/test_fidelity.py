@@ -1,4 +1,4 @@
-"""Inception, FID and Inception Score beside torch-fidelity's; streamed sums beside the whole set at once."""
+"""Inception, FID and Inception Score beside torch-fidelity's; accumulated sums beside the whole set."""
 
 import importlib
 import importlib.util
@@ -90,7 +90,7 @@ def test_inception_refuses_other_images(inception: InceptionV3) -> None:
 
 
 def test_the_resize_is_tensorflows() -> None:
-    """Corners meet: enlarging by two interpolates between i and i + 1, and repeats the last pixel."""
+    """Corners are aligned: enlarging by two interpolates between i and i + 1 and repeats the last pixel."""
     row = torch.tensor([0.0, 4.0, 8.0])
     image = row.expand(1, 1, 3, 3)
     assert resize_as_tensorflow_1(image, 6)[0, 0, 0].tolist() == [0, 2, 4, 6, 8, 8]

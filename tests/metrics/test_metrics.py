@@ -1,4 +1,4 @@
-"""Frechet distance, recall and coverage against cases whose value is known."""
+"""Frechet distance, recall and coverage in cases with known values."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_recall_and_coverage_of_collapsed_copied_and_far_samples():
 
 
 def test_wide_noise_raises_recall_but_not_coverage():
-    """Why both are reported: samples blown up by noise reach every real point with their larger balls."""
+    """Why both are reported: noisy samples reach every real point with their larger balls."""
     generator = torch.Generator().manual_seed(0)
     real = torch.randn(400, 16, generator=generator)
     fresh = torch.randn(400, 16, generator=generator)

@@ -1,4 +1,4 @@
-"""Sliced Wasserstein distance against cases whose value is known."""
+"""Sliced Wasserstein distance in cases with known values."""
 
 import math
 
@@ -43,7 +43,7 @@ def test_it_is_symmetric_zero_on_equal_sets_and_grows_with_the_order(n, m, seed,
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 12), st.integers(1, 12), SEEDS, st.integers(2, 4))
 def test_sets_of_two_sizes_are_compared_by_their_quantiles(n, m, seed, copies):
-    """Both repeated to one size are the same two distributions, for which sorting is enough."""
+    """Repeating both to one size gives the same two distributions, for which sorting is enough."""
     a, b = points(n, seed), points(m, seed + 1)
     repeated = sliced_wasserstein(a.repeat(m * copies, 1), b.repeat(n * copies, 1))
     assert sliced_wasserstein(a, b) == pytest.approx(repeated, rel=1e-12)

@@ -1,4 +1,4 @@
-"""The fused branches of a block: every derivative, what backward keeps, what is copied, and dtypes."""
+"""The fused branches of a block: every derivative, what backward saves, what is copied, and dtypes."""
 
 from collections.abc import Callable
 
@@ -72,7 +72,7 @@ def test_value_and_gradients(block: Block, x: Tensor, keep: int | None) -> None:
 
 @pytest.mark.parametrize("keep", [None, IMAGE])
 def test_forward_mode_and_second_derivatives(block: Block, x: Tensor, keep: int | None) -> None:
-    """Each is right, by way of the reference: jvp, jvp of a gradient, gradient of a gradient."""
+    """Each is correct through the reference: jvp, jvp of a gradient, gradient of a gradient."""
     primals = weights_of(block), x
     generator = torch.Generator().manual_seed(2)
     tangents = torch.utils._pytree.tree_map(
@@ -96,7 +96,7 @@ def test_forward_mode_and_second_derivatives(block: Block, x: Tensor, keep: int 
 
 @pytest.mark.parametrize("keep", [None, IMAGE])
 def test_vmap(block: Block, x: Tensor, keep: int | None) -> None:
-    """Over the input, over the weights, and gradients of each sample."""
+    """Over the input, over the weights, and per-sample gradients."""
     weights = weights_of(block)
     stacked = {name: torch.stack((w, 2 * w)) for name, w in weights.items()}
     samples = torch.stack((x, x + 1, 2 * x))
@@ -156,7 +156,7 @@ def test_backward_keeps_what_the_docstrings_say_and_no_tangent(
 
 
 def test_nothing_as_large_as_the_activations_is_copied(block: Block, x: Tensor) -> None:
-    """Queries, keys, values and their gradients change between the projections' layout and heads as views."""
+    """Queries, keys, values and their gradients switch between the projections' layout and heads as views."""
     block, x = block.float(), x.float().requires_grad_()
     tables = cos.float(), sin.float()
     gradient = torch.randn_like(x)

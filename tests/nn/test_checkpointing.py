@@ -1,4 +1,4 @@
-"""model.checkpointing = "blocks": the same numbers from less memory, for the work of the values once more."""
+"""model.checkpointing = "blocks": the same numbers with less memory, for recomputing the values once."""
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def test_compiled(model: PixelMeanFlow) -> None:
 
 
 def test_less_memory(model: PixelMeanFlow) -> None:
-    """The saved rows of eight blocks and their heads are most of a step's memory here."""
+    """Here most of a step's memory is the saved rows of eight blocks and their heads."""
     peak = {mode: peak_bytes(lambda mode=mode: step(model, mode)) for mode in ("none", "blocks")}
     assert peak["blocks"] < 0.6 * peak["none"], peak
 

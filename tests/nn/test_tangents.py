@@ -1,4 +1,4 @@
-"""Every layer's tangent, carried by the first n of B samples, against central differences in float64."""
+"""Every layer's tangent, for the first n of B samples, against central differences in float64."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of ops."""
+"""Fixtures for the op tests."""
 
 from collections.abc import Iterator
 

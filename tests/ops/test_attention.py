@@ -65,7 +65,7 @@ def test_hard_cases(level, name, shape, dtype):
 
 @pytest.mark.parametrize("keys", [15, 64, 65, 130])
 def test_every_query_sees_its_past_alone(level, keys):
-    """Causal from the top left, whichever of the lengths is greater."""
+    """Causal from the top left, whichever length is greater."""
     p = problem(Shape(1, 2, 2, 65, keys, 16, 16)).to(torch.float32)
     actual = ops.attention(*p[:3], is_causal=True)
     past = torch.ones(65, keys, dtype=torch.bool).tril()
@@ -80,7 +80,7 @@ def test_scale(level, scale):
 
 
 def test_scores_far_outside_the_exponentials_range(level):
-    """One key wins each row; neither the maximum nor what is subtracted from it may overflow."""
+    """One key dominates each row; neither the maximum nor the value subtracted from it may overflow."""
     query, key = torch.full((1, 1, 20, 8), 1e4), torch.linspace(-1e4, 1e4, 300)[:, None].expand(1, 1, 300, 8)
     value = torch.randn(1, 1, 300, 8)
     last, mean = value[:, :, -1:], value.double().mean(2, keepdim=True)
@@ -93,7 +93,7 @@ def test_scores_far_outside_the_exponentials_range(level):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("magnitude", [1e7, 1e9, 1e12, 1e30, -1e30])
 def test_huge_scores_choose_one_key(level, dtype, magnitude):
-    """Where a score's own spacing is a large exponent, s c - m must be 0 at the maximum: rows were NaN."""
+    """If the spacing of scores is a large exponent, s c - m must be 0 at the maximum: rows were NaN."""
     p = problem(Shape(1, 2, 2, 40, 90, 16, 16)).to(dtype)
     query, key = p[0] * abs(magnitude) ** 0.5, p[1] * abs(magnitude) ** 0.5
     scale = 0.25 if magnitude > 0 else -0.25
@@ -160,7 +160,7 @@ STEPS = st.tuples(*[st.sampled_from([1, 1, 2, 3, 0])] * 3, st.sampled_from([1, 1
     is_causal=st.booleans(),
 )
 def test_any_shape_and_strides(level, dtype, sizes, layouts, is_causal):
-    """Between the elements lies NaN, and some strides are 0."""
+    """There is NaN between the elements, and some strides are 0."""
     batch, key_heads, group, queries, keys, width, value_width = sizes
     p = problem(Shape(batch, group * key_heads, key_heads, queries, keys, width, value_width)).to(dtype)
     inputs = [scattered(x, *layout) for x, layout in zip(p[:3], layouts, strict=True)]

@@ -106,7 +106,7 @@ def test_hard_cases(level, name, shape, dtype):
 
 @pytest.mark.parametrize("keys", [1000, 4000])
 def test_error_does_not_grow_with_the_number_of_equal_scores(level, keys):
-    """One float32 sum over all keys would round every equal term the same way."""
+    """A single float32 sum over all keys would round every equal term the same way."""
     p = problem(Shape(1, 1, 1, 16, keys, 16, 16)).to(torch.float32)
     p = p._replace(query=torch.zeros_like(p.query))
     exact = gradients_of_both(reference, p.to(torch.float64))
@@ -184,7 +184,7 @@ def test_nan_stays_in_its_head(level, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", [(3, 1), (4, 2), (3, 3)])
 def test_two_runs_agree_bitwise_and_a_head_may_be_shared_by_threads(level, heads, dtype):
-    """One head and five threads, say: each has a share of the queries, and sums of its own."""
+    """For example one head and five threads: each has a share of the queries, and its own sums."""
     solved = shaped(Shape(1, *heads, 150, 65, 24, 24), dtype)
     for count in (1, 2, 5) if level in CPU_LEVELS else (1,):
         torch.set_num_threads(count)
@@ -194,7 +194,7 @@ def test_two_runs_agree_bitwise_and_a_head_may_be_shared_by_threads(level, heads
 
 
 def test_gradients_keep_the_memory_order_of_their_inputs(level):
-    """The model's [B, N, H, D] buffers: gradients flatten into [B, N, H D] without a copy."""
+    """The model's [B, N, H, D] buffers: gradients flatten to [B, N, H D] without a copy."""
     p = problem(Shape(2, 4, 2, 65, 33, 24, 40)).to(torch.float32)
     turned = p.map(lambda x: x.transpose(1, 2).contiguous().transpose(1, 2))
     for grad in gradients(ops, turned, enable_gqa=True) + gradients_of_both(ops, turned, enable_gqa=True):
@@ -228,7 +228,7 @@ STEPS = st.tuples(*[st.sampled_from([1, 1, 2, 3, 0])] * 2, *[st.sampled_from([1,
     is_causal=st.booleans(),
 )
 def test_any_shape_and_strides(level, dtype, sizes, layouts, is_causal):
-    """Between the elements lies NaN, and some strides are 0."""
+    """There is NaN between the elements, and some strides are 0."""
     batch, key_heads, group, queries, keys, width, value_width = sizes
     p = problem(Shape(batch, group * key_heads, key_heads, queries, keys, width, value_width)).to(dtype)
     p = Problem(*(scattered(x, *layout) for x, layout in zip(p, layouts, strict=True)))
@@ -244,7 +244,7 @@ def test_any_shape_and_strides(level, dtype, sizes, layouts, is_causal):
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("magnitude", [1e7, 1e9, 1e12, 1e30])
 def test_huge_scores_choose_one_key(level, magnitude, is_causal):
-    """lse alone is too coarse there for the exponentials' range: gradients were NaN."""
+    """There lse alone is too coarse for the exponentials' range: gradients were NaN."""
     p = problem(Shape(1, 2, 2, 40, 130, 16, 16)).to(torch.float32)
     leaves = [x.clone().requires_grad_() for x in (p[0] * magnitude**0.5, p[1] * magnitude**0.5, p[2])]
     exact = [x.detach().double().requires_grad_() for x in leaves]

@@ -1,6 +1,6 @@
-"""What a mask hides does not matter, even where it is NaN: padding is often uninitialised memory.
+"""Values hidden by a mask have no effect, even if they are NaN: padding is often uninitialised memory.
 
-The answer is that for the same problem with finite numbers in the hidden places, bit for bit.
+The expected result is that for finite numbers in the hidden places, bit for bit.
 """
 
 from collections.abc import Callable, Iterator
@@ -101,7 +101,7 @@ def packed() -> Tensor:
 @pytest.mark.parametrize("which", range(1, 6))
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_what_some_queries_see_reaches_those_alone(level, which, is_causal, dtype):
-    """A key of the second sequence is NaN, which no query of another sequence may show."""
+    """A key of the second sequence is NaN, which must not affect queries of other sequences."""
     if which == 3:
         return  # the tangent of a query
     options = {"attn_mask": packed(), "is_causal": is_causal, "enable_gqa": True}
@@ -124,7 +124,7 @@ def test_what_some_queries_see_reaches_those_alone(level, which, is_causal, dtyp
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_padded_queries_whose_gradient_is_zero_add_nothing(level, dtype):
-    """Self-attention over padding: queries are NaN there as well, and the loss leaves their outputs out."""
+    """Self-attention over padding: queries are NaN there too, and the loss ignores their outputs."""
     p = problem(Shape(2, 4, 4, KEYS, KEYS, 24, 24)).to(dtype)
     padding = ~padded()[:, 0]
     grads = [x.masked_fill(padding[..., None], 0) for x in p[6:]]
@@ -135,7 +135,7 @@ def test_padded_queries_whose_gradient_is_zero_add_nothing(level, dtype):
 
 
 def test_reference_and_its_gradients():
-    """Whatever the kernels leave to it (a mask's gradient, gradients of gradients) has the same manners."""
+    """The paths that the kernels do not cover (a mask's gradient, second-order gradients) behave the same."""
     for mask in MASKS.values():
         options = mask()
         keep = seen(**options)

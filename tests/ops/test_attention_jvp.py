@@ -149,7 +149,7 @@ STEPS = st.tuples(*[st.sampled_from([1, 1, 2, 3, 0])] * 3, st.sampled_from([1, 1
     is_causal=st.booleans(),
 )
 def test_any_shape_and_strides(level, dtype, sizes, layouts, is_causal):
-    """Between the elements lies NaN, and some strides are 0."""
+    """There is NaN between the elements, and some strides are 0."""
     batch, key_heads, group, queries, keys, width, value_width = sizes
     p = problem(Shape(batch, group * key_heads, key_heads, queries, keys, width, value_width)).to(dtype)
     inputs = [scattered(x, *layout) for x, layout in zip(p[:6], layouts, strict=True)]

@@ -1,6 +1,6 @@
-"""Every length with every width, through all four passes of attention, at every level.
+"""Every length with every width, through all four attention passes, at every level.
 
-The pairs of lengths form a Latin square: over the widths each length of queries meets each of keys.
+The pairs of lengths form a Latin square: over the widths, each query length meets each key length.
 """
 
 import itertools
@@ -39,9 +39,9 @@ def test_all_passes(level: str, queries: int, width: int, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize(("keys", "width"), [(276, 64), (250, 80)])
 def test_heads_that_fit_in_shared_memory(level: str, keys: int, width: int) -> None:
-    """On a GPU 276 tokens make one block a head, if heads are enough: it keeps all keys, and its warps pass
-    over them again and again. An emulated device counts four heads as enough and has room for 8 tiles of
-    width 80: a whole head's 276 keys fit there from 181 KB on.
+    """On a GPU 276 tokens make one block per head, given enough heads: it keeps all keys, and its warps
+    iterate over them repeatedly. An emulated device treats four heads as enough and has room for 8 tiles of width 80:
+    a whole head's 276 keys fit there from 181 KB on.
     """
     p, values, *_ = shaped(Shape(1, 4, 4, 276, keys, width, width), torch.bfloat16)
     out, out_t = ops.attention_jvp(*p[:6])

@@ -1,6 +1,6 @@
-"""TF32 products of float32 attention: their limits are what the mathematics loses, and the kernels keep them.
+"""TF32 products in float32 attention: limits equal the inherent loss, and the kernels meet them.
 
-The mathematics: float64, but what goes from one product into the next is rounded to TF32. Inputs are TF32
+Inherent loss: float64, with the values passed from one product to the next rounded to TF32. Inputs are TF32
 numbers.
 """
 
@@ -61,7 +61,7 @@ def backward(p: Problem, grad_t: Tensor) -> tuple[Tensor, ...]:
 
 
 def test_limits_are_those_of_the_mathematics():
-    """Kept in every case, and no wider than a quarter above the worst."""
+    """Satisfied in every case, and at most a quarter above the worst."""
     values, grads = [], []
     for name in HARD:
         p = rounded(name, SHAPE)
@@ -100,7 +100,7 @@ def test_kernels(allowed, name: str):
 
 @pytest.mark.parametrize(("chosen", "allows"), [("tf32", True), ("ieee", False)])
 def test_either_of_torchs_switches_is_followed(chosen: str, allows: bool):
-    """After the newer one, torch.get_float32_matmul_precision() raises: ops failed then, on the CPU too."""
+    """After the newer one torch.get_float32_matmul_precision() raises: ops failed, even on the CPU."""
     p = [torch.randn(1, 1, 4, 8) for _ in range(3)]
     before = torch.get_float32_matmul_precision()
     try:

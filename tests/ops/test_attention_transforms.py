@@ -1,4 +1,4 @@
-"""attention: the gradients of a mask, the shapes it broadcasts, and the compiler's own code around it."""
+"""attention: mask gradients, broadcasting of masks, and the surrounding code under torch.compile."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_additive_mask_gets_its_gradient():
 
 
 def test_additive_mask_gets_its_gradient_where_vmap_hides_that_it_needs_one():
-    """A batched tensor says requires_grad=False although a torch.func.grad outside differentiates it."""
+    """A batched tensor says requires_grad=False although an outer torch.func.grad differentiates it."""
     inputs, masks = (random(1, 1, 4, 5), random(1, 1, 6, 5), random(1, 1, 6, 5)), random(3, 4, 6)
     actual, expected = (
         torch.func.grad(lambda m, f=f: torch.func.vmap(lambda one: energy(f, one, *inputs))(m).sum())(masks)
@@ -97,7 +97,7 @@ def test_leading_dimensions_broadcast_as_in_torch(query, key, gqa):
 
 
 def test_output_keeps_the_memory_order_of_the_query():
-    """The model's [B, N, H, D] buffers, seen as [B, H, N, D], give outputs that flatten without a copy."""
+    """The model's [B, N, H, D] buffers, viewed as [B, H, N, D], give outputs that flatten without a copy."""
     query = torch.randn(2, 7, 3, 8).transpose(1, 2)
     assert ops.attention(query, query, query).transpose(1, 2).is_contiguous()
     assert ops.attention(*[query.contiguous()] * 3).is_contiguous()
@@ -129,14 +129,14 @@ def test_residuals_of_a_detached_tangent_are_those_of_the_plain_op():
 
 
 def test_shapes_told_to_the_compiler_keep_the_memory_order():
-    """opcheck compares strides: token-major inputs, as the model has them, give token-major outputs."""
+    """opcheck compares strides: token-major inputs, as in the model, give token-major outputs."""
     args = [torch.randn(2, 7, 3, 8).transpose(1, 2) for _ in range(6)]
     torch.library.opcheck(torch.ops.pmf.attention_forward.default, (*args[:3], None, False, 0.5))
     torch.library.opcheck(torch.ops.pmf.attention_jvp_forward.default, (*args, None, False, 0.5))
 
 
 def test_autocast_leaves_the_reference_in_float32():
-    """A mask that needs a gradient takes plain PyTorch code, whose products autocast would round."""
+    """A mask that requires a gradient uses plain PyTorch code, whose products autocast would round."""
     inputs, mask = (
         [torch.randn(1, 2, 64, 16).bfloat16() for _ in range(3)],
         torch.randn(64, 64, requires_grad=True),

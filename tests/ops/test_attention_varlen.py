@@ -71,7 +71,7 @@ def everything(find, module, x: list[Tensor], **options) -> list[Tensor]:
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("threads", [1, 2, 4])
 def test_as_a_loop_bit_for_bit(level, threads, options, dtype):
-    """With four threads some heads are shared between two of them, as in the loop."""
+    """With four threads some heads are split between two of them, as in the loop."""
     torch.set_num_threads(threads)
     x = inputs(dtype)
     expected, actual = everything(loop, ops, x, **options), everything(packed, ops, x, **options)
@@ -95,7 +95,7 @@ def test_against_float64(level, options, dtype):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_the_reference_is_the_loop(options):
-    """It sees packed sequences as a mask."""
+    """The reference treats packed sequences as a mask."""
     options = {
         **options,
         "window": tuple(None if s == -1 else s for s in options.get("window", (None, None))),

@@ -1,4 +1,4 @@
-"""Sliding windows of attention, and the logarithms of its sums: values, tangents, gradients."""
+"""Sliding windows of attention, and log-sum-exp: values, tangents, gradients."""
 
 from collections.abc import Iterator
 

@@ -15,7 +15,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("name", EVERYWHERE)
 def test_sizes(name: str, length: int, dtype: torch.dtype) -> None:
-    """Each dtype pairs the lengths and widths in another way."""
+    """Each dtype pairs the lengths and widths differently."""
     width = WIDTHS[(LENGTHS.index(length) + DTYPES.index(dtype)) % len(WIDTHS)]
 
     def drawn(*shapes: tuple[int, ...]) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Bad input to an op: one sentence that names the op, the argument and what it got."""
+"""Bad input to an op: one sentence that names the op, the argument and the value."""
 
 import re
 

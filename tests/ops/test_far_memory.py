@@ -1,7 +1,7 @@
-"""Elements more than 2^31 from the first: no offset is counted in 32 bits.
+"""Elements more than 2^31 from the first: no offset is computed in 32 bits.
 
-The tensors are views of one buffer of which a few pages are touched; the rest costs no memory. Results are
-those of dense copies, bit for bit.
+The tensors are views of one buffer of which only a few pages are touched; the rest takes no memory. Results
+equal those of dense copies, bit for bit.
 """
 
 from typing import Any

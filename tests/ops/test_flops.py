@@ -1,4 +1,4 @@
-"""FlopCounterMode counts the compiled ops: as torch counts the same products, as the launch plans say."""
+"""FlopCounterMode counts the compiled ops as torch counts the same products and as in the launch plans."""
 
 import pytest
 import torch
@@ -121,7 +121,7 @@ def test_patch_embedding_with_tangents():
 @pytest.mark.parametrize("method", ["direct", "gram"])
 @pytest.mark.parametrize("shape", [(96, 128), (300, 700), (384, 256)])
 def test_newton_schulz_counts_less_than_the_plain_iteration(shape, method):
-    """The plain iteration makes every product in full; half of the symmetric ones is what can be saved."""
+    """The plain iteration computes every product in full; half of the symmetric ones can be saved."""
     matrix = torch.randn(shape)
     ours = counted(lambda: ops.newton_schulz(matrix, method=method))
     plain = counted(lambda: reference.newton_schulz(matrix, method=method))
@@ -130,14 +130,14 @@ def test_newton_schulz_counts_less_than_the_plain_iteration(shape, method):
 
 
 def test_newton_schulz_of_one_block_saves_nothing():
-    """Up to 128 rows there is nothing above the diagonal block."""
+    """Up to 128 rows nothing lies above the diagonal block."""
     matrix = torch.randn(100, 130)
     ours = counted(lambda: ops.newton_schulz(matrix, method="direct"))
     assert ours == counted(lambda: reference.newton_schulz(matrix, method="direct"))
 
 
 def test_newton_schulz_of_large_matrices_halves_the_symmetric_products():
-    """Five steps: 15 m^2 n + 5 m^3 direct, 6 m^2 n + 17 m^3 on the Gram matrix, as blocks become small."""
+    """Five steps: 15 m^2 n + 5 m^3 direct, 6 m^2 n + 17 m^3 on the Gram matrix, for small blocks."""
     m, n = 51200, 102400
     for method, over_n, cubed in [("direct", 15, 5), ("gram", 6, 17)]:
         limit = over_n * m * m * n + cubed * m**3
@@ -150,7 +150,7 @@ def test_auto_takes_the_form_that_the_kernel_takes():
 
 
 def test_every_raw_op_has_a_formula_or_makes_no_products():
-    """A new op that makes products must say how many."""
+    """A new op that computes products must declare how many."""
     names = {
         name.removeprefix("pmf::").partition(".")[0]
         for name in torch._C._dispatch_get_all_op_names()

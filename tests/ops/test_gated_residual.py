@@ -73,7 +73,7 @@ def test_bitwise_repeatable(threads: None) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_closed_gate_passes_everything(dtype: torch.dtype) -> None:
-    """Gates are zero at the start of training: the block is then the identity, bit for bit."""
+    """Gates are zero at the start of training: the block is then exactly the identity."""
     x, b, x_t, b_t = (t.to(dtype) for t in normal(*((2, 5, 33),) * 4))
     y, y_t = gated_residual_jvp(x, b, torch.zeros(33, dtype=dtype), x_t, b_t)
     assert torch.equal(y, x) and torch.equal(y_t, x_t)

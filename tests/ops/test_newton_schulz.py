@@ -1,4 +1,4 @@
-"""Newton-Schulz: what must hold bit for bit, and its error against float64."""
+"""Newton-Schulz: bitwise properties, and its error against float64."""
 
 import math
 import os
@@ -41,9 +41,10 @@ def spectrum(kind: str, m: int, n: int) -> torch.Tensor:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["gaussian", "singular values 1 to 1e-3", "rank 32"])
 def test_error_is_that_of_the_plain_iteration_in_the_same_dtype(kind, method, dtype):
-    """Against float64, at most twice the same mathematics written plainly in that dtype.
+    """Against float64, at most twice the error of the same mathematics written plainly in that dtype.
 
-    oneDNN sums a float32 product in one sweep where MKL sums parts: its rounding is 1.6 times larger.
+    oneDNN sums a float32 product in one sweep where MKL sums parts, so its rounding error is 1.6 times
+    larger.
     """
     g = spectrum(kind, 160, 320)
     exact = reference.newton_schulz(g.double(), method="direct")
@@ -80,7 +81,7 @@ def largest(x: torch.Tensor) -> float:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", METHODS)
 def test_no_number_of_steps_explodes(method, dtype, coefficients):
-    """What rounding leaves of R where X has nothing grows with every step, and faster once it is negative."""
+    """Rounding errors in R where X is zero grow with every step, and faster once R is negative there."""
     matrices = [random(12, 30), random(1, 9), random(40, 64), random(3, 12)]
     matrices += [random(32, rank, seed=rank) @ random(rank, 96) for rank in (1, 2, 4)]
     for m, n, last in ((2, 9, 0.03), (11, 22, 0.06), (24, 60, 1e-4), (16, 40, 1e-8)):
@@ -148,7 +149,7 @@ def test_odd_and_scale_free_bitwise(shape, method, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_alone_batched_listed_and_with_any_threads_bitwise(dtype):
-    """A matrix's bits depend on the matrix alone; PyTorch's batched GEMM does not give the single one's."""
+    """A matrix's bits depend only on the matrix; PyTorch's batched GEMM differs from its single one."""
     kinds = [random(*shape, seed=i) for i, shape in enumerate(SHAPES)]
     alone = [newton_schulz(g, compute_dtype=dtype) for g in kinds]
     threads = torch.get_num_threads()
@@ -173,7 +174,7 @@ def test_alone_batched_listed_and_with_any_threads_bitwise(dtype):
 
 @pytest.mark.parametrize("setting", ["MKL_ENABLE_INSTRUCTIONS=AVX2", "ONEDNN_MAX_CPU_ISA=AVX512_CORE"])
 def test_the_same_as_another_processor_would_have_it(setting, tmp_path):
-    """MKL and oneDNN choose kernels by processor, and each divides its products in its own way."""
+    """MKL and oneDNN choose kernels by processor, and each splits its products in its own way."""
     name, value = setting.split("=")
     test = f"{__file__}::{test_alone_batched_listed_and_with_any_threads_bitwise.__name__}"
     done = subprocess.run(
@@ -201,7 +202,7 @@ def test_zero_stays_zero_and_nan_stays_with_its_matrix(method, dtype):
 
 
 def test_huge_and_tiny_matrices_are_not_lost():
-    """torch.optim.Muon's iteration turns these into zero or NaN: their squares are not finite, or vanish."""
+    """torch.optim.Muon's iteration turns these into zero or NaN: their squares overflow or vanish."""
     g = random(20, 30)
     expected = newton_schulz(g)
     for scale in (1e-37, 1e-20, 1e18, 1e37):

@@ -1,4 +1,4 @@
-"""Newton-Schulz by the CUDA kernels, on a GPU or emulated: the properties, the error against float64."""
+"""Newton-Schulz with the CUDA kernels, on a GPU or emulated: properties, and the error against float64."""
 
 from collections.abc import Iterator
 
@@ -35,7 +35,7 @@ def error(result: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["gaussian", "singular values 1 to 1e-3", "rank 5"])
 def test_error_is_that_of_the_plain_iteration_in_the_same_dtype(kernels, kind, method, dtype):
-    """At most a little above it. float32 is three TF32 products, so that it rounds three sums for one."""
+    """At most slightly above it. float32 is three TF32 products, so it rounds three sums instead of one."""
     m, n = 60, 150
     g = random(m, n)
     if kind == "rank 5":
@@ -79,7 +79,7 @@ def test_a_list_gives_the_bits_of_each_matrix_alone(kernels):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", [(48, 48), (20, 70), (70, 20)])
 def test_odd_scale_free_transposed_and_each_matrix_for_itself(kernels, shape, method, dtype):
-    """Of one call: f(-G) = -f(G), f(2^k G) = f(G), f(G^T) = f(G)^T, 0 stays 0, NaN stays in its matrix."""
+    """In one call: f(-G) = -f(G), f(2^k G) = f(G), f(G^T) = f(G)^T, 0 stays 0, NaN stays in its matrix."""
     g = torch.randint(-7, 8, shape, generator=torch.Generator().manual_seed(0)).float()
     spoiled, infinite = g.clone(), g.clone()
     spoiled[2, 3], infinite[0, 0] = float("nan"), float("inf")

@@ -41,7 +41,7 @@ def jvp(module, args, images_t, prefix_t, **options):
 @pytest.mark.parametrize("level", EVERYWHERE)
 @pytest.mark.parametrize("sizes", [{}, {"rows": 9, "columns": 17, "patch": 2, "rank": 136, "width": 200}])
 def test_values_tangents_and_gradients(sizes, level, dtype):
-    """Each GEMM rounds its result once more in 16 bits: the down product before the up product reads it."""
+    """In 16 bits each GEMM rounds its result once: the down product before the up product reads it."""
     args = [x.requires_grad_() for x in inputs(**sizes, dtype=dtype)]
     images_t, prefix_t = (torch.randn_like(args[i]).requires_grad_() for i in (0, 6))
     exact = [x.detach().double().requires_grad_() for x in (*args, images_t, prefix_t)]
@@ -150,7 +150,7 @@ def test_tangents_of_the_first_samples(count):
 
 
 def test_images_that_need_no_gradient_cost_none():
-    """In training the images are data: their gradient, as large as the forward, is not computed."""
+    """In training the images are data: their gradient, as costly as the forward, is not computed."""
     wanted = []
 
     class Spy(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""patch_velocity against float64: levels, dtypes, sizes, few tangents, the clip, what is kept, bad input."""
+"""patch_velocity against float64: levels, dtypes, sizes, few tangents, the clip, saved tensors, bad input."""
 
 import pytest
 import torch
@@ -71,7 +71,7 @@ def test_narrow_tokens_beside_wide_images(name: str, dtype: torch.dtype) -> None
 
 
 def test_strides(level: str) -> None:
-    """Any strides, among them an image tangent that takes no memory, and memory that is not aligned."""
+    """Any strides, including an expanded image tangent without memory, and unaligned memory."""
     tokens, images, t = (x.float() for x in inputs(2, 3, 8, 3, 2))
     strided = tokens.mT.contiguous().mT, images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), t
     assert torch.equal(patch_velocity(*strided), patch_velocity(tokens, images, t))

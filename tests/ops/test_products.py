@@ -1,4 +1,4 @@
-"""The matrix products that layers use inside their own derivatives."""
+"""The matrix products that layers use in their own derivatives."""
 
 import time
 
@@ -39,7 +39,7 @@ def test_empty_matrices(size):
 
 
 def test_a_matrix_inside_a_wider_one_costs_a_copy():
-    """oneDNN has only reference loops for such a matrix: a thousand times slower than a copy before it."""
+    """oneDNN has only reference loops for such a matrix: a thousand times slower than copying it first."""
     a, wide = torch.ones(256, 256), torch.ones(256, 300)
 
     def seconds(right):

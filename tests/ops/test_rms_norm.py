@@ -67,7 +67,7 @@ def test_bitwise_repeatable(threads: None) -> None:
 
 @pytest.mark.parametrize("name", EVERYWHERE)
 def test_extremes(name: str) -> None:
-    """The smallest and largest rows whose squares fp32 holds, and rows of zeros, in value and tangent."""
+    """The smallest and largest rows whose squares fit fp32, and rows of zeros, in value and tangent."""
     x, w, x_t = (t.float() for t in normal((3, 65), (65,), (3, 65)))
     scale = torch.tensor([[1e-15], [1e17], [1e3]])
     check(name, "rms_norm", (x * scale, w), (x_t * scale, None), terms=FEW_TERMS, eps=1e-12)

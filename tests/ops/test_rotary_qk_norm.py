@@ -165,7 +165,7 @@ def poisoned() -> Iterator[None]:
 
 
 def test_gradients_of_keys_without_queries_are_written(poisoned: None) -> None:
-    """No query heads: the kernel never ran, and the keys' gradients were whatever lay in memory."""
+    """Without query heads the kernel never ran, and the keys' gradients were uninitialised memory."""
     query, key, weight = torch.empty(2, 0, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(8)
     cos, sin, grad = torch.randn(3, 4), torch.randn(3, 4), torch.randn(2, 2, 5, 8)
 

@@ -1,4 +1,4 @@
-"""DTensors over two processes: values, gradients and tangents are one process's; the rest is refused."""
+"""DTensors over two processes: values, gradients and tangents equal one process's; the rest is rejected."""
 
 import socket
 from typing import Any

@@ -1,4 +1,4 @@
-"""Tensor subclasses: known, unwrapped, or refused by name; never read as the plain memory they are not."""
+"""Tensor subclasses: supported, unwrapped, or rejected by name; never read as plain memory."""
 
 import time
 
@@ -65,7 +65,7 @@ def attention_inputs(nq: int, nk: int, dtype: torch.dtype = torch.float64) -> tu
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("bias", [causal_upper_left, causal_lower_right])
 def test_a_causal_bias_is_the_mask_that_it_stands_for(bias, nq, nk, compiled):
-    """Its memory is uninitialised: read as a mask it gave another answer each time."""
+    """Its memory is uninitialised: read as a mask, it gave a different result each time."""
     ahead = nk - nq if bias is causal_lower_right else 0
     mask = torch.ones(nq, nk, dtype=torch.bool).tril(ahead)
     x = [t.requires_grad_() for t in attention_inputs(nq, nk)]
@@ -143,7 +143,7 @@ def test_parameters_buffers_and_fake_tensors_pass():
 
 @pytest.mark.filterwarnings("error")
 def test_compiled_code_may_have_parameters_buffers_and_jagged_tensors():
-    """torch.compile calls a module's buffers nn.Buffer, and looks into caches."""
+    """torch.compile calls a module's buffers nn.Buffer, and inspects caches."""
     module = nn.Module()
     module.weight, module.scale = nn.Parameter(randn(4)), nn.Buffer(randn(4, seed=1))
 
@@ -169,7 +169,7 @@ def test_compiled_code_breaks_at_a_plain_subclass():
 @pytest.mark.parametrize("dropout_p", [0.0, 1e-9])
 @pytest.mark.parametrize("bias", [causal_upper_left, causal_lower_right])
 def test_a_causal_bias_where_sdpa_is_replaced(bias, dropout_p):
-    """It compares the function called with torch.nn.functional's, which is another then."""
+    """It compares the called function with torch.nn.functional's, which is replaced then."""
     q, k, v = attention_inputs(3, 7)[:3]
     expected = F.scaled_dot_product_attention(q, k, v, bias(3, 7))
     with replace_sdpa():
@@ -230,7 +230,7 @@ def test_a_block_mask_and_a_missing_argument_are_named():
 
 
 def test_lazy_bits_are_resolved():
-    """Conjugate and negative views, and zeros without memory, are not what their memory holds."""
+    """Conjugate and negative views, and zero tensors without memory, differ from their memory's contents."""
     z = torch.complex(randn(2, 2, 5, 8), randn(2, 2, 5, 8, seed=1))
     lazy, solid = z.conj().imag, -z.imag
     assert lazy.is_neg()
@@ -383,7 +383,7 @@ def test_optimizers_take_plain_subclasses():
 
 
 def test_the_look_at_the_arguments_costs_a_microsecond_at_most():
-    """Per call of the widest signature; the median of many, and a fourfold margin for a busy machine."""
+    """Per call with the widest signature: the median of many, with a fourfold margin for a busy machine."""
     look = _subclasses.operation({}, "...")
     args = CASES["patch_embed"].args
 
@@ -404,7 +404,7 @@ def test_the_look_at_the_arguments_costs_a_microsecond_at_most():
 
 @pytest.mark.parametrize("name", ops.__all__)
 def test_every_public_function_looks(name):
-    """One that is added without `operation` would read memory that it does not know."""
+    """An op added without `operation` would read memory of unknown layout."""
     function = getattr(ops, name)
     assert function.__code__.co_filename == _subclasses.__file__
     assert function.__code__.co_name == name

@@ -1,6 +1,6 @@
-"""What must hold for every op: its derivatives under each of PyTorch's transforms, and that none is lost.
+"""Requirements on every op: derivatives under each PyTorch transform, none of them silently lost.
 
-All comparisons are with the reference, in float64 unless said. Numerics are in test_<op>.py.
+All comparisons are with the reference, in float64 unless stated. Numerics are tested in test_<op>.py.
 """
 
 from typing import Any
@@ -165,7 +165,7 @@ def test_forward_mode(case):
 
 
 def test_nested_forward_mode_loses_no_tangent(case):
-    """A Function's jvp runs with forward mode off, so what it left to plain operations had zero tangents."""
+    """A Function's jvp runs with forward mode disabled, so tangents left to plain operations were zero."""
     for form, args in ((case.plain, case.args), (case.jvp, (*case.args, *case.directions()))):
         tangents = tuple(torch.randn_like(x) for x in args)
 
@@ -179,7 +179,7 @@ def test_nested_forward_mode_loses_no_tangent(case):
 
 
 def test_tangent_of_the_gradient_of_one_input(case):
-    """The gradients that nobody asked for may be empty, and then so must their tangents be."""
+    """Gradients that were not requested may be empty, and then so must their tangents be."""
     for form, args in ((case.plain, case.args), (case.jvp, (*case.args, *case.directions()))):
         for i in range(len(args)):
 
@@ -191,7 +191,7 @@ def test_tangent_of_the_gradient_of_one_input(case):
 
 
 def test_vmap_over_one_gate_for_each_sample():
-    """A gate [B, 1, D] that vmap does not map cannot serve a batch that vmap has folded."""
+    """A gate [B, 1, D] that vmap does not map does not fit a batch that vmap has folded."""
     x, branch, gate = (torch.randn(*s, dtype=torch.float64) for s in ((2, 3, 4, 5), (2, 3, 4, 5), (3, 1, 5)))
     for args, name in (
         ((x, branch, gate), "gated_residual"),
@@ -308,7 +308,7 @@ def test_autocast_joins_16_bit_activations_and_32_bit_parameters():
 
 
 def test_opcheck(case, monkeypatch):
-    """torch.library.opcheck on each raw op, with the arguments the public functions give it."""
+    """torch.library.opcheck on each raw op, with the arguments that the public functions pass."""
     seen: dict[str, tuple] = {}
     forward = KernelFunction.forward.__func__
 

@@ -1,4 +1,4 @@
-"""torch.compile around the optimizer: the compiled step is the step, bit for bit."""
+"""torch.compile around the optimizer: the compiled step equals the step, bit for bit."""
 
 import copy
 import subprocess
@@ -39,7 +39,7 @@ def set_gradients(params: list[nn.Parameter], seed: int) -> None:
 @pytest.mark.parametrize("preset", ["pmf", "torch"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_compiled_step_is_the_step(name, preset):
-    """Two matrices of one shape were off by hundreds of steps, without a word."""
+    """Two matrices of one shape were silently off by hundreds of steps."""
     ours, theirs = parameters(SHAPES[name]), parameters(SHAPES[name])
     first, second = Muon(ours, lr=0.02, preset=preset), Muon(theirs, lr=0.02, preset=preset)
     step = compiled(first.step)
@@ -64,7 +64,7 @@ def test_the_compiled_step_is_the_step(name, preset):
 @pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
 @pytest.mark.parametrize("together", [True, False])
 def test_a_schedule_moves_the_compiled_step_s_rate(together, lr, schedule):
-    """Compiled as one function with the schedule and the average, or each by itself."""
+    """Compiled as one function with the schedule and the average, or separately."""
 
     def trained(
         around: Callable[..., Any],
@@ -96,7 +96,7 @@ def test_a_schedule_moves_the_compiled_step_s_rate(together, lr, schedule):
 
 
 def test_a_compiled_training_step_with_a_closure():
-    """All of it under torch.compile: loss, gradients and step."""
+    """Everything under torch.compile: loss, gradients and step."""
 
     def trained(around: Callable[..., Any]) -> list[torch.Tensor]:
         torch.manual_seed(0)
@@ -127,6 +127,6 @@ def test_a_whole_graph_says_why_it_cannot_have_the_step():
 
 
 def test_importing_the_optimizer_does_not_import_dynamo():
-    """It costs seconds: torch.compiler.disable as a decorator would."""
+    """Importing it takes seconds: torch.compiler.disable as a decorator would."""
     code = "import sys, pmf.optim; sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""Averaged weights against the formula, one number at a time."""
+"""Weight averages against the formula, one number at a time."""
 
 import math
 
@@ -80,7 +80,7 @@ def test_a_saved_average_continues_bitwise():
 
 @pytest.mark.parametrize("place", PLACES)
 def test_one_kernel_updates_all_averages(place):
-    """Tensors of all dtypes and of any size and alignment, and more averages than a launch takes."""
+    """Tensors of all dtypes and of any size and alignment, and more averages than fit in one launch."""
     half_lives = (0.1, 0.3, 1.0, 3.0, 10.0)
 
     def averaged(device: torch.device) -> EMA:

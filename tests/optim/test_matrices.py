@@ -1,4 +1,4 @@
-"""Fused matrices, heads, experts and convolutions: each matrix steps as a parameter of its own would."""
+"""Fused matrices, heads, experts and convolutions: each matrix is stepped like a separate parameter."""
 
 import copy
 import pickle
@@ -68,7 +68,7 @@ def stepped(p: nn.Parameter, optimizer: Muon, steps: range) -> Tensor:
 @pytest.mark.parametrize("place", ["cpu", *PLACES])
 @pytest.mark.parametrize("name", CASES)
 def test_each_matrix_steps_alone(name, place, dtype, scale):
-    """On the CPU and by the CUDA kernels, momentum, decay and masters included."""
+    """On the CPU and with the CUDA kernels, including momentum, decay and masters."""
     group, shape, cut = CASES[name]
     settings = {"weight_decay": 0.1, "scale": scale, "compute_dtype": torch.float32}
     if dtype == torch.float64:
@@ -180,7 +180,7 @@ def test_a_copied_or_pickled_optimizer_still_splits():
 
 
 def test_a_state_from_before_there_were_splits():
-    """Saved groups without the settings load, and the optimizer splits as it says."""
+    """Saved groups without these settings load, and the optimizer splits as configured."""
     old, new = (nn.Parameter(random((3 * D, D), 0)) for _ in range(2))
     saved = optimizer_of(old, {})
     stepped(old, saved, range(1))
@@ -253,7 +253,7 @@ def test_convolutions_go_by_muon_when_asked(named):
 
 
 def test_training_attention_agrees_with_torch_s_muon():
-    """To the rounding of a bfloat16 iteration: torch's has the projections apart, and AdamW the rest."""
+    """Up to the rounding of a bfloat16 iteration: torch's has separate projections, AdamW the rest."""
 
     def trained(make: Callable[[Network], Callable[[], None]]) -> tuple[list[float], Tensor]:
         torch.manual_seed(0)
@@ -304,7 +304,7 @@ def test_training_attention_agrees_with_torch_s_muon():
 
 
 def test_torch_s_own_inputs():
-    """Those of its tests for torch.optim.Muon, with a bfloat16 iteration's rounding as the bound."""
+    """The shapes of its tests for torch.optim.Muon, with a bfloat16 iteration's rounding as the limit."""
     from torch.testing._internal.common_optimizers import optim_inputs_func_muon
 
     inputs = optim_inputs_func_muon("cpu")

@@ -1,4 +1,4 @@
-"""Muon: the authors' numbers, torch's numbers, routing, exact resumption, and what it must refuse."""
+"""Muon: the authors' numbers, torch's numbers, routing, exact resuming, and rejected input."""
 
 import copy
 from pathlib import Path
@@ -63,7 +63,7 @@ def test_three_steps_are_the_authors():
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("preset, adjust", [("torch", "original"), ("moonlight", "match_rms_adamw")])
 def test_presets_are_torch_s_muon(preset, adjust, nesterov):
-    """The same up to the rounding of a bfloat16 iteration, which is torch's own distance from the truth."""
+    """The same up to the rounding of a bfloat16 iteration, torch's own distance from the exact step."""
     shapes = ((24, 24), (16, 40), (50, 20))
     mine, theirs = parameters(*shapes), parameters(*shapes)
     exact = parameters(*shapes, dtype=torch.float64)
@@ -131,7 +131,7 @@ def test_a_module_s_linear_weights_go_by_muon_and_nothing_else():
 
 
 def test_of_the_model_exactly_the_recipe_s_matrices_go_by_muon():
-    """Attention, MLP, embedders' linears, both final linears; the patch embedding is convolutions."""
+    """Attention, MLP, the embedders' linears, both final linears; the patch embedding is convolutions."""
     model = models.PixelMeanFlow(
         models.ModelConfig(
             image_size=8,
@@ -211,7 +211,7 @@ def test_a_saved_state_continues_bitwise(dtype):
 
 
 def test_16_bit_parameters_have_float32_masters():
-    """Steps far below a bfloat16's spacing add up; without a master they would all round away."""
+    """Steps far below bfloat16's spacing add up; without a master they would all round to nothing."""
     (p,) = parameters((4, 4), dtype=torch.bfloat16)
     start = p.detach().clone()
     optimizer = Muon([p], lr=1e-4)

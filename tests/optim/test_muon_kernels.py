@@ -1,4 +1,4 @@
-"""Muon by the CUDA kernels, on a GPU or emulated: the CPU's numbers, few launches, what a graph needs."""
+"""Muon with the CUDA kernels, on a GPU or emulated: the CPU's numbers, few launches, graph capture."""
 
 import copy
 from collections.abc import Iterator
@@ -71,7 +71,7 @@ def test_three_steps_are_the_authors(kernels):
 )
 @pytest.mark.parametrize("place", PLACES)
 def test_steps_are_those_of_the_cpu(place, settings, dtype):
-    """Up to float32's rounding: the momentum bit for bit, the rest by the order of sums."""
+    """Up to float32 rounding: the momentum bit for bit, the rest up to the order of sums."""
     settings = {"lr": 0.02, "compute_dtype": torch.float32, **settings}
     with at_place(place) as device:
         ours = parameters(device, dtype)
@@ -100,7 +100,7 @@ def test_a_half_precision_iteration_moves_almost_as_float32_does(kernels):
 
 @pytest.mark.skipif(not EMULATED, reason="the emulator counts launches")
 def test_a_step_of_pmf_b_16_is_at_most_30_launches():
-    """As many matrices as pMF-B/16 has, in as many shapes, and its other parameters; sizes do not count."""
+    """As many matrices as pMF-B/16, in as many shapes, and its other parameters; sizes do not matter."""
     shapes = [(3, 4)] * 102 + [(3, 8)] * 72 + [(2, 4)] * 4 + [(4,)] * 200 + [(2, 2, 2)] * 10
     with at_place("emulated") as device:
         params = [nn.Parameter(torch.ones(s, device=device)) for s in shapes]
@@ -113,7 +113,7 @@ def test_a_step_of_pmf_b_16_is_at_most_30_launches():
 
 
 def test_learning_rate_and_weight_decay_are_read_on_the_device(kernels):
-    """What a captured graph replays: the same arguments, other numbers behind them."""
+    """What a captured graph replays: the same arguments, with different numbers behind them."""
     ours, theirs = parameters(kernels), parameters(kernels)
     lr, decay = (torch.tensor(x, dtype=torch.float64, device=kernels) for x in (0.1, 0.0))
     followed, told = Muon(ours, lr=lr, weight_decay=decay), Muon(theirs, lr=0.1)
@@ -198,7 +198,7 @@ def test_masters_take_the_steps_until_someone_else_sets_the_parameter(kernels):
 
 
 def test_tensors_that_are_not_aligned(kernels):
-    """Slices of one buffer: the fourth byte on, where no 16-byte vector begins."""
+    """Slices of one buffer starting at the fourth byte, where no 16-byte vector begins."""
     flat, gradient = (torch.randn(400, generator=torch.Generator().manual_seed(i)) for i in range(2))
     whole = [flat.to(kernels, copy=True)[1:391].view(shape) for shape in ((390,), (13, 30))]
     shifted = [nn.Parameter(x) for x in whole]

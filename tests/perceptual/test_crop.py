@@ -1,4 +1,4 @@
-"""Paired random crops: where they lie, what resampling gives, and that gradients pass."""
+"""Paired random crops: their positions, the resampled values, and gradients."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Perceptual losses as training uses them: crops, weights, gradients, files of weights, and a run."""
+"""Perceptual losses as used in training: crops, weighting, gradients, weight files, and a run."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Each network beside the package that published it, on the package's weights or on shared random ones."""
+"""Each network beside the package that published it, with the package's weights or shared random ones."""
 
 from collections.abc import Callable
 from typing import Any

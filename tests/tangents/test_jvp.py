@@ -1,4 +1,4 @@
-"""Jvp: values, tangents and gradients are those of torch.func.jvp through math attention."""
+"""Jvp: values, tangents and gradients equal torch.func.jvp through math attention."""
 
 from typing import Any
 
@@ -48,7 +48,7 @@ def test_networks(name: str, detach: bool):
 
 
 def test_detach_in_place():
-    """It ends above what the mode sees."""
+    """It is handled above the level that the mode sees."""
     x, x_t = torch.randn(2, 4, dtype=torch.float64).unbind(0)
     network = Spelled(lambda y: y.clone().detach_() * y)
     network.layer = nn.Identity()
@@ -301,7 +301,7 @@ def test_recurrent_and_normed_weights():
 
 
 def test_batch_norm_in_training_mode():
-    """torch.func.jvp refuses the running statistics; a copy without them gives the tangent."""
+    """torch.func.jvp rejects the running statistics; a copy without them gives the tangent."""
     network = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU()).double()
     plain = nn.Sequential(network[0], nn.BatchNorm2d(3, track_running_stats=False), network[2]).double()
     x, x_t = torch.randn(2, 4, 2, 6, 6, dtype=torch.float64).unbind(0)
@@ -445,7 +445,7 @@ def test_checkpoint_around_the_whole():
 
 @pytest.mark.parametrize("name", ["ViT", "DiT"])
 def test_autocast_and_bfloat16_weights(name: str):
-    """Errors as those of the network itself in bfloat16."""
+    """Errors like those of the network itself in bfloat16."""
     problem = NETWORKS[name](torch.float32)
     tangents = problem.tangents()
     exact = jvp_math(problem.network, problem.primals, tangents)
@@ -460,7 +460,7 @@ def test_autocast_and_bfloat16_weights(name: str):
 
 
 def test_under_transforms_it_is_torch_func_jvp():
-    """Under vmap the mode would see other tensors than those it gave tangents, and be off by 1."""
+    """Under vmap the mode would see different tensors from those with tangents, and be off by 1."""
     problem = NETWORKS["points"](torch.float64)
     jvp, (z, t, r), (z_t, t_t, r_t) = pmf.Jvp(problem.network), problem.primals, problem.tangents()
     expected = jvp_math(problem.network, (z, t, r), (z_t, t_t, r_t))
@@ -479,7 +479,7 @@ def test_under_transforms_it_is_torch_func_jvp():
 
 
 def test_nothing_of_a_tangent_is_kept_and_values_are_freed():
-    """The graph of a detached tangent saves what the network's own saves, and no more memory."""
+    """The graph of a detached tangent saves what the network's own does, and no more memory."""
     network = DiT(depth=3).double()
     x, t = torch.randn(3, 6, 16, dtype=torch.float64), torch.rand(3, dtype=torch.float64)
     kept: dict[int, int] = {}
@@ -502,7 +502,7 @@ def test_nothing_of_a_tangent_is_kept_and_values_are_freed():
 
 
 def test_writing_over_a_saved_value_is_noticed():
-    """Autograd leaves its own check to saved_tensors_hooks."""
+    """Autograd leaves its version check to saved_tensors_hooks."""
 
     class Net(nn.Module):
         def forward(self, x):
@@ -525,7 +525,7 @@ def test_parameters_are_the_networks():
 
 
 def test_encoder_layers_of_one_jvp_after_another():
-    """Tangents of one call are not those of the next."""
+    """Tangents from one call do not leak into the next."""
     problem = encoder(torch.float64)
     jvp = pmf.Jvp(problem.network)
     zero = jvp(problem.primals, (None,), **problem.constants)[1]

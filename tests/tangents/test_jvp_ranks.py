@@ -1,4 +1,4 @@
-"""Two processes against one: DDP either way round, FSDP2 of the whole and of layers, checkpoints."""
+"""Two processes against one: DDP on either side, FSDP2 of the whole and of layers, checkpoints."""
 
 import socket
 

@@ -1,4 +1,4 @@
-"""What Jvp does not compute: one sentence that names it, never a silent zero."""
+"""What Jvp does not support: one sentence that names it, never a silent zero."""
 
 import threading
 
@@ -82,7 +82,7 @@ def test_nested_tensors_and_other_subclasses():
 
 
 def test_custom_operators():
-    """PyTorch's forward mode gives them a tangent of zero without a word."""
+    """PyTorch's forward mode silently gives them a zero tangent."""
     with torch.library._scoped_library("pmf_tests", "FRAGMENT") as library:
         library.define("double(Tensor x) -> Tensor")
         library.impl("double", lambda x: 2 * x, "CPU")
@@ -200,7 +200,7 @@ def compiled(network):
 
 
 def test_a_compiled_network_that_stops_training():
-    """A graph that is one node has no guards of its own: after eval() it went on dropping."""
+    """A graph that is one node has no guards of its own: after eval() it kept dropping."""
     network = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5), nn.Linear(64, 3))
     jvp = compiled(network)
     first = jvp((X,), (X_T,))[0]
@@ -210,7 +210,7 @@ def test_a_compiled_network_that_stops_training():
 
 
 def test_a_compiled_network_that_changes_afterwards():
-    """Weights, buffers, plain attributes, and modules of another kind."""
+    """Weights, buffers, plain attributes, and modules of another type."""
 
     class Scaled(nn.Module):
         def __init__(self):

@@ -1,4 +1,4 @@
-"""Networks as their packages publish them, with random weights, and PyTorch's own samples of attention."""
+"""Networks as their packages publish them, with random weights, and PyTorch's own attention samples."""
 
 from collections.abc import Callable
 from typing import Any
@@ -152,7 +152,7 @@ def test_replaced_attention_has_the_tangents_of_math_attention(make, load) -> No
 
 
 def test_pytorchs_own_samples() -> None:
-    """Values of every sample of op_db, gradients, and tangents, against PyTorch's math attention."""
+    """Values of every sample in op_db, gradients, and tangents, against PyTorch's math attention."""
     from torch.testing._internal.common_methods_invocations import op_db
 
     entry = next(op for op in op_db if op.name == "nn.functional.scaled_dot_product_attention")

@@ -1,4 +1,4 @@
-"""replace_sdpa: foreign attention gets a forward mode, and leaving the context leaves nothing behind."""
+"""replace_sdpa: attention in any network supports forward mode, and leaving the context leaves no trace."""
 
 import threading
 
@@ -121,7 +121,7 @@ def test_inside_and_around_torch_compile(backend: str):
 
 
 def test_jvp_of_a_compiled_function_falls_back_to_eager():
-    """torch.compile refuses an outer torch.func.jvp, and stumbled over our Functions on its way out."""
+    """torch.compile rejects an outer torch.func.jvp, and failed on our Functions while doing so."""
     x, x_t = inputs(1, 2, 5, 4, count=2)
     wanted = jvp_math(lambda a: imported_before(a, a, a), (x,), (x_t,))
     compiled = torch.compile(lambda a: pmf.ops.attention(a, a, a), backend="eager")
@@ -160,7 +160,7 @@ def test_a_setting_of_the_fused_path_is_restored():
 
 
 def test_two_threads_that_interleave_leave_nothing_behind():
-    """Saving and restoring in each thread would end with the first thread's replacement in place."""
+    """Saving and restoring per thread would end with the first thread's replacement in place."""
     first_in, second_in, first_out = (threading.Event() for _ in range(3))
 
     def first():
@@ -208,7 +208,7 @@ def test_checkpointed_blocks_have_their_gradient_wherever_backward_runs(
 
 
 def test_checkpoint_notices_another_attention(monkeypatch):
-    """Where a block cannot be led back to ours, its first saved tensor has another shape than PyTorch's."""
+    """If a block cannot be redirected to ours, its first saved tensor differs in shape from PyTorch's."""
     from pmf.tangents import sdpa
 
     monkeypatch.setattr(sdpa, "_compute_again_alike", lambda: None)

@@ -1,4 +1,4 @@
-"""The toy's points, its network's tangent and its loss against what they are made of."""
+"""The toy's points, its network's tangent and its loss, against their definitions."""
 
 import pytest
 import torch

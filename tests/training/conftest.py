@@ -1,4 +1,4 @@
-"""The smallest run that is still a whole one."""
+"""The smallest run that is still complete."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

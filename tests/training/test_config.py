@@ -1,4 +1,4 @@
-"""Settings: their ranges, their way through JSON, and presets."""
+"""Settings: their ranges, their JSON round trip, and presets."""
 
 import json
 from pathlib import Path

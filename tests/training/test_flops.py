@@ -1,4 +1,4 @@
-"""Counted work: the paper's own figure, PyTorch's counter, and the objective that is executed."""
+"""Counted work against the paper's number, PyTorch's counter, and the objective as executed."""
 
 import json
 from dataclasses import replace
@@ -56,7 +56,7 @@ def test_512_and_1024_pixels_cost_nearly_the_same() -> None:
 
 
 def test_training_is_the_objective_as_it_is_executed() -> None:
-    """A batch of the objective, counted, is what its numbers of passes and tangents say."""
+    """The counted work of a batch of the objective matches its numbers of passes and tangents."""
     training = get_preset("pmf-b/16")
     cost = flops.count_cost(TINY, training)
     model, batch = meta_model(TINY), 64

@@ -1,4 +1,4 @@
-"""Every figure of the authors' table, and that a step of each preset fits together."""
+"""Every number in the authors' table, and one step of each preset."""
 
 from dataclasses import replace
 from typing import NamedTuple
@@ -86,7 +86,7 @@ def test_the_table_has_every_preset_of_the_paper() -> None:
 
 @pytest.mark.parametrize("name", TABLE)
 def test_a_step_of_each_fits_together(name: str) -> None:
-    """Objective and backward without data, at full width and few blocks: every weight gets its gradient."""
+    """Objective and backward on meta tensors, full width, few blocks: every weight gets its gradient."""
     config = get_preset(name, perceptual="none")
     with torch.device("meta"):
         model = models.PixelMeanFlow(replace(models.PRESETS[name], depth=2, head_depth=1))

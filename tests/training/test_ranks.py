@@ -1,4 +1,4 @@
-"""Two processes against one: losses, weights, checkpoints, and what they say when something is wrong."""
+"""Two processes against one: losses, weights, checkpoints, and error messages."""
 
 import json
 import socket
@@ -134,7 +134,7 @@ def test_one_rank_s_log_has_the_means_of_all(out: Path, one: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("how", ["muon", "muon of shards"])
 def test_sharing_the_matrices_changes_no_bit(two: dict[str, Any], how: str) -> None:
-    """Fused and stacked ones included: the owner of a parameter has all of its matrices."""
+    """Including fused and stacked ones: a parameter's owner has all of its matrices."""
     for found, expected in zip(two[how], two_ranks.muon_steps(None), strict=True):
         assert torch.equal(found, expected)
 

@@ -1,4 +1,4 @@
-"""Whole runs: resuming bit for bit, losses that diverge, and what a run folder holds."""
+"""Whole runs: bitwise resuming, diverging losses, and the contents of a run folder."""
 
 import json
 import math
@@ -170,7 +170,7 @@ def test_a_changed_precision_reaches_the_optimizer_when_resuming(tmp_path: Path,
 
 
 def test_a_checkpoint_is_no_run_to_resume(tmp_path: Path, tiny: Tiny) -> None:
-    """It would have been written into: a run inside a checkpoint, under a config.json that is not its own."""
+    """It would have been written to: a run inside a checkpoint, under another run's config.json."""
     train(tiny(steps=1), tmp_path)
     with pytest.raises(UserError, match="step-00000001 is a checkpoint, not a run"):
         resume_config(checkpoint.newest_checkpoint(tmp_path), {})

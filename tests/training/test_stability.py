@@ -1,4 +1,4 @@
-"""Controls against a bad step, and what the log tells of one."""
+"""Controls against bad steps, and what the log records of one."""
 
 import json
 import math

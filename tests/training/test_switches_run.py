@@ -1,4 +1,4 @@
-"""Runs with every switch off or another: they train, resume bit for bit, and their checkpoints sample."""
+"""Runs with each switch off or changed: they train, resume bit for bit, and their checkpoints sample."""
 
 from collections.abc import Callable
 from pathlib import Path

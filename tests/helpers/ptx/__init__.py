@@ -1,5 +1,5 @@
-"""The ptx backend: what nvcc emits for the CUDA kernels, inline assembly included, run by tests/emulator.
+"""The ptx backend: the code that nvcc emits for the CUDA kernels, assembly included, in the emulator.
 
-`modules` reads PTX, `syntax` takes it apart, `translate` writes each kernel as a C++ function that one fiber
-of the emulator runs as one thread, `backend` compiles what a launch asks for and gives it to the emulator.
+`modules` reads PTX, `syntax` parses it, `translate` turns each kernel into a C++ function that a fiber of the
+emulator runs as one thread, and `backend` compiles what a launch needs and passes it to the emulator.
 """

@@ -1,4 +1,4 @@
-"""Kernels translated from PTX, compiled when the emulator first launches them, and kept by their text."""
+"""Kernels translated from PTX, compiled when the emulator first launches them, and cached by their text."""
 
 import ctypes
 import functools

@@ -1,4 +1,4 @@
-"""Instructions of several threads, and asynchronous copies."""
+"""Instructions executed by several threads, and asynchronous copies."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""PTX, of a built library or of a source file, cut into functions."""
+"""Split the PTX of a built library or a source file into functions."""
 
 import functools
 import re

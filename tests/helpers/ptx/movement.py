@@ -1,4 +1,4 @@
-"""Instructions that move: between registers, types and memories."""
+"""Instructions that move data between registers, types and memories."""
 
 from helpers.ptx.registers import CPP, Scope, size, unsigned
 from helpers.ptx.syntax import Instruction, UnknownInstruction, elements

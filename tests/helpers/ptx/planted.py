@@ -1,4 +1,4 @@
-"""The emulator's own kernels, tests/emulator/*.cu, as g++ or as nvcc compiles them."""
+"""The emulator's own kernels, tests/emulator/*.cu, as compiled by g++ or by nvcc."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext

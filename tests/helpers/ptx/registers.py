@@ -1,4 +1,4 @@
-"""Types, registers and addresses of PTX as C++ expressions."""
+"""PTX types, registers and addresses as C++ expressions."""
 
 import re
 from collections.abc import Mapping
