@@ -1,5 +1,5 @@
-"""Where tensors go to the CUDA kernels: a GPU, and the emulator, which runs them on CPU tensors (as compiled by
-g++ or nvcc).
+"""Where tensors go to the CUDA kernels: a GPU, and the emulator, which runs them on CPU tensors (as compiled
+by g++ or nvcc).
 """
 
 from collections.abc import Iterator

@@ -40,8 +40,8 @@ def test_all_passes(level: str, queries: int, width: int, dtype: torch.dtype) ->
 @pytest.mark.parametrize(("keys", "width"), [(276, 64), (250, 80)])
 def test_heads_that_fit_in_shared_memory(level: str, keys: int, width: int) -> None:
     """On a GPU 276 tokens make one block per head, given enough heads: it keeps all keys, and its warps
-    iterate over them repeatedly. An emulated device treats four heads as enough and has room for 8 tiles of width 80:
-    a whole head's 276 keys fit there from 181 KB on.
+    iterate over them repeatedly. An emulated device treats four heads as enough and has room for 8 tiles of
+    width 80: a whole head's 276 keys fit there from 181 KB on.
     """
     p, values, *_ = shaped(Shape(1, 4, 4, 276, keys, width, width), torch.bfloat16)
     out, out_t = ops.attention_jvp(*p[:6])

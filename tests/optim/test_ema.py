@@ -109,9 +109,9 @@ def test_one_kernel_updates_all_averages(place):
 def test_bad_arguments_are_named():
     model = nn.Linear(3, 2)
     ema = EMA(model, half_lives=(1.0,))
-    with pytest.raises(ValueError, match="positive and different"):
+    with pytest.raises(ValueError, match="positive and distinct"):
         EMA(model, half_lives=(1.0, 1.0))
-    with pytest.raises(ValueError, match="positive and different"):
+    with pytest.raises(ValueError, match="positive and distinct"):
         EMA(model, half_lives=(math.nan,))
     with pytest.raises(ValueError, match="no parameters"):
         EMA(nn.ReLU())
