@@ -42,7 +42,7 @@ def test_a_system_that_does_not_tell(monkeypatch, tmp_path):
     monkeypatch.setattr(load, "STAT", tmp_path / "absent")
     with load.OtherLoad() as others:
         pass
-    assert others.share is None and "not known" in others.sentence()
+    assert others.share is None and "unknown" in others.sentence()
 
 
 def test_another_process_is_seen():
