@@ -8,6 +8,7 @@ from pathlib import Path
 
 BENCHMARKS = (
     "attention",
+    "attention_packed",
     "patch_embed",
     "patch_velocity",
     "rms_norm",

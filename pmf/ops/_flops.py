@@ -2,14 +2,16 @@
 
 Counted as torch counts its own: matrix products only, a multiplication and an addition as two, what the
 kernels execute rather than what the mathematics needs (a backward that recomputes the scores counts them).
-Elementwise ops count nothing. Padding of tiles and savings by masks are not counted either.
+Elementwise ops count nothing. Padding of tiles and savings by masks (is_causal too) are not counted either;
+windows and packed sequences count the pairs of a query and a key inside of them.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from pmf import _library
 from pmf.reference.newton_schulz import COEFFICIENTS
@@ -20,10 +22,65 @@ SYMMETRIC_ROWS = 128
 """Block rows of newton_schulz's symmetric products (kSymmetricRows in csrc/ops/newton_schulz.cpp)."""
 
 
-def _products(query: Tensor, key: Tensor, value: Tensor, over_width: int, over_value: int) -> int:
+class _Options(NamedTuple):
+    """What follows the tensors of every attention op."""
+
+    mask: Tensor | None
+    is_causal: bool
+    scale: float
+    window_left: int | None = None
+    window_right: int | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+
+    @classmethod
+    def of(cls, rest: Sequence[Any]) -> "_Options":
+        return cls(*rest[: len(cls._fields)])
+
+    def pairs(self, queries: int, keys: int) -> int:
+        """Of a query and a key that belong together, of one head."""
+        if self.cu_seqlens_q is None or self.cu_seqlens_k is None:
+            return self._pairs_of_one(queries, keys)
+        lengths = zip(_lengths(self.cu_seqlens_q, queries), _lengths(self.cu_seqlens_k, keys), strict=True)
+        return sum(self._pairs_of_one(*each) for each in lengths)
+
+    def _pairs_of_one(self, queries: int, keys: int) -> int:
+        """Query i of a window sees the keys from i - left to i + right."""
+        left, right = self.window_left, self.window_right
+        if left is None and right is None:
+            return queries * keys
+        if self.is_causal:
+            right = 0
+        behind = 0 if left is None else _ramp(queries, -left, keys)
+        return (queries * keys if right is None else _ramp(queries, right + 1, keys)) - behind
+
+
+def _ramp(count: int, start: int, top: int) -> int:
+    """The sum of start, start + 1, ... over `count` terms, each held between 0 and top."""
+
+    def below(x: int) -> int:
+        rising = max(0, min(x, top + 1))
+        return rising * (rising - 1) // 2 + max(0, x - top - 1) * top
+
+    return below(start + count) - below(start)
+
+
+def _lengths(offsets: Tensor, rows: int) -> list[int]:
+    """Of the sequences; as even as may be where the offsets hold no numbers."""
+    count = offsets.shape[0] - 1
+    if offsets.is_meta or type(offsets) is FakeTensor:
+        return [rows * (i + 1) // count - rows * i // count for i in range(count)]
+    cuts = offsets.tolist()
+    return [end - begin for begin, end in zip(cuts, cuts[1:], strict=False)]
+
+
+def _products(
+    query: Tensor, key: Tensor, value: Tensor, over_width: int, over_value: int, rest: Sequence[Any]
+) -> int:
     """So many products of [Nq, D] with [Nk, D], and of [Nq, Nk] with [Nk, Dv], for every sample and head."""
     batch, heads, queries, width = query.shape
-    return 2 * batch * heads * queries * key.shape[2] * (over_width * width + over_value * value.shape[3])
+    pairs = _Options.of(rest).pairs(queries, key.shape[2])
+    return 2 * batch * heads * pairs * (over_width * width + over_value * value.shape[3])
 
 
 def _count(*tensors: Tensor | None) -> int:
@@ -35,8 +92,8 @@ def _rows(*tensors: Tensor | None) -> int | None:
     return next((x.shape[0] for x in tensors if x is not None), None)
 
 
-def _attention_forward(query: Tensor, key: Tensor, value: Tensor, *_: Any, out_val: Any = None) -> int:
-    return _products(query, key, value, 1, 1)
+def _attention_forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any, out_val: Any = None) -> int:
+    return _products(query, key, value, 1, 1, rest)
 
 
 def _attention_jvp_forward(
@@ -46,23 +103,23 @@ def _attention_jvp_forward(
     query_t: Tensor | None,
     key_t: Tensor | None,
     value_t: Tensor | None,
-    *_: Any,
+    *rest: Any,
     out_val: Any = None,
 ) -> int:
     """S and P V for all samples; tQ K^T, Q tK^T, H V and P tV for those with tangents."""
-    flops = _products(query, key, value, 1, 1)
+    flops = _products(query, key, value, 1, 1, rest)
     if (n := _rows(query_t, key_t, value_t)) is not None:
         scores = _count(query_t, key_t)
         values = (1 if scores else 0) + _count(value_t)
-        flops += _products(query[:n], key, value, scores, values)
+        flops += _products(query[:n], key, value, scores, values, rest)
     return flops
 
 
 def _attention_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, out_val: Any = None
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, lse: Tensor, *rest: Any, out_val: Any = None
 ) -> int:
     """S again, dQ and dK; G V^T and dV."""
-    return _products(query, key, value, 3, 2)
+    return _products(query, key, value, 3, 2, rest)
 
 
 def _attention_jvp_backward(
@@ -74,7 +131,8 @@ def _attention_jvp_backward(
     query_t: Tensor | None,
     key_t: Tensor | None,
     value_t: Tensor | None,
-    *_: Any,
+    lse: Tensor,
+    *rest: Any,
     out_val: Any = None,
 ) -> int:
     """Nine products over the width, six over that of the values; those with an absent operand are skipped.
@@ -84,7 +142,7 @@ def _attention_jvp_backward(
     """
     scores = _count(query_t, key_t)
     over_value = (2 if scores else 1) + 2 * _count(grad, value_t)
-    return _products(query, key, value, 3 * (1 + scores), over_value)
+    return _products(query, key, value, 3 * (1 + scores), over_value, rest)
 
 
 def _patch_sizes(images: Tensor, weight_down: Tensor, weight_up: Tensor) -> tuple[int, int, int, int]:

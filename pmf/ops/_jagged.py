@@ -1,7 +1,8 @@
 """Jagged nested tensors: sequences of their own lengths [B, j, ...], kept one behind the other.
 
-What works token by token works on the values alone; attention is padded and masked. The result has the
-offsets of its first argument, so that PyTorch can add the two.
+What works token by token works on the values alone; attention reads the offsets (on CUDA, which has no kernel
+for them, it is padded and masked). The result has the offsets of its first argument, so that PyTorch can add
+the two.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from ._subclasses import kind_of
+from .attention import lacks_kernel
+from .attention_varlen import attention_varlen, attention_varlen_jvp
 
 __all__ = ["run_jagged"]
 
@@ -123,14 +126,30 @@ def _attention(op: Callable[..., Any], arguments: dict[str, Any], given: Mapping
         tangent = given.get(f"{n}_t")
         if tangent is not None and (kind_of(tangent) != "jagged" or tangent.shape != given[n].shape):
             raise ValueError(f"{name}: {n}_t must be a jagged nested tensor like {n}")
+    if lacks_kernel(query.values(), 0):
+        return _attention_padded(op, arguments, given)
     return _attention_varlen(op, arguments, given)
 
 
 def _attention_varlen(op: Callable[..., Any], arguments: dict[str, Any], given: Mapping[str, Any]) -> Any:
-    """Sequences padded to the longest, and what is behind their ends masked.
+    """The values [H, T, D] are packed sequences already."""
+    options = {n: x for n, x in arguments.items() if n not in given and n not in ("attn_mask", "dropout_p")}
+    if dropout_p := arguments.get("dropout_p"):
+        raise ValueError(f"attention: dropout_p must be 0, because dropout is not supported, got {dropout_p}")
+    packed = {n: x.values().transpose(0, 1) for n, x in given.items()}
+    where, others = _Ragged.of(given["query"]), _Ragged.of(given["key"])
+    cuts = {"cu_seqlens_q": where.offsets, "cu_seqlens_k": others.offsets}
+    packing: Callable[..., Any] = attention_varlen if op.__name__ == "attention" else attention_varlen_jvp
+    results = packing(**packed, **cuts, **options)
 
-    The place of a kernel that reads offsets: it takes [T, H, D] values as they are.
-    """
+    def ragged(y: Tensor) -> Tensor:
+        return where.wrap(y if y.dim() == 2 else y.transpose(0, 1))  # lse is [H, T]
+
+    return ragged(results) if isinstance(results, Tensor) else tuple(map(ragged, results))
+
+
+def _attention_padded(op: Callable[..., Any], arguments: dict[str, Any], given: Mapping[str, Any]) -> Any:
+    """Sequences padded to the longest, and what is behind their ends masked."""
     paddings = {n: _Padding.of(x) for n, x in given.items()}
     padded = {n: paddings[n].pad(x) for n, x in given.items()}
     mask = paddings["key"].is_token()[:, None, None, :]

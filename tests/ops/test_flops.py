@@ -90,6 +90,58 @@ def test_backward_through_tangents_skips_what_is_absent():
     assert counted(lambda: out_t.sum().backward()) == TILE * (3 * WIDTH + 3 * VALUE_WIDTH)
 
 
+@pytest.mark.parametrize("window", [(2, 1), (None, 3), (4, None), (0, 0), (20, 20), (None, None)])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_windows_count_the_pairs_inside(window, is_causal):
+    leaves = attention_inputs()
+    tangents = [torch.randn_like(x) for x in leaves]
+    ahead = torch.arange(KEYS) - torch.arange(QUERIES)[:, None]
+    seen = torch.ones(QUERIES, KEYS, dtype=torch.bool)
+    for side, distance in zip(window, (-ahead, ahead), strict=True):
+        seen &= distance <= (KEYS + QUERIES if side is None else side)
+    if is_causal and window != (None, None):  # alone it counts in full, as in torch
+        seen &= ahead <= 0
+    share = 2 * BATCH * HEADS * int(seen.sum())
+    options = {"is_causal": is_causal, "window": window}
+    out = ops.attention(*leaves, **options)
+    assert counted(lambda: ops.attention(*leaves, **options)) == share * (WIDTH + VALUE_WIDTH)
+    assert counted(lambda: out.sum().backward()) == share * (3 * WIDTH + 2 * VALUE_WIDTH)
+    both = ops.attention_jvp(*leaves, *tangents, **options)
+    found = counted(lambda: ops.attention_jvp(*leaves, *tangents, **options))
+    assert found == 3 * share * (WIDTH + VALUE_WIDTH)
+    assert counted(lambda: (both[0] + both[1]).sum().backward()) == share * (9 * WIDTH + 6 * VALUE_WIDTH)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": (2, 1)}, {"is_causal": True}], ids=str)
+def test_packed_sequences_count_each_alone(options):
+    lengths_q, lengths_k = (5, 0, 1, 9), (5, 3, 0, 4)
+
+    def inputs(queries: int, keys: int) -> list[Tensor]:
+        rows = (queries, WIDTH), (keys, WIDTH), (keys, VALUE_WIDTH)
+        return [torch.randn(n, HEADS, width, requires_grad=True) for n, width in rows]
+
+    def alone(queries: int, keys: int) -> tuple[int, int]:
+        leaves = inputs(queries, keys)
+        out: list[Tensor] = []
+        four = [x.transpose(0, 1)[None] for x in leaves]
+        forward = counted(lambda: out.append(ops.attention(*four, **options)))
+        return forward, counted(lambda: out[0].sum().backward())
+
+    cuts = [torch.tensor([0, *lengths]).cumsum(0) for lengths in (lengths_q, lengths_k)]
+    leaves = inputs(sum(lengths_q), sum(lengths_k))
+    each = [alone(*lengths) for lengths in zip(lengths_q, lengths_k, strict=True)]
+    out = ops.attention_varlen(*leaves, *cuts, **options)
+    assert counted(lambda: ops.attention_varlen(*leaves, *cuts, **options)) == sum(a for a, _ in each)
+    assert counted(lambda: out.sum().backward()) == sum(b for _, b in each)
+
+
+def test_packed_sequences_without_numbers_count_as_even_ones():
+    q, k, v = (torch.empty(12, HEADS, n, device="meta") for n in (WIDTH, WIDTH, VALUE_WIDTH))
+    cuts = torch.empty(4, dtype=torch.int64, device="meta")
+    found = counted(lambda: ops.attention_varlen(q, k, v, cuts, cuts))
+    assert found == 2 * HEADS * 3 * 4 * 4 * (WIDTH + VALUE_WIDTH)
+
+
 @pytest.mark.parametrize("images_need_grad", [False, True])
 def test_patch_embedding_counts_as_two_convolutions(images_need_grad):
     images = torch.randn(2, 3, 8, 12, requires_grad=images_need_grad)

@@ -1,6 +1,8 @@
 """Tensor subclasses: supported, unwrapped, or rejected by name; never read as plain memory."""
 
 import time
+from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -11,10 +13,11 @@ from torch.masked import masked_tensor
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.testing._internal.logging_tensor import LoggingTensor
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from pmf import ops, replace_sdpa
 from pmf.nn import AttentionBranch, MlpBranch, RMSNorm, rotary_tables
-from pmf.ops import _subclasses
+from pmf.ops import _jagged, _subclasses
 from pmf.optim import EMA, Muon
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # prototypes of PyTorch announce themselves
@@ -265,6 +268,14 @@ def heads(x: Tensor) -> Tensor:
 LENGTHS = [3, 1, 6]
 
 
+@pytest.fixture(params=["packed", "padded"])
+def _way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """By the kernels that read offsets, and as on CUDA."""
+    with mock.patch.object(_jagged, "lacks_kernel", lambda *_: request.param == "padded"):
+        yield
+
+
+@pytest.mark.usefixtures("_way")
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_jagged_attention_is_each_sequences_own(is_causal):
     x, parts = jagged(LENGTHS, 8)
@@ -279,6 +290,7 @@ def test_jagged_attention_is_each_sequences_own(is_causal):
     same(x.grad, [p.grad for p in parts])
 
 
+@pytest.mark.usefixtures("_way")
 @pytest.mark.parametrize("detach_tangent", [False, True])
 def test_jagged_attention_has_tangents(detach_tangent):
     x, parts = jagged(LENGTHS, 8)
@@ -295,6 +307,7 @@ def test_jagged_attention_has_tangents(detach_tangent):
     same(x.grad, [p.grad for p in parts])
 
 
+@pytest.mark.usefixtures("_way")
 def test_jagged_attention_across_lengths_and_groups():
     x, parts = jagged([3, 1, 6], 8)
     y, others = jagged([2, 5, 4], 4, seed=5)
@@ -309,6 +322,34 @@ def test_jagged_attention_across_lengths_and_groups():
             for p, o in zip(parts, others, strict=True)
         ],
     )
+
+
+def test_jagged_attention_pads_nothing():
+    """As many products as the sequences have, in both directions, and no storage of a padded batch."""
+    x, parts = jagged([40, 1, 2, 1], 8)
+
+    def counted(*sequences: Tensor) -> int:
+        with FlopCounterMode(display=False) as counter:
+            for y in sequences:
+                out, out_t = ops.attention_jvp(*map(heads, (y, y, y, y, y)), None, detach_tangent=True)
+                total = out + out_t
+                (total.values() if total.is_nested else total).sum().backward()
+        return counter.get_total_flops()
+
+    assert counted(x) == counted(*parts)
+
+
+@pytest.mark.usefixtures("_way")
+def test_jagged_attention_with_a_window_and_lse():
+    x, parts = jagged([5, 1, 9], 8)
+    options = {"window": (2, 1), "return_lse": True}
+    out, lse = ops.attention(heads(x), heads(x * 2), heads(x), **options)
+    expected = [ops.attention(*(heads(y)[None] for y in (p, p * 2, p)), **options) for p in parts]
+    same(out, [o[0] for o, _ in expected])
+    same(lse, [s[0] for _, s in expected])
+    (out.values().square().sum() + lse.values().sin().sum()).backward()
+    sum(o.square().sum() + s.sin().sum() for o, s in expected).backward()
+    same(x.grad, [p.grad for p in parts])
 
 
 def test_jagged_tokens():

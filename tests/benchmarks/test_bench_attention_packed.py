@@ -1,0 +1,27 @@
+"""Packed sequences and windows beside what they replace: every contestant is right before it is timed."""
+
+import torch
+
+from pmf.bench import attention_packed
+from pmf.bench.device import make_device
+from pmf.bench.harness import Setting, run_case
+
+
+def test_every_pass_of_every_kind_is_right_and_counts_what_is_seen():
+    setting = Setting(make_device(torch.device("cpu")), "tiny")
+    planned = list(attention_packed.cases(setting))
+    assert len(planned) == 2 * 4 * 3  # dtypes, passes, kinds
+    flops = {}
+    for case in planned:
+        rows = run_case(case, setting.device, 0.01)
+        assert len(rows) >= 2 and rows[0]["ours"]
+        assert all(row["right"] and "median_ms" in row for row in rows), rows
+        flops[case.facts["of"]] = rows[0]["flops"] / attention_packed.PASSES[case.label.split(",")[0]]
+    (batch, heads, longest, width), ((_, many, tokens, _), window) = (
+        attention_packed.PACKED["tiny"],
+        attention_packed.WINDOWED["tiny"],
+    )
+    assert flops["equal lengths"] == 2 * batch * heads * longest**2 * width
+    assert 0 < flops["uniform lengths"] < flops["equal lengths"]
+    cut = sum(max(0, window // 2 - i) + max(0, i + window // 2 - tokens) for i in range(tokens))
+    assert flops[f"window {window}"] == 2 * many * width * (tokens * window - cut)
