@@ -21,7 +21,7 @@ from setuptools.command.dist_info import dist_info
 
 ROOT = Path(__file__).parent.resolve()
 OLDEST_TORCH = (2, 11)
-COMPILE_GIB = 1.5  # memory that the largest file takes to compile, with room to spare
+COMPILE_GIB = 1.5  # memory for compiling the largest file, with some margin
 PORTABLE = os.environ.get("PMF_PORTABLE", "0") not in ("", "0")
 
 INSTALL_TORCH = (
@@ -36,16 +36,16 @@ UPGRADE_TORCH = (
 
 
 def fail(sentence: str) -> None:
-    """End the build with one sentence as the last line."""
+    """End the build with a one-sentence error as the last line."""
     raise SystemExit(f"\nerror: {sentence}")
 
 
 def find_torch() -> Path:
-    """The torch package of the environment that is installed into; ends the build if there is none.
+    """The torch package of the target environment; ends the build if there is none.
 
-    pip isolates a build by PYTHONPATH and a sitecustomize found on it, so a fresh interpreter that ignores
-    the PYTHON* variables sees the real environment. torch itself is not imported: only its headers and
-    libraries count.
+    pip isolates builds through PYTHONPATH and a sitecustomize on it, so a fresh interpreter that ignores
+    the PYTHON* variables sees the real environment. torch is not imported: only its headers and
+    libraries are used.
     """
     script = "import importlib.util as u; s = u.find_spec('torch'); print(s.origin if s and s.origin else '')"
     found = subprocess.run([sys.executable, "-E", "-c", script], capture_output=True, text=True, cwd=os.sep)
@@ -61,7 +61,7 @@ def find_torch() -> Path:
 
 
 def parallel_jobs() -> int:
-    """As many compilers at once as processors and free memory allow: running out of memory costs hours."""
+    """The number of parallel compilers that processors and free memory allow: swapping costs hours."""
     asked = os.environ.get("PMF_JOBS") or os.environ.get("MAX_JOBS")
     if asked:
         if not asked.isdecimal() or int(asked) < 1:
@@ -69,7 +69,7 @@ def parallel_jobs() -> int:
         return int(asked)
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    try:  # what the kernel could free counts too
+    try:  # includes memory that the kernel can free
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
@@ -78,8 +78,8 @@ def parallel_jobs() -> int:
 
 
 def newest_glibc(libraries: list[Path]) -> tuple[int, int]:
-    """The newest glibc version any of these files needs: what their wheel's manylinux tag must say."""
-    needed = [(2, 17)]  # older than any that a toolchain of today asks for
+    """The newest glibc version that any of these files needs, for the wheel's manylinux tag."""
+    needed = [(2, 17)]  # older than any required by current toolchains
     for library in libraries:
         listing = subprocess.run(["readelf", "-V", "-W", library], capture_output=True, text=True, check=True)
         for word in listing.stdout.split():
@@ -105,7 +105,7 @@ class CMakeBuild(build_ext):
             f"-DPMF_INTROSPECTION={'OFF' if PORTABLE else 'ON'}",
             f"-DPython_EXECUTABLE={sys.executable}",
         ]  # fmt: skip
-        if PORTABLE:  # what an earlier build of this folder left would be packed too
+        if PORTABLE:  # leftovers of an earlier build would be packed too
             for stale in package.glob("_introspection*.so"):
                 stale.unlink()
         jobs = parallel_jobs()
@@ -131,7 +131,7 @@ class CMakeBuild(build_ext):
 
 
 class EarlyCheck(dist_info):
-    """Asks for torch before pip resolves dependencies: it would download one and then fail without it."""
+    """Requires torch before pip resolves dependencies, or pip would download one and then fail without it."""
 
     def run(self) -> None:
         find_torch()
@@ -154,6 +154,6 @@ class TaggedWheel(bdist_wheel):
 
 if __name__ == "__main__":
     setup(
-        ext_modules=[Extension("pmf.libpmf", sources=[])],  # makes this a package with compiled parts
+        ext_modules=[Extension("pmf.libpmf", sources=[])],  # marks the package as having compiled parts
         cmdclass={"build_ext": CMakeBuild, "dist_info": EarlyCheck, "bdist_wheel": TaggedWheel},
     )

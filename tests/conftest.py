@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _fresh_dynamo() -> Iterator[None]:
-    """Dynamo keeps eight graphs of one function: a ninth test's fails because of the eight before it."""
+    """Dynamo keeps eight graphs per function, so a ninth test would fail because of the earlier eight."""
     yield
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].reset()
@@ -18,8 +18,8 @@ def _fresh_dynamo() -> Iterator[None]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The ptx backend (helpers/ptx) compiles every kernel before it runs.
 
-    Of each test function's cases it gets those that bring a value of some parameter for the first time: every
-    value once, not every combination. `PMF_PTX=all pytest -k ptx` runs them all.
+    It runs only those cases of a test function that use some parameter value for the first time: every
+    value once, but not every combination. `PMF_PTX=all pytest -k ptx` runs them all.
     """
     if os.environ.get("PMF_PTX") == "all":
         return

@@ -22,12 +22,12 @@ from pmf import _library, env
 
 ROOT = Path(__file__).parents[1]
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
-# What pmf/introspection.h declares; everything else stays inside the library.
+# The functions declared in pmf/introspection.h; everything else is internal.
 EXPORTS = {
     *("build_facts", "cpu_level", "best_cpu_level", "set_cpu_level", "attention_plan"),
     *("attention_launches", "newton_schulz_launches", "patch_embed_launches"),
 }
-# A wheel for glibc 2.34 (RHEL 9, Ubuntu 22.04, Debian 12) is what README promises.
+# The wheels target glibc 2.34 (RHEL 9, Ubuntu 22.04, Debian 12).
 NEWEST_GLIBC = (2, 34)
 
 
@@ -202,8 +202,8 @@ def test_metadata_leaves_an_installed_torch_alone() -> None:
     assert importlib.metadata.version("pixelmeanflow") == pmf.__version__
     torch_requirements = [line for line in requirements if line.startswith("torch")]
     assert torch_requirements == ["torch>=2.11"]
-    # A package that asks for a torch of its own, as torchvision does, has no place in any extra; what
-    # compiles for GPUs or reads their machine code is for the tests alone.
+    # A package that requires a specific torch, as torchvision does, must not be in any extra; packages that
+    # compile for GPUs or read their machine code are for the tests only.
     assert not [line for line in requirements if line.startswith("torchvision")]
     tools = [line for line in requirements if line.startswith(("triton", "nvidia"))]
     assert all(line.endswith('extra == "test"') for line in tools)

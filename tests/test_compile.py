@@ -17,7 +17,7 @@ BATCH = 6
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
-    """No graphs of other tests, and one thread: on work this small two only wait for each other."""
+    """No graphs from other tests, and one thread: on work this small two only wait for each other."""
     torch.compiler.reset()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -28,7 +28,7 @@ def fresh_compiler() -> Iterator[None]:
 
 @pytest.fixture
 def model() -> PixelMeanFlow:
-    """A small network of which every part is at work: no zero gates, no zero final layer."""
+    """A small network with every part active: no zero gates, no zero final layer."""
     torch.manual_seed(0)
     model = create_model(
         num_classes=5, image_size=8, patch_size=2, channels=2, hidden_size=32, depth=2, head_depth=1,
@@ -73,7 +73,7 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     return float(((actual - expected).abs() / expected.abs()).max())
 
 
-# Rounding alone separates the two: Inductor joins elementwise operations and rounds once for many.
+# Only rounding differs: Inductor fuses elementwise operations and rounds once for many.
 LIMITS = {torch.float32: (1e-3, 1e-4), torch.bfloat16: (3e-2, 3e-2)}
 
 

@@ -21,7 +21,7 @@ import pmf.cli
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-QUICK = ("train", "evaluate", "ablate", "toy")  # commands of pmf whose work --quick cuts
+QUICK = ("train", "evaluate", "ablate", "toy")  # pmf commands that take --quick
 _BLOCK = re.compile(r"(?:<!-- (?P<note>[^>]*) -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```", re.M | re.S)
 
 
@@ -32,7 +32,7 @@ def blocks(page: Path, language: str) -> Iterator[str]:
 
 
 def commands(page: Path) -> list[str]:
-    """The page's shell commands, one a string, without comments and with continued lines joined."""
+    """The page's shell commands, without comments and with continuation lines joined."""
     lines = "".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
     stripped = (re.sub(r"\s+#.*", "", line).strip() for line in lines)
     return [line for line in stripped if line and not line.startswith("#")]
@@ -71,7 +71,7 @@ def test_commands_run(page: Path, readers_folder: Path) -> None:
 
 
 def _run(words: list[str], command: str) -> None:
-    """A command of another program, found beside this Python; benchmarks are the repository's."""
+    """Run another program, found beside this Python; benchmarks come from the repository."""
     words = [str(ROOT / word) if word.startswith("benchmarks/") else word for word in words]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}

@@ -11,7 +11,7 @@ import pmf.ops
 
 ROOT = Path(__file__).parents[1]
 
-# What may import what, from the ground up: a module or package of pmf imports those of lower floors only.
+# The layers, from the bottom: a module or package of pmf imports only those of lower layers.
 FLOORS = (
     {"_library", "atomic", "defaults", "errors", "interrupts", "metrics", "sizes", "version", "wrappers"},
     {"reference"},
@@ -23,9 +23,9 @@ FLOORS = (
     {"ablation", "evaluation"},
     {"cli"},
 )
-TOP = {"__init__", "__main__"}  # the package itself, which gathers
+TOP = {"__init__", "__main__"}  # the package itself, which re-exports
 
-# A source folder and what its files must not include.
+# A source folder and the includes forbidden in its files.
 FORBIDDEN_INCLUDES = {
     "csrc/include": r"<(torch|ATen|c10|cuda|immintrin|vector|string)",
     "csrc/cpu": r"<(torch|ATen|c10|cuda|pybind11)",
@@ -114,7 +114,7 @@ def _is_package(path: Path) -> bool:
 
 
 def _imports(path: Path) -> set[str]:
-    """Names x of every `pmf.x` that a file imports, inside its functions too."""
+    """The names x of all `pmf.x` imports in a file, including those inside functions."""
     package = path.relative_to(ROOT).with_suffix("").parts
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):

@@ -33,7 +33,7 @@ def condition(config: ModelConfig, batch: int) -> Condition:
 
 
 def to_authors_names(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint under the authors' names, written down independently of `pmf.official`."""
+    """A checkpoint with the authors' names, defined independently of `pmf.official`."""
     theirs = {}
     for name, tensor in state_dict.items():
         name = name.removeprefix("condition.")

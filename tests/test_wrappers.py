@@ -23,7 +23,7 @@ PREFIXES += ("_fsdp_wrapped_module.", "module._checkpoint_wrapped_module.")
 
 @pytest.fixture(scope="module", autouse=True)
 def _alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A process group of one, which DistributedDataParallel asks for."""
+    """A process group of one, which DistributedDataParallel requires."""
     file = tmp_path_factory.mktemp("group") / "store"
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
     yield

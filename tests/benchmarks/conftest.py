@@ -1,5 +1,5 @@
 import sys
 from pathlib import Path
 
-# The benchmarks are scripts, whose own folder is where they import each other from.
+# The benchmarks are scripts and import each other from their own folder.
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))

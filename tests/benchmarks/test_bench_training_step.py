@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "bench_training_step.py"
 
 
 class NoTangent(XPrediction):
-    """As if torch.func.jvp had met an op without a forward mode."""
+    """Simulates torch.func.jvp on an op without a forward mode."""
 
     def velocity_tangent(self, *args, **options):
         return torch.zeros_like(super().velocity_tangent(*args, **options))
@@ -70,7 +70,7 @@ def test_the_count_is_the_derivation_by_hand_plus_what_it_leaves_out():
     assert 0.95 < zero_products / 6 < 1.05  # six blocks once more, without attention's products
     skipped = counted["port"] - counted["port, guidance by the v path alone"]
     assert 1 < skipped / 6 < 1.08  # three times two blocks of the u head
-    # Guidance at the least: v_c of four samples through four blocks; at the most v_u of all others too.
+    # Guidance at least: v_c of four samples through four blocks; at most also v_u of all others.
     least, most = 6 + 2 + 12 + 2, 6 + 2 + 12 + 2 + 4
     assert least < counted["ours"] < 1.08 * most
 

@@ -27,7 +27,7 @@ EXACT = torch.ones(4, dtype=torch.float64)
 
 
 def run(errors: dict[str, float], limit: float = 0.1, **options):
-    """Contestants whose results are off by so much."""
+    """Run contestants whose results are off by these amounts."""
     runs = {name: lambda e=e: torch.full((4,), 1 + e) for name, e in errors.items()}
     case = Case(runs, against(runs, EXACT), limit, **options)
     rows = run_case(Planned("a case", lambda: case, {"op": "o"}), Cpu(), 0.0)

@@ -50,7 +50,7 @@ def test_it_agrees_with_the_reference_in_float64(case: str, batch: Batch):
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, Tensor]:
-    """What the authors' trainer and sampler compute for one tiny network."""
+    """The authors' trainer and sampler results for one tiny network."""
     with np.load(GOLDEN) as arrays:
         return {name: torch.from_numpy(np.asarray(arrays[name])) for name in arrays.files}
 
@@ -121,7 +121,7 @@ def test_its_optimizers_own_the_same_and_step_alike():
     port.update()
     for name, (mine, other) in named.items():
         step, expected = (p.detach().reshape(before[name].shape) - before[name] for p in (mine, other))
-        # Both orthogonalise in bfloat16, by other formulas: five steps amplify its rounding.
+        # Both orthogonalise in bfloat16 with different formulas: five steps amplify its rounding.
         assert relative_error(step, expected) < (0.05 if id(other) in muon else 1e-3), name
         assert mine.grad is None and other.grad is None
 

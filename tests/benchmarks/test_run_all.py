@@ -44,7 +44,7 @@ def test_a_run_on_the_cpu(tmp_path: Path):
     assert [target["target"] for target in judged["targets"]] == ["2x the plain port"]
     assert all(row["share_of_copy_rate"] > 0 for row in rows["elementwise"])
     assert all("seconds" in section for section in record["sections"])
-    last = done.stdout.rpartition("target\n")[2].splitlines()  # the table of the end
+    last = done.stdout.rpartition("target\n")[2].splitlines()  # the final table
     assert last[4].endswith(f"{len(rows['checks'])} of {len(rows['checks'])} right")
     assert any(line.startswith("patch_embed") for line in last)
 

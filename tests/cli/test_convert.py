@@ -15,7 +15,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "objective.npz"
 
 @pytest.fixture
 def official(tmp_path: Path) -> dict[str, torch.Tensor]:
-    """A network of the authors' trainer, under their names, saved as their code saves it."""
+    """A network from the authors' trainer, with their names, saved as their code does."""
     with np.load(GOLDEN) as arrays:
         weights = {
             f"net.{name.removeprefix('param/')}": torch.from_numpy(arrays[name])
@@ -43,7 +43,7 @@ def test_the_authors_file_goes_there_and_back(
         assert tensor.shape == official[f"net.{name}"].shape
         assert torch.equal(tensor, official[f"net.{name}"]), name
 
-    # Samples by class: by the number or by the name that it was given, from either file.
+    # Samples by class, by number or by the given name, from either file.
     assert main(["convert", again, str(tmp_path / "third.safetensors"), "--noise-scale", "1"]) == 0
     third = str(tmp_path / "third.safetensors")
     for source, label, out in ((ours, "breed 7", "a"), (third, "7", "b")):

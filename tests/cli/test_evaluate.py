@@ -59,7 +59,7 @@ def test_the_figure_is_that_of_the_samples(
     expected = metrics.frechet_distance(ours, theirs)
     assert result(tmp_path / "evaluation")["frechet_distance"] == pytest.approx(expected, rel=1e-6)
 
-    # With statistics in place of the images nothing is drawn or counted a second time.
+    # With statistics instead of images, nothing is sampled or counted again.
     assert main(["evaluate", "--images", "digits", *PIXELS[:2], "--make-stats", "d.npz", "--out", "d"]) == 0
     monkeypatch.setattr(flow.Sampler, "__call__", None)
     words = ["evaluate", str(weights), *PIXELS[:3], "d.npz", "--num-images", "45", "--seed", "5"]
@@ -81,7 +81,7 @@ def test_kept_samples_are_those_that_were_counted(weights: Path, tmp_path: Path)
     assert main(["evaluate", *words, *PIXELS]) == 0
     ours, again = (result(tmp_path / name)["frechet_distance"] for name in ("a", "b"))
     assert again == pytest.approx(ours, rel=1e-9)
-    # The picture of a seed is that of pmf sample.
+    # A seed gives the same image as in pmf sample.
     words = ["--classes", "8", "--seeds", "3", "--omega", "1.5", "--interval", "0.1", "0.9"]
     assert main(["sample", str(weights), *words, "--out", str(tmp_path / "c")]) == 0
     pictures = tmp_path / "c" / "class0008-digit_8_seed0003.png", tmp_path / "kept/0008/00000003.png"
@@ -100,7 +100,7 @@ def test_fid_and_inception_score_with_weights_of_a_file(
     inception = str(tmp_path / "inception.pth")
     torch.save(network.state_dict(), inception)
     np.savez(tmp_path / "ref.npz", mu=np.ones(2048), sigma=np.zeros((2048, 2048)))
-    # The distance of 2048 features takes seconds, and is the same function for all spaces.
+    # The distance over 2048 features takes seconds, and is the same function for all spaces.
     monkeypatch.setattr(evaluate, "frechet_of_moments", lambda mean, _, other, __: float(mean @ other))
     words = ["--reference", str(tmp_path / "ref.npz"), "--num-images", "3", "--out", str(tmp_path / "out")]
     assert main(["evaluate", str(weights), *words, "--weights", inception]) == 0
@@ -125,7 +125,7 @@ def test_a_quick_look_takes_few_images_of_both_sides(
     assert " of 20 images: " in capsys.readouterr().out
     sums, _ = checkpoint.read_tensors(tmp_path / "a" / "reference.safetensors")
     assert sums["moments.count"] == 20
-    # A share of sorted images is taken at even distances, and a thing compared with itself is at 0.
+    # A subset of sorted images is evenly spaced, and the distance of a set to itself is 0.
     words = ["--images", "digits", "--num-images", "1797", *PIXELS, "--out", str(tmp_path / "b")]
     assert main(["evaluate", *words]) == 0
     assert result(tmp_path / "b")["frechet_distance"] == pytest.approx(0, abs=1e-9)

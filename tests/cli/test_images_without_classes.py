@@ -24,7 +24,7 @@ def test_train_resume_sample_evaluate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_photos(tmp_path / "flat")
-    # The emoji's preset has guidance, in training and in samples: without classes it has to go.
+    # The emoji preset has guidance in training and sampling: without classes it must be disabled.
     size = ["--image-size", "8x16", "--patch-size", "4"]
     words = ["train", "--preset", "emoji", "--data", "flat", *size, *TINY, "--out", "run"]
     done = run_in(tmp_path, *words, "--steps", "2")

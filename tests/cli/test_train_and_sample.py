@@ -30,7 +30,7 @@ def trained_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def trained(trained_once: Path, tmp_path: Path) -> Path:
-    """A finished run that a test may change."""
+    """A finished run that a test may modify."""
     return shutil.copytree(trained_once, tmp_path / "runs" / "00000-digits")
 
 

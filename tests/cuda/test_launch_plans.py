@@ -60,7 +60,7 @@ def patch_embed(plans: ModuleType, gpu: Gpu, **more: Any) -> Plan:
 
 
 def every_plan(plans: ModuleType, gpu: Gpu) -> list[Plan]:
-    """Of all ops that have plans, at many sizes."""
+    """The plans of all ops that have them, at many sizes."""
     both = (False, True)
     found = [
         attention(plans, gpu, heads, n, n, width, dtype=dtype, backward=backward, tangent=tangent)
@@ -90,7 +90,7 @@ def test_what_is_planned_fits_what_was_compiled(plans: ModuleType, code: Machine
         threads, shared = launch["threads"], launch["shared_bytes"] + usage[kernel].shared
         assert 1 <= threads <= code.bounds[kernel].threads, kernel
         blocks = blocks_per_processor(gpu, threads, usage[kernel].registers, shared)
-        # Registers are cut for large devices: on a small one, shared memory may have room for fewer blocks.
+        # Registers are allocated for large devices: on a small one, shared memory may fit fewer blocks.
         counted = launch["blocks_per_processor"] if gpu is not RTX_3090 else 1
         assert blocks >= max(1, counted), (kernel, launch)
         assert code.bounds[kernel].blocks in (1, launch["blocks_per_processor"]), kernel

@@ -14,12 +14,12 @@ from pmf import _library
 
 ROOT = Path(__file__).parents[2]
 
-# Of kernels that multiply 16-bit factors: tensor cores, whole fragments from shared memory, copies past the
-# registers, stores of 16 bytes.
+# For kernels with 16-bit products: tensor cores, whole fragments from shared memory, copies that bypass
+# registers, 16-byte stores.
 PRODUCTS = (r"HMMA\.16816\.F32", r"LDSM\.16\.(M88|MT88)", r"LDGSTS\.E.*\.128", r"STG\.E.*\.128")
 WIDE = (r"LDG\.E.*\.128", r"STG\.E.*\.128")
-# Kernels by name, and the instructions that each must have. One type of 16 bits stands for both, as their
-# kernels are one template.
+# Kernels by name, and the instructions that each must contain. One 16-bit type stands for both, since their
+# kernels share a template.
 MEANT = {
     r"attention_\w+<(ForwardSizes<)?Arithmetic16<__nv_bfloat16>, (64|80), ": PRODUCTS,
     r"patch_fused_kernel<__nv_bfloat16>": PRODUCTS,
@@ -30,19 +30,19 @@ MEANT = {
     r"(ema|adam)_kernel": WIDE,
     r"places_kernel<Forward<__nv_bfloat16, __nv_bfloat16, 8, 3>": WIDE,
 }
-# Kernels of whole vectors: what they read of a tensor and write to it goes in no smaller pieces.
+# Kernels on whole vectors: they read and write tensors in no smaller pieces.
 WHOLE = r"(slots_kernel|forward_kernel)<Whole<__nv_bfloat16>"
 TUNED = r"attention_\w+<(ForwardSizes<)?Arithmetic16<.*>, (64|80), "
 """Attention for widths 64 and 80."""
 
 
 def spilling(usage: dict[str, Usage]) -> dict[str, Usage]:
-    """The kernels with memory of a thread's own: a stack frame, spilled registers."""
+    """The kernels with thread-local memory: a stack frame, spilled registers."""
     return {name: each for name, each in usage.items() if each.stack or each.local}
 
 
 def lacking(name: str, instructions: Counter[str]) -> list[str]:
-    """What a kernel of this readable name should have and has not, or has and should not."""
+    """Instructions that a kernel of this name should have and lacks, or has and should not."""
     found = [op for op in instructions if re.match("LDL|STL", op)]
     for kernels, patterns in MEANT.items():
         if re.match(kernels, name):
@@ -60,7 +60,7 @@ def lacking(name: str, instructions: Counter[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def code() -> MachineCode:
-    """Of this build."""
+    """The machine code of this build."""
     if _library.missing() is not None:
         absent(_library.missing())
     sections = subprocess.run(
@@ -76,7 +76,7 @@ def code() -> MachineCode:
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> MachineCode:
-    """Of planted.cu, for sm_80 only."""
+    """The machine code of planted.cu, for sm_80 only."""
     nvcc = shutil.which("nvcc") or tool("nvcc")
     if nvcc is None or tool("cuobjdump") is None or tool("nvdisasm") is None:
         pytest.skip("planting faults takes nvcc, cuobjdump and nvdisasm")
@@ -149,7 +149,7 @@ def test_the_library_is_small_enough(code: MachineCode, tmp_path: Path) -> None:
     assert Path(packed).stat().st_size < 36e6
 
 
-# ---- these checks find what they are for ---------------------------------------------------------
+# ---- the checks detect violations ---------------------------------------------------------
 
 
 def test_planted_faults_are_found(planted: MachineCode) -> None:

@@ -20,7 +20,7 @@ def write_image(path: Path, level: int = 0, size: int = 8) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two classes, one nested file, and a hidden file that does not count."""
+    """Two classes, one nested file, and a hidden file, which is ignored."""
     write_image(tmp_path / "dog" / "a.png", 20)
     write_image(tmp_path / "cat" / "deep" / "b.png", 10)
     write_image(tmp_path / "cat" / "c.png", 11)

@@ -17,7 +17,7 @@ from pmf.errors import UserError
 
 
 def encoded(number: int, kind: str = "png") -> bytes:
-    """A grey 4x4 picture of the level `number`."""
+    """A grey 4x4 image of level `number`."""
     content = io.BytesIO()
     Image.new("L", (4, 4), number).save(content, format=kind, lossless=True)
     return content.getvalue()
@@ -122,7 +122,7 @@ def test_what_a_shard_must_hold(tmp_path: Path, members: list[tuple[str, bytes]]
 
 @pytest.fixture
 def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two tables as Hugging Face writes them."""
+    """Two tables in Hugging Face's format."""
     arrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -208,7 +208,7 @@ def test_a_table_without_images_is_named(tables: Path) -> None:
 
 
 def write_table(tables: Path, labels: list[Any] | None, name: str = "label") -> str:
-    """One table of as many pictures as there are labels, alone in its folder; without a column for None."""
+    """A table alone in its folder, with an image per label; None means no label column."""
     import pyarrow
     import pyarrow.parquet
 

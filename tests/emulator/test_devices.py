@@ -38,7 +38,7 @@ def update(average: torch.Tensor, parameter: torch.Tensor) -> None:
 
 
 def calls() -> dict[str, Call]:
-    """Every op and its tensors, of which any may be elsewhere."""
+    """Every op and its tensors, any of which may be on another device."""
     found = {name: of_case(case, "plain") for name, case in CASES.items()}
     found |= {name + "_jvp": of_case(case, "jvp") for name, case in CASES.items()}
     matrices = tuple(torch.randn(4, 6) for _ in range(3))
@@ -72,7 +72,7 @@ def test_all_on_another_device(name: str) -> None:
         function(*tensors)
 
 
-number = itertools.count(2)  # a device is examined once
+number = itertools.count(2)  # a device is queried only once
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def test_mma(planted: Planted, kind: str) -> None:
 
 
 def aligned_sum(a: np.ndarray, b: np.ndarray, c: float, bits: int, blocks: int) -> float:
-    """A row times a column, and c, as Fasi et al. (2021) describe it; of normal numbers alone."""
+    """A row times a column plus c, as described by Fasi et al. (2021); normal numbers only."""
     total = Fraction(c)
     for x, y in zip(np.split(a, blocks), np.split(b, blocks), strict=True):
         terms = [total, *(Fraction(float(p)) * Fraction(float(q)) for p, q in zip(x, y, strict=True))]

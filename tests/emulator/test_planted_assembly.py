@@ -94,7 +94,7 @@ def test_ptx_fault_is_caught(tmp_path: Path, name: str) -> None:
 
 
 def unguarded(text: str) -> list[str]:
-    """Assembly that touches memory or waits for it, and lets the compiler move accesses past it."""
+    """Assembly that accesses memory or waits for it, but lets the compiler move accesses past it."""
     found = re.findall(r"asm( volatile)?\((.*?)\);", text, re.DOTALL)
     return [
         body.strip()

@@ -13,7 +13,7 @@ BACKENDS = (*EMULATED, *NVCC)
 SEEDS = range(5)
 ELEMENTS = 4 * 3 * 128
 
-# What the emulator says of each; where the order of warps decides what goes wrong first, any of these.
+# The emulator's report for each; any of these if the order of warps decides what fails first.
 UNORDERED = r"read after thread \d+ wrote it, with no barrier between"
 OUTSIDE = "memory (beyond a tensor's end|that belongs to no tensor of this call)"
 FOUND = {

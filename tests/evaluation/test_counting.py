@@ -22,7 +22,7 @@ COUNT, BATCH = 70, 8  # nine batches, the last of six
 
 
 class Noise:
-    """Image i is drawn from the seed i. After `patience` batches reading stops as Ctrl-C stops it."""
+    """Image i is drawn from seed i. After `patience` batches reading stops as if by Ctrl-C."""
 
     shape = (1, 4, 4)
 
@@ -49,7 +49,7 @@ class Noise:
 
 
 class Scored(Pixels):
-    """Pixels that are their own class logits, so that Inception Score is counted too."""
+    """Pixels that serve as class logits, so that Inception Score is computed too."""
 
     @property
     def classes(self) -> int:
@@ -61,7 +61,7 @@ class Scored(Pixels):
 
 
 class OneOf(Ranks):
-    """One of several processes that are stopped before they talk: none knows of anything counted before."""
+    """One of several processes stopped before they communicate: none knows the earlier counts."""
 
     def together(self, action: Callable[[], Any]) -> Any:
         return action()

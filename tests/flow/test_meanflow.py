@@ -25,7 +25,7 @@ NULL = 3
 
 
 class Net(nn.Module):
-    """Points or signals, with a label and, where it is told, guidance."""
+    """For points or signals, with a label and, if it takes it, guidance."""
 
     def __init__(self, features: int = 2) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ def over(values: Tensor, x: Tensor) -> Tensor:
 
 
 def written_out(objective: MeanFlow, network, x, draws, label) -> dict[str, Tensor]:
-    """One sample at a time where the settings differ from sample to sample; torch.func.jvp throughout."""
+    """One sample at a time if settings differ between samples; torch.func.jvp throughout."""
     t, r = draws.t.to(x.dtype), draws.r.to(x.dtype)
     e, guidance = draws.noise, objective.guidance
     z = over(1 - t, x) * x + over(t, x) * e

@@ -25,12 +25,12 @@ TINY = ModelConfig(
     num_heads=2,
     bottleneck=6,
 )
-# Both sides compute the same equations in float64, in another order.
+# Both sides compute the same equations in float64, in different orders.
 TOLERANCE = 1e-10
 
 
 def random_model(size: tuple[int, int]) -> PixelMeanFlow:
-    """Random weights everywhere: at the start gates and heads are zero, and most mistakes invisible."""
+    """Random weights everywhere: initially gates and heads are zero and would hide most mistakes."""
     torch.manual_seed(0)
     model = PixelMeanFlow(replace(TINY, image_size=size)).double()
     with torch.no_grad():
@@ -87,7 +87,7 @@ def test_samples_have_the_models_size() -> None:
     for size in ((8, 16), [16, 8]):
         model = pmf.create_model("digits", image_size=size)
         assert pmf.sample(model, [1, 2]).shape == (2, 1, *size)
-        assert model.config.image_size == tuple(size)  # whatever JSON made of it
+        assert model.config.image_size == tuple(size)  # in the form that JSON gives it
     assert pmf.create_model("digits", image_size=(8, 8)).config.image_size == 8
     with pytest.raises(ValueError, match=r"images must be \[B, 1, 16, 8\], got \[2, 1, 8, 16\]"):
         Objective()(model, torch.zeros(2, 1, 8, 16), torch.zeros(2).long(), Objective().draw(

@@ -25,15 +25,15 @@ CONFIG = ModelConfig(
     condition_tokens=(2, 1, 1, 2, 3),
     bottleneck=12,
 )
-# Both sides work in float64 on the same equations, in another order: rounding is all that may differ.
+# Both sides compute the same equations in float64, in different orders: only rounding may differ.
 FLOAT64_TOLERANCE = 1e-10
-# Rounding through a dozen layers, and a division by t of as little as 0.05.
+# Rounding through a dozen layers, and division by t as small as 0.05.
 FLOAT32_TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module")
 def model() -> PixelMeanFlow:
-    """Random weights everywhere: at the start gates and heads are zero, and most mistakes invisible."""
+    """Random weights everywhere: initially gates and heads are zero and would hide most mistakes."""
     torch.manual_seed(0)
     model = PixelMeanFlow(CONFIG).double()
     with torch.no_grad():
@@ -95,7 +95,7 @@ def compare(
     draws: Draws,
     **switches: Any,
 ) -> None:
-    """Loss, its parts and all gradients of both sides, which `switches` tell the plain one."""
+    """Compare loss, its terms and all gradients; `switches` configure the plain side."""
     params = dict(model.named_parameters())
     plain = plain_objective(
         params,
@@ -173,7 +173,7 @@ def test_agrees_on_its_own_draws_with_any_norm(
 
 
 class ByImages(XPrediction):
-    """The paper's prediction as any other: what the objective knows to be the paper's is one kernel."""
+    """The paper's prediction as a generic one: the objective uses one kernel for the paper's own class."""
 
 
 class Identity(NoPreconditioner):
@@ -204,7 +204,7 @@ def test_order_of_the_batch_does_not_matter(model: PixelMeanFlow) -> None:
 
 
 class CountingModel(PixelMeanFlow):
-    """Counts samples by what is computed for them."""
+    """Counts samples by the work done for them."""
 
     def forward(self, images: Tensor, condition, images_t=None, h_t=None, *, heads="u", as_tokens=False):  # type: ignore[no-untyped-def]
         self.counts[heads] = self.counts.get(heads, 0) + len(images)

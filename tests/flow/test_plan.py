@@ -9,7 +9,7 @@ SHARED, HEAD = 8, 8  # B models
 
 
 def cost(batch: int = 20_000) -> float:
-    """Layers passed per sample of one training step; a backward pass counts as two forward ones."""
+    """Layer passes per sample in a training step; a backward pass counts as two forward ones."""
     objective = Objective()
     draws = objective.draw(
         torch.zeros(batch, 1, 1, 1), torch.zeros(batch, dtype=torch.long), torch.Generator().manual_seed(0)

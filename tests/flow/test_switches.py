@@ -28,7 +28,7 @@ __all__ = ["model"]  # the fixture
 
 
 class Blurred:
-    """Two distances of small networks' kind: of cropped rows, and of means; both with gradients."""
+    """Two simple distances: of cropped rows, and of means; both with gradients."""
 
     max_t = 0.75
 
@@ -128,7 +128,7 @@ def test_without_guidance_omega_is_one_on_the_whole_interval() -> None:
 @pytest.mark.parametrize(
     ("settings", "rows", "passes", "tangents"),
     [
-        # Without a v head the same passes go by the u head; a flow-matching sample's u is its v_c.
+        # Without a v head the same passes use the u head; a flow-matching sample's u is its v_c.
         ({"v_head": False}, ["flow matching"] * 3, {"u": 3 + 3}, 0),
         ({"v_head": False}, ["meanflow"] * 3, {"u": 3 + 6}, 3),
         ({"v_head": False, "guidance": NoGuidance()}, ["flow matching"] * 3, {"u": 3}, 0),

@@ -45,7 +45,7 @@ class Problem(NamedTuple):
         return Problem._make(None if x is None else function(x) for x in self)
 
 
-# Every length and width of interest, tiles that are full, that are cut, and that are one too long.
+# All relevant lengths and widths: full tiles, partial tiles, and one element too many.
 SHAPES = (
     Shape(4, 8, 8, 16, 2, 1, 1),
     Shape(2, 3, 3, 1, 15, 7, 7),
@@ -113,7 +113,7 @@ def _offset(p: Problem) -> Problem:
     return p._replace(key=p.key + 3 * _direction(p.key, 3), value=p.value + 10)
 
 
-# Where other implementations lose the answer to cancellation, and why.
+# Problems on which other implementations lose accuracy to cancellation, and why.
 HARD: dict[str, Callable[[Problem], Problem]] = {
     "plain": lambda p: p,
     "peaked scores": lambda p: p._replace(query=8 * p.query),
@@ -126,7 +126,7 @@ HARD: dict[str, Callable[[Problem], Problem]] = {
     "late sinks, common key tangent, large value mean": lambda p: _common(_late_sinks(p)),
     "zero query": lambda p: p._replace(query=0 * p.query),
 }
-# Enough heads that the few numbers which a late sink leaves of a gradient are a fair sample.
+# Enough heads that the few gradient entries left by a late sink are a fair sample.
 HARD_SHAPES = (Shape(1, 4, 4, 276, 276, 64, 64), Shape(1, 4, 2, 40, 1000, 80, 80))
 
 
@@ -164,7 +164,7 @@ def _float32(dtype: torch.dtype) -> dict[str, Any]:
     return _additive(4, 65, 83)(torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-# What is masked: names are read in failures. Shapes broadcast to [2, 4, 65, 83].
+# Masks by name, for failure messages. Shapes broadcast to [2, 4, 65, 83].
 MASKS: dict[str, Callable[[torch.dtype], dict[str, Any]]] = {
     "causal": lambda dtype: {"is_causal": True},
     "boolean [Nq, Nk]": _boolean(65, 83),
@@ -233,7 +233,7 @@ def gradients_of_both(module: Any, p: Problem, **options: Any) -> tuple[Tensor, 
 
 
 def scattered(x: Tensor, order: tuple[int, ...], steps: tuple[int, ...]) -> Tensor:
-    """x as a view whose dimensions lie in memory in `order`, `steps` apart; what lies between is NaN.
+    """x as a view with its dimensions in memory order `order`, `steps` apart, and NaN in between.
 
     A step of 0 repeats x's first entry along that dimension.
     """

@@ -16,7 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 few_examples = settings(max_examples=60, deadline=None, derandomize=True)
 
-# A sum of few terms may be much smaller than they are; the digits that cancel are missing in its result.
+# A sum of few terms may be much smaller than the terms; its result lacks the digits that cancel.
 FEW_TERMS = 16
 
 
@@ -32,14 +32,14 @@ def dtypes() -> st.SearchStrategy[torch.dtype]:
 
 
 def _gaps(x: Tensor) -> Tensor:
-    """Rows with NaN before and behind them."""
+    """Rows with NaN before and after them."""
     wide = x.new_full((*x.shape[:-1], x.shape[-1] + 5), torch.nan)
     wide[..., 2:-3] = x
     return wide[..., 2:-3]
 
 
 def _repeated(x: Tensor) -> Tensor:
-    """The first sample again and again, with stride 0."""
+    """The first sample repeated, with stride 0."""
     return x[:1].expand_as(x)
 
 
@@ -96,7 +96,7 @@ def results(
 def check(
     level: str, name: str, inputs: Any, tangents: Any, *, terms: int = 1, constants: int = 0, **options: Any
 ) -> None:
-    """The op agrees with the float64 reference in everything; `terms` widens the limit (FEW_TERMS)."""
+    """Check the op against the float64 reference in everything; `terms` widens the limit (FEW_TERMS)."""
     dtype = inputs[0].dtype
     exact = results(reference, name, _double(inputs), _double(tangents), dtype, constants, **options)
     with at_level(level):

@@ -52,13 +52,13 @@ def library(name: str) -> Path:
 
 @functools.cache
 def namespace() -> Any:
-    """torch.ops.pmf_emulated, which takes tensors on the CPU to the CUDA kernels."""
+    """torch.ops.pmf_emulated, which runs the CUDA kernels on CPU tensors."""
     torch.ops.load_library(library("pmf_emulated"))
     return torch.ops.pmf_emulated
 
 
 def launches() -> int:
-    """How many kernels torch.ops.pmf_emulated has launched since the process began."""
+    """The number of kernels that torch.ops.pmf_emulated has launched in this process."""
     count = ctypes.CDLL(str(LIBRARY)).pmf_emulator_launches
     count.restype = ctypes.c_int64
     return count()
@@ -66,7 +66,7 @@ def launches() -> int:
 
 @contextmanager
 def elsewhere(*tensors: torch.Tensor, device: str) -> Iterator[None]:
-    """Let tensors seem to be on "cpu", or on "cuda:1": all others are on cuda:0."""
+    """Pretend that these tensors are on "cpu" or "cuda:1"; all others are on cuda:0."""
     namespace()
     machine = ctypes.CDLL(str(LIBRARY))
     kind, _, index = device.partition(":")
@@ -81,7 +81,7 @@ def elsewhere(*tensors: torch.Tensor, device: str) -> Iterator[None]:
 
 @contextmanager
 def hardware(index: int, *, capability: tuple[int, int] = (9, 0), driver: int = 13000) -> Iterator[None]:
-    """Let CUDA device `index` be another one than sm_90; it is asked once in the life of the process."""
+    """Pretend that CUDA device `index` is not sm_90; it is queried once per process."""
     namespace()
     machine = ctypes.CDLL(str(LIBRARY))
     machine.pmf_emulator_device(index, *capability)
@@ -94,7 +94,7 @@ def hardware(index: int, *, capability: tuple[int, int] = (9, 0), driver: int = 
 
 @contextmanager
 def limits(shared_kb: int, processors: int) -> Iterator[None]:
-    """Let a block have so many KB of shared memory, a multiprocessor 1 KB more, and the device processors."""
+    """Set the KB of shared memory per block, 1 KB more per multiprocessor, and the processor count."""
     namespace()
     machine = ctypes.CDLL(str(LIBRARY))
 
@@ -110,7 +110,7 @@ def limits(shared_kb: int, processors: int) -> Iterator[None]:
 
 @contextmanager
 def tensor_cores(fraction_bits: int, blocks: int, library: Path = LIBRARY) -> Iterator[None]:
-    """Let tensor cores add as tests/emulator/runtime/sums.h says, TF32 products too.
+    """Make tensor cores add as described in tests/emulator/runtime/sums.h, also for TF32 products.
 
     0 bits: in order, rounded to nearest.
     """
@@ -123,7 +123,7 @@ def tensor_cores(fraction_bits: int, blocks: int, library: Path = LIBRARY) -> It
 
 
 class Planted:
-    """The emulator by itself: kernels with planted bugs, and single instructions, on numpy arrays."""
+    """The bare emulator: kernels with planted bugs, and single instructions, on numpy arrays."""
 
     def __init__(self) -> None:
         if (reason := why_not()) is not None:
@@ -139,7 +139,7 @@ class Planted:
     def begin(
         self, seed: int, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray], written: bool = False
     ) -> None:
-        """The arrays that the next launch may touch; `written`: outputs hold values that may be read."""
+        """Set the arrays that the next launch may access; `written`: outputs contain readable values."""
         self._library.pmf_emulator_seed(ctypes.c_uint64(seed))
         self._library.pmf_emulator_forget_tensors()
         for arrays, writable, initialised in ((inputs, False, True), (outputs, True, written)):
@@ -148,7 +148,7 @@ class Planted:
                 self._library.pmf_emulator_add_tensor(_pointer(x), size, writable, initialised)
 
     def run(self, name: str, bug: bool, given: np.ndarray, result: np.ndarray) -> str | None:
-        """What the emulator found in a planted kernel, or in its correct twin; None if nothing."""
+        """The emulator's finding in a planted kernel, or in its correct twin; None if there is none."""
         return self._call("pmf_planted_run", self.names.index(name), bug, given, result)
 
     def mma(self, kind: int, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> str | None:

@@ -10,10 +10,10 @@ import torch
 
 @functools.cache
 def why_not() -> str:
-    """Why Inductor cannot run, or nothing."""
+    """Why Inductor cannot run; None if it can."""
     try:
         torch.compile(torch.sin)(torch.zeros(2))
-    except Exception as error:  # whatever a compiler that is missing, old or broken makes of it
+    except Exception as error:  # any failure of a missing, old or broken compiler
         return f"Inductor cannot compile here: {str(error).splitlines()[0]}"
     return ""
 

@@ -108,7 +108,7 @@ def main(rank: int, port: int, out: Path) -> None:
 
 
 def expected(steps: int = 1, dtype: torch.dtype | None = None) -> list[Tensor]:
-    """What both ranks' mean is, computed by one."""
+    """The mean over both ranks, computed by one."""
     network = build()
     jvp = Jvp(network)
     with nullcontext() if dtype is None else torch.autocast("cpu", dtype):

@@ -13,7 +13,7 @@ PLACES = (*EMULATED, *PTX, *(("cuda",) if torch.cuda.is_available() else ()))
 
 @contextmanager
 def at_place(name: str) -> Iterator[torch.device]:
-    """The device whose tensors the CUDA kernels take, within the block."""
+    """The device whose tensors go to the CUDA kernels inside the block."""
     if name == "cuda":
         yield torch.device("cuda")
         return

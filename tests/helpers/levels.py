@@ -21,7 +21,7 @@ from pmf import _library
 
 @contextmanager
 def at_level(name: str) -> Iterator[None]:
-    """Run the kernels there, then at the default again; ValueError if the processor lacks the level."""
+    """Run the kernels at this level inside the block; ValueError if the processor lacks it."""
     if name in ("emulated", "ptx", "cuda"):
         namespace = _OnGpu(torch.ops.pmf) if name == "cuda" else emulator.namespace()
         with (
@@ -51,8 +51,8 @@ class _OnGpu:
 
 
 class _ToGpu:
-    """Copies whole storages, so that strides and what lies between the elements stay; a huge one stays empty
-    but for the elements.
+    """Copies whole storages, to keep strides and the memory between elements; a huge one is copied
+    element by element only.
     """
 
     HUGE = 2**30

@@ -26,7 +26,7 @@ RESERVED = {"sm_80": 0, "sm_90a": 1024}
 
 @dataclass(frozen=True)
 class Usage:
-    """What the compiler gave a kernel."""
+    """The resources that the compiler assigned to a kernel."""
 
     registers: int
     """Of a thread."""
@@ -40,7 +40,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Bounds:
-    """What __launch_bounds__ promised: the most threads of a block, the fewest blocks a multiprocessor."""
+    """__launch_bounds__: the maximum threads per block and minimum blocks per multiprocessor."""
 
     threads: int
     blocks: int
@@ -48,7 +48,7 @@ class Bounds:
 
 @functools.cache
 def tool(name: str) -> str | None:
-    """A program of the CUDA toolkit, wherever it is."""
+    """Find a program of the CUDA toolkit."""
     folders = [Path(folder) for folder in os.environ.get("PATH", "").split(os.pathsep)]
     folders += [Path(os.environ[key]) / "bin" for key in ("CUDA_HOME", "CUDA_PATH") if key in os.environ]
     folders.append(Path("/usr/local/cuda/bin"))
@@ -59,14 +59,14 @@ def tool(name: str) -> str | None:
 
 
 def absent(reason: str) -> NoReturn:
-    """Skip a test for want of CUDA machine code or tools; where nvcc is, continuous integration must not."""
+    """Skip a test that needs CUDA machine code or tools; fail instead in CI with nvcc."""
     if os.environ.get("CI") and os.environ.get("PMF_CUDA") != "off" and tool("nvcc") is not None:
         pytest.fail(reason)
     pytest.skip(reason)
 
 
 class MachineCode:
-    """Of all CUDA kernels in a library or an object file. Kernels go by their mangled names."""
+    """The CUDA kernels in a library or object file, by mangled name."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -95,7 +95,7 @@ class MachineCode:
 
     @functools.cached_property
     def bounds(self) -> dict[str, Bounds]:
-        """Of the kernels that are there as PTX."""
+        """The bounds of kernels present as PTX."""
         found = {}
         text = self._cuobjdump("-ptx")
         for name, directives in re.findall(r"\.entry (\w+)\(.*?\n\)\n([^{]*)\{", text, flags=re.DOTALL):
@@ -106,7 +106,7 @@ class MachineCode:
 
     @functools.cached_property
     def hosts(self) -> dict[int, str]:
-        """By the place of its host function, which is what a launch names: the kernel."""
+        """Kernels by the address of their host function, which identifies launches."""
         kernels = set().union(*self._usage.values())
         found = {}
         for line in _read("nm", self.path).splitlines():
@@ -119,12 +119,12 @@ class MachineCode:
 
     @functools.cached_property
     def registered(self) -> set[str]:
-        """The kernels that the library gives to the CUDA runtime as it is loaded: all that it can launch."""
+        """The kernels that the library registers with the CUDA runtime: all that it can launch."""
         strings = _read("readelf", "-p", ".rodata", "-W", self.path)
         return set(re.findall(r"(_Z\w+)$", strings, flags=re.MULTILINE))
 
     def instructions(self, architecture: str, kernels: Iterable[str]) -> dict[str, Counter[str]]:
-        """How many of each instruction a kernel has, by its name in the disassembly, modifiers included."""
+        """Counts of a kernel's instructions, by disassembled name with modifiers."""
         wanted, found = set(kernels), {}
         with tempfile.TemporaryDirectory() as folder:
             self._cuobjdump("-xelf", "all", "-arch", architecture, folder=folder)

@@ -6,7 +6,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """The most that was allocated at once, over what was before: outputs and scratch."""
+    """Peak allocation during a call, above what was allocated before: outputs and scratch."""
     call()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         call()

@@ -131,7 +131,7 @@ class UNet1d(nn.Module):
 
 
 class Points(nn.Module):
-    """An MLP in which every activation occurs."""
+    """An MLP that uses every activation."""
 
     activations: tuple[Any, ...] = (
         torch.tanh,

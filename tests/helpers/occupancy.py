@@ -15,7 +15,7 @@ KB = 1024
 
 @dataclass(frozen=True)
 class Gpu:
-    """What one multiprocessor has: CUDA C++ Programming Guide, table "Technical Specifications per Compute
+    """Resources of a multiprocessor: CUDA C++ Programming Guide, table "Technical Specifications per Compute
     Capability"."""
 
     architecture: str
@@ -36,14 +36,14 @@ H100 = Gpu("sm_90a", (9, 0), 227 * KB, 228 * KB, processors=132)
 
 
 def blocks_per_processor(gpu: Gpu, threads: int, registers: int, shared: int) -> int:
-    """Blocks of `threads` threads with `registers` each and `shared` bytes in all; 0: none can be launched.
+    """Blocks of `threads` threads with `registers` each and `shared` bytes in total; 0 if not launchable.
 
-    As cudaOccMaxActiveBlocksPerMultiprocessor in the toolkit's cuda_occupancy.h: whole warps, registers in
-    portions of each scheduler's own, shared memory with the driver's share.
+    Like cudaOccMaxActiveBlocksPerMultiprocessor in the toolkit's cuda_occupancy.h: whole warps, registers in
+    per-scheduler allocations, shared memory including the driver's share.
     """
     warps = -(-threads // WARP)
     of_warp = _round_up(registers * WARP, REGISTER_UNIT)
-    # The launch check takes a block's warps to be dealt to all schedulers alike.
+    # The launch check assumes a block's warps to be spread evenly over the schedulers.
     if of_warp * _round_up(warps, SCHEDULERS) > gpu.registers or shared > gpu.shared_per_block:
         return 0
     warps_by_registers = gpu.registers // SCHEDULERS // of_warp * SCHEDULERS

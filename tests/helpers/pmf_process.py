@@ -15,7 +15,7 @@ TINY = (
 
 
 def environment() -> dict[str, str]:
-    """The tests' own pmf for the child, and one thread: on work this small two only wait for each other."""
+    """The tested pmf for the child process, on one thread: for work this small two only wait."""
     paths = [str(Path(pmf.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 

@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-_schemas = torch.library.Library("torchvision", "FRAGMENT")  # what it defines lives as long as it does
+_schemas = torch.library.Library("torchvision", "FRAGMENT")  # its definitions live as long as it does
 
 
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Import a package that imports torchvision, or tools which its values do not need."""
+    """Import a package that imports torchvision, or tools that do not affect its results."""
     for name in (
         "nms",
         "qnms",
-    ):  # torchvision asks for them, and beside a CPU build of torch they are missing
+    ):  # torchvision needs them, and CPU builds of torch lack them
         if not hasattr(torch.ops.torchvision, name):
             _schemas.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     for name, attribute in (("IPython", "embed"), ("torchsummary", "summary")):

@@ -19,7 +19,7 @@ def error(actual: Tensor, expected: Tensor) -> float:
 
 
 def round_to_tf32(x: Tensor) -> Tensor:
-    """The nearest numbers with 10 bits behind the point, ties away from zero, in x's dtype."""
+    """The nearest numbers with a 10-bit mantissa, ties away from zero, in x's dtype."""
     bits = x.float().contiguous().view(torch.int32)
     return ((bits + 0x1000) & ~0x1FFF).view(torch.float32).to(x.dtype)
 
@@ -27,7 +27,7 @@ def round_to_tf32(x: Tensor) -> Tensor:
 def assert_close(
     actual: Tensor | Iterable[Tensor], expected: Tensor | Iterable[Tensor], limit: float
 ) -> None:
-    """Every tensor of one result is within `limit` of the other."""
+    """Check that every tensor of one result is within `limit` of the other."""
     errors = [error(a, e) for a, e in zip(_tuple(actual), _tuple(expected), strict=True)]
     assert max(errors, default=0.0) <= limit, f"relative errors {errors}, limit {limit}"
 

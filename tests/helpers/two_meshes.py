@@ -15,7 +15,7 @@ import pmf.ops
 
 from .ops import CASES, Case
 
-ops: Any = pmf.ops  # called with lists of arguments, which no annotation follows
+ops: Any = pmf.ops  # called with argument lists, which annotations cannot express
 
 R = Replicate()
 # Placements of each argument; tangents have their value's.
@@ -49,7 +49,7 @@ def _tuple(x: Any) -> tuple[Tensor, ...]:
 def agree(
     op: Callable[..., Any], mesh: DeviceMesh, inputs: Sequence[Tensor], placements: Sequence[Any]
 ) -> dict[str, float]:
-    """Errors of the outputs and of the gradients of all inputs of an op of DTensors."""
+    """Errors of an op's outputs and input gradients on DTensors."""
     plain = [x.clone().requires_grad_() for x in inputs]
     whole = _tuple(op(*plain))
     seeds = [

@@ -55,7 +55,7 @@ def config(**overrides: Any) -> TrainConfig:
 
 
 def steps(trainer: Trainer) -> dict[str, Any]:
-    """Losses and gradient norms of all steps, and the weights and averages at the end, whole."""
+    """Losses and gradient norms of all steps, and the full final weights and averages."""
     run = trainer.config.run
     told = torch.stack(
         [trainer.ranks.mean(trainer.train_step()) for _ in range(trainer.step, run.steps or 0)]
@@ -67,7 +67,7 @@ def steps(trainer: Trainer) -> dict[str, Any]:
 
 
 def muon_steps(process_group: Any, rank: int = 0, ranks: int = 1, mesh: Any = None) -> list[torch.Tensor]:
-    """Four steps; a rank brings every ranks-th gradient of two a step, or by a mesh its rows of the mean."""
+    """Four steps; a rank contributes every ranks-th of two gradients, or with a mesh its rows of the mean."""
 
     def placed(x: torch.Tensor) -> torch.Tensor:
         return x if mesh is None else distribute_tensor(x, mesh, [Shard(0)])
@@ -109,7 +109,7 @@ WRAPPERS: dict[str, Callable[[torch.nn.Module], Any]] = {
 def wrapped_steps(
     wrap: Callable[[torch.nn.Module], torch.nn.Module], rank: int | None = None
 ) -> dict[str, Any]:
-    """Three steps of a user's own loop; without a rank, of one process that has the images of both.
+    """Three steps of a user's own loop; without a rank, of one process with both ranks' images.
 
     The second rank's samples need no guidance pass, the first's do.
     """
@@ -145,7 +145,7 @@ def wrapped_steps(
 
 
 def stop_one(trainer: Trainer) -> None:
-    """From its third step on, the second rank is told to stop."""
+    """The second rank is told to stop from its third step on."""
     step = trainer.train_step
 
     def told(rate: float = 1.0) -> torch.Tensor:

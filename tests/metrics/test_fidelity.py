@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from pmf.metrics import InceptionScore, InceptionV3, Moments, frechet_distance, frechet_of_moments
 from pmf.metrics.inception import CLASSES, FEATURES, resize_as_tensorflow_1
 
-_schemas = torch.library.Library("torchvision", "FRAGMENT")  # what it defines lives as long as it does
+_schemas = torch.library.Library("torchvision", "FRAGMENT")  # its definitions live as long as it does
 
 
 def torch_fidelity(module: str) -> types.ModuleType:
-    """It imports torchvision, which beside a CPU build of torch lacks two operators: define them first."""
+    """It imports torchvision, which lacks two operators with CPU builds of torch: define them first."""
     for package in ("torchvision", "torch_fidelity"):
         if importlib.util.find_spec(package) is None:
             missing = pytest.fail if os.environ.get("PMF_PEERS") == "required" else pytest.skip
@@ -29,7 +29,7 @@ def torch_fidelity(module: str) -> types.ModuleType:
 
 
 def random_features(count: int, width: int, seed: int) -> Tensor:
-    """Correlated and not negative, as features behind a ReLU are."""
+    """Correlated and non-negative, like features after a ReLU."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(width, width, generator=generator) / width**0.5
     return torch.relu(torch.randn(count, width, generator=generator) @ mixing + 0.3)
@@ -41,7 +41,7 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def inception() -> InceptionV3:
-    """Random weights whose features keep their size through all layers, and norms that do something."""
+    """Random weights that preserve the features' scale through all layers, with non-trivial norms."""
     torch.manual_seed(0)
     with torch.device("meta"):
         network = InceptionV3()

@@ -22,7 +22,7 @@ cos, sin = rotary_tables(SIDE, HIDDEN // HEADS, dtype=torch.float64)
 
 @pytest.fixture
 def block() -> Block:
-    """Random weights in float64: none stays at 0 or 1."""
+    """Random weights in float64, none of them 0 or 1."""
     generator = torch.Generator().manual_seed(0)
     block = Block(HIDDEN, HEADS, WIDTH).double()
     with torch.no_grad():
@@ -126,14 +126,14 @@ def test_compiled_with_tangents(block: Block, x: Tensor, keep: int | None) -> No
 
 
 def kept(call: Callable[[], object], besides: list[Tensor]) -> int:
-    """Bytes of the storages that a call saves for backward, without those of `besides`."""
+    """Bytes of the storages that a call saves for backward, except those of `besides`."""
     seen = {t.untyped_storage().data_ptr() for t in besides}
     sizes = {}
 
     def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
         if storage.data_ptr() not in seen:
-            sizes[storage.data_ptr()] = storage.nbytes(), t  # the tensor, so that no other takes its place
+            sizes[storage.data_ptr()] = storage.nbytes(), t  # keep it, so that its memory is not reused
         return t
 
     with saved_tensors_hooks(pack, lambda t: t):
@@ -166,7 +166,7 @@ def test_nothing_as_large_as_the_activations_is_copied(block: Block, x: Tensor) 
     events = list(record.events())
     assert any(event.name == "pmf::attention_backward" for event in events)
     copied = [event.input_shapes[0] for event in events if event.name == "aten::copy_"]
-    # Matrices may be: oneDNN wants its left operand in rows. Nothing that still has a batch.
+    # Matrices may be copied: oneDNN needs row-major left operands. Nothing with a batch dimension.
     assert not [shape for shape in copied if len(shape) > 2], copied
 
 

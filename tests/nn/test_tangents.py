@@ -22,14 +22,14 @@ from pmf.nn import (
 HIDDEN, HEADS, SIDE, PREFIX, BATCH = 16, 2, 2, 3, 4
 TOKENS = PREFIX + SIDE * SIDE
 STEP = 1e-4
-# Central differences of a smooth function err by STEP^2 times third derivatives, and rounding / STEP.
+# Central differences have errors of STEP^2 times third derivatives, and of rounding / STEP.
 TOLERANCE = 1e-6
 
 Layer = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 
 
 def random(module: nn.Module) -> nn.Module:
-    """The module in float64 with random weights: none of its parameters stays at 0 or 1."""
+    """The module in float64 with random weights: none of its parameters is 0 or 1."""
     generator = torch.Generator().manual_seed(0)
     module = module.double()
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_final_layer_puts_pixels_where_they_belong() -> None:
         for column in range(side * p):
             for channel in range(channels):
                 assert image[channel, row, column] == ((row % p) * p + column % p) * channels + channel
-    # One token lights one patch: token 1 is row 0, column 1.
+    # One token affects one patch: token 1 is row 0, column 1.
     with torch.no_grad():
         final.linear.bias.zero_()
         final.linear.weight.fill_(1.0)

@@ -9,7 +9,7 @@ from helpers.levels import EVERYWHERE, at_level
 
 @pytest.fixture(params=EVERYWHERE)
 def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each level of the CPU kernels that this processor has, the emulator, and a GPU where there is one."""
+    """Each CPU level of this processor, the emulator, and a GPU if there is one."""
     with at_level(request.param):
         yield request.param
 

@@ -167,5 +167,5 @@ def test_any_shape_and_strides(level, dtype, sizes, layouts, is_causal):
     with at_level(level):
         out = ops.attention(*inputs, is_causal=is_causal, enable_gqa=True)
     exact = reference.attention(*(x.double() for x in inputs), None, is_causal, enable_gqa=True)
-    # A handful of numbers: the error of one does not average out.
+    # Only a few numbers: single errors do not average out.
     assert_close(out, exact, 3 * limit(dtype))

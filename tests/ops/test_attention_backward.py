@@ -40,7 +40,7 @@ def assert_right(solved, **options) -> None:
     p, _, plain, both = solved
     actual = gradients(ops, p, **options)
     assert [g.dtype for g in actual] == [p.query.dtype] * 3
-    # Three standard deviations: of the smallest gradient, whose few errors all of them share.
+    # Three standard deviations of the smallest gradient, whose few errors they all share.
     few = 1 + 3 * (max(map(spread, plain)) - 1)
     assert_close(actual, plain, few * limit(p.query.dtype))
     assert_close(gradients_of_both(ops, p, **options), both, few * limit(p.query.dtype))
@@ -215,7 +215,7 @@ def test_memory_is_linear_in_the_length(find):
 
 
 ORDERS = st.permutations(range(4)).map(tuple)
-# Not 0 along the tokens: where all keys are one, the gradient of the scores is zero, and errors not relative.
+# Not 0 along the tokens: if all keys are equal, score gradients are zero and relative errors meaningless.
 STEPS = st.tuples(*[st.sampled_from([1, 1, 2, 3, 0])] * 2, *[st.sampled_from([1, 1, 2])] * 2)
 
 
@@ -236,7 +236,7 @@ def test_any_shape_and_strides(level, dtype, sizes, layouts, is_causal):
     with at_level(level):
         plain, both = gradients(ops, p, **options), gradients_of_both(ops, p, **options)
     wide = p.to(torch.float64)
-    # A handful of numbers: the error of one does not average out.
+    # Only a few numbers: single errors do not average out.
     assert_close(plain, gradients(reference, wide, **options), 3 * limit(dtype))
     assert_close(both, gradients_of_both(reference, wide, **options), 3 * limit(dtype))
 

@@ -26,7 +26,7 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def padded() -> Tensor:
-    """Each sample has a length of its own, as masks of nested lists have: [B, 1, 1, Nk]."""
+    """A padding mask with a different length per sample: [B, 1, 1, Nk]."""
     return (torch.arange(KEYS) < torch.tensor([[97], [130]]))[:, None, None]
 
 
@@ -58,7 +58,7 @@ def seen(attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
 
 
 def spoiled(x: Tensor, rows: Tensor) -> Tensor:
-    """x [B, H, N, D] with garbage in `rows` [B, 1, N]: all of a row, or a single number."""
+    """x [B, H, N, D] with garbage in `rows` [B, 1, N]: in a whole row, or in one element."""
     g = torch.Generator().manual_seed(3)
     garbage = GARBAGE[torch.randint(len(GARBAGE), x.shape, generator=g)].to(x.dtype)
     few = torch.rand(x.shape, generator=g) < 0.1
@@ -92,7 +92,7 @@ def test_what_no_query_sees_changes_nothing(level, mask, dtype):
 
 
 def packed() -> Tensor:
-    """Sequences of 50 behind one another, as a mask: [Nq, Nk]."""
+    """Packed sequences of 50 as a mask: [Nq, Nk]."""
     which = torch.arange(KEYS) // 50
     return which[:QUERIES, None] == which
 

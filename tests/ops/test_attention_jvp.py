@@ -156,5 +156,5 @@ def test_any_shape_and_strides(level, dtype, sizes, layouts, is_causal):
     with at_level(level):
         actual = ops.attention_jvp(*inputs, is_causal=is_causal, enable_gqa=True)
     exact = reference.attention_jvp(*(x.double() for x in inputs), None, is_causal, enable_gqa=True)
-    # A handful of numbers: the error of one does not average out.
+    # Only a few numbers: single errors do not average out.
     assert_close(actual, exact, 3 * limit(dtype))

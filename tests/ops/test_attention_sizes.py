@@ -30,7 +30,7 @@ def test_all_passes(level: str, queries: int, width: int, dtype: torch.dtype) ->
     assert torch.equal(out, ops.attention(*p[:3]))
     assert_close((out, out_t), values, tolerance("attention", dtype) * spread(values[0]))
     found = gradients(ops, p), gradients_of_both(ops, p)
-    if keys == 1:  # scores have no gradient then: what is left of it is judged beside value's
+    if keys == 1:  # the scores then have no gradient: its remainder is compared with the value's
         found, plain, both = tuple(map(joined, found)), joined(plain), joined(both)
     limit = tolerance("attention gradient", dtype) * (1 + 3 * (max(map(spread, plain)) - 1))
     for actual, exact in zip(found, (plain, both), strict=True):

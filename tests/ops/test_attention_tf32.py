@@ -75,7 +75,7 @@ def test_limits_are_those_of_the_mathematics():
 
 @pytest.fixture(params=[level for level in EVERYWHERE if level not in CPU_LEVELS])
 def allowed(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A level that has TF32 products, with PyTorch's leave to use them."""
+    """A level with TF32 products, enabled in PyTorch."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:

@@ -125,7 +125,7 @@ def test_residuals_of_a_detached_tangent_are_those_of_the_plain_op():
         ops.attention_jvp(*inputs, *tangents, detach_tangent=True)
     assert {x.data_ptr() for x in inputs} <= set(saved)
     assert not {x.data_ptr() for x in tangents} & set(saved)
-    assert len(saved) == 4  # query, key, value and the rows' logarithms of sums
+    assert len(saved) == 4  # query, key, value and log-sum-exp
 
 
 def test_shapes_told_to_the_compiler_keep_the_memory_order():

@@ -43,7 +43,7 @@ def inputs(dtype: torch.dtype) -> list[Tensor]:
 
 
 def loop(module, *tensors: Tensor, **options) -> list[Tensor]:
-    """attention_jvp of every sequence by itself."""
+    """attention_jvp for each sequence separately."""
     parts = []
     cuts_q, cuts_k = offsets(LENGTHS_Q).tolist(), offsets(LENGTHS_K).tolist()
     for q0, q1, k0, k1 in zip(cuts_q, cuts_q[1:], cuts_k, cuts_k[1:], strict=False):

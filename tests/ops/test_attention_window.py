@@ -74,7 +74,7 @@ def test_lse_without_a_window_and_beside_a_mask(level, dtype):
 
 
 def merged(parts: list[tuple[Tensor, ...]]) -> list[Tensor]:
-    """Attention over all keys from that over parts of them: O, and with tangents tO."""
+    """Combine attention over parts of the keys to that over all: O, and with tangents tO."""
     lse = torch.logsumexp(torch.stack([part[-1] for part in parts]), 0)
     weights = [(part[-1] - lse).exp()[..., None].to(part[0].dtype) for part in parts]
     return sum(w * part[0] for w, part in zip(weights, parts, strict=True))

@@ -180,7 +180,7 @@ def test_the_same_as_another_processor_would_have_it(setting, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test],
         env={**os.environ, name: value},
-        cwd=tmp_path,  # -m puts the current folder first: the source folder would hide the installed package
+        cwd=tmp_path,  # -m puts the current folder first, which would shadow the installed package
         capture_output=True,
         text=True,
     )

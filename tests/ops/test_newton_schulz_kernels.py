@@ -12,13 +12,13 @@ from pmf.ops import newton_schulz
 
 METHODS = ("direct", "gram")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Within a tile and over several; over several strips of the prologue; odd; square, wide and tall.
+# Within a tile and across several; across several strips of the prologue; odd; square, wide and tall.
 SHAPES = ((1, 1), (5, 3), (20, 70), (66, 66), (130, 48), (7, 1100), (260, 270))
 
 
 @pytest.fixture(params=PLACES)
 def kernels(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """The device whose tensors the CUDA kernels take."""
+    """The device whose tensors go to the CUDA kernels."""
     with at_place(request.param) as device:
         yield device
 

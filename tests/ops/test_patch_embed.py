@@ -15,7 +15,7 @@ import pmf.reference as reference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-# The work on the CPU is torch's GEMM, the same at all levels.
+# On the CPU the op uses torch's GEMM, the same at all levels.
 EVERYWHERE = tuple(name for name in levels.EVERYWHERE if name not in levels.CPU_LEVELS[:-1])
 
 

@@ -35,7 +35,7 @@ def test_accuracy(name: str, dtype: torch.dtype) -> None:
 def test_shapes_and_strides(level, dtype, layout, layout_t, batch, tokens, width) -> None:
     x, w, x_t, w_t = normal((batch, tokens, width), (width,), (batch, tokens, width), (width,))
     x, x_t = LAYOUTS[layout](x.to(dtype)), LAYOUTS[layout_t](x_t.to(dtype))
-    # eps keeps the norm of two elements from being nearly constant, its derivative from being nearly zero.
+    # eps keeps the norm of two elements from being nearly constant with a derivative near zero.
     check(level, "rms_norm", (x, w.to(dtype)), (x_t, w_t.to(dtype)), terms=FEW_TERMS, eps=0.5)
 
 

@@ -24,7 +24,7 @@ from pmf.ops import rms_norm, rotary_qk_norm, rotary_qk_norm_jvp
 
 
 def _part_of_one_product(x: Tensor) -> Tensor:
-    """Heads inside tokens, with other things between the tokens: a slice of [B, N, 3 H D]."""
+    """Heads inside tokens, with other data between the tokens: a slice of [B, N, 3 H D]."""
     wide = x.new_full((x.shape[0], x.shape[2], 3, x.shape[1], x.shape[3]), torch.nan)
     wide[:, :, 1] = x.transpose(1, 2)
     return wide[:, :, 1].transpose(1, 2)
@@ -158,7 +158,7 @@ def test_bad_tangents() -> None:
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """Memory that nobody wrote holds NaN."""
+    """Uninitialised memory contains NaN."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -14,7 +14,7 @@ EXACT = 1e-13
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the first rank found; the second found the same sentences."""
+    """The first rank's results; the second got the same error messages."""
     out = tmp_path_factory.mktemp("meshes")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

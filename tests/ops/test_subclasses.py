@@ -20,7 +20,7 @@ from pmf.nn import AttentionBranch, MlpBranch, RMSNorm, rotary_tables
 from pmf.ops import _jagged, _subclasses
 from pmf.optim import EMA, Muon
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # prototypes of PyTorch announce themselves
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # PyTorch warns about its prototypes
 
 
 class Plain(Tensor):
@@ -33,7 +33,7 @@ class Child(Plain):
 
 
 class Unread(Tensor):
-    """Its memory is not what it means."""
+    """Its memory does not represent its values."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -99,7 +99,7 @@ def test_a_causal_bias_of_other_lengths_or_in_another_place_is_refused():
 
 
 def each_tensor_in_turn():
-    """Every public function, with the place of one tensor argument."""
+    """Every public function, with the position of one tensor argument."""
     for case in CASES.values():
         for i in range(len(case.args)):
             yield pytest.param(case.plain(ops), case.args, i, id=f"{case.name}-{i}")
@@ -193,7 +193,7 @@ def test_a_subclass_with_its_own_dispatch_gets_the_raw_op():
         ops.swiglu(Deaf(a), b)
 
 
-# What is no subclass, and no kernel can read either.
+# Not subclasses, but unreadable by kernels too.
 STRANGE = {
     "masked": (lambda x: masked_tensor(x, x > 0), "MaskedTensor"),
     "sparse": (lambda x: x.to_sparse(), "layout torch.sparse_coo"),
@@ -249,7 +249,7 @@ def test_lazy_bits_are_resolved():
 
 
 def jagged(lengths: list[int], *rest: int, seed: int = 0) -> tuple[Tensor, list[Tensor]]:
-    """A leaf, and its sequences as leaves of their own."""
+    """A leaf, and its sequences as separate leaves."""
     parts = [randn(n, *rest, seed=seed + i, dtype=torch.float64) for i, n in enumerate(lengths)]
     whole = torch.nested.nested_tensor(parts, layout=torch.jagged, requires_grad=True)
     return whole, [p.requires_grad_() for p in parts]

@@ -43,7 +43,7 @@ def gradients(function, inputs: list[Tensor]) -> tuple[Tensor, ...]:
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
-    """All cases share code objects, and torch.compile would tire of recompiling them."""
+    """All cases share code objects, and torch.compile would reach its recompile limit."""
     torch.compiler.reset()
 
 
@@ -60,7 +60,7 @@ def test_value_and_tangent_at_every_level(case, level, dtype):
     args = tuple(x.to(dtype) for x in case.args)
     tangents = tuple(x.to(dtype) for x in case.directions())
     wide = tuple(x.double() for x in (*args, *tangents))
-    limit = 4 * tolerance(case.kind, dtype)  # a few dozen values: one error does not average out
+    limit = 4 * tolerance(case.kind, dtype)  # a few dozen values: single errors do not average out
     actual = case.jvp(ops)(*args, *tangents)
     assert all(y.dtype == dtype for y in actual)
     assert_close(actual, case.jvp(reference)(*wide), limit)

@@ -55,7 +55,7 @@ def optimizer_of(p: nn.Parameter, group: dict[str, Any], **settings: Any) -> Muo
 
 def stepped(p: nn.Parameter, optimizer: Muon, steps: range) -> Tensor:
     for step in steps:
-        # Parts of different sizes, as fused matrices have: whole, the largest would silence the others.
+        # Parts of different scales, as in fused matrices: unsplit, the largest would dominate.
         p.grad = (
             random(tuple(p.shape), 100 + step) * torch.logspace(0, 4, len(p)).view(-1, *[1] * (p.dim() - 1))
         ).to(p)
@@ -208,7 +208,7 @@ def test_a_state_of_other_splits_is_refused():
 
 
 class Network(nn.Module):
-    """What people train: a transformer layer on top of convolutions."""
+    """A realistic network: a transformer layer on top of convolutions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -268,7 +268,7 @@ def test_training_attention_agrees_with_torch_s_muon():
             step()
             found.append(loss.item())
         pairs = zip(model.parameters(), start, strict=True)
-        # Adam moves by its whole rate where gradients are but rounding: the keys' bias.
+        # Adam moves by its full rate where gradients are only rounding errors: the keys' bias.
         return found, torch.cat([(p.detach() - q).flatten() for p, q in pairs if p.dim() == 2])
 
     def theirs(model: Network) -> Callable[[], None]:
@@ -387,7 +387,7 @@ def test_settings_that_no_parameter_reads_are_named():
         Muon([matrix], foreach=True)
     both = Muon([{"params": [vector, matrix], "split_sizes": [2, 2], "betas": (0.5, 0.6)}])
     assert both.routing()["muon"] == ["param1"]
-    # A group as it is, for other parameters: all settings are there, and say what holds anyway.
+    # A group copied for other parameters: it has all settings, equal to the defaults.
     both.add_param_group({**both.param_groups[1], "params": [nn.Parameter(random((3,), 0))]})
 
 

@@ -30,7 +30,7 @@ def relative(value: Tensor, expected: Tensor) -> float:
 
 
 class Network(nn.Module):
-    """One of everything that routing has to tell apart."""
+    """One of each kind of parameter that routing distinguishes."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ SHAPES = ((20, 70), (66, 30), (40, 40), (7,), (3, 4, 5), (1025,))
 
 @pytest.fixture(params=PLACES)
 def kernels(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """The device whose tensors the CUDA kernels take."""
+    """The device whose tensors go to the CUDA kernels."""
     with at_place(request.param) as device:
         yield device
 

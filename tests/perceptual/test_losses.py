@@ -98,7 +98,7 @@ def test_a_run_trains_and_resumes_its_settings(lite0: tuple[EfficientNetLite0, P
     trainer = Trainer(get_preset("digits", **(TINY | settings)), load_dataset("digits", 8, 1))
     assert torch.equal(torch.random.get_rng_state(), state)  # networks leave the global generator alone
     for _ in range(3):
-        losses = trainer.train_step()[:-1]  # the last is the gradients' norm, measured for the log alone
+        losses = trainer.train_step()[:-1]  # the last is the gradient norm, computed only for the log
         assert losses.isfinite().all()
     perceptual = trainer.objective.perceptual
     assert isinstance(perceptual, CroppedDistances) and perceptual.size == 32

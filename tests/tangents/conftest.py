@@ -7,7 +7,7 @@ __all__ = ["load"]
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """On work this small two only wait for each other."""
+    """On work this small, two threads only wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)

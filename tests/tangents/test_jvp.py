@@ -18,7 +18,7 @@ EXACT = 1e-12
 
 
 def gradients(out, out_t, network) -> Any:
-    """Of a loss of both, as MeanFlow's: the tangent is part of the target."""
+    """Gradients of a loss like MeanFlow's, in which the tangent is part of the target."""
     weights = list(network.parameters())
     return torch.autograd.grad((out + 0.3 * out_t).square().sum(), weights, allow_unused=True)
 
@@ -88,7 +88,7 @@ def test_compiled_by_inductor():
 
 
 class Spelled(nn.Module):
-    """One operation after another, so that each is met in its functional and in its in-place form."""
+    """Single operations, each in its functional and its in-place form."""
 
     def __init__(self, function) -> None:
         super().__init__()
@@ -231,7 +231,7 @@ def ours(x):
 
 
 def attention_past_the_replacement(x):
-    """An operator's own overload is no function that replace_sdpa could replace."""
+    """replace_sdpa cannot replace an operator's own overload."""
     q, mask = x[None, None], x[:, :1] * torch.ones(1, len(x), dtype=x.dtype)
     attend = torch.ops.aten.scaled_dot_product_attention
     out = attend(q, q.sin(), q, mask.detach()) + attend(

@@ -92,7 +92,7 @@ def test_custom_operators():
 
 
 class Rounded(torch.autograd.Function):
-    """A straight-through estimator: its derivative is 1, that of its forward 0."""
+    """A straight-through estimator: its derivative is 1, but its forward's is 0."""
 
     @staticmethod
     def forward(ctx, x):
@@ -153,7 +153,7 @@ def test_a_jvp_within_a_jvp():
         run(lambda x: inner((x,), (x,))[1])
     out = run(lambda x: inner((x,), (x,), False)[1], detach_tangent=False)[1]
     assert out.abs().sum() > 0
-    assert run(lambda x: x)[1].abs().sum() > 0  # nothing of the exception stays
+    assert run(lambda x: x)[1].abs().sum() > 0  # no trace of the exception remains
 
 
 def test_out_arguments_and_lists_in_place():
@@ -192,7 +192,7 @@ def test_threads_do_not_see_each_others_tangents():
         assert_close(actual, wanted, 1e-12)
 
 
-# Compiled: what a graph was made for is guarded.
+# Compiled: the conditions of a graph are guarded.
 
 
 def compiled(network):

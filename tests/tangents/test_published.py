@@ -24,7 +24,7 @@ def first(output: Any) -> Tensor:
 
 
 class First(torch.nn.Module):
-    """The tensor among what a network of diffusers or transformers returns."""
+    """The tensor in the output of a diffusers or transformers network."""
 
     def __init__(self, network: torch.nn.Module) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ def transformers_bert(load: Callable[[str], Any]) -> Problem:
 
 
 class Embedded(torch.nn.Module):
-    """A language model of embeddings, which have tangents, where tokens have none."""
+    """A language model on embeddings, which have tangents, unlike tokens."""
 
     def __init__(self, network: torch.nn.Module) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ def test_replaced_attention_has_the_tangents_of_math_attention(make, load) -> No
     assert_close(found, expected, limit)
 
     def gradient(out: Tensor) -> Tensor:
-        """Of all weights, as one: some have none but rounding errors, such as biases of keys."""
+        """The gradient of all weights as one vector; for some, such as key biases, it is only rounding."""
         loss = (out * torch.arange(out.numel()).view_as(out).cos()).sum()
         grads = torch.autograd.grad(loss, list(network.parameters()), allow_unused=True)
         return torch.cat([g.flatten() for g in grads if g is not None])

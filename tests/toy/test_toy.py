@@ -26,7 +26,7 @@ def network() -> Mlp:
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, noise, t, r in float64, those with t > r first; one of either kind is below the clip of t."""
+    """x, noise, t, r in float64, t > r first; one of each kind is below the clip of t."""
     generator = torch.Generator().manual_seed(1)
     x, noise = torch.randn(2, BATCH, DIM, 1, 1, dtype=torch.float64, generator=generator)
     t = 0.1 + 0.9 * torch.rand(BATCH, dtype=torch.float64, generator=generator)

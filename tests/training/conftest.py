@@ -27,7 +27,7 @@ TINY: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Networks this small only lose time by waiting for a second thread."""
+    """Networks this small only lose time to a second thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

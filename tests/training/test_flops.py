@@ -25,7 +25,7 @@ def meta_model(config: ModelConfig) -> PixelMeanFlow:
 
 
 def plain_count(config: ModelConfig) -> int:
-    """FlopCounterMode on the plain network, which computes every block whole: half of its operations."""
+    """Half of FlopCounterMode's count on the plain network, which computes every block in full."""
     model = meta_model(config)
     with torch.device("meta"):
         images = torch.empty(1, config.channels, config.image_size, config.image_size)
@@ -69,7 +69,7 @@ def test_training_is_the_objective_as_it_is_executed() -> None:
         draws = draws._replace(noise=torch.empty_like(images))
         objective(model, images, labels.to("meta"), draws).loss.backward()
     executed = counter.get_total_flops() / 2
-    # The same unit costs, with this batch's own numbers of rows in place of the mean ones.
+    # The same unit costs, with this batch's row counts instead of the mean.
     with pytest.MonkeyPatch.context() as patched:
         rows = plan.num_tangents / batch, (len(plan.conditional) + len(plan.guided)) / batch
         patched.setattr(flops, "_mean_rows", lambda _: rows)

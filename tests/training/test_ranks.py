@@ -21,7 +21,7 @@ EXACT = 1e-5
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where two ranks have left their results: one pair of processes, which cost seconds to start."""
+    """The results of two ranks: one pair of processes, since starting them takes seconds."""
     out = tmp_path_factory.mktemp("ranks")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -36,7 +36,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(out: Path) -> dict[str, Any]:
-    """What the first rank found; the second found the same weights."""
+    """The first rank's results; the second got the same weights."""
     first, second = (torch.load(out / f"rank{rank}.pt") for rank in range(2))
     assert first.keys() == second.keys()
     for name in first:

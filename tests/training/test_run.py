@@ -180,7 +180,7 @@ def test_other_classes_and_another_runs_state_are_refused_when_resuming(tmp_path
     images, labels = torch.zeros(8, 1, 8, 8), torch.arange(8) % 2
     train(tiny(steps=1), tmp_path / "run", dataset=MemoryImages(images, labels, ["cat", "dog"]))
     config = resume_config(tmp_path / "run", {"steps": 2})
-    renamed = MemoryImages(images, labels, ["cat", "wolf"])  # as many, so that every shape would fit
+    renamed = MemoryImages(images, labels, ["cat", "wolf"])  # the same number, so that every shape fits
     with pytest.raises(UserError, match="trained on other classes"):
         train(config, tmp_path / "run", resume=True, dataset=renamed)
     newest = checkpoint.newest_checkpoint(tmp_path / "run")
@@ -225,7 +225,7 @@ def test_an_image_found_damaged_while_training_costs_no_step(
 
 
 class Board:
-    """Stands for TensorBoard's SummaryWriter and keeps what it is given."""
+    """Stands in for TensorBoard's SummaryWriter and records its calls."""
 
     def __init__(self) -> None:
         self.scalars: dict[str, list[int]] = {}

@@ -13,7 +13,7 @@ NEGATED = {"equ": "ne", "neu": "eq", "ltu": "ge", "leu": "gt", "gtu": "le", "geu
 
 
 def compute(s: Scope, i: Instruction) -> str:
-    """The rule of the opcode, on the instruction's operands and type."""
+    """Apply the opcode's rule to the instruction's operands and type."""
     rule = RULES[i.parts[0]]
     modifiers = frozenset(i.parts[1:-1])
     return rule(s, i, i.type, modifiers)
@@ -79,7 +79,7 @@ def _remainder(s: Scope, i: Instruction, t: str, modifiers: frozenset[str]) -> s
 def _extreme(s: Scope, i: Instruction, t: str, modifiers: frozenset[str]) -> str:
     _only(i, modifiers, set())
     a, b = (s.value(x, t) for x in i.operands[1:])
-    if t in ("f32", "f64"):  # the other one where one is a NaN
+    if t in ("f32", "f64"):  # the other operand if one is NaN
         return s.put(i.operands[0], f"__builtin_f{i.parts[0]}{'f' if t == 'f32' else ''}({a}, {b})", t)
     return s.put(i.operands[0], f"{a} {'<' if i.parts[0] == 'min' else '>'} {b} ? {a} : {b}", t)
 

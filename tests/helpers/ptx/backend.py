@@ -41,7 +41,7 @@ def why_not() -> str | None:
 
 @functools.cache
 def of_this_build() -> tuple[Module, ...]:
-    """What the installed library carries."""
+    """The PTX in the installed library."""
     return of_library(_library.LIBRARY)
 
 
@@ -58,9 +58,9 @@ _Translator = ctypes.CFUNCTYPE(
 def running(
     host: Path, modules: Sequence[Module], note: Callable[[str], None] | None = None
 ) -> Iterator[None]:
-    """The emulator in the library `host` runs these modules' kernels in the place of its own.
+    """The emulator in the library `host` runs these modules' kernels instead of its own.
 
-    `note` hears the mangled names, each when it is first launched.
+    `note` is called with each mangled name on its first launch.
     """
     library, kernels = ctypes.CDLL(str(host)), _by_name(modules)
 
@@ -110,7 +110,7 @@ def _by_name(modules: Sequence[Module]) -> dict[Launched, tuple[Module, str]]:
 
 @functools.cache
 def _host_kernels(host: Path) -> dict[int, Launched]:
-    """Functions of a library, by their offsets. nm -p keeps the order: a file, then what is local to it."""
+    """A library's functions by offset. nm -p keeps the order: a file, then its local symbols."""
     listed = subprocess.run(["nm", "-ap", host], capture_output=True, text=True, check=True).stdout
     file, offsets, names, files = "", [], [], []
     for line in listed.splitlines():
@@ -167,7 +167,7 @@ def _compiled(module: Module, name: str) -> int:
         command = [tool("g++"), *COMPILE, source, "-o", made]
         done = subprocess.run([str(x) for x in command], capture_output=True, text=True)
         assert done.returncode == 0, f"{name} is translated to what g++ refuses:\n{done.stderr[:900]}"
-        shutil.move(made, path)  # whole at once, whoever else made it too
+        shutil.move(made, path)  # atomically, even if another process writes it too
         source.unlink()
     if path not in _loaded:
         _loaded[path] = ctypes.CDLL(str(path))
@@ -178,7 +178,7 @@ def _compiled(module: Module, name: str) -> int:
 
 @functools.cache
 def _toolchain() -> str:
-    """What the result depends on besides the PTX."""
+    """The inputs that affect the result besides the PTX."""
     files = [
         *sorted(Path(__file__).parent.glob("*.py")),
         *(HEADERS / "emulator" / f for f in ("ptx.h", "runtime.h")),

@@ -76,7 +76,7 @@ def shuffle(s: Scope, i: Instruction) -> str:
     return f"{said} {s.put(out, value, 'u32')}"
 
 
-# Whether a shuffle finds a lane, all 32 being there.
+# Whether a shuffle finds a lane, with all 32 active.
 _INSIDE: dict[str, Callable[[str], str]] = {
     "exclusive_or": lambda distance: "true",
     "index": lambda lane: "true",
@@ -97,7 +97,7 @@ def atomic(s: Scope, i: Instruction) -> str:
         raise UnknownInstruction(i.name)
     out, place, value = i.operands if i.parts[0] == "atom" else ("_", *i.operands)
     space = next((part for part in i.parts if part in ("global", "shared")), "generic")
-    # Nothing comes between the load and the store.
+    # Nothing can interrupt between the load and the store.
     return (
         f"unsigned char* const place = {s.address(place, space)}; "
         f"const uint32_t word = d.atomic_load(place); "

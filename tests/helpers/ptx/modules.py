@@ -56,7 +56,7 @@ class Module:
             (self.kernels if match.group(1) == "entry" else self._functions)[found.group(1)] = span
 
     def function(self, name: str) -> Function:
-        """Of a kernel, or of a function that a kernel calls."""
+        """The PTX of a kernel, or of a function that a kernel calls."""
         start, end = self.kernels.get(name) or self._functions[name]
         head, _, rest = self.text[start:end].partition("{")
         results, parameters = re.fullmatch(
@@ -71,7 +71,7 @@ class Module:
         )
 
     def source(self, name: str) -> str:
-        """All that a kernel's translation depends on."""
+        """Everything that a kernel's translation depends on."""
         start, end = self.kernels[name]
         called = [f for f in self._functions if re.search(rf"\b{f}\b", self.text[start:end])]
         return "".join(
@@ -91,7 +91,7 @@ def _parameters(text: str) -> tuple[Parameter, ...]:
 
 
 def of_library(path: Path) -> tuple[Module, ...]:
-    """What the library carries for cards newer than those that it has machine code for."""
+    """The library's PTX for GPUs newer than its machine code."""
     cuobjdump = tool("cuobjdump")
     assert cuobjdump is not None
     with tempfile.TemporaryDirectory() as folder:
@@ -101,7 +101,7 @@ def of_library(path: Path) -> tuple[Module, ...]:
 
 @functools.cache
 def of_source(source: Path, includes: tuple[Path, ...], arch: str = "compute_80") -> Module:
-    """What nvcc makes of one file."""
+    """The PTX that nvcc generates from one file."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.ptx"
         options = ["-std=c++17", f"-arch={arch}", *(f"-I{path}" for path in includes)]

@@ -4,7 +4,7 @@ from helpers.ptx.registers import CPP, Scope, size, unsigned
 from helpers.ptx.syntax import Instruction, UnknownInstruction, elements
 
 SPACES = ("param", "global", "shared", "local")
-# Which say nothing about the value: caches, and the order of accesses that emulated lanes have anyway.
+# Modifiers without effect on the value: caching, and access orders that emulated lanes have anyway.
 HINTS = {"nc", "ca", "cg", "cs", "wb", "wt", "volatile", "weak"}
 
 
@@ -41,7 +41,7 @@ def _access(i: Instruction) -> tuple[str, str, int]:
 def load(s: Scope, i: Instruction) -> str:
     space, t, count = _access(i)
     out, place = i.operands
-    # A place by name is inside what it names; a pointer may lead anywhere.
+    # A named location is inside its variable; a pointer may lead anywhere.
     named = space in ("param", "local") and "%" not in place
     read = f"fetch<{CPP[t]}, {count}>(" if named else f"load<{CPP[t]}, {count}>(d, "
     return f"const auto loaded = {read}{s.address(place, space)}); {s.put_all(out, 'loaded.of[{}]', t)}"
@@ -60,7 +60,7 @@ def store(s: Scope, i: Instruction) -> str:
 def convert_address(s: Scope, i: Instruction) -> str:
     out, value = i.operands
     spaces = [part for part in i.parts if part in SPACES]
-    if spaces != ["shared"]:  # global, local and param are where the generic address says
+    if spaces != ["shared"]:  # global, local and param use the generic address
         return s.put(out, s.value(value, "u64"), "u64")
     if "to" in i.parts:
         return s.put(out, f"(uint64_t)shared_address(d, {s.value(value, 'u64')})", "u64")
@@ -81,7 +81,7 @@ def convert(s: Scope, i: Instruction) -> str:
         raise UnknownInstruction(i.name)
     if modifiers:
         raise UnknownInstruction(i.name)
-    # The source's type decides the extension, the destination's the width and what follows.
+    # The source type decides the extension, the destination type the width.
     return s.put(out, f"({CPP[to]}){s.value(x, source)}", to)
 
 

@@ -14,13 +14,13 @@ FILES = (emulator.SOURCE / "planted.cu", emulator.SOURCE / "probes.cu")
 
 
 def of_nvcc(*files: Path, first: tuple[Path, ...] = ()) -> tuple[Module, ...]:
-    """What nvcc makes of them, headers in the folders `first` before those of csrc."""
+    """The PTX that nvcc generates, with headers in the folders `first` before csrc's."""
     return tuple(of_source(file, (*first, *CSRC)) for file in files)
 
 
 @contextmanager
 def planted_at(backend: str, modules: tuple[Module, ...] | None = None) -> Iterator[Planted]:
-    """The kernels at "emulated" or "ptx"; there perhaps of other modules."""
+    """The kernels at "emulated" or "ptx", the latter optionally from other modules."""
     planted = Planted()
     with running(planted.path, modules or of_nvcc(*FILES)) if backend == "ptx" else nullcontext():
         yield planted

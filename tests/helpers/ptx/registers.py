@@ -34,7 +34,7 @@ def unsigned(type_: str) -> str:
 
 
 class Scope:
-    """What names mean inside one function."""
+    """The meaning of names inside a function."""
 
     def __init__(self, places: Mapping[str, str], shared: frozenset[str]):
         self.places = dict(places)
@@ -70,17 +70,17 @@ class Scope:
         raise UnknownInstruction(f"operand {operand}")
 
     def put(self, operand: str, value: str, type_: str) -> str:
-        """A statement that writes the register, or nothing where PTX says "_"."""
+        """A statement that writes the register, or nothing for "_"."""
         if operand == "_":
             return f"(void)({value});"
         return f"{variable(operand)} = {_converted(f'({value})', CPP[type_], self.registers[operand])};"
 
     def put_all(self, operand: str, values: str, type_: str) -> str:
-        """Element i of a vector, or the register, gets `values` with {} = i."""
+        """Assign `values` with {} = i to element i of a vector, or to the register."""
         return " ".join(self.put(x, values.format(i), type_) for i, x in enumerate(elements(operand)))
 
     def address(self, operand: str, space: str) -> str:
-        """Of "[%rd1+16]" in a state space, as unsigned char*."""
+        """The address "[%rd1+16]" in a state space, as unsigned char*."""
         found = _ADDRESS.fullmatch(operand)
         if found is None:
             raise UnknownInstruction(f"address {operand}")
@@ -97,7 +97,7 @@ def variable(register: str) -> str:
 
 
 def _converted(value: str, has: str, wanted: str) -> str:
-    """Registers carry bits: a float is never converted, only seen as a number of its size."""
+    """Registers hold bits: a float is never converted, only reinterpreted at its size."""
     if has == wanted:
         return value
     floats = ("float", "double")

@@ -9,7 +9,7 @@ _GUARD = re.compile(r"@(!?)(%\w+)\s+")
 
 
 class UnknownInstruction(Exception):
-    """The translator has no rule for it: tests/helpers/ptx/instructions.py and its neighbours hold them."""
+    """The translator has no rule for the instruction; rules are in tests/helpers/ptx."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Instruction:
 
     @property
     def type(self) -> str:
-        """What the name ends with."""
+        """The type suffix of the name."""
         return self.name.rpartition(".")[2]
 
 
@@ -69,7 +69,7 @@ def instruction(statement: Statement) -> Instruction:
 
 
 def elements(operand: str) -> list[str]:
-    """Of "{%r1, %r2}", or the operand itself."""
+    """The elements of "{%r1, %r2}", or the operand itself."""
     return _split(operand[1:-1]) if operand.startswith("{") else [operand]
 
 

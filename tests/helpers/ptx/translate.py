@@ -37,7 +37,7 @@ _CALL = re.compile(r"call(?:\.uni)? (?:\(([^)]*)\), )?([\w$]+)(?:, \(([^)]*)\))?
 
 
 def translate(module: Module, kernel: str, called: str) -> str:
-    """C++ of the kernel and all that it calls; `called`: the name of the PTX in messages."""
+    """C++ for the kernel and everything it calls; `called`: the name of the PTX in messages."""
     parts: list[str] = []
     written: set[str] = set()
 
@@ -79,7 +79,7 @@ def _body(function: Function, shared: frozenset[str], write: Callable[[str], Non
             raise UnknownInstruction(
                 f"line {statement.line} of the PTX, '{statement.text}': {problem}"
             ) from problem
-        # One line of C++ to one of PTX, so that #line need not be said again.
+        # One line of C++ per line of PTX, so that one #line suffices.
         while at < statement.line:
             lines.append("\n")
             at += 1
