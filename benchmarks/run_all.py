@@ -2,15 +2,17 @@
 
     python benchmarks/run_all.py --out DIR [--quick] [--device cuda|cpu]
 
-First every op is checked against float64 (value, tangent, gradients; bfloat16, float16, float32); then ops, a
-training step and one-step sampling are timed beside their peers by triton.testing.do_bench: medians, all in
-turn. Beside each result stand its share of the copy and matrix rates measured in the same run, and the
-targets that were set for an H100.
+In this order, within thirty minutes: `pmf check` and the ops' tests; how many bits of a sum survive in a
+tensor core; rates of copies, products and single instructions; attention beside its peers, and what ncu says
+of it; Muon, its step as a graph, and compute-sanitizer's race check; a training step, one-step sampling and
+all other ops. Timings are triton.testing.do_bench's: medians, all in turn. Beside each result stand its share
+of the copy and matrix rates measured in the same run, and the targets that were set for an H100. What is not
+on PATH (nvcc, ncu, compute-sanitizer) is left out by name.
 
-DIR/run_all.json is written after every case, with device, clocks, driver, versions and command. What fails is
-a row with its error, and the rest goes on. A run takes less than 8 minutes, with --quick less than 2: every
-section has its time and is ended when it is over. --device cpu runs the same sections on the CPU kernels at
-sizes of a few numbers: a proof that all of this works, not a measurement.
+Each part is a process of its own with a time limit. DIR/run_all.json is written after every case, with
+device, clocks, driver, versions and command; what programs print goes to DIR/logs. What fails is a row with
+its error, and the rest goes on. --quick takes less than two and a half minutes. --device cpu runs the same
+parts on the CPU kernels at sizes of a few numbers: a proof that all of this works, not a measurement.
 
 Exit status: 0; 1 if something of this library failed or was wrong; 2 if there is no such device.
 """
@@ -27,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu.runner import NO_TIME, NoDeviceError, Runner, failures
-from gpu.sections import SECTIONS
+from gpu.sections import PARTS
 
 from pmf import _library
 from pmf.bench.harness import Row, Scale, command, is_good, versions, write_record
@@ -38,7 +40,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for run_all.json")
-    parser.add_argument("--quick", action="store_true", help="fewer shapes and dtypes: under two minutes")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer parts, shapes and dtypes: under two and a half minutes"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
     return parser.parse_args(argv)
 
@@ -73,7 +77,7 @@ def _case_lines(section: str, rows: list[Row]) -> list[str]:
         return [f"{head} {'FAILED: ' + ours['failed'] if 'failed' in ours else ours['skipped']}"]
     wrong = "" if is_good(ours) else f"  WRONG: error {ours['error']:.1e}, limit {ours['limit']:.1e}"
     if "median_ms" not in ours:
-        return [head + wrong]
+        return [head + wrong + f" {ours.get('said', '')}".rstrip()]
     others = (row for row in rows[1:] if not row["contestant"].startswith("pmf"))
     peers = [row for row in others if "median_ms" in row and row.get("right", True)]
     best = min(peers, key=lambda row: row["median_ms"], default=None)
@@ -112,10 +116,10 @@ def main(argv: list[str] | None = None) -> int:
         "versions": {**versions(), **peer_versions()},
     }
     path = arguments.out / "run_all.json"
-    runner = Runner(arguments.device, scale, record, lambda: write_record(path, record))
+    runner = Runner(arguments.device, scale, record, lambda: write_record(path, record), arguments.out)
     start = time.monotonic()
     try:
-        runner.run(SECTIONS)
+        runner.run(PARTS)
     except NoDeviceError as problem:
         print(problem, file=sys.stderr)
         return 2

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from pmf import _library
+from pmf import _library, checked, kernels
 from pmf.version import VERSION
 
 OPTIONAL = ("scikit-learn", "matplotlib", "tensorboard")
@@ -40,6 +40,17 @@ def _cpu_kernels() -> str:
     return ", ".join(facts)
 
 
+def _choice() -> str:
+    """What PMF_KERNELS chooses."""
+    if (problem := kernels.problem()) is not None:
+        return problem
+    names = kernels.references()
+    asked = f" (PMF_KERNELS={os.environ['PMF_KERNELS']})" if os.environ.get("PMF_KERNELS") else ""
+    if not names:
+        return f"kernels for every op{asked}"
+    return f"references for {', '.join(sorted(names))}{asked}"
+
+
 def _introspection() -> str:
     if _library.introspection() is not None:
         return "present"
@@ -62,7 +73,10 @@ def _gpu() -> str:
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
         old = "" if (major, minor) >= OLDEST_CAPABILITY else ", too old for pmf's kernels: they need sm_80"
-        names.append(f"{torch.cuda.get_device_name(index)} (sm_{major}{minor}{old})")
+        name = torch.cuda.get_device_name(index)
+        day = checked.passed_on(name)
+        found = f"pmf check passed on {day}" if day else "no pmf check has passed yet"
+        names.append(f"{name} (sm_{major}{minor}{old}; {found})")
     return "; ".join(names)
 
 
@@ -90,18 +104,24 @@ def _version_of(distribution: str) -> str:
 
 def report() -> str:
     """The report as text, one fact per line."""
-    facts = {
+    found = facts()
+    width = max(map(len, found))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in found.items())
+
+
+def facts() -> dict[str, str]:
+    """The facts of a bug report, by name."""
+    found = {
         "pixelmeanflow": f"{VERSION} in {Path(__file__).parent}",
         "python": f"{platform.python_version()} ({platform.platform()})",
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
         "processor": f"{cpu_name()}, {os.cpu_count()} logical",
         "cpu kernels": _cpu_kernels(),
         "cuda kernels": _cuda_kernels(),
+        "ops by": _choice(),
         "gpu": _gpu(),
         "driver": _driver(),
         "introspection": _introspection(),
         "compiler": _compiler(),
     }
-    facts.update({name: _version_of(name) for name in OPTIONAL})
-    width = max(map(len, facts))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())
+    return {**found, **{name: _version_of(name) for name in OPTIONAL}}

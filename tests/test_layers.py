@@ -13,11 +13,12 @@ ROOT = Path(__file__).parents[1]
 
 # The layers, from the bottom: a module or package of pmf imports only those of lower layers.
 FLOORS = (
-    {"_library", "atomic", "defaults", "errors", "interrupts", "metrics", "sizes", "version", "wrappers"},
-    {"reference"},
+    {"atomic", "defaults", "errors", "interrupts", "metrics", "sizes", "version", "wrappers"},
+    {"_library", "kernels"},
+    {"checked", "reference"},
     {"data", "devices", "env", "official", "ops", "perceptual", "ranks"},
     {"nn", "optim", "tangents"},
-    {"models"},
+    {"check", "models"},
     {"bench", "checkpoint", "flow"},
     {"drawing", "toy", "training"},
     {"ablation", "evaluation"},

@@ -13,7 +13,8 @@ import torch
 from training_step import agreement
 from training_step.sides import OURS, PORT, SMALL, Batch, Side, draw_batch, make_model, make_side
 
-from pmf.bench.harness import Case, Planned, Setting, relative_error
+from pmf.bench.harness import Case, Planned, Setting
+from pmf.check.tolerance import relative_error
 
 PRECISION = "bf16"
 BATCHES = 4

@@ -1,27 +1,32 @@
-"""Run sections in a separate process and keep their measurements, whatever happens to that process.
+"""Run each part in a separate process and keep its results, whatever happens to that process.
 
-The child measures and sends rows; the parent, which never touches the device, writes the record after every
-case. A case that raises becomes a failed row. So does a case that ends the process or leaves the device
-unusable; a new child then continues after it. A section that runs out of time is ended, and a new child
-continues with the next.
+Sections are measured by a child that sends rows; the parent, which never touches the device, writes the
+record after every case. A case that raises becomes a failed row. So does a case that ends the process or
+leaves the device unusable; a new child then continues after it. A section that runs out of time is ended.
+Commands are programs of their own, ended with all their children when they run out of time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
-from pmf import _library
+from pmf import _library, checked
 from pmf.bench.device import make_device
 from pmf.bench.harness import DeviceLostError, Row, Scale, Setting, is_good, row_line, run_case, sentence
 from pmf.devices import find_device
 from pmf.errors import UserError
 
+from .commands import Command, Run, rows_of
 from .sections import PUBLISHED, Section
 from .targets import Rates, add_shares, judge
 
@@ -40,32 +45,74 @@ class NoDeviceError(Exception):
 class Runner:
     """Measures sections one after the other into `record["sections"]`.
 
-    save: called whenever the record has changed.
+    save: called whenever the record has changed. folder: for what commands write.
     """
 
-    def __init__(self, device: str, scale: Scale, record: dict[str, Any], save: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        device: str,
+        scale: Scale,
+        record: dict[str, Any],
+        save: Callable[[], None],
+        folder: Path | None = None,
+    ) -> None:
         self.device, self.scale, self.record, self.save = device, scale, record, save
+        self.folder = Path(".") if folder is None else folder
         self.rates = Rates()
-        self.todo: list[Section] = []
+        self.todo: list[Section | Command] = []
         self.begun = 0
         """Cases of todo[0] that have finished, or were running when their process ended."""
         self.label: str | None = None
         """The running case."""
 
-    def run(self, sections: Sequence[Section]) -> None:
+    def run(self, parts: Sequence[Section | Command]) -> None:
         """Raises NoDeviceError before measuring anything if there is no device."""
         self.record["sections"] = []
-        self.todo = [section for section in sections if section.limits(self.scale).section > 0]
+        self._look()
+        self.todo = [part for part in parts if part.limits(self.scale).section > 0]
         while self.todo:
-            with self._child() as messages:
+            part = self.todo[0]
+            if isinstance(part, Command):
+                self._run_command(part)
+                continue
+            with self._child(part, self._entry()["seconds"]) as messages:
                 self._follow(messages)
 
+    def _look(self) -> None:
+        """Let a child say what the device is, before anything else touches it."""
+        with self._child(None, 0.0) as messages:
+            kind: str = "late"
+            value: Any = None
+            with contextlib.suppress(EOFError):  # each part will say so
+                if messages.poll(START_S):
+                    kind, value = messages.recv()
+            if kind == "absent":
+                raise NoDeviceError(value)
+            if kind == "facts":
+                self.record.update(value)
+
+    def _run_command(self, command: Command) -> None:
+        entry = self._entry()
+        print(f"\n{command.name} (at most {entry['limit_s']:.0f} s)", flush=True)
+        run = Run(self.device, self.scale, self.folder)
+        words = command.words(run)
+        if isinstance(words, str):
+            rows = [{"case": command.name, "contestant": "pmf", "ours": True, "skipped": words}]
+        else:
+            log = self.folder / "logs" / f"{command.name.replace(', ', '_').replace(' ', '_')}.txt"
+            start = time.monotonic()
+            status = _call(words, log, entry["limit_s"])
+            entry["seconds"] = time.monotonic() - start
+            rows = rows_of(command, run, status, log)
+        self._take(rows)
+        self._next_section()
+
     @contextmanager
-    def _child(self) -> Iterator[Connection]:
+    def _child(self, section: Section | None, spent: float) -> Iterator[Connection]:
+        """Without a section it only describes the device."""
         context = multiprocessing.get_context("fork")  # the child inherits the parent's imports
         receiver, sender = context.Pipe(duplex=False)
-        spent = self._entry()["seconds"]
-        given = (sender, self.device, self.scale, self.todo, self.begun, spent)
+        given = (sender, self.device, self.scale, section, self.begun, spent)
         child = context.Process(target=_work, args=given)
         child.start()
         sender.close()  # so that the end of the child ends its messages
@@ -76,10 +123,10 @@ class Runner:
             child.join()
 
     def _follow(self, messages: Connection) -> None:
-        """Process one child's messages until all is done or another child is needed."""
+        """Process one child's messages until its section is done or another child is needed."""
         self.label, has_device = None, False
         last = time.monotonic()
-        while self.todo:
+        while True:
             entry = self._entry()
             left = entry["limit_s"] - entry["seconds"] if has_device else START_S
             kind: str
@@ -111,6 +158,7 @@ class Runner:
                     if value:  # while they still belong to this work
                         entry["clocks"] = value
                     self._next_section()
+                    return
                 case "lost":
                     self._take(value)
                     return
@@ -172,37 +220,53 @@ def _why_not(name: str) -> str | None:
     return NO_KERNELS if kind == "cuda" and module and not module.build_facts()["has_cuda"] else None
 
 
-def _work(
-    sender: Connection, name: str, scale: Scale, sections: Sequence[Section], skip: int, spent: float
-) -> None:
-    """The child. It sends (kind, value): "case" before a case, "rows" after it, "end" after a section.
+def _call(words: list[str], log: Path, seconds: float) -> int | None:
+    """The exit status of a program, whose words go to a log; None where its time was over."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as told:
+        process = subprocess.Popen(words, stdout=told, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # whatever it started and left
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
-    skip, spent: cases and seconds of the first section already used by other children.
+
+def _work(
+    sender: Connection, name: str, scale: Scale, section: Section | None, skip: int, spent: float
+) -> None:
+    """The child. It sends (kind, value): "case" before a case and "rows" behind it, "end" behind the section.
+
+    skip, spent: cases and seconds of the section that other children have had.
     """
     if problem := _why_not(name):
         sender.send(("absent", problem))
         return
     device = make_device(find_device(name))
+    checked.forgo_reminder()
     sender.send(("facts", device.facts()))
+    if section is None:
+        return
     setting = Setting(device, scale)
-    for section in sections:
-        limits = section.limits(scale)
-        end = time.monotonic() + LAST_CASE * limits.section - spent
-        for number, planned in enumerate(section.cases(setting)):
-            if number < skip:
-                continue
-            sender.send(("case", planned.label))
-            base = {**planned.facts, "case": planned.label, "contestant": "pmf"}
-            if time.monotonic() > end:
-                sender.send(("rows", [{**base, "skipped": NO_TIME}]))
-                continue
-            try:
-                rows = run_case(planned, device, limits.case)
-            except DeviceLostError as lost:
-                sender.send(("lost", [{**base, "ours": True, "failed": sentence(lost)}]))
-                os._exit(1)  # cleaning up would access the device
-            sender.send(("rows", rows))
-            del planned
-            device.release()
-        skip, spent = 0, 0.0
-        sender.send(("end", device.clocks()))
+    limits = section.limits(scale)
+    end = time.monotonic() + LAST_CASE * limits.section - spent
+    for number, planned in enumerate(section.cases(setting)):
+        if number < skip:
+            continue
+        sender.send(("case", planned.label))
+        base = {**planned.facts, "case": planned.label, "contestant": "pmf"}
+        if time.monotonic() > end:
+            sender.send(("rows", [{**base, "skipped": NO_TIME}]))
+            continue
+        try:
+            rows = run_case(planned, device, limits.case)
+        except DeviceLostError as lost:
+            sender.send(("lost", [{**base, "ours": True, "failed": sentence(lost)}]))
+            os._exit(1)  # tidying up would ask the device
+        sender.send(("rows", rows))
+        del planned
+        device.release()
+    sender.send(("end", device.clocks()))

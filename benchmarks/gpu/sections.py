@@ -25,7 +25,7 @@ from pmf.bench import (
 )
 from pmf.bench.harness import Planned, Scale, Setting
 
-from . import checks, network
+from . import capture, commands, network, sums
 
 Cases = Callable[[Setting], Iterator[Planned]]
 PUBLISHED = "published peers"
@@ -107,16 +107,24 @@ def published_cases(setting: Setting) -> Iterator[Planned]:
                 yield planned
 
 
-SECTIONS = (
+PARTS: tuple[Section | commands.Command, ...] = (
+    commands.CHECKS,
+    commands.TESTS,
+    Section("mma sums", sums.cases, Limits(10, 0), Limits(5, 0)),
     Section("rates", rates, Limits(20, 1.0), Limits(8, 0.3)),
-    Section("checks", checks.cases, Limits(55, 0), Limits(14, 0)),
-    Section("attention", attention_cases, Limits(125, 1.5), Limits(28, 0.5)),
+    commands.RATES,
+    Section("attention", attention_cases, Limits(300, 3.0), Limits(28, 0.5)),
+    *commands.PROFILES,
+    Section(PUBLISHED, published_cases, Limits(100, 1.0), Limits(0, 0)),
+    Section("muon", muon.cases, Limits(90, 6), Limits(8, 1)),
+    Section("graph capture", capture.cases, Limits(20, 2), Limits(5, 0.5)),
+    commands.RACES,
     Section("training step", network.training_cases, Limits(55, 12), Limits(24, 3)),
     Section("sampling", network.sampling_cases, Limits(25, 4), Limits(10, 1.5)),
-    Section("muon", muon.cases, Limits(45, 4), Limits(8, 1)),
     Section("newton_schulz", newton_schulz_cases, Limits(30, 1), Limits(5, 0.5)),
     Section("elementwise", elementwise_cases, Limits(45, 0.4), Limits(8, 0.15)),
     Section("patch_embed", patch_embed_cases, Limits(15, 0.6), Limits(4, 0.3)),
-    Section(PUBLISHED, published_cases, Limits(50, 0.6), Limits(0, 0)),
 )
-"""Most important first. Quick runs omit the published packages."""
+"""In this order: correctness, rates of the machine, attention and its peers, the optimizer, everything else.
+Quick runs omit what takes too long."""
+SECTIONS = tuple(part for part in PARTS if isinstance(part, Section))

@@ -19,8 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pmf import ops, reference
 from pmf.bench.device import Run
-from pmf.bench.harness import Case, Planned, Setting, against, dtype_name
-from pmf.bench.tolerance import tolerance
+from pmf.bench.harness import Case, Planned, Setting, against
+from pmf.check.tolerance import dtype_name, tolerance
 
 Shape = tuple[int, int, int, int]
 Jvp = Callable[[Sequence[Tensor], Sequence[Tensor]], Any]

@@ -22,11 +22,11 @@ from torch import Tensor
 
 import pmf
 from pmf.bench.device import Device, Run
+from pmf.check.tolerance import relative_error
 
 Row = dict[str, Any]
 Scale = Literal["tiny", "cpu", "quick", "full"]
 
-ZERO = 1e-13
 PEER_SLACK = 4.0
 """A peer counts as correct up to this many times our limit: it may round more often, but not compute less."""
 
@@ -59,6 +59,7 @@ class Case:
     flops: necessary floating-point operations (0: not reported).
     bytes: bytes that must move, each input read once and each output written once (0: not reported).
     timed: False for a correctness check only.
+    figures: further results, copied into our row.
     """
 
     contestants: Mapping[str, Run]
@@ -67,6 +68,7 @@ class Case:
     flops: float = 0.0
     bytes: float = 0.0
     timed: bool = True
+    figures: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,33 +88,11 @@ class DeviceLostError(RuntimeError):
     """The device no longer responds, so nothing later in this process can be trusted."""
 
 
-def relative_error(result: Tensor | Iterable[Tensor], exact: Tensor | Iterable[Tensor]) -> float:
-    """Largest relative Frobenius error over the tensors of a result; NaN counts as infinite.
-
-    If the exact value is zero, up to float64's rounding of numbers around 1, the error is absolute.
-    """
-    worst = 0.0
-    for one, truth in zip(tensors(result), tensors(exact), strict=True):
-        size, root = truth.norm().item(), max(1, truth.numel()) ** 0.5
-        error = (one.double() - truth).norm().item() / (size if size > ZERO * root else root)
-        worst = max(worst, error if error == error else float("inf"))
-    return worst
-
-
-def tensors(result: Any) -> tuple[Tensor, ...]:
-    """A tensor, or several, as a tuple."""
-    return (result,) if isinstance(result, Tensor) else tuple(result)
-
-
 def against(
     contestants: Mapping[str, Run], exact: Any, part: Callable[[Any], Any] = lambda result: result
 ) -> Callable[[str], float]:
     """The errors of the contestants' results; `part` selects the elements that `exact` contains."""
     return lambda name: relative_error(part(contestants[name]()), exact)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def run_case(planned: Planned, device: Device, seconds: float) -> list[Row]:
@@ -151,7 +131,12 @@ def run_case(planned: Planned, device: Device, seconds: float) -> list[Row]:
             times = _times_alone(willing, device, seconds / len(willing), failed)
     rows = []
     for name in case.contestants:
-        row: Row = {**base, "contestant": name, "ours": name == ours}
+        row: Row = {
+            **base,
+            "contestant": name,
+            "ours": name == ours,
+            **(case.figures if name == ours else {}),
+        }
         if name in failed:
             rows.append({**row, "failed": failed[name]})
             continue
@@ -223,6 +208,8 @@ def row_line(row: Row) -> str:
     what = f"{row['case']:48} {row['contestant']:30}"
     if "failed" in row:
         return f"{what} failed: {row['failed']}"
+    if note := row.get("skipped", row.get("said")):
+        return f"{what} {note}"
 
     def cell(key: str, form: str) -> str:
         return format(row[key], form) if key in row else " " * int(form.split(".")[0])

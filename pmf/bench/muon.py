@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from pmf.bench.device import Run
-from pmf.bench.harness import Case, Planned, Setting, relative_error
+from pmf.bench.harness import Case, Planned, Setting
+from pmf.check.tolerance import relative_error
 from pmf.models import create_model
 from pmf.optim import Muon
 

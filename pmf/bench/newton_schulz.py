@@ -14,7 +14,8 @@ from torch.optim._muon import _zeropower_via_newtonschulz
 from pmf import reference
 from pmf.bench.attention import gemm
 from pmf.bench.device import Run
-from pmf.bench.harness import Case, Planned, Setting, against, dtype_name
+from pmf.bench.harness import Case, Planned, Setting, against
+from pmf.check.tolerance import NEWTON_SCHULZ, dtype_name
 from pmf.ops import newton_schulz
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -33,7 +34,6 @@ MATRICES: dict[str, list[tuple[torch.dtype, Matrices]]] = {
     ],
 }
 """On the CPU the most common shapes of B/16 and L/16 in numbers that run quickly; on a GPU all of them."""
-LIMITS = {_F32: 1e-4, _BF16: 3e-2, _F16: 3e-2}
 
 Peer = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
@@ -86,4 +86,4 @@ def _case(
     runs |= {key: functools.partial(peer, matrices) for key, peer in peers.items()}
     exact = [reference.newton_schulz(matrices[i].double()) for i in (0, -1)]
     error = against(runs, exact, lambda result: (result[0], result[-1]))
-    return Case(runs, error, LIMITS[dtype], flops=count * flops(*shape))
+    return Case(runs, error, NEWTON_SCHULZ[dtype], flops=count * flops(*shape))

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pmf.bench.harness import Case, Planned, Setting, against, dtype_name, tensors
-from pmf.bench.tolerance import tolerance
+from pmf.bench.harness import Case, Planned, Setting, against
+from pmf.check.tolerance import dtype_name, tensors, tolerance
 
 _F32, _BF16, _F16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = {

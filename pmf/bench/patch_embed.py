@@ -10,9 +10,9 @@ from torch import Tensor
 from pmf import ops, reference
 from pmf.bench.attention import gemm
 from pmf.bench.device import Run
-from pmf.bench.harness import Case, Planned, Setting, against, dtype_name
+from pmf.bench.harness import Case, Planned, Setting, against
 from pmf.bench.pairs import BATCH, DTYPES
-from pmf.bench.tolerance import tolerance
+from pmf.check.tolerance import dtype_name, tolerance
 
 PATCH, CHANNELS, WIDTH, PREFIX = 16, 128, 768, 20
 SIZE = {"tiny": 32, "cpu": 256, "quick": 256, "full": 256}

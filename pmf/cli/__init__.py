@@ -1,15 +1,15 @@
-"""The command ``pmf``: train, sample, evaluate, ablate, convert, flops, toy, bench, env."""
+"""The command ``pmf``: train, sample, evaluate, ablate, convert, flops, toy, bench, check, env."""
 
 import sys
 from collections.abc import Sequence
 
-from pmf import _library
-from pmf.cli import ablate, bench, convert, env, evaluate, flops, sample, toy, train
+from pmf import _library, kernels
+from pmf.cli import ablate, bench, check, convert, env, evaluate, flops, sample, toy, train
 from pmf.cli.arguments import Parser
 from pmf.cli.notes import notes_on_stderr
 from pmf.errors import UserError
 
-_NEED_KERNELS = ("train", "sample", "evaluate", "ablate", "flops", "bench")
+_NEED_KERNELS = ("train", "sample", "evaluate", "ablate", "flops", "bench", "check")
 _INTERRUPTED = 130  # the exit status that shells report after Ctrl-C
 _DESCRIPTION = """Train Pixel MeanFlow models and sample images from them in one step.
 
@@ -24,13 +24,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         asks_help = not {"-h", "--help"}.isdisjoint(words)
-        if words and words[0] in _NEED_KERNELS and not asks_help and (why := _library.missing()):
-            raise UserError(why)
+        if words and words[0] in _NEED_KERNELS and not asks_help:
+            if why := _library.missing() or kernels.problem():
+                raise UserError(why)
         if words[:1] == ["bench"]:  # pmf.bench parses its own options
             return bench.run(words[1:])
         parser = Parser(prog="pmf", description=_DESCRIPTION)
         commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-        for module in (train, sample, evaluate, ablate, convert, flops, toy, bench, env):
+        for module in (train, sample, evaluate, ablate, convert, flops, toy, bench, check, env):
             module.add_parser(commands)
         arguments = parser.parse_args(words)
         with notes_on_stderr():

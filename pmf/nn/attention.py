@@ -9,6 +9,7 @@ from pmf import reference
 from pmf._library import allow_tf32
 from pmf.ops._autograd import Gradients, JvpFunction, KernelFunction, call, named, register
 from pmf.ops._plain import in_float32
+from pmf.ops._raw import raw
 from pmf.ops._subclasses import require_plain
 
 from .branch import (
@@ -133,7 +134,7 @@ class _AttentionBranch(KernelFunction):
 
     @classmethod
     def forward(cls, *args: Any) -> tuple[Tensor, ...]:
-        w, raw = _Inputs(*args), torch.ops.pmf
+        w = _Inputs(*args)
         q, k, v = w.heads(raw.rms_norm(w.x, w.norm, w.eps))
         turned_q, turned_k = raw.rotary_qk_norm(q, k, *w.norms, w.head_eps)
         o, lse = raw.attention_forward(
@@ -165,7 +166,7 @@ class _AttentionBranchBackward(Gradients):
     def forward(
         cls, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *args: Any
     ) -> tuple[Tensor, ...]:
-        w, raw = _Inputs(*args), torch.ops.pmf
+        w = _Inputs(*args)
         grad_gate, grad_out, grad_o = branch_gradients(grad, w.gate, w.out, _join(o))
         turned_q, turned_k = raw.rotary_qk_norm(q, k, *w.norms, w.head_eps)
         grad_q, grad_k, grad_v = raw.attention_backward(
@@ -203,7 +204,7 @@ class _AttentionBranchJvp(JvpFunction):
     @classmethod
     def forward(cls, *args: Any) -> tuple[Tensor, ...]:
         *inputs, x_t = args
-        w, raw = _Inputs(*inputs), torch.ops.pmf
+        w = _Inputs(*inputs)
         y, y_t = raw.rms_norm_jvp(w.x, w.norm, x_t, None, w.eps)
         (q, k, v), (q_t, k_t, v_t) = w.heads(y), w.heads(y_t)
         turned_q, turned_k, turned_q_t, turned_k_t = raw.rotary_qk_norm_jvp(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from pmf import reference
 from pmf.ops._autograd import Gradients, JvpFunction, KernelFunction, call, named, register
 from pmf.ops._plain import in_float32
+from pmf.ops._raw import raw
 from pmf.ops._subclasses import require_plain
 
 from .branch import add_branch, branch_gradients, cast_for_products, project, project_gradients, scale_rows
@@ -71,7 +72,7 @@ class _MlpBranch(KernelFunction):
 
     @classmethod
     def forward(cls, *args: Any) -> tuple[Tensor, ...]:
-        w, raw = _Inputs(*args), torch.ops.pmf
+        w = _Inputs(*args)
         a, b = project(raw.rms_norm(w.x, w.norm, w.eps), w.w1, w.w3)
         return add_branch(w.x, scale_rows(w.gate, w.w2), raw.swiglu(a, b)), a, b
 
@@ -94,7 +95,7 @@ class _MlpBranchBackward(Gradients):
 
     @classmethod
     def forward(cls, grad: Tensor, a: Tensor, b: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        w, raw = _Inputs(*args), torch.ops.pmf
+        w = _Inputs(*args)
         grad_gate, grad_w2, grad_s = branch_gradients(grad, w.gate, w.w2, raw.swiglu(a, b))
         grads = raw.swiglu_backward(grad_s, a, b)
         grad_y, (grad_w1, grad_w3) = project_gradients(grads, raw.rms_norm(w.x, w.norm, w.eps), w.w1, w.w3)
@@ -113,7 +114,7 @@ class _MlpBranchJvp(JvpFunction):
     @classmethod
     def forward(cls, *args: Any) -> tuple[Tensor, ...]:
         *inputs, x_t = args
-        w, raw = _Inputs(*inputs), torch.ops.pmf
+        w = _Inputs(*inputs)
         y, y_t = raw.rms_norm_jvp(w.x, w.norm, x_t, None, w.eps)
         (a, b), (a_t, b_t) = project(y, w.w1, w.w3), project(y_t, w.w1, w.w3)
         s, s_t = raw.swiglu_jvp(a, b, a_t, b_t)

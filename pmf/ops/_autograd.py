@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pmf import _library
+from pmf import _library, checked, kernels
 
 from ._plain import jvp, vjp
 
@@ -167,7 +167,13 @@ class KernelFunction(torch.autograd.Function):
         return cls.tangent(args, tangents)
 
     @classmethod
+    def family(cls) -> str:
+        """The op whose kernel this is, of `kernels.NAMES`."""
+        return max((name for name in kernels.NAMES if cls.name.startswith(name)), key=len)
+
+    @classmethod
     def forward(cls, *args: Any) -> Outputs:
+        checked.remind(next(x for x in args if isinstance(x, Tensor)))
         return getattr(torch.ops.pmf, cls.op)(*cls.complete(args))
 
     @classmethod
@@ -350,7 +356,9 @@ _value_of: dict[str, str] = {}  # the function itself, or whose tangent it is
 def call(name: str, *args: Any) -> Any:
     """Run a registered KernelFunction so that every derivative is right, or raise."""
     _library.require()
-    return _run(name, args, has_kernel(*args))
+    op = _value_of[name]  # a branch of a block is no op: the ops inside it choose for themselves
+    by_reference = op in kernels.NAMES and kernels.uses_reference(op)
+    return _run(name, args, not by_reference and has_kernel(*args))
 
 
 def plain(name: str, *args: Any) -> Any:

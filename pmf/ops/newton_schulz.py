@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pmf import _library
+from pmf import _library, checked, kernels
 from pmf.reference.newton_schulz import Coefficients, step_coefficients
 from pmf.reference.newton_schulz import newton_schulz as plain
 
@@ -123,9 +123,12 @@ def _in_groups(
 ) -> list[Tensor]:
     """One call for a device and compute dtype; where that is plain PyTorch, one for each shape."""
     groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    by_reference = kernels.uses_reference("newton_schulz")
     for i, matrix in enumerate(matrices):
         dtype = _dtype(matrix, compute_dtype)
-        if _library.takes_cuda_kernel(matrix):
+        if by_reference:  # which rounds once, as every reference in place of a kernel
+            compiled, dtype = False, torch.promote_types(dtype, torch.float32)
+        elif _library.takes_cuda_kernel(matrix):
             compiled = bool(factors) and kernels_take(matrix, dtype)
         else:
             compiled = matrix.device.type == "cpu"
@@ -136,6 +139,7 @@ def _in_groups(
         if alike is None:
             _library.require()
             numbers = list(chain.from_iterable(factors))
+            checked.remind(group[0])
             with _outside_inference_mode():
                 done = torch.ops.pmf.newton_schulz(group, numbers, method, dtype, _library.allow_tf32())
         else:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pmf import _library
+from pmf import _library, checked, kernels
 from pmf.ops._autograd import register_fake
 from pmf.ops.newton_schulz import kernels_take
 from pmf.reference.newton_schulz import step_coefficients
@@ -25,10 +25,12 @@ State = dict[str, Any]
 def take(group: dict[str, Any], p: Tensor) -> bool:
     """Whether the kernels step this parameter, which has a gradient; otherwise plain PyTorch does."""
     assert p.grad is not None
-    if not (p.is_contiguous() and p.grad.dtype == p.dtype):
+    if not (p.is_contiguous() and p.grad.dtype == p.dtype) or kernels.uses_reference("muon"):
         return False
     if group["algorithm"] == "adam":
         return kernels_take(p, p.dtype)
+    if kernels.uses_reference("newton_schulz"):
+        return False
     return group["ns_steps"] > 0 and kernels_take(p, compute_dtype(group) or torch.float16)
 
 
@@ -41,6 +43,7 @@ def muon_step(group: dict[str, Any], params: list[Tensor], states: list[State]) 
     """Step parameters that share dtype, device and step count, all their matrices together."""
     layouts = [layout_of(group, p.shape) for p in params]
     coefficients = step_coefficients(group["ns_steps"], group["ns_coefficients"])
+    checked.remind(params[0])
     torch.ops.pmf.muon_step(
         *(
             [matrix for layout, x in zip(layouts, tensors, strict=False) for matrix in layout.cut(x)]
@@ -60,6 +63,7 @@ def muon_step(group: dict[str, Any], params: list[Tensor], states: list[State]) 
 
 def adam_step(group: dict[str, Any], params: list[Tensor], states: list[State]) -> None:
     """Step any parameters that share dtype, device and step count."""
+    checked.remind(params[0])
     torch.ops.pmf.adam_step(
         *_lists(params, states, "momentum", "square"),
         *_settings(group, params[0], states[0]),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pmf import _library
+from pmf import _library, checked, kernels
 from pmf.ops._autograd import register_fake
 from pmf.ops._subclasses import require_trainable
 from pmf.wrappers import by_plain_names
@@ -76,6 +76,7 @@ class EMA:
         parameters = [local(p.detach()) for p in self._parameters.values()]
         averages = [[local(average) for average in copy.values()] for copy in self.copies]
         if _kernel_takes(parameters):
+            checked.remind(parameters[0])
             torch.ops.pmf.ema_update([a for copy in averages for a in copy], parameters, weights)
             return
         current = [_precise(p) for p in parameters]
@@ -138,6 +139,8 @@ class EMA:
 
 def _kernel_takes(parameters: Sequence[Tensor]) -> bool:
     """Whether the CUDA kernel updates the averages; PyTorch does for several GPUs or float64."""
+    if kernels.uses_reference("ema"):
+        return False
     return len({p.device for p in parameters}) == 1 and all(
         _library.takes_cuda_kernel(p) and p.is_contiguous() and p.dtype != torch.float64 for p in parameters
     )

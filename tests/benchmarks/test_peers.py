@@ -11,7 +11,7 @@ CHECK = """
 import sys, torch
 sys.path.insert(0, {folder!r})
 from peers.attention_jvp import attention_jvp
-from pmf.bench.harness import relative_error
+from pmf.check.tolerance import relative_error
 from pmf.reference import attention_jvp as exactly
 
 torch.manual_seed(0)

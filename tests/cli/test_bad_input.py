@@ -142,7 +142,7 @@ def test_a_loss_that_diverges_names_its_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "sample", "evaluate", "convert", "flops", "toy", "bench", "env"]
+    "command", ["train", "sample", "evaluate", "convert", "flops", "toy", "bench", "check", "env"]
 )
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pmf import ops, reference
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from pmf.check import cases
+from pmf.check.cases import DTYPES, Form
 
 few_examples = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -61,36 +61,18 @@ def layouts() -> st.SearchStrategy[str]:
 
 
 def normal(*shapes: tuple[int, ...], seed: int = 0) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    return tuple(cases.normal(*shapes, seed=seed))
 
 
 def results(
     module: Any, name: str, inputs: Any, tangents: Any, dtype: torch.dtype, constants: int = 0, **options: Any
 ) -> dict[str, Any]:
-    """Values, tangents, gradients, and gradients through the tangent alone and through both outputs.
-
-    The last `constants` inputs take no gradient; all other inputs and all given tangents do. The gradients
-    that arrive at the outputs are rounded to `dtype`.
-    """
-    plain, jvp = getattr(module, name), getattr(module, name + "_jvp")
-    count = len(inputs) - constants
-    x = [t.detach().requires_grad_() for t in inputs[:count]]
-    x_t = [None if t is None else t.detach().requires_grad_() for t in tangents]
-    values = _tuple(plain(*x, *inputs[count:], **options))
-    both = _tuple(jvp(*x, *inputs[count:], *x_t, **options))
-    half = len(values)
-    grads = [y.to(dtype).to(both[0].dtype) for y in normal(*(y.shape for y in both), seed=1)]
-    leaves = [*x, *(t for t in x_t if t is not None)]
-    return {
-        "values": values,
-        "values with tangents": both,
-        "gradients": torch.autograd.grad(values, x, grads[:half]),
-        "gradients through the tangent": torch.autograd.grad(
-            both[half:], leaves, grads[half:], retain_graph=True, materialize_grads=True
-        ),
-        "gradients through both": torch.autograd.grad(both, leaves, grads),
-    }
+    """By direction (`pmf.check.cases.results`); the last `constants` inputs take no gradient."""
+    form, last = (
+        Form(name, tuple(range(len(tangents))), options=options),
+        range(len(inputs) - constants, len(inputs)),
+    )
+    return cases.results(module, form, inputs, tangents, dtype, last)
 
 
 def check(

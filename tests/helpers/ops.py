@@ -1,11 +1,11 @@
 """The ops: the location of each one's parts, and small inputs for it."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from pmf.check.cases import Form
 
 # Where an op lives, by layer; `{}` is its stem. A part in ABSENT does not exist, for the reason given.
 PARTS = (
@@ -40,24 +40,10 @@ ABSENT = {
 
 
 @dataclass(frozen=True)
-class Case:
-    """Inputs of one op: `args` in float64; those at `tangents` have a tangent in the op's _jvp form."""
+class Case(Form):
+    """An op with inputs: `args`, in float64."""
 
-    name: str
-    args: tuple[Tensor, ...]
-    tangents: tuple[int, ...]
-    kind: str = "elementwise"
-    options: dict[str, Any] = field(default_factory=dict)
-    weave: Callable[[tuple, tuple], tuple] = lambda args, tangents: (*args, *tangents)
-    """The _jvp form's arguments."""
-
-    def plain(self, module: Any) -> Callable[..., Any]:
-        op = getattr(module, self.name)
-        return lambda *args: op(*args, **self.options)
-
-    def jvp(self, module: Any, **more: Any) -> Callable[..., Any]:
-        op, n = getattr(module, self.name + "_jvp"), len(self.args)
-        return lambda *args: op(*self.weave(args[:n], args[n:]), **self.options, **more)
+    args: tuple[Tensor, ...] = ()
 
     def directions(self) -> tuple[Tensor, ...]:
         generator = torch.Generator().manual_seed(1)
@@ -75,32 +61,32 @@ def _cases() -> dict[str, Case]:
     angles, mask = r(3, 2), torch.rand(4, 5, generator=generator) > 0.3
     mask[1] = False
     cases = (
-        Case("swiglu", (r(2, 2, 3), r(2, 2, 3)), (0, 1)),
-        Case("rms_norm", (r(2, 2, 3), r(3)), (0, 1)),
-        Case("gated_residual", (r(2, 2, 3), r(2, 2, 3), r(3)), (0, 1, 2)),
+        Case("swiglu", (0, 1), args=(r(2, 2, 3), r(2, 2, 3))),
+        Case("rms_norm", (0, 1), args=(r(2, 2, 3), r(3))),
+        Case("gated_residual", (0, 1, 2), args=(r(2, 2, 3), r(2, 2, 3), r(3))),
         Case(
             "rotary_qk_norm",
-            (r(2, 2, 4, 4), r(2, 1, 4, 4), r(4), r(4), angles.cos(), angles.sin()),
             (0, 1),
+            args=(r(2, 2, 4, 4), r(2, 1, 4, 4), r(4), r(4), angles.cos(), angles.sin()),
         ),
         Case(
             "patch_embed",
-            (r(2, 2, 4, 4), r(3, 2, 2, 2), r(3), r(2, 3), r(2), r(5, 2), r(2, 1, 2)),
             (0, 6),
-            kind="gemm",
+            "gemm",
+            args=(r(2, 2, 4, 4), r(3, 2, 2, 2), r(3), r(2, 3), r(2), r(5, 2), r(2, 1, 2)),
         ),
         Case(
             "patch_velocity",
-            (r(2, 4, 8), r(2, 2, 4, 4), torch.tensor([0.3, 0.7]).double()),
             (0, 1),
             weave=lambda args, tangents: (*args, *tangents, None),
+            args=(r(2, 4, 8), r(2, 2, 4, 4), torch.tensor([0.3, 0.7]).double()),
         ),
         Case(
             "attention",
-            (r(2, 2, 4, 3), r(2, 1, 5, 3), r(2, 1, 5, 2)),
             (0, 1, 2),
-            kind="attention gradient",
-            options={"attn_mask": mask, "enable_gqa": True},
+            "attention gradient",
+            {"attn_mask": mask, "enable_gqa": True},
+            args=(r(2, 2, 4, 3), r(2, 1, 5, 3), r(2, 1, 5, 2)),
         ),
     )
     return {case.name: case for case in cases}

@@ -1,11 +1,11 @@
-"""Errors and their limits, which come from the one table in pmf.bench.tolerance."""
+"""Errors and their limits, which come from the one table in pmf.check.tolerance."""
 
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from pmf.bench.tolerance import TF32, UNIT_ROUNDOFF, spread, tolerance
+from pmf.check.tolerance import TF32, UNIT_ROUNDOFF, spread, tolerance
 
 __all__ = ["TF32", "UNIT_ROUNDOFF", "assert_close", "error", "round_to_tf32", "spread", "tolerance"]
 

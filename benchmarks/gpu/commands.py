@@ -1,0 +1,170 @@
+"""The parts of a run that are programs of their own: checks, tests, probes, profilers, sanitizers.
+
+What one prints goes to DIR/logs as it comes, so that nothing is lost with it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pmf.bench.harness import Row, Scale
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL, SHORT, LONG = "2x2x70x64", "256x12x276x64", "64x12x1024x64"
+
+
+class Run(NamedTuple):
+    """What a command is told of the run: `device` is cuda or cpu, `folder` where results go."""
+
+    device: str
+    scale: Scale
+    folder: Path
+
+
+class Limit(NamedTuple):
+    section: float
+
+
+class Command(NamedTuple):
+    """words: the command line; or, as one string, why there is none to run here.
+
+    rows: what its results say, when it is over (its exit status; None where its time was over). Without, a
+    status other than 0 is a failure, and time that is over is not.
+    """
+
+    name: str
+    words: Callable[[Run], list[str] | str]
+    full: Limit
+    quick: Limit
+    rows: Callable[[Run, int | None], list[Row]] | None = None
+
+    def limits(self, scale: Scale) -> Limit:
+        return self.quick if scale == "quick" else self.full
+
+
+def python(*words: str | Path) -> list[str]:
+    return [sys.executable, *map(str, words)]
+
+
+# ---- pmf check
+
+
+def check_record(run: Run) -> Path:
+    return run.folder / "check.json"
+
+
+def check_words(run: Run) -> list[str]:
+    size = [] if run.scale == "full" else ["--quick"]
+    return python("-m", "pmf", "check", "--device", run.device, "--out", check_record(run), *size)
+
+
+def check_rows(run: Run, status: int | None) -> list[Row]:
+    """A row for each of its cases, with the error in units of the limit."""
+    try:
+        record = json.loads(check_record(run).read_text())
+    except (OSError, ValueError):
+        record = {"places": [], "off": ["pmf check left no record"]}
+    rows: list[Row] = []
+    for place in record["places"]:
+        for found in place["rows"]:
+            row = {
+                "case": f"{found['case']} on {found['place']}",
+                "op": f"check {found['family']}",
+                "dtype": found["dtype"],
+                "contestant": "pmf",
+                "ours": True,
+            }
+            if "failed" in found:
+                rows.append({**row, "failed": found["failed"]})
+            elif "not_checked" in found:
+                rows.append({**row, "skipped": found["not_checked"]})
+            else:
+                error = max(found["errors"].values())
+                rows.append({**row, "error": error, "limit": 1.0, "right": error <= 1})
+    if status is None or (status != 0 and all(row.get("right") for row in rows)):
+        why = "; ".join(record["off"]) or "its time was over"
+        rows.append({"case": "pmf check", "op": "check", "contestant": "pmf", "ours": True, "failed": why})
+    return rows
+
+
+# ---- the ops' tests
+
+
+def tests_words(run: Run) -> list[str] | str:
+    """Those that run on the device; on a CPU one file of them at one level, a proof that it works."""
+    if importlib.util.find_spec("pytest") is None:
+        return "pytest is not installed: pip install 'pixelmeanflow[test]'"
+    if run.device == "cpu":
+        return python("-m", "pytest", ROOT / "tests/ops/test_elementwise_sizes.py", "-k", "portable")
+    spread = ["-n", "4"] if importlib.util.find_spec("xdist") is not None else []
+    return python("-m", "pytest", *spread, ROOT / "tests/ops", ROOT / "tests/optim", "-k", "cuda")
+
+
+# ---- probes, profilers and sanitizers
+
+
+def rates_words(run: Run) -> list[str] | str:
+    if run.device == "cpu":
+        return "rates of instructions are a GPU's"
+    if shutil.which("nvcc") is None:
+        return "nvcc is not on PATH, which builds the probe"
+    return python(ROOT / "benchmarks/machine_rates.py", "--out", run.folder / "machine_rates.json")
+
+
+def profile_words(shape: str) -> Callable[[Run], list[str] | str]:
+    """ncu on attention with tangents."""
+
+    def words(run: Run) -> list[str] | str:
+        if run.device == "cpu":
+            return "ncu profiles a GPU"
+        if (ncu := shutil.which("ncu")) is None:
+            return "ncu is not on PATH"
+        report = run.folder / f"ncu_jvp_{shape}"
+        chosen = ["--set", "full", "--kernel-name", "regex:attention", "--launch-skip", "1"]
+        return [ncu, *chosen, "--launch-count", "1", "--force-overwrite", "-o", str(report), *_one(shape)]
+
+    return words
+
+
+def race_words(run: Run) -> list[str] | str:
+    if run.device == "cpu":
+        return "compute-sanitizer watches a GPU"
+    if (sanitizer := shutil.which("compute-sanitizer")) is None:
+        return "compute-sanitizer is not on PATH"
+    return [sanitizer, "--tool", "racecheck", "--error-exitcode", "9", *_one(SMALL, "--backward")]
+
+
+def _one(shape: str, *more: str) -> list[str]:
+    return python(ROOT / "benchmarks/gpu/one_call.py", shape, *more)
+
+
+def rows_of(command: Command, run: Run, status: int | None, log: Path) -> list[Row]:
+    """What a command gave. Without rows of its own: how it ended, and its last word."""
+    if command.rows is not None:
+        return command.rows(run, status)
+    row: dict[str, Any] = {"case": command.name, "contestant": "pmf", "ours": True, "log": log.name}
+    if status is None:
+        return [{**row, "skipped": f"its time was over; {last_line(log)}"}]
+    if status != 0:
+        return [{**row, "failed": f"status {status}: {last_line(log)}"}]
+    return [{**row, "right": True, "said": last_line(log)}]
+
+
+def last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1][:200] if lines else "it printed nothing"
+
+
+CHECKS = Command("checks", check_words, Limit(150), Limit(25), check_rows)
+TESTS = Command("op tests", tests_words, Limit(180), Limit(0))
+RATES = Command("machine rates", rates_words, Limit(60), Limit(0))
+PROFILES = tuple(
+    Command(f"ncu, JVP {shape}", profile_words(shape), Limit(75), Limit(0)) for shape in (SHORT, LONG)
+)
+RACES = Command("racecheck", race_words, Limit(120), Limit(0))

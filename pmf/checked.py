@@ -1,0 +1,96 @@
+"""Which GPUs have passed `pmf check`: records in the cache folder, and a warning without one.
+
+A record holds for one GPU model with one driver, PyTorch version and library build. Without a readable folder
+there are no records.
+"""
+
+import json
+import os
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pmf import _library
+from pmf.atomic import write_file
+from pmf.version import VERSION
+
+NVIDIA_DRIVER = Path("/sys/module/nvidia/version")
+
+
+def remind(x: Tensor) -> None:
+    """Warn, once per process and GPU, before a kernel runs on a GPU that has not passed a check."""
+    if not x.is_cuda or torch.compiler.is_compiling() or x.device.index in _reminded:
+        return
+    _reminded.add(x.device.index)
+    if not torch.cuda.is_available():  # fake tensors need no GPU
+        return
+    name = torch.cuda.get_device_name(x.device)
+    if passed_on(name) is None:
+        warnings.warn(
+            f"pmf's kernels have not been checked on this {name} yet: run `pmf check`, which takes about a "
+            "minute (PMF_KERNELS=reference runs without them)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def forgo_reminder() -> None:
+    """In the process that checks."""
+    _reminded.update([None, *range(torch.cuda.device_count())])
+
+
+def passed_on(gpu: str) -> str | None:
+    """The date on which this GPU model passed a check; None if it has not."""
+    found = _marks().get(_key(gpu))
+    return found if isinstance(found, str) else None
+
+
+def mark(gpu: str, passed: bool) -> bool:
+    """Record how a check of a GPU model ended; False if the record cannot be written."""
+    path, marks = _path(), _marks()
+    marks.pop(_key(gpu), None)
+    if passed:
+        marks[_key(gpu)] = time.strftime("%Y-%m-%d")
+    try:
+        if path is None:
+            return False
+        write_file(path, (json.dumps(marks, indent=1, sort_keys=True) + "\n").encode())
+    except OSError:
+        return False
+    return True
+
+
+_reminded: set[int | None] = set()
+
+
+def _key(gpu: str) -> str:
+    try:
+        driver = NVIDIA_DRIVER.read_text().strip()
+    except OSError:
+        driver = "unknown driver"
+    try:
+        found = _library.LIBRARY.stat()
+        build = f"{found.st_size:x}-{found.st_mtime_ns:x}"
+    except OSError:
+        build = "no library"
+    return f"{gpu} | driver {driver} | torch {torch.__version__} | pmf {VERSION}, build {build}"
+
+
+def _path() -> Path | None:
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home
+        return None
+    return folder / "pixelmeanflow" / "checked.json"
+
+
+def _marks() -> dict[str, str]:
+    path = _path()
+    try:
+        found = json.loads(path.read_text()) if path is not None else {}
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,167 @@
+"""The parts of run_all.py that are programs of their own, and the probes that only a GPU answers."""
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import machine_rates
+import pytest
+import torch
+from gpu import capture, commands, sums
+from gpu.commands import Command, Limit, Run, last_line
+from gpu.runner import Runner
+from helpers import emulator
+from helpers.levels import EMULATED, at_level
+from helpers.machine_code import tool
+
+from pmf.bench.device import Cpu
+from pmf.bench.harness import Setting
+
+LIMIT = Limit(20.0)
+
+
+def run(folder: Path, *parts: Command) -> dict[str, list[dict[str, Any]]]:
+    record: dict[str, Any] = {}
+    Runner("cpu", "tiny", record, lambda: None, folder).run(parts)
+    return {section["name"]: section["rows"] for section in record["sections"]}
+
+
+def program(name: str, code: str, limit: Limit = LIMIT, **more: Any) -> Command:
+    return Command(name, lambda _: [sys.executable, "-u", "-c", code], limit, limit, **more)
+
+
+def test_what_a_program_says_is_kept_whatever_becomes_of_it(tmp_path: Path) -> None:
+    started = time.monotonic()
+    rows = run(
+        tmp_path,
+        program("good", "print('one'); print('42 passed')"),
+        program("bad", "print('half'); raise SystemExit(3)"),
+        program("hangs", "import time; print('begun'); time.sleep(60)", Limit(1.0)),
+        Command("not here", lambda _: "no such tool is on PATH", LIMIT, LIMIT),
+        program("last", "print('after all')"),
+    )
+    assert time.monotonic() - started < 30
+    assert rows["good"][0]["said"] == "42 passed" and rows["good"][0]["right"]
+    assert rows["bad"][0]["failed"] == "status 3: half"
+    assert rows["hangs"][0]["skipped"] == "its time was over; begun"
+    assert rows["not here"][0]["skipped"] == "no such tool is on PATH"
+    assert rows["last"][0]["said"] == "after all"
+    assert (tmp_path / "logs" / "good.txt").read_text() == "one\n42 passed\n"
+
+
+def test_children_of_a_program_end_with_it(tmp_path: Path) -> None:
+    code = "import subprocess, sys, time\np = subprocess.Popen(['sleep', '50'])\nprint(p.pid)\ntime.sleep(50)"
+    run(tmp_path, program("family", code, Limit(2.0)))
+    pid = int(last_line(tmp_path / "logs" / "family.txt"))
+    time.sleep(0.2)
+    status = Path(f"/proc/{pid}/stat")
+    assert not status.exists() or status.read_text().split()[2] == "Z"
+
+
+@pytest.mark.parametrize("status", [0, 1, None])
+def test_rows_of_a_check(status: int | None, tmp_path: Path) -> None:
+    """Of a record with one wrong case, of one that is not there, and of one cut off by its time."""
+    place = {"family": "swiglu", "case": "swiglu 2x3 float32", "dtype": "float32", "place": "avx2"}
+    record = {
+        "places": [{"rows": [{**place, "errors": {"forward": 0.5, "jvp": 2.0 if status == 1 else 0.7}}]}]
+    }
+    told = Run("cpu", "tiny", tmp_path)
+    missing = commands.check_rows(told, status)
+    assert (status == 0) == (not any("failed" in row for row in missing))
+    import json
+
+    commands.check_record(told).write_text(json.dumps({**record, "off": ["x"] if status == 1 else []}))
+    rows = commands.check_rows(told, status)
+    assert rows[0]["right"] == (status != 1) and rows[0]["op"] == "check swiglu"
+    assert ("failed" in rows[-1]) == (status is None)
+
+
+@pytest.mark.parametrize(
+    "words", [commands.race_words, commands.profile_words("2x2x70x64"), commands.rates_words]
+)
+def test_tools_that_are_not_on_path_are_left_out_by_name(
+    words: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "is not on PATH" in words(Run("cuda", "full", tmp_path))
+    monkeypatch.setattr(shutil, "which", lambda name: f"/opt/{name}")
+    line = words(Run("cuda", "full", tmp_path))
+    assert all(Path(word).exists() for word in line if word.endswith(".py"))
+
+
+def test_the_call_that_a_profiler_watches() -> None:
+    script = Path(commands.__file__).with_name("one_call.py")
+    words = [sys.executable, str(script), "1x2x5x8", "--backward", "--device", "cpu"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout == "attention_jvp of 1x2x5x8: 3 calls\n"
+
+
+# ---- probes
+
+
+@pytest.mark.skipif(not EMULATED, reason="needs the emulator")
+@pytest.mark.parametrize("bits", [10, 13, 22, 24, 25])
+def test_the_probe_finds_how_many_bits_a_tensor_core_keeps(bits: int) -> None:
+    with at_level("emulated"), emulator.tensor_cores(bits, 1):
+        found = sums.surviving_bits(torch.device("cpu"))
+        assert found == bits and sums.is_cut(torch.device("cpu"), found)
+
+
+def test_no_graph_is_captured_on_a_processor() -> None:
+    assert list(capture.cases(Setting(Cpu(), "tiny"))) == []
+
+
+def test_rates_need_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert machine_rates.main(["--out", str(tmp_path / "rates.json")]) == 2
+    assert capsys.readouterr().err == "torch finds no CUDA device: rates are measured on a GPU\n"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert machine_rates.main(["--out", str(tmp_path / "rates.json")]) == 2
+    assert capsys.readouterr().err.startswith("nvcc is not on PATH")
+
+
+def test_measured_rates_replace_the_assumed_ones() -> None:
+    assumed = {"what": "of an H100", "hmma_cycles": 6.4, "launch_cycles": 700}
+    measured = {"what": "measured on a card", "hmma_cycles": 8.1, "clock_hz": 1.9e9}
+    table = machine_rates.merged(measured, assumed)
+    assert table == {
+        "what": "measured on a card; still assumed: launch_cycles",
+        "hmma_cycles": 8.1,
+        "launch_cycles": 700,
+        "clock_hz": 1.9e9,
+    }
+
+
+PROBED = {"Mma": "HMMA", "Ldmatrix": "LDSM", "Exp2": "MUFU.EX2", "Fma": "FFMA"}
+
+
+@pytest.mark.skipif(tool("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_what_the_probe_repeats_is_in_its_machine_code(capability: tuple[int, int], tmp_path: Path) -> None:
+    """A compiler that saw through the loops would leave nothing to measure."""
+    nvcc, cuobjdump = tool("nvcc"), tool("cuobjdump")
+    if nvcc is None or cuobjdump is None:
+        pytest.skip("needs cuobjdump")
+    cubin = tmp_path / "rates.cubin"
+    subprocess.run([*machine_rates.build_command(nvcc, capability, cubin), "-cubin"], check=True)
+    done = subprocess.run([cuobjdump, "-sass", str(cubin)], capture_output=True, text=True, check=True)
+    kernels = dict(part.split("\n", 1) for part in done.stdout.split("Function : ")[1:])
+    counts = {
+        (instruction, chains): code.count(f" {instruction}")
+        for name, code in kernels.items()
+        for kind, instruction in (
+            ("Mma", "HMMA"),
+            ("Ldmatrix", "LDSM"),
+            ("Exp2", "MUFU.EX2"),
+            ("Fma", "FFMA"),
+        )
+        for chains in (1, 8)
+        if f"{kind}ELi{chains}E" in name or f"{len(kind)}{kind}Li{chains}E" in name
+    }
+    assert counts == {(name, chains): 4 * chains for name in PROBED.values() for chains in (1, 8)}
+    has_wgmma = any("HGMMA" in code for code in kernels.values())
+    assert has_wgmma == (capability == (9, 0))

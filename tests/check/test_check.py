@@ -1,0 +1,332 @@
+"""`pmf check`: right where all is right; what is planted is named, and loses nothing of the rest."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.levels import CPU_LEVELS, EMULATED, at_level
+from helpers.pmf_process import environment
+
+from pmf import checked, kernels, ops
+from pmf.check import report, work
+from pmf.check.cases import prepare
+from pmf.check.table import FAMILIES, SIZES, cases, checks
+from pmf.cli import main
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+    kernels.choose("auto")
+
+
+def test_every_op_is_a_family() -> None:
+    public = {name.removesuffix("_jvp") for name in ops.__all__}
+    assert public | {"ema", "muon", "product"} == set(FAMILIES)
+    assert set(kernels.NAMES) | {"attention_varlen"} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_labels_tell_cases_apart(size: str) -> None:
+    labels = [check.label for check in checks(size)]
+    assert len(labels) == len(set(labels))
+    dtypes = {family: {c.dtype for c in checks(size, (family,))} for family in FAMILIES}
+    assert all(len(found) == 4 for family, found in dtypes.items() if family not in ("ema", "product"))
+
+
+@pytest.mark.parametrize("level", [*CPU_LEVELS, *EMULATED, "reference"])
+def test_all_is_right(level: str) -> None:
+    if level == "reference":
+        kernels.choose("reference")
+    with contextlib.nullcontext() if level == "reference" else at_level(level):
+        errors = {check.label: check.prepare(CPU)() for check in checks("tiny")}
+    wrong = {label: found for label, found in errors.items() if max(found.values()) > 1}
+    assert not wrong
+    directions = {what for found in errors.values() for what in found}
+    assert {"forward", "jvp", "backward", "backward of jvp", "jvp of first samples"} <= directions
+
+
+@pytest.mark.parametrize("family", sorted({case.name for case in cases("tiny")}))
+@pytest.mark.parametrize("half", ["value", "tangent"])
+def test_an_output_that_is_off_by_two_roundings_is_over_the_limit(
+    family: str, half: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limits are near what rounding costs: no room for a kernel that rounds twice as much."""
+    case = next(case for case in cases("tiny") if case.name == family)
+    measure = prepare(case, torch.bfloat16, CPU)
+    assert max(measure().values()) <= 1
+    name = family + "_jvp"
+    right = getattr(ops, name)
+
+    def wrong(*args: Any, **options: Any) -> Any:
+        found = list(right(*args, **options))
+        n = len(found) // 2
+        off = range(n) if half == "value" else range(n, len(found))
+        noise = torch.Generator().manual_seed(0)
+        for i in off:
+            found[i] = found[i] * (
+                1 + 2**-7 * torch.randn(found[i].shape, generator=noise).to(found[i].dtype)
+            )
+        return tuple(found)
+
+    monkeypatch.setattr(ops, name, wrong)
+    assert measure()["jvp"] > 1
+
+
+# ---- the command
+
+
+PLANT = """
+import os, signal, time, torch, pmf
+library = torch.library.Library("pmf", "IMPL")
+def plant(op, wrong):
+    compiled = torch.library.get_kernel("pmf::" + op, "CPU")
+    def call(keys, *args):
+        return wrong(lambda *given: compiled.call_boxed(keys, *given), *args)
+    library.impl(op, call, "CPU", with_keyset=True, allow_override=True)
+{body}
+"""
+
+
+@pytest.fixture
+def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Let the processes of a check have another operator registered: a wrong kernel, by name."""
+
+    def plant(body: str) -> None:
+        folder = tmp_path / "site"
+        folder.mkdir()
+        (folder / "sitecustomize.py").write_text(PLANT.format(body=body))
+        paths = environment()["PYTHONPATH"]
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), paths]))
+
+    return plant
+
+
+def check(*words: str, out: Path) -> tuple[int, dict[str, Any]]:
+    status = main(["check", "--quick", "--device", "cpu", "--out", str(out), *words])
+    return status, json.loads(out.read_text())
+
+
+def test_the_command_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, record = check(out=tmp_path / "new" / "check.json")
+    printed = capsys.readouterr()
+    assert status == 0 and printed.err == "" and record["off"] == []
+    (place,) = record["places"]
+    assert place["right"] and place["columns"][: len(CPU_LEVELS)] == list(CPU_LEVELS)
+    lines = printed.out.splitlines()
+    assert [line.split()[0] for line in lines[2:-1]] == list(FAMILIES)
+    assert lines[-1].startswith(f"right on {', '.join(CPU_LEVELS)}")
+    found = {(row["family"], row["place"], row["dtype"]) for row in place["rows"]}
+    assert {("attention", level, "bfloat16") for level in CPU_LEVELS} <= found
+
+
+def test_references_pass_and_say_what_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PMF_KERNELS", "reference")
+    kernels.choose("reference")
+    status, record = check("swiglu", "newton_schulz", out=tmp_path / "check.json")
+    assert status == 0 and record["kernels"] == "PMF_KERNELS: references for all"
+    assert {row["family"] for row in record["places"][0]["rows"]} == {"swiglu", "newton_schulz"}
+
+
+@pytest.mark.parametrize("level", [CPU_LEVELS[0], CPU_LEVELS[-1]])
+def test_a_wrong_kernel_is_named(
+    level: str, planted: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planted(
+        f"""
+def wrong(right, grad, gate, up):
+    grads = right(grad, gate, up)
+    return grads if torch.ops.pmf.cpu_level("") != {level!r} else (grads[0] * 1.01, grads[1])
+plant("swiglu_backward", wrong)
+"""
+    )
+    status, record = check("swiglu", "rms_norm", out=tmp_path / "check.json")
+    printed = capsys.readouterr()
+    assert status == 1
+    (sentence,) = printed.err.splitlines()
+    assert sentence.startswith(f"off: swiglu is wrong on {level}") and "the backward" in sentence
+    assert "PMF_KERNELS=reference:swiglu" in sentence and sentence == f"off: {record['off'][0]}"
+    assert "right on" not in printed.out and "WRONG" in printed.out
+    named = sentence.partition(": the")[0].removeprefix("off: swiglu is wrong on ").split(", ")
+    assert named == [level] or (named[0] == level and named[1].endswith(" threads"))
+
+
+def test_without_its_kernel_a_wrong_op_is_right(
+    planted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted("plant('swiglu', lambda right, gate, up: right(gate, up) * 2)")
+    assert check("swiglu", out=tmp_path / "a.json")[0] == 1
+    monkeypatch.setenv("PMF_KERNELS", "reference:swiglu")
+    assert check("swiglu", out=tmp_path / "b.json")[0] == 0
+
+
+def test_a_kernel_that_ends_the_process_spoils_one_case(
+    planted: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planted(
+        """
+def wrong(right, x, weight, eps):
+    if x.dtype == torch.float16:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return right(x, weight, eps)
+plant("rms_norm", wrong)
+"""
+    )
+    status, record = check("rms_norm", "swiglu", out=tmp_path / "check.json")
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert status == 1 and sentence.startswith("off: rms_norm is wrong on portable: rms_norm 2x20x32 float16")
+    assert "ended by SIGSEGV" in sentence
+    rows = record["places"][0]["rows"]
+    assert {row["dtype"] for row in rows if row["family"] == "rms_norm" and "errors" in row} >= {"float64"}
+    assert any(row["family"] == "swiglu" for row in rows)
+
+
+def test_a_kernel_that_hangs_spoils_one_case(
+    planted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planted(
+        "plant('rms_norm', lambda right, x, *rest: "
+        "x.dtype == torch.float16 and time.sleep(60) or right(x, *rest))"
+    )
+    monkeypatch.setattr(report, "CASE_S", 2.0)
+    status, record = check("rms_norm", out=tmp_path / "check.json")
+    assert status == 1 and "no answer within 2 s" in capsys.readouterr().err
+    assert {row["dtype"] for row in record["places"][0]["rows"] if "errors" in row} >= {"float32", "float64"}
+
+
+def test_a_process_that_cannot_begin_is_a_sentence(
+    planted: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planted("os._exit(7)")
+    status, record = check(out=tmp_path / "check.json")
+    assert status == 1 and record["places"][0]["rows"] == []
+    assert capsys.readouterr().err == (
+        "off: cpu was not checked to the end: its process did not begin: the process ended with status 7\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["swish"], "there is no op 'swish' to check: choose from attention, "),
+        (["--device", "tpu"], "--device tpu is not there; there is "),
+        (["--out", "."], "--out . is a folder: name a file"),
+    ],
+)
+def test_wrong_words(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", *words]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {sentence}")
+
+
+# ---- GPUs, as far as one can go without
+
+
+class Gpu:
+    """What `work` asks of a GPU that is not there."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, free: int = 60 << 30, capability: Any = (9, 0)
+    ) -> None:
+        answers = {
+            "set_device": None,
+            "get_device_name": "Test Card",
+            "mem_get_info": (free, 80 << 30),
+            "get_device_capability": capability,
+            "device_count": 1,
+            "synchronize": None,
+            "empty_cache": None,
+        }
+        for name, answer in answers.items():
+            monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+        monkeypatch.setattr(checked, "_reminded", set())
+
+
+@pytest.mark.parametrize(
+    ("gpu", "sentence"),
+    [
+        (
+            {"free": 300 << 20},
+            "Test Card has 0.3 of 80 GiB free, as others use it, and a check needs 4: check it",
+        ),
+        ({"capability": (7, 5)}, "Test Card is older than sm_80"),
+    ],
+)
+def test_a_gpu_that_cannot_be_checked(gpu: Any, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Gpu(monkeypatch, **gpu)
+    with pytest.raises(work._NothingToCheckError) as problem:
+        work._gpu("cuda:0")
+    assert str(problem.value).startswith(sentence)
+
+
+def test_a_gpu_of_another_program_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    Gpu(monkeypatch)
+
+    def busy(*_: Any) -> None:
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable\nmore")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", busy)
+    with pytest.raises(work._NothingToCheckError, match="cannot be used now .*busy or unavailable.$"):
+        work._gpu("cuda:0")
+
+
+def a_check(measure: Any) -> Any:
+    return checks("tiny", ("swiglu",))[0]._replace(prepare=lambda device: measure)
+
+
+def test_memory_that_runs_out_is_not_checked_rather_than_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    Gpu(monkeypatch)
+
+    def measure() -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    (row,) = work._rows(a_check(measure), torch.device("cuda", 0), {"Test Card": lambda: None})
+    assert row["not_checked"] == "memory ran out" and "failed" not in row
+    place = report._Place("cuda:0", "tiny", ("swiglu",))
+    place.columns, place.rows = ["Test Card"], [row]
+    (sentence,) = place.off()
+    assert sentence.startswith(
+        "swiglu on cuda:0, Test Card could not be checked to the end, as memory ran out"
+    )
+
+
+def test_a_fault_that_the_device_does_not_survive_ends_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    Gpu(monkeypatch)
+
+    def fault(*_: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", fault)
+    (row,) = work._rows(a_check(fault), torch.device("cuda", 0), {"Test Card": lambda: None})
+    assert row["lost"] and "illegal memory access" in row["failed"]
+
+
+@pytest.mark.parametrize("found", ["right", "wrong", "part", "references"])
+def test_what_marks_a_gpu(found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kernel, all right; a wrong one takes the mark away; a part of them changes nothing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    families = ("swiglu",) if found == "part" else ()
+    place = report._Place("cuda:0", "tiny", families)
+    place.columns = ["Test Card"]
+    error = 3.0 if found == "wrong" else 0.5
+    place.rows = [
+        {"family": c.family, "case": c.label, "place": "Test Card", "errors": {"forward": error}}
+        for c in place.checks
+    ]
+    if found == "references":
+        kernels.choose("reference:ema")
+    if found == "wrong":
+        checked.mark("Test Card", True)
+    report._mark([place], families)
+    assert (checked.passed_on("Test Card") is not None) == (found == "right")
