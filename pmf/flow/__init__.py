@@ -7,6 +7,7 @@ from .objective import Objective, Terms
 from .perceptual import Perceptual
 from .preconditioner import EDMPreconditioner, NoPreconditioner, Preconditioner, SCMPreconditioner
 from .prediction import Prediction, UPrediction, XPrediction
+from .read_out import ReadOut
 from .sampler import Sampler
 from .times import LineTimes, PlaneTimes, TimeSampling
 
@@ -25,6 +26,7 @@ __all__ = [
     "PlaneTimes",
     "Preconditioner",
     "Prediction",
+    "ReadOut",
     "SCMPreconditioner",
     "Sampler",
     "Terms",

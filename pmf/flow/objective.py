@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,10 +14,10 @@ from .draws import Draws
 from .guidance import Guidance, IntervalGuidance
 from .path import conditional_velocity, interpolate, over_pixels
 from .perceptual import Perceptual
-from .plan import Plan, make_plan
-from .preconditioner import Preconditioner, preconditioner_of
-from .prediction import Prediction, prediction_of
-from .read_out import read_velocity, read_velocity_jvp
+from .plan import Plan, Scalars, make_plan
+from .preconditioner import Preconditioner
+from .prediction import Prediction
+from .read_out import ReadOut
 from .times import PlaneTimes, TimeSampling
 
 __all__ = ["Objective", "Terms"]
@@ -155,40 +154,24 @@ class Objective:
                 f"objective: noise_scale is {self.noise_scale} but the model samples with "
                 f"{config.noise_scale}: use Objective(noise_scale=model.config.noise_scale)"
             )
-        device, dtype = images.device, images.dtype
+        device = images.device
         even = self.even_passes or exchanges(without_ddp(model))
-        plan = make_plan(draws, self.guidance, dtype, self.row_multiple, even)
-        s = {name: value.to(device, non_blocking=True) for name, value in plan.scalars.items()}
-        order = plan.order.to(device)
-        x, labels = images[order], labels[order]
-        z = interpolate(x, draws.noise[order], s["t"])
-        n, t = plan.num_meanflow, s["t"]
-        h = t - s["r"]
+        plan = make_plan(draws, self.guidance, images.dtype, self.row_multiple, even)
+        scalars, order, n = plan.scalars.to(device), plan.order.to(device), plan.num_meanflow
+        x, labels, t = images[order], labels[order], scalars.t
+        z = interpolate(x, draws.noise[order], t)
 
-        v_c, v_u = self._guidance_pass(without_ddp(model), z, labels, s, plan)
-
-        given = Condition(
-            h, s["omega"], s["t_min"], s["t_max"], labels.masked_fill(s["drop"], config.num_classes)
-        )
+        v_c, v_u = self._guidance_pass(without_ddp(model), z, labels, scalars, plan)
         z_t, t_t = _direction(v_c[:n], t, plan.num_tangents) if n else (None, None)
-        u, du_dt, v = self._training_pass(model, z, t, given, z_t, t_t)
+        u, du_dt, v = self._training_pass(model, z, labels, scalars, z_t, t_t)
+        du_dt = None if du_dt is None else du_dt[:n]
+        v_target = _guided_velocity(x, z, u if v is None else v, v_c, v_u, scalars, plan)
+        u_target = v_target if du_dt is None else _target_of_u(v_target, du_dt, scalars)
 
-        with torch.no_grad():
-            v_target = conditional_velocity(z, x, t)
-            v_conditional = (u if v is None else v).detach()
-            v_conditional = v_conditional.index_copy(0, plan.conditional.to(device), v_c)
-            guided = plan.guided.to(device)
-            pull = over_pixels(s["weight"][guided]) * (v_conditional[guided] - v_u)
-            v_target.index_add_(0, guided, pull)
-            u_target = v_target
-            if du_dt is not None:
-                u_target = v_target.clone()
-                du_dt = du_dt[:n]
-                u_target[:n] -= over_pixels(h[:n]) * du_dt
-        error_u = (u - u_target).square().flatten(1).sum(1)
+        error_u = _squared(u - u_target)
         loss, error_v = self._adaptive(error_u).mean(), torch.zeros_like(error_u)
         if v is not None:
-            error_v = (v - v_target).square().flatten(1).sum(1)
+            error_v = _squared(v - v_target)
             loss = loss + self._adaptive(error_v).mean()
         weighted, loss_perceptual = self._perceptual_terms(x, z, u, draws.crop, plan)
 
@@ -201,46 +184,48 @@ class Objective:
 
     @torch.no_grad()
     def _guidance_pass(
-        self, model: PixelMeanFlow, z: Tensor, labels: Tensor, s: dict[str, Tensor], plan: Plan
+        self, model: PixelMeanFlow, z: Tensor, labels: Tensor, scalars: Scalars, plan: Plan
     ) -> tuple[Tensor, Tensor]:
         """v_c(w') for the rows in plan.conditional and v_u for those in plan.guided, in one pass at h = 0."""
         num_conditional, num_guided = len(plan.conditional), len(plan.guided)
         if num_conditional + num_guided + len(plan.repeated) == 0:
             return z[:0], z[:0]
         rows = torch.cat((plan.conditional, plan.guided, plan.repeated)).to(z.device)
-        z, t, omega, labels = z[rows], s["t"][rows], s["effective_omega"][rows], labels[rows]
+        z, t, omega, labels = z[rows], scalars.t[rows], scalars.effective_omega[rows], labels[rows]
         omega[num_conditional:] = 1.0
-        labels[num_conditional:] = unwrap(model).config.num_classes
+        config = unwrap(model).config
+        labels[num_conditional:] = config.num_classes
         condition = Condition(torch.zeros_like(t), omega, torch.zeros_like(t), torch.ones_like(t), labels)
-        how = self._read_out(model)
-        shown = how.preconditioner.input(z, t)
+        read_out = ReadOut.of(config, self.prediction, self.preconditioner)
         head = "v" if self.v_head else "u"
-        tokens = getattr(model(shown, condition, heads=head, as_tokens=True), head)
-        v = read_velocity(*how, z, tokens, t)
+        out = model(read_out.network_input(z, t), condition, heads=head, as_tokens=True)
+        v = read_out.velocity(z, getattr(out, head), t)
         return v[:num_conditional], v[num_conditional : num_conditional + num_guided]
 
     def _training_pass(
         self,
         model: PixelMeanFlow,
         z: Tensor,
-        t: Tensor,
-        condition: Condition,
+        labels: Tensor,
+        scalars: Scalars,
         z_t: Tensor | None,
         t_t: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """u, du/dt (a constant) of the first samples, those with z_t and t_t, and v if there is a v head."""
-        how, heads = self._read_out(model), "uv" if self.v_head else "u"
-        shown, du_dt = how.preconditioner.input(z, t), None
+        config, (t, r, omega, t_min, t_max, *_) = unwrap(model).config, scalars
+        given = labels.masked_fill(scalars.drop, config.num_classes)
+        condition = Condition(t - r, omega, t_min, t_max, given)
+        read_out = ReadOut.of(config, self.prediction, self.preconditioner)
+        shown, heads = read_out.network_input(z, t), "uv" if self.v_head else "u"
         if z_t is None or t_t is None:
-            out = model(shown, condition, heads=heads, as_tokens=True)
-            u = read_velocity(*how, z, out.u, t)
+            out, du_dt = model(shown, condition, heads=heads, as_tokens=True), None
+            u = read_out.velocity(z, out.u, t)
         else:
-            n = len(z_t)
-            shown_t = how.preconditioner.input_tangent(z[:n], t[:n], z_t, t_t)
+            shown_t = read_out.network_input_tangent(z, t, z_t, t_t)
             # h = t - r changes with t.
             out = model(shown, condition, shown_t, t_t, heads=heads, as_tokens=True)
-            u, du_dt = read_velocity_jvp(*how, z, out.u, t, z_t, out.u_t, t_t)
-        return u, du_dt, read_velocity(*how, z, out.v, t) if self.v_head else None
+            u, du_dt = read_out.velocity_jvp(z, out.u, t, z_t, out.u_t, t_t)
+        return u, du_dt, read_out.velocity(z, out.v, t) if self.v_head else None
 
     def _perceptual_terms(
         self, x: Tensor, z: Tensor, u: Tensor, crop: Tensor | None, plan: Plan
@@ -249,11 +234,11 @@ class Objective:
         weighted, plain = x.new_zeros(()), x.new_zeros(())
         if self.perceptual is None:
             return weighted, plain
-        near = plan.scalars["t"] < self.perceptual.max_t
+        near = plan.scalars.t < self.perceptual.max_t
         if not near.any():
             return weighted, plain
         rows = near.nonzero().flatten().to(x.device)
-        t = plan.scalars["t"][near].to(x.device, non_blocking=True)
+        t = plan.scalars.t[near].to(x.device, non_blocking=True)
         x_pred = z[rows] - over_pixels(t) * u[rows]
         crop = None if crop is None else crop[plan.order[near]].to(x.device, non_blocking=True)
         for weight, distances in self.perceptual(x_pred, x[rows], crop):
@@ -261,21 +246,34 @@ class Objective:
             plain = plain + weight * distances.detach().sum() / len(x)
         return weighted, plain
 
-    def _read_out(self, model: PixelMeanFlow) -> "_ReadOut":
-        """How the model's tokens are converted to velocities."""
-        config = unwrap(model).config
-        return _ReadOut(
-            self.prediction or prediction_of(config), self.preconditioner or preconditioner_of(config)
-        )
-
     def _adaptive(self, error: Tensor) -> Tensor:
         """adp(l) = l / stopgrad((l + norm_eps)^norm_p)."""
         return error / (error.detach() + self.norm_eps) ** self.norm_p
 
 
-class _ReadOut(NamedTuple):
-    prediction: Prediction
-    preconditioner: Preconditioner
+@torch.no_grad()
+def _guided_velocity(
+    x: Tensor, z: Tensor, v: Tensor, v_c: Tensor, v_u: Tensor, scalars: Scalars, plan: Plan
+) -> Tensor:
+    """v_g = v_t + (1 - 1/w') (v_c(w') - v_u); v_c is the training pass's v except for plan.conditional."""
+    v_target = conditional_velocity(z, x, scalars.t)
+    v_conditional = v.detach().index_copy(0, plan.conditional.to(z.device), v_c)
+    guided = plan.guided.to(z.device)
+    pull = over_pixels(scalars.weight[guided]) * (v_conditional[guided] - v_u)
+    return v_target.index_add_(0, guided, pull)
+
+
+def _target_of_u(v_target: Tensor, du_dt: Tensor, scalars: Scalars) -> Tensor:
+    """The target of u: v_g - (t - r) du/dt, where the first samples have a du/dt."""
+    n = len(du_dt)
+    u_target = v_target.clone()
+    u_target[:n] -= over_pixels((scalars.t - scalars.r)[:n]) * du_dt
+    return u_target
+
+
+def _squared(error: Tensor) -> Tensor:
+    """The sum of squares of each sample, [B]."""
+    return error.square().flatten(1).sum(1)
 
 
 def _direction(v_c: Tensor, t: Tensor, count: int) -> tuple[Tensor, Tensor]:

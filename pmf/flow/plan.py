@@ -8,7 +8,26 @@ from torch import Tensor
 from .draws import Draws
 from .guidance import Guidance
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["Plan", "Scalars", "make_plan"]
+
+
+class Scalars(NamedTuple):
+    """Numbers of each sample, [B] in the internal order."""
+
+    t: Tensor
+    r: Tensor
+    omega: Tensor
+    t_min: Tensor
+    t_max: Tensor
+    effective_omega: Tensor
+    """omega inside the guidance interval, else 1."""
+    weight: Tensor
+    """1 - 1 / effective_omega."""
+    drop: Tensor
+    """Whether the label is dropped, bool."""
+
+    def to(self, device: torch.device) -> "Scalars":
+        return Scalars(*(x.to(device, non_blocking=True) for x in self))
 
 
 class Plan(NamedTuple):
@@ -36,8 +55,8 @@ class Plan(NamedTuple):
     """Rows whose target has a guidance term, and so need v_u."""
     repeated: Tensor
     """Rows that pad the guidance pass, after conditional and guided."""
-    scalars: dict[str, Tensor]
-    """Per sample, on the host: t, r, omega, t_min, t_max, effective_omega, weight (1 - 1/w'), drop."""
+    scalars: Scalars
+    """On the host."""
 
 
 def make_plan(
@@ -62,14 +81,11 @@ def make_plan(
     order = torch.argsort(flow_matching.to(torch.uint8), stable=True)
     num_meanflow = len(t) - int(flow_matching.sum())
     effective = guidance.effective_omega(t, omega, t_min, t_max, flow_matching)
-    names = ("t", "r", "omega", "t_min", "t_max", "effective_omega")
-    values = (t, r, omega, t_min, t_max, effective)
-    scalars = {name: value[order].to(dtype) for name, value in zip(names, values, strict=True)}
-    scalars["weight"] = 1 - 1 / scalars["effective_omega"]
-    scalars["drop"] = drop[order]
+    given = [x[order].to(dtype) for x in (t, r, omega, t_min, t_max, effective)]
+    scalars = Scalars._make((*given, 1 - 1 / given[-1], drop[order]))
 
-    is_guided = (scalars["weight"] != 0) & ~scalars["drop"]
-    whole_interval = (scalars["t_min"] == 0) & (scalars["t_max"] == 1)
+    is_guided = (scalars.weight != 0) & ~scalars.drop
+    whole_interval = (scalars.t_min == 0) & (scalars.t_max == 1)
     needs_pass = is_guided & ~whole_interval
     needs_pass[:num_meanflow] = True  # the direction of du/dt, guided or not
     conditional, guided = needs_pass.nonzero().flatten(), is_guided.nonzero().flatten()

@@ -1,4 +1,6 @@
-"""Convert the network's tokens to a velocity."""
+"""What the network sees at (z, t), and how its tokens become a velocity."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -6,54 +8,70 @@ from torch import Tensor
 from pmf import ops
 from pmf.reference.patch_velocity import to_images
 
+from ..models import ModelConfig
 from .path import T_FLOOR
-from .preconditioner import NoPreconditioner, Preconditioner
-from .prediction import Prediction, XPrediction
+from .preconditioner import NoPreconditioner, Preconditioner, preconditioner_of
+from .prediction import Prediction, XPrediction, prediction_of
 
-__all__ = ["read_velocity", "read_velocity_jvp"]
+__all__ = ["ReadOut"]
 
 
-def read_velocity(
-    prediction: Prediction, preconditioner: Preconditioner, z: Tensor, tokens: Tensor, t: Tensor
-) -> Tensor:
-    """The velocity [B, C, H, W] at (z, t) given by a head's tokens [B, N, p p C], in z's dtype.
+class ReadOut(NamedTuple):
+    """What the network sees at (z, t), and how its tokens become a velocity.
 
-    In general through images, which the preconditioner and the prediction turn into a velocity. The paper's
-    choice, an image as the prediction without preconditioner, is a single kernel.
+    z is [B, C, H, W], t [B], tokens [B, N, p p C]. In general the tokens become images, which the
+    preconditioner and the prediction turn into a velocity. The paper's choice, an image as the prediction
+    without a preconditioner, is a single kernel.
     """
-    tokens = _beside(z, tokens)
-    if _is_papers(prediction, preconditioner):
-        return ops.patch_velocity(tokens, z, t, T_FLOOR)
-    return prediction.velocity(z, preconditioner.output(z, _images(tokens, z), t), t)
 
+    prediction: Prediction
+    preconditioner: Preconditioner
 
-def read_velocity_jvp(
-    prediction: Prediction,
-    preconditioner: Preconditioner,
-    z: Tensor,
-    tokens: Tensor,
-    t: Tensor,
-    z_t: Tensor,
-    tokens_t: Tensor,
-    t_t: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """`read_velocity` and its tangent, a constant for autograd; tangents are of the first n samples."""
-    tokens, tokens_t = _beside(z, tokens), _beside(z, tokens_t)
-    if _is_papers(prediction, preconditioner):
-        tangents = tokens_t, z_t, t_t
-        return ops.patch_velocity_jvp(tokens, z, t, *tangents, floor=T_FLOOR, detach_tangent=True)
-    raw = _images(tokens, z)
-    output = preconditioner.output(z, raw, t)
-    with torch.no_grad():
+    @classmethod
+    def of(
+        cls,
+        config: ModelConfig,
+        prediction: Prediction | None = None,
+        preconditioner: Preconditioner | None = None,
+    ) -> "ReadOut":
+        """A model's own, except for what is given."""
+        return cls(prediction or prediction_of(config), preconditioner or preconditioner_of(config))
+
+    def network_input(self, z: Tensor, t: Tensor) -> Tensor:
+        return self.preconditioner.input(z, t)
+
+    def network_input_tangent(self, z: Tensor, t: Tensor, z_t: Tensor, t_t: Tensor) -> Tensor:
+        """The tangent alone; tangents are of the first n samples."""
         n = len(z_t)
-        first = z[:n], raw[:n], t[:n]
-        output_t = preconditioner.output_tangent(*first, z_t, _images(tokens_t, z), t_t)
-        v_t = prediction.velocity_tangent(z[:n], output[:n], t[:n], z_t, output_t, t_t)
-    return prediction.velocity(z, output, t), v_t
+        return self.preconditioner.input_tangent(z[:n], t[:n], z_t, t_t)
 
+    def velocity(self, z: Tensor, tokens: Tensor, t: Tensor) -> Tensor:
+        """[B, C, H, W] in z's dtype."""
+        tokens = _beside(z, tokens)
+        if self._has_kernel():
+            return ops.patch_velocity(tokens, z, t, T_FLOOR)
+        return self.prediction.velocity(z, self.preconditioner.output(z, _images(tokens, z), t), t)
 
-def _is_papers(prediction: Prediction, preconditioner: Preconditioner) -> bool:
-    return type(prediction) is XPrediction and type(preconditioner) is NoPreconditioner
+    def velocity_jvp(
+        self, z: Tensor, tokens: Tensor, t: Tensor, z_t: Tensor, tokens_t: Tensor, t_t: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`velocity` and its tangent, a constant for autograd; tangents are of the first n samples."""
+        tokens, tokens_t = _beside(z, tokens), _beside(z, tokens_t)
+        if self._has_kernel():
+            tangents = tokens_t, z_t, t_t
+            return ops.patch_velocity_jvp(tokens, z, t, *tangents, floor=T_FLOOR, detach_tangent=True)
+        prediction, preconditioner = self
+        raw = _images(tokens, z)
+        output = preconditioner.output(z, raw, t)
+        with torch.no_grad():
+            n = len(z_t)
+            first = z[:n], raw[:n], t[:n]
+            output_t = preconditioner.output_tangent(*first, z_t, _images(tokens_t, z), t_t)
+            v_t = prediction.velocity_tangent(z[:n], output[:n], t[:n], z_t, output_t, t_t)
+        return prediction.velocity(z, output, t), v_t
+
+    def _has_kernel(self) -> bool:
+        return type(self.prediction) is XPrediction and type(self.preconditioner) is NoPreconditioner
 
 
 def _beside(z: Tensor, tokens: Tensor) -> Tensor:

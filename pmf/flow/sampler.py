@@ -13,9 +13,9 @@ from ..models import PixelMeanFlow
 from ..nn import Block, Condition
 from ..wrappers import by_plain_names, exchanges, unwrap, without_ddp
 from .path import over_pixels
-from .preconditioner import Preconditioner, preconditioner_of
-from .prediction import Prediction, prediction_of
-from .read_out import read_velocity
+from .preconditioner import Preconditioner
+from .prediction import Prediction
+from .read_out import ReadOut
 
 __all__ = ["PRECISIONS", "Sampler", "sample", "sampling_times"]
 
@@ -106,8 +106,7 @@ class Sampler:
             self.network = _copy_u_path(model, torch.bfloat16)
         elif exchanges(model) or any(parameter.dtype != torch.float32 for parameter in model.parameters()):
             self.network = _copy_u_path(model, torch.float32)
-        self.prediction = prediction or prediction_of(model.config)
-        self.preconditioner = preconditioner or preconditioner_of(model.config)
+        self.read_out = ReadOut.of(model.config, prediction, preconditioner)
 
     def __call__(
         self,
@@ -162,8 +161,10 @@ class Sampler:
         for start, end in itertools.pairwise(times):
             t = z.new_full((len(z),), start)
             h = z.new_full((len(z),), start - end)
-            tokens = self._predict(self.preconditioner.input(z, t), Condition(h, omega, t_min, t_max, labels))
-            u = read_velocity(self.prediction, self.preconditioner, z, tokens, t)
+            tokens = self._predict(
+                self.read_out.network_input(z, t), Condition(h, omega, t_min, t_max, labels)
+            )
+            u = self.read_out.velocity(z, tokens, t)
             z = z - over_pixels(h) * u
         return z
 

@@ -31,4 +31,4 @@ def test_the_order_puts_meanflow_samples_first_and_keeps_each_kind_in_order() ->
     plan = make_plan(draws, objective.guidance, torch.float32)
     assert plan.order.tolist() == [3, 4, 5, 0, 1, 2]
     assert plan.num_meanflow == 3
-    assert torch.equal(plan.scalars["t"], draws.t[plan.order])
+    assert torch.equal(plan.scalars.t, draws.t[plan.order])
