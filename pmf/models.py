@@ -12,7 +12,7 @@ from .nn import Block, Condition, ConditionTokens, FinalLayer, PatchEmbedding, r
 from .nn.block import checkpointed
 from .nn.mlp import swiglu_width
 from .official import describe_state_dict, from_official
-from .ops.attention import MAX_WIDTH
+from .ops._attention_inputs import MAX_WIDTH
 from .sizes import Size, height_and_width, normal_size, size_in_words
 
 __all__ = [

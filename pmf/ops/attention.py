@@ -1,14 +1,15 @@
 """Scaled dot-product attention, with its tangent, in memory linear in the sequence length."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pmf import _library, reference
-from pmf.reference.attention import Window, same_sequence
+from pmf.reference.attention import Window
 
+from ._attention_inputs import Options, causal_bias, make_plan, sides
 from ._autograd import (
     Gradients,
     JvpFunction,
@@ -22,7 +23,7 @@ from ._autograd import (
 )
 from ._inputs import autocast_matmul, check_tangents, is_differentiable
 from ._plain import in_float32
-from ._subclasses import kind_of, operation
+from ._subclasses import operation
 
 __all__ = ["attention", "attention_jvp"]
 
@@ -32,8 +33,6 @@ LAYOUTS = {
     "value": "* _ _",
     "attn_mask": "* _ _",
 }
-
-MAX_WIDTH = 256
 
 
 @operation(LAYOUTS, "* _ _", "* _")
@@ -87,7 +86,7 @@ def attention(
     attn_mask, is_causal = causal_bias(attn_mask, is_causal, query, key)
     query, key, value = autocast_matmul(query, key, value)
     left, right = sides("attention", window)
-    plan = _plan(query, key, value, attn_mask, scale, enable_gqa)
+    plan = make_plan(query, key, value, attn_mask, scale, enable_gqa)
     args = (*plan.fold(query, key, value), *Options(plan.mask, is_causal, plan.scale, left, right))
     by_reference = is_differentiable(attn_mask) or lacks_kernel(query, left, right, return_lse)
     out, lse = (plain if by_reference else call)("attention", *args)
@@ -152,7 +151,7 @@ def attention_jvp(
         )
         lse = [*lse, torch.zeros_like(lse[0])] if return_lse else []
         return out, torch.zeros_like(out), *lse
-    plan = _plan(query, key, value, attn_mask, scale, enable_gqa)
+    plan = make_plan(query, key, value, attn_mask, scale, enable_gqa)
     given = ((query, query_t), (key, key_t), (value, value_t))
     fewer = any(t is not None and t.shape != x.shape for x, t in given)
     if fewer and not plan.is_plain:
@@ -173,172 +172,12 @@ def attention_jvp(
     return out, out_t, lse.reshape(rows), lse_t if fewer else lse_t.reshape(rows)
 
 
-def sides(op: str, window: Any) -> tuple[int | None, int | None]:
-    """A window's left and right, None for no limit."""
-    fits = isinstance(window, (tuple, list)) and len(window) == 2
-    if not fits or any(x is not None and (isinstance(x, (bool, float)) or x < -1) for x in window):
-        raise ValueError(
-            f"{op}: window must be (left, right), numbers of keys from 0 on, or -1 or None for no limit, "
-            f"got {window}"
-        )
-    left, right = (None if x is None or x == -1 else x for x in window)
-    return left, right
-
-
-def causal_bias(mask: Any, is_causal: bool, query: Tensor, key: Tensor) -> tuple[Tensor | None, bool]:
-    """What a `torch.nn.attention.bias.CausalBias` says; its own memory says nothing."""
-    if mask is None or kind_of(mask) != "bias":
-        return mask, is_causal
-    sizes, lengths = (mask.seq_len_q, mask.seq_len_kv), (query.shape[-2], key.shape[-2])
-    if sizes != lengths:
-        raise ValueError(
-            f"attention: attn_mask is a CausalBias of {list(sizes)}, but query and key have lengths "
-            f"{list(lengths)}"
-        )
-    ahead = sizes[1] - sizes[0]
-    if mask.variant.name == "UPPER_LEFT" or ahead == 0:
-        return None, True
-    if sizes[0] == 1:  # the last query sees every key
-        return None, is_causal
-    return torch.ones(sizes, dtype=torch.bool, device=query.device).tril(ahead), is_causal
-
-
-class _Plan(NamedTuple):
-    """How inputs of any rank become the kernel's [B, H, N, D], and the output theirs again."""
-
-    shapes: tuple[tuple[int, ...], ...]  # query, key and value after broadcasting
-    out_shape: tuple[int, ...]
-    mask: Tensor | None
-    scale: float
-    is_plain: bool
-
-    def fold(self, *tensors: Tensor | None) -> list[Tensor | None]:
-        if self.is_plain:
-            return list(tensors)
-        return [
-            None if x is None else _four(x.expand(shape))
-            for x, shape in zip(tensors, self.shapes, strict=True)
-        ]
-
-
 def lacks_kernel(
     query: Tensor, left: int | None = None, right: int | None = None, return_lse: bool = False
 ) -> bool:
     """float64 on CUDA is the reference's, and so are windows and the tangent of lse."""
     is_new = left is not None or right not in (None, 0) or return_lse
     return (query.dtype == torch.float64 or is_new) and _library.takes_cuda_kernel(query)
-
-
-def _plan(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, enable_gqa: bool
-) -> _Plan:
-    q, k, v = tuple(query.shape), tuple(key.shape), tuple(value.shape)
-    _check(query, key, value)
-    if enable_gqa:
-        heads = q[-3:-2], k[-3:-2], v[-3:-2]
-        if (
-            not heads[0]
-            or heads[1] != heads[2]
-            or not heads[1]
-            or not heads[1][0]
-            or heads[0][0] % heads[1][0]
-        ):
-            raise ValueError(
-                "attention: with enable_gqa key and value must have one number of heads, and it must divide "
-                f"query's, got query {list(q)}, key {list(k)} and value {list(v)}"
-            )
-        leading = _broadcast(q[:-3], k[:-3], v[:-3])
-        q, k, v = (leading + x[-3:] for x in (q, k, v))
-    else:
-        leading = _broadcast(q[:-2], k[:-2], v[:-2])
-        q, k, v = (leading + x[-2:] for x in (q, k, v))
-    out_shape = (*q[:-1], v[-1])
-    if mask is not None:
-        mask = _mask(mask, query.dtype, (*q[:-1], k[-2]))
-    is_plain = len(q) == 4 and (tuple(query.shape), tuple(key.shape), tuple(value.shape)) == (q, k, v)
-    return _Plan((q, k, v), out_shape, mask, q[-1] ** -0.5 if scale is None else float(scale), is_plain)
-
-
-def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.dim() < 2 or not 1 <= x.shape[-1] <= MAX_WIDTH:
-            raise ValueError(
-                f"attention: {name} must be [..., N, D] with 1 <= D <= {MAX_WIDTH}, got {list(x.shape)}"
-            )
-    shapes = f"got query {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)}"
-    if query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"attention: query and key must have one width, {shapes}")
-    if key.shape[-2] != value.shape[-2]:
-        raise ValueError(f"attention: key and value must have one length, {shapes}")
-    if not query.dtype == key.dtype == value.dtype:
-        raise ValueError(
-            "attention: query, key and value must have one dtype, "
-            f"got {query.dtype}, {key.dtype} and {value.dtype}"
-        )
-    if not query.dtype.is_floating_point:
-        raise TypeError(f"attention: query, key and value must be floating, got {query.dtype}")
-
-
-def _broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...]:
-    try:
-        return tuple(torch.broadcast_shapes(*shapes))
-    except RuntimeError as error:
-        q, k, v = (list(shape) for shape in shapes)
-        raise ValueError(
-            f"attention: the leading dimensions of query {q}, key {k} and value {v} must broadcast "
-            "(key and value with fewer heads need enable_gqa=True)"
-        ) from error
-
-
-def _mask(mask: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """The mask as a view of [B, H, Nq, Nk]; additive ones in float32 or query's dtype."""
-    if mask.dtype != torch.bool:
-        if not mask.is_floating_point():
-            raise TypeError(f"attention: attn_mask must be boolean or floating, got {mask.dtype}")
-        if mask.dtype != dtype and (mask.dtype != torch.float32 or dtype == torch.float64):
-            mask = mask.to(dtype)
-    try:
-        return _four(mask.expand(shape))
-    except RuntimeError as error:
-        raise ValueError(
-            f"attention: attn_mask {list(mask.shape)} must broadcast to [..., Nq, Nk] = {list(shape)}"
-        ) from error
-
-
-def _four(x: Tensor) -> Tensor:
-    """[..., H, N, D] as [B, H, N, D]."""
-    if x.dim() >= 4:
-        return x.flatten(0, x.dim() - 4)
-    return x[(None,) * (4 - x.dim())]
-
-
-class Options(NamedTuple):
-    """What a kernel takes beside its tensors; with offsets they hold packed sequences, and the batch is 1."""
-
-    mask: Tensor | None
-    is_causal: bool
-    scale: float
-    window_left: int | None
-    window_right: int | None
-    cu_seqlens_q: Tensor | None = None
-    cu_seqlens_k: Tensor | None = None
-
-    def plain(self, query: Tensor, key: Tensor) -> dict[str, Any]:
-        """The reference's options, to which sequences are a mask."""
-        window: Window = (self.window_left, self.window_right)
-        mask, is_causal = self.mask, self.is_causal
-        if self.cu_seqlens_q is not None and self.cu_seqlens_k is not None:
-            rows = query.shape[2], key.shape[2]
-            mask = same_sequence(self.cu_seqlens_q, self.cu_seqlens_k, *rows, is_causal, window)
-            is_causal, window = False, (None, None)
-        return {
-            "attn_mask": mask,
-            "is_causal": is_causal,
-            "scale": self.scale,
-            "window": window,
-            "enable_gqa": True,
-            "return_lse": True,
-        }
 
 
 class _Kernel(KernelFunction):

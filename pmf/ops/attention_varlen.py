@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._attention_inputs import Options, check_tensors, sides
 from ._autograd import call, plain
 from ._inputs import autocast_matmul, check_tangents
 from ._subclasses import operation
-from .attention import MAX_WIDTH, Options, Window, lacks_kernel, sides
+from .attention import Window, lacks_kernel
 
 __all__ = ["attention_varlen", "attention_varlen_jvp"]
 
@@ -113,30 +114,14 @@ def _options(
     window: Any,
 ) -> Options:
     """The options, after every check that needs no values."""
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.dim() != 3 or not 1 <= x.shape[2] <= MAX_WIDTH:
-            raise ValueError(
-                f"attention_varlen: {name} must be [tokens, heads, D] with 1 <= D <= {MAX_WIDTH}, "
-                f"got {list(x.shape)}"
-            )
-        if not x.dtype == query.dtype:
-            raise ValueError(
-                "attention_varlen: query, key and value must have one dtype, "
-                f"got {query.dtype} query and {x.dtype} {name}"
-            )
-        if not x.is_floating_point():
-            raise TypeError(f"attention_varlen: {name} must be floating, got {x.dtype}")
-    shapes = f"got query {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)}"
-    if query.shape[2] != key.shape[2] or key.shape[:2] != value.shape[:2]:
-        raise ValueError(
-            "attention_varlen: query and key must have one width, key and value one length and number of "
-            f"heads, {shapes}"
-        )
+    check_tensors("attention_varlen", "[tokens, heads, D]", range(3, 4), 0, query, key, value)
     heads, key_heads = query.shape[1], key.shape[1]
-    if heads != key_heads and (not enable_gqa or not key_heads or heads % key_heads):
+    divides = heads == key_heads or (enable_gqa and key_heads and heads % key_heads == 0)
+    if not divides or key_heads != value.shape[1]:
         raise ValueError(
             "attention_varlen: key and value must have as many heads as query, or with enable_gqa a number "
-            f"that divides them, {shapes}"
+            f"that divides it, got query {list(query.shape)}, key {list(key.shape)} and value "
+            f"{list(value.shape)}"
         )
     for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if x.dtype not in (torch.int32, torch.int64) or x.dim() != 1 or not x.shape[0]:

@@ -23,8 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from pmf import ops
+from pmf.ops._attention_inputs import MAX_WIDTH, causal_bias
 from pmf.ops._subclasses import kind_of
-from pmf.ops.attention import MAX_WIDTH, causal_bias
 
 __all__ = ["replace_sdpa"]
 
