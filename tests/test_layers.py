@@ -15,12 +15,12 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     {"atomic", "defaults", "errors", "interrupts", "metrics", "sizes", "version", "wrappers"},
     {"_library", "kernels"},
-    {"checked", "pictures", "reference"},
+    {"checked", "reference"},
     {"data", "devices", "env", "official", "ops", "perceptual", "ranks"},
     {"nn", "optim", "tangents"},
     {"check", "models"},
     {"bench", "checkpoint", "flow"},
-    {"sampling", "toy", "training"},
+    {"drawing", "toy", "training"},
     {"ablation", "evaluation"},
     {"cli"},
 )

@@ -50,9 +50,13 @@ bool is_float_matrix(const Tensor& x) {
 
 }  // namespace
 
-bool prefers_onednn(const Tensor& left, const Tensor& right) {
+bool products_by_onednn() {
   static const bool faster = detect();
-  return faster && is_float_matrix(left) && is_float_matrix(right);
+  return faster;
+}
+
+bool prefers_onednn(const Tensor& left, const Tensor& right) {
+  return products_by_onednn() && is_float_matrix(left) && is_float_matrix(right);
 }
 
 namespace {
@@ -138,4 +142,9 @@ Tensor add_product(Tensor add, Tensor left, Tensor right) {
 PMF_IMPLEMENT(m) {
   m.impl("product", TORCH_BOX(&pmf::product));
   m.impl("add_product", TORCH_BOX(&pmf::add_product));
+}
+
+// No tensor decides where this runs.
+STABLE_TORCH_LIBRARY_IMPL(pmf, CompositeExplicitAutograd, m) {
+  m.impl("products_by_onednn", TORCH_BOX(&pmf::products_by_onednn));
 }

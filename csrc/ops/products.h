@@ -10,6 +10,9 @@
 
 namespace pmf {
 
+// Whether oneDNN multiplies float32 matrices on this processor; it allocates its results itself.
+bool products_by_onednn();
+
 // Whether oneDNN should compute left right here: non-empty float32 matrices in CPU memory.
 bool prefers_onednn(const Tensor& left, const Tensor& right);
 

@@ -1,6 +1,7 @@
 """The results of a study: a Markdown table, the same as JSON, and a plot."""
 
 import importlib.util
+import io
 import json
 import math
 import statistics
@@ -11,7 +12,6 @@ from typing import Any
 from pmf.ablation.suites import Growth, Ordering
 from pmf.atomic import write_file
 from pmf.errors import UserError
-from pmf.pictures import new_figure, png_of
 
 __all__ = ["judge_orderings", "summarise", "write_report"]
 
@@ -137,9 +137,13 @@ def _table(record: Mapping[str, Any]) -> str:
 
 def _plot(record: Mapping[str, Any]) -> bytes:
     """A PNG with a dot per seed and a bar at the mean, best variant at the top."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     lines = sorted(record["variants"], key=lambda line: line["frechet"]["mean"], reverse=True)
     base = record["variants"][0]
-    figure = new_figure(8, 1.2 + 0.3 * len(lines))
+    figure = Figure(figsize=(8, 1.2 + 0.3 * len(lines)), layout="constrained")
+    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for height, line in enumerate(lines):
         colour = "tab:orange" if line["variant"] == base["variant"] else "tab:blue"
@@ -150,7 +154,9 @@ def _plot(record: Mapping[str, Any]) -> bytes:
     axes.set_yticks(range(len(lines)), [line["variant"] for line in lines])
     axes.set_title(f"{record['data']}, {record['steps']} steps, {len(base['seeds'])} seeds", fontsize=10)
     axes.grid(True, axis="x", which="both", alpha=0.2)
-    return png_of(figure)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110)
+    return content.getvalue()
 
 
 def _variants_of(ordering: Ordering | Growth) -> list[str]:

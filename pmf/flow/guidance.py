@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pmf.defaults import uniform
+from ..defaults import uniform
 
 __all__ = ["ClassifierFreeGuidance", "Guidance", "IntervalGuidance", "NoGuidance"]
 

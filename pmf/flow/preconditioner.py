@@ -5,8 +5,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from pmf.models import ModelConfig
-
+from ..models import ModelConfig
 from .path import over_pixels
 
 __all__ = [

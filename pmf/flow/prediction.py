@@ -4,8 +4,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from pmf.models import ModelConfig
-
+from ..models import ModelConfig
 from .path import T_FLOOR, conditional_velocity, per_sample
 
 __all__ = ["Prediction", "UPrediction", "XPrediction", "prediction_of"]

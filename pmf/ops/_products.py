@@ -15,8 +15,10 @@ from ._autograd import register_fake
 __all__ = ["add_product", "product"]
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """left [M, K] right [K, N], any strides."""
+def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """left [M, K] right [K, N], any strides. The result is returned; it may be in `out`."""
+    if out is not None and not (_is_ours(left) and torch.ops.pmf.products_by_onednn()):
+        return torch.mm(left, right, out=out)
     if _is_ours(left):
         return torch.ops.pmf.product(left, right)
     return torch.mm(left, right)

@@ -13,9 +13,9 @@ from pmf.reference.newton_schulz import step_coefficients
 
 from ._matrices import SCALES, check_layouts
 
-__all__ = ["LAYOUT", "MUON_PRESETS", "check", "check_keys", "check_read", "dtype_name", "reads"]
+__all__ = ["LAYOUT", "PRESETS", "check", "check_keys", "check_read", "dtype_name", "reads"]
 
-MUON_PRESETS: dict[str, dict[str, Any]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "pmf": {
         "momentum": 0.95,
         "nesterov": True,
@@ -39,7 +39,7 @@ MUON_PRESETS: dict[str, dict[str, Any]] = {
         "adam_nesterov": False,
     },
 }
-MUON_PRESETS["moonlight"] = {**MUON_PRESETS["torch"], "scale": "match_rms"}
+PRESETS["moonlight"] = {**PRESETS["torch"], "scale": "match_rms"}
 
 LAYOUT = {"split_sizes": None, "num_heads": None, "flatten": False}
 """Settings that define a group's matrices: not tuned numbers, so a saved state does not change them."""

@@ -19,17 +19,21 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-__all__ = ["TangentMode", "is_active"]
+__all__ = ["LAZY", "TangentMode", "is_active"]
 
 _Keys = torch._C.DispatchKey
 # Excluded below autograd, but needed for tensors with a conjugate or negative bit.
-_LAZY = (_Keys.Conjugate, _Keys.Negative, _Keys.ZeroTensor)
+LAZY = (_Keys.Conjugate, _Keys.Negative, _Keys.ZeroTensor)
 # Values arrive already cast, and tangents follow them.
 _AUTOCAST = tuple(getattr(_Keys, name) for name in ("AutocastCPU", "AutocastCUDA"))
+
+
+LARGE = 1 << 20
+"""Bytes from which on tangents take turns in buffers."""
 
 
 def is_active() -> bool:
@@ -44,7 +48,11 @@ class TangentMode(TorchDispatchMode):
         super().__init__()
         self._of: dict[int, tuple[weakref.ref[Tensor], Tensor | None]] = {}
         self._shadows: dict[int, tuple[StorageWeakRef, Tensor]] = {}
+        self._buffers: list[UntypedStorage] = []
         self._graph_task = torch._C._current_graph_task_id()
+        from .rules import rule_of  # which imports this module
+
+        self._rule_of = rule_of
 
     def get(self, x: Any) -> Tensor | None:
         """The tangent of a value; None means zero."""
@@ -91,6 +99,23 @@ class TangentMode(TorchDispatchMode):
             self._of.pop(id(x), None)
             shadow.as_strided(x.size(), x.stride(), x.storage_offset()).copy_(tangent)
 
+    def buffer(self, like: Tensor) -> Tensor | None:
+        """Memory for the tangent of a value, if it is large; None leaves that to PyTorch.
+
+        Tangents die long before the values that autograd saves. On malloc's heap saved values settle in the
+        holes that large tangents leave, and each new tangent extends it; so they take turns in a few buffers.
+        """
+        size = like.numel() * like.element_size()
+        if size < LARGE or type(like) is not Tensor or like.device.type != "cpu" or not like.is_contiguous():
+            return None
+        for storage in self._buffers:
+            if storage.nbytes() == size and torch._C._storage_Use_Count(storage._cdata) == 1:
+                break
+        else:
+            storage = UntypedStorage(size)
+            self._buffers.append(storage)
+        return torch.empty(0, dtype=like.dtype).set_(storage, 0, like.size(), like.stride())
+
     @property
     def has_shadows(self) -> bool:
         return bool(self._shadows)
@@ -102,30 +127,36 @@ class TangentMode(TorchDispatchMode):
                 "Jvp: the network differentiates within its forward (torch.autograd), which detached "
                 "tangents do not follow: call it with detach_tangent=False, which is torch.func.jvp"
             )
-        if not any(self.get(x) is not None for x in tensors_of((*args, *kwargs.values()))):
+        moves = lazy = False
+        for x in tensors_of((*args, *kwargs.values()) if kwargs else args):
+            moves = moves or self.get(x) is not None
+            lazy = lazy or x.is_complex() or x.is_neg()
+        if not moves:
             return func(*args, **kwargs)
-        from .rules import rule_of
-
         _check_function()
+        if not lazy and not torch._C._is_any_autocast_enabled():
+            return self._rule_of(func)(self, func, args, kwargs)
         include, exclude = (
             torch._C._dispatch_tls_local_include_set(),
             torch._C._dispatch_tls_local_exclude_set(),
         )
-        for key in _LAZY:
+        for key in LAZY:
             exclude = exclude.remove(key)
         for key in _AUTOCAST:
             exclude = exclude.add(key)
         with torch._C._ForceDispatchKeyGuard(include, exclude):
-            return rule_of(func)(self, func, args, kwargs)
+            return self._rule_of(func)(self, func, args, kwargs)
 
 
-def tensors_of(values: Any) -> Iterator[Tensor]:
-    """The tensors among an operator's arguments, including those in lists."""
+def tensors_of(values: Any) -> list[Tensor]:
+    """The tensors among an operator's arguments, which may be lists."""
+    found: list[Tensor] = []
     for x in values:
         if isinstance(x, Tensor):
-            yield x
+            found.append(x)
         elif isinstance(x, (list, tuple)):
-            yield from tensors_of(x)
+            found += tensors_of(x)
+    return found
 
 
 def _same_strides(a: Tensor, b: Tensor) -> bool:

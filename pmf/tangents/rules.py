@@ -5,6 +5,7 @@ kernel computes the tangent: elementwise functions, softmax, and normalisations 
 Operators without a rule use PyTorch's forward-mode formula and raise if there is none.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,12 +18,13 @@ from pmf import ops
 from pmf.ops._autograd import functions
 from pmf.ops._products import product
 
-from .mode import TangentMode
+from .mode import LAZY, TangentMode
 
 __all__ = ["rule_of"]
 
 Rule = Callable[[TangentMode, Any, Sequence[Any], dict[str, Any]], Any]
 aten = torch.ops.aten
+_Keys = torch._C.DispatchKey
 
 _rules: dict[Any, Rule] = {}
 
@@ -136,7 +138,7 @@ def _sum(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, An
     a, b = args
     out, t_a, t_b = func(a, b, **kwargs), mode.get(a), mode.get(b)
     if t_a is not None and t_b is not None:
-        mode.set(out, func(t_a, t_b, **kwargs))
+        mode.set(out, getattr(torch, func._opname)(t_a, t_b, **kwargs, out=mode.buffer(out)))
     elif t_b is not None:
         factor = kwargs.get("alpha", 1) * (-1 if func is aten.sub.Tensor else 1)
         mode.set(out, t_b * factor)
@@ -157,9 +159,9 @@ def _shifted(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str
 def _times(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
     a, b = args
     out, t_a, t_b = func(a, b), mode.get(a), mode.get(b)
-    t = None if t_a is None else t_a * b
+    t = None if t_a is None else torch.mul(t_a, b, out=mode.buffer(out))
     if t_b is not None:
-        t = t_b * a if t is None else torch.addcmul(t, a, t_b)
+        t = torch.mul(t_b, a, out=mode.buffer(out)) if t is None else t.addcmul_(a, t_b)
     mode.set(out, t)
     return out
 
@@ -179,10 +181,10 @@ def _product(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str
         return _formula(mode, func, args, kwargs)
     a, b = args
     out, t_a, t_b = func(a, b), mode.get(a), mode.get(b)
-    multiply = product if func is aten.mm.default else func
-    t = None if t_a is None else multiply(t_a, b)
+    multiply = product if func is aten.mm.default else torch.bmm
+    t = None if t_a is None else multiply(t_a, b, out=mode.buffer(out))
     if t_b is not None:
-        t = multiply(a, t_b) if t is None else t + multiply(a, t_b)
+        t = multiply(a, t_b, out=mode.buffer(out)) if t is None else t.add_(multiply(a, t_b))
     mode.set(out, t)
     return out
 
@@ -194,7 +196,7 @@ def _affine(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str,
     if kwargs or mode.get(bias) is not None or mode.get(b) is not None or t is None:
         return _formula(mode, func, args, kwargs)
     out = func(bias, a, b)
-    mode.set(out, product(t, b))
+    mode.set(out, product(t, b, mode.buffer(out)))
     return out
 
 
@@ -214,8 +216,11 @@ def _convolution(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict
 @_rule(aten.gelu.default, aten.silu.default, aten.mish.default, aten.hardswish.default)
 def _of_input(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
     out = func(*args, **kwargs)
-    backward = getattr(aten, func._opname + "_backward")
-    mode.set(out, backward(mode.get(args[0]), *args, **kwargs))
+    backward, buffer = getattr(aten, func._opname + "_backward"), mode.buffer(out)
+    if buffer is not None and "grad_input" in backward.overloads():
+        mode.set(out, backward.grad_input(mode.get(args[0]), *args, **kwargs, grad_input=buffer))
+    else:
+        mode.set(out, backward(mode.get(args[0]), *args, **kwargs))
     return out
 
 
@@ -444,14 +449,12 @@ def _formula(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str
             mode.set(out, t.clone() if t.untyped_storage()._cdata in given else t)
         return out
 
-    keys = torch._C.DispatchKey
-    with (
-        torch._C._SetExcludeDispatchKeyGuard(keys.AutogradFunctionality, False),
-        torch._C._SetExcludeDispatchKeyGuard(keys.ADInplaceOrView, False),
-        torch.no_grad(),
-        forward_ad._set_fwd_grad_enabled(True),
-        forward_ad.dual_level(),
-    ):
+    with contextlib.ExitStack() as entered:
+        for key in (*LAZY, _Keys.AutogradFunctionality, _Keys.ADInplaceOrView):
+            entered.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+        entered.enter_context(torch.no_grad())
+        entered.enter_context(forward_ad._set_fwd_grad_enabled(True))
+        entered.enter_context(forward_ad.dual_level())
         dual_args, dual_kwargs = tree_map(dual, (tuple(args), kwargs))
         return tree_map(value, func(*dual_args, **dual_kwargs))
 

@@ -2,7 +2,15 @@ import pytest
 import torch
 from helpers.published import load
 
+from pmf.tangents import mode
+
 __all__ = ["load"]
+
+
+@pytest.fixture(autouse=True)
+def _all_tangents_in_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As large ones are, which no network here has."""
+    monkeypatch.setattr(mode, "LARGE", 1)
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import pmf
+from pmf.tangents.mode import TangentMode
+from pmf.tangents.module import _freed_early
 
 EXACT = 1e-12
 
@@ -532,3 +534,16 @@ def test_encoder_layers_of_one_jvp_after_another():
     assert not zero.any()
     check(problem, jvp=jvp)
     assert not jvp(problem.primals, (None,), **problem.constants)[1].any()
+
+
+def test_large_tangents_take_turns_in_a_few_buffers():
+    """Each in memory of its own, they left holes for saved values: 400 of 1400 MB of a DiT."""
+    layers = [nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)) for _ in range(10)]
+    mode, x = TangentMode(), torch.randn(8, 16)
+    with _freed_early(), mode:
+        y = x.view_as(x)
+        mode.alias(y, torch.randn(8, 16))
+        for layer in layers:
+            y = y + layer(y)
+    assert len(mode._buffers) <= 5
+    assert mode.get(y) is not None
