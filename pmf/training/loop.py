@@ -55,7 +55,8 @@ def train(
     """Train until ``config.run.steps`` or ``config.run.minutes`` is reached, whichever comes first.
 
     out: run folder for config, log, grids and checkpoints; without it nothing is written.
-    resume: continue from the newest checkpoint in ``out``; on a CPU, bit-identical to a run without the stop.
+    resume: continue from the newest checkpoint in ``out``; on a CPU, with as many threads as
+        before, bit-identical to a run without the stop.
     dataset: used instead of the one named by ``config.data``.
 
     Raises UserError for unusable settings or data, a non-finite loss, or a full disk.

@@ -185,6 +185,31 @@ def test_names_tensors_and_groups_are_routed_as_documented():
     assert "extra.weight" in optimizer.routing()["muon"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_number_of_threads_takes_the_same_step(dtype):
+    """Bit for bit, also where matrices are large enough for MKL and the loops to divide."""
+
+    def stepped(threads: int) -> list[torch.Tensor]:
+        torch.set_num_threads(threads)
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(300, 500), (129, 129), (500, 64), (70_000,)]
+        params = [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes]
+        optimizer = Muon(params, lr=0.05, weight_decay=0.1)
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator).to(dtype)
+            optimizer.step()
+        return [p.detach() for p in params]
+
+    before = torch.get_num_threads()
+    try:
+        first, *others = [stepped(threads) for threads in (1, 2, 3)]
+    finally:
+        torch.set_num_threads(before)
+    for other in others:
+        assert all(map(torch.equal, first, other))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_saved_state_continues_bitwise(dtype):
     shapes = ((6, 9), (9, 6), (5,), (2, 3, 4))
