@@ -19,7 +19,7 @@ __all__ = [
     "CHECKPOINTING",
     "PRECONDITIONERS",
     "PREDICTIONS",
-    "PRESETS",
+    "CONFIGS",
     "ModelConfig",
     "NetworkOutput",
     "PixelMeanFlow",
@@ -141,7 +141,7 @@ _B = ModelConfig()
 _L = replace(_B, hidden_size=1024, depth=32, num_heads=16)
 _H = replace(_B, hidden_size=1280, depth=48, num_heads=16)
 
-PRESETS: dict[str, ModelConfig] = {
+CONFIGS: dict[str, ModelConfig] = {
     "pmf-b/16": replace(_B, sample_omega=7.5, sample_interval=(0.1, 0.8)),
     "pmf-b/32": replace(_B, image_size=512, patch_size=32, noise_scale=2.0, sample_omega=6.5),
     "pmf-l/16": replace(_L, sample_omega=7.0, sample_interval=(0.2, 0.7)),
@@ -366,13 +366,13 @@ def create_model(preset: str | None = None, **settings: Any) -> PixelMeanFlow:
     Without a preset, fields have their defaults. Draws from torch's global generator, on the default device.
     Raises ValueError for an unknown preset and TypeError for an unknown field.
     """
-    if preset is not None and preset not in PRESETS:
-        raise ValueError(f"create_model: no preset {preset!r}; there are {', '.join(PRESETS)}")
+    if preset is not None and preset not in CONFIGS:
+        raise ValueError(f"create_model: no preset {preset!r}; there are {', '.join(CONFIGS)}")
     known = [field.name for field in fields(ModelConfig)]
     unknown = [name for name in settings if name not in known]
     if unknown:
         raise TypeError(f"create_model: unknown setting {', '.join(unknown)}; there are {', '.join(known)}")
-    return PixelMeanFlow(replace(PRESETS[preset] if preset else ModelConfig(), **settings))
+    return PixelMeanFlow(replace(CONFIGS[preset] if preset else ModelConfig(), **settings))
 
 
 def config_from_state_dict(state_dict: Mapping[str, Tensor], **settings: Any) -> ModelConfig:
@@ -393,7 +393,7 @@ def config_from_state_dict(state_dict: Mapping[str, Tensor], **settings: Any) ->
         "bottleneck",
         "mlp_width",
     )
-    for preset in PRESETS.values():
+    for preset in CONFIGS.values():
         if all(
             getattr(preset, f.name) == getattr(shape, f.name) for f in fields(shape) if f.name not in hidden
         ):

@@ -13,10 +13,10 @@ import pmf
 from pmf import metrics, ops
 from pmf.data import image_grid
 from pmf.defaults import factory_defaults, home, normal, uniform, whole_numbers
-from pmf.drawing import draw_by_seed
 from pmf.flow import LineTimes, NoGuidance, Objective, PlaneTimes, Sampler
 from pmf.optim import EMA, Muon
 from pmf.perceptual.crop import crop_and_resize, draw_crops
+from pmf.sampling import draw_by_seed
 from pmf.toy.shapes import SHAPES, draw_plane, draw_points
 
 

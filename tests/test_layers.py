@@ -15,12 +15,12 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     {"atomic", "defaults", "errors", "interrupts", "metrics", "sizes", "version", "wrappers"},
     {"_library", "kernels"},
-    {"checked", "reference"},
+    {"checked", "pictures", "reference"},
     {"data", "devices", "env", "official", "ops", "perceptual", "ranks"},
     {"nn", "optim", "tangents"},
     {"check", "models"},
     {"bench", "checkpoint", "flow"},
-    {"drawing", "toy", "training"},
+    {"sampling", "toy", "training"},
     {"ablation", "evaluation"},
     {"cli"},
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import pmf
 from pmf.models import (
-    PRESETS,
+    CONFIGS,
     ModelConfig,
     NetworkOutput,
     PixelMeanFlow,
@@ -270,14 +270,14 @@ def test_configuration_is_read_off_the_shapes() -> None:
     with torch.device("meta"):
         authors = to_authors_names(create_model("pmf-h/32").state_dict())
     known = config_from_state_dict(authors)
-    preset = PRESETS["pmf-h/32"]
+    preset = CONFIGS["pmf-h/32"]
     assert known == replace(preset, bottleneck=256, mlp_width=3416)
 
 
 def test_configuration_survives_json() -> None:
     import json
 
-    for config in (*PRESETS.values(), TINY):
+    for config in (*CONFIGS.values(), TINY):
         assert ModelConfig(**json.loads(json.dumps(asdict(config)))) == config
 
 

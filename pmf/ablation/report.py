@@ -1,7 +1,6 @@
 """The results of a study: a Markdown table, the same as JSON, and a plot."""
 
 import importlib.util
-import io
 import json
 import math
 import statistics
@@ -12,6 +11,7 @@ from typing import Any
 from pmf.ablation.suites import Growth, Ordering
 from pmf.atomic import write_file
 from pmf.errors import UserError
+from pmf.pictures import new_figure, png_of
 
 __all__ = ["judge_orderings", "summarise", "write_report"]
 
@@ -137,13 +137,9 @@ def _table(record: Mapping[str, Any]) -> str:
 
 def _plot(record: Mapping[str, Any]) -> bytes:
     """A PNG with a dot per seed and a bar at the mean, best variant at the top."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     lines = sorted(record["variants"], key=lambda line: line["frechet"]["mean"], reverse=True)
     base = record["variants"][0]
-    figure = Figure(figsize=(8, 1.2 + 0.3 * len(lines)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 1.2 + 0.3 * len(lines))
     axes = figure.add_subplot()
     for height, line in enumerate(lines):
         colour = "tab:orange" if line["variant"] == base["variant"] else "tab:blue"
@@ -154,9 +150,7 @@ def _plot(record: Mapping[str, Any]) -> bytes:
     axes.set_yticks(range(len(lines)), [line["variant"] for line in lines])
     axes.set_title(f"{record['data']}, {record['steps']} steps, {len(base['seeds'])} seeds", fontsize=10)
     axes.grid(True, axis="x", which="both", alpha=0.2)
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=110)
-    return content.getvalue()
+    return png_of(figure)
 
 
 def _variants_of(ordering: Ordering | Growth) -> list[str]:

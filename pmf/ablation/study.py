@@ -12,9 +12,10 @@ from pmf import checkpoint, flow
 from pmf.ablation.judge import SMALLEST, Judge, Reference, Split, train_judge
 from pmf.ablation.variants import Variant, check_names
 from pmf.atomic import write_file
-from pmf.data import image_grid, load_dataset, save_png
+from pmf.data import load_dataset
 from pmf.errors import UserError
 from pmf.models import PixelMeanFlow
+from pmf.pictures import image_grid, save_png
 from pmf.training import TrainConfig, train
 from pmf.training.building import build_objective, model_config
 

@@ -34,7 +34,7 @@ def add_parser(commands: Commands) -> None:
         "target", type=Path, help="the .safetensors or .pth file to write; must not exist yet"
     )
     parser.add_argument("--ema", help="averaged weights to use: a half-life such as 500, or none")
-    parser.add_argument("--preset", choices=list(models.PRESETS), help="check that the model is this preset")
+    parser.add_argument("--preset", choices=list(models.CONFIGS), help="check that the model is this preset")
     parser.add_argument(
         "--noise-scale", type=float, help="standard deviation of the noise, if the model matches no preset"
     )

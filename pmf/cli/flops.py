@@ -47,7 +47,7 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Count and print the costs."""
-    names = arguments.presets or [name for name in models.PRESETS if name.startswith("pmf-")]
+    names = arguments.presets or [name for name in models.CONFIGS if name.startswith("pmf-")]
     configs = {name: get_preset(name) for name in names}
     networks = {
         name: model_config(config, _num_classes(config.model.model)) for name, config in configs.items()
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _num_classes(model: str | None) -> int:
-    return (models.PRESETS[model] if model else models.ModelConfig()).num_classes
+    return (models.CONFIGS[model] if model else models.ModelConfig()).num_classes
 
 
 def _table(sizes: dict[str, Size], costs: dict[str, Cost]) -> str:

@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 from pmf import checkpoint
 from pmf.cli.arguments import Commands
-from pmf.data import ImageGrid, save_png
 from pmf.devices import find_device
-from pmf.drawing import draw_by_seed
 from pmf.errors import UserError
 from pmf.flow.sampler import PRECISIONS, Sampler, sampling_times
 from pmf.interrupts import catch_stop_signals
+from pmf.pictures import ImageGrid, save_png
+from pmf.sampling import draw_by_seed
 
 _DESCRIPTION = """Sample an image per class and seed, and draw grid.png: a row per class, a column per seed.
 

@@ -14,14 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pmf.data import load_dataset, read_image, save_png, to_uint8
+from pmf.data import load_dataset, read_image
 from pmf.data.finding import find_images
 from pmf.data.idx import is_idx_folder
 from pmf.data.images import Encoded, image_size
 from pmf.data.shards import Stored
-from pmf.drawing import draw_by_seed
 from pmf.errors import UserError
 from pmf.flow.sampler import Sampler, sampling_times
+from pmf.pictures import save_png, to_uint8
+from pmf.sampling import draw_by_seed
 from pmf.sizes import Size, height_and_width, size_in_words
 
 __all__ = ["ImageSource", "Samples", "Some", "open_images"]

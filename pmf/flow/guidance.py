@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..defaults import uniform
+from pmf.defaults import uniform
 
 __all__ = ["ClassifierFreeGuidance", "Guidance", "IntervalGuidance", "NoGuidance"]
 

@@ -7,9 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from pmf.defaults import normal, uniform
 from pmf.tangents import Jvp
 
-from ..defaults import normal, uniform
 from .draws import Draws
 from .guidance import ClassifierFreeGuidance, Guidance, NoGuidance
 from .objective import Terms

@@ -6,10 +6,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..defaults import normal, uniform
-from ..models import PixelMeanFlow
-from ..nn import Condition
-from ..wrappers import exchanges, unwrap, without_ddp
+from pmf.defaults import normal, uniform
+from pmf.models import PixelMeanFlow
+from pmf.nn import Condition
+from pmf.wrappers import exchanges, unwrap, without_ddp
+
 from .draws import Draws
 from .guidance import Guidance, IntervalGuidance
 from .path import conditional_velocity, interpolate, over_pixels

@@ -5,7 +5,8 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from ..models import ModelConfig
+from pmf.models import ModelConfig
+
 from .path import over_pixels
 
 __all__ = [

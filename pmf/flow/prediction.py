@@ -4,7 +4,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..models import ModelConfig
+from pmf.models import ModelConfig
+
 from .path import T_FLOOR, conditional_velocity, per_sample
 
 __all__ = ["Prediction", "UPrediction", "XPrediction", "prediction_of"]

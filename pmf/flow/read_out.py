@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from pmf import ops
+from pmf.models import ModelConfig
 from pmf.reference.patch_velocity import to_images
 
-from ..models import ModelConfig
 from .path import T_FLOOR
 from .preconditioner import NoPreconditioner, Preconditioner, preconditioner_of
 from .prediction import Prediction, XPrediction, prediction_of

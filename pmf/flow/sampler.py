@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..defaults import home
-from ..devices import has_bf16_products
-from ..models import PixelMeanFlow
-from ..nn import Block, Condition
-from ..wrappers import by_plain_names, exchanges, unwrap, without_ddp
+from pmf.defaults import home
+from pmf.devices import has_bf16_products
+from pmf.models import PixelMeanFlow
+from pmf.nn import Block, Condition
+from pmf.wrappers import by_plain_names, exchanges, unwrap, without_ddp
+
 from .path import over_pixels
 from .preconditioner import Preconditioner
 from .prediction import Prediction

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..defaults import normal, uniform
+from pmf.defaults import normal, uniform
 
 __all__ = ["LineTimes", "PlaneTimes", "TimeSampling"]
 

@@ -13,9 +13,9 @@ from pmf.reference.newton_schulz import step_coefficients
 
 from ._matrices import SCALES, check_layouts
 
-__all__ = ["LAYOUT", "PRESETS", "check", "check_keys", "check_read", "dtype_name", "reads"]
+__all__ = ["LAYOUT", "MUON_PRESETS", "check", "check_keys", "check_read", "dtype_name", "reads"]
 
-PRESETS: dict[str, dict[str, Any]] = {
+MUON_PRESETS: dict[str, dict[str, Any]] = {
     "pmf": {
         "momentum": 0.95,
         "nesterov": True,
@@ -39,7 +39,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "adam_nesterov": False,
     },
 }
-PRESETS["moonlight"] = {**PRESETS["torch"], "scale": "match_rms"}
+MUON_PRESETS["moonlight"] = {**MUON_PRESETS["torch"], "scale": "match_rms"}
 
 LAYOUT = {"split_sizes": None, "num_heads": None, "flatten": False}
 """Settings that define a group's matrices: not tuned numbers, so a saved state does not change them."""

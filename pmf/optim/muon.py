@@ -10,7 +10,7 @@ from pmf.reference.newton_schulz import Coefficients
 from pmf.wrappers import plain_names
 
 from ._cohort import cohorts, new_state
-from ._settings import LAYOUT, PRESETS, check, check_read, dtype_name
+from ._settings import LAYOUT, MUON_PRESETS, check, check_read, dtype_name
 from ._sharing import SharedSteps, fill
 from .routing import ParamsLike, check_tensors, frozen_names, route
 
@@ -112,8 +112,8 @@ class Muon(torch.optim.Optimizer):
         adam_lr: float | Tensor | None = None,
         process_group: "ProcessGroup | None" = None,
     ) -> None:
-        if preset not in PRESETS:
-            raise ValueError(f"Muon: preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+        if preset not in MUON_PRESETS:
+            raise ValueError(f"Muon: preset must be one of {', '.join(MUON_PRESETS)}, got {preset!r}")
         given = {
             "momentum": momentum,
             "nesterov": nesterov,
@@ -128,7 +128,7 @@ class Muon(torch.optim.Optimizer):
         layout = {"split_sizes": split_sizes, "num_heads": num_heads, "flatten": flatten}
         defaults = {
             "lr": lr,
-            **PRESETS[preset],
+            **MUON_PRESETS[preset],
             **{key: value for key, value in given.items() if value is not None},
             "ns_steps": ns_steps,
             "ns_coefficients": ns_coefficients,

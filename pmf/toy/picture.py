@@ -1,11 +1,12 @@
 """The toy's figure: rows for data, x-prediction and u-prediction, a column per D."""
 
-import io
 import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
+
+from pmf.pictures import new_figure, png_of
 
 __all__ = ["Panel", "draw_panels"]
 
@@ -24,14 +25,8 @@ class Panel(NamedTuple):
 
 def draw_panels(rows: Sequence[tuple[str, Sequence[Panel]]], columns: Sequence[str], caption: str) -> bytes:
     """A PNG with a labelled row of panels for each entry of `rows`; needs matplotlib."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     size, letters = 2.5, 38  # panel size in inches and in characters of the caption
-    figure = Figure(
-        figsize=(size * len(columns) + 0.6, (size + 0.35) * len(rows) + 0.6), layout="constrained"
-    )
-    FigureCanvasAgg(figure)
+    figure = new_figure(size * len(columns) + 0.6, (size + 0.35) * len(rows) + 0.6)
     grid = figure.subplots(len(rows), len(columns), squeeze=False)
     for i, ((name, panels), colour) in enumerate(zip(rows, _COLOURS, strict=True)):
         grid[i][0].set_ylabel(name, fontsize=12)
@@ -40,9 +35,7 @@ def draw_panels(rows: Sequence[tuple[str, Sequence[Panel]]], columns: Sequence[s
     for axes, name in zip(grid[0], columns, strict=True):
         axes.set_title(name, fontsize=12)
     figure.supxlabel(textwrap.fill(caption, letters * len(columns)), fontsize=9)
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=110)
-    return content.getvalue()
+    return png_of(figure)
 
 
 def _draw_panel(axes: Any, panel: Panel, colour: str) -> None:

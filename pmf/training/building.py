@@ -18,9 +18,9 @@ def model_config(config: TrainConfig, num_classes: int) -> models.ModelConfig:
             given[name] = value
     if not config.objective.guidance:  # such a network is trained at omega = 1 only
         given.update(sample_omega=1.0, sample_interval=(0.0, 1.0))
-    if preset is not None and preset not in models.PRESETS:
-        raise UserError(f"there is no model preset {preset!r}: choose one of {', '.join(models.PRESETS)}")
-    base = models.PRESETS[preset] if preset else models.ModelConfig()
+    if preset is not None and preset not in models.CONFIGS:
+        raise UserError(f"there is no model preset {preset!r}: choose one of {', '.join(models.CONFIGS)}")
+    base = models.CONFIGS[preset] if preset else models.ModelConfig()
     try:
         return dataclasses.replace(base, num_classes=num_classes, **given)
     except ValueError as error:

@@ -1,15 +1,14 @@
 """Images drawn during training: a grid of one-step samples and the loss curves."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from pmf.atomic import write_file
-from pmf.data import image_grid, save_png
 from pmf.flow.sampler import sample
 from pmf.models import PixelMeanFlow
+from pmf.pictures import image_grid, new_figure, png_of, save_png
 
 _GRID_SIDE = 10  # at most this many classes (rows) and samples per class (columns)
 
@@ -32,17 +31,11 @@ def draw_samples(model: PixelMeanFlow, seed: int, path: Path) -> torch.Tensor:
 
 def draw_losses(steps: Sequence[int], loss_u: Sequence[float], loss_v: Sequence[float], path: Path) -> None:
     """Plot the means of (V - v_g)^2 and (v - v_g)^2 by step on log-log axes; needs matplotlib."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 5)
     axes = figure.add_subplot()
     axes.plot(steps, loss_u, label="loss_u: mean (V - v_g)²", linewidth=1)
     axes.plot(steps, loss_v, label="loss_v: mean (v - v_g)²", linewidth=1)
     axes.set(xlabel="step", ylabel="loss per pixel", xscale="log", yscale="log")
     axes.grid(True, which="both", alpha=0.2)
     axes.legend()
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=110)
-    write_file(path, content.getvalue())
+    write_file(path, png_of(figure))

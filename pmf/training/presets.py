@@ -66,7 +66,7 @@ PRESETS: dict[str, TrainConfig] = {
     # Fashion-MNIST in large patches, half a minute per core: the base of `pmf ablate`.
     "fashion": TrainConfig(
         preset="fashion",
-        data=DataSettings(data="/usr/share/datasets/fashion-mnist", batch_size=64),
+        data=DataSettings(data="fashion-mnist", batch_size=64),
         model=ModelSettings(
             image_size=28,
             patch_size=14,

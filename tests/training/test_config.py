@@ -31,7 +31,7 @@ def test_every_preset_survives_json_and_builds_its_parts(name: str) -> None:
 
 
 def test_paper_presets_hold_the_paper_recipe() -> None:
-    for name in (name for name in models.PRESETS if name.startswith("pmf-")):
+    for name in (name for name in models.CONFIGS if name.startswith("pmf-")):
         config = PRESETS[name]
         assert (config.data.batch_size, config.optimizer.lr) == (1024, 1e-3)
         assert config.optimizer.ema_half_lives == (500, 1000, 2000)

@@ -42,7 +42,7 @@ def test_products_are_those_that_pytorch_counts(config: ModelConfig) -> None:
 
 @pytest.mark.parametrize(("preset", "giga"), [("pmf-h/16", 271)])
 def test_the_paper_counts_the_same(preset: str, giga: int) -> None:
-    config = models.PRESETS[preset]
+    config = models.CONFIGS[preset]
     assert round(flops.paper_multiply_adds(config) / 1e9) == giga
     # All but a part in three hundred is matrix products.
     assert 0.997 < flops.product_multiply_adds(config) / flops.paper_multiply_adds(config) < 1
@@ -50,7 +50,7 @@ def test_the_paper_counts_the_same(preset: str, giga: int) -> None:
 
 def test_512_and_1024_pixels_cost_nearly_the_same() -> None:
     small, *large = (
-        flops.paper_multiply_adds(models.PRESETS[name]) for name in ("pmf-b/16", "pmf-b/32", "pmf-b/64")
+        flops.paper_multiply_adds(models.CONFIGS[name]) for name in ("pmf-b/16", "pmf-b/32", "pmf-b/64")
     )
     assert all(small < cost < 1.1 * small for cost in large)
 
@@ -85,7 +85,7 @@ def test_the_table_and_the_exact_numbers(capsys: pytest.CaptureFixture[str]) -> 
     assert main(["flops", "digits", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     cost = record["presets"]["digits"]
-    assert cost["sampling_paper"] == flops.paper_multiply_adds(models.PRESETS["digits"])
-    assert cost["sampling"] < flops.product_multiply_adds(models.PRESETS["digits"])
+    assert cost["sampling_paper"] == flops.paper_multiply_adds(models.CONFIGS["digits"])
+    assert cost["sampling"] < flops.product_multiply_adds(models.CONFIGS["digits"])
     assert main(["flops", "pmf-z/16"]) == 2
     assert "there is no preset 'pmf-z/16': choose one of" in capsys.readouterr().err

@@ -43,7 +43,7 @@ TABLE = {
 def test_the_settings_are_the_authors(name: str) -> None:
     config = get_preset(name)
     network, objective = model_config(config, 1000), config.objective
-    assert network == models.PRESETS[name]
+    assert network == models.CONFIGS[name]
     assert TABLE[name] == Row(
         network.image_size,
         network.patch_size,
@@ -89,7 +89,7 @@ def test_a_step_of_each_fits_together(name: str) -> None:
     """Objective and backward on meta tensors, full width, few blocks: every weight gets its gradient."""
     config = get_preset(name, perceptual="none")
     with torch.device("meta"):
-        model = models.PixelMeanFlow(replace(models.PRESETS[name], depth=2, head_depth=1))
+        model = models.PixelMeanFlow(replace(models.CONFIGS[name], depth=2, head_depth=1))
     objective = build_objective(config, model.config.noise_scale)
     size = model.config.image_size
     images, labels = torch.empty(4, 3, size, size, device="meta"), torch.arange(4)
