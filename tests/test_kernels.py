@@ -16,7 +16,7 @@ from helpers.pmf_process import environment
 import pmf
 from pmf import checked, env, kernels
 from pmf.errors import UserError
-from pmf.ops._autograd import functions
+from pmf.ops._dispatch import functions
 
 EVERY = f"choose from {', '.join(kernels.NAMES)}"
 

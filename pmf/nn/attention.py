@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from pmf import reference
 from pmf._library import allow_tf32
-from pmf.ops._autograd import Gradients, JvpFunction, KernelFunction, call, named, register
+from pmf.ops._autograd import Gradients, JvpFunction, KernelFunction, named
+from pmf.ops._dispatch import call, register
 from pmf.ops._plain import in_float32
 from pmf.ops._raw import raw
 from pmf.ops._subclasses import require_plain

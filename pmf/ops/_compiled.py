@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from . import _autograd
+from . import _dispatch
 
 __all__ = ["apply", "in_func_jvp", "in_transform"]
 
@@ -12,7 +12,7 @@ __all__ = ["apply", "in_func_jvp", "in_transform"]
 @torch.compiler.allow_in_graph
 def apply(name: str, by_kernel: bool, *args: Any) -> Any:
     """The eager path itself, as one node of the graph."""
-    return _autograd.apply(name, by_kernel, *args)
+    return _dispatch.apply(name, by_kernel, *args)
 
 
 # Looked up while tracing, where the transforms that will be compiled in are active.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pmf import _library, kernels
 
-from ._autograd import register_fake
+from ._dispatch import register_fake
 
 __all__ = ["add_product", "product"]
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pmf import checked, kernels
 
-from ._autograd import KernelFunction, apply, functions
+from ._autograd import KernelFunction
+from ._dispatch import apply, functions
 
 __all__ = ["raw"]
 

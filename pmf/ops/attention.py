@@ -10,17 +10,8 @@ from pmf import _library, reference
 from pmf.reference.attention import Window
 
 from ._attention_inputs import Options, causal_bias, make_plan, sides
-from ._autograd import (
-    Gradients,
-    JvpFunction,
-    KernelFunction,
-    call,
-    detached,
-    pick,
-    plain,
-    reference_gradients,
-    register,
-)
+from ._autograd import Gradients, JvpFunction, KernelFunction, detached, pick, reference_gradients
+from ._dispatch import call, plain, register
 from ._inputs import autocast_matmul, check_tangents, is_differentiable
 from ._plain import in_float32
 from ._subclasses import operation

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._attention_inputs import Options, check_tensors, sides
-from ._autograd import call, plain
+from ._dispatch import call, plain
 from ._inputs import autocast_matmul, check_tangents
 from ._subclasses import operation
 from .attention import Window, lacks_kernel

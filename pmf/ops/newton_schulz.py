@@ -14,7 +14,7 @@ from pmf import _library, checked, kernels
 from pmf.reference.newton_schulz import Coefficients, step_coefficients
 from pmf.reference.newton_schulz import newton_schulz as plain
 
-from ._autograd import register_fake
+from ._dispatch import register_fake
 from ._subclasses import operation
 
 __all__ = ["newton_schulz"]

@@ -8,17 +8,8 @@ from torch import Tensor
 
 from pmf import reference
 
-from ._autograd import (
-    Gradients,
-    JvpFunction,
-    KernelFunction,
-    call,
-    detached,
-    named,
-    reference_gradients,
-    register,
-    register_fake,
-)
+from ._autograd import Gradients, JvpFunction, KernelFunction, detached, named, reference_gradients
+from ._dispatch import call, register, register_fake
 from ._inputs import autocast_matmul, check_tangents, zeros
 from ._plain import in_float32
 from ._subclasses import operation

@@ -7,15 +7,8 @@ from torch import Tensor
 
 from pmf import reference
 
-from ._autograd import (
-    Gradients,
-    JvpFunction,
-    KernelFunction,
-    call,
-    detached,
-    reference_gradients,
-    register,
-)
+from ._autograd import Gradients, JvpFunction, KernelFunction, detached, reference_gradients
+from ._dispatch import call, register
 from ._inputs import check_tangents, zeros
 from ._plain import in_float32
 from ._subclasses import operation

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from pmf import reference
 
-from ._autograd import Gradients, JvpFunction, KernelFunction, call, detached, register
+from ._autograd import Gradients, JvpFunction, KernelFunction, detached
+from ._dispatch import call, register
 from ._inputs import autocast_widest, check_tangents, zeros
 from ._plain import in_float32
 from ._subclasses import operation

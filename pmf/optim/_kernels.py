@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pmf import _library, checked, kernels
-from pmf.ops._autograd import register_fake
+from pmf.ops._dispatch import register_fake
 from pmf.ops.newton_schulz import kernels_take
 from pmf.reference.newton_schulz import step_coefficients
 

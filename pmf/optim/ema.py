@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pmf import _library, checked, kernels
-from pmf.ops._autograd import register_fake
+from pmf.ops._dispatch import register_fake
 from pmf.ops._subclasses import require_trainable
 from pmf.wrappers import by_plain_names
 

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map
 
 from pmf import ops
-from pmf.ops._autograd import functions
+from pmf.ops._dispatch import functions
 from pmf.ops._products import product
 
 from .mode import LAZY, TangentMode
