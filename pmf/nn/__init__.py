@@ -1,4 +1,4 @@
-"""Layers that carry a value and its tangent side by side: module(x, x_t) -> (y, y_t)."""
+"""Layers that propagate a value and its tangent side by side: module(x, x_t) -> (y, y_t)."""
 
 from .attention import AttentionBranch
 from .block import Block

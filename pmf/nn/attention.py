@@ -1,4 +1,4 @@
-"""The attention branch of a block: norm, self-attention with normalised and rotated queries, gated sum."""
+"""The attention branch of a block: norm, self-attention with normalised, rotated q and k, gated sum."""
 
 from typing import Any, NamedTuple
 
@@ -27,11 +27,11 @@ __all__ = ["AttentionBranch"]
 
 
 class AttentionBranch(nn.Module):
-    """y = x + gate out_proj(softmax(q k^T / sqrt(d)) v), q, k and v of RMSNorm(x); x [B, N, D].
+    """y = x + gate out_proj(softmax(q k^T / sqrt(d)) v), with q, k and v from RMSNorm(x); x [B, N, D].
 
-    q and k are RMS-normalised per head, and the last tokens' rotated. Backward keeps x, q, k, v and the
-    attention's output, 5 D numbers a token, and one float32 a token and head; all else is computed again (see
-    `pmf.nn.branch`).
+    q and k are RMS-normalised per head and rotated for the last tokens. For backward it keeps x, q, k, v and
+    the attention output, 5 D numbers per token, and one float32 per token and head; everything else is
+    recomputed (see `pmf.nn.branch`).
     """
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
@@ -54,10 +54,10 @@ class AttentionBranch(nn.Module):
         x_t: Tensor | None = None,
         keep: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """x [B, N, D], x_t [n, N, D] or None -> y [B, N, D], its tangent; of the last `keep` tokens only.
+        """x [B, N, D], x_t [n, N, D] or None -> y [B, N, D], its tangent; only for the last `keep` tokens.
 
-        gate [D]; cos, sin [P, D / H / 2] turn the last P tokens. y has x's dtype; the products are in the
-        matrices' dtype, or autocast's.
+        gate [D]; cos, sin [P, D / H / 2] rotate the last P tokens. y has x's dtype; the products use the
+        dtype of the matrices, or autocast's.
         """
         layers = self.q_proj, self.k_proj, self.v_proj, self.out_proj
         query, key, value, out = cast_for_products(x, *(layer.weight for layer in layers))
@@ -97,7 +97,7 @@ class _Inputs(NamedTuple):
     query_norm: Tensor  # [D / H], as the next
     key_norm: Tensor
     out: Tensor
-    gate: Tensor | None  # [D]; None is one, and has no gradient
+    gate: Tensor | None  # [D]; None means one, without a gradient
     cos: Tensor
     sin: Tensor
     num_heads: int
@@ -107,7 +107,7 @@ class _Inputs(NamedTuple):
 
     @property
     def norms(self) -> tuple[Any, ...]:
-        """What rotary_qk_norm takes after queries and keys."""
+        """The arguments of rotary_qk_norm after queries and keys."""
         return self.query_norm, self.key_norm, self.cos, self.sin
 
     @property
@@ -124,7 +124,7 @@ class _Inputs(NamedTuple):
 
 
 class _AttentionBranch(KernelFunction):
-    """Besides y, for backward: queries, keys, values, attention's output and its lse."""
+    """Besides y it returns, for backward, queries, keys, values, the attention output and its lse."""
 
     outputs = ("y", "q", "k", "v", "o", "lse")
     constants = ("q", "k", "v", "o", "lse")
@@ -229,7 +229,7 @@ def _split(x: Tensor, num_heads: int) -> Tensor:
 
 
 def _join(x: Tensor) -> Tensor:
-    """[B, H, N, D / H] -> [B, N, D], a view where the kernels kept the layout of the projections."""
+    """[B, H, N, D / H] -> [B, N, D], a view if the kernels preserved the projections' layout."""
     return x.transpose(1, 2).flatten(2)
 
 

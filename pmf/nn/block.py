@@ -1,4 +1,4 @@
-"""One transformer block with a learned scale on each branch."""
+"""A transformer block with a learned gate on each branch."""
 
 from typing import ClassVar
 
@@ -14,10 +14,10 @@ __all__ = ["Block", "checkpointed"]
 
 
 class Block(nn.Module):
-    """x += attn_scale Attention(RMSNorm(x)); x += mlp_scale SwiGLU(RMSNorm(x)); scales zero at the start.
+    """x += attn_scale Attention(RMSNorm(x)); x += mlp_scale SwiGLU(RMSNorm(x)); scales initially zero.
 
-    A network that only samples may have the scales multiplied into the matrices `scaled` names: they are None
-    then.
+    In a network that only samples, the scales may be folded into the matrices named in `scaled`: they are
+    then None.
     """
 
     scaled: ClassVar[dict[str, str]] = {"attn.out_proj.weight": "attn_scale", "mlp.w2.weight": "mlp_scale"}
@@ -37,7 +37,7 @@ class Block(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Normal matrices of std 0.32 / sqrt(fan_in), norms one, scales zero."""
+        """Normal matrices with std 0.32 / sqrt(fan_in), norms one, scales zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 module.weight.normal_(0.0, 0.32 * module.in_features**-0.5, generator=generator)
@@ -50,9 +50,9 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, x_t: Tensor | None = None, keep: int | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """x [B, N, D] -> [B, N, D]; cos, sin [P, D / H / 2] turn the last P tokens; x_t [n, N, D] or None.
+        """x [B, N, D] -> [B, N, D]; cos, sin [P, D / H / 2] rotate the last P tokens; x_t [n, N, D] or None.
 
-        keep: compute the last that many tokens only, which still attend to all; the result is [B, keep, D].
+        keep: compute only the last `keep` tokens, which still attend to all; the result is [B, keep, D].
         """
         x, x_t = self.attn(x, self.norm1, self.attn_scale, cos, sin, x_t, keep)
         pair: tuple[Tensor, Tensor | None] = self.mlp(x, self.norm2, self.mlp_scale, x_t)
@@ -62,10 +62,10 @@ class Block(nn.Module):
 def checkpointed(
     block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, x_t: Tensor | None = None, keep: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """block(x, ...) that keeps x alone for backward, which runs the block again: the value, not the tangent.
+    """block(x, ...) that saves only x for backward, which recomputes the block: the value, not the tangent.
 
-    A tangent is a constant for autograd and none of the block's saved tensors depends on it, so the second
-    run need not carry it. Under torch.compile the partitioner finds that out by itself.
+    The tangent is a constant for autograd and none of the block's saved tensors depends on it, so the
+    recomputation omits it. Under torch.compile the partitioner discovers this itself.
     """
     tangents = [x_t]
 

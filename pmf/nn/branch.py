@@ -1,18 +1,18 @@
-"""What the two fused branches of a block share: products of rows, and the gated sum at the end.
+"""Common parts of a block's two fused branches: products of rows, and the gated sum.
 
 A branch is one autograd Function, out = x + gate (W a(RMSNorm(x))), for three reasons.
 
-Memory: backward keeps only rows that it could not remake by a pass over memory (the projections, attention's
-output). The norm, the rotation and the SwiGLU are computed again, which costs no product.
+Memory: backward keeps only the rows that cannot be recomputed without a matrix product (the projections, the
+attention output). Norm, rotation and SwiGLU are recomputed, which takes no product.
 
-The gate costs no pass: it scales the matrix, x + (diag(gate) W) a, so that the product itself adds the
-residual and rounds once. Backward needs neither the branch's output nor a pass over its gradient. With M =
-G^T a, of the gradient G:
+The gate needs no pass of its own: it scales the matrix, x + (diag(gate) W) a, so that the product itself adds
+the residual and rounds once. Backward needs neither the branch's output nor a pass over its gradient. With M
+= G^T a, where G is the gradient:
 
     dW = diag(gate) M      dgate = rowsum(W o M)      da = (diag(gate) W)^T G
 
-The stream x may be wider than the matrices (float32 beside bfloat16): the norm's output is rounded to the
-matrices' dtype once, and the sum has x's.
+The residual stream x may be wider than the matrices (float32 with bfloat16): the norm's output is rounded to
+the matrices' dtype once, and the sum has x's dtype.
 """
 
 import torch
@@ -31,7 +31,7 @@ __all__ = [
 
 
 def cast_for_products(x: Tensor, *weights: Tensor) -> list[Tensor]:
-    """The weights in the dtype in which autocast multiplies, if it is on (float64 stays)."""
+    """The weights in autocast's dtype if it is enabled (float64 stays)."""
     kind = x.device.type
     if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return list(weights)
@@ -40,7 +40,7 @@ def cast_for_products(x: Tensor, *weights: Tensor) -> list[Tensor]:
 
 
 def project(y: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-    """W y of several matrices [E, D] on y [B, N, D]: each [B, N, E], in the matrices' dtype."""
+    """W y for several matrices [E, D] and y [B, N, D]: each [B, N, E], in the matrices' dtype."""
     rows = y.to(weights[0].dtype).flatten(0, 1)
     return tuple(product(rows, w.t()).unflatten(0, y.shape[:2]) for w in weights)
 
@@ -59,7 +59,7 @@ def project_gradients(grads: tuple[Tensor, ...], y: Tensor, *weights: Tensor) ->
 
 
 def scale_rows(gate: Tensor | None, weight: Tensor) -> Tensor:
-    """diag(gate) W of gate [D] and weight [D, E], in the weight's dtype; without a gate, W."""
+    """diag(gate) W for gate [D] and weight [D, E], in the weight's dtype; W without a gate."""
     if gate is None:
         return weight
     return (gate[:, None] * weight).to(weight.dtype)
@@ -76,7 +76,7 @@ def add_branch(x: Tensor, scaled: Tensor, a: Tensor) -> Tensor:
 def branch_gradients(
     grad: Tensor, gate: Tensor | None, weight: Tensor, a: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for gate, weight and a of `add_branch(x, scale_rows(gate, weight), a)`; x's is `grad`."""
+    """Gradients of gate, weight and a in `add_branch(x, scale_rows(gate, weight), a)`; x's is `grad`."""
     rows = grad.to(weight.dtype).flatten(0, 1)
     moment = product(rows.t(), a.flatten(0, 1))
     grad_a = product(rows, scale_rows(gate, weight)).unflatten(0, grad.shape[:2])

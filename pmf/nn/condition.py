@@ -1,4 +1,4 @@
-"""What the network is told besides the image, as tokens in front of the image's."""
+"""The network's conditioning, as tokens before the image tokens."""
 
 import math
 from typing import NamedTuple
@@ -13,7 +13,7 @@ __all__ = ["Condition", "ConditionTokens", "LabelEmbedder", "ScalarEmbedder"]
 
 
 class Condition(NamedTuple):
-    """One value per sample, each [B]: h = t - r, the guidance scale omega, its interval, the class label.
+    """One value per sample, each [B]: h = t - r, guidance scale omega, its interval, class label.
 
     The label `num_classes` is the null label. Scalars stay in float32 (or float64) whatever the network's
     dtype.
@@ -74,7 +74,7 @@ class ScalarEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """A table of num_classes + 1 vectors; the last one stands for "no label"."""
+    """A table of num_classes + 1 vectors; the last one means "no label"."""
 
     def __init__(self, num_classes: int, hidden_size: int) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class LabelEmbedder(nn.Module):
 class ConditionTokens(nn.Module):
     """Tokens [class | omega | t_min | t_max | time]: each group's learned tokens plus its embedding.
 
-    The omega embedder sees 1 - 1/omega, the time embedder h = t - r. Only h has a tangent.
+    The omega embedder receives 1 - 1/omega, the time embedder h = t - r. Only h has a tangent.
     """
 
     def __init__(self, num_classes: int, hidden_size: int, counts: tuple[int, int, int, int, int]) -> None:
@@ -115,7 +115,7 @@ class ConditionTokens(nn.Module):
             embedder.reset_parameters(generator)
 
     def forward(self, condition: Condition, h_t: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Tokens [B, P, D] and, for h_t [n], their tangent [n, P, D] (zero but for the time group)."""
+        """Tokens [B, P, D] and, for h_t [n], their tangent [n, P, D] (zero except in the time group)."""
         h, omega, t_min, t_max, labels = condition
         dtype = self.class_tokens.dtype
         scalars = torch.stack((1 - 1 / omega, t_min, t_max, h))

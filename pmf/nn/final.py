@@ -1,4 +1,4 @@
-"""Tokens back to images."""
+"""Tokens to images."""
 
 import math
 
@@ -14,9 +14,9 @@ __all__ = ["FinalLayer"]
 
 
 class FinalLayer(nn.Module):
-    """RMSNorm, Linear to p p C pixels a token (zero at the start), tokens [B, N, D] -> image [B, C, H, W].
+    """RMSNorm, Linear to p p C pixels per token (initially zero), tokens [B, N, D] -> image [B, C, H, W].
 
-    grid: rows and columns of tokens; without it they are as many.
+    grid: rows and columns of tokens; by default equal.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ __all__ = ["MlpBranch", "swiglu_width"]
 
 
 def swiglu_width(hidden_size: int) -> int:
-    """int(8/3 hidden), rounded up to a multiple of 8 where hidden > 1024: B 2048, L 2730, H 3416."""
+    """int(8/3 hidden), rounded up to a multiple of 8 if hidden > 1024: B 2048, L 2730, H 3416."""
     width = int(hidden_size * 8 / 3)
     return -(-width // 8) * 8 if hidden_size > 1024 else width
 
@@ -27,8 +27,8 @@ def swiglu_width(hidden_size: int) -> int:
 class MlpBranch(nn.Module):
     """y = x + gate w2(silu(w1 n) * w3 n), n = RMSNorm(x), no biases; x [B, N, D] (Shazeer, 2020).
 
-    Backward keeps x, w1 n and w3 n, D + 2 W numbers a token of the inner width W; all else is computed again
-    (see `pmf.nn.branch`).
+    For backward it keeps x, w1 n and w3 n, D + 2 W numbers per token with inner width W; everything else is
+    recomputed (see `pmf.nn.branch`).
     """
 
     def __init__(self, hidden_size: int, width: int) -> None:
@@ -42,7 +42,7 @@ class MlpBranch(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """x [B, N, D], x_t [n, N, D] or None -> y [B, N, D], its tangent; gate [D].
 
-        y has x's dtype; the products are in the matrices' dtype, or autocast's.
+        y has x's dtype; the products use the dtype of the matrices, or autocast's.
         """
         w1, w3, w2 = cast_for_products(x, self.w1.weight, self.w3.weight, self.w2.weight)
         inputs = _Inputs(x, norm.weight.to(x.dtype), w1, w3, w2, gate, norm.eps)
@@ -58,12 +58,12 @@ class _Inputs(NamedTuple):
     w1: Tensor  # [W, D], as the next
     w3: Tensor
     w2: Tensor  # [D, W]
-    gate: Tensor | None  # [D]; None is one, and has no gradient
+    gate: Tensor | None  # [D]; None means one, without a gradient
     eps: float
 
 
 class _MlpBranch(KernelFunction):
-    """Besides y, for backward: a = w1 n and b = w3 n."""
+    """Besides y it returns, for backward, a = w1 n and b = w3 n."""
 
     outputs = ("y", "a", "b")
     constants = ("a", "b")

@@ -9,7 +9,7 @@ __all__ = ["RMSNorm"]
 
 
 class RMSNorm(nn.Module):
-    """y = w x / sqrt(mean x^2 + eps) over the last dimension, w one at the start."""
+    """y = w x / sqrt(mean x^2 + eps) over the last dimension, with w initially one."""
 
     def __init__(self, width: int, eps: float = 1e-6) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Images to tokens through a narrow layer."""
+"""Images to tokens through a bottleneck."""
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +9,9 @@ __all__ = ["PatchEmbedding"]
 
 
 class PatchEmbedding(nn.Module):
-    """tokens = W_up (W_down patch + b_down) + b_up, behind the prefix, plus position; images [B, C, H, W].
+    """tokens = W_up (W_down patch + b_down) + b_up after the prefix, plus position; images [B, C, H, W].
 
-    The weights are kept as `pmf.ops.patch_embed` takes them: weight_down [R, C, p, p], weight_up [D, R].
+    The weights have the shapes that `pmf.ops.patch_embed` takes: weight_down [R, C, p, p], weight_up [D, R].
     """
 
     def __init__(self, channels: int, patch_size: int, bottleneck: int, hidden_size: int) -> None:
@@ -23,7 +23,7 @@ class PatchEmbedding(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Uniform of Glorot and Bengio (2010), each layer seen as a matrix; biases zero."""
+        """Glorot and Bengio's (2010) uniform initialisation, treating each layer as a matrix; biases zero."""
         for weight in (self.weight_down, self.weight_up):
             fan_out, fan_in = weight.flatten(1).shape
             bound = (6 / (fan_in + fan_out)) ** 0.5

@@ -1,4 +1,4 @@
-"""Tables of the two-dimensional rotary embedding."""
+"""Tables for two-dimensional rotary embedding."""
 
 import torch
 from torch import Tensor
@@ -16,11 +16,10 @@ def rotary_tables(
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin [rows columns, head_dim / 2] of the angle of each pair of elements, tokens row by row.
+    """cos and sin [rows columns, head_dim / 2] of the angle of each pair of elements, tokens in row order.
 
     grid: (rows, columns), or one number for both. With m = head_dim / 4 frequencies f_i = theta^(-i / m), the
-    first m pairs turn by row f_i, the last m by column f_i (Su et al., 2021, applied to each axis of the
-    image).
+    first m pairs rotate by row f_i, the last m by column f_i (Su et al., 2021, applied to each image axis).
     """
     m = head_dim // 4
     frequency = theta ** (-torch.arange(m, dtype=torch.float64) / m)

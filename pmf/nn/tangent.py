@@ -1,20 +1,21 @@
-"""The layers' operations on a value and, beside it, its tangent.
+"""The layers' operations on a value and its tangent.
 
-A network that is differentiated along a direction in the middle of training carries two buffers from layer to
-layer: the value of every sample, and the tangent of the samples that need one. By convention those are the
-FIRST n samples:
+A network that is differentiated along a direction during training passes two buffers from layer to layer: the
+value of every sample, and the tangent of the samples that need one. By convention those are the FIRST n
+samples:
 
     f(x, x_t) -> (y, y_t)      x, y [B, ...]      x_t, y_t [n, ...] with n <= B, or None (no sample has one)
 
-The tangent is a constant for autograd: du/dt stands under a stop-gradient in the MeanFlow identity, so
-nothing is saved for a backward pass through it.
+The tangent is a constant for autograd: du/dt is under a stop-gradient in the MeanFlow identity, so nothing is
+saved for a backward pass through it.
 
-Why two buffers and not one of B + n samples, with one matrix product for both? What backward keeps of the
-value would then keep the tangent's rows in memory too: half as much again, when half of the samples carry a
-tangent. And joining the rows hardly saves time: on two cores a product of 2208 and 1104 rows by a 768 x 768
-matrix took 54.5 ms joined and 55.6 ms apart in float32, 14.3 and 14.5 ms in bfloat16. All else is joined:
-every kernel reads value and tangent in one pass (the `_jvp` ops), and the branches of a block are one
-function of both (`pmf.nn.attention`, `pmf.nn.mlp`).
+Why two buffers rather than one of B + n samples with one matrix product for both? The tensors that backward
+saves for the value would then keep the tangent's rows in memory too: half as much again if half of the
+samples carry a tangent. And joining the rows hardly saves time: on two cores a product of 2208 and 1104 rows
+with a 768 x 768 matrix took 54.5 ms joined and 55.6 ms separately in float32, 14.3 and 14.5 ms in bfloat16.
+Everything else is
+joined: every kernel reads value and tangent in one pass (the `_jvp` ops), and the branches of a block are a
+single function of both (`pmf.nn.attention`, `pmf.nn.mlp`).
 """
 
 import torch

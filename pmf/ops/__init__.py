@@ -1,14 +1,14 @@
 """Fused ops, each with its tangent: the public functions are exactly `__all__`.
 
-Every op takes float32, bfloat16, float16 or float64, is differentiable in every output, and runs under
-autograd, torch.func, forward-mode AD, autocast, checkpointing and torch.compile. Its `_jvp` form (all have
-one but newton_schulz) computes value and tangent in one pass and is itself an ordinary differentiable op: the
-form to train and to compile with.
+Every op accepts float32, bfloat16, float16 or float64, is differentiable in every output, and works with
+autograd, torch.func, forward-mode AD, autocast, checkpointing and torch.compile. Its `_jvp` twin (all ops
+except newton_schulz have one) computes value and tangent in one pass and is itself an ordinary differentiable
+op; use the twins for training and compiling.
 
-DTensors may be sharded along every dimension over which an op does not reduce (batch, heads, tokens of the
-elementwise ops), jagged nested tensors go where tokens are on their own and into attention, and
-`torch.nn.attention.bias` into attn_mask. Subclasses that override nothing are what they look like; others,
-and sparse, quantized or nested strided tensors, raise TypeError by name.
+DTensors may be sharded along every dimension that an op does not reduce over (batch, heads, tokens of the
+elementwise ops). Ops that treat tokens independently, and attention, accept jagged nested tensors; attn_mask
+accepts `torch.nn.attention.bias`. Subclasses that override nothing are treated as plain tensors; others, and
+sparse, quantized or nested strided tensors, raise a TypeError that names them.
 """
 
 from . import _flops

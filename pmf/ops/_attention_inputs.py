@@ -15,7 +15,7 @@ MAX_WIDTH = 256
 
 
 def sides(op: str, window: Any) -> tuple[int | None, int | None]:
-    """A window's left and right, None for no limit."""
+    """A window's left and right; None means no limit."""
     fits = isinstance(window, (tuple, list)) and len(window) == 2
     if not fits or any(x is not None and (isinstance(x, (bool, float)) or x < -1) for x in window):
         raise ValueError(
@@ -27,7 +27,7 @@ def sides(op: str, window: Any) -> tuple[int | None, int | None]:
 
 
 def causal_bias(mask: Any, is_causal: bool, query: Tensor, key: Tensor) -> tuple[Tensor | None, bool]:
-    """What a `torch.nn.attention.bias.CausalBias` says; its own memory says nothing."""
+    """The mask that a `torch.nn.attention.bias.CausalBias` represents; its memory is meaningless."""
     if mask is None or kind_of(mask) != "bias":
         return mask, is_causal
     sizes, lengths = (mask.seq_len_q, mask.seq_len_kv), (query.shape[-2], key.shape[-2])
@@ -45,7 +45,7 @@ def causal_bias(mask: Any, is_causal: bool, query: Tensor, key: Tensor) -> tuple
 
 
 class Plan(NamedTuple):
-    """How inputs of any rank become the kernel's [B, H, N, D], and the output theirs again."""
+    """How inputs of any rank become the kernel's [B, H, N, D], and how the output is reshaped back."""
 
     shapes: tuple[tuple[int, ...], ...]  # query, key and value after broadcasting
     out_shape: tuple[int, ...]
@@ -125,7 +125,7 @@ def _broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _mask(mask: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """The mask as a view of [B, H, Nq, Nk]; additive ones in float32 or query's dtype."""
+    """The mask as a view [B, H, Nq, Nk]; additive ones in float32 or query's dtype."""
     if mask.dtype != torch.bool:
         if not mask.is_floating_point():
             raise TypeError(f"attention: attn_mask must be boolean or floating, got {mask.dtype}")
@@ -147,7 +147,7 @@ def _four(x: Tensor) -> Tensor:
 
 
 class Options(NamedTuple):
-    """What a kernel takes beside its tensors; with offsets they hold packed sequences, and the batch is 1."""
+    """The kernels' non-tensor arguments; with offsets the tensors are packed sequences of batch 1."""
 
     mask: Tensor | None
     is_causal: bool
@@ -158,7 +158,7 @@ class Options(NamedTuple):
     cu_seqlens_k: Tensor | None = None
 
     def plain(self, query: Tensor, key: Tensor) -> dict[str, Any]:
-        """The reference's options, to which sequences are a mask."""
+        """The reference's options, in which sequences become a mask."""
         window: Window = (self.window_left, self.window_right)
         mask, is_causal = self.mask, self.is_causal
         if self.cu_seqlens_q is not None and self.cu_seqlens_k is not None:

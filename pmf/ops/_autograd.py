@@ -1,21 +1,21 @@
 """Derivatives of the compiled kernels: reverse mode, forward mode, vmap, and torch.compile.
 
-PyTorch offers two doors, and neither is enough alone:
+PyTorch offers two mechanisms, and neither suffices alone:
 
 - A custom op with `register_autograd` compiles, but has no forward mode: under `torch.func.jvp` its tangent
   is silently zero.
 - `torch.autograd.Function` has `jvp` and `vmap`, but torch.compile traces into it, drops its `jvp` and
   differentiates the traced forward instead: with a custom op inside, again a silent zero.
 
-So every public function is an autograd.Function around a custom op, and torch.compile is told to put the call
-into its graph as it is (`allow_in_graph`). AOTAutograd then runs the transforms on the Function itself and
-finds its rules, and Inductor sees the custom op. What torch.compile loses before our code runs are the
-tangents of `torch.autograd.forward_ad`: there `call` (`_dispatch`) raises.
+So every public function is an autograd.Function around a custom op, and torch.compile is told to keep the
+call in its graph unchanged (`allow_in_graph`). AOTAutograd then applies the transforms to the Function itself
+and finds its rules, and Inductor sees the custom op. Only the tangents of `torch.autograd.forward_ad` are
+lost by torch.compile before our code runs: there `call` (`_dispatch`) raises.
 
 Every kernel has a reference: the same function in plain PyTorch. Derivatives that no kernel computes (of a
-mask, of a gradient) come from the reference: right, if slower.
+mask, of a gradient) come from the reference: correct, if slower.
 
-PyTorch's interface is positional; everything below speaks of arguments and outputs by name.
+PyTorch's interface is positional; everything below refers to arguments and outputs by name.
 """
 
 import inspect
@@ -42,24 +42,24 @@ __all__ = [
 
 Args = tuple[Any, ...]
 Names = tuple[str, ...]
-Outputs = Any  # a Tensor, or a tuple of them: what the raw op returns
+Outputs = Any  # the raw op's result: a Tensor, or a tuple of them
 
 
 def named(*names: str, defaults: Any = ()) -> Any:
-    """The type of tuples with these names."""
+    """A named-tuple type with these fields."""
     return namedtuple("named", names, defaults=defaults)
 
 
 def pick(kind: Any, source: Any) -> Any:
-    """The fields of a named tuple that `kind` has."""
+    """The fields of a named tuple that `kind` also has."""
     return kind(*(getattr(source, name) for name in kind._fields))
 
 
 class KernelFunction(torch.autograd.Function):
-    """A kernel as a differentiable function of everything the raw op takes.
+    """A kernel as a differentiable function of all arguments of the raw op.
 
     A subclass names the raw op and its outputs; the parameters of its reference name the arguments. It
-    overrides `gradient` and `tangent` where kernels compute them.
+    overrides `gradient` and `tangent` if kernels compute them.
     """
 
     op: ClassVar[str]
@@ -72,16 +72,15 @@ class KernelFunction(torch.autograd.Function):
     unsaved: ClassVar[Names] = ()
     """Tensor arguments whose values backward does not read."""
     unsaved_samples: ClassVar[Names] = ()
-    """Tensor arguments of which `gradient` reads only dtype and shape: they are saved without samples."""
+    """Tensor arguments of which `gradient` reads only dtype and shape: they are saved with zero samples."""
     by_reference: ClassVar[Names] = ()
-    """Arguments whose derivative no kernel computes: if one is asked for, the reference computes them all."""
+    """Arguments whose derivative no kernel computes: if one is needed, the reference computes all."""
     samples: ClassVar[Names] = ()
-    """Arguments whose dimension 0 is the batch, as it is in every output: vmap folds into it. None: vmap
-    loops.
+    """Arguments whose dimension 0 is the batch, as in every output: vmap folds into it. None: it loops.
     """
 
     name: ClassVar[str]
-    """What `call` knows it by."""
+    """The name under which `call` finds it."""
     Arguments: ClassVar[Any]
     """The arguments as a named tuple, with the reference's defaults."""
     Results: ClassVar[Any]
@@ -95,19 +94,19 @@ class KernelFunction(torch.autograd.Function):
 
     @classmethod
     def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> dict[str, Tensor | None]:
-        """Gradients of the arguments, given those of the results (None is zero; not all are None).
+        """Gradients of the arguments, given those of the results (None means zero; not all are None).
 
-        grads, args, residuals and needed (whether an argument wants its gradient) are named tuples. Arguments
-        without a gradient may be left out.
+        grads, args, residuals and needed (whether an argument needs its gradient) are named tuples. Arguments
+        without a gradient may be omitted.
         """
         return dict(zip(args._fields, vjp(cls.reference, args, grads), strict=True))
 
     @classmethod
     def tangent(cls, args: Any, tangents: Any) -> tuple[Tensor, ...]:
-        """Tangents of the results, by differentiable operations, given the arguments'; None is zero."""
+        """Tangents of the results as differentiable operations, given the arguments'; None means zero."""
         found = jvp(cls.reference, args, tangents)
         rows = [getattr(args, name).shape[0] for name in cls.batched(args)]
-        if rows and found[-1].shape[0] != min(rows):  # the reference spread the few tangents over all samples
+        if rows and found[-1].shape[0] != min(rows):  # the reference expanded the few tangents to all samples
             raise RuntimeError(
                 f"{cls.name}: forward mode over tangents of the first samples alone needs detach_tangent=True"
             )
@@ -115,7 +114,7 @@ class KernelFunction(torch.autograd.Function):
 
     @classmethod
     def batched(cls, args: Any) -> Names:
-        """Those of `samples` that are tensors here."""
+        """The arguments in `samples` that are tensors here."""
         return tuple(name for name in cls.samples if isinstance(getattr(args, name), Tensor))
 
     @classmethod
@@ -133,7 +132,7 @@ class KernelFunction(torch.autograd.Function):
         """The results by name, for PyTorch to differentiate."""
         return dict(zip(cls.Results._fields, cls.reference(*args), strict=True))
 
-    # What follows serves torch.autograd.Function's interface; subclasses leave it alone.
+    # The rest implements torch.autograd.Function's interface; subclasses do not override it.
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -176,7 +175,7 @@ class KernelFunction(torch.autograd.Function):
     @classmethod
     def save(cls, ctx: Any, inputs: Args, output: Outputs) -> None:
         outputs = dict(zip(cls.outputs, _tuple(output), strict=True))
-        needed = cls.Arguments(*ctx.needs_input_grad[: len(inputs)])  # of a raw op there is one more
+        needed = cls.Arguments(*ctx.needs_input_grad[: len(inputs)])  # a raw op has one more
         empty = () if any(getattr(needed, name) for name in cls.by_reference) else cls.unsaved_samples
         saved = [
             x.new_empty((0, *x.shape[1:]))
@@ -186,8 +185,8 @@ class KernelFunction(torch.autograd.Function):
             else None
             for name, x in zip(cls.Arguments._fields, inputs, strict=False)
         ]
-        # Residuals first: if a checkpointed block is computed again with PyTorch's attention, which saves
-        # query, key and value first, torch.utils.checkpoint sees that the saved tensors differ.
+        # Residuals first: if a checkpointed block is recomputed with PyTorch's attention, which saves query,
+        # key and value first, torch.utils.checkpoint notices that the saved tensors differ.
         ctx.save_for_backward(*(outputs[name] for name in cls.residuals), *saved)
         ctx.mark_non_differentiable(*(outputs[name] for name in cls.constants))
         ctx.set_materialize_grads(False)
@@ -206,14 +205,15 @@ class KernelFunction(torch.autograd.Function):
         if any(g is not None for g in results):
             needed = cls.Arguments(*ctx.needs_input_grad)
             found = cls.pull_back(results, args, cls.Residuals(*residuals), needed)
-        # A raw op's defaults, last among its inputs, have no place among its gradients.
+        # A raw op's defaults, last among its inputs, have no gradients.
         needs = zip(args._fields, ctx.needs_input_grad, strict=False)
         return tuple(found.get(name) if needs_gradient else None for name, needs_gradient in needs)
 
     @classmethod
     def jvp(cls, ctx: Any, *tangents: Tensor | None) -> Any:
-        # PyTorch switches forward mode off in here, and with it an outer jvp's, whose tangents would be zero.
-        # Switched on, the inputs must not carry this level's tangents: it would differentiate once more.
+        # PyTorch disables forward mode in here, and with it that of an outer jvp, whose tangents would be
+        # zero. With it enabled, the inputs must not carry this level's tangents, or they would be
+        # differentiated again.
         with forward_ad._set_fwd_grad_enabled(True):
             saved = [forward_ad.unpack_dual(x, level=0).primal for x in ctx.saved_tensors]
             args = cls.Arguments(*_merged(ctx, _spread(ctx, saved)))
@@ -248,9 +248,9 @@ class KernelFunction(torch.autograd.Function):
 
 
 class Gradients(KernelFunction):
-    """The backward kernel of a function: (its results' gradients, its residuals and arguments) -> gradients.
+    """The backward kernel of a function: (its results' gradients, residuals and arguments) -> gradients.
 
-    `outputs` names the arguments whose gradients it returns; that of an argument of None is empty.
+    `outputs` names the arguments whose gradients it returns; the gradient of a None argument is empty.
     """
 
     of: ClassVar[type[KernelFunction]]
@@ -270,7 +270,7 @@ class Gradients(KernelFunction):
 
     @classmethod
     def by_name(cls, *args: Any) -> dict[str, Tensor | None]:
-        """The gradients by argument."""
+        """The gradients by argument name."""
         return dict(zip(cls.outputs, _tuple(cls.apply(*args)), strict=True))
 
     @classmethod
@@ -282,11 +282,11 @@ class Gradients(KernelFunction):
 
 
 class JvpFunction(KernelFunction):
-    """A function and its tangent: the value's arguments and results, and tangents beside both."""
+    """A function and its tangent: the value's arguments and results, and tangents of both."""
 
     value: ClassVar[type[KernelFunction]]
     detaches: ClassVar[bool] = False
-    """Whether the tangent is a constant: backward and forward mode are then the value's."""
+    """Whether the tangent is a constant: backward and forward mode are then those of the value."""
     tangents: ClassVar[Names]
     """The outputs that are tangents of the value's results."""
 
@@ -322,7 +322,7 @@ class JvpFunction(KernelFunction):
 
     @classmethod
     def plain(cls, args: Any) -> dict[str, Tensor]:
-        """The reference needs a tangent for every sample: it gets the first n samples alone."""
+        """The reference needs a tangent for every sample, so it receives only the first n samples."""
         batched = cls.batched(args)
         rows = [getattr(args, name).shape[0] for name in batched]
         count = min(rows, default=0)
@@ -337,14 +337,14 @@ class JvpFunction(KernelFunction):
 
 
 def detached(function: type[JvpFunction]) -> type[JvpFunction]:
-    """`function` with its tangent a constant."""
+    """`function` with its tangent as a constant."""
     return type(f"{function.__name__}Detached", (function,), {"detaches": True})
 
 
 def reference_gradients(
     function: type[KernelFunction], names: Names, grads: Args, *args: Any
 ) -> tuple[Tensor, ...]:
-    """The gradients of the named arguments by the reference; that of an argument of None is empty."""
+    """The gradients of the named arguments from the reference; the gradient of a None argument is empty."""
     each = dict(zip(function.Arguments._fields, vjp(function.reference, args, grads), strict=False))
     like = next(g for g in grads if g is not None)
     found = (each[name] for name in names)
@@ -352,7 +352,7 @@ def reference_gradients(
 
 
 def _merged(ctx: Any, saved: Any) -> Args:
-    """The inputs again: the saved tensors, and what is not a tensor."""
+    """Reassemble the inputs: the saved tensors and the non-tensors."""
     return tuple(s if t else x for s, t, x in zip(saved, ctx.is_tensor, ctx.inputs, strict=True))
 
 
@@ -366,7 +366,7 @@ def _tuple(output: Outputs) -> tuple[Tensor, ...]:
 
 
 def _unmapped_rows(x: Tensor, dim: int | None) -> int | None:
-    """The length of dimension 0 as the function sees it; None where it sees no batch beside the features."""
+    """The length of dimension 0 as the function sees it; None if it sees no batch dimension."""
     shape = list(x.shape)
     if dim is not None:
         shape.pop(dim)

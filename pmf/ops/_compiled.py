@@ -1,4 +1,4 @@
-"""What torch.compile meets in place of the eager path; imported while it traces, never before."""
+"""The versions of the eager path that torch.compile traces; imported only while it traces."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ __all__ = ["apply", "in_func_jvp", "in_transform"]
 
 @torch.compiler.allow_in_graph
 def apply(name: str, by_kernel: bool, *args: Any) -> Any:
-    """The eager path itself, as one node of the graph."""
+    """The eager path itself, as one graph node."""
     return _dispatch.apply(name, by_kernel, *args)
 
 
-# Looked up while tracing, where the transforms that will be compiled in are active.
+# Looked up while tracing, when the transforms to be compiled in are active.
 
 
 @torch.compiler.assume_constant_result

@@ -1,4 +1,4 @@
-"""Which implementation runs: a kernel with its derivatives or its reference, eager or in a compiled graph."""
+"""Choose the implementation: a kernel with its derivatives or its reference, eager or in a compiled graph."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,28 +14,28 @@ from ._autograd import JvpFunction, KernelFunction
 __all__ = ["apply", "call", "functions", "has_kernel", "plain", "register", "register_fake"]
 
 functions: dict[str, type[KernelFunction]] = {}
-_value_of: dict[str, str] = {}  # the function itself, or whose tangent it is
+_value_of: dict[str, str] = {}  # each function's name -> the function whose tangent it computes, or itself
 
 
 def call(name: str, *args: Any) -> Any:
-    """Run a registered KernelFunction so that every derivative is right, or raise."""
+    """Run a registered KernelFunction such that every derivative is correct or raises."""
     _library.require()
-    op = _value_of[name]  # a branch of a block is no op: the ops inside it choose for themselves
+    op = _value_of[name]  # a block's branch is not an op: the ops inside it choose separately
     by_reference = op in kernels.NAMES and kernels.uses_reference(op)
     return _run(name, args, not by_reference and has_kernel(*args))
 
 
 def plain(name: str, *args: Any) -> Any:
-    """What `call` returns, from the reference, which PyTorch differentiates; None for the constants."""
+    """The result of `call` from the reference, differentiated by PyTorch; None for the constants."""
     return _run(name, args, False)
 
 
 def _run(name: str, args: tuple[Any, ...], by_kernel: bool) -> Any:
     if not torch.compiler.is_compiling():
         return apply(name, by_kernel, *args)
-    from . import _compiled  # imports torch._dynamo, which costs seconds
+    from . import _compiled  # imports torch._dynamo, which takes seconds
 
-    # Read here, where torch.compile guards it: a graph compiled before is not reused inside a dual_level.
+    # Read here, where torch.compile guards it: a graph compiled earlier is not reused inside a dual_level.
     if forward_ad._current_level >= 0 and not _compiled.in_func_jvp():
         op = _value_of[name]
         raise RuntimeError(
@@ -46,7 +46,7 @@ def _run(name: str, args: tuple[Any, ...], by_kernel: bool) -> Any:
 
 
 def apply(name: str, by_kernel: bool, *args: Any) -> Any:
-    """Run a registered KernelFunction, or its reference, out of torch.compile's sight."""
+    """Run a registered KernelFunction, or its reference, hidden from torch.compile."""
     function = functions[name]
     if by_kernel:
         return function.apply(*args)
@@ -56,15 +56,15 @@ def apply(name: str, by_kernel: bool, *args: Any) -> Any:
 
 
 def has_kernel(*args: Any) -> bool:
-    """Whether a kernel takes these tensors. float64 on CUDA goes to the reference."""
+    """Whether a kernel accepts these tensors. float64 on CUDA uses the reference."""
     tensors = [x for x in args if isinstance(x, Tensor)]
     return all(x.dtype != torch.float64 for x in tensors) or not _library.takes_cuda_kernel(tensors[0])
 
 
 def register(name: str, function: type[KernelFunction]) -> None:
-    """Let `call` find `function`; where it has a `fake`, give its raw op shapes, a gradient and a vmap.
+    """Register `function` for `call`; if it has a `fake`, give its raw op shapes, a gradient and a vmap.
 
-    The raw op's own gradient and vmap are for those who call torch.ops.pmf directly: `call` never needs them.
+    The raw op's gradient and vmap are for direct users of torch.ops.pmf: `call` never needs them.
     """
     function.name = name
     functions[name] = function
@@ -78,6 +78,6 @@ def register(name: str, function: type[KernelFunction]) -> None:
 
 
 def register_fake(op: str, fake: Callable[..., Any]) -> None:
-    """Give a raw op its shapes alone."""
+    """Give a raw op only its shapes."""
     if not _library.missing():
         torch.library.register_fake(f"pmf::{op}", fake)

@@ -1,9 +1,9 @@
 """FLOPs of the compiled ops, for `torch.utils.flop_counter.FlopCounterMode`.
 
-Counted as torch counts its own: matrix products only, a multiplication and an addition as two, what the
-kernels execute rather than what the mathematics needs (a backward that recomputes the scores counts them).
-Elementwise ops count nothing. Padding of tiles and savings by masks (is_causal too) are not counted either;
-windows and packed sequences count the pairs of a query and a key inside of them.
+Counted as torch counts its own ops: only matrix products, with a multiplication and an addition as two, and
+what the kernels execute rather than what the mathematics needs (a backward that recomputes the scores counts
+them). Elementwise ops count nothing. Tile padding and savings from masks (including is_causal) are not
+counted; windows and packed sequences count only the query-key pairs inside them.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ SYMMETRIC_ROWS = 128
 
 
 class _Options(NamedTuple):
-    """What follows the tensors of every attention op."""
+    """The non-tensor arguments of every attention op."""
 
     mask: Tensor | None
     is_causal: bool
@@ -38,7 +38,7 @@ class _Options(NamedTuple):
         return cls(*rest[: len(cls._fields)])
 
     def pairs(self, queries: int, keys: int) -> int:
-        """Of a query and a key that belong together, of one head."""
+        """The query-key pairs that interact, per head."""
         if self.cu_seqlens_q is None or self.cu_seqlens_k is None:
             return self._pairs_of_one(queries, keys)
         lengths = zip(_lengths(self.cu_seqlens_q, queries), _lengths(self.cu_seqlens_k, keys), strict=True)
@@ -56,7 +56,7 @@ class _Options(NamedTuple):
 
 
 def _ramp(count: int, start: int, top: int) -> int:
-    """The sum of start, start + 1, ... over `count` terms, each held between 0 and top."""
+    """The sum of start, start + 1, ... over `count` terms, each clamped to [0, top]."""
 
     def below(x: int) -> int:
         rising = max(0, min(x, top + 1))
@@ -66,7 +66,7 @@ def _ramp(count: int, start: int, top: int) -> int:
 
 
 def _lengths(offsets: Tensor, rows: int) -> list[int]:
-    """Of the sequences; as even as may be where the offsets hold no numbers."""
+    """The sequences' lengths; as equal as possible if the offsets have no values."""
     count = offsets.shape[0] - 1
     if offsets.is_meta or type(offsets) is FakeTensor:
         return [rows * (i + 1) // count - rows * i // count for i in range(count)]
@@ -77,7 +77,7 @@ def _lengths(offsets: Tensor, rows: int) -> list[int]:
 def _products(
     query: Tensor, key: Tensor, value: Tensor, over_width: int, over_value: int, rest: Sequence[Any]
 ) -> int:
-    """So many products of [Nq, D] with [Nk, D], and of [Nq, Nk] with [Nk, Dv], for every sample and head."""
+    """This many products of [Nq, D] with [Nk, D], and of [Nq, Nk] with [Nk, Dv], per sample and head."""
     batch, heads, queries, width = query.shape
     pairs = _Options.of(rest).pairs(queries, key.shape[2])
     return 2 * batch * heads * pairs * (over_width * width + over_value * value.shape[3])
@@ -88,7 +88,7 @@ def _count(*tensors: Tensor | None) -> int:
 
 
 def _rows(*tensors: Tensor | None) -> int | None:
-    """Samples that have a tangent; None where no sample has one."""
+    """The number of samples with a tangent; None if there is none."""
     return next((x.shape[0] for x in tensors if x is not None), None)
 
 
@@ -135,7 +135,7 @@ def _attention_jvp_backward(
     *rest: Any,
     out_val: Any = None,
 ) -> int:
-    """Nine products over the width, six over that of the values; those with an absent operand are skipped.
+    """Nine products over the width, six over the value width; those with an absent operand are skipped.
 
     In the notation of csrc/include/pmf/attention_backward.h: S, dS K, dS^T Q, and three for each of tQ and
     tK; X V^T, W^T X (W is zero without tQ and tK), and two for each of G and tV.
@@ -185,7 +185,7 @@ def _patch_embed_backward(
     *,
     out_val: Any = None,
 ) -> int:
-    """dW_up and dh with all tokens, the prefix's too; dW_down, and the images' gradient if it is needed."""
+    """dW_up and dh over all tokens including the prefix; dW_down, and the images' gradient if needed."""
     patches, pixels, narrow, wide = _patch_sizes(images, weight_down, weight_up)
     tokens = grad.shape[0] * grad.shape[1]
     return 2 * narrow * (2 * tokens * wide + (2 if images_need_grad else 1) * patches * pixels)
@@ -230,7 +230,7 @@ def _muon_step(params: Sequence[Tensor], *settings: Any, out_val: Any = None) ->
 def orthogonalisation_flops(
     rows: int, columns: int, steps: int = 5, method: str = "auto", dtype: torch.dtype = torch.float16
 ) -> int:
-    """What newton_schulz with the quintic's coefficients executes for one matrix."""
+    """The FLOPs that newton_schulz with the quintic's coefficients executes for one matrix."""
     return _orthogonalisation(rows, columns, COEFFICIENTS["quintic"] * steps, method, dtype)
 
 
@@ -277,7 +277,7 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "product": _product,
     "add_product": _add_product,
 }
-"""By raw op, torch.ops.pmf.<name>: a function of its arguments."""
+"""By raw op torch.ops.pmf.<name>: a function of its arguments."""
 
 ELEMENTWISE = (
     "rms_norm",
@@ -288,11 +288,11 @@ ELEMENTWISE = (
     "adam_step",
     "ema_update",
 )
-"""Stems whose raw ops make no matrix product."""
+"""Ops whose raw ops compute no matrix product."""
 
 
 def register_all() -> None:
-    """Let every FlopCounterMode count the compiled ops; nothing where the library is not there."""
+    """Make every FlopCounterMode count the compiled ops; a no-op without the library."""
     if _library.missing():
         return
     from torch.utils.flop_counter import flop_registry, register_flop_formula

@@ -1,4 +1,4 @@
-"""What the public functions do with arguments before a kernel sees them: autocast, and absent tangents."""
+"""Argument handling before a kernel: autocast, and absent tangents."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ __all__ = ["autocast_matmul", "autocast_widest", "check_tangents", "is_different
 
 
 def autocast_matmul(*tensors: Any) -> tuple[Any, ...]:
-    """Under autocast, what a matrix product does: everything in autocast's dtype (float64 stays)."""
+    """Under autocast, cast like a matrix product: everything to autocast's dtype (float64 stays)."""
     if not _is_autocast_enabled(tensors):
         return tensors
     dtype = torch.get_autocast_dtype(_device(tensors))
@@ -17,10 +17,9 @@ def autocast_matmul(*tensors: Any) -> tuple[Any, ...]:
 
 
 def autocast_widest(data: int, *tensors: Any) -> tuple[Any, ...]:
-    """Under autocast, the widest dtype of the first `data` tensors; the others, which are parameters, follow
-    them.
+    """Under autocast, cast to the widest dtype of the first `data` tensors; the others, parameters, follow.
 
-    The kernels compute in float32 inside, so 16-bit activations with float32 parameters lose nothing.
+    The kernels compute in float32 internally, so 16-bit activations with float32 parameters lose nothing.
     """
     if not _is_autocast_enabled(tensors):
         return tensors
@@ -37,13 +36,13 @@ def check_tangents(
     detach_tangent: bool,
     parameters: tuple[Tensor | None, ...] = (),
 ) -> int | None:
-    """The number of samples that have a tangent; None if no tangent is given.
+    """The number of samples with a tangent; None if no tangent is given.
 
-    Raises ValueError unless each tangent of (name, value, tangent) has its value's shape, or all tangents are
-    of the same first n samples and, where autograd would record the op, detached.
+    Raises ValueError unless each tangent of (name, value, tangent) has its value's shape, or all tangents
+    cover the same first n samples and are detached if autograd would record the op.
     """
     given = [(name, value, tangent) for name, value, tangent in pairs if tangent is not None]
-    counts = [tangent.shape[:1] for _, _, tangent in given]  # no set: torch.compile would fix what it hashes
+    counts = [tangent.shape[:1] for _, _, tangent in given]  # not a set: torch.compile would specialise on it
     fewer = False
     for name, value, tangent in given:
         if tangent.shape == value.shape:
@@ -57,11 +56,11 @@ def check_tangents(
             )
     if fewer and any(count != counts[0] for count in counts):
         sizes = " and ".join(str(count[0]) for count in sorted(set(counts)))
-        raise ValueError(f"{op}: all tangents must be of the same first samples, got {sizes} of them")
+        raise ValueError(f"{op}: all tangents must cover the same first samples, got {sizes} of them")
     values = (x for _, value, tangent in pairs for x in (value, tangent))
     if fewer and not detach_tangent and is_differentiable(*values, *parameters):
         raise ValueError(
-            f"{op}: gradients with tangents of the first samples alone need detach_tangent=True, "
+            f"{op}: gradients with tangents of only the first samples need detach_tangent=True, "
             "because there is no backward through such a tangent"
         )
     if not given:
@@ -76,7 +75,7 @@ def is_differentiable(*tensors: Tensor | None) -> bool:
 
 
 def zeros(like: Tensor, count: int | None = None) -> Tensor:
-    """A zero tangent of the first `count` samples of `like` that takes no memory."""
+    """A zero tangent for the first `count` samples of `like` that takes no memory."""
     shape = like.shape if count is None else (count, *like.shape[1:])
     return like.new_zeros(()).expand(shape)
 

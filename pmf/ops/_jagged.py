@@ -1,8 +1,8 @@
-"""Jagged nested tensors: sequences of their own lengths [B, j, ...], kept one behind the other.
+"""Jagged nested tensors: sequences of different lengths [B, j, ...], stored contiguously.
 
-What works token by token works on the values alone; attention reads the offsets (on CUDA, which has no kernel
-for them, it is padded and masked). The result has the offsets of its first argument, so that PyTorch can add
-the two.
+Ops that treat tokens independently run on the values; attention reads the offsets (on CUDA, which has no
+kernel for them, it is padded and masked). The result has the offsets of its first argument, so that PyTorch
+can add the two.
 """
 
 from collections.abc import Callable, Mapping
@@ -39,7 +39,7 @@ def run_jagged(op: Callable[..., Any], arguments: dict[str, Any], given: Mapping
 
 
 class _Ragged(NamedTuple):
-    """Where the sequences of a jagged tensor are."""
+    """The location of the sequences in a jagged tensor."""
 
     offsets: Tensor  # [B + 1]
     dim: int
@@ -60,7 +60,7 @@ class _Ragged(NamedTuple):
         )
 
     def owners(self) -> Tensor:
-        """Of each token, the number of its sequence."""
+        """For each token, the index of its sequence."""
         return torch.repeat_interleave(
             torch.arange(self.offsets.numel() - 1, device=self.offsets.device), self.offsets.diff()
         )
@@ -105,10 +105,10 @@ def _each_matrix(op: Callable[..., Any], arguments: dict[str, Any]) -> Tensor:
 
 
 def _attention(op: Callable[..., Any], arguments: dict[str, Any], given: Mapping[str, Any]) -> Any:
-    """`attention` or `attention_jvp` of jagged [B, H, j, D]."""
+    """`attention` or `attention_jvp` for jagged [B, H, j, D]."""
     name = op.__name__
     if arguments.get("attn_mask") is not None:
-        raise TypeError(f"{name}: attn_mask beside jagged nested tensors is not served; use is_causal")
+        raise TypeError(f"{name}: attn_mask is not supported with jagged nested tensors; use is_causal")
     names = ("query", "key", "value")
     for n in names:
         if kind_of(given[n]) != "jagged":
@@ -132,7 +132,7 @@ def _attention(op: Callable[..., Any], arguments: dict[str, Any], given: Mapping
 
 
 def _attention_varlen(op: Callable[..., Any], arguments: dict[str, Any], given: Mapping[str, Any]) -> Any:
-    """The values [H, T, D] are packed sequences already."""
+    """Use the values [H, T, D], which are packed sequences."""
     options = {n: x for n, x in arguments.items() if n not in given and n not in ("attn_mask", "dropout_p")}
     if dropout_p := arguments.get("dropout_p"):
         raise ValueError(f"attention: dropout_p must be 0, because dropout is not supported, got {dropout_p}")
@@ -149,7 +149,7 @@ def _attention_varlen(op: Callable[..., Any], arguments: dict[str, Any], given: 
 
 
 def _attention_padded(op: Callable[..., Any], arguments: dict[str, Any], given: Mapping[str, Any]) -> Any:
-    """Sequences padded to the longest, and what is behind their ends masked."""
+    """Pad the sequences to the longest, and mask the padding."""
     paddings = {n: _Padding.of(x) for n, x in given.items()}
     padded = {n: paddings[n].pad(x) for n, x in given.items()}
     mask = paddings["key"].is_token()[:, None, None, :]
@@ -165,7 +165,7 @@ def _attention_padded(op: Callable[..., Any], arguments: dict[str, Any], given: 
 class _Padding(NamedTuple):
     lengths: Tensor  # [B]
     longest: int
-    rows: Tensor  # [T], of each token its row among the padded
+    rows: Tensor  # [T], the row of each token among the padded ones
 
     @classmethod
     def of(cls, x: Any) -> "_Padding":
@@ -183,7 +183,7 @@ class _Padding(NamedTuple):
         return torch.arange(self.longest, device=self.lengths.device) < self.lengths[:, None]
 
     def pad(self, x: Any) -> Tensor:
-        """Jagged [B, H, j, D] -> [B, H, longest, D], zero behind the ends."""
+        """Jagged [B, H, j, D] -> [B, H, longest, D], padded with zeros."""
         values = x.values().transpose(0, 1)  # x.transpose(1, 2).values() has no backward in PyTorch
         batch = self.lengths.numel()
         padded = values.new_zeros(batch * self.longest, *values.shape[1:])

@@ -1,4 +1,4 @@
-"""Derivatives of plain PyTorch code, for what no kernel computes."""
+"""Derivatives of plain PyTorch code, for those that no kernel computes."""
 
 import functools
 from collections.abc import Callable
@@ -13,7 +13,7 @@ Args = tuple[Any, ...]
 
 
 def vjp(function: Callable[..., tuple[Tensor, ...]], args: Args, cotangents: Args) -> Args:
-    """Gradients for all arguments: None where an argument is not a floating tensor."""
+    """Gradients for all arguments: None for arguments that are not floating tensors."""
     pure, tensors, where = _of_tensors(function, args)
     outputs, pull = torch.func.vjp(pure, *tensors)[:2]
     grads: list[Tensor | None] = [None] * len(args)
@@ -26,7 +26,7 @@ def vjp(function: Callable[..., tuple[Tensor, ...]], args: Args, cotangents: Arg
 
 
 def jvp(function: Callable[..., tuple[Tensor, ...]], args: Args, tangents: Args) -> tuple[Tensor, ...]:
-    """Tangents of the outputs; a tangent of None is zero.
+    """Tangents of the outputs; a None tangent means zero.
 
     J t is the gradient of <J^T c, t> in c, for any c: two reverse passes, because forward-mode levels do not
     nest.
@@ -42,7 +42,7 @@ def jvp(function: Callable[..., tuple[Tensor, ...]], args: Args, tangents: Args)
 def in_float32(
     function: Callable[..., tuple[Tensor, ...]], like: int = 0, wide: tuple[int, ...] = ()
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """Let plain PyTorch code compute 16-bit inputs in float32, even under autocast, and round once: to the
+    """Make plain PyTorch code compute 16-bit inputs in float32, even under autocast, and round once: to the
     dtype of argument `like`, except for the outputs `wide`.
     """
 
@@ -58,7 +58,7 @@ def in_float32(
 def _of_tensors(
     function: Callable[..., Any], args: Args
 ) -> tuple[Callable[..., Any], tuple[Tensor, ...], list[int]]:
-    """`function` as one of its floating tensors alone, these tensors, and their positions."""
+    """`function` as a function of its floating tensors only, these tensors, and their positions."""
     where = [i for i, x in enumerate(args) if isinstance(x, Tensor) and x.is_floating_point()]
 
     def pure(*tensors: Tensor) -> Any:

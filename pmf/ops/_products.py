@@ -1,8 +1,8 @@
-"""Matrix products for the layers' own derivatives: PyTorch's, or a faster library's where there is one.
+"""Matrix products for the layers' own derivatives, by PyTorch or a faster library.
 
-In float32 the BLAS of PyTorch's x86 builds (MKL) keeps to 256-bit vectors on processors that are not Intel's;
-oneDNN, which PyTorch also carries, does not. See csrc/ops/products.h for the choice and what it was measured
-to be worth. Neither function is differentiable: they are for use inside autograd Functions.
+For float32, the BLAS in PyTorch's x86 builds (MKL) uses only 256-bit vectors on non-Intel processors; oneDNN,
+which PyTorch also includes, does not. csrc/ops/products.h describes the choice and its measured gain. Neither
+function is differentiable: they are for use inside autograd Functions.
 """
 
 import torch
@@ -16,7 +16,7 @@ __all__ = ["add_product", "product"]
 
 
 def product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """left [M, K] right [K, N], any strides. The result is returned; it may be in `out`."""
+    """left [M, K] right [K, N], with any strides. Returns the result, which may be in `out`."""
     if out is not None and not (_is_ours(left) and torch.ops.pmf.products_by_onednn()):
         return torch.mm(left, right, out=out)
     if _is_ours(left):

@@ -1,13 +1,14 @@
 """DTensors: every rank runs the op on its own shards, without communication in the forward pass.
 
-A layout says along which dimensions an argument may be sharded, one word a dimension, from the right:
+A layout lists the dimensions along which an argument may be sharded, one word per dimension, from the right:
 
     "b h _ _"   batch and heads; "_" may not be sharded
-    "... _"     any of the dimensions in front of the last
+    "... _"     any of the dimensions before the last
     "* _ _"     the same, and a size of 1 broadcasts: such an argument stays whole on every rank
 
-Dimensions of one name belong together. Along each dimension of the mesh all arguments that have the name are
-sharded by it (one that is replicated is cut), and the gradient of one that has not is summed over the ranks.
+Dimensions with the same name belong together. Along each mesh dimension all arguments that have the name are
+sharded by it (replicated ones are sliced), and the gradient of an argument without it is summed over the
+ranks.
 """
 
 import math
@@ -25,7 +26,7 @@ __all__ = ["run_sharded"]
 
 Name = str | int
 CONSTANTS = ("attn_mask", "cos", "sin")
-"""Plain tensors that every rank may have whole, without a gradient."""
+"""Plain tensors that every rank may hold in full, without a gradient."""
 
 
 def run_sharded(
@@ -69,7 +70,7 @@ def _as_dtensor(op: str, name: str, x: Tensor, mesh: DeviceMesh) -> DTensor:
 
 
 def _base(name: str, layouts: Layouts) -> str:
-    """The argument that the layout is given for: a tangent's is its value's, a list's entries are alike."""
+    """The argument whose layout applies: a tangent uses its value's, and a list's entries share one."""
     name = name.split("[")[0]
     return name if name in layouts else name.removesuffix("_t")
 
@@ -92,11 +93,11 @@ def _cut_along(
     tensors: Mapping[str, DTensor],
     dims: Mapping[str, list[Name | None]],
 ) -> Name | None:
-    """Which dimensions one dimension of the mesh cuts: their name, or None."""
+    """The dimensions that one mesh dimension shards: their name, or None."""
     found: dict[Name, str] = {}
     for n, x in tensors.items():
         placement = x.placements[axis]
-        if placement.is_replicate() or placement.is_partial():  # partial sums are added up, as PyTorch does
+        if placement.is_replicate() or placement.is_partial():  # partial sums are reduced, as in PyTorch
             continue
         name = dims[n][placement.dim] if type(placement) is Shard else None
         if name is None:
@@ -115,9 +116,9 @@ def _cut_along(
 
 
 class _Local(torch.autograd.Function):
-    """What this rank computes with; backward adds up where ranks have parts of a gradient.
+    """This rank's local part; backward sums gradients of which ranks have parts.
 
-    DTensor's own redistribute and to_local would do, but for an argument that gets no gradient.
+    DTensor's own redistribute and to_local would do, except for an argument without a gradient.
     """
 
     @staticmethod
@@ -137,12 +138,12 @@ class _Local(torch.autograd.Function):
 
 
 def _settled(placement: Placement) -> Placement:
-    """Of a partial sum each rank's part has the gradient of the whole."""
+    """For a partial sum, each rank's part has the gradient of the whole."""
     return Replicate() if placement.is_partial() else placement
 
 
 class _Check:
-    """Takes each argument's shard where ranks can work on shards at all, else raises ValueError."""
+    """Takes each argument's shard if ranks can work on shards, otherwise raises ValueError."""
 
     def __init__(
         self,

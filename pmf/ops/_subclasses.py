@@ -1,13 +1,13 @@
-"""Which tensor subclass means what to the public functions: the one place where that is decided.
+"""How the public functions treat tensor subclasses: decided here and nowhere else.
 
-A kernel reads memory, and what a subclass means need not be what its memory holds: the memory of a
-`CausalBias` is uninitialised, a masked tensor's holds what the mask hides. So every public function runs
-behind `operation`, which passes plain tensors on at once and takes a closer look at everything else:
+A kernel reads memory, and a subclass's memory need not contain its values: the memory of a `CausalBias` is
+uninitialised, a masked tensor's contains what the mask hides. So every public function is wrapped in
+`operation`, which passes plain tensors on immediately and inspects everything else:
 
-    its own __torch_dispatch__    DTensor: `_sharded`; jagged: `_jagged`; the others get the raw op themselves
-    nothing overridden            unwrapped; the result is of the subclass again, as PyTorch's own are
-    CausalBias as attn_mask       `attention` knows it
-    anything else                 refused by name
+    its own __torch_dispatch__    DTensor: `_sharded`; jagged: `_jagged`; others receive the raw op themselves
+    nothing overridden            unwrapped; the result has the subclass again, as with PyTorch's own
+    functions CausalBias as attn_mask       handled by `attention` anything else                 rejected by
+    name
 """
 
 import functools
@@ -25,12 +25,12 @@ __all__ = ["Layouts", "kind_of", "operation", "replace_tensors", "require_plain"
 P = ParamSpec("P")
 R = TypeVar("R")
 Layouts = Mapping[str, str]
-"""By argument, which dimensions a DTensor may be sharded along: see `_sharded`."""
+"""By argument, the dimensions along which a DTensor may be sharded: see `_sharded`."""
 
 PLAIN = frozenset({Tensor, Parameter, Buffer, type(None), bool, int, float, str, torch.dtype})
-"""What needs no closer look. (No tensor is of class Buffer, but torch.compile says so of a module's.)"""
+"""Classes that need no inspection. (No tensor is a Buffer, but torch.compile reports module buffers so.)"""
 
-# What a subclass may define without changing what its values mean.
+# Attributes that a subclass may define without changing the meaning of its values.
 HARMLESS = frozenset(
     "__annotate__ __annotate_func__ __annotations__ __annotations_cache__ __class_getitem__ __copy__ "
     "__deepcopy__ __dict__ __dir__ __doc__ __firstlineno__ __format__ __getstate__ __hash__ __init__ "
@@ -44,7 +44,7 @@ KNOWN_WRAPPERS = {
     "torch.nested._internal": "jagged",
     "torch.masked.maskedtensor": "refused",
     "torch.nn.attention.bias": "bias",
-    "torchvision.tv_tensors": "plain",  # __torch_function__ only keeps the class on some outputs
+    "torchvision.tv_tensors": "plain",  # its __torch_function__ only keeps the class on some outputs
 }
 
 
@@ -79,11 +79,11 @@ def operation(layouts: Layouts, *outputs: str) -> Callable[[Callable[P, R]], Cal
                 raise
 
         def special(*args: Any, **kwargs: Any) -> Any:
-            if all(map(_is_plain, (*args, *kwargs.values()))):  # a list of matrices
+            if all(map(_is_plain, (*args, *kwargs.values()))):  # lists of matrices
                 return run(*args, **kwargs)
             given = _bound(signature, tensors, args, kwargs)
             if given is None:
-                return function(*args, **kwargs)  # raises as Python does
+                return function(*args, **kwargs)  # raises as usual
             kinds = {name: kind_of(x) for name, x in given.items()}
             _refuse(function.__name__, given, kinds)
             found = set(kinds.values())
@@ -102,7 +102,7 @@ def operation(layouts: Layouts, *outputs: str) -> Callable[[Callable[P, R]], Cal
                 return _wrap(checked(**arguments), like)  # type: ignore[call-arg]
             return run(*args, **kwargs)
 
-        # torch.compile counts recompilations by code object: each function has its own, and its name.
+        # torch.compile counts recompilations by code object: each function needs its own, with its name.
         own: Any = checked
         own.__code__ = own.__code__.replace(co_name=function.__name__)
         return checked
@@ -111,9 +111,9 @@ def operation(layouts: Layouts, *outputs: str) -> Callable[[Callable[P, R]], Cal
 
 
 def require_plain(op: str, **tensors: Any) -> None:
-    """For what takes no special tensors at all: raises TypeError that names the first of them.
+    """For functions that accept only plain tensors: raise a TypeError that names the first special one.
 
-    A subclass that overrides nothing is no special one.
+    A subclass that overrides nothing counts as plain.
     """
     for name, x in tensors.items():
         if type(x) not in PLAIN and kind_of(x) in ("refused", "bias", "sharded", "jagged"):
@@ -121,7 +121,7 @@ def require_plain(op: str, **tensors: Any) -> None:
 
 
 def require_trainable(op: str, name: str, x: Tensor) -> None:
-    """Raises TypeError unless an optimizer knows how x keeps its values: plain memory, or a DTensor's."""
+    """Raise TypeError unless an optimizer knows how x stores its values: plain memory, or a DTensor's."""
     if getattr(x, "_fsdp_flattened", False):
         raise TypeError(
             f"{op}: {name} is flattened by FullyShardedDataParallel (FSDP1), so that its matrices are gone; "
@@ -137,8 +137,8 @@ def require_trainable(op: str, name: str, x: Tensor) -> None:
 def _bound(
     signature: inspect.Signature, tensors: Mapping[str, bool], args: Any, kwargs: Any
 ) -> dict[str, Any] | None:
-    """The tensor arguments by name, those of a list as "matrices[0]", without optional ones that are None;
-    None where the arguments do not fit the function.
+    """The tensor arguments by name, list entries as "matrices[0]", without optional ones that are None; None
+    if the arguments do not match the function.
     """
     given: dict[str, Any] = {}
     try:
@@ -156,7 +156,7 @@ def _bound(
 
 
 def replace_tensors(arguments: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments with other tensors in their places."""
+    """The arguments with these tensors replaced."""
     replaced = dict(arguments)
     for name, x in arguments.items():
         if name in given:
@@ -198,12 +198,12 @@ def _classify(cls: Any) -> str:
     return "plain" if not _overrides(cls) else "refused"
 
 
-# What torch.compiler.assume_constant_result says, which imports torch._dynamo: that costs seconds.
+# The effect of torch.compiler.assume_constant_result, without importing torch._dynamo, which takes seconds.
 _kind._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _overrides(cls: Any) -> list[str]:
-    """What a subclass defines in place of Tensor's own."""
+    """The attributes of Tensor that a subclass overrides."""
     own = [base for base in cls.__mro__ if not issubclass(Tensor, base) and base is not Parameter]
     names = {name for base in own for name in vars(base) if name not in HARMLESS and hasattr(Tensor, name)}
     disabled = torch._C._disabled_torch_function_impl
@@ -220,7 +220,7 @@ def _unwrap(x: Any) -> Any:
 
 
 def _wrap(result: Any, like: Any) -> Any:
-    """What PyTorch's own functions return for arguments of such a class."""
+    """The result as PyTorch's own functions return it for arguments of this class."""
     if not _keeps_class(like):
         return result
     if isinstance(result, (list, tuple)):
@@ -259,7 +259,7 @@ def _raise_unknown(op: str, name: str, x: Any) -> NoReturn:
 
 
 def _explain(op: str, given: Mapping[str, Any] | None, error: Exception) -> None:
-    """Raises TypeError in one sentence where an argument is of a kind that no kernel reads."""
+    """Raise a one-sentence TypeError if an argument is of a kind that no kernel reads."""
     for name, x in (given or {}).items():
         if not isinstance(x, Tensor):
             _raise_unknown(op, name, x)
@@ -281,7 +281,7 @@ def _problem(x: Tensor, error: Exception) -> str | None:
         return "is quantized; call its dequantize() first"
     if x.layout != torch.strided:
         return f"has layout {x.layout}; make it dense with to_dense() first"
-    if any(dim is not None for dim in getattr(x, "names", ())):  # PyTorch is about to drop them
+    if any(dim is not None for dim in getattr(x, "names", ())):  # PyTorch is about to remove them
         return "has named dimensions; take the names off with rename(None) first"
     if x.device.type not in ("cpu", "cuda", "meta"):
         return f"is on device {x.device.type}, for which there are no kernels; move it to the CPU or to CUDA"

@@ -40,36 +40,35 @@ def attention(
     window: Window = (None, None),
     return_lse: bool = False,
 ) -> Any:
-    """Attention, argument for argument `torch.nn.functional.scaled_dot_product_attention`.
+    """Attention with the arguments of `torch.nn.functional.scaled_dot_product_attention`.
 
         O = softmax(scale Q K^T + mask) V
 
     Args:
-        query: [..., H, Nq, D]; key: [..., H, Nk, D]; value: [..., H, Nk, Dv], of one dtype: float32,
-            bfloat16, float16 or float64. Leading dimensions broadcast; any lengths, widths up to 256, any
-            strides.
+        query: [..., H, Nq, D]; key: [..., H, Nk, D]; value: [..., H, Nk, Dv]; all float32, bfloat16, float16
+            or float64. Leading dimensions broadcast; any lengths, widths up to 256, any strides.
         attn_mask: broadcasts to [..., H, Nq, Nk]; boolean (True attends) or floating (added to the scores).
-            One that requires a gradient gets it from the reference, whose memory is quadratic in the length.
-            Or `torch.nn.attention.bias.causal_upper_left` or `causal_lower_right` of (Nq, Nk).
-            What it hides (False, -inf, or later keys under is_causal) does not matter, even where it is NaN:
-            it changes neither outputs nor gradients of what does not see it, and its own gradients are zero.
+            If it requires a gradient, that comes from the reference, whose memory is quadratic in the length.
+            `torch.nn.attention.bias.causal_upper_left` and `causal_lower_right` of (Nq, Nk) also work. Hidden
+            entries (False, -inf, or later keys under is_causal) have no effect, even if they are NaN: neither
+            on outputs nor on gradients of tokens that do not see them; their own gradients are zero.
         dropout_p: must be 0.
-        is_causal: query i sees keys 0 to i, beside what the mask allows.
-        scale: of the scores; D^-0.5 by default.
-        enable_gqa: key and value may have fewer heads than query, each shared by H / Hk neighbouring query
+        is_causal: query i sees keys 0 to i, in addition to the mask.
+        scale: factor on the scores; default D^-0.5.
+        enable_gqa: key and value may have fewer heads than query, each shared by H / Hk consecutive query
             heads.
-        window: (left, right): query i sees keys i - left to i + right, aligned at the top left as is_causal
-            is, which is a right of 0; -1 or None is no limit. Keys outside cost nothing.
+        window: (left, right): query i sees keys i - left to i + right, aligned at the top left like
+            is_causal, which is a right of 0; -1 or None means no limit. Keys outside cost nothing.
         return_lse: also return lse = log sum_j exp(S_ij), [..., H, Nq] in float32 (float64 for float64).
 
-    Returns [..., H, Nq, Dv] in query's dtype; rows that may attend to nothing are zero, and their lse -inf.
-    With return_lse (O, lse), both differentiable: parts over different keys, as of a ring of ranks, add up to
-    O = sum_n exp(lse_n - lse) O_n with lse = logaddexp of the lse_n. Sums are taken in
-    float32 (float64 for float64). On CUDA, float32 products are TF32 where PyTorch's precision setting allows
-    it (torch.set_float32_matmul_precision), otherwise of full precision; float64, windows and return_lse
-    there are the reference's, whose memory is quadratic in the length.
+    Returns [..., H, Nq, Dv] in query's dtype; rows that may attend to nothing are zero, with lse -inf. With
+    return_lse returns (O, lse), both differentiable: parts over different keys, as in ring attention, combine
+    to O = sum_n exp(lse_n - lse) O_n with lse = logaddexp of the lse_n. Sums are in float32 (float64 for
+    float64). On CUDA, float32 products use TF32 if PyTorch's precision setting allows it
+    (torch.set_float32_matmul_precision), and full precision otherwise; float64, windows and return_lse use
+    the reference there, whose memory is quadratic in the length.
 
-    Raises ValueError where shapes, dtypes or dropout_p do not fit. torch.autograd.forward_ad inside
+    Raises ValueError if shapes, dtypes or dropout_p do not fit. torch.autograd.forward_ad inside
     torch.compile raises RuntimeError: use `attention_jvp`. Source: Dao et al., "FlashAttention" (2022).
     """
     if dropout_p != 0.0:
@@ -109,15 +108,15 @@ def attention_jvp(
     Args:
         query, key, value, attn_mask, is_causal, scale, enable_gqa, window: as for `attention`.
         return_lse: also return lse and its tangent lse_t = r.
-        query_t, key_t, value_t: tangents in the shapes of query, key and value, or None for zero. For inputs
-            of four dimensions also those of the first n samples, the same n for all.
-        detach_tangent: the tangent is a constant for autograd, and backward costs what `attention`'s does.
-            Needed where n is smaller than the batch and gradients are wanted.
+        query_t, key_t, value_t: tangents with the shapes of query, key and value, or None for zero. For
+            four-dimensional inputs they may cover only the first n samples, with the same n for all.
+        detach_tangent: treat the tangent as a constant for autograd, so that backward costs the same as
+            `attention`'s. Required if n is smaller than the batch and gradients are needed.
 
-    Returns (O, tO), tO of n samples, or (O, tO, lse, lse_t). All are differentiable, in memory linear in the
-    length; detached, tO and lse_t are not.
+    Returns (O, tO), tO for n samples, or (O, tO, lse, lse_t). All are differentiable, in memory linear in the
+    length; if detached, tO and lse_t are not.
 
-    Raises as `attention` does. Source: the running pivot that keeps tO accurate is this library's own.
+    Raises like `attention`. Source: the running pivot that keeps tO accurate is this library's own.
     """
     attn_mask, is_causal = causal_bias(attn_mask, is_causal, query, key)
     query, key, value, query_t, key_t, value_t = autocast_matmul(query, key, value, query_t, key_t, value_t)
@@ -147,7 +146,7 @@ def attention_jvp(
     fewer = any(t is not None and t.shape != x.shape for x, t in given)
     if fewer and not plan.is_plain:
         raise ValueError(
-            "attention_jvp: tangents of the first samples alone need query, key and value "
+            "attention_jvp: tangents of only the first samples need query, key and value "
             "[B, H, N, D] of one batch size"
         )
     tangents = (query_t, key_t, value_t) if fewer else plan.fold(query_t, key_t, value_t)
@@ -166,16 +165,16 @@ def attention_jvp(
 def lacks_kernel(
     query: Tensor, left: int | None = None, right: int | None = None, return_lse: bool = False
 ) -> bool:
-    """float64 on CUDA is the reference's, and so are windows and the tangent of lse."""
+    """float64 on CUDA uses the reference, and so do windows and the tangent of lse."""
     is_new = left is not None or right not in (None, 0) or return_lse
     return (query.dtype == torch.float64 or is_new) and _library.takes_cuda_kernel(query)
 
 
 class _Kernel(KernelFunction):
-    """Beside its arguments a raw op takes whether float32 products may be TF32, on CUDA.
+    """The raw ops take an additional argument: whether float32 products may use TF32 on CUDA.
 
-    PyTorch's setting is read here, out of torch.compile's sight; a raw op that is differentiated by itself
-    brings its own.
+    PyTorch's setting is read here, hidden from torch.compile; a raw op that is differentiated directly passes
+    its own.
     """
 
     @classmethod
@@ -192,7 +191,7 @@ class _Attention(_Kernel):
 
     @classmethod
     def shares_the_rest(cls, args: Any) -> bool:
-        return args.cu_seqlens_k is None  # offsets are of one batch
+        return args.cu_seqlens_k is None  # offsets apply to one batch
 
     @staticmethod
     @functools.partial(in_float32, wide=(1,))
@@ -352,7 +351,7 @@ class _AttentionJvpBackward(_Kernel, Gradients):
 
 
 def _tf32(args: Any) -> tuple[bool, ...]:
-    """The setting of a raw op that is differentiated by itself."""
+    """The setting of a raw op that is differentiated directly."""
     return () if args.allow_tf32 is None else (args.allow_tf32,)
 
 
@@ -361,7 +360,7 @@ def _wide(query: Tensor) -> torch.dtype:
 
 
 def _ordered_as(x: Tensor, width: int | None = None) -> Tensor:
-    """The rule of csrc/ops/attention_binding.h: token-major where x is."""
+    """The rule of csrc/ops/attention_binding.h: token-major if x is."""
     batch, heads, tokens, own = x.shape
     width = own if width is None else width
     if x.stride(2) > x.stride(1):

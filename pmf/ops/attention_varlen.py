@@ -1,4 +1,4 @@
-"""Attention over packed sequences: of any lengths, one behind the other, without padding or a copy."""
+"""Attention over packed sequences of any lengths, without padding or copies."""
 
 from typing import Any
 
@@ -28,20 +28,20 @@ def attention_varlen(
     window: Window = (None, None),
     return_lse: bool = False,
 ) -> Any:
-    """`attention` of sequences that lie behind one another, each attending itself alone.
+    """`attention` over packed sequences, each attending only to itself.
 
     Args:
-        query: [T, H, D]; key: [S, Hk, D]; value: [S, Hk, Dv], of one dtype, any strides.
+        query: [T, H, D]; key: [S, Hk, D]; value: [S, Hk, Dv]; one dtype, any strides.
         cu_seqlens_q, cu_seqlens_k: offsets, int32 or int64 [B + 1], ascending from 0 to T and S: sequence b
-            has rows cu_seqlens[b] to cu_seqlens[b + 1], possibly none. On the CPU beside CPU tensors.
-        is_causal, scale, window: as for `attention`; places count from the first row of a sequence.
+            has rows cu_seqlens[b] to cu_seqlens[b + 1], possibly none. On the CPU for CPU tensors.
+        is_causal, scale, window: as for `attention`; positions count from the first row of a sequence.
         enable_gqa: key and value may have fewer heads than query.
         return_lse: also return lse [H, T].
 
-    Returns [T, H, Dv], bit for bit what `attention` of each sequence gives on the CPU; a sequence without
-    keys gives zeros. On CUDA the reference serves it, whose memory is quadratic in T.
+    Returns [T, H, Dv], on the CPU bit-identical to `attention` of each sequence; a sequence without keys
+    gives zeros. CUDA uses the reference, whose memory is quadratic in T.
 
-    Raises ValueError where shapes, dtypes or offsets do not fit.
+    Raises ValueError if shapes, dtypes or offsets do not fit.
     """
     query, key, value = autocast_matmul(query, key, value)
     options = _options(query, key, value, cu_seqlens_q, cu_seqlens_k, is_causal, scale, enable_gqa, window)
@@ -68,11 +68,11 @@ def attention_varlen_jvp(
     return_lse: bool = False,
     detach_tangent: bool = False,
 ) -> Any:
-    """`attention_varlen` and its tangent in one pass, as `attention_jvp`; a tangent may be None for zero.
+    """`attention_varlen` and its tangent in one pass, like `attention_jvp`; a None tangent means zero.
 
     Returns (O, tO), and with return_lse also lse and its tangent, [H, T].
 
-    Raises as `attention_varlen` does.
+    Raises like `attention_varlen`.
     """
     given = autocast_matmul(query, key, value, query_t, key_t, value_t)
     query, key, value, query_t, key_t, value_t = given
@@ -94,7 +94,7 @@ def attention_varlen_jvp(
 
 
 def _four(x: Tensor) -> Tensor:
-    """[T, H, D] as [1, H, T, D], a view."""
+    """View [T, H, D] as [1, H, T, D]."""
     return x.transpose(0, 1).unsqueeze(0)
 
 
@@ -113,7 +113,7 @@ def _options(
     enable_gqa: bool,
     window: Any,
 ) -> Options:
-    """The options, after every check that needs no values."""
+    """The options, after all checks that need no values."""
     check_tensors("attention_varlen", "[tokens, heads, D]", range(3, 4), 0, query, key, value)
     heads, key_heads = query.shape[1], key.shape[1]
     divides = heads == key_heads or (enable_gqa and key_heads and heads % key_heads == 0)

@@ -1,4 +1,4 @@
-"""A residual branch behind a learned gate: y = x + gate branch."""
+"""A residual branch with a learned gate: y = x + gate branch."""
 
 from typing import Any
 
@@ -25,14 +25,15 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
         y = x + gate branch
 
     Args:
-        x, branch: [..., D], of one shape and dtype: float32, bfloat16, float16 or float64; any strides.
-        gate: [D]; or as many dimensions as x, the leading ones in x's sizes and those up to D of size 1, such
+        x, branch: [..., D], with the same shape and dtype: float32, bfloat16, float16 or float64; any
+            strides.
+        gate: [D]; or with as many dimensions as x, leading ones sized like x's followed by ones up to D, such
             as [B, 1, D] for x [B, N, D]; in x's dtype.
 
     Returns [..., D] in x's dtype and memory layout, computed in float32 (float64 for float64) and rounded
     once.
 
-    Raises ValueError where shapes or dtypes do not fit. torch.autograd.forward_ad inside torch.compile
+    Raises ValueError if shapes or dtypes do not fit. torch.autograd.forward_ad inside torch.compile
     raises RuntimeError: use `gated_residual_jvp`. Source: Touvron et al., "Going deeper with Image
     Transformers" (2021).
     """
@@ -57,12 +58,12 @@ def gated_residual_jvp(
 
     Args:
         x, branch, gate: as for `gated_residual`.
-        x_t, branch_t: tangents, or None for zero; of all samples (dimension 0) or of the first n.
-        gate_t: the tangent of gate, or None for zero; where gate has samples, of the first n too.
-        detach_tangent: the tangent is a constant for autograd, and backward costs what `gated_residual`'s
-            does. Needed where n is smaller than the batch and gradients are wanted.
+        x_t, branch_t: tangents, or None for zero; for all samples (dimension 0) or the first n.
+        gate_t: the tangent of gate, or None for zero; if gate has samples, also for the first n.
+        detach_tangent: treat the tangent as a constant for autograd, so that backward costs the same as
+            `gated_residual`'s. Required if n is smaller than the batch and gradients are needed.
 
-    Returns (y, ty) with ty of n samples. Both outputs are differentiable unless detached.
+    Returns (y, ty), ty for n samples. Both outputs are differentiable unless detached.
     """
     x, branch, gate, x_t, branch_t, gate_t = autocast_widest(2, x, branch, gate, x_t, branch_t, gate_t)
     count = check_tangents(

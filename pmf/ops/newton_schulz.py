@@ -1,4 +1,4 @@
-"""Newton-Schulz orthogonalisation of many matrices of any shapes: what Muon does to its momentum."""
+"""Newton-Schulz orthogonalisation of matrices of any shapes, as Muon applies it to its momentum."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -53,39 +53,41 @@ def newton_schulz(
     method: str = "auto",
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor | list[Tensor]:
-    """Orthogonalise matrices approximately: make each singular value about 1, keep the singular vectors.
+    """Orthogonalise matrices approximately: make each singular value about 1, preserve the singular vectors.
 
         X = G / |G|_F;  `steps` times:  A = X X^T,  X <- a X + (b A + c A^2) X
 
     Args:
         matrices: [..., m, n], or a list of matrices of any shapes; float32, bfloat16, float16 or float64, any
-            strides. Never written to.
+            strides. Not modified.
         steps: number of iterations.
-        coefficients: "quintic" (3.4445, -4.7750, 2.0315), "taylor" (15/8, -5/4, 3/8), "polar-express" (made
-            for each step, with a safety factor of 1.01), a triple (a, b, c), or one triple a step.
+        coefficients: "quintic" (3.4445, -4.7750, 2.0315), "taylor" (15/8, -5/4, 3/8), "polar-express"
+            (different for each step, with a safety factor of 1.01), a triple (a, b, c), or one triple per
+            step.
         method: "direct"; "gram", which iterates on X X^T for two steps, or the last three, between restarts
-            (fewer FLOPs for wide and tall matrices), and takes a direct step where rounding could grow too
-            much before the next restart; or "auto": "gram" where the long side is at least 1.5 times the
+            (fewer FLOPs for wide and tall matrices), and takes a direct step if rounding errors could grow
+            too much before the next restart; or "auto": "gram" if the long side is at least 1.5 times the
             short one.
-        compute_dtype: dtype of the products and of what is stored between them. By default float64 for
-            float64 matrices; otherwise float32 on the CPU and float16 on CUDA. float16 on the CPU rounds
-            each stored product to float16 and multiplies in float32.
+        compute_dtype: dtype of the products and of the values stored between them. Default: float64 for
+            float64 matrices; otherwise float32 on the CPU and float16 on CUDA. float16 on the CPU rounds each
+            stored product to float16 and multiplies in float32.
 
-    Returns the same shapes in the dtype of each matrix. The norm is taken in float32 (float64 for float64)
-    after an exact scaling by a power of two, so the scale does not matter: f(2^k G) = f(G) bitwise. Zero
-    gives exactly zero; a matrix with NaN or infinity gives NaN, and spoils no other. On the CPU a matrix
-    gives the same bits alone, in a batch, in a list, and with any number of threads; on CUDA alone, in a
-    batch and in a list.
+    Returns the same shapes in the dtype of each matrix. The norm is computed in float32 (float64 for float64)
+    after exact scaling by a power of two, so the scale does not matter: f(2^k G) = f(G) bitwise. Zero gives
+    exactly zero; a matrix with NaN or infinity gives NaN without affecting others. On the CPU a matrix gives
+    the same bits alone, in a batch, in a list, and with any number of threads; on CUDA alone, in a batch and
+    in a list.
 
-    On the CPU the work is PyTorch's GEMM, with symmetric products half computed and matrices spread over
-    threads. On CUDA one launch computes a product of all matrices, whatever their shapes: 16-bit operands,
-    float32 sums; float32 operands are rounded to TF32 where `torch.set_float32_matmul_precision` is not
-    "highest", and otherwise split into two TF32 numbers, for the accuracy of float32. float64 on CUDA, and
-    wherever autograd or a functional transform needs a derivative, is the plain iteration of `pmf.reference`.
+    On the CPU the work is PyTorch's GEMM, with half of each symmetric product computed and matrices spread
+    over threads. On CUDA one launch computes a product for all matrices, whatever their shapes: 16-bit
+    operands, float32 sums; float32 operands are rounded to TF32 unless `torch.set_float32_matmul_precision`
+    is "highest", and then split into two TF32 numbers, for float32 accuracy. float64 on CUDA, and all cases
+    in which autograd or a functional transform needs a derivative, use the plain iteration of
+    `pmf.reference`.
 
     Raises ValueError for a wrong rank, dtype, method, number of steps or coefficients.
 
-    Source: Jordan et al., "Muon" (2024), https://kellerjordan.github.io/posts/muon/; the Gram form after
+    Source: Jordan et al., "Muon" (2024), https://kellerjordan.github.io/posts/muon/; the Gram form follows
     Dao-AILab's gram-newton-schulz.
     """
     factors = step_coefficients(steps, coefficients)
@@ -121,7 +123,7 @@ def newton_schulz(
 def _in_groups(
     matrices: list[Tensor], factors: list[Coefficients], method: str, compute_dtype: torch.dtype | None
 ) -> list[Tensor]:
-    """One call for a device and compute dtype; where that is plain PyTorch, one for each shape."""
+    """One call for a device and compute dtype; in plain PyTorch, one call per shape."""
     groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     by_reference = kernels.uses_reference("newton_schulz")
     for i, matrix in enumerate(matrices):
@@ -149,7 +151,7 @@ def _in_groups(
 
 
 def _outside_inference_mode() -> AbstractContextManager[Any]:
-    """PyTorch's worker threads are not in inference mode, and may not write to tensors that are."""
+    """PyTorch's worker threads are not in inference mode and may not write to inference tensors."""
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
@@ -159,7 +161,7 @@ def _plain(matrix: Tensor, factors: list[Coefficients], method: str, dtype: torc
 
 
 def kernels_take(matrix: Tensor, compute_dtype: torch.dtype) -> bool:
-    """Whether the CUDA kernels run on this tensor, computing in that dtype."""
+    """Whether the CUDA kernels process this tensor with that compute dtype."""
     return _library.takes_cuda_kernel(matrix) and torch.float64 not in (matrix.dtype, compute_dtype)
 
 
@@ -173,14 +175,14 @@ def _dtype(matrix: Tensor, compute_dtype: torch.dtype | None) -> torch.dtype:
 
 
 def _needs_derivative(matrices: Sequence[Tensor]) -> bool:
-    """Whether autograd or a functional transform is at work, which the raw op would drop in silence."""
+    """Whether autograd or a functional transform is active, which the raw op would silently drop."""
     return (torch.is_grad_enabled() and any(matrix.requires_grad for matrix in matrices)) or _in_transform()
 
 
 def _in_transform() -> bool:
     if not torch.compiler.is_compiling():
         return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
-    from . import _compiled  # imports torch._dynamo, which costs seconds
+    from . import _compiled  # imports torch._dynamo, which takes seconds
 
     return forward_ad._current_level >= 0 or _compiled.in_transform()
 

@@ -1,4 +1,4 @@
-"""Images to tokens through a narrow layer, written behind the prefix tokens in one buffer."""
+"""Images to tokens through a bottleneck, written after the prefix tokens in one buffer."""
 
 import functools
 from typing import Any
@@ -39,19 +39,20 @@ def patch_embed(
 ) -> Tensor:
     """Bottleneck patch embedding.
 
-        tokens = W_up (W_down patches + b_down) + b_up + position, behind the prefix
+        tokens = W_up (W_down patches + b_down) + b_up + position, after the prefix
 
     Args:
         images: [B, C, H, W], H and W multiples of the patch size p; in the dtype of the weights, or float32
-            beside 16-bit weights: their pixels are rounded where they are read, without a copy.
-        weight_down: [R, C, p, p]; bias_down: [R] or None; float32, bfloat16, float16 or float64, as all else.
+            with 16-bit weights, in which case pixels are rounded as they are read, without a copy.
+        weight_down: [R, C, p, p]; bias_down: [R] or None; float32, bfloat16, float16 or float64, like the
+            rest.
         weight_up: [D, R]; bias_up: [D] or None.
-        position: [n, D], added to the last n tokens: N rows for the image tokens alone, P + N for all.
-        prefix: [B, P, D], tokens that go in front.
+        position: [n, D], added to the last n tokens: n = N for the image tokens only, P + N for all.
+        prefix: [B, P, D], tokens to prepend.
 
     Returns tokens [B, P + N, D] with N = (H / p) (W / p), row by row, in the dtype of the weights.
 
-    Raises ValueError where shapes or dtypes do not fit. torch.autograd.forward_ad inside torch.compile
+    Raises ValueError if shapes or dtypes do not fit. torch.autograd.forward_ad inside torch.compile
     raises RuntimeError: use `patch_embed_jvp`. Source: Li and He, "Back to Basics: Let Denoising
     Generative Models Denoise" (2025).
     """
@@ -73,16 +74,15 @@ def patch_embed_jvp(
     *,
     detach_tangent: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`patch_embed` and its tangent in one batch: the map is affine, so its tangent is the map without the
-    biases.
+    """`patch_embed` and its tangent in one batch: the map is affine, the tangent is the map without biases.
 
     Args:
         images, weight_down, bias_down, weight_up, bias_up, position, prefix: as for `patch_embed`.
-        images_t, prefix_t: tangents, or None for zero; of all samples (dimension 0) or of the first n.
-        detach_tangent: the tangent is a constant for autograd, and backward costs what `patch_embed`'s does.
-            Needed where n is smaller than the batch and gradients are wanted.
+        images_t, prefix_t: tangents, or None for zero; for all samples (dimension 0) or the first n.
+        detach_tangent: treat the tangent as a constant for autograd, so that backward costs the same as
+            `patch_embed`'s. Required if n is smaller than the batch and gradients are needed.
 
-    Returns (tokens, tokens_t), tokens_t of n samples. Both are differentiable unless detached.
+    Returns (tokens, tokens_t), tokens_t for n samples. Both are differentiable unless detached.
     """
     images, images_t = _autocast_pixels(images, images_t)
     weight_down, bias_down, weight_up, bias_up, position, prefix, prefix_t = autocast_matmul(
@@ -106,12 +106,12 @@ def patch_embed_jvp(
 
 
 def _autocast_pixels(*images: Tensor | None) -> tuple[Any, ...]:
-    """Autocast leaves float32 pixels as they are: beside 16-bit weights they are rounded where read."""
+    """Autocast leaves float32 pixels unchanged: with 16-bit weights they are rounded as they are read."""
     wide = all(x is None or x.dtype == torch.float32 for x in images)
     return images if wide else autocast_matmul(*images)
 
 
-_in_float32 = functools.partial(in_float32, like=1)  # tokens have the dtype of the weights
+_in_float32 = functools.partial(in_float32, like=1)  # tokens have the weights' dtype
 
 
 class _PatchEmbed(KernelFunction):
@@ -156,10 +156,10 @@ class _PatchEmbed(KernelFunction):
 
 
 class _PatchEmbedBackward(Gradients):
-    """(grad, hidden, whether images need theirs, arguments) -> gradients; that of None is empty.
+    """(grad, hidden, whether images need theirs, arguments) -> gradients; the gradient of None is empty.
 
-    It takes more than the kernel does (the biases), because a second derivative runs through hidden to all of
-    them.
+    It takes more arguments than the kernel (the biases), because a second derivative flows through hidden to
+    all of them.
     """
 
     of = _PatchEmbed
@@ -217,7 +217,7 @@ class _PatchEmbedJvp(JvpFunction):
 
 
 class _PatchEmbedJvpBackward(Gradients):
-    """As `_PatchEmbedBackward`, with whether images or their tangents need theirs."""
+    """Like `_PatchEmbedBackward`, with whether images or their tangents need theirs."""
 
     of = _PatchEmbedJvp
     outputs = _PatchEmbedJvp.Arguments._fields
@@ -249,12 +249,12 @@ class _PatchEmbedJvpBackward(Gradients):
 
 
 def _last_rows(grad: Tensor, position: Tensor | None) -> Tensor:
-    """The gradient of position [n, D] among that of all tokens [P + N, D]; a tensor of its own."""
+    """The gradient of position [n, D] within that of all tokens [P + N, D]; a separate tensor."""
     return grad.new_empty(0) if position is None else grad[grad.shape[0] - position.shape[0] :].clone()
 
 
 def _first_tokens(grad: Tensor, prefix: Tensor | None) -> Tensor:
-    """The gradient of prefix [B, P, D] among that of all tokens; a tensor of its own."""
+    """The gradient of prefix [B, P, D] within that of all tokens; a separate tensor."""
     return grad.new_empty(0) if prefix is None else grad[:, : prefix.shape[1]].clone()
 
 

@@ -1,4 +1,4 @@
-"""The read-out: tokens back to images and at once to a velocity, written without the image in between."""
+"""The read-out: tokens to images and directly to a velocity, without storing the image in between."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ LAYOUTS = {"tokens": "b _ _", "images": "b _ _ _", "t": "b"}
 
 @operation(LAYOUTS, "b _ _ _")
 def patch_velocity(tokens: Tensor, images: Tensor, t: Tensor, floor: float = 0.05) -> Tensor:
-    """The velocity from the image that tokens show to a noisy one.
+    """The velocity from the image given by tokens to a noisy one.
 
         v = (images - x) / clip(t, floor, 1)
         x[b, c, r p + i, q p + j] = tokens[b, r W / p + q, (i p + j) C + c]
@@ -28,12 +28,12 @@ def patch_velocity(tokens: Tensor, images: Tensor, t: Tensor, floor: float = 0.0
     Args:
         tokens: [B, N, p p C] with N = (H / p) (W / p); float32, bfloat16, float16 or float64; any strides.
         images: [B, C, H, W], in the dtype of tokens, or float32 beside 16-bit tokens.
-        t: [B], times of any floating dtype. One that requires a gradient gets it from the reference.
-        floor: what times are clipped to from below, above 0.
+        t: [B], times of any floating dtype. If it requires a gradient, that comes from the reference.
+        floor: lower bound to which times are clipped, above 0.
 
     Returns [B, C, H, W] in the dtype of images, computed in float32 (float64 for float64) and rounded once.
 
-    Raises ValueError where shapes or dtypes do not fit. torch.autograd.forward_ad inside torch.compile raises
+    Raises ValueError if shapes or dtypes do not fit. torch.autograd.forward_ad inside torch.compile raises
     RuntimeError: use `patch_velocity_jvp`. Source: Lu et al., "One-step Latent-free Image Generation with
     Pixel Mean Flows" (2026).
     """
@@ -58,11 +58,11 @@ def patch_velocity_jvp(
 
     Args:
         tokens, images, t, floor: as for `patch_velocity`.
-        tokens_t, images_t, t_t: tangents, or None for zero; of all samples (dimension 0) or of the first n.
-        detach_tangent: the tangent is a constant for autograd, and backward costs what `patch_velocity`'s
-            does. Needed where n is smaller than the batch and gradients are wanted.
+        tokens_t, images_t, t_t: tangents, or None for zero; for all samples (dimension 0) or the first n.
+        detach_tangent: treat the tangent as a constant for autograd, so that backward costs the same as
+            `patch_velocity`'s. Required if n is smaller than the batch and gradients are needed.
 
-    Returns (v, tv) with tv of n samples. Both outputs are differentiable unless detached.
+    Returns (v, tv), tv for n samples. Both outputs are differentiable unless detached.
     """
     pairs = [("tokens_t", tokens, tokens_t), ("images_t", images, images_t)]
     count = check_tangents("patch_velocity_jvp", pairs, detach_tangent, (t, t_t))
@@ -79,17 +79,17 @@ def patch_velocity_jvp(
 
 
 def _times(t: Tensor, tokens: Tensor) -> Tensor:
-    """As the kernel reads them."""
+    """The times in the kernel's format."""
     return t.to(torch.float64 if tokens.dtype == torch.float64 else torch.float32)
 
 
 def _as_images(function: Any) -> Any:
-    """A reference of (tokens, images, ...), whose results have the dtype of images."""
+    """A reference of (tokens, images, ...) whose results have the dtype of images."""
     return in_float32(function, like=1)
 
 
 class _PatchVelocity(KernelFunction):
-    """Backward keeps t alone, except for a gradient of t, which is the reference's."""
+    """Backward saves only t, except for a gradient of t, which the reference computes."""
 
     op = "patch_velocity"
     unsaved_samples = ("tokens", "images")
@@ -123,7 +123,7 @@ class _PatchVelocity(KernelFunction):
 
 
 class _PatchVelocityBackward(Gradients):
-    """(grad, tokens of no samples, t, floor) -> the gradient of the tokens."""
+    """(grad, tokens with zero samples, t, floor) -> the gradient of the tokens."""
 
     of = _PatchVelocity
     op = "patch_velocity_backward"

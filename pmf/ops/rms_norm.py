@@ -31,7 +31,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     Returns [..., D] in x's dtype and memory layout, computed in float32 (float64 for float64) and rounded
     once.
 
-    Raises ValueError where shapes or dtypes do not fit. torch.autograd.forward_ad inside torch.compile
+    Raises ValueError if shapes or dtypes do not fit. torch.autograd.forward_ad inside torch.compile
     raises RuntimeError: use `rms_norm_jvp`. Source: Zhang and Sennrich, "Root Mean Square Layer
     Normalization" (2019).
     """
@@ -55,12 +55,12 @@ def rms_norm_jvp(
 
     Args:
         x, weight: as for `rms_norm`.
-        x_t: the tangent of x, or None for zero; of all samples (dimension 0) or of the first n.
+        x_t: the tangent of x, or None for zero; for all samples (dimension 0) or the first n.
         weight_t: the tangent of weight, or None for zero.
-        detach_tangent: the tangent is a constant for autograd, and backward costs what `rms_norm`'s does.
-            Needed where n is smaller than the batch and gradients are wanted.
+        detach_tangent: treat the tangent as a constant for autograd, so that backward costs the same as
+            `rms_norm`'s. Required if n is smaller than the batch and gradients are needed.
 
-    Returns (y, ty) with ty of n samples. Both outputs are differentiable unless detached.
+    Returns (y, ty), ty for n samples. Both outputs are differentiable unless detached.
     """
     x, weight, x_t, weight_t = autocast_widest(1, x, weight, x_t, weight_t)
     check_tangents("rms_norm_jvp", [("x_t", x, x_t)], detach_tangent, (weight, weight_t))

@@ -35,11 +35,11 @@ def rotary_qk_norm(
     sin: Tensor,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """Normalise queries and keys per head and turn the last P tokens' pairs by their angles.
+    """Normalise queries and keys per head and rotate the pairs of the last P tokens by their angles.
 
         n = weight x / sqrt(mean x^2 + eps)      (a, b) -> (a cos - b sin, a sin + b cos)
 
-    Adjacent elements of n form a pair (a, b). The first N - P tokens are normalised and not rotated.
+    Adjacent elements of n form a pair (a, b). The first N - P tokens are normalised but not rotated.
 
     Args:
         query: [B, H, N, D] with D even; key: [B, Hk, N, D]; float32, bfloat16, float16 or float64; any
@@ -49,7 +49,7 @@ def rotary_qk_norm(
 
     Returns (query, key) in their shapes, dtype and memory layouts, computed in float32 (float64 for float64).
 
-    Raises ValueError where shapes or dtypes do not fit. torch.autograd.forward_ad inside torch.compile
+    Raises ValueError if shapes or dtypes do not fit. torch.autograd.forward_ad inside torch.compile
     raises RuntimeError: use `rotary_qk_norm_jvp`. Source: Su et al., "RoFormer" (2021); per-head norms:
     Henry et al. (2020).
     """
@@ -71,15 +71,15 @@ def rotary_qk_norm_jvp(
     *,
     detach_tangent: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`rotary_qk_norm` and its tangent in one pass: the rotation is linear, so both take the same.
+    """`rotary_qk_norm` and its tangent in one pass: the rotation is linear, so it applies to both alike.
 
     Args:
         query, key, query_weight, key_weight, cos, sin: as for `rotary_qk_norm`.
-        query_t, key_t: tangents, or None for zero; of all samples (dimension 0) or of the first n.
-        detach_tangent: the tangents are constants for autograd, and backward costs what `rotary_qk_norm`'s
-            does. Needed where n is smaller than the batch and gradients are wanted.
+        query_t, key_t: tangents, or None for zero; for all samples (dimension 0) or the first n.
+        detach_tangent: treat the tangents as constants for autograd, so that backward costs the same as
+            `rotary_qk_norm`'s. Required if n is smaller than the batch and gradients are needed.
 
-    Returns (query, key, query_t, key_t), the tangents of n samples. All are differentiable unless detached.
+    Returns (query, key, query_t, key_t), the tangents for n samples. All are differentiable unless detached.
     """
     query, key, query_weight, key_weight, query_t, key_t = autocast_widest(
         2, query, key, query_weight, key_weight, query_t, key_t
@@ -170,7 +170,7 @@ class _RotaryQkNormJvp(JvpFunction):
         )
         if query_weight_t is None and key_weight_t is None:
             return q, k, q_t, k_t
-        # The op is linear in the weights: their tangents in their place give the missing terms.
+        # The op is linear in the weights: substituting their tangents gives the missing terms.
         none = torch.zeros_like(query_weight)
         query_weight_t = none if query_weight_t is None else query_weight_t
         key_weight_t = none if key_weight_t is None else key_weight_t

@@ -25,11 +25,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         y = gate sigmoid(gate) up
 
     Args:
-        gate, up: [..., D], of one shape and dtype: float32, bfloat16, float16 or float64; any strides.
+        gate, up: [..., D], with the same shape and dtype: float32, bfloat16, float16 or float64; any strides.
 
     Returns [..., D] in the same dtype, computed in float32 (float64 for float64) and rounded once.
 
-    Raises ValueError where shapes or dtypes differ. torch.autograd.forward_ad inside torch.compile raises
+    Raises ValueError if shapes or dtypes differ. torch.autograd.forward_ad inside torch.compile raises
     RuntimeError: use `swiglu_jvp`. Source: Shazeer, "GLU Variants Improve Transformer" (2020).
     """
     gate, up = autocast_widest(2, gate, up)
@@ -46,11 +46,11 @@ def swiglu_jvp(
 
     Args:
         gate, up: as for `swiglu`.
-        gate_t, up_t: their tangents, or None for zero; of all samples (dimension 0) or of the first n.
-        detach_tangent: the tangent is a constant for autograd, and backward costs what `swiglu`'s does.
-            Needed where n is smaller than the batch and gradients are wanted.
+        gate_t, up_t: their tangents, or None for zero; for all samples (dimension 0) or the first n.
+        detach_tangent: treat the tangent as a constant for autograd, so that backward costs the same as
+            `swiglu`'s. Required if n is smaller than the batch and gradients are needed.
 
-    Returns (y, ty) with ty of n samples. Both outputs are differentiable unless detached.
+    Returns (y, ty), ty for n samples. Both outputs are differentiable unless detached.
     """
     gate, up, gate_t, up_t = autocast_widest(2, gate, up, gate_t, up_t)
     count = check_tangents("swiglu_jvp", [("gate_t", gate, gate_t), ("up_t", up, up_t)], detach_tangent)
