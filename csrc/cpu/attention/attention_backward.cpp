@@ -1,12 +1,12 @@
 // Attention's backward on CPU, ordinary and through both outputs of attention with tangents.
 // Mathematics: pmf/attention_backward.h. One panel: attention_backward_panel.h, whose sweeps and
-// tiles have a file each. Here: what is packed, and who computes what.
+// tiles have a file each. This file: packing, and the division of work.
 //
 // A worker takes one (batch, key head) at a time, packs its keys and values, and walks the panels
-// of all query heads of the group, so that grad_key and grad_value are summed by one worker in a
+// of all query heads of the group, so that one worker sums grad_key and grad_value in a
 // fixed order, in fp32, and stored once. With T workers the first floor(heads / T) T heads are
-// shared out evenly. Those that remain are split by panels instead, T / remaining workers to a
-// head, each with sums of its own that are then added in order. Results are bitwise the same for
+// shared out evenly. Those that remain are split by panels instead, with T / remaining workers per
+// head, each with its own sums, which are then added in order. Results are bitwise the same for
 // the same T, and for sequences packed together or one by one: each is divided as if it were alone.
 //
 // Memory per worker, in numbers: scores 2 x 96 Nk (4 x 96 Nk with tangents), packed keys and values
@@ -33,7 +33,7 @@ class BackwardKernel {
         sizes_(params.shape, params.window),
         packer_(packer),
         worker_bytes_(worker_bytes) {
-    // An empty tensor may have no data: without queries every gradient is zero, and written.
+    // An empty tensor may have no data: without queries every gradient is written as zero.
     tangent_ = p_.grad_t.data != nullptr || sizes_.queries == 0;
     hides_ = p_.window.hides() || p_.mask.kind != MaskKind::none;
     const int64_t heads = p_.shape.batch * p_.shape.key_heads;
@@ -52,7 +52,7 @@ class BackwardKernel {
 
   int64_t whole_heads() const { return whole_; }
 
-  // Heads [first, last) of those that are not shared.
+  // Heads [first, last) of the unshared ones.
   void run_heads(int64_t worker, int64_t first, int64_t last) const {
     Buffers w = buffers_of(worker);
     for (int64_t head = first; head < last; ++head) {
@@ -61,7 +61,7 @@ class BackwardKernel {
     }
   }
 
-  // The others, by all workers.
+  // The shared heads, by all workers.
   void run_shared_heads(const ParallelFor& parallel) {
     if (remaining_ == 0) return;
     parallel(
@@ -156,7 +156,7 @@ class BackwardKernel {
     return w;
   }
 
-  // Every splits_-th panel, so that causal panels, whose cost grows, are dealt out evenly.
+  // Every splits_-th panel, to distribute causal panels, whose cost grows, evenly.
   void part_of_head(int64_t part) {
     Buffers w = buffers_of(part);
     const int64_t head = whole_ + part / splits_;
@@ -252,8 +252,8 @@ class BackwardKernel {
     depth_rows(w.kt_depth, kKeyTangent);
   }
 
-  // Rows that do not count, whatever they hold: those that attend nothing, and those that are not
-  // finite but whose gradient is zero, as that of a padded query is. lse becomes -inf, the row 0.
+  // Ignored rows, whatever their contents: those that attend to nothing, and those that are not
+  // finite but have a zero gradient, such as a padded query's. Their lse becomes -inf, the row 0.
   void drop_rows(const Buffers& w, const TilePlace& place) const {
     const Sizes& s = sizes_;
     const int64_t head = place.batch * p_.shape.heads + place.head;
@@ -347,7 +347,7 @@ class BackwardKernel {
   const Packer<Unit>& packer_;
   const int64_t worker_bytes_;
   bool tangent_;
-  bool hides_;  // a query may not attend every key
+  bool hides_;  // some query may not attend to some key
   int64_t whole_, remaining_,
       splits_;  // heads done by one worker each, the others, workers to each
 };
@@ -392,7 +392,7 @@ class Backward {
     return (shape.queries + 1) * (min64(shape.keys, max64(0, seen)) + 1);
   }
 
-  // The heads whose cost begins in the worker's share of the whole.
+  // The heads whose cost starts within the worker's share of the total.
   void share(int64_t worker) const {
     const int64_t begin = cost_ * worker / threads_, end = cost_ * (worker + 1) / threads_;
     int64_t at = 0;

@@ -72,12 +72,12 @@ struct BackwardSizes {
         panels(ceil_div(queries, kPanel)) {}
 };
 
-// Where a worker keeps things; null where the call has no such tensor.
+// A worker's buffers; null if the call has no such tensor.
 template <typename Unit>
 struct BackwardBuffers {
   using Float = Accumulator<Unit>;
-  // A head's keys and values: rows to broadcast from, and the keys again as what grad_query
-  // multiplies (the same memory where a unit is one number).
+  // A head's keys and values: rows to broadcast from, and the keys again in the form that
+  // grad_query multiplies (the same memory where a unit is one number).
   Unit *k, *kt, *v, *vt;     // [keys_padded][depth_padded or value_depth_padded]
   Unit *k_depth, *kt_depth;  // [ceil(keys / kDepth)][width_padded]
   // A panel's queries and gradients: columns for scores, rows for what keys and values receive.
@@ -94,9 +94,9 @@ struct BackwardBuffers {
   Float *dq, *dqt;           // [kPanel + kMaxTileRows][width_padded]
   Float *dk, *dkt;           // [keys + kMaxTileRows][width_padded], over all panels of the worker
   Float *dv, *dvt;           // [keys + kMaxTileRows][value_padded]
-  Float* lse;        // [kPanel], -inf where a row does not count; null where nothing is hidden
-  uint8_t* spoiled;  // [keys], of every tensor; likewise
-  bool any_spoiled;  // in this head
+  Float* lse;                // [kPanel], -inf if a row is ignored; null if nothing is hidden
+  uint8_t* spoiled;          // [keys], of every tensor; likewise
+  bool any_spoiled;          // in this head
 };
 
 template <typename Unit>
@@ -135,7 +135,7 @@ class BackwardPanel {
     clear(w_.dqt, kPanel * sizes_.width_padded);
     clear(w_.k_mean, sizes_.width_padded);
     clear(w_.kt_mean, sizes_.width_padded);
-    Float mass = 0;  // queries that attend anything
+    Float mass = 0;  // queries that attend to anything
     for (int64_t key = keys_.begin; key < keys_.end; key += kKeyBlock) {
       const int64_t count = min64(kKeyBlock, keys_.end - key);
       clear(w_.masses, round_up(kKeyBlock, Sizes::kStep) * Sizes::kStep);
@@ -204,7 +204,7 @@ class BackwardPanel {
     return BackwardTile<Float>{w_.e + at, w_.ts + at, w_.a + at, w_.b + at}.at(key - keys_.begin);
   }
 
-  // Sweeps 1 and 2 of one group.
+  // Sweeps 1 and 2 for one group.
   template <bool kTangent>
   void scores(BackwardRows<Float>& rows, TilePlace panel, int64_t group) {
     TilePlace place = panel;
@@ -260,7 +260,7 @@ class BackwardPanel {
                : static_cast<const Float*>(data) + head * lse_stride(params_) + place.query;
   }
 
-  // NaN where a score comes of a key or value that is not finite and was zeroed when it was packed.
+  // NaN if a score comes from a non-finite key or value that was zeroed during packing.
   template <bool kTangent>
   void restore_spoiled(const BackwardTile<Float>& t, int64_t key, int64_t keys) {
     const auto spoil = [](Float* row) {
@@ -313,7 +313,7 @@ class BackwardPanel {
     }
   }
 
-  // What a block of keys gives to the panel's queries.
+  // The contribution of a block of keys to the panel's queries.
   void query_products(int64_t key, int64_t keys, int64_t queries) {
     const int64_t width = sizes_.width_padded;
     const auto by_key = [=](const Unit* pairs, const Unit* rows) {
@@ -333,7 +333,7 @@ class BackwardPanel {
     add_products(w_.dqt, width, queries, dqt);
   }
 
-  // What the panel's queries give to a block of keys and values.
+  // The contribution of the panel's queries to a block of keys and values.
   void key_products(int64_t key, int64_t keys, int64_t queries) {
     const int64_t width = sizes_.width_padded, value_width = sizes_.value_padded;
     const auto by_query = [=](const Unit* tile_rows, const Unit* rows, int64_t stride) {
@@ -379,7 +379,7 @@ class BackwardPanel {
   const Sizes& sizes_;
   const BackwardBuffers<Unit>& w_;
   const Float scale_;
-  KeyRange keys_{};  // that any query of the panel attends
+  KeyRange keys_{};  // that any query of the panel attends to
 };
 
 }  // namespace pmf::cpu::PMF_LEVEL

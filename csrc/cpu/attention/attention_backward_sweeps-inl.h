@@ -12,7 +12,7 @@
 // Accuracy. The rows of dS, dtS and W add up to zero in exact arithmetic. What they add up to
 // instead is multiplied by the mean of the keys (or gradients) in the products that follow. So
 //
-// - P is normalised by the sum of the very e it is made of, not by lse;
+// - P is normalised by the sum of the same e it consists of, not by lse;
 //
 // - every mean is taken about a pivot, the row's value at the first key it sees: pivot + sum e (tS
 // -
@@ -46,7 +46,7 @@ PMF_INLINE bool any_lane(const Mask& mask) {
 // Statistics of one group of queries: kTileN vectors of lanes.
 template <typename Float>
 struct BackwardRows {
-  Vec<Float> shift[kTileN];  // lse in log-2 units; inf where the row attends nothing: e = 0 there
+  Vec<Float> shift[kTileN];  // lse in log-2 units; inf if the row attends to nothing: e = 0 there
   Vec<Float> mass[kTileN];   // sum e; then w
   Vec<Float> r[kTileN], a[kTileN], d[kTileN];
   Vec<Float> r_pivot[kTileN], a_pivot[kTileN], d_pivot[kTileN];
@@ -65,7 +65,7 @@ struct BackwardTile {
   }
 };
 
-// Reads lse and clears the sums. Lanes past `queries` attend nothing. Returns whether lse is so
+// Reads lse and clears the sums. Lanes past `queries` attend to nothing. Returns whether lse is so
 // large that its own rounding is a large exponent: the caller then calls shift_to_maximum().
 template <typename Float>
 inline bool begin_rows(BackwardRows<Float>& rows, const Float* lse, int64_t queries) {
@@ -79,7 +79,7 @@ inline bool begin_rows(BackwardRows<Float>& rows, const Float* lse, int64_t quer
     // number.
     const bool lowest = lse[i] < Float(-0.99 * kLn2) * kLargest<Float>;
     shift[i] = lowest ? -kLargest<Float> : lse[i] * static_cast<Float>(kLog2e);
-    // A row that sees NaN: its e is NaN there, and 0 where the mask hides a key.
+    // A row that sees NaN: its e is NaN there, and 0 for keys hidden by the mask.
     if (lse[i] != lse[i]) shift[i] = Float(0);
     beyond |= __builtin_fabs(shift[i]) > kLargestUnrounded<Float>;
   }
@@ -109,7 +109,7 @@ inline void read_gradients(BackwardRows<Float>& rows, const Float* grad_lse,
   read(rows.grad_lse_t, grad_lse_t);
 }
 
-// What the row sums of c dS and c dtS have beside what they should have.
+// The error in the row sums of c dS and c dtS.
 template <typename Float>
 inline void leave_rounding(BackwardRows<Float>& rows, Float scale) {
   PMF_UNROLL for (int j = 0; j < kTileN; ++j) {
@@ -118,7 +118,7 @@ inline void leave_rounding(BackwardRows<Float>& rows, Float scale) {
   }
 }
 
-// The maximum of scores already in log-2 units in place of lse, where a row attends anything.
+// The maximum of scores already in log-2 units instead of lse, if a row attends to anything.
 template <typename Float>
 inline void shift_to_maximum(BackwardRows<Float>& rows, const BackwardTile<Float>& tile,
                              int64_t keys) {
@@ -131,12 +131,12 @@ inline void shift_to_maximum(BackwardRows<Float>& rows, const BackwardTile<Float
   }
 }
 
-// Pivots of the rows that have seen nothing before this block of keys.
+// Pivots of the rows that saw nothing before this block of keys.
 template <bool kTangent, typename Float>
 inline void choose_pivots(BackwardRows<Float>& rows, const BackwardTile<Float>& tile,
                           int64_t keys) {
   constexpr int kStep = kLanes<Float>;
-  constexpr int64_t kCheck = 8;  // keys from one look at all lanes to the next
+  constexpr int64_t kCheck = 8;  // keys between checks of all lanes
   PMF_UNROLL for (int j = 0; j < kTileN; ++j) {
     Vec<Float> r = rows.r_pivot[j], a = rows.a_pivot[j], d = rows.d_pivot[j];
     auto open = (rows.mass[j] == Float(0)) & (rows.shift[j] != kInfinity<Float>);

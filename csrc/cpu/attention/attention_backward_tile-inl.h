@@ -76,7 +76,7 @@ constexpr int64_t kKeyBlock = 60;
 // Keys per step of sweep 1, a multiple of kTileM.
 constexpr int64_t kScoreBlock = 96;
 
-// How many of the remaining vectors of a row the next tile takes.
+// The number of remaining vectors of a row that the next tile takes.
 constexpr int next_vectors(int64_t remaining) {
   if (remaining <= kWideN) return static_cast<int>(remaining);
   if (kWideN < 5) return kWideN;

@@ -33,7 +33,7 @@ struct Panels {
   int64_t first_vector(int64_t panel) const { return panel * narrow + min64(panel, wider); }
 };
 
-// One problem: B samples of one length, or one sequence of many.
+// One problem: B samples of equal length, or one packed sequence.
 template <typename Unit>
 class ForwardKernel {
   using Float = Accumulator<Unit>;
@@ -56,7 +56,7 @@ class ForwardKernel {
     for (int64_t panel = 0; panel < panels_.count; ++panel) head_cost_ += cost(panel);
   }
 
-  // Of everything; 0 where there is nothing to do.
+  // Total; 0 if there is nothing to do.
   int64_t cost() const { return params_.shape.batch * params_.shape.heads * head_cost_; }
 
   // One worker's scratch memory.
@@ -207,11 +207,11 @@ class ForwardKernel {
   const Packer<Unit>& packer_;
   const Panels panels_;
   const int64_t depth_, depth_padded_, value_rows_, value_padded_;
-  const bool hides_;  // a query may not attend every key
+  const bool hides_;  // some query may not attend to some key
   int64_t head_cost_ = 0;
 };
 
-// All problems of a call, shared out by cost.
+// All problems of a call, distributed by cost.
 template <typename Unit>
 class Forward {
  public:

@@ -1,4 +1,4 @@
-// What a mask hides does not matter, whatever it holds: padding is often uninitialised memory.
+// Values hidden by a mask have no effect: padding is often uninitialised memory.
 //
 // A hidden score is -inf and its P exactly 0, but 0 times NaN is NaN, so products with P (or with
 // what is derived from it) must not meet a hidden number that is not finite. Calls that hide
@@ -11,14 +11,14 @@
 // is
 //   not 0 (attention_panel.h), the backward sets the key's scores to NaN before it masks them.
 //
-// Cost: one pass over packed memory a head, beside 2 Nq FMAs for each number; without a mask none.
+// Cost: one pass over packed memory per head, against 2 Nq FMAs per number; none without a mask.
 #pragma once
 
 #include "cpu/attention/attention_pack-inl.h"
 
 namespace pmf::cpu::PMF_LEVEL {
 
-// Which tensors have something in a key's row that is not finite.
+// Flags for the tensors with a non-finite element in a key's row.
 enum Spoiled : uint8_t { kKey = 1, kKeyTangent = 2, kValue = 4, kValueTangent = 8 };
 
 // Whether `count` numbers, whole vectors of them, are finite: x - x is 0, or else NaN.
@@ -42,7 +42,7 @@ inline bool all_finite(const bf16x2* p, int64_t count) {
   return finite;
 }
 
-// One of the kDepth numbers of a unit: read, and set to zero.
+// Read or zero one of the kDepth numbers of a unit.
 template <typename T>
 PMF_INLINE T unit_number(const T& unit, int64_t) {
   return unit;

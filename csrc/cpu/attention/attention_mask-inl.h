@@ -23,7 +23,7 @@ template <typename Float>
 constexpr Float kLargest = sizeof(Float) == 4 ? static_cast<Float>(3.4028234663852886e38)
                                               : static_cast<Float>(1.7976931348623157e308);
 
-// Where a tile lies: keys [key, key + keys), queries [query, query + queries) of one head.
+// The position of a tile: keys [key, key + keys), queries [query, query + queries) of one head.
 struct TilePlace {
   int64_t batch, head;
   int64_t query, queries;

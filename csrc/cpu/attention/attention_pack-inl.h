@@ -106,7 +106,7 @@ inline void pack_rows(Unit* dst, int64_t padded, const Element* src, int64_t row
               static_cast<size_t>((rows_padded - rows) * padded) * sizeof(Unit));
 }
 
-// What the product P V reads its values from: rows, or for bf16x2 pairs of rows.
+// The layout from which the product P V reads values: rows, or pairs of rows for bf16x2.
 template <typename Element, typename Unit>
 inline void pack_depth_rows(Unit* dst, int64_t padded, const Element* src, int64_t row_stride,
                             int64_t col_stride, int64_t rows, int64_t cols) {
@@ -221,7 +221,7 @@ constexpr Packer<Unit> make_packer() {
                       }};
 }
 
-// What fp32 arithmetic needs for each dtype but fp64.
+// The functions that fp32 arithmetic needs for each dtype except fp64.
 inline Packer<float> float_packer(DType dtype) {
   if (dtype == DType::bf16) return make_packer<bf16, float>();
   if (dtype == DType::f16) return make_packer<f16, float>();

@@ -26,7 +26,7 @@ namespace pmf::cpu::PMF_LEVEL {
 
 constexpr int64_t kTileKeys = 64;
 
-// Where a worker keeps things. Null where the call has no such tensor.
+// A worker's buffers. Null if the call has no such tensor.
 template <typename Unit>
 struct AttentionBuffers {
   using Float = Accumulator<Unit>;
@@ -43,7 +43,7 @@ struct AttentionBuffers {
   bool any_spoiled;  // in this head
 };
 
-// The sizes a panel needs, in units where the packed tensors count.
+// A panel's sizes, in units for the packed tensors.
 struct PanelShape {
   int64_t depth;         // ceil(D / kDepth)
   int64_t value_rows;    // Dv rounded up to kTileM: rows of O that are computed
@@ -122,7 +122,7 @@ inline void add_spoiled_row(Float* o, const Unit* values, int64_t count,
   }
 }
 
-// What attention_hidden-inl.h took out of a tile's values, for the queries that give it any weight.
+// Adds back the values that attention_hidden-inl.h zeroed, for the queries that weight them.
 template <int kN, typename Unit>
 __attribute__((noinline)) void add_spoiled(const AttentionParams& params,
                                            const AttentionBuffers<Unit>& w,
@@ -233,8 +233,8 @@ inline void attention_tiles(const AttentionParams& params, const AttentionBuffer
 // Normalises o and ot (or null) in place and writes the rows' logarithms, and their tangents unless
 // lse_t is null:
 //   out = O / l,  out_t = tO / l - (r / l) out,  lse = ln 2 (m + log2 l),  lse_t = p + r / l
-// (r is what is left of it after the pivot p, which itself has gone into H.)
-// A row with l = 0 attended nothing: all of it is zero, lse is -inf.
+// (r is the remainder after the pivot p, which is already included in H.)
+// A row with l = 0 attended to nothing: it is all zero, and lse is -inf.
 template <int kN, typename Float>
 inline void finish_panel(const RowState<kN, Float>& state, Float* o, Float* ot, int64_t rows,
                          Float* lse, Float* lse_t, int64_t queries) {

@@ -1,7 +1,7 @@
 // Packed sequences, one at a time: each is an attention problem of its own, on views of its rows.
 //
-// The kernels share their work out over all sequences at once, but what they compute for one is
-// what they would compute for it alone, bit for bit.
+// The kernels distribute their work over all sequences at once, but the result for one is
+// bit-identical to that for the sequence alone.
 #pragma once
 
 #include "cpu/common/simd-inl.h"
@@ -95,7 +95,7 @@ inline KeyRange keys_in_window(const AttentionWindow& window, int64_t first, int
   return {begin / align * align, end};
 }
 
-// Whether a tile has a key that some query of it does not see for the window's sake.
+// Whether the window hides some key of a tile from some query of it.
 template <typename Place>
 inline bool crosses_window(const AttentionWindow& window, const Place& place) {
   return place.key + place.keys - 1 > place.query + window.right ||

@@ -50,7 +50,7 @@ template <int kN, typename Float>
 struct RowState {
   Vec<Float> max[kN], sum[kN];        // m, l
   Vec<Float> tangent[kN], pivot[kN];  // r, p
-  // What the caller applies to O and tO before it adds this tile's products.
+  // The rescaling that the caller applies to O and tO before adding this tile's products.
   Vec<Float> rescale[kN], delta[kN];
 
   void reset() {

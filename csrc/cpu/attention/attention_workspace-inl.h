@@ -1,4 +1,4 @@
-// How attention's kernels divide the scratch memory they are given.
+// The division of the attention kernels' scratch memory.
 #pragma once
 
 #include "cpu/common/tile_gemm-inl.h"
