@@ -43,7 +43,7 @@ def train_and_kill(out: Path, after: int, arguments: list[str]) -> dict[str, int
     running = subprocess.Popen(command(2, arguments), stdout=log, stderr=log, env=ENVIRONMENT)
     while not checkpoint.step_folder(out, after).is_dir():
         if running.poll() is not None:
-            raise SystemExit(f"the run ended by itself: {Path(log.name).read_text()[-2000:]}")
+            raise SystemExit(f"the run ended on its own: {Path(log.name).read_text()[-2000:]}")
         time.sleep(0.01)
     children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
     (victim,) = [int(pid) for pid in children if b"RANK=1" in environment_of(int(pid))]

@@ -1,1 +1,1 @@
-"""What bench_training_step.py compares: the two sides, their agreement, their FLOPs, their memory."""
+"""The parts of bench_training_step.py: the two sides, their agreement, FLOPs and memory."""

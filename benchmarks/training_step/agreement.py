@@ -1,4 +1,4 @@
-"""Do both sides compute the same losses and gradients? Checked on every case before anything is timed."""
+"""Check that both sides compute the same losses and gradients, on every case, before anything is timed."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -40,16 +40,16 @@ CASES: dict[str, list[Sample]] = {
 }
 
 ROUNDINGS_A_BLOCK = 12
-"""Results of a block that are rounded to bfloat16 one after the other: two norms, projections, rotation,
-attention, its projection, two MLP products, their gate, two branches, two sums."""
+"""Successive results in a block that are rounded to bfloat16: two norms, projections, rotation, attention,
+its projection, two MLP products, their gate, two branches, two sums."""
 
 
 def limit(precision: str, depth: int) -> float:
-    """Largest relative Frobenius error of a loss or a gradient of one side against the other.
+    """Largest relative Frobenius error of a loss or gradient of one side against the other.
 
     float64 and float32: two orders of the same sums. bfloat16: a value on the way through `depth` blocks and
-    back is rounded 2 depth ROUNDINGS_A_BLOCK times, by at most 2^-9 of itself each time and independently, so
-    that the errors add up as squares do; and both sides err.
+    back is rounded 2 depth ROUNDINGS_A_BLOCK times, each time independently by at most 2^-9 of itself, so
+    that the errors add in quadrature; and both sides have errors.
     """
     if precision == "bf16":
         return 2 * (2 * depth * ROUNDINGS_A_BLOCK) ** 0.5 * 2.0**-9
@@ -72,13 +72,13 @@ def evaluate(side: Side, batch: Batch) -> dict[str, Tensor]:
 
 
 def differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """Relative errors of everything that `evaluate` gives."""
+    """Relative errors of everything that `evaluate` returns."""
     assert found.keys() == expected.keys()
     return {name: relative_error(found[name], truth) for name, truth in expected.items()}
 
 
 def relative_error(found: Tensor, truth: Tensor) -> float:
-    """|found - truth| / |truth|; infinite for NaN, and where something should be exactly zero but is not."""
+    """|found - truth| / |truth|; infinite for NaN, and if something should be exactly zero but is not."""
     found, truth = found.double().flatten(), truth.double().flatten()
     difference = (found - truth).norm()
     if difference == 0:
@@ -88,7 +88,7 @@ def relative_error(found: Tensor, truth: Tensor) -> float:
 
 
 def check(precisions: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for each precision and case: the worst error, whose it is, the limit, and whether it holds."""
+    """A row per precision and case: the worst error, its name, the limit, and whether it holds."""
     rows = []
     for precision in precisions:
         model = make_model(SMALL)

@@ -1,8 +1,8 @@
-"""Floating-point operations that each side executes, counted op by op on tensors without data.
+"""Floating-point operations that each side executes, counted op by op on meta tensors.
 
-Counted as torch.utils.flop_counter does: matrix products alone, a multiplication and an addition as two. What
-this library executes depends on the draws (how many samples need guidance), so it is averaged over many; the
-port does everything for every sample.
+Counted like torch.utils.flop_counter: matrix products only, a multiplication and an addition as two. Our
+count depends on the draws (how many samples need guidance), so it is averaged over many; the port does
+everything for every sample.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ EXPLANATION = """by hand 98 / 168 = 0.583: depth 16 with heads of 8, in units
 The count has more: embeddings and final layers, attention's tangents at twice their primal, its recomputed
 scores. And forward mode in PyTorch multiplies each Linear's input once more, by the weight's tangent, which
 is zero; "port, without products with zero tangents" leaves that out."""
-"""How the count and the derivation by hand relate."""
+"""The relation between the count and the derivation by hand."""
 
 WEIGHT_OPS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution)
 
@@ -38,7 +38,7 @@ def counted(run: Any) -> int:
 
 
 def count(sizes: Sizes, batch_size: int, draws: int) -> dict[str, Any]:
-    """FLOPs of objective and backward, this library's averaged over `draws` draws."""
+    """FLOPs of objective and backward, ours averaged over `draws` draws."""
     shape = (batch_size, sizes.channels, sizes.image_size, sizes.image_size)
     images, labels = torch.empty(shape, device="meta"), torch.zeros(batch_size, dtype=torch.int64)
     model = make_model(sizes).to("meta")
@@ -46,7 +46,7 @@ def count(sizes: Sizes, batch_size: int, draws: int) -> dict[str, Any]:
     port = Port(model, sizes, "fp32")
     generator = torch.Generator().manual_seed(0)
 
-    # Draws that plan the same numbers of rows cost the same.
+    # Draws with equal row counts cost the same.
     seen: dict[tuple[int, ...], int] = {}
     total = 0
     objective = Objective()
@@ -82,7 +82,7 @@ def backward_flops(side: Side, batch: Batch) -> int:
 
 
 def weight_products(port: Port, batch: Batch) -> int:
-    """Of one forward pass: what torch.func.jvp multiplies once more, by the weights' tangents, all zero."""
+    """The products of one forward pass that torch.func.jvp repeats with the weights' tangents, all zero."""
     t, labels = batch.draws.t, batch.labels
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=CUSTOM) as counter:
         port.network(batch.images, t, t, t, t, labels)
@@ -91,7 +91,7 @@ def weight_products(port: Port, batch: Batch) -> int:
 
 
 def on_meta(draws: Draws, images: torch.Tensor) -> Draws:
-    """The port computes with the draws themselves; the library reads them on the host."""
+    """The port computes with the draws themselves; pmf reads them on the host."""
     moved = (None if x is None else x.to("meta") for x in draws)
     return Draws._make(moved)._replace(noise=torch.empty_like(images))
 

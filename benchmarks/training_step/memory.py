@@ -1,11 +1,11 @@
-"""Peak memory of one whole step: how far the resident set grows over that of the loaded model.
+"""Peak memory of one whole step: the growth of the resident set over that of the loaded model.
 
     python -m training_step.memory pmf fp32 8 SIZES_AS_JSON      (in benchmarks/)
 
-Each side runs in a process of its own, which loads the model and the batch, makes one matrix product so that
-the BLAS has its buffers, sets the kernel's high-water mark back to the present, makes one step (objective,
-backward, optimizer), and prints the growth in bytes. The optimizer's state is made in the step and counts.
-The memory allocator runs by its defaults.
+Each side runs in a separate process, which loads the model and the batch, runs one matrix product so that the
+BLAS has its buffers, resets the kernel's high-water mark, runs one step (objective, backward, optimizer), and
+prints the growth in bytes. The optimizer's state is created in the step and counts. The memory allocator has
+its default settings.
 """
 
 import json
@@ -26,7 +26,7 @@ def growth(side: str, precision: str, sizes: Sizes, batch_size: int) -> int:
     command += [side, precision, str(batch_size), json.dumps(sizes._asdict())]
     folder = Path(__file__).parents[1]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    search = os.pathsep.join(path for path in sys.path if path)  # the child imports what this process does
+    search = os.pathsep.join(path for path in sys.path if path)  # so that the child imports the same modules
     done = subprocess.run(
         command,
         cwd=folder,
@@ -54,7 +54,7 @@ def main(name: str, precision: str, batch_size: str, sizes_json: str) -> None:
 
 
 def reset_high_water_mark() -> int:
-    """Sets it to the present resident size, and returns that; see clear_refs in proc(5)."""
+    """Reset it to the current resident size, and return that; see clear_refs in proc(5)."""
     Path("/proc/self/clear_refs").write_text("5")
     return status("VmRSS")
 

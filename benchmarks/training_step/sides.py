@@ -1,4 +1,4 @@
-"""One training step by this library and by the plain port, from the same weights, on the same draws."""
+"""One training step by pmf and by the plain port, with the same weights and draws."""
 
 import copy
 from contextlib import nullcontext
@@ -33,7 +33,7 @@ class Batch(NamedTuple):
         return {name: value for name, value in self.draws._asdict().items() if name != "crop"}
 
     def on(self, device: torch.device) -> "Batch":
-        """The same in a GPU's memory, every draw included."""
+        """The same on another device, including every draw."""
         draws = Draws._make(None if x is None else x.to(device) for x in self.draws)
         return Batch(self.images.to(device), self.labels.to(device), draws)
 
@@ -45,7 +45,7 @@ class Batch(NamedTuple):
 
 
 DEFAULT = plain_port.Sizes(depth=4, head_depth=2)
-"""pMF-B/16 with fewer blocks: what is timed."""
+"""pMF-B/16 with fewer blocks: the timed model."""
 SMALL = plain_port.Sizes(
     num_classes=10,
     image_size=32,
@@ -58,14 +58,14 @@ SMALL = plain_port.Sizes(
     bottleneck=24,
     mlp_width=170,
 )
-"""What every case of a batch is checked on, and what --quick times."""
+"""The model for agreement checks and for --quick."""
 
 
 def make_model(sizes: plain_port.Sizes, seed: int = 0) -> pmf.PixelMeanFlow:
-    """A model as it is initialised, but with gates and final layers that are not zero.
+    """A model as initialised, except for non-zero gates and final layers.
 
-    At the start these hide all blocks from loss and gradients. Here gates are N(0, 0.1^2) and the final
-    layers N(0, 1/hidden), so that predicted images have the size of images.
+    Zeros there would hide all blocks from loss and gradients. Gates are N(0, 0.1^2) and final layers N(0,
+    1/hidden), so that predicted images have the scale of images.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -95,23 +95,23 @@ class Side(Protocol):
         ...
 
     def update(self) -> None:
-        """The optimizer's step; drops the gradients."""
+        """Step the optimizer and clear the gradients."""
         ...
 
     def gradients(self) -> dict[str, Tensor]:
-        """Under the library's parameter names."""
+        """The gradients under pmf's parameter names."""
         ...
 
 
 class Ours:
     """`pmf.flow.Objective` and `pmf.optim.Muon`, as `pmf.training` runs them.
 
-    In bf16 a bfloat16 copy of the model computes and the float32 weights take the steps; copying the weights
-    there and the gradients back is part of `backward`. torch.optim.Muon orthogonalises in bfloat16: so does
-    this optimizer, with the settings of torch's.
+    In bf16 a bfloat16 copy of the model computes and the float32 weights are stepped; copying the weights
+    there and the gradients back is part of `backward`. torch.optim.Muon orthogonalises in bfloat16, and so
+    does this optimizer, with torch's settings.
 
-    checkpointing: blocks keep their input alone for backward. compiled: through torch.compile, full graph,
-    with the numbers of samples rounded up, so that few graphs serve all draws.
+    checkpointing: blocks save only their input for backward. compiled: with torch.compile, full graph, with
+    the numbers of samples rounded up so that few graphs serve all draws.
     """
 
     def __init__(
@@ -208,7 +208,7 @@ class Port:
 
 
 def make_side(name: str, model: pmf.PixelMeanFlow, sizes: plain_port.Sizes, precision: str) -> Side:
-    """A contestant by its name in the tables, with weights of its own copied from the model's."""
+    """A contestant by its name in the tables, with its own copy of the model's weights."""
     if name in (PORT, CAREFUL):
         return Port(model, sizes, precision, guidance_heads="v" if name == CAREFUL else "uv")
     return Ours(model, precision, checkpointing=name == CHECKPOINTING, compiled=name == COMPILED)

@@ -1,4 +1,4 @@
-"""Times of whole steps, the sides in turn."""
+"""Times of whole steps, with the sides interleaved."""
 
 import statistics
 import time
@@ -14,14 +14,14 @@ class StepTimes(NamedTuple):
     step: float
     """Objective, backward and optimizer."""
     backward: float
-    """Objective and backward alone."""
+    """Objective and backward only."""
     update: float
 
 
 def interleaved(sides: Mapping[str, Side], batches: Sequence[Batch]) -> dict[str, StepTimes]:
-    """One round for each batch, in which every side makes one step; who begins changes from round to round.
+    """One round per batch, in which every side runs one step; the starting side rotates.
 
-    Every side must have made a step before, so that nothing is compiled or allocated for the first time here.
+    Every side must have run a step before, so that nothing is compiled or allocated for the first time here.
     """
     names = list(sides)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}

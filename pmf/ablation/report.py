@@ -109,7 +109,7 @@ def _table(record: Mapping[str, Any]) -> str:
         f"Frechet distance: {metric['samples']} one-step samples against as many real images, in the 64 "
         "features of a classifier trained on this data (right for "
         f"{metric['judge_accuracy']:.1%} of held-out images), and in pixels; neither is FID. Recognised: "
-        "samples that the classifier takes for the class asked for. Mean ± deviation over the seeds.",
+        "samples classified as the requested class. Mean ± standard deviation over the seeds.",
         "",
         "| variant | Frechet (classifier) | Frechet (pixels) | recognised | seeds | seconds a run |",
         "|---|---|---|---|---|---|",

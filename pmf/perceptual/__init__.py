@@ -1,10 +1,10 @@
-"""Distances between images as frozen networks see them, in plain torch.nn.
+"""Perceptual distances between images from frozen networks, in plain torch.nn.
 
     perceptual = pmf.perceptual.build("lpips", weights=["vgg16-397923af.pth"])
     objective = pmf.flow.Objective(perceptual=perceptual)
 
-or one network by itself: ``load_lpips()(a, b)`` is LPIPS-VGG of images in [-1, 1], ``load_lite0()(images)``
-their features.
+Or use a single network: ``load_lpips()(a, b)`` is LPIPS-VGG of images in [-1, 1], ``load_lite0()(images)``
+returns features.
 """
 
 from .convnext import ConvNeXtV2

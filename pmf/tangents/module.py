@@ -213,7 +213,7 @@ def _flatten(out: Any) -> tuple[list[Any], TreeSpec]:
     if not any(isinstance(y, Tensor) for y in leaves):
         kind = type(out).__name__
         raise TypeError(
-            f"Jvp: the network returns no tensor, but {kind}; a class of its own must be registered by "
+            f"Jvp: the network returns no tensor, but {kind}; a custom class must be registered by "
             "torch.utils._pytree.register_pytree_node"
         )
     return leaves, spec

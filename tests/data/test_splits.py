@@ -99,7 +99,7 @@ def test_a_class_may_be_called_test(tmp_path: Path) -> None:
 def test_parts_within_every_class(tmp_path: Path) -> None:
     write_images(tmp_path, "cat/train/1.png", "cat/test/2.png", "dog/train/3.png", "dog/test/4.png")
     assert read(tmp_path) == (["cat/train/1.png", "dog/train/3.png"], ["cat", "dog"])
-    write_images(tmp_path, "dog/5.png")  # the folders are no parts then
+    write_images(tmp_path, "dog/5.png")  # then the folders are not splits
     assert len(read(tmp_path)[0]) == 5
 
 
