@@ -380,7 +380,9 @@ def test_jagged_without_a_meaning_is_refused():
         "swiglu: up and gate must be jagged alike": lambda: ops.swiglu(x, other),
         "swiglu: up must be a jagged": lambda: ops.swiglu(x, randn(3, 6, 8)),
         "swiglu: gate must be a jagged": lambda: ops.swiglu(randn(3, 6, 8), x),
-        "attention: attn_mask beside jagged": lambda: ops.attention(*[heads(x)] * 3, torch.ones(6, 6).bool()),
+        "attention: attn_mask is not supported with jagged": lambda: ops.attention(
+            *[heads(x)] * 3, torch.ones(6, 6).bool()
+        ),
         "query, key and value must all be jagged": lambda: ops.attention(heads(x), *[randn(3, 2, 6, 4)] * 2),
         "attention: query must be jagged": lambda: ops.attention(x, x, x),
         "rms_norm: the last dimension": lambda: ops.rms_norm(x.transpose(1, 2), randn(8)),
