@@ -1,13 +1,13 @@
-"""Measures what one GPU does a cycle: the rates that benchmarks/gpu_model.py assumes.
+"""Measure a GPU's throughput per cycle: the rates that benchmarks/gpu_model.py assumes.
 
     python benchmarks/machine_rates.py --out FILE [--device 0]
 
-Builds benchmarks/gpu/rates.cu with nvcc for the GPU that is there and runs it, half a minute in all: matrix
-instructions with 1, 2 and 4 warps a scheduler, wgmma where there is some, ldmatrix, exp2, FMA, their
-latencies, copies in L2 and in memory, the clock under load. The record is the model's own table
-(gpu/model/rates.json) with what was measured in its place, for `python benchmarks/gpu_model.py --rates FILE`.
+Builds benchmarks/gpu/rates.cu with nvcc for the local GPU and runs it, half a minute in total: matrix
+instructions with 1, 2 and 4 warps per scheduler, wgmma if available, ldmatrix, exp2, FMA, their latencies,
+copies in L2 and in memory, the clock under load. The record is the model's own table (gpu/model/rates.json)
+with measured values substituted, for `python benchmarks/gpu_model.py --rates FILE`.
 
-Exit status: 0; 2 with a sentence where there is no GPU or no nvcc.
+Exit status: 0; 2 with a one-sentence error without a GPU or nvcc.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def merged(measured: dict[str, Any], assumed: dict[str, Any]) -> dict[str, Any]:
-    """The model's table with what was measured in its place; "what" names the rest."""
+    """The model's table with the measured values substituted; "what" names the rest."""
     rest = ", ".join(name for name in assumed if name not in measured)
     what = measured["what"] + (f"; still assumed: {rest}" if rest else "")
     return {**assumed, **measured, "what": what}

@@ -1,18 +1,18 @@
-"""Everything there is to measure on a machine with a GPU, in one command that installs nothing.
+"""All measurements on a machine with a GPU, in one command that installs nothing.
 
     python benchmarks/run_all.py --out DIR [--quick] [--device cuda|cpu]
 
-In this order, within thirty minutes: `pmf check` and the ops' tests; how many bits of a sum survive in a
-tensor core; rates of copies, products and single instructions; attention beside its peers, and what ncu says
-of it; Muon, its step as a graph, and compute-sanitizer's race check; a training step, one-step sampling and
-all other ops. Timings are triton.testing.do_bench's: medians, all in turn. Beside each result stand its share
-of the copy and matrix rates measured in the same run, and the targets that were set for an H100. What is not
-on PATH (nvcc, ncu, compute-sanitizer) is left out by name.
+In this order, within thirty minutes: `pmf check` and the op tests; how many bits of a sum survive in a tensor
+core; rates of copies, products and single instructions; attention beside its peers, with ncu profiles; Muon,
+its step as a graph, and compute-sanitizer's race check; a training step, one-step sampling and all other ops.
+Timings use triton.testing.do_bench: interleaved, medians. Each result is shown with its fraction of the copy
+and matrix rates measured in the same run, and with the targets set for an H100. Programs not on PATH (nvcc,
+ncu, compute-sanitizer) are skipped by name.
 
-Each part is a process of its own with a time limit. DIR/run_all.json is written after every case, with
-device, clocks, driver, versions and command; what programs print goes to DIR/logs. What fails is a row with
-its error, and the rest goes on. --quick takes less than two and a half minutes. --device cpu runs the same
-parts on the CPU kernels at sizes of a few numbers: a proof that all of this works, not a measurement.
+Each part is a separate process with a time limit. DIR/run_all.json is written after every case, with device,
+clocks, driver, versions and command; output of programs goes to DIR/logs. A failure becomes a row with its
+error, and the rest continues. --quick takes less than two and a half minutes. --device cpu runs the same
+parts on the CPU kernels with tiny sizes: a smoke test, not a measurement.
 
 Exit status: 0; 1 if something of this library failed or was wrong; 2 if there is no such device.
 """
@@ -48,7 +48,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def table(record: dict[str, Any]) -> str:
-    """What a reader wants to know at the end: ours, the best peer, shares, and the targets."""
+    """The summary for readers: ours, the best peer, fractions, and the targets."""
     lines = [f"{'':14} {'case':46} {'ours ms':>9} {'best peer':>34} {'ratio':>7} {'share':>10}  target"]
     for entry in record["sections"]:
         cases = list(by_case(entry["rows"]))
@@ -65,7 +65,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def by_case(rows: list[Row]) -> Iterator[list[Row]]:
-    """The rows of each case, of which this library's is the first."""
+    """The rows of each case, ours first."""
     for _, group in itertools.groupby(rows, key=lambda row: (row.get("op"), row["case"])):
         yield list(group)
 
@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def peer_versions() -> dict[str, str]:
-    """Of what may be compared with."""
+    """Versions of the possible peers."""
     found = {}
     for name in ("triton", "jvp-flash-attention", "gram-newton-schulz"):
         try:

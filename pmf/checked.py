@@ -38,7 +38,7 @@ def remind(x: Tensor) -> None:
 
 
 def forgo_reminder() -> None:
-    """In the process that checks."""
+    """Suppress the reminder in the checking process."""
     _reminded.update([None, *range(torch.cuda.device_count())])
 
 
@@ -49,7 +49,7 @@ def passed_on(gpu: str) -> str | None:
 
 
 def mark(gpu: str, passed: bool) -> bool:
-    """Record how a check of a GPU model ended; False if the record cannot be written."""
+    """Record the result of a check for a GPU model; False if the record cannot be written."""
     path, marks = _path(), _marks()
     marks.pop(_key(gpu), None)
     if passed:
@@ -82,7 +82,7 @@ def _key(gpu: str) -> str:
 def _path() -> Path | None:
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # a user without a home
+    except RuntimeError:  # a user without a home folder
         return None
     return folder / "pixelmeanflow" / "checked.json"
 

@@ -41,7 +41,7 @@ def _cpu_kernels() -> str:
 
 
 def _choice() -> str:
-    """What PMF_KERNELS chooses."""
+    """The choice in PMF_KERNELS."""
     if (problem := kernels.problem()) is not None:
         return problem
     names = kernels.references()

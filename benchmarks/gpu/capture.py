@@ -1,4 +1,4 @@
-"""Muon's step as a CUDA graph: captured once, replayed, and the numbers of steps launched one by one."""
+"""Muon's step as a CUDA graph: captured once and replayed, beside steps launched one by one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WARM_UP = 3
 
 
 def cases(setting: Setting) -> Iterator[Planned]:
-    """On CUDA alone: a CPU has no graphs."""
+    """On CUDA only: CPUs have no graphs."""
     if setting.device.device.type == "cuda":
         yield Planned("Muon step, captured", lambda: _case(setting), {"op": "graph capture"})
 
@@ -28,7 +28,7 @@ def cases(setting: Setting) -> Iterator[Planned]:
 def _case(setting: Setting) -> Case:
     replayed, launched = _Stepper(setting), _Stepper(setting)
     replay = replayed.captured()
-    for _ in range(WARM_UP + 1):  # capturing took the warm-up's steps and recorded one without taking it
+    for _ in range(WARM_UP + 1):  # capturing runs the warm-up steps and records one without running it
         launched.optimizer.step()
     replay()
     exact = [p.detach().double() for p in launched.params]
@@ -38,7 +38,7 @@ def _case(setting: Setting) -> Case:
 
 
 class _Stepper:
-    """Parameters with gradients that stay, and their optimizer."""
+    """Parameters with fixed gradients, and their optimizer."""
 
     def __init__(self, setting: Setting) -> None:
         shapes = [shape for shape, count in SHAPES[setting.scale].items() for _ in range(count)]

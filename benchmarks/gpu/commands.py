@@ -1,6 +1,6 @@
-"""The parts of a run that are programs of their own: checks, tests, probes, profilers, sanitizers.
+"""The parts of a run that are separate programs: checks, tests, probes, profilers, sanitizers.
 
-What one prints goes to DIR/logs as it comes, so that nothing is lost with it.
+Their output goes to DIR/logs as it is produced, so that nothing is lost.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SMALL, SHORT, LONG = "2x2x70x64", "256x12x276x64", "64x12x1024x64"
 
 
 class Run(NamedTuple):
-    """What a command is told of the run: `device` is cuda or cpu, `folder` where results go."""
+    """The run as a command sees it: `device` is cuda or cpu, `folder` the place for results."""
 
     device: str
     scale: Scale
@@ -32,10 +32,10 @@ class Limit(NamedTuple):
 
 
 class Command(NamedTuple):
-    """words: the command line; or, as one string, why there is none to run here.
+    """words: the command line; or, as a string, why there is none here.
 
-    rows: what its results say, when it is over (its exit status; None where its time was over). Without, a
-    status other than 0 is a failure, and time that is over is not.
+    rows: the results when it has finished (given its exit status; None after a time-out). Without it, a
+    non-zero status is a failure, but a time-out is not.
     """
 
     name: str
@@ -65,7 +65,7 @@ def check_words(run: Run) -> list[str]:
 
 
 def check_rows(run: Run, status: int | None) -> list[Row]:
-    """A row for each of its cases, with the error in units of the limit."""
+    """A row per case, with the error in units of the limit."""
     try:
         record = json.loads(check_record(run).read_text())
     except (OSError, ValueError):
@@ -97,7 +97,7 @@ def check_rows(run: Run, status: int | None) -> list[Row]:
 
 
 def tests_words(run: Run) -> list[str] | str:
-    """Those that run on the device; on a CPU one file of them at one level, a proof that it works."""
+    """The tests that run on the device; on a CPU, one file at one level, as a smoke test."""
     if importlib.util.find_spec("pytest") is None:
         return "pytest is not installed: pip install 'pixelmeanflow[test]'"
     if run.device == "cpu":
@@ -111,9 +111,9 @@ def tests_words(run: Run) -> list[str] | str:
 
 def rates_words(run: Run) -> list[str] | str:
     if run.device == "cpu":
-        return "rates of instructions are a GPU's"
+        return "instruction rates are measured on a GPU"
     if shutil.which("nvcc") is None:
-        return "nvcc is not on PATH, which builds the probe"
+        return "nvcc, which builds the probe, is not on PATH"
     return python(ROOT / "benchmarks/machine_rates.py", "--out", run.folder / "machine_rates.json")
 
 
@@ -122,7 +122,7 @@ def profile_words(shape: str) -> Callable[[Run], list[str] | str]:
 
     def words(run: Run) -> list[str] | str:
         if run.device == "cpu":
-            return "ncu profiles a GPU"
+            return "ncu needs a GPU"
         if (ncu := shutil.which("ncu")) is None:
             return "ncu is not on PATH"
         report = run.folder / f"ncu_jvp_{shape}"
@@ -134,7 +134,7 @@ def profile_words(shape: str) -> Callable[[Run], list[str] | str]:
 
 def race_words(run: Run) -> list[str] | str:
     if run.device == "cpu":
-        return "compute-sanitizer watches a GPU"
+        return "compute-sanitizer needs a GPU"
     if (sanitizer := shutil.which("compute-sanitizer")) is None:
         return "compute-sanitizer is not on PATH"
     return [sanitizer, "--tool", "racecheck", "--error-exitcode", "9", *_one(SMALL, "--backward")]
@@ -145,7 +145,7 @@ def _one(shape: str, *more: str) -> list[str]:
 
 
 def rows_of(command: Command, run: Run, status: int | None, log: Path) -> list[Row]:
-    """What a command gave. Without rows of its own: how it ended, and its last word."""
+    """A command's rows. Without rows of its own: its status and last line."""
     if command.rows is not None:
         return command.rows(run, status)
     row: dict[str, Any] = {"case": command.name, "contestant": "pmf", "ours": True, "log": log.name}

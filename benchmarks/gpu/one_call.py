@@ -1,4 +1,4 @@
-"""A few calls of attention with tangents in bfloat16, for a profiler or a sanitizer to watch.
+"""A few calls of attention with tangents in bfloat16, for use under a profiler or sanitizer.
 
 python benchmarks/gpu/one_call.py 256x12x276x64 [--backward]
 """
@@ -19,7 +19,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("shape", help="batch x heads x tokens x width")
-    parser.add_argument("--backward", action="store_true", help="through both outputs, too")
+    parser.add_argument("--backward", action="store_true", help="also backward through both outputs")
     parser.add_argument("--device", default="cuda")
     arguments = parser.parse_args()
     shape = tuple(map(int, arguments.shape.split("x")))

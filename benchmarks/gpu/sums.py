@@ -1,8 +1,8 @@
-"""How many bits of a sum survive inside a tensor core: crafted numbers through this library's own products.
+"""How many bits of a sum survive in a tensor core, from crafted numbers in this library's own products.
 
-A patch of 16 pixels times a row of 16 weights is one matrix instruction. Of 1 + 2^-k - 1 the small number is
-left exactly if k bits below the largest product survive. Whether what is cut is rounded shows in
-1 + 1.5 2^-k - 1, one bit further down.
+A patch of 16 pixels times a row of 16 weights is one matrix instruction. In 1 + 2^-k - 1 the small number
+remains exact if k bits below the largest product survive. Whether lower bits are rounded shows in 1 + 1.5
+2^-k - 1, one bit further down.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def product(terms: list[float], device: torch.device, dtype: torch.dtype = torch
 
 
 def surviving_bits(device: torch.device) -> int:
-    """The largest k for which 2^-k is left of 1 + 2^-k - 1."""
+    """The largest k for which 2^-k remains of 1 + 2^-k - 1."""
     return max(k for k in range(MOST_BITS) if product([1.0, 2.0**-k, -1.0], device) == 2.0**-k)
 
 
 def is_cut(device: torch.device, bits: int) -> bool:
-    """Whether what lies below those bits is cut off rather than rounded."""
+    """Whether lower bits are truncated rather than rounded."""
     return product([1.0, 1.5 * 2.0 ** -(bits + 1), -1.0], device) == 0.0
 
 

@@ -1,8 +1,8 @@
-"""Behind ``pmf check``: is every op right on this machine? One table of cases, for the tests and the GPU too.
+"""The parts of ``pmf check``, which tests every op on this machine; tests and GPU runs use the same cases.
 
-tolerance   how far a result may be from float64
-cases       ops at shapes: what is computed, and by what limits it is judged
+tolerance   the allowed distance of a result from float64
+cases       an op at one shape: what is computed, and its limits
 table       the cases of a check
-work        a process that computes them at one place: the CPU at each of its levels, or a GPU
-report      runs those processes, survives them, and says what they found
+work        a process that computes them on one device: the CPU at each of its levels, or a GPU
+report      runs those processes, survives their crashes, and reports the results
 """

@@ -1,4 +1,4 @@
-"""An op at one shape: its inputs, all that it computes, and how far that is from float64."""
+"""An op at one shape: its inputs, everything it computes, and the distance from float64."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["DTYPES", "Case", "Form", "gradients", "limits", "normal", "prepare",
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Results = dict[str, Sequence[Tensor]]
 Errors = dict[str, float]
-"""By direction, in units of the limit: 1 is what is still right."""
+"""By direction, in units of the limit: up to 1 is correct."""
 
 
 def _behind(args: Sequence[Any], tangents: Sequence[Any]) -> Sequence[Any]:
@@ -27,10 +27,10 @@ def _behind(args: Sequence[Any], tangents: Sequence[Any]) -> Sequence[Any]:
 
 @dataclass(frozen=True)
 class Form:
-    """How an op of pmf.ops and pmf.reference is called.
+    """How an op in pmf.ops and pmf.reference is called.
 
     tangents: positions of the arguments that have a tangent in the op's _jvp form.
-    kind: whose limits hold for the gradients (`tolerance.FACTORS`); values have those without " gradient".
+    kind: whose limits apply to the gradients (`tolerance.FACTORS`); values use those without " gradient".
     weave: (arguments, tangents) -> the arguments of the _jvp form.
     """
 
@@ -45,7 +45,7 @@ class Form:
         return lambda *args: op(*args, **self.options)
 
     def jvp(self, module: Any, **more: Any) -> Callable[..., Any]:
-        """A function of the arguments and, behind them, their tangents."""
+        """A function of the arguments followed by their tangents."""
         op, n = getattr(module, self.name + "_jvp"), len(self.tangents)
         return lambda *args: op(
             *self.weave(args[: len(args) - n], args[len(args) - n :]), **self.options, **more
@@ -58,8 +58,8 @@ class Case(Form):
 
     shapes: of the arguments. Those at `constants` are numbers in (0, 1) without gradients: float32, or
     float64 for float64.
-    samples: positions of the arguments whose dimension 0 is the batch; with any, tangents of the first half
-    of the samples are tried too.
+    samples: positions of the arguments whose dimension 0 is the batch; if any, tangents of the first half of
+    the samples are tested too.
     """
 
     shapes: tuple[tuple[int, ...], ...] = ()
@@ -73,7 +73,7 @@ class Case(Form):
 
 
 def normal(*shapes: tuple[int, ...], seed: int = 0) -> list[Tensor]:
-    """Standard normal numbers in float64, the same everywhere."""
+    """Standard normal numbers in float64, identical everywhere."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(s, generator=generator, dtype=torch.float64, device="cpu") for s in shapes]
 
@@ -86,10 +86,10 @@ def results(
     dtype: torch.dtype,
     constants: Sequence[int] = (),
 ) -> Results:
-    """All that an op of pmf.ops or pmf.reference computes, by direction.
+    """Everything an op in pmf.ops or pmf.reference computes, by direction.
 
-    Gradients are those of the values, through the tangents alone (the last half of the outputs), and through
-    both; what arrives at the outputs is rounded to dtype.
+    Gradients are those of the values, through the tangents only (the last half of the outputs), and through
+    both; the incoming gradients are rounded to dtype.
     """
     x = [t if i in constants else t.detach().requires_grad_() for i, t in enumerate(args)]
     x_t = [None if t is None else t.detach().requires_grad_() for t in tangents]
@@ -110,13 +110,13 @@ def results(
 
 
 def gradients(outputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Normal numbers, rounded to dtype, that arrive at the outputs."""
+    """Normal numbers, rounded to dtype, as incoming gradients of the outputs."""
     drawn = normal(*(tuple(y.shape) for y in outputs), seed=3)
     return [g.to(dtype).to(y.device, y.dtype) for g, y in zip(drawn, outputs, strict=True)]
 
 
 def limits(kind: str, dtype: torch.dtype) -> dict[str, float]:
-    """Of what `results` gives. Gradients of weights are sums over all tokens, as a matrix product's are."""
+    """Limits for the entries of `results`. Weight gradients sum over all tokens, like a matrix product."""
     value, gradient = kind.removesuffix(" gradient"), "gemm" if kind == "elementwise" else kind
     return {
         "forward": tolerance(value, dtype),
@@ -129,7 +129,7 @@ def limits(kind: str, dtype: torch.dtype) -> dict[str, float]:
 
 
 def prepare(case: Case, dtype: torch.dtype, device: torch.device) -> Callable[[], Errors]:
-    """Draw the inputs and compute the truth; what is returned runs the op and compares."""
+    """Draw the inputs and compute the exact result; the returned function runs the op and compares."""
     drawn, wide = normal(*case.shapes), torch.promote_types(dtype, torch.float32)
     args = [
         x.sigmoid().to(device, wide) if i in case.constants else x.to(device, dtype)

@@ -1,7 +1,7 @@
-"""Runs a check: a process for the CPU and one for each GPU, a line for each family, and a verdict.
+"""Run a check: one process for the CPU and one per GPU, a line per family, and a verdict.
 
-A process that crashes or hangs spoils one case, and another one goes on behind it. A GPU that passes gets its
-mark (`pmf.checked`), one that fails or could not be checked to the end loses it.
+A process that crashes or hangs spoils one case, and another continues after it. A GPU that passes is recorded
+(`pmf.checked`); one that fails or was not fully checked loses its record.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from .work import Row
 __all__ = ["find_places", "run"]
 
 START_S = 120.0
-"""Seconds that a process may take to reach its place: a cold machine needs many."""
+"""Seconds for a process to reach its device: a cold machine needs many."""
 CASE_S = 60.0
 ENDS = 4
-"""So many processes of one place may end before their time; then the rest of it is not checked."""
+"""After this many early ends of a device's processes, its remaining cases are not checked."""
 
 
 def find_places(device: str | None) -> list[str]:
-    """The CPU and every GPU, or the one that is named. Raises UserError where that is not there."""
+    """The CPU and every GPU, or the one that is named. Raises UserError if it does not exist."""
     count = torch.cuda.device_count()
     gpus = [f"cuda:{i}" for i in range(count)]
     if device is None:
@@ -49,18 +49,18 @@ def find_places(device: str | None) -> list[str]:
     wanted = gpus if device == "cuda" else [device]
     if not wanted or not set(wanted) <= set(gpus):
         there = f"cpu, {', '.join(gpus)}" if gpus else "only cpu: torch finds no CUDA device"
-        raise UserError(f"--device {device} is not there; there is {there}")
+        raise UserError(f"--device {device} does not exist; available: {there}")
     return wanted
 
 
 def run(
     places: Sequence[str], families: tuple[str, ...] = (), size: str = "", out: Path | None = None
 ) -> int:
-    """Check, print, write the record; 1 where something is off. size: of the cases, or each place's own."""
+    """Check, print, write the record; returns 1 if anything is wrong. size: of the cases, or per device."""
     start = time.monotonic()
     print(f"Every op against float64: the largest error of each family, 1.00 being its limit ({_kernels()})")
     runs = [_Place(place, size or ("small" if place == "cpu" else "full"), families) for place in places]
-    for one in runs[:1] if places[0] == "cpu" else ():  # its threads want the processor for themselves
+    for one in runs[:1] if places[0] == "cpu" else ():  # its threads need the processor to themselves
         one.follow()
     _at_once([one for one in runs if not one.ended])
     off = list(itertools.chain.from_iterable(one.off() for one in runs))
@@ -85,7 +85,7 @@ def run(
 
 
 class _Place:
-    """What the processes of one place found."""
+    """The results from the processes of one device."""
 
     def __init__(self, name: str, size: str, families: tuple[str, ...]) -> None:
         self.name, self.size, self.families = name, size, families
@@ -93,7 +93,7 @@ class _Place:
         self.columns: list[str] = []
         self.rows: list[Row] = []
         self.unchecked: str | None = None
-        """Why the rest of this place, or all of it, was not checked."""
+        """Why the rest of this device, or all of it, was not checked."""
         self.ended = False
         self.seconds = 0.0
         self._begun = 0
@@ -108,20 +108,20 @@ class _Place:
             if self.ended:
                 break
         else:
-            self.unchecked = f"{ENDS} processes ended before their time, so the rest was left"
+            self.unchecked = f"{ENDS} processes ended early, so the rest was skipped"
         self.ended = True
         self._print_families(len(self.checks))
         self.seconds = time.monotonic() - start
 
     @contextmanager
     def _process(self) -> Iterator[tuple[Connection, subprocess.Popen[bytes]]]:
-        """A new interpreter: a fork would share what CUDA and OpenMP hold."""
+        """A new interpreter: a fork would share the state of CUDA and OpenMP."""
         receiver, sender = multiprocessing.Pipe(duplex=False)
         given = self.name, self.size, self.families, self._begun
         code = (
             f"import sys; sys.path[:] = {sys.path!r}; from pmf.check.work import main; main(%d, *{given!r})"
         )
-        with sender:  # so that the end of the process is the end of its messages
+        with sender:  # so that the end of the process ends its messages
             command = [sys.executable, "-c", code % sender.fileno()]
             process = subprocess.Popen(command, pass_fds=[sender.fileno()])
         try:
@@ -158,8 +158,8 @@ class _Place:
                     return
                 case "late" | "died":
                     why = f"no answer within {limit:.0f} s" if kind == "late" else _ending(process.wait())
-                    if label is None:  # not a case's doing: it would happen again
-                        self.unchecked, self.ended = f"its process did not begin: {why}", True
+                    if label is None:  # not caused by a case: it would happen again
+                        self.unchecked, self.ended = f"its process did not start: {why}", True
                     elif not (self.rows and self.rows[-1].get("lost")):
                         self._spoil(why)
                     self.ended = self.ended or self._begun == len(self.checks)
@@ -173,7 +173,7 @@ class _Place:
         self.rows.append({**row, "dtype": str(check.dtype), "place": column, "failed": why})
 
     def off(self) -> list[str]:
-        """A sentence for each family that is off, and for what was not checked."""
+        """A sentence for each wrong family, and for each that was not checked."""
         found = []
         where = "" if self.name == "cpu" else f"{self.name}, "
         for family in dict.fromkeys(check.family for check in self.checks):
@@ -187,7 +187,7 @@ class _Place:
         if left:
             found.append(
                 f"{', '.join(left)} on {where}{self.columns[0]} could not be checked to the end, as memory "
-                "ran out: run pmf check again when nobody else uses the GPU"
+                "ran out: run pmf check again when the GPU is free"
             )
         if self.unchecked is not None:
             found.append(f"{self.name} was not checked to the end: {self.unchecked}")
@@ -205,7 +205,7 @@ class _Place:
         }
 
     def _print_families(self, cases: int) -> None:
-        """The lines of those that the first `cases` cases complete."""
+        """Print the families completed by the first `cases` cases."""
         while self._printed < cases:
             family = self.checks[self._printed].family
             end = self._printed + sum(check.family == family for check in self.checks)
@@ -234,7 +234,7 @@ _printing = threading.Lock()
 
 
 def _at_once(places: list[_Place]) -> None:
-    """GPUs do not wait for each other."""
+    """GPUs are checked concurrently."""
     threads = [threading.Thread(target=place.follow) for place in places]
     for thread in threads:
         thread.start()
@@ -243,7 +243,7 @@ def _at_once(places: list[_Place]) -> None:
 
 
 def _mark(places: list[_Place], families: tuple[str, ...]) -> None:
-    """Only what checked every kernel says that all are right; what found one wrong says so in any case."""
+    """Only a check of every kernel can mark all as right; a wrong one removes the mark in any case."""
     by_name: dict[str, list[_Place]] = {}
     for place in places:
         if place.name != "cpu" and place.columns:

@@ -23,7 +23,7 @@ Measure = Callable[[], Errors]
 
 
 class Check(NamedTuple):
-    """prepare(device) makes the inputs and the truth; what it returns runs the op and compares."""
+    """prepare(device) creates inputs and exact result; the function it returns runs the op and compares."""
 
     family: str
     label: str
@@ -33,7 +33,7 @@ class Check(NamedTuple):
 
 
 def checks(size: str, families: tuple[str, ...] = ()) -> list[Check]:
-    """Every op in every dtype at the shapes of a size, family by family; of some families alone, if named."""
+    """Every op in every dtype at the shapes of a size, family by family; only some families, if named."""
     found = [
         Check(
             case.name,
@@ -114,7 +114,7 @@ def _without_prefix(args: Any, tangents: Any) -> Any:
 
 
 def _sizes(size: str) -> list[tuple[int, int, int, int]]:
-    """Batch, tokens, hidden and MLP widths: one that fits every vector, and one that fits none."""
+    """Batch, tokens, hidden and MLP widths: one that fills all vectors, and one that does not."""
     if size == "tiny":
         return [(2, 20, 32, 40)]
     if size == "small":
@@ -189,7 +189,7 @@ def _varlen(size: str) -> Iterator[Case]:
 
 
 def _newton_schulz(size: str, dtype: torch.dtype, device: torch.device) -> Measure:
-    """Matrices of mixed shapes in one call, some of no size that tiles like."""
+    """Matrices of mixed shapes in one call, some with sizes that do not tile."""
     shapes = {
         "tiny": ((12, 20), (20, 12), (9, 9)),
         "small": ((64, 200), (96, 32), (33, 33), (65, 100)),
@@ -205,11 +205,11 @@ def _newton_schulz(size: str, dtype: torch.dtype, device: torch.device) -> Measu
 
 
 ADAM_LIMIT = 2e-5
-"""Of what two float32 steps of 0.02 change in numbers around 1: their rounding is 3e-6 of it."""
+"""Relative to the change by two float32 steps of 0.02 in numbers around 1: their rounding is 3e-6 of it."""
 
 
 def _muon(size: str, dtype: torch.dtype, device: torch.device) -> Measure:
-    """Two steps of matrices by Muon, computing in dtype, and of all else by Adam."""
+    """Two steps of Muon for matrices, computing in dtype, and of Adam for everything else."""
     shapes: tuple[tuple[int, ...], ...] = ((20, 70), (40, 30), (7,), (3, 4, 5), (1025,))
     if size == "full":
         shapes += ((768, 2048), (768, 768))
@@ -264,7 +264,7 @@ def _ema(tiny: bool, device: torch.device) -> Measure:
 
 
 def _product(sizes: tuple[tuple[int, int, int], ...], device: torch.device) -> Measure:
-    """The layers' own matrix products, plain and added, of both orders in memory."""
+    """The layers' own matrix products, plain and added, in both memory orders."""
     made = []
     for m, k, n in sizes:
         a, b, c = (x.to(device, torch.float32) for x in normal((m, k), (n, k), (m, n)))

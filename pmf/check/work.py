@@ -1,8 +1,8 @@
-"""One place's process: it computes cases and sends what it found; the parent (`report`) survives its end.
+"""The process for one device: computes cases and sends the results; the parent (`report`) survives it.
 
-A place is the CPU, at each level that the processor has, or one GPU. Messages are (kind, value): "here" with
-the names of its columns, "begin" before a case, "row" behind it at each column, "end" at last; "absent" with
-a sentence where nothing can be checked, "lost" where the device answers no more.
+A device is the CPU, at each level that the processor has, or one GPU. Messages are (kind, value): "here" with
+the names of its columns, "begin" before a case, "row" after it for each column, "end" at the end; "absent"
+with a sentence if nothing can be checked, "lost" if the device no longer responds.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ __all__ = ["LEAST_MEMORY", "LEVELS", "Row", "main", "sentence"]
 
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
 LEAST_MEMORY = 4 << 30
-"""Bytes that the cases of a GPU need, with room: float64 truths of the largest one, PyTorch's cache, CUDA."""
+"""Bytes that a GPU's cases need, with margin: exact results of the largest, PyTorch's cache, CUDA."""
 OLDEST = (8, 0)
 Row = dict[str, Any]
 
 
 def main(handle: int, place: str, size: str, families: tuple[str, ...], skip: int) -> None:
-    """handle: of the pipe that this process has from its parent."""
+    """handle: of the pipe that this process inherits from its parent."""
     with Connection(handle, readable=False) as sender:
         work(sender, place, size, families, skip)
 
 
 def work(sender: Connection, place: str, size: str, families: tuple[str, ...], skip: int) -> None:
-    """skip: cases that other processes have had."""
+    """skip: number of cases already handled by other processes."""
     try:
         columns = _cpu() if place == "cpu" else _gpu(place)
     except _NothingToCheckError as problem:
@@ -49,7 +49,7 @@ def work(sender: Connection, place: str, size: str, families: tuple[str, ...], s
         for row in _rows(check, device, columns):
             sender.send(("row", row))
             if "lost" in row:
-                os._exit(1)  # tidying up would ask the device
+                os._exit(1)  # cleaning up would access the device
     sender.send(("end", None))
 
 
@@ -58,7 +58,7 @@ class _NothingToCheckError(Exception):
 
 
 def _cpu() -> dict[str, Callable[[], Any]]:
-    """What sets up each level. One thread: on work this small several would wait for each other."""
+    """A setup function per level. One thread: for work this small several would wait for each other."""
     threads, best = torch.get_num_threads(), None
     columns: dict[str, Callable[[], Any]] = {}
     for level in LEVELS:
@@ -99,7 +99,7 @@ def _gpu(place: str) -> dict[str, Callable[[], Any]]:
     if free < LEAST_MEMORY:
         raise _NothingToCheckError(
             f"{name} has {free / 2**30:.1f} of {total / 2**30:.0f} GiB free, as others use it, and a "
-            f"check needs {LEAST_MEMORY / 2**30:.0f}: check it again when it is free"
+            f"check needs {LEAST_MEMORY / 2**30:.0f}: run it again when the memory is free"
         )
     checked.forgo_reminder()
     return {name: torch.cuda.synchronize}
@@ -116,7 +116,7 @@ def _rows(check: Check, device: torch.device, columns: dict[str, Callable[[], An
     measure: Any = None
     for column, set_up in columns.items():
         if column.endswith("threads") and check.dtype != torch.float32:
-            continue  # how work is shared out is no matter of the dtype
+            continue  # the division of work does not depend on the dtype
         row: Row = {**base, "place": column}
         try:
             set_up()
@@ -125,7 +125,7 @@ def _rows(check: Check, device: torch.device, columns: dict[str, Callable[[], An
         except torch.cuda.OutOfMemoryError:
             row["not_checked"] = "memory ran out"
             torch.cuda.empty_cache()
-        except Exception as problem:  # an op may raise anything, and the others are still to be checked
+        except Exception as problem:  # an op may raise anything, and the others must still be checked
             row["failed"] = sentence(problem)
             if device.type == "cuda" and not _is_alive():
                 row["lost"] = True
@@ -142,6 +142,6 @@ def _is_alive() -> bool:
 
 
 def sentence(problem: BaseException) -> str:
-    """The first line of what an exception says, with its kind."""
+    """The first line of an exception's message, with its type."""
     text = str(problem).strip()
     return f"{type(problem).__name__}: {text.splitlines()[0]}" if text else type(problem).__name__

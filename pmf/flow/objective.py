@@ -265,7 +265,7 @@ def _guided_velocity(
 
 
 def _target_of_u(v_target: Tensor, du_dt: Tensor, scalars: Scalars) -> Tensor:
-    """The target of u: v_g - (t - r) du/dt, where the first samples have a du/dt."""
+    """The target of u, v_g - (t - r) du/dt; du/dt exists for the first samples only."""
     n = len(du_dt)
     u_target = v_target.clone()
     u_target[:n] -= over_pixels((scalars.t - scalars.r)[:n]) * du_dt
@@ -273,7 +273,7 @@ def _target_of_u(v_target: Tensor, du_dt: Tensor, scalars: Scalars) -> Tensor:
 
 
 def _squared(error: Tensor) -> Tensor:
-    """The sum of squares of each sample, [B]."""
+    """The sum of squares per sample, [B]."""
     return error.square().flatten(1).sum(1)
 
 

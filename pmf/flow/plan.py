@@ -12,7 +12,7 @@ __all__ = ["Plan", "Scalars", "make_plan"]
 
 
 class Scalars(NamedTuple):
-    """Numbers of each sample, [B] in the internal order."""
+    """Numbers per sample, [B] in the internal order."""
 
     t: Tensor
     r: Tensor

@@ -1,4 +1,4 @@
-"""What the network sees at (z, t), and how its tokens become a velocity."""
+"""The network's input at (z, t), and the velocity from its output tokens."""
 
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ __all__ = ["ReadOut"]
 
 
 class ReadOut(NamedTuple):
-    """What the network sees at (z, t), and how its tokens become a velocity.
+    """The network's input at (z, t), and the velocity from its output tokens.
 
     z is [B, C, H, W], t [B], tokens [B, N, p p C]. In general the tokens become images, which the
     preconditioner and the prediction turn into a velocity. The paper's choice, an image as the prediction
@@ -34,14 +34,14 @@ class ReadOut(NamedTuple):
         prediction: Prediction | None = None,
         preconditioner: Preconditioner | None = None,
     ) -> "ReadOut":
-        """A model's own, except for what is given."""
+        """The model's own read-out, except for the arguments given."""
         return cls(prediction or prediction_of(config), preconditioner or preconditioner_of(config))
 
     def network_input(self, z: Tensor, t: Tensor) -> Tensor:
         return self.preconditioner.input(z, t)
 
     def network_input_tangent(self, z: Tensor, t: Tensor, z_t: Tensor, t_t: Tensor) -> Tensor:
-        """The tangent alone; tangents are of the first n samples."""
+        """Only the tangent; tangents are of the first n samples."""
         n = len(z_t)
         return self.preconditioner.input_tangent(z[:n], t[:n], z_t, t_t)
 

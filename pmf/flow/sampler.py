@@ -48,7 +48,6 @@ def sample(
     on the generator's device or the CPU. prediction and preconditioner default to the model's own. precision
     is as for `Sampler`, whose weight conversion this function repeats on every call: for many batches create
     one Sampler.
-    every call: for many batches make one Sampler.
     """
     sampler = Sampler(model, precision, prediction=prediction, preconditioner=preconditioner)
     return sampler(labels, steps, omega, interval, noise, generator, times=times)

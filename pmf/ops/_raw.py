@@ -1,6 +1,6 @@
 """The compiled operators, torch.ops.pmf, for functions that call several of them: `raw.swiglu(a, b)`.
 
-Where `PMF_KERNELS` asks for it, a reference runs instead, without a graph for autograd.
+If `PMF_KERNELS` selects it, a reference runs instead, without a graph for autograd.
 """
 
 import functools

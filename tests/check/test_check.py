@@ -213,7 +213,7 @@ def test_a_process_that_cannot_begin_is_a_sentence(
     status, record = check(out=tmp_path / "check.json")
     assert status == 1 and record["places"][0]["rows"] == []
     assert capsys.readouterr().err == (
-        "off: cpu was not checked to the end: its process did not begin: the process ended with status 7\n"
+        "off: cpu was not checked to the end: its process did not start: the process ended with status 7\n"
     )
 
 
@@ -221,7 +221,7 @@ def test_a_process_that_cannot_begin_is_a_sentence(
     ("words", "sentence"),
     [
         (["swish"], "there is no op 'swish' to check: choose from attention, "),
-        (["--device", "tpu"], "--device tpu is not there; there is "),
+        (["--device", "tpu"], "--device tpu does not exist; available:  "),
         (["--out", "."], "--out . is a folder: name a file"),
     ],
 )
