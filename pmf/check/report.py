@@ -48,7 +48,7 @@ def find_places(device: str | None) -> list[str]:
         return ["cpu"]
     wanted = gpus if device == "cuda" else [device]
     if not wanted or not set(wanted) <= set(gpus):
-        there = f"cpu, {', '.join(gpus)}" if gpus else "only cpu: torch finds no CUDA device"
+        there = f"cpu, {', '.join(gpus)}" if gpus else "only cpu (torch finds no CUDA device)"
         raise UserError(f"--device {device} does not exist; available: {there}")
     return wanted
 
