@@ -1,4 +1,4 @@
-"""Pictures that a person looks at: PNG files, grids of images, and matplotlib figures."""
+"""Images for viewing: PNG files, grids and matplotlib figures."""
 
 import io
 from collections.abc import Sequence
@@ -65,7 +65,7 @@ def image_grid(images: torch.Tensor, columns: int) -> torch.Tensor:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty matplotlib figure of that size in inches, which needs no display."""
+    """An empty matplotlib figure of this size in inches; needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -75,7 +75,7 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def png_of(figure: Any) -> bytes:
-    """A figure as a PNG file's contents."""
+    """A figure encoded as PNG."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=110)
     return content.getvalue()
