@@ -221,7 +221,7 @@ def test_a_process_that_cannot_begin_is_a_sentence(
     ("words", "sentence"),
     [
         (["swish"], "there is no op 'swish' to check: choose from attention, "),
-        (["--device", "tpu"], "--device tpu does not exist; available:  "),
+        (["--device", "tpu"], "--device tpu does not exist; available: "),
         (["--out", "."], "--out . is a folder: name a file"),
     ],
 )
