@@ -5,14 +5,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
+
+from pmf import ops
 
 from .mode import TangentMode, is_active
 from .sdpa import _is_plain, replace_sdpa
 
 __all__ = ["Jvp"]
+
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 Directions = Sequence[Tensor | None]
 """Tangents of the primals' leaves, in order."""
@@ -90,25 +95,48 @@ def beside(
             # A separate tensor: the same one may be passed twice, or also be a constant.
             leaves[i] = leaves[i].view_as(leaves[i])
             mode.alias(leaves[i], torch.empty_like(leaves[i]).copy_(t.detach()))
-    with mode, _DetachInPlace(mode):
+    with mode, _FromAbove(mode):
         out = network(*tree_unflatten(leaves, spec), **constants)
     out_leaves, out_spec = _flatten(out)
     out_ts = [_or_zero(y, mode.get(y)) for y in out_leaves]
     return out, tree_unflatten(out_ts, out_spec)
 
 
-class _DetachInPlace(TorchFunctionMode):
-    """Handles Tensor.detach_, which never reaches a dispatch mode."""
+class _FromAbove(TorchFunctionMode):
+    """What a dispatch mode does not see, or sees only in pieces: Tensor.detach_ and RMS normalisation."""
 
     def __init__(self, mode: TangentMode) -> None:
         super().__init__()
         self.mode = mode
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is F.rms_norm and (found := _rms_norm(*args, **kwargs)) is not None:
+            return found
+        out = func(*args, **kwargs)
         if func is torch.Tensor.detach_:
             self.mode.alias(out, None)
         return out
+
+
+def _rms_norm(
+    input: Any, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+) -> Tensor | None:
+    """F.rms_norm as one operator, where it is one of ours; PyTorch's is six, each with a tangent.
+
+    Not in a checkpointed block, whose recomputation must save what this pass does, and not under autocast,
+    whose dtype is another.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if weight is None or torch._C._is_any_autocast_enabled() or (hooks and hooks[0] is not _pack):
+        return None
+    if not _is_plain(input) or not _is_plain(weight) or input.is_nested or input.dtype != weight.dtype:
+        return None
+    if not weight.shape == input.shape[-1:] == tuple(normalized_shape) or input.dtype not in _FLOATING:
+        return None
+    if eps is None:
+        eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
+    return ops.rms_norm(input, weight, eps)
 
 
 def _by_transform(
@@ -234,16 +262,18 @@ def _freed_early() -> contextlib.AbstractContextManager[Any]:
     if not torch.is_grad_enabled() or hooks_there:
         return contextlib.nullcontext()
 
-    def pack(x: Tensor) -> tuple[Tensor, int]:
-        return x.detach(), x._version
+    return torch.autograd.graph.saved_tensors_hooks(_pack, _unpack)
 
-    def unpack(saved: tuple[Tensor, int]) -> Tensor:
-        alias, version = saved
-        if alias._version != version:  # autograd's own check, which hooks must repeat
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace "
-                f"operation: {list(alias.shape)} is at version {alias._version}; expected version {version}"
-            )
-        return alias
 
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+def _pack(x: Tensor) -> tuple[Tensor, int]:
+    return x.detach(), x._version
+
+
+def _unpack(saved: tuple[Tensor, int]) -> Tensor:
+    alias, version = saved
+    if alias._version != version:  # autograd's own check, which it leaves to hooks
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace "
+            f"operation: {list(alias.shape)} is at version {alias._version}; expected version {version}"
+        )
+    return alias

@@ -1,6 +1,8 @@
 """Jvp: values, tangents and gradients equal torch.func.jvp through math attention."""
 
+import copy
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -9,10 +11,12 @@ from helpers import emulator
 from helpers.levels import LEVELS, at_level
 from helpers.networks import NETWORKS, DiT, Problem, ViT, encoder, jvp_math
 from helpers.tolerance import assert_close
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import pmf
+from pmf import ops
+from pmf.tangents import module
 from pmf.tangents.mode import TangentMode
 from pmf.tangents.module import _freed_early
 
@@ -547,3 +551,62 @@ def test_large_tangents_take_turns_in_a_few_buffers():
             y = y + layer(y)
     assert len(mode._buffers) <= 5
     assert mode.get(y) is not None
+
+
+class Normed(nn.Module):
+    def __init__(self, eps: float | None) -> None:
+        super().__init__()
+        self.norm, self.layers = nn.RMSNorm(8, eps=eps), nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(self.norm(x))
+
+
+@pytest.mark.parametrize("eps", [None, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rms_norm_is_one_operator(eps, dtype):
+    """PyTorch's default eps is that of the dtype it computes in, which small inputs show."""
+    network = Normed(eps).to(dtype)
+    nn.init.normal_(network.norm.weight)
+    x, x_t = (1e-3 * torch.randn(2, 5, 8)).to(dtype), (1e-3 * torch.randn(2, 5, 8)).to(dtype)
+    problem = Problem(copy.deepcopy(network).double(), (x.double(),), {})
+    if eps is None and dtype != torch.float64:
+        problem.network.norm.eps = eps_of(torch.float32)
+    exact = jvp_math(problem.network, (x.double(),), (x_t.double(),))
+    with mock.patch.object(module.ops, "rms_norm", wraps=ops.rms_norm) as ours:
+        found = pmf.Jvp(network)((x,), (x_t,))
+    assert ours.call_count == 1
+    assert_close([y.detach() for y in found], exact, {torch.float64: 1e-12}.get(dtype, 4 * eps_of(dtype)))
+    loss = (found[0] + 0.3 * found[1]).square().sum()
+    grads = torch.autograd.grad(loss, list(network.parameters()))
+    out = problem.network(x.double())
+    wanted = gradients(out, exact[1].detach(), problem.network)
+    assert_close(grads, wanted, {torch.float64: 1e-12}.get(dtype, 8 * eps_of(dtype)))
+
+
+def eps_of(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
+
+
+def test_rms_norm_stays_pytorchs_where_ours_would_differ():
+    """Checkpointed blocks are computed again without Jvp; autocast has a dtype of its own."""
+    network, x, x_t = Normed(None), torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = network
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.block, x, use_reentrant=False)
+
+    with mock.patch.object(module.ops, "rms_norm", wraps=ops.rms_norm) as ours:
+        out, out_t = pmf.Jvp(Blocks())((x,), (x_t,))
+        (out + out_t).sum().backward()
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = network(x).dtype
+            assert pmf.Jvp(network)((x,), (x_t,))[0].dtype == expected
+        bare = nn.RMSNorm(8, elementwise_affine=False)
+        assert_close(pmf.Jvp(bare)((x,), (x_t,)), jvp_math(bare, (x,), (x_t,)), 1e-5)
+    assert not ours.called
+    assert_close((out.detach(), out_t), jvp_math(network, (x,), (x_t,)), 1e-5)
