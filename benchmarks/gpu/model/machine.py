@@ -1,0 +1,226 @@
+"""One multiprocessor, cycle by cycle: four schedulers, their pipes, shared memory, copies, barriers.
+
+What the compiler decided is followed to the letter (stalls, scoreboards); what the hardware decides is a rate
+or a latency in rates.json. Each scheduler keeps to a warp while it can, then takes the oldest that may go on.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .sass import NO_SCOREBOARD, Instruction
+
+Rates = dict[str, float]
+SCHEDULERS = 4
+SCOREBOARDS = 6
+WARP_COPY_BYTES = 512
+QUEUE = 12
+"""Cycles of work that the shared-memory queue holds before a scheduler must wait."""
+
+
+@dataclass(eq=False)
+class Trace:
+    """Instructions as the machine sees them."""
+
+    instructions: Sequence[Instruction]
+    code: list[tuple[str, int, int, int, int, float, int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.code = [
+            (
+                each.kind,
+                max(1, each.stall),
+                each.waits,
+                each.sets,
+                each.frees,
+                _weight(each),
+                _pending(each),
+            )
+            for each in self.instructions
+        ]
+
+    def __len__(self) -> int:
+        return len(self.code)
+
+
+def _weight(each: Instruction) -> float:
+    """How many times its kind's unit of work an instruction is."""
+    if each.kind == "ldsm":
+        return 4 if ".4" in each.opcode else 2 if ".2" in each.opcode else 1
+    if each.kind == "fma" and each.name == "IMAD" and "MOV" not in each.opcode:
+        return 2
+    if each.kind in ("shared", "load", "store"):
+        return 4 if ".128" in each.opcode else 2 if ".64" in each.opcode else 1
+    return 1
+
+
+def _pending(each: Instruction) -> int:
+    """Of a wait for copies: how many groups may still be on their way."""
+    if each.kind != "wait_groups" or "," not in each.text:
+        return 0
+    return int(each.text.split(",")[1].split()[0], 16)
+
+
+class Warp:
+    __slots__ = ("block", "groups", "last", "place", "ready", "release", "segment", "segments", "trace")
+
+    def __init__(self, segments: Sequence[Trace], block: Block, ready: float):
+        self.segments, self.block, self.ready = segments, block, ready
+        self.segment, self.place, self.trace = 0, 0, segments[0].code
+        self.release = [0.0] * SCOREBOARDS
+        self.groups: list[float] = []
+        self.last = 0.0
+
+
+class Block:
+    """Warps that meet at barriers."""
+
+    def __init__(self, programs: Sequence[Sequence[Trace]], start: float):
+        self.warps = [Warp(each, self, start) for each in programs if each]
+        self.waiting: list[Warp] = []
+        self.running = len(self.warps)
+        self.schedulers: list[int] = []
+
+
+class Multiprocessor:
+    """Blocks of one kind, `resident` at a time, `count` in all; ends() says in which cycle each has ended."""
+
+    def __init__(
+        self,
+        programs: Sequence[Sequence[Trace]],
+        resident: int,
+        count: int,
+        rates: Rates,
+        copy_rate: float,
+    ):
+        self.programs, self.resident, self.count = programs, resident, count
+        self.rates, self.copy_rate = rates, copy_rate
+
+    def ends(self, seed: int = 0) -> list[float]:
+        rates, chance = self.rates, random.Random(seed)
+        launch = rates["launch_cycles"]
+        schedulers: list[list[Warp]] = [[] for _ in range(SCHEDULERS)]
+        started = 0
+
+        def start(at: float, places: Sequence[int]) -> None:
+            nonlocal started
+            block = Block(self.programs, at)
+            block.schedulers = list(places)
+            for warp, place in zip(block.warps, places, strict=True):
+                warp.ready += launch + chance.randrange(40)
+                schedulers[place].append(warp)
+            started += 1
+
+        for i in range(min(self.resident, self.count)):
+            # Blocks that began together drift apart.
+            warps = sum(1 for each in self.programs if each)
+            places = [(i * warps + warp) % SCHEDULERS for warp in range(warps)]
+            start(i * rates["offset_cycles"] / self.resident, places)
+        pipes = [{"hmma": 0.0, "fma": 0.0, "alu": 0.0, "mufu": 0.0} for _ in range(SCHEDULERS)]
+        per_kind = {
+            "hmma": ("hmma", rates["hmma_cycles"]),
+            "fma": ("fma", rates["fma_cycles"]),
+            "alu": ("alu", rates["alu_cycles"]),
+            "mufu": ("mufu", rates["mufu_cycles"]),
+        }
+        latency = {name[:-8]: value for name, value in rates.items() if name.endswith("_latency")}
+        usual = latency["usual"]
+        memory = channel = 0.0
+        now, ended = 0.0, []
+        while len(ended) < self.count:
+            acted, wake = False, float("inf")
+            for index in range(SCHEDULERS):
+                mine, pipe = schedulers[index], pipes[index]
+                for position, warp in enumerate(mine):
+                    ready = warp.ready
+                    if ready > now:
+                        if ready < wake:
+                            wake = ready
+                        continue
+                    kind, stall, waits, sets, frees, weight, pending = warp.trace[warp.place]
+                    if waits:
+                        release = warp.release
+                        until = max(release[b] for b in range(SCOREBOARDS) if waits >> b & 1)
+                        if until > now:
+                            warp.ready = until
+                            if until < wake:
+                                wake = until
+                            continue
+                    through = per_kind.get(kind)
+                    if through is not None:
+                        if pipe[through[0]] >= now + 1:
+                            wake = min(wake, float(int(pipe[through[0]])))
+                            continue
+                        name, cycles = through
+                        pipe[name] = max(pipe[name], now) + cycles * (weight if kind == "fma" else 1)
+                        done = now + latency.get(kind, usual)
+                    elif kind in ("ldsm", "shared", "shuffle"):
+                        if memory > now + QUEUE:
+                            if memory - QUEUE < wake:
+                                wake = memory - QUEUE
+                            continue
+                        memory = max(memory, now) + weight * rates["shared_row_cycles"]
+                        done = memory + latency[kind]
+                    elif kind == "copy":
+                        channel = max(channel, now) + WARP_COPY_BYTES / self.copy_rate
+                        warp.last = max(channel, now + latency["global"])
+                        done = now + latency["shared"]
+                    elif kind in ("load", "store"):
+                        channel = max(channel, now) + 128 * weight / self.copy_rate
+                        done = now + latency["shared"]
+                        if kind == "load":
+                            done = max(channel, now + latency["global"])
+                    elif kind == "close_group":
+                        warp.groups.append(warp.last)
+                        done = now
+                    elif kind == "wait_groups":
+                        groups = warp.groups[: len(warp.groups) - pending] if pending else warp.groups
+                        if groups and (until := max(groups)) > now:
+                            warp.ready = until
+                            if until < wake:
+                                wake = until
+                            continue
+                        done = now
+                    else:
+                        done = now + latency.get(kind, usual)
+                    if sets != NO_SCOREBOARD and done > warp.release[sets]:
+                        warp.release[sets] = done
+                    if frees != NO_SCOREBOARD:
+                        freed = now + (done - now) / 2
+                        if freed > warp.release[frees]:
+                            warp.release[frees] = freed
+                    warp.ready = now + stall
+                    acted = True
+                    if kind == "barrier":
+                        block = warp.block
+                        block.waiting.append(warp)
+                        warp.ready = float("inf")
+                        if len(block.waiting) == block.running:
+                            for each in block.waiting:
+                                each.ready = now + latency["barrier"]
+                            block.waiting.clear()
+                    warp.place += 1
+                    if warp.place == len(warp.trace):
+                        warp.segment += 1
+                        if warp.segment < len(warp.segments):
+                            warp.trace, warp.place = warp.segments[warp.segment].code, 0
+                        else:
+                            block = warp.block
+                            block.running -= 1
+                            mine.remove(warp)
+                            if block.waiting and len(block.waiting) == block.running:
+                                for each in block.waiting:
+                                    each.ready = now + latency["barrier"]
+                                block.waiting.clear()
+                            if block.running == 0:
+                                ended.append(now)
+                                if started < self.count:
+                                    start(now, block.schedulers)
+                            break
+                    if position:
+                        mine.insert(0, mine.pop(position))
+                    break
+            now = now + 1 if acted else max(now + 1, wake if wake != float("inf") else now + 1)
+        return ended
