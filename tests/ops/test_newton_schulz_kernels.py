@@ -110,6 +110,25 @@ def test_any_number_of_steps(kernels, steps, method):
         assert error(result, exact) < 1e-4, coefficients
 
 
+@pytest.mark.parametrize("coefficients", ["quintic", "polar-express"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", METHODS)
+def test_no_number_of_steps_explodes(kernels, method, dtype, coefficients):
+    """Of matrices without full rank, and of singular values that the Gram matrix does not resolve."""
+    matrices = [random(20, rank, seed=rank) @ random(rank, 48) for rank in (1, 4)]
+    left, right = torch.linalg.qr(random(11, 11))[0], torch.linalg.qr(random(22, 11, seed=1))[0]
+    matrices += [left @ (torch.logspace(0, -power, 11)[:, None] * right.T) for power in (1.2, 8)]
+    given = [g.to(kernels) for g in matrices]
+    for steps in (5, 6, 8, 12, 30):
+        for g, result in zip(
+            matrices, newton_schulz(given, steps, coefficients, method, dtype), strict=True
+        ):
+            assert result.isfinite().all()
+            exact = torch.linalg.svdvals(reference.newton_schulz(g.double(), steps, coefficients))[0]
+            largest = torch.linalg.svdvals(result.double().cpu())[0]
+            assert largest <= 1.5 * max(exact.item(), 0.9), (steps, tuple(g.shape))
+
+
 def test_results_have_the_matrices_dtypes(kernels):
     matrices = [random(9, 20).to(kernels, dtype) for dtype in (*DTYPES, torch.float64)]
     for matrix, result in zip(matrices, newton_schulz(matrices), strict=True):
