@@ -45,8 +45,8 @@ struct Backward {
         offsets(options, params.shape) {
     params.dtype = dtype_of(query, "attention", "query");
     params.scale = options.scale;
-    params.is_causal = options.is_causal;
     params.window = window_of(options);
+    params.is_causal = params.window.right == 0;
     params.sequences = offsets.view;
     params.allow_tf32 = options.allow_tf32;
     params.mask = check_mask(options.mask, params.shape, query);

@@ -93,16 +93,16 @@ def test_what_is_planned_fits_what_was_compiled(plans: ModuleType, code: Machine
         # Registers are allocated for large devices: on a small one, shared memory may fit fewer blocks.
         counted = launch["blocks_per_processor"] if gpu is not RTX_3090 else 1
         assert blocks >= max(1, counted), (kernel, launch)
-        assert code.bounds[kernel].blocks in (1, launch["blocks_per_processor"]), kernel
         planned.add(kernel)
     assert len(planned) > 60
 
 
-def test_heads_of_276_tokens_are_read_once(plans: ModuleType) -> None:
-    """With one block per head, each key and value is read from memory once, by one block only."""
+def test_276_tokens_leave_no_warp_idle(plans: ModuleType) -> None:
+    """Blocks of 48 or 96 queries make 288 of a head's 276, and several share a multiprocessor."""
     for (gpu, width), tangent in itertools.product(((A100, 64), (H100, 64), (H100, 80)), (False, True)):
         (launch,) = attention(plans, gpu, 3072, 276, 276, width, tangent=tangent)["launches"]
-        assert launch["blocks"] == 3072, (gpu, launch)
+        assert launch["blocks"] * launch["tile"][0] == 3072 * 288, (gpu, launch)
+        assert launch["blocks_per_processor"] >= 2
 
 
 def test_a_step_of_muon_is_twenty_launches(plans: ModuleType) -> None:
@@ -121,12 +121,12 @@ def test_flops_are_those_that_the_flop_counter_counts(plans: ModuleType) -> None
     def meta(*shape: int) -> torch.Tensor:
         return torch.empty(shape, device="meta")
 
-    x = meta(1, 4, 276, 80)
+    x, rest = meta(1, 4, 276, 80), (None, False, 1.0)
     attention_flops = {
-        (False, False): _flops.FORMULAS["attention_forward"](x, x, x),
-        (False, True): _flops.FORMULAS["attention_jvp_forward"](x, x, x, x, x, x),
-        (True, False): _flops.FORMULAS["attention_backward"](x, x, x, x),
-        (True, True): _flops.FORMULAS["attention_jvp_backward"](x, x, x, x, x, x, x, x),
+        (False, False): _flops.FORMULAS["attention_forward"](x, x, x, *rest),
+        (False, True): _flops.FORMULAS["attention_jvp_forward"](x, x, x, x, x, x, *rest),
+        (True, False): _flops.FORMULAS["attention_backward"](x, x, x, x, x, *rest),
+        (True, True): _flops.FORMULAS["attention_jvp_backward"](x, x, x, x, x, x, x, x, x, *rest),
     }
     for (backward, tangent), flops in attention_flops.items():
         plan = attention(plans, H100, 4, 276, 276, 80, backward=backward, tangent=tangent)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from helpers.attention import Problem, Shape, problem
-from helpers.levels import CPU_LEVELS, at_level
+from helpers.levels import CPU_LEVELS, EMULATED, at_level
 from helpers.tolerance import assert_close, tolerance
 from torch import Tensor
 
@@ -119,10 +119,17 @@ def test_chunks_of_keys_add_up_as_in_a_ring():
         assert_close(grads, expected, 1e-10)
 
 
+@pytest.mark.parametrize("level", [*CPU_LEVELS, *EMULATED])
 def test_a_right_side_of_0_is_causal(level):
     p = problem(SHAPES[0]).to(torch.float32)
-    causal = ops.attention_jvp(*p[:6], is_causal=True, enable_gqa=True)
-    window = ops.attention_jvp(*p[:6], window=(-1, 0), enable_gqa=True)
+
+    def everything(**options) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in p[:6]]
+        outputs = ops.attention_jvp(*leaves, **options, enable_gqa=True)
+        return [x.detach() for x in outputs] + list(torch.autograd.grad(outputs, leaves, (p.grad, p.grad_t)))
+
+    with at_level(level):
+        causal, window = everything(is_causal=True), everything(window=(-1, 0))
     assert all(torch.equal(a, b) for a, b in zip(causal, window, strict=True))
 
 

@@ -120,9 +120,7 @@ def test_no_number_of_steps_explodes(kernels, method, dtype, coefficients):
     matrices += [left @ (torch.logspace(0, -power, 11)[:, None] * right.T) for power in (1.2, 8)]
     given = [g.to(kernels) for g in matrices]
     for steps in (5, 6, 8, 12, 30):
-        for g, result in zip(
-            matrices, newton_schulz(given, steps, coefficients, method, dtype), strict=True
-        ):
+        for g, result in zip(matrices, newton_schulz(given, steps, coefficients, method, dtype), strict=True):
             assert result.isfinite().all()
             exact = torch.linalg.svdvals(reference.newton_schulz(g.double(), steps, coefficients))[0]
             largest = torch.linalg.svdvals(result.double().cpu())[0]

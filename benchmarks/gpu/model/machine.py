@@ -128,7 +128,8 @@ class Multiprocessor:
         latency = {name[:-8]: value for name, value in rates.items() if name.endswith("_latency")}
         usual = latency["usual"]
         memory = channel = 0.0
-        now, ended = 0.0, []
+        now = 0.0
+        ended: list[float] = []
         while len(ended) < self.count:
             acted, wake = False, float("inf")
             for index in range(SCHEDULERS):

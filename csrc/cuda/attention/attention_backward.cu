@@ -2,7 +2,10 @@
 //
 // The kernels and their mathematics: attention_backward_queries.cuh (ordinary) or
 // attention_backward_tangents.cuh (through both outputs), then attention_backward_keys.cuh.
+#include <algorithm>
+
 #include "cuda/attention/attention_backward_plan.h"
+#include "cuda/attention/attention_views.h"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/launchers.h"
 
@@ -12,6 +15,8 @@ namespace {
 constexpr int kRowsOfWarp = 16;
 constexpr int kMaxWarps = kBackwardMostRows / kRowsOfWarp;
 constexpr int64_t kLargestGrid = 2147483647;
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr int64_t kSharedOverhead = 1024;  // of a block, on top of what it asks for
 
 int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
@@ -22,7 +27,8 @@ int64_t shared_bytes(const BackwardKernels& k, int warps, int slots, bool by_key
   return kBackwardPlaceBytes + warps * kRowsOfWarp * row + slots * (k.columns * row + statistics);
 }
 
-// Six warps, or four where that leaves fewer idle rows or there are few; blocks are whole tiles.
+// Six warps, or four where that leaves fewer idle rows or there are few; blocks are whole tiles, as
+// every row of a tile of queries must have its statistics.
 int preferred_warps(int64_t rows) {
   if (rows <= 2 * kRowsOfWarp) return 2;
   const auto padded = [rows](int warps) {
@@ -31,9 +37,37 @@ int preferred_warps(int64_t rows) {
   return 20 * padded(4) < 19 * padded(kMaxWarps) ? 4 : kMaxWarps;
 }
 
+// Of a regular kernel: by the cycle model (benchmarks/gpu_model.py), not measured, three or four
+// blocks on a multiprocessor cover each other's barriers better than two.
+int regular_warps(const BackwardKernels& kernels, int64_t rows) {
+  const int fewest = kernels.warps / 4, more = kernels.warps / 3;
+  const auto padded = [&](int warps) {
+    return ceil_div(rows, warps * kRowsOfWarp) * warps * kRowsOfWarp;
+  };
+  const int64_t tiles = ceil_div(rows, kernels.columns) * kernels.columns;
+  return padded(fewest) < tiles || padded(more) < padded(fewest) ? more : fewest;
+}
+
+// BackwardKernels::regular, but for the widths.
+bool is_regular(const AttentionBackwardParams& p) {
+  const AttentionShape& s = p.shape;
+  if (p.mask.kind != MaskKind::none || p.is_causal || s.heads != s.key_heads) return false;
+  const int64_t bytes = dtype_bytes(p.dtype);
+  const auto queries = [&](const auto& x) {
+    return x.data != nullptr && whole_chunks(x, s.batch, s.heads, s.queries, bytes);
+  };
+  const auto keys = [&](const auto& x) {
+    return x.data != nullptr && whole_chunks(x, s.batch, s.key_heads, s.keys, bytes);
+  };
+  const bool primal = queries(p.query) && queries(p.grad) && keys(p.key) && keys(p.value);
+  return primal && (p.grad_t.data == nullptr ||
+                    (queries(p.query_t) && queries(p.grad_t) && keys(p.key_t) && keys(p.value_t)));
+}
+
 }  // namespace
 
-const BackwardKernels& attention_backward_kernels(const AttentionBackwardParams& params) {
+const BackwardKernels& attention_backward_kernels(const AttentionBackwardParams& params,
+                                                  int64_t shared_limit) {
   const BackwardTable table = params.dtype == DType::bf16  ? attention_backward_bf16()
                               : params.dtype == DType::f16 ? attention_backward_f16()
                               : params.allow_tf32          ? attention_backward_tf32()
@@ -41,7 +75,18 @@ const BackwardKernels& attention_backward_kernels(const AttentionBackwardParams&
   // Without queries grad_t holds nothing, and gradients of tangents may still be wanted.
   const bool tangent = params.grad_t.data != nullptr || params.shape.queries == 0;
   const BackwardKernels* k = tangent ? table.tangent : table.ordinary;
-  while (k->width < params.shape.width || k->width < params.shape.value_width) ++k;
+  const AttentionShape& s = params.shape;
+  const bool regular = is_regular(params);
+  const auto fits = [&](const BackwardKernels& kernels) {
+    if (!kernels.regular) return s.width <= kernels.width && s.value_width <= kernels.width;
+    const auto runs = [&](bool by_keys) {
+      const BackwardPlan plan = attention_backward_plan(kernels, params, by_keys, shared_limit);
+      return plan.slots == kBackwardRegularSlots && plan.shared_bytes <= shared_limit;
+    };
+    return regular && s.width == kernels.width && s.value_width == kernels.width && runs(false) &&
+           runs(true);
+  };
+  while (!fits(*k)) ++k;
   return *k;
 }
 
@@ -50,7 +95,7 @@ BackwardPlan attention_backward_plan(const BackwardKernels& kernels,
                                      int64_t shared_limit) {
   const AttentionShape& s = params.shape;
   const int64_t rows = by_keys ? s.keys : s.queries;
-  int warps = preferred_warps(rows), slots = 3;
+  int warps = kernels.regular ? regular_warps(kernels, rows) : preferred_warps(rows), slots = 3;
   // A smaller ring first: blocks keep their size, and what they read is read once.
   while (shared_bytes(kernels, warps, slots, by_keys) > shared_limit) {
     const int fewer = warps > 2 ? warps - 2 : 1;
@@ -72,6 +117,13 @@ BackwardPlan attention_backward_plan(const BackwardKernels& kernels,
   const int out = by_keys ? kernels.out_keys : kernels.out_queries;
   plan.blocks = ceil_div(width, out) * ceil_div(rows, plan.rows) *
                 (by_keys ? s.key_heads : s.heads) * s.batch;
+  const int64_t heads = by_keys ? s.key_heads : s.heads;
+  plan.by_parts = Divisor(uint32_t(ceil_div(width, out)));
+  plan.by_row_blocks = Divisor(uint32_t(ceil_div(rows, plan.rows)));
+  plan.by_heads = Divisor(uint32_t(heads));
+  plan.by_group = Divisor(uint32_t(heads / (s.key_heads > 0 ? s.key_heads : 1)));
+  plan.scale = float(params.scale);
+  plan.factor = float(params.scale * double(kLog2e));
   plan.padded_queries = int(attention_backward_padded_queries(s));
   plan.statistics = static_cast<float*>(params.workspace);
   return plan;
@@ -81,17 +133,20 @@ const char* attention_backward(const AttentionBackwardParams& params, void* stre
   const AttentionShape& s = params.shape;
   constexpr int64_t kLongest = 2147483647 - 4 * kMaxWarps * kRowsOfWarp;
   if (s.queries > kLongest || s.keys > kLongest) return "more than 2^31 queries or keys";
-  const BackwardKernels& kernels = attention_backward_kernels(params);
+  const int64_t shared_limit = device_shared_limit();
+  if (shared_limit <= 0) return "the device does not say how much shared memory it has";
+  const BackwardKernels& kernels = attention_backward_kernels(params, shared_limit);
   for (const bool by_keys : {false, true}) {
-    const BackwardPlan plan =
-        attention_backward_plan(kernels, params, by_keys, device_shared_limit());
+    const BackwardPlan plan = attention_backward_plan(kernels, params, by_keys, shared_limit);
     if (plan.blocks == 0) continue;
     if (plan.blocks > kLargestGrid) return "more than 2^31 blocks of queries or keys";
-    plan_next_launch(plan.rows, kernels.columns, kernels.blocks);
-    const auto status =
-        launch(by_keys ? kernels.keys : kernels.queries, dim3(unsigned(plan.blocks)),
-               dim3(unsigned(plan.rows / kRowsOfWarp * kWarpThreads)), plan.shared_bytes,
-               static_cast<cudaStream_t>(stream), params, plan);
+    const int warps = plan.rows / kRowsOfWarp;
+    const int64_t fit = device_shared_per_processor() / (plan.shared_bytes + kSharedOverhead);
+    plan_next_launch(plan.rows, kernels.columns,
+                     int(std::max<int64_t>(1, std::min<int64_t>(kernels.warps / warps, fit))));
+    const auto status = launch(by_keys ? kernels.keys : kernels.queries,
+                               dim3(unsigned(plan.blocks)), dim3(unsigned(warps * kWarpThreads)),
+                               plan.shared_bytes, static_cast<cudaStream_t>(stream), params, plan);
     if (const char* problem = error_sentence(status)) return problem;
   }
   return nullptr;

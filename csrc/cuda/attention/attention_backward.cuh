@@ -13,6 +13,7 @@
 #pragma once
 
 #include "cuda/attention/attention_backward_plan.h"
+#include "cuda/attention/attention_hidden.cuh"
 #include "cuda/attention/attention_tile.cuh"
 #include "pmf/attention_backward.h"
 
@@ -36,27 +37,44 @@ __device__ inline float* statistic_of(const BackwardPlan& plan, const AttentionS
   return plan.statistics + row * plan.padded_queries;
 }
 
+// The tensors of a head on either side. Ordinary kernels have the first two.
+enum QuerySide { kQ, kG, kQT, kX };  // queries, grad, their tangents, grad_t
+enum KeySide { kK, kV, kKT, kVT };
+
+__device__ inline const ConstView4& query_side(const AttentionBackwardParams& p, int which) {
+  return which == kQ ? p.query : which == kG ? p.grad : which == kQT ? p.query_t : p.grad_t;
+}
+__device__ inline const ConstView4& key_side(const AttentionBackwardParams& p, int which) {
+  return which == kK ? p.key : which == kV ? p.value : which == kKT ? p.key_t : p.value_t;
+}
+
 // Which part of the work a block does: columns of the gradients, tile of rows, head and batch. It
 // lies in front of the block's tiles and is read from there wherever it is needed: no compiler
 // keeps it in registers throughout the loops, where accumulators need them all.
+// kTensors tensors stream past: of a regular kernel, with their statistics, from here. What the
+// warps found: attention_hidden.cuh.
+template <int kTensors>
 struct BlockPlace {
+  WholeHead streamed[kTensors];
+  const float* statistics;  // of the queries' head
   int column, first, head, batch, key_head;
+  uint32_t found[8];
 };
-static_assert(sizeof(BlockPlace) <= kBackwardPlaceBytes, "the plan counts them");
+static_assert(sizeof(BlockPlace<4>) <= kBackwardPlaceBytes, "the plan counts them");
 
-// Of this block, of `heads` heads with `row_count` rows each and gradients `width` wide. Every
-// thread of the block calls it.
-__device__ inline const BlockPlace& place_block(int64_t width, int part, int64_t row_count,
-                                                int rows, int64_t heads, int64_t key_heads) {
-  BlockPlace* const place = reinterpret_cast<BlockPlace*>(dynamic_shared());
+// Of this block, of blocks of `rows` rows of gradients, which are cut into parts of `part` columns.
+template <int kTensors>
+__device__ inline BlockPlace<kTensors>& place_block(const BackwardPlan& plan, int part) {
+  auto* const place = reinterpret_cast<BlockPlace<kTensors>*>(dynamic_shared());
   if (threadIdx.x == 0) {
-    unsigned index = blockIdx.x;
-    const unsigned parts = unsigned((width + part - 1) / part);
-    const unsigned blocks = unsigned((row_count + rows - 1) / rows);
-    place->column = int(index % parts) * part, index /= parts;
-    place->first = int(index % blocks) * rows, index /= blocks;
-    place->head = int(index % unsigned(heads)), place->batch = int(index / unsigned(heads));
-    place->key_head = place->head / int(heads / key_heads);
+    uint32_t index = blockIdx.x;
+    place->column = int(plan.by_parts.divide(index)) * part;
+    place->first = int(plan.by_row_blocks.divide(index)) * plan.rows;
+    place->head = int(plan.by_heads.divide(index));
+    place->batch = int(index);
+    index = uint32_t(place->head);
+    plan.by_group.divide(index);
+    place->key_head = int(index);
   }
   __syncthreads();
   return *place;
@@ -95,100 +113,210 @@ __device__ inline void store_rows(const View4& view, int batch, int head, int fi
 
 // ---- the ring of streamed tiles -----------------------------------------------------------------
 
-// Calls issue(i, slot) for each of `count` tiles, some ahead of consume(i, slot). Every thread of
-// the block calls it; what was loaded before is there as well when the first tile is consumed.
-template <typename Issue, typename Consume>
-__device__ inline void stream(int count, int slots, Issue issue, Consume consume) {
-  const int ahead = slots - 1;
-  const auto start = [&](int i, int slot) {
-    if (i < count) issue(i, slot);
-    cp_async_commit();
-  };
-  for (int i = 0; i < ahead; ++i) start(i, i);
-  int slot = 0;
-  for (int i = 0; i < count; ++i) {
-    if (ahead == 0) start(i, 0);
-    if (ahead == 2) {
-      cp_async_wait<1>();
-    } else {
-      cp_async_wait<0>();
-    }
-    __syncthreads();  // tile i is there, and everyone is done with tile i - 1
-    if (ahead != 0) start(i + ahead, slot == 0 ? ahead : slot - 1);
-    consume(i, slot);
-    slot = slot == ahead ? 0 : slot + 1;
-    if (ahead == 0) __syncthreads();
-  }
-  cp_async_commit();  // of what was loaded before, where no tile followed
-  cp_async_wait<0>();
-  __syncthreads();
+// Calls issue(i, slot) for each of `count` tiles, some ahead of consume(i, slot). What was loaded
+// before is there as well when the first tile is consumed.
+template <bool kRegular, typename Issue, typename Consume>
+__device__ inline void stream(int count, int slots, const Issue& issue, const Consume& consume) {
+  const TileStream tiles = {count, kRegular ? kBackwardRegularSlots : slots};
+  tiles.begin(issue);
+  tiles.run(issue, consume);
+  tiles.end();
 }
+
+// A block's tiles in shared memory: kTensors of its own, `rows` rows each, and a ring of slots with
+// as many of kColumns rows.
+template <typename T, int kWidth, int kTensors, int kColumns>
+struct BlockTiles {
+  using Tile = SharedTile<T, kWidth>;
+  T* shared;
+  int rows;
+
+  __device__ Tile own(int which, int row = 0) const {
+    return {shared, (which * rows + row) * kWidth};
+  }
+  __device__ T* ring() const { return shared + kTensors * rows * kWidth; }
+  __device__ Tile streamed(int slot, int which) const {
+    return {ring() + which * kColumns * kWidth, slot * kTensors * kColumns * kWidth};
+  }
+
+  // Tensors [0, kTensors) of one side, rows [first, first + count), into tiles that follow `tile`.
+  template <bool kRegular, typename Views>
+  __device__ static void load(const Tile& tile, int count, const Views& views, int batch, int head,
+                              int first, int row_count, const AttentionShape& shape) {
+    const int thread = threadIdx.x, threads = blockDim.x;
+    if constexpr (kRegular) {
+      WholeHead heads[kTensors];
+#pragma unroll
+      for (int i = 0; i < kTensors; ++i) heads[i] = whole_head_of<T>(views(i), batch, head);
+      load_whole_rows<kTensors, 1>(tile, count, heads, first, row_count, thread, threads);
+    } else {
+      for (int i = 0; i < kTensors; ++i) {
+        const HeadView<T> view = head_of<T>(views(i), batch, head);
+        if (view.data == nullptr) continue;
+        load_rows(Tile{tile.data + i * count * kWidth, tile.start}, count, view, first, row_count,
+                  int(i % 2 == 0 ? shape.width : shape.value_width), thread, threads);
+      }
+    }
+  }
+};
 
 // ---- products of a warp -------------------------------------------------------------------------
 
-// c += rows [row, row + 16) of `a` times tile^T, over `width` columns. kSwapped: see ArithmeticF32.
+// c += A times columns [k depth, (k + 1) depth) of tile^T.
 template <typename E, bool kSwapped, int kTiles, int kWidth>
-__device__ inline void multiply_across(float (&c)[kTiles][4],
-                                       const SharedTile<typename E::Storage, kWidth>& a, int row,
-                                       const SharedTile<typename E::Storage, kWidth>& tile,
-                                       int width, int lane) {
-  // At 80, or beside tangents, loads ahead would not fit the registers beside the accumulators.
-  constexpr int kUnrolled = kWidth == 80 || kTiles <= 2 ? 1 : 4;
-#pragma unroll kUnrolled
-  for (int k = 0; k < kWidth / E::kDepth; ++k) {
-    if (kWidth > kTunedWidth && k * E::kDepth >= width) break;
-    const FragmentA fragment = load_a(a, row, 2 * k, lane);
-    if constexpr (kTiles == 1) {
-      const FragmentB b = load_across(tile, 0, 2 * k, lane);
-      E::template multiply<kSwapped>(c[0], fragment, b);
-    } else {
+__device__ inline void across_step(float (&c)[kTiles][4], const FragmentA& a,
+                                   const SharedTile<typename E::Storage, kWidth>& tile, int k,
+                                   int lane) {
+  if constexpr (kTiles == 1) {
+    E::template multiply<kSwapped>(c[0], a, load_across(tile, 0, 2 * k, lane));
+  } else {
 #pragma unroll
-      for (int j = 0; j < kTiles; j += 2) {
-        FragmentB b[2];
-        load_across(b, tile, 8 * j, 2 * k, lane);
-        E::template multiply<kSwapped>(c[j], fragment, b[0]);
-        E::template multiply<kSwapped>(c[j + 1], fragment, b[1]);
-      }
+    for (int j = 0; j < kTiles; j += 2) {
+      FragmentB b[2];
+      load_across(b, tile, 8 * j, 2 * k, lane);
+      E::template multiply<kSwapped>(c[j], a, b[0]);
+      E::template multiply<kSwapped>(c[j + 1], a, b[1]);
     }
   }
 }
 
-// out += p times columns [column, column + kOut) of the tile; columns past `width` are left out.
-template <typename E, int kTiles, int kOutTiles, int kWidth>
-__device__ inline void multiply_down(float (&out)[kOutTiles][4], const float (&p)[kTiles][4],
-                                     const SharedTile<typename E::Storage, kWidth>& tile,
-                                     int column, int width, int lane) {
-  // In fp32 a tile's products are added up by themselves: a thousand keys one by one into large
-  // sums would lose more than the products do.
-  if constexpr (sizeof(typename E::Storage) == 4) {
-#pragma unroll
-    for (int n = 0; n < kOutTiles; n += 2) {
-      if (column + 8 * n >= width) break;
-      float part[2][4];
-      clear(part);
-#pragma unroll
-      for (int k = 0; k < kTiles / E::kTilesPerA; ++k) {
-        const FragmentA a = E::pack_a(p + k * E::kTilesPerA);
-        FragmentB b[2];
-        load_down(b, tile, k * E::kDepth, column + 8 * n, lane);
-        E::template multiply<>(part[0], a, b[0]);
-        E::template multiply<>(part[1], a, b[1]);
-      }
-#pragma unroll
-      for (int e = 0; e < 4; ++e) out[n][e] += part[0][e], out[n + 1][e] += part[1][e];
-    }
-    return;
+// How many steps of a product are unrolled: all of a regular kernel's, as far as loads ahead fit
+// the registers in the others.
+template <typename E, bool kRegular, int kTiles, int kWidth>
+constexpr int kUnrolledSteps = kRegular                      ? kWidth / E::kDepth
+                               : kWidth == 80 || kTiles <= 2 ? 1
+                                                             : 4;
+
+// c += rows [row, row + 16) of `a` times b^T, over `width` columns. kSwapped: see ArithmeticF32.
+template <typename E, bool kSwapped, bool kRegular, int kTiles, int kWidth>
+__device__ inline void multiply_across(float (&c)[kTiles][4],
+                                       const SharedTile<typename E::Storage, kWidth>& a, int row,
+                                       const SharedTile<typename E::Storage, kWidth>& b, int width,
+                                       int lane) {
+  constexpr int kUnrolled = kUnrolledSteps<E, kRegular, kTiles, kWidth>;
+#pragma unroll kUnrolled
+  for (int k = 0; k < kWidth / E::kDepth; ++k) {
+    if (!kRegular && kWidth > kTunedWidth && k * E::kDepth >= width) break;
+    across_step<E, kSwapped>(c, load_a(a, row, 2 * k, lane), b, k, lane);
   }
+}
+
+// A product and its tangent, c += a b^T and ct += at b^T + a bt^T, whose fragments are the same; a
+// tangent without data is zero. kSwapped also exchanges the last two, so that kernels that have A
+// and B in each other's places add up alike.
+template <typename E, bool kSwapped, bool kRegular, int kTiles, int kWidth>
+__device__ inline void multiply_across(float (&c)[kTiles][4], float (&ct)[kTiles][4],
+                                       const SharedTile<typename E::Storage, kWidth>& a,
+                                       const SharedTile<typename E::Storage, kWidth>& at,
+                                       bool has_at, int row,
+                                       const SharedTile<typename E::Storage, kWidth>& b,
+                                       const SharedTile<typename E::Storage, kWidth>& bt,
+                                       bool has_bt, int width, int lane) {
+  constexpr int kUnrolled = kUnrolledSteps<E, kRegular, kTiles, kWidth>;
+#pragma unroll kUnrolled
+  for (int k = 0; k < kWidth / E::kDepth; ++k) {
+    if (!kRegular && kWidth > kTunedWidth && k * E::kDepth >= width) break;
+    const FragmentA fragment = load_a(a, row, 2 * k, lane);
+    if constexpr (kRegular) {
+      const FragmentA tangent = load_a(at, row, 2 * k, lane);
 #pragma unroll
-  for (int k = 0; k < kTiles / E::kTilesPerA; ++k) {
-    const FragmentA a = E::pack_a(p + k * E::kTilesPerA);
+      for (int j = 0; j < kTiles; j += 2) {
+        FragmentB f[2], ft[2];
+        load_across(f, b, 8 * j, 2 * k, lane);
+        load_across(ft, bt, 8 * j, 2 * k, lane);
 #pragma unroll
-    for (int n = 0; n < kOutTiles; n += 2) {
-      if (kWidth > kTunedWidth && column + 8 * n >= width) break;
-      FragmentB b[2];
-      load_down(b, tile, k * E::kDepth, column + 8 * n, lane);
-      E::template multiply<>(out[n], a, b[0]);
-      E::template multiply<>(out[n + 1], a, b[1]);
+        for (int x = 0; x < 2; ++x) E::template multiply<kSwapped>(c[j + x], fragment, f[x]);
+#pragma unroll
+        for (int x = 0; x < 2; ++x) {
+          E::template multiply<kSwapped>(ct[j + x], kSwapped ? fragment : tangent,
+                                         kSwapped ? ft[x] : f[x]);
+        }
+#pragma unroll
+        for (int x = 0; x < 2; ++x) {
+          E::template multiply<kSwapped>(ct[j + x], kSwapped ? tangent : fragment,
+                                         kSwapped ? f[x] : ft[x]);
+        }
+      }
+    } else {
+      across_step<E, kSwapped>(c, fragment, b, k, lane);
+      if (kSwapped && has_bt) across_step<E, kSwapped>(ct, fragment, bt, k, lane);
+      if (has_at) across_step<E, kSwapped>(ct, load_a(at, row, 2 * k, lane), b, k, lane);
+      if (!kSwapped && has_bt) across_step<E, kSwapped>(ct, fragment, bt, k, lane);
+    }
+  }
+}
+
+// One of the sums out += p times a tile.
+template <int kTiles, int kOutTiles>
+struct DownTerm {
+  float (&out)[kOutTiles][4];
+  const float (&p)[kTiles][4];
+};
+template <int kTiles, int kOutTiles>
+__device__ inline DownTerm<kTiles, kOutTiles> down(float (&out)[kOutTiles][4],
+                                                   const float (&p)[kTiles][4]) {
+  return {out, p};
+}
+
+// Every term's out += p times columns [column, column + kOut) of the tile, whose fragments are read
+// once; columns past `width` are left out. kFinite: zeros for what is not finite
+// (attention_hidden.cuh).
+template <typename E, bool kFinite, bool kRegular, int kWidth, int kTiles, int kOutTiles,
+          typename... Terms>
+__device__ inline void multiply_down(const SharedTile<typename E::Storage, kWidth>& tile,
+                                     int column, int width, int lane,
+                                     const DownTerm<kTiles, kOutTiles>& first,
+                                     const Terms&... others) {
+  using T = typename E::Storage;
+  const auto load = [&](FragmentB(&b)[2], int k, int n) {
+    load_down(b, tile, k * E::kDepth, column + 8 * n, lane);
+    if constexpr (kFinite) b[0] = finite<T>(b[0]), b[1] = finite<T>(b[1]);
+  };
+  if constexpr (sizeof(T) == 4) {
+    // In fp32 a tile's products are added up by themselves: tensor cores cut all terms where the
+    // largest ends, and a thousand keys one by one into large sums would lose more than the
+    // products do.
+    const auto add = [&](const auto& term) {
+#pragma unroll
+      for (int n = 0; n < kOutTiles; n += 2) {
+        if (column + 8 * n >= width) break;
+        float part[2][4];
+        clear(part);
+#pragma unroll
+        for (int k = 0; k < kTiles / E::kTilesPerA; ++k) {
+          const FragmentA a = E::pack_a(term.p + k * E::kTilesPerA);
+          FragmentB b[2];
+          load(b, k, n);
+          E::template multiply<>(part[0], a, b[0]);
+          E::template multiply<>(part[1], a, b[1]);
+        }
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          term.out[n][e] += part[0][e], term.out[n + 1][e] += part[1][e];
+        }
+      }
+    };
+    add(first);
+    (add(others), ...);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kTiles / E::kTilesPerA; ++k) {
+      const FragmentA a[] = {E::pack_a(first.p + k * E::kTilesPerA),
+                             E::pack_a(others.p + k * E::kTilesPerA)...};
+#pragma unroll
+      for (int n = 0; n < kOutTiles; n += 2) {
+        if (!kRegular && kWidth > kTunedWidth && column + 8 * n >= width) break;
+        FragmentB b[2];
+        load(b, k, n);
+        int i = 0;
+        const auto add = [&](const auto& term) {
+          E::template multiply<>(term.out[n], a[i], b[0]);
+          E::template multiply<>(term.out[n + 1], a[i], b[1]);
+          ++i;
+        };
+        add(first);
+        (add(others), ...);
+      }
     }
   }
 }
@@ -210,13 +338,16 @@ struct ScorePlace {
   int batch, head, query, key;
 };
 
-// Raw scores to log-2 units: c log2(e) S plus mask, -inf where the query may not attend.
+// Raw scores to log-2 units: c log2(e) S plus mask, -inf where the query may not attend, and zeros
+// there in what hangs on the scores, so that nothing a hidden key holds can reach the result.
 // Accumulator rows are queries, or, kTransposed, keys. `edge`: the tile reaches past the keys or
-// the diagonal.
-template <bool kTransposed, int kTiles>
+// the diagonal. kRegular: there is no mask and no diagonal.
+template <bool kTransposed, bool kRegular, int kTiles, typename... Others>
 __device__ inline void finish_scores(float (&s)[kTiles][4], const AttentionBackwardParams& p,
-                                     const ScorePlace& place, float factor, bool edge) {
-  if (p.mask.kind == MaskKind::none) {
+                                     const ScorePlace& place, float factor, bool edge,
+                                     Others&... others) {
+  const bool masked = !kRegular && p.mask.kind != MaskKind::none;
+  if (!masked) {
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
@@ -235,15 +366,43 @@ __device__ inline void finish_scores(float (&s)[kTiles][4], const AttentionBackw
       const int query = place.query + (kTransposed ? column : row);
       const int key = place.key + (kTransposed ? row : column);
       float bias = 0.0f;
-      if (key >= keys || query >= queries || (p.is_causal && key > query)) {
+      if (key >= keys || (!kRegular && (query >= queries || (p.is_causal && key > query)))) {
         bias = -INFINITY;
-      } else if (p.mask.kind != MaskKind::none) {
+      } else if (masked) {
         bias = mask_bias(p.mask, head + int64_t(query) * stride[2] + int64_t(key) * stride[3]);
       }
-      if (p.mask.kind != MaskKind::none) s[j][e] = fmaf(s[j][e], factor, bias);
-      if (bias == -INFINITY) s[j][e] = -INFINITY;
+      if (masked) s[j][e] = fmaf(s[j][e], factor, bias);
+      if (bias == -INFINITY) {
+        s[j][e] = -INFINITY;
+        ((others[j][e] = 0.0f), ...);
+      }
     }
   }
+}
+
+// Zeros in what hangs on probabilities s that are 0.
+template <int kTiles, typename... Others>
+__device__ inline void forget_hidden(const float (&s)[kTiles][4], Others&... others) {
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      if (s[j][e] == 0.0f) ((others[j][e] = 0.0f), ...);
+    }
+  }
+}
+
+// Whether row `row` of a tile holds nothing but zeros: what all lanes of a quad are told.
+template <typename T, int kWidth>
+__device__ inline bool zero_row(const SharedTile<T, kWidth>& tile, int row, int lane) {
+  uint32_t bits = 0;
+  for (int chunk = lane & 3; chunk < SharedTile<T, kWidth>::kChunks; chunk += 4) {
+    const uint4 w = *reinterpret_cast<const uint4*>(tile.at(row, chunk));
+    bits |= w.x | w.y | w.z | w.w;
+  }
+  bits |= shuffle_xor(bits, 1);
+  bits |= shuffle_xor(bits, 2);
+  return (bits & (sizeof(T) == 2 ? 0x7fff7fffu : 0x7fffffffu)) == 0;
 }
 
 // A warp's rows of a gradient: rounded into its own rows of a tile that nobody reads any more, then

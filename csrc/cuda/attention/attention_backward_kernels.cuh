@@ -9,21 +9,24 @@ namespace pmf::cuda {
 
 constexpr int kBlockThreads = 192;  // six warps, the most that a plan takes
 
-template <typename E, int kWidth, int kOut, int kColumns, int kBlocks>
+template <typename E, int kWidth, int kOut, int kColumns, int kBlocks, bool kRegular = false>
 constexpr BackwardKernels ordinary_kernels() {
-  return {kWidth,
-          kOut,
-          kOut,
-          kColumns,
-          int(sizeof(typename E::Storage)),
-          2,
-          kStatistics<false>,
-          kBlocks,
-          attention_backward_queries<E, kWidth, kOut, kColumns, kBlockThreads, kBlocks>,
-          attention_backward_keys<E, kWidth, kOut, kColumns, false, kBlockThreads, kBlocks>};
+  return {
+      kWidth,
+      kOut,
+      kOut,
+      kColumns,
+      int(sizeof(typename E::Storage)),
+      2,
+      kStatistics<false>,
+      kBlocks * kBlockThreads / kWarpThreads,
+      kRegular,
+      attention_backward_queries<E, kWidth, kOut, kColumns, kRegular, kBlockThreads, kBlocks>,
+      attention_backward_keys<E, kWidth, kOut, kColumns, false, kRegular, kBlockThreads, kBlocks>};
 }
 
-template <typename E, int kWidth, int kOutQueries, int kOutKeys, int kColumns>
+template <typename E, int kWidth, int kOutQueries, int kOutKeys, int kColumns,
+          bool kRegular = false>
 constexpr BackwardKernels tangent_kernels() {
   return {kWidth,
           kOutQueries,
@@ -32,21 +35,24 @@ constexpr BackwardKernels tangent_kernels() {
           int(sizeof(typename E::Storage)),
           4,
           kStatistics<true>,
-          1,
-          attention_backward_tangents<E, kWidth, kOutQueries, kColumns, kBlockThreads>,
-          attention_backward_keys<E, kWidth, kOutKeys, kColumns, true, kBlockThreads, 1>};
+          kRegular ? 8 : kBlockThreads / kWarpThreads,
+          kRegular,
+          attention_backward_tangents<E, kWidth, kOutQueries, kColumns, kRegular, kBlockThreads>,
+          attention_backward_keys<E, kWidth, kOutKeys, kColumns, true, kRegular, kBlockThreads, 1>};
 }
 
-// 16-bit types: 64 and 80 tuned for two blocks an SM, which leaves 168 registers a thread.
+// 16-bit types: 64 and 80 tuned; ordinary ones for two blocks an SM, which leaves 168 registers a
+// thread.
 template <typename T>
 BackwardTable table16() {
   using E = Arithmetic16<T>;
   static const BackwardKernels ordinary[] = {
-      ordinary_kernels<E, 64, 64, 32, 2>(), ordinary_kernels<E, 80, 80, 32, 2>(),
-      ordinary_kernels<E, 128, 128, 32, 1>(), ordinary_kernels<E, 256, 128, 32, 1>()};
-  static const BackwardKernels tangent[] = {tangent_kernels<E, 64, 64, 64, 16>(),
-                                            tangent_kernels<E, 80, 48, 80, 16>(),
-                                            tangent_kernels<E, 256, 64, 64, 16>()};
+      ordinary_kernels<E, 64, 64, 32, 2, true>(), ordinary_kernels<E, 80, 80, 32, 2, true>(),
+      ordinary_kernels<E, 64, 64, 32, 1>(), ordinary_kernels<E, 128, 128, 32, 1>(),
+      ordinary_kernels<E, 256, 128, 32, 1>()};
+  static const BackwardKernels tangent[] = {
+      tangent_kernels<E, 64, 64, 64, 16, true>(), tangent_kernels<E, 80, 48, 80, 16, true>(),
+      tangent_kernels<E, 64, 64, 64, 16>(), tangent_kernels<E, 256, 64, 64, 16>()};
   return {ordinary, tangent};
 }
 

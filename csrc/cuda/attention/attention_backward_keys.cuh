@@ -22,112 +22,145 @@
 
 namespace pmf::cuda {
 
-template <typename E, int kWidth, int kOut, int kColumns, bool kTangent, int kThreads, int kBlocks>
+// Which tile of queries comes next: those of every head of the group, head after head.
+struct QueryTiles {
+  int head, first, end, query;  // of the head: its first query, where it ends, and now
+
+  __device__ void next(int columns) {
+    query += columns;
+    if (query < end) return;
+    query = first;
+    ++head;
+  }
+};
+
+template <typename E, int kWidth, int kOut, int kColumns, bool kTangent, bool kRegular,
+          int kThreads, int kBlocks>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    attention_backward_keys(const AttentionBackwardParams p, const BackwardPlan plan) {
+    attention_backward_keys(const __grid_constant__ AttentionBackwardParams p,
+                            const __grid_constant__ BackwardPlan plan) {
   using T = typename E::Storage;
   using Tile = SharedTile<T, kWidth>;
   constexpr int kTiles = kColumns / 8, kOutTiles = kOut / 8,
                 kTangentTiles = kTangent ? kOutTiles : 2;
   constexpr int kTensors = kTangent ? 4 : 2;
   constexpr int kStats = kStatistics<kTangent>;
+  using Tiles = BlockTiles<T, kWidth, kTensors, kColumns>;
 
   const AttentionShape& shape = p.shape;
   const int rows = plan.rows;
-  const int64_t widest = shape.width > shape.value_width ? shape.width : shape.value_width;
-  const BlockPlace& place =
-      place_block(widest, kOut, shape.keys, rows, shape.key_heads, shape.key_heads);
-  const int column = place.column, first = place.first;
-  const int group = int(shape.heads / shape.key_heads);
+  auto& place = place_block<kTensors>(plan, kOut);
+  const int column = kRegular && kOut == kWidth ? 0 : place.column, first = place.first;
+  const int group = kRegular ? 1 : int(shape.heads / shape.key_heads);
   const int queries = int(shape.queries), all_keys = int(shape.keys);
+  const bool is_causal = !kRegular && p.is_causal;
 
   const int thread = threadIdx.x, warp = thread / kWarpThreads, lane = thread % kWarpThreads;
   const int g = lane >> 2, t = lane & 3;
   const int own = warp * kWarpRows;
   const int key = first + own;
-  const int width = int(shape.width), value_width = int(shape.value_width);
-  const bool has_g = !kTangent || p.grad.data != nullptr;
-  const bool has_qt = kTangent && p.query_t.data != nullptr;
-  const bool has_kt = kTangent && p.key_t.data != nullptr;
-  const bool has_vt = kTangent && p.value_t.data != nullptr;
+  const int width = kRegular ? kWidth : int(shape.width);
+  const int value_width = kRegular ? kWidth : int(shape.value_width);
+  const bool has_g = !kTangent || kRegular || p.grad.data != nullptr;
+  const bool has_qt = kTangent && (kRegular || p.query_t.data != nullptr);
+  const bool has_kt = kTangent && (kRegular || p.key_t.data != nullptr);
+  const bool has_vt = kTangent && (kRegular || p.value_t.data != nullptr);
 
-  // Shared: K, V (tK, tV) of the block, then slots of Q, G (tQ, X), then the slots' statistics.
-  T* const shared = reinterpret_cast<T*>(dynamic_shared() + kBackwardPlaceBytes);
-  const auto own_tile = [&](int which) { return Tile{shared + which * rows * kWidth}; };
-  T* const ring = shared + kTensors * rows * kWidth;
-  const auto slot_tile = [&](int slot, int which) {
-    return Tile{ring + (slot * kTensors + which) * kColumns * kWidth};
-  };
+  // Shared: the block's own tiles, the ring, then the slots' statistics.
+  const Tiles tiles = {reinterpret_cast<T*>(dynamic_shared() + kBackwardPlaceBytes), rows};
+  const int slots = kRegular ? kBackwardRegularSlots : plan.slots;
   float* const statistics =
-      reinterpret_cast<float*>(ring + plan.slots * kTensors * kColumns * kWidth);
-  const auto load = [&](const Tile& tile, int count, const HeadView<T>& view, int row,
-                        int row_count, int columns) {
-    if (view.data == nullptr) return;
-    load_rows(tile, count, view.data, view.row_stride, view.column_stride, row, row_count, columns,
-              thread, int(blockDim.x));
-  };
-  load(own_tile(0), rows, head_of<T>(p.key, place.batch, place.head), first, all_keys, width);
-  load(own_tile(1), rows, head_of<T>(p.value, place.batch, place.head), first, all_keys,
-       value_width);
-  if constexpr (kTangent) {
-    load(own_tile(2), rows, head_of<T>(p.key_t, place.batch, place.head), first, all_keys, width);
-    load(own_tile(3), rows, head_of<T>(p.value_t, place.batch, place.head), first, all_keys,
-         value_width);
+      reinterpret_cast<float*>(tiles.ring() + slots * kTensors * kColumns * kWidth);
+  Tiles::template load<kRegular>(
+      tiles.own(kK), rows, [&](int i) -> const ConstView4& { return key_side(p, i); }, place.batch,
+      place.head, first, all_keys, shape);
+  if (kRegular && thread < kTensors) {
+    const WholeHead head = whole_head_of<T>(query_side(p, thread), place.batch, place.head * group);
+    place.streamed[thread] = head;
+    if (thread == 0) {
+      place.statistics = statistic_of<kTangent>(plan, shape, place.batch, place.head, 0);
+    }
   }
+  __syncthreads();
 
-  const float scale = float(p.scale), factor = float(p.scale * double(kLog2eFloat));
+  const float &scale = plan.scale, &factor = plan.factor;
   float dk[kOutTiles][4], dv[kOutTiles][4], dkt[kTangentTiles][4], dvt[kTangentTiles][4];
   clear(dk);
   clear(dv);
   clear(dkt);
   clear(dvt);
 
-  // Tiles of queries, head after head; causal queries before the block's first key attend none of
-  // it.
-  const int tiles = (queries + kColumns - 1) / kColumns;
-  const int skipped = p.is_causal ? (first / kColumns < tiles ? first / kColumns : tiles) : 0;
-  const int per_head = tiles - skipped;
-  struct Place {
-    int head, query;
-  };
-  const auto place_of = [&](int i) {
-    const int local = per_head == 0 ? 0 : i / per_head;
-    return Place{place.head * group + local, (skipped + i - local * per_head) * kColumns};
-  };
-  const auto issue = [&](int i, int slot) {
-    const Place at = place_of(i);
-    load(slot_tile(slot, 0), kColumns, head_of<T>(p.query, place.batch, at.head), at.query, queries,
-         width);
-    load(slot_tile(slot, 1), kColumns, head_of<T>(p.grad, place.batch, at.head), at.query, queries,
-         value_width);
-    if constexpr (kTangent) {
-      load(slot_tile(slot, 2), kColumns, head_of<T>(p.query_t, place.batch, at.head), at.query,
-           queries, width);
-      load(slot_tile(slot, 3), kColumns, head_of<T>(p.grad_t, place.batch, at.head), at.query,
-           queries, value_width);
+  // Causal queries before the block's first key attend none of it.
+  const int begin = is_causal ? first / kColumns * kColumns : 0;
+  const int per_head = begin < queries ? (queries - begin + kColumns - 1) / kColumns : 0;
+  const QueryTiles start = {place.head * group, begin, queries, begin};
+  QueryTiles copied = start, now = start;
+
+  const auto issue = [&](int, int slot) {
+    const Tile tile = tiles.streamed(slot, kQ);
+    if constexpr (kRegular) {
+      load_whole_rows<kTensors, 1>(tile, kColumns, place.streamed, copied.query, queries, thread,
+                                   int(blockDim.x));
+    } else {
+      Tiles::template load<false>(
+          tile, kColumns, [&](int x) -> const ConstView4& { return query_side(p, x); }, place.batch,
+          copied.head, copied.query, queries, shape);
     }
     constexpr int kCopies = kColumns * int(sizeof(float)) / kChunkBytes;  // of one statistic
-    for (int c = thread; c < kStats * kCopies; c += int(blockDim.x)) {
+    const auto copy = [&](int c, const float* head) {
       const int which = c / kCopies, part = c % kCopies * 4;
-      const float* from =
-          statistic_of<kTangent>(plan, shape, place.batch, at.head, which) + at.query;
-      cp_async_16(statistics + (slot * kStats + which) * kColumns + part, from + part);
+      cp_async_16(statistics + (slot * kStats + which) * kColumns + part,
+                  head + (int64_t{which} * plan.padded_queries + (copied.query + part)));
+    };
+    if constexpr (kRegular && kWidth <= kTunedWidth) {  // the registers of wider ones are all taken
+      static_assert(kStats * kCopies <= kWarpThreads, "one warp copies them all");
+      if (thread < kStats * kCopies) copy(thread, place.statistics);
+    } else {
+      const float* const head = statistic_of<kTangent>(plan, shape, place.batch, copied.head, 0);
+      for (int c = thread; c < kStats * kCopies; c += int(blockDim.x)) copy(c, head);
     }
+    copied.next(kColumns);
   };
-  const auto consume = [&](int i, int slot) {
+  const auto consume = [&](int, int slot) {
+    const QueryTiles at = now;
+    now.next(kColumns);
+    const Tile q = tiles.streamed(slot, kQ), grad = tiles.streamed(slot, kG);
+    const Tile qt = tiles.streamed(slot, kQT), x = tiles.streamed(slot, kX);  // with tangents
+    const bool may_hide =
+        !kRegular && (p.mask.kind != MaskKind::none || (is_causal && at.query < first + rows));
+    bool hides = false;
+    if (may_hide) {
+      const auto look = [&](const Tile& tile) {
+        hides = any_not_finite(tile.at(0, 0), kColumns * kWidth, place.found, thread,
+                               int(blockDim.x)) ||
+                hides;
+        __syncthreads();  // before what was found is forgotten
+      };
+      look(q);
+      if (has_g) look(grad);
+      if (has_qt) look(qt);
+      if (kTangent) look(x);
+    }
     if (key >= all_keys) return;
-    const Place at = place_of(i);
-    if (p.is_causal && at.query + kColumns - 1 < key) return;
-    const Tile q = slot_tile(slot, 0), grad = slot_tile(slot, 1);
-    const Tile qt = slot_tile(slot, 2), x = slot_tile(slot, 3);  // with tangents
+    if (is_causal && at.query + kColumns - 1 < key) return;
     float s[kTiles][4], b[kTiles][4];
+    float u[kTangent ? kTiles : 1][4], a[kTangent ? kTiles : 1][4];
     clear(s);
     clear(b);
-    multiply_across<E, true>(s, own_tile(0), own, q, width, lane);
-    if (has_g) multiply_across<E, true>(b, own_tile(1), own, grad, value_width, lane);
-    if (has_vt) multiply_across<E, true>(b, own_tile(3), own, x, value_width, lane);
-    const bool edge = p.is_causal && at.query < key + kWarpRows - 1;
-    finish_scores<true>(s, p, {place.batch, at.head, at.query + 2 * t, key + g}, factor, edge);
+    if constexpr (kTangent) {
+      clear(u);
+      clear(a);
+      multiply_across<E, true, kRegular>(s, u, tiles.own(kK, own), tiles.own(kKT, own), has_kt, 0,
+                                         q, qt, has_qt, width, lane);
+      multiply_across<E, true, kRegular>(a, b, tiles.own(kV, own), tiles.own(kVT, own), has_vt, 0,
+                                         x, grad, has_g, value_width, lane);
+    } else {
+      multiply_across<E, true, kRegular>(s, tiles.own(kK, own), 0, q, width, lane);
+      multiply_across<E, true, kRegular>(b, tiles.own(kV, own), 0, grad, value_width, lane);
+    }
+    const bool edge = is_causal && at.query < key + kWarpRows - 1;
+    finish_scores<true, kRegular>(s, p, {place.batch, at.head, at.query + 2 * t, key + g}, factor,
+                                  edge);
 
     const float* const row = statistics + slot * kStats * kColumns;
     const auto statistic = [&](int which, int j, int e) {
@@ -137,51 +170,92 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        s[j][e] = exp2_approx(s[j][e] - statistic(kTop, j, e)) * statistic(kWeight, j, e);
+        const float weight = statistic(kWeight, j, e);
+        // A hidden score's P is 0 whatever the query's statistics are.
+        const bool hidden = !kRegular && (s[j][e] == -INFINITY || weight == 0.0f);
+        s[j][e] = exp2_approx(s[j][e] - statistic(kTop, j, e)) * weight;
+        if (hidden) s[j][e] = 0.0f;
       }
     }
-    if (has_g) multiply_down<E>(dv, s, grad, column, value_width, lane);
-    if constexpr (kTangent) {
-      float u[kTiles][4], a[kTiles][4];
-      clear(u);
-      clear(a);
-      if (has_qt) multiply_across<E, true>(u, own_tile(0), own, qt, width, lane);
-      if (has_kt) multiply_across<E, true>(u, own_tile(2), own, q, width, lane);
-      multiply_across<E, true>(a, own_tile(1), own, x, value_width, lane);
-      if (p.grad_value_t.data != nullptr) multiply_down<E>(dvt, s, x, column, value_width, lane);
+    if (may_hide) {
+      if constexpr (kTangent) {
+        forget_hidden(s, b, u, a);
+      } else {
+        forget_hidden(s, b);
+      }
+      // What is not finite and not hidden reaches the gradient of the values through P.
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const float centred = a[j][e] - statistic(kA, j, e);
-          const float tangent = fmaf(scale, u[j][e], -statistic(kR, j, e));
-          b[j][e] = fmaf(tangent, centred, b[j][e]);
-          a[j][e] = s[j][e] * (scale * centred);
-          u[j][e] = s[j][e] * tangent;
+          s[j][e] = fmaf(0.0f, b[j][e], s[j][e]);
+          if constexpr (kTangent) s[j][e] = fmaf(0.0f, a[j][e], s[j][e]);
         }
       }
-      if (has_qt || has_kt) multiply_down<E>(dv, u, x, column, value_width, lane);
-      if (has_qt) multiply_down<E>(dk, a, qt, column, width, lane);
-      if (p.grad_key_t.data != nullptr) multiply_down<E>(dkt, a, q, column, width, lane);
     }
+    const auto add = [&](auto finite_only) {
+      constexpr bool kFinite = decltype(finite_only)::value;
+      const auto down_to = [&](const Tile& tile, int columns, const auto&... terms) {
+        multiply_down<E, kFinite, kRegular>(tile, column, columns, lane, terms...);
+      };
+      if (has_g) down_to(grad, value_width, down(dv, s));
+      if constexpr (kTangent) {
+        const bool wants_vt = kRegular || p.grad_value_t.data != nullptr;
+        const bool wants_kt = kRegular || p.grad_key_t.data != nullptr;
+        float h[kTiles][4];  // P o u
 #pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
+        for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) s[j][e] *= fmaf(scale, b[j][e], -statistic(kD, j, e));
+          for (int e = 0; e < 4; ++e) {
+            const float centred = a[j][e] - statistic(kA, j, e);
+            const float tangent = fmaf(scale, u[j][e], -statistic(kR, j, e));
+            b[j][e] = fmaf(tangent, centred, b[j][e]);
+            a[j][e] = s[j][e] * (scale * centred);
+            h[j][e] = s[j][e] * tangent;
+            u[j][e] = s[j][e] * fmaf(scale, b[j][e], -statistic(kD, j, e));
+          }
+        }
+        if (may_hide) forget_hidden(s, a, h, u);
+        if (wants_vt) {
+          down_to(x, value_width, down(dv, h), down(dvt, s));
+        } else {
+          down_to(x, value_width, down(dv, h));
+        }
+        if (has_qt) down_to(qt, width, down(dk, a));
+        if (wants_kt) {
+          down_to(q, width, down(dk, u), down(dkt, a));
+        } else {
+          down_to(q, width, down(dk, u));
+        }
+      } else {
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const float derivative = fmaf(scale, b[j][e], -statistic(kD, j, e));
+            s[j][e] = may_hide && s[j][e] == 0.0f ? 0.0f : s[j][e] * derivative;
+          }
+        }
+        down_to(q, width, down(dk, s));
+      }
+    };
+    if (hides) {
+      add(std::true_type{});
+    } else {
+      add(std::false_type{});
     }
-    multiply_down<E>(dk, s, q, column, width, lane);
   };
-  stream(group * per_head, plan.slots, issue, consume);
+  stream<kRegular>(group * per_head, plan.slots, issue, consume);
 
-  const auto write = [&](const auto& sums, const View4& view, int which, int columns) {
-    write_gradient(sums, own_tile(which), own, view, place.batch, place.head, key, all_keys, column,
-                   columns, lane);
+  const auto write = [&](const auto& sums, const View4& view, KeySide which, int columns) {
+    write_gradient(sums, tiles.own(which, own), 0, view, place.batch, place.head, key, all_keys,
+                   column, columns, lane);
   };
-  write(dk, p.grad_key, 0, width);
-  write(dv, p.grad_value, 1, value_width);
+  write(dk, p.grad_key, kK, width);
+  write(dv, p.grad_value, kV, value_width);
   if constexpr (kTangent) {
-    if (p.grad_key_t.data != nullptr) write(dkt, p.grad_key_t, 2, width);
-    if (p.grad_value_t.data != nullptr) write(dvt, p.grad_value_t, 3, value_width);
+    if (p.grad_key_t.data != nullptr) write(dkt, p.grad_key_t, kKT, width);
+    if (p.grad_value_t.data != nullptr) write(dvt, p.grad_value_t, kVT, value_width);
   }
 }
 

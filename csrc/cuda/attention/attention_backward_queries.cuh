@@ -91,43 +91,41 @@ __device__ inline void follow(const MovingMean& state, float (&m)[kTiles][4],
   }
 }
 
-template <typename E, int kWidth, int kOut, int kColumns, int kThreads, int kBlocks>
+template <typename E, int kWidth, int kOut, int kColumns, bool kRegular, int kThreads, int kBlocks>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    attention_backward_queries(const AttentionBackwardParams p, const BackwardPlan plan) {
+    attention_backward_queries(const __grid_constant__ AttentionBackwardParams p,
+                               const __grid_constant__ BackwardPlan plan) {
   using T = typename E::Storage;
   using Tile = SharedTile<T, kWidth>;
-  constexpr int kTiles = kColumns / 8, kOutTiles = kOut / 8;
+  constexpr int kTiles = kColumns / 8, kOutTiles = kOut / 8, kTensors = 2;
+  using Tiles = BlockTiles<T, kWidth, kTensors, kColumns>;
 
   const AttentionShape& shape = p.shape;
   const int rows = plan.rows;
-  const BlockPlace& place =
-      place_block(shape.width, kOut, shape.queries, rows, shape.heads, shape.key_heads);
-  const int column = place.column, first = place.first;
+  auto& place = place_block<kTensors>(plan, kOut);
+  const int column = kRegular ? 0 : place.column, first = place.first;
   const int queries = int(shape.queries), all_keys = int(shape.keys);
+  const bool is_causal = !kRegular && p.is_causal;
 
   const int thread = threadIdx.x, warp = thread / kWarpThreads, lane = thread % kWarpThreads;
   const int g = lane >> 2, t = lane & 3;
   const int own = warp * kWarpRows;  // this warp's rows of the block
   const int query = first + own;
-  const int width = int(shape.width), value_width = int(shape.value_width);
+  const int width = kRegular ? kWidth : int(shape.width);
+  const int value_width = kRegular ? kWidth : int(shape.value_width);
 
-  T* const shared = reinterpret_cast<T*>(dynamic_shared() + kBackwardPlaceBytes);
-  const Tile q{shared}, grad{shared + rows * kWidth};
-  T* const ring = shared + 2 * rows * kWidth;
-  const auto slot_tile = [&](int slot, int which) {
-    return Tile{ring + (slot * 2 + which) * kColumns * kWidth};
-  };
-  const auto load = [&](const Tile& tile, int count, const HeadView<T>& view, int row,
-                        int row_count, int columns) {
-    load_rows(tile, count, view.data, view.row_stride, view.column_stride, row, row_count, columns,
-              thread, int(blockDim.x));
-  };
-  load(q, rows, head_of<T>(p.query, place.batch, place.head), first, queries, width);
-  load(grad, rows, head_of<T>(p.grad, place.batch, place.head), first, queries, value_width);
+  const Tiles tiles = {reinterpret_cast<T*>(dynamic_shared() + kBackwardPlaceBytes), rows};
+  Tiles::template load<kRegular>(
+      tiles.own(kQ), rows, [&](int i) -> const ConstView4& { return query_side(p, i); },
+      place.batch, place.head, first, queries, shape);
+  if (kRegular && thread < kTensors) {
+    const WholeHead head = whole_head_of<T>(key_side(p, thread), place.batch, place.key_head);
+    place.streamed[thread] = head;
+  }
+  __syncthreads();
 
-  const int seen =
-      p.is_causal && first + rows < all_keys ? first + rows : all_keys;  // by the block
-  const float scale = float(p.scale), factor = float(p.scale * double(kLog2eFloat));
+  const int seen = is_causal && first + rows < all_keys ? first + rows : all_keys;  // by the block
+  const float &scale = plan.scale, &factor = plan.factor;
 
   MovingMean state;
   float m[kOutTiles][4], z[kOutTiles][4];  // e K and H K
@@ -135,18 +133,35 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   clear(m);
   clear(z);
 
+  const auto issue = [&](int i, int slot) {
+    const Tile tile = tiles.streamed(slot, kK);
+    if constexpr (kRegular) {
+      load_whole_rows<kTensors, 1>(tile, kColumns, place.streamed, i * kColumns, all_keys, thread,
+                                   int(blockDim.x));
+    } else {
+      Tiles::template load<false>(
+          tile, kColumns, [&](int x) -> const ConstView4& { return key_side(p, x); }, place.batch,
+          place.key_head, i* kColumns, all_keys, shape);
+    }
+  };
   const auto consume = [&](int i, int slot) {
     const int key = i * kColumns;
+    const Tile k_tile = tiles.streamed(slot, kK), v_tile = tiles.streamed(slot, kV);
+    bool hides = false;
+    if (!kRegular && (p.mask.kind != MaskKind::none || (is_causal && key + kColumns - 1 > first))) {
+      hides =
+          any_not_finite(k_tile.at(0, 0), kColumns * kWidth, place.found, thread, int(blockDim.x));
+    }
     if (query >= queries) return;
-    if (p.is_causal && key > query + kWarpRows - 1) return;
-    const Tile k_tile = slot_tile(slot, 0), v_tile = slot_tile(slot, 1);
+    if (is_causal && key > query + kWarpRows - 1) return;
     float s[kTiles][4], b[kTiles][4];
     clear(s);
     clear(b);
-    multiply_across<E, false>(s, q, own, k_tile, width, lane);
-    multiply_across<E, false>(b, grad, own, v_tile, value_width, lane);
-    const bool edge = key + kColumns > all_keys || (p.is_causal && key + kColumns - 1 > query);
-    finish_scores<false>(s, p, {place.batch, place.head, query + g, key + 2 * t}, factor, edge);
+    multiply_across<E, false, kRegular>(s, tiles.own(kQ, own), 0, k_tile, width, lane);
+    multiply_across<E, false, kRegular>(b, tiles.own(kG, own), 0, v_tile, value_width, lane);
+    const bool edge = key + kColumns > all_keys || (is_causal && key + kColumns - 1 > query);
+    finish_scores<false, kRegular>(s, p, {place.batch, place.head, query + g, key + 2 * t}, factor,
+                                   edge, b);
     advance(state, s, b, scale);
     follow(state, m, z);
 #pragma unroll
@@ -157,31 +172,24 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     }
 #pragma unroll
     for (int k = 0; k < kTiles / E::kTilesPerA; ++k) {
-      const FragmentA e_rows = E::pack_a(s + k * E::kTilesPerA);
-      const FragmentA h_rows = E::pack_a(b + k * E::kTilesPerA);
-      add_row_sums<E>(sums, e_rows, h_rows, lane);
-#pragma unroll
-      for (int n = 0; n < kOutTiles; n += 2) {
-        if (kWidth > kTunedWidth && column + 8 * n >= width) break;
-        FragmentB f[2];
-        load_down(f, k_tile, k * E::kDepth, column + 8 * n, lane);
-#pragma unroll
-        for (int x = 0; x < 2; ++x) {
-          E::template multiply<>(m[n + x], e_rows, f[x]);
-          E::template multiply<>(z[n + x], h_rows, f[x]);
-        }
-      }
+      add_row_sums<E>(sums, E::pack_a(s + k * E::kTilesPerA), E::pack_a(b + k * E::kTilesPerA),
+                      lane);
+    }
+    if (!kRegular && hides) {
+      multiply_down<E, true, kRegular>(k_tile, column, width, lane, down(m, s), down(z, b));
+    } else {
+      multiply_down<E, false, kRegular>(k_tile, column, width, lane, down(m, s), down(z, b));
     }
   };
-  stream((seen + kColumns - 1) / kColumns, plan.slots,
-         [&](int i, int slot) {
-           load(slot_tile(slot, 0), kColumns, head_of<T>(p.key, place.batch, place.key_head),
-                i * kColumns, all_keys, width);
-           load(slot_tile(slot, 1), kColumns, head_of<T>(p.value, place.batch, place.key_head),
-                i * kColumns, all_keys, value_width);
-         },
-         consume);
+  stream<kRegular>((seen + kColumns - 1) / kColumns, plan.slots, issue, consume);
 
+  bool nothing[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    nothing[h] = state.mass[h] == 0.0f || query + g + 8 * h >= queries;
+    // Without a gradient a query, which may be anything where it is padding, moves nothing.
+    if (!kRegular) nothing[h] = zero_row(tiles.own(kG, own), g + 8 * h, lane) || nothing[h];
+  }
   if (column == 0 && t == 0) {
     const auto at = [&](int which) {
       return statistic_of<false>(plan, shape, place.batch, place.head, which);
@@ -189,10 +197,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = query + g + 8 * h;
-      const bool nothing = state.mass[h] == 0.0f || row >= queries;
-      at(kTop)[row] = nothing ? INFINITY : state.top[h];
-      at(kWeight)[row] = nothing ? 0.0f : rcp_approx(state.mass[h]);
-      at(kD)[row] = state.mean[h];
+      at(kTop)[row] = nothing[h] ? INFINITY : state.top[h];
+      at(kWeight)[row] = nothing[h] ? 0.0f : rcp_approx(state.mass[h]);
+      at(kD)[row] = nothing[h] ? 0.0f : state.mean[h];
     }
   }
 #pragma unroll
@@ -201,11 +208,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     for (int e = 0; e < 4; ++e) {
       const float l = sums[e / 2 * 2], r = sums[e / 2 * 2 + 1];
       const float share = l == 0.0f ? 0.0f : rcp_approx(l);
-      z[n][e] = share * fmaf(-r * share, m[n][e], z[n][e]);
+      z[n][e] = nothing[e / 2] ? 0.0f : share * fmaf(-r * share, m[n][e], z[n][e]);
     }
   }
-  write_gradient(z, q, own, p.grad_query, place.batch, place.head, query, queries, column, width,
-                 lane);
+  write_gradient(z, tiles.own(kQ, own), 0, p.grad_query, place.batch, place.head, query, queries,
+                 column, width, lane);
 }
 
 }  // namespace pmf::cuda

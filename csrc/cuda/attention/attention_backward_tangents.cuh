@@ -38,61 +38,57 @@ struct RowMoments {
   }
 };
 
-template <typename E, int kWidth, int kOut, int kColumns, int kThreads>
-__global__ void __launch_bounds__(kThreads)
-    attention_backward_tangents(const AttentionBackwardParams p, const BackwardPlan plan) {
+template <typename E, int kWidth, int kOut, int kColumns, bool kRegular, int kThreads>
+__global__ void __launch_bounds__(kThreads, 1)
+    attention_backward_tangents(const __grid_constant__ AttentionBackwardParams p,
+                                const __grid_constant__ BackwardPlan plan) {
   using T = typename E::Storage;
   using Tile = SharedTile<T, kWidth>;
   constexpr int kTiles = kColumns / 8, kOutTiles = kOut / 8, kTensors = 4;
+  using Tiles = BlockTiles<T, kWidth, kTensors, kColumns>;
 
   const AttentionShape& shape = p.shape;
   const int rows = plan.rows;
-  const BlockPlace& place =
-      place_block(shape.width, kOut, shape.queries, rows, shape.heads, shape.key_heads);
+  auto& place = place_block<kTensors>(plan, kOut);
   const int column = place.column, first = place.first;
   const int queries = int(shape.queries), all_keys = int(shape.keys);
+  const bool is_causal = !kRegular && p.is_causal;
 
   const int thread = threadIdx.x, warp = thread / kWarpThreads, lane = thread % kWarpThreads;
   const int g = lane >> 2, t = lane & 3;
   const int own = warp * kWarpRows;
   const int query = first + own;
-  const int width = int(shape.width), value_width = int(shape.value_width);
-  const bool has_g = p.grad.data != nullptr, has_qt = p.query_t.data != nullptr;
-  const bool has_kt = p.key_t.data != nullptr, has_vt = p.value_t.data != nullptr;
-  const bool wants_t = p.grad_query_t.data != nullptr;
+  const int width = kRegular ? kWidth : int(shape.width);
+  const int value_width = kRegular ? kWidth : int(shape.value_width);
+  const bool has_g = kRegular || p.grad.data != nullptr;
+  const bool has_qt = kRegular || p.query_t.data != nullptr;
+  const bool has_kt = kRegular || p.key_t.data != nullptr;
+  const bool has_vt = kRegular || p.value_t.data != nullptr;
+  const bool wants_t = kRegular || p.grad_query_t.data != nullptr;
 
-  // Shared: Q, G, tQ, X of the block, then slots of K, V, tK, tV.
-  T* const shared = reinterpret_cast<T*>(dynamic_shared() + kBackwardPlaceBytes);
-  const auto own_tile = [&](int which) { return Tile{shared + which * rows * kWidth}; };
-  T* const ring = shared + kTensors * rows * kWidth;
-  const auto slot_tile = [&](int slot, int which) {
-    return Tile{ring + (slot * kTensors + which) * kColumns * kWidth};
-  };
-  const auto load = [&](const Tile& tile, int count, const HeadView<T>& view, int row,
-                        int row_count, int columns) {
-    if (view.data == nullptr) return;
-    load_rows(tile, count, view.data, view.row_stride, view.column_stride, row, row_count, columns,
-              thread, int(blockDim.x));
-  };
-  load(own_tile(0), rows, head_of<T>(p.query, place.batch, place.head), first, queries, width);
-  load(own_tile(1), rows, head_of<T>(p.grad, place.batch, place.head), first, queries, value_width);
-  load(own_tile(2), rows, head_of<T>(p.query_t, place.batch, place.head), first, queries, width);
-  load(own_tile(3), rows, head_of<T>(p.grad_t, place.batch, place.head), first, queries,
-       value_width);
+  const Tiles tiles = {reinterpret_cast<T*>(dynamic_shared() + kBackwardPlaceBytes), rows};
+  Tiles::template load<kRegular>(
+      tiles.own(kQ), rows, [&](int i) -> const ConstView4& { return query_side(p, i); },
+      place.batch, place.head, first, queries, shape);
+  if (kRegular && thread < kTensors) {
+    const WholeHead head = whole_head_of<T>(key_side(p, thread), place.batch, place.key_head);
+    place.streamed[thread] = head;
+  }
+  __syncthreads();
 
-  const int seen = p.is_causal && first + rows < all_keys ? first + rows : all_keys;
-  const int tiles = (seen + kColumns - 1) / kColumns;
-  const float scale = float(p.scale), factor = float(p.scale * double(kLog2eFloat));
+  const int seen = is_causal && first + rows < all_keys ? first + rows : all_keys;
+  const int count = (seen + kColumns - 1) / kColumns;
+  const float &scale = plan.scale, &factor = plan.factor;
   const auto issue = [&](int i, int slot) {
-    const int key = i * kColumns;
-    const auto copy = [&](int which, const ConstView4& view, int columns) {
-      load(slot_tile(slot, which), kColumns, head_of<T>(view, place.batch, place.key_head), key,
-           all_keys, columns);
-    };
-    copy(0, p.key, width);
-    copy(1, p.value, value_width);
-    copy(2, p.key_t, width);
-    copy(3, p.value_t, value_width);
+    const Tile tile = tiles.streamed(slot, kK);
+    if constexpr (kRegular) {
+      load_whole_rows<kTensors, 1>(tile, kColumns, place.streamed, i * kColumns, all_keys, thread,
+                                   int(blockDim.x));
+    } else {
+      Tiles::template load<false>(
+          tile, kColumns, [&](int x) -> const ConstView4& { return key_side(p, x); }, place.batch,
+          place.key_head, i* kColumns, all_keys, shape);
+    }
   };
 
   RowMoments moments[2];
@@ -106,16 +102,15 @@ __global__ void __launch_bounds__(kThreads)
     clear(ts);
     clear(a);
     clear(b);
-    multiply_across<E, false>(s, own_tile(0), own, slot_tile(slot, 0), width, lane);
-    if (has_qt) multiply_across<E, false>(ts, own_tile(2), own, slot_tile(slot, 0), width, lane);
-    if (has_kt) multiply_across<E, false>(ts, own_tile(0), own, slot_tile(slot, 2), width, lane);
-    multiply_across<E, false>(a, own_tile(3), own, slot_tile(slot, 1), value_width, lane);
-    if (has_g)
-      multiply_across<E, false>(b, own_tile(1), own, slot_tile(slot, 1), value_width, lane);
-    if (has_vt)
-      multiply_across<E, false>(b, own_tile(3), own, slot_tile(slot, 3), value_width, lane);
-    const bool edge = key + kColumns > all_keys || (p.is_causal && key + kColumns - 1 > query);
-    finish_scores<false>(s, p, {place.batch, place.head, query + g, key + 2 * t}, factor, edge);
+    multiply_across<E, false, kRegular>(s, ts, tiles.own(kQ, own), tiles.own(kQT, own), has_qt, 0,
+                                        tiles.streamed(slot, kK), tiles.streamed(slot, kKT), has_kt,
+                                        width, lane);
+    multiply_across<E, false, kRegular>(a, b, tiles.own(kX, own), tiles.own(kG, own), has_g, 0,
+                                        tiles.streamed(slot, kV), tiles.streamed(slot, kVT), has_vt,
+                                        value_width, lane);
+    const bool edge = key + kColumns > all_keys || (is_causal && key + kColumns - 1 > query);
+    finish_scores<false, kRegular>(s, p, {place.batch, place.head, query + g, key + 2 * t}, factor,
+                                   edge, ts, a, b);
   };
 
   const auto measure = [&](int i, int slot) {
@@ -167,7 +162,12 @@ __global__ void __launch_bounds__(kThreads)
       a_mean[h] = alpha_pivot[h] + alpha;
       d[h] = scale * (beta_pivot[h] + fmaf(row.beta, weight[h], -tau * alpha));
       const int at = query + g + 8 * h;
-      const bool nothing = row.mass == 0.0f || at >= queries;
+      bool nothing = row.mass == 0.0f || at >= queries;
+      if (!kRegular) {
+        // Without gradients a query, which may be anything where it is padding, moves nothing.
+        const bool still = !has_g || zero_row(tiles.own(kG, own), g + 8 * h, lane);
+        nothing = (zero_row(tiles.own(kX, own), g + 8 * h, lane) && still) || nothing;
+      }
       if (nothing) row.top = INFINITY, weight[h] = d[h] = a_mean[h] = r_mean[h] = 0.0f;
       if (column != 0 || t != 0) continue;
       of(kTop)[at] = row.top;
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kThreads)
   };
 
   const bool idle = query >= queries;
-  stream(tiles, plan.slots, issue, [&](int i, int slot) {
+  stream<kRegular>(count, plan.slots, issue, [&](int i, int slot) {
     if (!idle) measure(i, slot);
   });
   conclude();
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kThreads)
   clear(dqt);
   clear(mean);
   clear(mean_t);
-  const auto differentiate = [&](int i, int slot) {
+  const auto differentiate = [&](int i, int slot, bool hides) {
     float s[kTiles][4], ts[kTiles][4], a[kTiles][4], b[kTiles][4];
     products(i * kColumns, slot, s, ts, a, b);
 #pragma unroll
@@ -199,6 +199,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int e = 0; e < 4; ++e) {
         const int h = e / 2;
         s[j][e] = exp2_approx(s[j][e] - moments[h].top) * weight[h];
+        if (!kRegular && weight[h] == 0.0f) s[j][e] = ts[j][e] = a[j][e] = b[j][e] = 0.0f;
         const float centred = a[j][e] - a_mean[h];
         const float tangent = fmaf(scale, ts[j][e], -r_mean[h]);
         b[j][e] = s[j][e] * fmaf(scale, fmaf(tangent, centred, b[j][e]), -d[h]);
@@ -210,18 +211,37 @@ __global__ void __launch_bounds__(kThreads)
       add_row_sums<E>(sums, E::pack_a(b + k * E::kTilesPerA), E::pack_a(a + k * E::kTilesPerA),
                       lane);
     }
-    const Tile k_tile = slot_tile(slot, 0), kt_tile = slot_tile(slot, 2);
-    multiply_down<E>(dq, b, k_tile, column, width, lane);
-    multiply_down<E>(mean, s, k_tile, column, width, lane);
-    if (wants_t) multiply_down<E>(dqt, a, k_tile, column, width, lane);
-    if (has_kt) {
-      multiply_down<E>(dq, a, kt_tile, column, width, lane);
-      multiply_down<E>(mean_t, s, kt_tile, column, width, lane);
+    const Tile k_tile = tiles.streamed(slot, kK), kt_tile = tiles.streamed(slot, kKT);
+    const auto add = [&](auto finite) {
+      constexpr bool kFinite = decltype(finite)::value;
+      if (wants_t) {
+        multiply_down<E, kFinite, kRegular>(k_tile, column, width, lane, down(dq, b), down(mean, s),
+                                            down(dqt, a));
+      } else {
+        multiply_down<E, kFinite, kRegular>(k_tile, column, width, lane, down(dq, b),
+                                            down(mean, s));
+      }
+      if (has_kt) {
+        multiply_down<E, kFinite, kRegular>(kt_tile, column, width, lane, down(dq, a),
+                                            down(mean_t, s));
+      }
+    };
+    if (!kRegular && hides) {
+      add(std::true_type{});
+    } else {
+      add(std::false_type{});
     }
   };
 
-  stream(tiles, plan.slots, issue, [&](int i, int slot) {
-    if (!idle) differentiate(i, slot);
+  stream<kRegular>(count, plan.slots, issue, [&](int i, int slot) {
+    const int key = i * kColumns;
+    bool hides = false;
+    if (!kRegular && (p.mask.kind != MaskKind::none || (is_causal && key + kColumns - 1 > first))) {
+      const Tile from = tiles.streamed(slot, kK);
+      hides = any_not_finite(from.at(0, 0), (has_kt ? kKT + 1 : kV + 1) * kColumns * kWidth,
+                             place.found, thread, int(blockDim.x));
+    }
+    if (!idle) differentiate(i, slot, hides);
   });
 
 #pragma unroll
@@ -233,11 +253,11 @@ __global__ void __launch_bounds__(kThreads)
       dqt[n][e] = fmaf(-rho_t, mean[n][e], dqt[n][e]);
     }
   }
-  write_gradient(dq, own_tile(0), own, p.grad_query, place.batch, place.head, query, queries,
+  write_gradient(dq, tiles.own(kQ, own), 0, p.grad_query, place.batch, place.head, query, queries,
                  column, width, lane);
-  if (wants_t) {
-    write_gradient(dqt, own_tile(2), own, p.grad_query_t, place.batch, place.head, query, queries,
-                   column, width, lane);
+  if (p.grad_query_t.data != nullptr) {
+    write_gradient(dqt, tiles.own(kQT, own), 0, p.grad_query_t, place.batch, place.head, query,
+                   queries, column, width, lane);
   }
 }
 

@@ -1,8 +1,10 @@
 // Attention's forward on the host: which kernel, how it is cut, and its launch. The kernels and
 // their mathematics: attention_forward.cuh.
 #include <algorithm>
+#include <cmath>
 
 #include "cuda/attention/attention_forward_plan.h"
+#include "cuda/attention/attention_views.h"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/launchers.h"
 
@@ -10,82 +12,100 @@ namespace pmf::cuda {
 namespace {
 
 constexpr int64_t kSharedOverhead = 1024;  // of a block, on top of what it asks for
-constexpr int kSchedulers = 4;             // of a multiprocessor
-constexpr int kEnoughWarps = 8;            // on a multiprocessor, to cover each other's waiting
-constexpr double kAlone = 0.93;            // a block has no other to cover its first copies
 constexpr int64_t kLargest = 2147483647;
+constexpr float kLog2e = 1.4426950408889634f;
 
 int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
-// How well a plan keeps a multiprocessor busy, 1 at best: what a search over plans compares.
-double utilisation(const ForwardPlan& plan, int64_t units) {
-  const double resident = double(plan.blocks_per_processor) * plan.warps;
-  const double hiding = std::min(1.0, resident / kEnoughWarps);
-  if (plan.blocks_per_processor == 1) {
-    // The schedulers' shares of the last units count.
-    const int64_t rest = units % plan.warps;
-    const int64_t steps =
-        units / plan.warps * ceil_div(plan.warps, kSchedulers) + ceil_div(rest, kSchedulers);
-    return kAlone * hiding * double(units) / double(kSchedulers * steps);
-  }
-  // What idle warps leave, the other blocks use at least in part.
-  const double busy = double(units) / double(ceil_div(units, plan.warps) * plan.warps);
-  return hiding * (1 + busy) / 2;
+// ForwardKernel::regular, but for the widths.
+bool is_regular(const AttentionParams& p) {
+  const AttentionShape& s = p.shape;
+  if (p.mask.kind != MaskKind::none || p.is_causal || p.scale < 0) return false;
+  const int64_t bytes = dtype_bytes(p.dtype);
+  const auto queries = [&](const auto& x) {
+    return x.data != nullptr && whole_chunks(x, s.batch, s.heads, s.queries, bytes);
+  };
+  const auto keys = [&](const auto& x) {
+    return x.data != nullptr && whole_chunks(x, s.batch, s.key_heads, s.keys, bytes);
+  };
+  const bool primal = queries(p.query) && keys(p.key) && keys(p.value) && queries(p.out);
+  return primal && (p.out_t.data == nullptr ||
+                    (queries(p.query_t) && keys(p.key_t) && keys(p.value_t) && queries(p.out_t)));
 }
 
 }  // namespace
 
-const ForwardKernel& attention_forward_kernel(const AttentionParams& params) {
+const ForwardKernel& attention_forward_kernel(const AttentionParams& params,
+                                              int64_t shared_per_block) {
   const ForwardTable table = params.dtype == DType::bf16  ? attention_forward_bf16()
                              : params.dtype == DType::f16 ? attention_forward_f16()
                              : params.allow_tf32          ? attention_forward_tf32()
                                                           : attention_forward_f32();
+  const AttentionShape& s = params.shape;
+  const bool regular = is_regular(params);
+  const auto fits = [&](const ForwardKernel& k) {
+    return k.regular ? regular && s.width == k.width && s.value_width == k.width &&
+                           attention_forward_plan(k, s, {shared_per_block, 0}).warps > 0
+                     : s.width <= k.width;
+  };
   const ForwardKernel* kernel = params.out_t.data != nullptr ? table.tangent : table.plain;
-  while (kernel->width < params.shape.width) ++kernel;
+  while (!fits(*kernel)) ++kernel;
   return *kernel;
 }
 
 ForwardPlan attention_forward_plan(const ForwardKernel& kernel, const AttentionShape& shape,
                                    const DeviceLimits& limits) {
-  // A tile of keys is worth its copy the more queries it meets (a block of kHalfReuse queries is
-  // worth half of an endless one); a ring of two tiles less than one of three, and one that copies
-  // and computes in turns little. Judged, not measured.
-  constexpr double kHalfReuse = 16, kShortRing = 0.98, kNoRing = 0.5;
+  // Judged by the cycle model (benchmarks/gpu_model.py), not measured: a tile of keys is worth its
+  // copy the more queries it meets (a block of half_reuse queries is worth half of an endless one);
+  // blocks cover each other's beginnings, ends and barriers the better the more there are; a ring
+  // of two tiles is worth less than one of three, and one that copies and computes in turns little.
+  constexpr double kShortRing = 0.95, kNoRing = 0.5;
+  const double half_reuse = kernel.width <= 64 ? 24 : 40;
+  constexpr double kCover[] = {0.62, 0.8, 0.94};  // one block, two, three; then 1
   const int64_t units = std::max<int64_t>(1, ceil_div(shape.queries, kernel.unit));
   const int64_t tiles = std::max<int64_t>(1, ceil_div(shape.keys, kernel.keys));
   const int64_t parts = ceil_div(shape.value_width, kernel.out);
   const int64_t heads = shape.batch * shape.heads * parts;
   const int64_t row = int64_t(kernel.element_bytes) * kernel.sides;
   const int64_t slot_bytes = row * kernel.keys * (kernel.width + kernel.out);
-  const int64_t unit_bytes = kernel.shared_queries ? row * kernel.unit * kernel.width : 0;
+  const int64_t unit_bytes = row * kernel.unit * kernel.width;
 
   ForwardPlan best;
   double best_value = -1;
-  const auto consider = [&](int warps, int64_t slots, bool whole_head) {
-    const int64_t bytes = kForwardParamsBytes + slots * slot_bytes + warps * unit_bytes;
+  const auto consider = [&](int warps, int slots) {
+    const int64_t bytes = kForwardPlaceBytes + slots * slot_bytes + warps * unit_bytes;
     if (bytes > limits.shared_per_block) return;
     ForwardPlan plan;
     plan.warps = warps;
-    plan.slots = int(slots);
-    plan.passes = whole_head ? int(ceil_div(units, warps)) : 1;
+    plan.slots = slots;
     plan.shared_bytes = int(bytes);
     plan.blocks_per_processor =
         int(std::max<int64_t>(1, std::min(limits.shared_per_processor / (bytes + kSharedOverhead),
                                           int64_t(kernel.warps / warps))));
-    plan.row_blocks = int(ceil_div(units, int64_t(warps) * plan.passes));
+    plan.row_blocks = int(ceil_div(units, warps));
     plan.blocks = shape.queries == 0 ? 0 : heads * plan.row_blocks;
-    const double queries = double(std::min(units, int64_t(warps) * plan.passes) * kernel.unit);
-    double value = utilisation(plan, units) * queries / (queries + kHalfReuse);
+    const double resident = double(plan.blocks_per_processor) * warps;
+    const double busy = double(units) / double(int64_t(plan.row_blocks) * warps);
+    const double queries = double(warps) * kernel.unit;
+    double value = resident / kernel.warps * busy * queries / (queries + half_reuse);
+    if (plan.blocks_per_processor <= 3) value *= kCover[plan.blocks_per_processor - 1];
     if (tiles > slots) value *= slots == 1 ? kNoRing : slots == 2 ? kShortRing : 1;
     if (value < best_value) return;
     best = plan;
     best_value = value;
   };
   for (int warps = 1; warps <= kernel.warps && (warps == 1 || warps <= units); ++warps) {
-    for (int64_t slots = 1; slots <= 3 && slots <= tiles; ++slots) consider(warps, slots, false);
-    // One block a head leaves multiprocessors idle where heads are few.
-    if (heads >= limits.processors) consider(warps, tiles, true);
+    if (kernel.regular) {
+      consider(warps, kForwardRegularSlots);
+    } else {
+      for (int slots = 1; slots <= 3 && slots <= tiles; ++slots) consider(warps, slots);
+    }
   }
+  if (best_value < 0) return best;
+  best.by_parts = Divisor(uint32_t(parts));
+  best.by_row_blocks = Divisor(uint32_t(best.row_blocks));
+  best.by_heads = Divisor(uint32_t(shape.heads));
+  best.by_group = Divisor(uint32_t(shape.heads / std::max<int64_t>(1, shape.key_heads)));
   return best;
 }
 
@@ -93,10 +113,11 @@ const char* attention_forward(const AttentionParams& params, void* stream) {
   const AttentionShape& s = params.shape;
   constexpr int64_t kLongest = kLargest - 4096;  // a block's rows and a tile's keys may reach past
   if (s.queries > kLongest || s.keys > kLongest) return "more than 2^31 queries or keys";
-  const ForwardKernel& kernel = attention_forward_kernel(params);
-  const DeviceLimits limits = {device_shared_limit(), device_shared_per_processor(),
-                               device_processors()};
-  const ForwardPlan plan = attention_forward_plan(kernel, s, limits);
+  const DeviceLimits limits = {device_shared_limit(), device_shared_per_processor()};
+  if (limits.shared_per_block <= 0) return "the device does not say how much shared memory it has";
+  const ForwardKernel& kernel = attention_forward_kernel(params, limits.shared_per_block);
+  ForwardPlan plan = attention_forward_plan(kernel, s, limits);
+  plan.factor = std::fabs(float(params.scale)) * kLog2e;
   if (plan.blocks == 0) return nullptr;
   if (plan.blocks > kLargest) return "more than 2^31 blocks of queries";
   plan_next_launch(plan.warps * kernel.unit, kernel.keys, plan.blocks_per_processor);

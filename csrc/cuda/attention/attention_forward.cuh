@@ -7,13 +7,16 @@
 // this accurate: attention_softmax.cuh). S and tS are made, turned into P and H, and used as the
 // next products' A operand without leaving the registers.
 //
-// Tiling. A warp does one unit at a time, 16 queries (32 without tangents, so that every fragment
-// of K and V feeds twice the products), against tiles of 32 keys, or 16 where rows are long. The
-// warps of a block share the tiles: K, tK, V, tV in a ring that cp.async fills ahead of them. Where
-// the ring holds a whole head, one block does all units of the head and every tensor is read once;
-// otherwise a block does one unit a warp and the heads' tiles are read again through L2. Queries
-// stay in registers as fragments up to 80 columns and in shared memory beyond. Of values wider than
-// kOut each block takes kOut columns.
+// Tiling. A warp does one unit, 16 queries (32 without tangents, so that every fragment of K and V
+// feeds twice the products), against tiles of 32 keys, or 16 where rows are long. The warps of a
+// block share the tiles: K, tK, V, tV in a ring of three that cp.async fills ahead of them. Queries
+// stay in shared memory: what registers they would take goes to more warps, twelve on a
+// multiprocessor, that cover each other's waiting. Heads' tiles are read again by other blocks of
+// queries, through L2. Of values wider than kOut each block takes kOut columns.
+//
+// Regular calls (ForwardKernel::regular) have kernels of their own, without the branches that
+// masks, absent tangents and rows off 16-byte addresses take. Among the rest, what a mask hides may
+// be NaN: attention_hidden.cuh.
 //
 // At 276 tokens both tilings pad to 288, which is 9 tiles of 32 keys and 18 (9) units.
 // Bytes: Q, K, V, out once, with tangents twice as many: 8 x 35 KB a head of 276 x 64 in 16 bits,
@@ -22,6 +25,7 @@
 #pragma once
 
 #include "cuda/attention/attention_forward_queries.cuh"
+#include "cuda/attention/attention_hidden.cuh"
 #include "cuda/attention/attention_softmax.cuh"
 
 namespace pmf::cuda {
@@ -61,39 +65,124 @@ __device__ inline void score_products(float (&s)[kBlocks][kTiles][4],
   }
 }
 
-// out += p times the tile.
-template <class C, int kBlocks, int kOutTiles>
-__device__ inline void value_product(float (&out)[kBlocks][kOutTiles][4],
-                                     const FragmentA (&p)[kBlocks],
-                                     const typename C::ValueTile& values, int row, int columns,
-                                     int lane) {
+// out += p times the tile and, if kBoth, out_t += p_t times it, as its fragments are the same.
+// kFinite: with zeros for what is not finite.
+template <class C, bool kBoth, bool kFinite, int kBlocks, int kDepths, int kOutTiles,
+          int kTangentTiles>
+__device__ inline void value_products(float (&out)[kBlocks][kOutTiles][4],
+                                      float (&out_t)[kBlocks][kTangentTiles][4],
+                                      const FragmentA (&p)[kBlocks][kDepths],
+                                      const FragmentA (&p_t)[kBlocks][kDepths],
+                                      const typename C::ValueTile& values, int columns, int lane) {
+  using E = typename C::E;
+  const auto load = [&](FragmentB(&b)[2], int k, int n) {
+    load_down(b, values, k * E::kDepth, 8 * n, lane);
+    if constexpr (kFinite) b[0] = finite<typename C::T>(b[0]), b[1] = finite<typename C::T>(b[1]);
+  };
+  if constexpr (sizeof(typename C::T) == 4) {
+    // In fp32 a tile's products are added up by themselves: tensor cores cut all terms where the
+    // largest ends, and a thousand keys one by one into large sums would lose more than the
+    // products do.
+#pragma unroll
+    for (int n = 0; n < kOutTiles; n += 2) {
+      if (C::kSkips && 8 * n >= columns) break;
+      float part[kBlocks][2][4], part_t[kBlocks][2][4];
+#pragma unroll
+      for (int m = 0; m < kBlocks; ++m) clear(part[m]), clear(part_t[m]);
+#pragma unroll
+      for (int k = 0; k < kDepths; ++k) {
+        FragmentB b[2];
+        load(b, k, n);
+#pragma unroll
+        for (int m = 0; m < kBlocks; ++m) {
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            E::multiply(part[m][j], p[m][k], b[j]);
+            if constexpr (kBoth) E::multiply(part_t[m][j], p_t[m][k], b[j]);
+          }
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < kBlocks; ++m) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            out[m][n + j][e] += part[m][j][e];
+            if constexpr (kBoth) out_t[m][n + j][e] += part_t[m][j][e];
+          }
+        }
+      }
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < kDepths; ++k) {
+#pragma unroll
+      for (int n = 0; n < kOutTiles; n += 2) {
+        if (C::kSkips && 8 * n >= columns) break;
+        FragmentB b[2];
+        load(b, k, n);
+#pragma unroll
+        for (int m = 0; m < kBlocks; ++m) {
+          E::multiply(out[m][n], p[m][k], b[0]);
+          E::multiply(out[m][n + 1], p[m][k], b[1]);
+          if constexpr (kBoth) {
+            E::multiply(out_t[m][n], p_t[m][k], b[0]);
+            E::multiply(out_t[m][n + 1], p_t[m][k], b[1]);
+          }
+        }
+      }
+    }
+  }
+}
+
+// What value_products<kFinite> left out and no mask hides: out += q times the tile, where an
+// element that is not finite meets a p > 0.
+template <class C, int kBlocks, int kDepths, int kOutTiles>
+__device__ inline void add_not_finite(float (&out)[kBlocks][kOutTiles][4],
+                                      const FragmentA (&p)[kBlocks][kDepths],
+                                      const FragmentA (&q)[kBlocks][kDepths],
+                                      const typename C::ValueTile& values, int columns, int lane) {
+  using E = typename C::E;
 #pragma unroll
   for (int n = 0; n < kOutTiles; n += 2) {
     if (C::kSkips && 8 * n >= columns) break;
-    FragmentB b[2];
-    load_down(b, values, row, 8 * n, lane);
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m) {
-      C::E::multiply(out[m][n], p[m], b[0]);
-      C::E::multiply(out[m][n + 1], p[m], b[1]);
+      float met[2][4], product[2][4];
+      clear(met);
+      clear(product);
+#pragma unroll
+      for (int k = 0; k < kDepths; ++k) {
+        FragmentB b[2];
+        load_down(b, values, k * E::kDepth, 8 * n, lane);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          E::multiply(met[j], p[m][k], where_not_finite<E>(b[j]));
+          E::multiply(product[j], q[m][k], b[j]);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          if (met[j][e] > 0.0f) out[m][n + j][e] += product[j][e];
+        }
+      }
     }
   }
 }
 
 // ---- results ------------------------------------------------------------------------------------
 
-// Sixteen rows of an accumulator, in 16-byte pieces where the view allows. first: the lane's row g.
-template <typename T, int kOutTiles>
+// Sixteen rows of an accumulator, in 16-byte pieces where the view allows, and anyway if kWhole.
+// first: the lane's row g.
+template <bool kWhole, typename T, int kOutTiles>
 __device__ inline void store_rows(const float (&out)[kOutTiles][4], T* head, int64_t row_stride,
                                   int64_t column_stride, int first, int rows, int columns,
                                   int lane) {
-  constexpr int kChunk = kChunkBytes / int(sizeof(T));
   const int t = lane & 3;
-  const bool whole =
-      column_stride == 1 && columns % kChunk == 0 &&
-      (reinterpret_cast<uintptr_t>(head) | uintptr_t(row_stride * int64_t(sizeof(T)))) %
-              kChunkBytes ==
-          0;
+  const bool whole = kWhole || whole_rows(HeadView<T>{head, row_stride, column_stride}, columns);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int row = first + 8 * h;
@@ -134,21 +223,6 @@ __device__ inline void store_rows(const float (&out)[kOutTiles][4], T* head, int
   }
 }
 
-// ---- the ring -----------------------------------------------------------------------------------
-
-// Waits for all groups of copies but the `pending` newest (or for more).
-__device__ inline void wait_all_but(int pending) {
-  if (pending >= 3) {
-    cp_async_wait<3>();
-  } else if (pending == 2) {
-    cp_async_wait<2>();
-  } else if (pending == 1) {
-    cp_async_wait<1>();
-  } else {
-    cp_async_wait<0>();
-  }
-}
-
 // ---- one unit against one tile ------------------------------------------------------------------
 
 template <class C>
@@ -165,50 +239,65 @@ struct ForwardUnit {
     for (int m = 0; m < kM; ++m) rows[m] = RowState(), clear(o[m]), clear(ot[m]);
   }
 
-  // `place`: the lane's first score; edge: the tile reaches past the keys or the diagonal.
-  __device__ void add_tile(const AttentionParams& p, typename C::T* slot, ScorePlace place,
-                           bool edge, float factor, float scale, int column, int lane) {
-    const typename C::KeyTile k{slot}, kt{slot + C::kKeyElements};
-    typename C::T* const value_tiles = slot + C::kSides * C::kKeyElements;
-    const typename C::ValueTile v{value_tiles}, vt{value_tiles + C::kValueElements};
+  // `place`: the lane's first score; edge: the tile may reach past the keys or the diagonal; hides:
+  // values that are not finite may be hidden.
+  __device__ void add_tile(const AttentionParams& p, typename C::T* ring, int slot,
+                           ScorePlace place, bool edge, bool hides, float factor, float scale,
+                           int column, int lane) {
+    const int start = slot * C::kSlotElements;
+    typename C::T* const values = ring + C::kSides * C::kKeyElements;
+    const typename C::KeyTile k{ring, start}, kt{ring + C::kKeyElements, start};
+    const typename C::ValueTile v{values, start}, vt{values + C::kValueElements, start};
     const int width = int(p.shape.width), columns = int(p.shape.value_width) - column;
+    const bool has_kt = C::kRegular || p.key_t.data != nullptr;
+    const bool has_vt = C::kRegular || p.value_t.data != nullptr;
 
     float s[kM][C::kTiles][4], ts[kM][C::kTiles][4];
 #pragma unroll
     for (int m = 0; m < kM; ++m) clear(s[m]), clear(ts[m]);
     score_products<C, C::kTangent>(s, ts, q, qt, k, width, lane);
     if constexpr (C::kTangent) {
-      if (p.key_t.data != nullptr) score_products<C, false>(ts, ts, q, q, kt, width, lane);
+      if (has_kt) score_products<C, false>(ts, ts, q, q, kt, width, lane);
     }
-    const bool masked = edge || p.mask.kind != MaskKind::none;
+    const bool masked = edge || (!C::kRegular && p.mask.kind != MaskKind::none);
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
-      if (masked) mask_scores<C::kTangent>(s[m], ts[m], p, place, factor);
+      if (masked) mask_scores<C::kTangent, C::kRegular>(s[m], ts[m], p, place, factor);
       softmax_tile<C::kTangent>(rows[m], s[m], ts[m], masked ? 1.0f : factor, scale);
       place.query += 16;
       rescale(m);
     }
 
+    constexpr int kDepths = C::kTiles / E::kTilesPerA;
+    FragmentA probability[kM][kDepths], h[kM][kDepths];
     float sums[kM][2][4];  // of P and of H, alike in all columns
 #pragma unroll
-    for (int m = 0; m < kM; ++m) clear(sums[m]);
+    for (int m = 0; m < kM; ++m) {
+      clear(sums[m]);
 #pragma unroll
-    for (int i = 0; i < C::kTiles / E::kTilesPerA; ++i) {
-      FragmentA probability[kM], h[kM];
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-        probability[m] = E::pack_a(s[m] + i * E::kTilesPerA);
-        E::multiply(sums[m][0], probability[m], E::ones(true));
+      for (int i = 0; i < kDepths; ++i) {
+        probability[m][i] = E::pack_a(s[m] + i * E::kTilesPerA);
+        E::multiply(sums[m][0], probability[m][i], E::ones(true));
         if constexpr (C::kTangent) {
-          h[m] = E::pack_a(ts[m] + i * E::kTilesPerA);
-          E::multiply(sums[m][1], h[m], E::ones(true));
+          h[m][i] = E::pack_a(ts[m] + i * E::kTilesPerA);
+          E::multiply(sums[m][1], h[m][i], E::ones(true));
         }
       }
-      value_products(probability, h, v, i * E::kDepth, columns, lane);
+    }
+    if (!C::kRegular && hides) {
+      value_products<C, C::kTangent, true>(o, ot, probability, h, v, columns, lane);
+      add_not_finite<C>(o, probability, probability, v, columns, lane);
       if constexpr (C::kTangent) {
-        if (p.value_t.data != nullptr) {
-          value_product<C>(ot, probability, vt, i * E::kDepth, columns, lane);
+        add_not_finite<C>(ot, probability, h, v, columns, lane);
+        if (has_vt) {
+          value_products<C, false, true>(ot, ot, probability, h, vt, columns, lane);
+          add_not_finite<C>(ot, probability, probability, vt, columns, lane);
         }
+      }
+    } else {
+      value_products<C, C::kTangent, false>(o, ot, probability, h, v, columns, lane);
+      if constexpr (C::kTangent) {
+        if (has_vt) value_products<C, false, false>(ot, ot, probability, h, vt, columns, lane);
       }
     }
 #pragma unroll
@@ -223,19 +312,20 @@ struct ForwardUnit {
 
   // Normalises and stores:  out = O / l,  out_t = tO / l - (r / l) out,  lse = ln 2 (m + log2 l).
   // (The pivot has gone into H.) A row that attended nothing: zeros, and lse is -inf.
-  __device__ void finish(const AttentionParams& p, const ScorePlace& place, int column, int lane) {
+  __device__ void finish(const AttentionParams& p, int batch, int head, int first, int column,
+                         int lane) {
     constexpr float kLn2 = 0.6931471805599453f;
     using T = typename C::T;
     const int queries = int(p.shape.queries);
     int columns = int(p.shape.value_width) - column;
     columns = columns < C::kOut ? columns : C::kOut;
     const auto start = [&](const View4& view) {
-      return static_cast<T*>(view.data) + int64_t(place.batch) * view.stride[0] +
-             int64_t(place.head) * view.stride[1] + int64_t(column) * view.stride[3];
+      return static_cast<T*>(view.data) + int64_t(batch) * view.stride[0] +
+             int64_t(head) * view.stride[1] + int64_t(column) * view.stride[3];
     };
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
-      const int query = place.query + 16 * m;
+      const int query = first + 16 * m;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const float sum = rows[m].sum[r];
@@ -253,16 +343,16 @@ struct ForwardUnit {
         }
         if (column == 0 && (lane & 3) == 0 && query + 8 * r < queries) {
           const int64_t row =
-              (int64_t(place.batch) * p.shape.heads + place.head) * p.shape.queries + query + 8 * r;
+              (int64_t(batch) * p.shape.heads + head) * p.shape.queries + query + 8 * r;
           static_cast<float*>(p.lse)[row] =
               sum == 0.0f ? -INFINITY : kLn2 * (rows[m].top[r] + log2_approx(sum));
         }
       }
-      store_rows(o[m], start(p.out), p.out.stride[2], p.out.stride[3], query, queries, columns,
-                 lane);
+      store_rows<C::kRegular>(o[m], start(p.out), p.out.stride[2], p.out.stride[3], query, queries,
+                              columns, lane);
       if constexpr (C::kTangent) {
-        store_rows(ot[m], start(p.out_t), p.out_t.stride[2], p.out_t.stride[3], query, queries,
-                   columns, lane);
+        store_rows<C::kRegular>(ot[m], start(p.out_t), p.out_t.stride[2], p.out_t.stride[3], query,
+                                queries, columns, lane);
       }
     }
   }
@@ -277,26 +367,6 @@ struct ForwardUnit {
         if constexpr (C::kTangent) {
           ot[m][n][e] =
               fmaf(-rows[m].delta[e / 2], o[m][n][e], ot[m][n][e] * rows[m].rescale[e / 2]);
-        }
-      }
-    }
-  }
-
-  // O += P V and tO += H V, whose fragments of V are the same.
-  __device__ void value_products(const FragmentA (&probability)[kM], const FragmentA (&h)[kM],
-                                 const typename C::ValueTile& v, int row, int columns, int lane) {
-#pragma unroll
-    for (int n = 0; n < C::kOutTiles; n += 2) {
-      if (C::kSkips && 8 * n >= columns) break;
-      FragmentB b[2];
-      load_down(b, v, row, 8 * n, lane);
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-        E::multiply(o[m][n], probability[m], b[0]);
-        E::multiply(o[m][n + 1], probability[m], b[1]);
-        if constexpr (C::kTangent) {
-          E::multiply(ot[m][n], h[m], b[0]);
-          E::multiply(ot[m][n + 1], h[m], b[1]);
         }
       }
     }

@@ -6,120 +6,132 @@
 
 namespace pmf::cuda {
 
+// Keys that queries [first, first + rows) may attend: [0, end).
+__device__ inline int end_of_keys(bool is_causal, int first, int rows, int keys) {
+  return is_causal && first + rows < keys ? first + rows : keys;
+}
+
+// The sign of the scale goes into the queries, exactly, so that the largest raw score is the
+// largest score.
+template <typename T>
+__device__ inline uint32_t sign_of(double scale) {
+  return scale >= 0 ? 0u : sizeof(T) == 2 ? 0x80008000u : 0x80000000u;
+}
+
+enum ForwardTensor { kKey, kKeyT, kValue, kValueT, kForwardTensors };
+
+// What a block reads again for every tile. It lies in front of the block's tiles: no compiler keeps
+// it in registers throughout the loop, where accumulators need them all.
+template <class C>
+struct ForwardPlace {
+  std::conditional_t<C::kRegular, WholeHead, HeadView<typename C::T>> streamed[kForwardTensors];
+  int batch, head, column, first;
+  uint32_t found[16];  // by a warp: attention_hidden.cuh
+};
+
 template <class C>
 __global__ void __launch_bounds__(C::kWarps* kWarpThreads)
-    attention_forward_kernel(const AttentionParams params, const ForwardPlan plan) {
+    attention_forward_kernel(const __grid_constant__ AttentionParams p,
+                             const __grid_constant__ ForwardPlan plan) {
   using T = typename C::T;
-  const AttentionShape& shape = params.shape;
+  const AttentionShape& shape = p.shape;
   const int queries = int(shape.queries), all_keys = int(shape.keys);
-  const int width = int(shape.width), value_width = int(shape.value_width);
+  const int width = C::kRegular ? C::kWidth : int(shape.width);
+  const int value_width = C::kRegular ? C::kOut : int(shape.value_width);
+  const bool is_causal = !C::kRegular && p.is_causal;
   const int thread = threadIdx.x, warp = thread / kWarpThreads, lane = thread % kWarpThreads;
 
   // Neighbouring blocks share a head, so that its tiles come from L2.
-  unsigned index = blockIdx.x;
-  const unsigned parts = unsigned((value_width + C::kOut - 1) / C::kOut);
-  const int column = int(index % parts) * C::kOut;
-  index /= parts;
-  const int rows = C::kUnit * plan.warps * plan.passes;  // of the block
-  const int first = int(index % unsigned(plan.row_blocks)) * rows;
-  index /= unsigned(plan.row_blocks);
-  const int head = int(index % unsigned(shape.heads)), batch = int(index / unsigned(shape.heads));
-  const int key_head = head / int(shape.heads / shape.key_heads);
+  uint32_t index = blockIdx.x;
+  const int column = C::kRegular ? 0 : int(plan.by_parts.divide(index)) * C::kOut;
+  const int rows = C::kUnit * int(blockDim.x) / kWarpThreads;  // of the block
+  const int first = int(plan.by_row_blocks.divide(index)) * rows;
+  const int head = int(plan.by_heads.divide(index)), batch = int(index);
+  uint32_t key_head = uint32_t(head);
+  plan.by_group.divide(key_head);
 
-  // Shared: the parameters, each warp's queries and their tangents (if they are kept there), the
-  // ring. Pointers and strides are read from the parameters in shared memory where they are needed:
-  // no compiler can move such reads out of the loops, where they would take dozens of registers.
-  AttentionParams& p = *reinterpret_cast<AttentionParams*>(dynamic_shared());
-  T* const own = reinterpret_cast<T*>(dynamic_shared() + kForwardParamsBytes) +
-                 warp * C::kSides * C::kQueryElements;
-  T* const ring = reinterpret_cast<T*>(dynamic_shared() + kForwardParamsBytes) +
-                  plan.warps * C::kSides * C::kQueryElements;
-  if (thread == 0) p = params;
-  __syncthreads();
+  // Shared: the place (see there), each warp's queries and their tangents, the ring.
+  static_assert(sizeof(ForwardPlace<C>) <= kForwardPlaceBytes, "the plan counts them");
+  ForwardPlace<C>& place = *reinterpret_cast<ForwardPlace<C>*>(dynamic_shared());
+  T* const tiles = reinterpret_cast<T*>(dynamic_shared() + kForwardPlaceBytes);
+  T* const own = tiles + warp * C::kSides * C::kUnitElements;
+  T* const ring = tiles + int(blockDim.x) / kWarpThreads * C::kSides * C::kUnitElements;
+  if (thread == 0) {
+    place.batch = batch, place.head = head, place.column = column, place.first = first;
+  }
+  if (thread < kForwardTensors) {
+    const ConstView4& view = thread == kKey     ? p.key
+                             : thread == kKeyT  ? p.key_t
+                             : thread == kValue ? p.value
+                                                : p.value_t;
+    place.streamed[thread] = streamed_head<C::kRegular, T>(view, batch, int(key_head));
+  }
 
-  const int seen = params.is_causal && first + rows < all_keys ? first + rows : all_keys;
-  const int tiles = (seen + C::kKeys - 1) / C::kKeys;
-  const auto issue = [&](int i) {
-    T* const slot = ring + i % plan.slots * C::kSlotElements;
-    const auto copy = [&](auto tile, const ConstView4& view, int skipped, int columns) {
-      const HeadView<T> from = head_of<T>(view, batch, key_head);
-      if (from.data == nullptr) return;
-      load_rows(tile, C::kKeys, from.data + skipped * from.column_stride, from.row_stride,
-                from.column_stride, i * C::kKeys, all_keys, columns, thread, int(blockDim.x));
-    };
-    T* const values = slot + C::kSides * C::kKeyElements;
-    copy(typename C::KeyTile{slot}, p.key, 0, width);
-    if constexpr (C::kTangent) {
-      copy(typename C::KeyTile{slot + C::kKeyElements}, p.key_t, 0, width);
-    }
-    copy(typename C::ValueTile{values}, p.value, column, value_width - column);
-    if constexpr (C::kTangent) {
-      copy(typename C::ValueTile{values + C::kValueElements}, p.value_t, column,
-           value_width - column);
-    }
-  };
-
-  // The sign of the scale goes into the queries, exactly, so that the largest raw score is the
-  // largest score.
-  const uint32_t sign = params.scale >= 0 ? 0u : sizeof(T) == 2 ? 0x80008000u : 0x80000000u;
-  const float scale = fabsf(float(params.scale)), factor = scale * kLog2eFloat;
+  const int query = first + warp * C::kUnit;
+  const bool active = query < queries;
+  const float scale = fabsf(float(p.scale));
   ForwardUnit<C> unit;
-  const auto load_unit = [&](int query) {
-    const HeadView<T> view = head_of<T>(p.query, batch, head);
-    unit.q.load(own, view, query, queries, width, sign, lane);
-    if constexpr (C::kTangent) {
-      // An absent tangent is read as no rows at all: zeros.
-      const bool present = p.query_t.data != nullptr;
-      unit.qt.load(own + C::kQueryElements, present ? head_of<T>(p.query_t, batch, head) : view,
-                   query, present ? queries : 0, width, sign, lane);
+  unit.q = {{own}, sign_of<T>(p.scale)}, unit.qt = {{own + C::kUnitElements}, sign_of<T>(p.scale)};
+  const auto query_view = streamed_head<C::kRegular, T>(p.query, batch, head);
+  unit.q.load(query_view, query, queries, width, lane);
+  if constexpr (C::kTangent) {
+    // An absent tangent is read as no rows at all: zeros.
+    const bool present = C::kRegular || p.query_t.data != nullptr;
+    unit.qt.load(present ? streamed_head<C::kRegular, T>(p.query_t, batch, head) : query_view,
+                 query, present ? queries : 0, width, lane);
+  }
+
+  const int end = end_of_keys(is_causal, first, rows, all_keys);
+  const TileStream stream = {(end + C::kKeys - 1) / C::kKeys,
+                             C::kRegular ? kForwardRegularSlots : plan.slots};
+  const auto issue = [&](int i, int slot) {
+    T* const to = ring + slot * C::kSlotElements;
+    const int key = i * C::kKeys;
+    if constexpr (C::kRegular) {
+      load_whole_rows<kForwardTensors, C::kTangent ? 1 : 2>(typename C::KeyTile{to}, C::kKeys,
+                                                            place.streamed, key, all_keys, thread,
+                                                            int(blockDim.x));
+    } else {
+      const auto copy = [&](auto tile, ForwardTensor which, int skipped, int columns) {
+        HeadView<T> from = place.streamed[which];
+        if (from.data == nullptr) return;
+        from.data += skipped * from.column_stride;
+        load_rows(tile, C::kKeys, from, key, all_keys, columns, thread, int(blockDim.x));
+      };
+      T* const values = to + C::kSides * C::kKeyElements;
+      copy(typename C::KeyTile{to}, kKey, 0, width);
+      copy(typename C::ValueTile{values}, kValue, place.column, value_width - place.column);
+      if constexpr (C::kTangent) {
+        copy(typename C::KeyTile{to + C::kKeyElements}, kKeyT, 0, width);
+        copy(typename C::ValueTile{values + C::kValueElements}, kValueT, place.column,
+             value_width - place.column);
+      }
     }
   };
+  __syncthreads();  // the place is there
+  stream.begin(issue);
 
-  // Tiles on their way ahead of the one at work; all of them if units follow one another.
-  const bool whole_head = plan.slots >= tiles;
-  const int ahead = whole_head ? tiles : plan.slots - 1;
-  if (!C::kKeepsQueries) load_unit(first + warp * C::kUnit);
-  for (int i = 0; i < ahead; ++i) {
-    issue(i);
-    cp_async_commit();
-  }
-  const auto arrive = [&](int i) {
-    if (ahead > 0) wait_all_but(whole_head ? tiles - 1 - i : ahead - 1);
-    __syncthreads();  // tile i is there, if it was on its way, and everyone is done with tile i - 1
-    if (whole_head) return;
-    if (i + ahead < tiles) issue(i + ahead);
-    cp_async_commit();
-    if (ahead > 0) return;
-    cp_async_wait<0>();
-    __syncthreads();
-  };
+  unit.reset();
 
-  for (int pass = 0; pass < plan.passes; ++pass) {
-    const int query = first + (pass * plan.warps + warp) * C::kUnit;
-    const bool active = query < queries;
-    if (C::kKeepsQueries) {
-      load_unit(query);
-    } else if (pass > 0) {
-      __syncwarp();
-      load_unit(query);
-      cp_async_commit();
-      cp_async_wait<0>();
-      __syncwarp();
+  stream.run(issue, [&](int i, int slot) {
+    const int key = i * C::kKeys;
+    bool hides = false;
+    if (!C::kRegular) {
+      const bool has_vt = C::kTangent && p.value_t.data != nullptr;
+      const bool may_hide =
+          p.mask.kind != MaskKind::none || (is_causal && key + C::kKeys - 1 > place.first);
+      if (may_hide) {
+        hides = any_not_finite(ring + slot * C::kSlotElements + C::kSides * C::kKeyElements,
+                               (has_vt ? 2 : 1) * C::kValueElements, place.found, thread,
+                               int(blockDim.x));
+      }
     }
-    unit.reset();
-    ScorePlace place = {batch, head, query + (lane >> 2), 0};
-    for (int i = 0; i < tiles; ++i) {
-      if (pass == 0) arrive(i);
-      const int key = i * C::kKeys;
-      if (!active || (params.is_causal && key >= query + C::kUnit)) continue;
-      place.key = key + 2 * (lane & 3);
-      const bool edge =
-          key + C::kKeys > all_keys || (params.is_causal && key + C::kKeys - 1 > query);
-      unit.add_tile(p, ring + i % plan.slots * C::kSlotElements, place, edge, factor, scale, column,
-                    lane);
-    }
-    if (active) unit.finish(p, place, column, lane);
-  }
+    if (!active || (is_causal && key >= query + C::kUnit)) return;
+    const ScorePlace score = {place.batch, place.head, query + (lane >> 2), key + 2 * (lane & 3)};
+    const bool edge = key + C::kKeys > all_keys || (is_causal && key + C::kKeys - 1 > query);
+    unit.add_tile(p, ring, slot, score, edge, hides, plan.factor, scale, place.column, lane);
+  });
+  if (active) unit.finish(p, place.batch, place.head, query + (lane >> 2), place.column, lane);
   cp_async_wait<0>();
 }
 
@@ -133,37 +145,41 @@ constexpr ForwardKernel forward_kernel() {
           C::kUnit,
           int(sizeof(typename C::T)),
           C::kSides,
-          !C::kKeepsQueries,
           C::kWarps,
+          C::kRegular,
           attention_forward_kernel<C>};
 }
 
-// 16-bit types: 64 and 80 tuned. Key tiles are the same with and without tangents, so that out is
-// bitwise the same.
+// 16-bit types: 64, 80 and 128 tuned. Key tiles are the same with and without tangents, so that out
+// is bitwise the same.
 template <typename T>
 ForwardTable forward_table16() {
   using E = Arithmetic16<T>;
   static const ForwardKernel plain[] = {
-      forward_kernel<ForwardSizes<E, 64, 64, 32, 2, false, true, 8>>(),
-      forward_kernel<ForwardSizes<E, 80, 80, 32, 2, false, true, 8>>(),
-      forward_kernel<ForwardSizes<E, 128, 128, 32, 2, false, false, 8>>(),
-      forward_kernel<ForwardSizes<E, 256, 128, 16, 1, false, false, 8>>()};
+      forward_kernel<ForwardSizes<E, 64, 64, 32, 2, false, 12, true>>(),
+      forward_kernel<ForwardSizes<E, 80, 80, 32, 2, false, 12, true>>(),
+      forward_kernel<ForwardSizes<E, 128, 128, 32, 2, false, 8, true>>(),
+      forward_kernel<ForwardSizes<E, 64, 64, 32, 2, false, 8, false>>(),
+      forward_kernel<ForwardSizes<E, 128, 128, 32, 2, false, 8, false>>(),
+      forward_kernel<ForwardSizes<E, 256, 128, 16, 1, false, 8, false>>()};
   static const ForwardKernel tangent[] = {
-      forward_kernel<ForwardSizes<E, 64, 64, 32, 1, true, true, 8>>(),
-      forward_kernel<ForwardSizes<E, 80, 80, 32, 1, true, true, 8>>(),
-      forward_kernel<ForwardSizes<E, 128, 128, 32, 1, true, false, 8>>(),
-      forward_kernel<ForwardSizes<E, 256, 64, 16, 1, true, false, 8>>()};
+      forward_kernel<ForwardSizes<E, 64, 64, 32, 1, true, 12, true>>(),
+      forward_kernel<ForwardSizes<E, 80, 80, 32, 1, true, 12, true>>(),
+      forward_kernel<ForwardSizes<E, 128, 128, 32, 1, true, 8, true>>(),
+      forward_kernel<ForwardSizes<E, 64, 64, 32, 1, true, 8, false>>(),
+      forward_kernel<ForwardSizes<E, 128, 128, 32, 1, true, 8, false>>(),
+      forward_kernel<ForwardSizes<E, 256, 64, 16, 1, true, 8, false>>()};
   return {plain, tangent};
 }
 
 template <typename E>
 ForwardTable forward_table32() {
   static const ForwardKernel plain[] = {
-      forward_kernel<ForwardSizes<E, 128, 64, 16, 1, false, false, 8>>(),
-      forward_kernel<ForwardSizes<E, 256, 64, 16, 1, false, false, 8>>()};
+      forward_kernel<ForwardSizes<E, 128, 64, 16, 1, false, 8, false>>(),
+      forward_kernel<ForwardSizes<E, 256, 64, 16, 1, false, 8, false>>()};
   static const ForwardKernel tangent[] = {
-      forward_kernel<ForwardSizes<E, 128, 64, 16, 1, true, false, 8>>(),
-      forward_kernel<ForwardSizes<E, 256, 64, 16, 1, true, false, 8>>()};
+      forward_kernel<ForwardSizes<E, 128, 64, 16, 1, true, 8, false>>(),
+      forward_kernel<ForwardSizes<E, 256, 64, 16, 1, true, 8, false>>()};
   return {plain, tangent};
 }
 

@@ -35,14 +35,15 @@ struct ScorePlace {
 };
 
 // Raw scores to log-2 units: c log2(e) S plus mask, -inf where the query may not attend. A tangent
-// that is masked is set to 0, so that nothing a masked key holds can reach the result.
-template <bool kTangent, int kTiles>
+// that is masked is set to 0, so that nothing a masked key holds can reach the result. kEndOnly:
+// there is nothing but the end of the keys.
+template <bool kTangent, bool kEndOnly, int kTiles>
 __device__ inline void mask_scores(float (&s)[kTiles][4], float (&ts)[kTiles][4],
                                    const AttentionParams& p, const ScorePlace& place,
                                    float factor) {
   const int64_t* stride = p.mask.view.stride;
   const int64_t head = int64_t(place.batch) * stride[0] + int64_t(place.head) * stride[1];
-  const bool masked = p.mask.kind != MaskKind::none;
+  const bool masked = !kEndOnly && p.mask.kind != MaskKind::none;
   const int queries = int(p.shape.queries), keys = int(p.shape.keys);
 #pragma unroll
   for (int j = 0; j < kTiles; ++j) {
@@ -50,7 +51,7 @@ __device__ inline void mask_scores(float (&s)[kTiles][4], float (&ts)[kTiles][4]
     for (int e = 0; e < 4; ++e) {
       const int query = place.query + 8 * (e / 2), key = place.key + 8 * j + e % 2;
       float bias = 0.0f;
-      if (key >= keys || (p.is_causal && key > query)) {
+      if (key >= keys || (!kEndOnly && p.is_causal && key > query)) {
         bias = -INFINITY;
       } else if (masked && query < queries) {
         bias = mask_bias(p.mask, head + int64_t(query) * stride[2] + int64_t(key) * stride[3]);
@@ -75,10 +76,13 @@ __device__ inline void softmax_tile(RowState& state, float (&s)[kTiles][4], floa
     for (int j = 0; j < kTiles; ++j) top = fmaxf(top, fmaxf(s[j][2 * h], s[j][2 * h + 1]));
     top = quad_max(top) * factor;
     // Scores beyond 4 million (a diverging model): half a spacing of m is then a large exponent.
-    if (fabsf(top) > kLargestUnrounded) {
-      row_factor = 1.0f;
+    if (any_lane(fabsf(top) > kLargestUnrounded)) {
+      const bool large = fabsf(top) > kLargestUnrounded;
+      row_factor = large ? 1.0f : factor;
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j) s[j][2 * h] *= factor, s[j][2 * h + 1] *= factor;
+      for (int j = 0; j < kTiles; ++j) {
+        s[j][2 * h] *= large ? factor : 1.0f, s[j][2 * h + 1] *= large ? factor : 1.0f;
+      }
     }
     const float now = fmaxf(top, state.top[h]);
     // A row that has attended nothing yet has m = -inf; 0 in its place keeps -inf - m = -inf.

@@ -118,6 +118,10 @@ struct SharedTile {
   static_assert(kWidth % kChunk == 0, "rows are whole chunks");
 
   T* data;
+  // Where it starts from there, in elements: what changes from tile to tile in a ring. Apart from
+  // `data`, so that the addresses of fragments are made of it anew, not kept in registers by
+  // dozens.
+  int start = 0;
 
   static constexpr int64_t bytes(int rows) { return int64_t(rows) * kWidth * sizeof(T); }
 
@@ -134,18 +138,20 @@ struct SharedTile {
     }
     return true;
   }
-  __device__ T* at(int row, int chunk) const { return data + offset(row, chunk); }
+  __device__ T* at(int row, int chunk) const { return data + start + offset(row, chunk); }
 
-  // at(row + rows, chunk + even) from start = offset(row, chunk) of chunk 0 or 1, rows a multiple
-  // of 8 and even of 2: lanes differ in `start`, which no loop changes, and the rest is constant.
-  __device__ T* from(int start, int rows, int even) const {
+  // at(row + rows, chunk + even) from offset(row, chunk) of chunk 0 or 1, rows a multiple of 8 and
+  // even of 2: lanes differ in the offset, and the rest is constant. Where rows are 128 bytes or
+  // more, a tile's start is a multiple of 128 bytes.
+  __device__ T* from(int offset, int rows, int even) const {
     static_assert(conflict_free(), "ldmatrix takes one pass");
     if constexpr (kSpread == 8) {
-      return data + (start ^ even % 8 * kChunk) + (even / 8 * 8 * kChunk + rows * kWidth);
+      return data + ((start + offset) ^ even % 8 * kChunk) +
+             (even / 8 * 8 * kChunk + rows * kWidth);
     } else {
       static_assert(kSpread <= 2,
                     "of the widths in use, only rows of 160 bytes are no power of two");
-      return data + start + (even * kChunk + rows * kWidth);
+      return data + (start + offset) + (even * kChunk + rows * kWidth);
     }
   }
   __device__ T& element(int row, int column) const {
@@ -153,35 +159,164 @@ struct SharedTile {
   }
 };
 
-// Rows [first, first + kRows) of one head into a tile, by all `threads` threads of the block; zeros
-// past the tensor's rows and columns. 16-byte asynchronous copies where the view allows; the caller
-// commits and waits.
+// ---- one head of a tensor -----------------------------------------------------------------------
+
+template <typename T>
+struct HeadView {
+  const T* data;  // null: absent
+  int64_t row_stride, column_stride;
+};
+
+template <typename T>
+__device__ inline HeadView<T> head_of(const ConstView4& view, int batch, int head) {
+  const T* data = static_cast<const T*>(view.data);
+  if (data != nullptr) data += int64_t(batch) * view.stride[0] + int64_t(head) * view.stride[1];
+  return {data, view.stride[2], view.stride[3]};
+}
+
+// Whether rows of `columns` elements are 16-byte chunks on 16-byte addresses.
+template <typename T>
+__device__ inline bool whole_rows(const HeadView<T>& head, int columns) {
+  return head.column_stride == 1 && columns % (kChunkBytes / int(sizeof(T))) == 0 &&
+         (reinterpret_cast<uintptr_t>(head.data) |
+          uintptr_t(head.row_stride * int64_t(sizeof(T)))) %
+                 kChunkBytes ==
+             0;
+}
+
+// Rows [first, first + rows) of one head into a tile, by all `threads` threads; zeros past the
+// tensor's rows and columns. 16-byte asynchronous copies where the view allows; the caller commits
+// and waits.
 template <typename T, int kWidth>
-__device__ inline void load_rows(const SharedTile<T, kWidth>& tile, int rows, const T* head,
-                                 int64_t row_stride, int64_t column_stride, int first,
-                                 int row_count, int columns, int thread, int threads) {
+__device__ inline void load_rows(const SharedTile<T, kWidth>& tile, int rows,
+                                 const HeadView<T>& head, int first, int row_count, int columns,
+                                 int thread, int threads) {
   using Tile = SharedTile<T, kWidth>;
-  const bool whole =
-      column_stride == 1 && columns % Tile::kChunk == 0 &&
-      (reinterpret_cast<uintptr_t>(head) | uintptr_t(row_stride * sizeof(T))) % kChunkBytes == 0;
+  const bool whole = whole_rows(head, columns);
   for (int i = thread; i < rows * Tile::kChunks; i += threads) {
     const int row = i / Tile::kChunks, chunk = i % Tile::kChunks;
     const int column = chunk * Tile::kChunk;
     const bool inside = first + row < row_count && column < columns;
-    const T* from = head + int64_t(first + row) * row_stride + int64_t(column) * column_stride;
+    const T* from =
+        head.data + int64_t(first + row) * head.row_stride + int64_t(column) * head.column_stride;
     if (whole) {
-      cp_async_16(tile.at(row, chunk), inside ? from : head, inside);
+      cp_async_16(tile.at(row, chunk), inside ? from : head.data, inside);
     } else {
       Vector<T, Tile::kChunk> vector;
 #pragma unroll
       for (int k = 0; k < Tile::kChunk; ++k) {
         const bool valid = inside && column + k < columns;
-        vector.element[k] = valid ? from[k * column_stride] : from_float<T>(0.0f);
+        vector.element[k] = valid ? from[k * head.column_stride] : from_float<T>(0.0f);
       }
       *reinterpret_cast<Vector<T, Tile::kChunk>*>(tile.at(row, chunk)) = vector;
     }
   }
 }
+
+// One head of a tensor whose rows are whole 16-byte chunks, less than 2^31 bytes apart.
+struct WholeHead {
+  const char* data;
+  int row_bytes;  // from row to row
+};
+
+template <typename T>
+__device__ inline WholeHead whole_head_of(const ConstView4& view, int batch, int head) {
+  const HeadView<T> from = head_of<T>(view, batch, head);
+  return {reinterpret_cast<const char*>(from.data), int(from.row_stride * int64_t(sizeof(T)))};
+}
+
+// What load_whole_rows() reads, or load_rows().
+template <bool kWhole, typename T>
+__device__ inline auto streamed_head(const ConstView4& view, int batch, int head) {
+  if constexpr (kWhole) {
+    return whole_head_of<T>(view, batch, head);
+  } else {
+    return head_of<T>(view, batch, head);
+  }
+}
+
+// load_rows() for every kStep-th of several tensors at once, all as wide as their tiles, which
+// follow one another. A thread copies the same chunk of every row that it copies, and one pointer a
+// tensor goes from row to row, so that little is left to compute.
+template <int kTensors, int kStep, typename T, int kWidth>
+__device__ inline void load_whole_rows(const SharedTile<T, kWidth>& tile, int rows,
+                                       const WholeHead* heads, int first, int row_count, int thread,
+                                       int threads) {
+  using Tile = SharedTile<T, kWidth>;
+  const int step = threads / Tile::kChunks, chunk = thread % Tile::kChunks;
+  const int start = thread / Tile::kChunks;
+  if (start >= step) return;  // threads that make no whole row
+  constexpr int kCopies = (kTensors + kStep - 1) / kStep;
+  const char* from[kCopies];
+  int moves[kCopies];
+#pragma unroll
+  for (int i = 0; i < kCopies; ++i) {
+    const WholeHead& head = heads[i * kStep];
+    from[i] = head.data + (int64_t{first + start} * head.row_bytes + chunk * kChunkBytes);
+    moves[i] = step * head.row_bytes;
+  }
+  // Rows to come: how many there are, and how many of them exist.
+  int left = rows - start, existing = row_count - first - start;
+#pragma unroll 1
+  for (; left > 0; left -= step, existing -= step) {
+    T* const to = tile.at(rows - left, chunk);
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      cp_async_16(to + i * rows * kWidth, from[i], existing > 0);
+      from[i] += moves[i];
+    }
+  }
+}
+
+// ---- the ring of streamed tiles -----------------------------------------------------------------
+
+// Tiles pass through `slots` slots of a ring, one to three: issue(i, slot) starts the copies of
+// tile i, some tiles ahead of consume(i, slot). Every thread of the block calls both.
+struct TileStream {
+  int count, slots;
+
+  // What is loaded before is there as well when the first tile is consumed.
+  template <typename Issue>
+  __device__ void begin(const Issue& issue) const {
+    for (int i = 0; i < slots - 1; ++i) start(i, i, issue);
+  }
+
+  template <typename Issue, typename Consume>
+  __device__ void run(const Issue& issue, const Consume& consume) const {
+    int slot = 0;
+    for (int i = 0; i < count; ++i) step(i, slot, issue, consume);
+  }
+
+  // Nothing is on its way any more, and the ring is free.
+  __device__ void end() const {
+    cp_async_commit();  // of what was loaded before, where no tile followed
+    cp_async_wait<0>();
+    __syncthreads();
+  }
+
+ private:
+  template <typename Issue>
+  __device__ void start(int i, int slot, const Issue& issue) const {
+    if (i < count) issue(i, slot);
+    cp_async_commit();
+  }
+
+  template <typename Issue, typename Consume>
+  __device__ void step(int i, int& slot, const Issue& issue, const Consume& consume) const {
+    const int ahead = slots - 1;
+    if (ahead == 0) start(i, 0, issue);
+    if (ahead == 2) {
+      cp_async_wait<1>();
+    } else {
+      cp_async_wait<0>();
+    }
+    __syncthreads();  // tile i is there, and everyone is done with tile i - 1
+    if (ahead != 0) start(i + ahead, slot == 0 ? ahead : slot - 1, issue);
+    consume(i, slot);
+    slot = slot == ahead ? 0 : slot + 1;
+    if (ahead == 0) __syncthreads();
+  }
+};
 
 // ---- fragments ----------------------------------------------------------------------------------
 
@@ -231,21 +366,6 @@ __device__ inline void load_down(FragmentB (&b)[2], const SharedTile<T, kWidth>&
       }
     }
   }
-}
-
-// ---- one head of a tensor -----------------------------------------------------------------------
-
-template <typename T>
-struct HeadView {
-  const T* data;  // null: absent
-  int64_t row_stride, column_stride;
-};
-
-template <typename T>
-__device__ inline HeadView<T> head_of(const ConstView4& view, int batch, int head) {
-  const T* data = static_cast<const T*>(view.data);
-  if (data != nullptr) data += int64_t(batch) * view.stride[0] + int64_t(head) * view.stride[1];
-  return {data, view.stride[2], view.stride[3]};
 }
 
 // ---- scores and rows ----------------------------------------------------------------------------

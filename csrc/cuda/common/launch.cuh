@@ -1,13 +1,50 @@
 // Starting kernels, and what the current device offers them.
 #pragma once
 
+#include <mutex>
+#include <set>
+#include <utility>
+
 #include "cuda/common/cuda.cuh"
 #include "cuda/common/dry_run.h"
 
 namespace pmf::cuda {
 
-constexpr int kSharedWithoutAsking =
-    48 * 1024;  // more than this must be asked for, kernel by kernel
+// A kernel whose blocks have more shared memory than this says that it prefers it to cache, or
+// fewer blocks would fit a multiprocessor (and from 48 KB on not one).
+constexpr int64_t kSharedBesideCache = 8 * 1024;
+
+// An error of ours is ours to report: it must not wait for the next launch that asks.
+inline cudaError_t taken(cudaError_t status) {
+  if (status != cudaSuccess) cudaGetLastError();
+  return status;
+}
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  if (taken(cudaGetDevice(&device)) != cudaSuccess) return 0;
+  return taken(cudaDeviceGetAttribute(&value, attribute, device)) == cudaSuccess ? value : 0;
+}
+
+// Lets blocks of the kernel have as much shared memory as the device has for one: once a kernel and
+// device, and never less, as another thread's launch may be under way.
+inline cudaError_t allow_shared(const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  int device = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return taken(status);
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device}) != 0) return cudaSuccess;
+  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+  if (status == cudaSuccess) {
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                  cudaSharedmemCarveoutMaxShared);
+  }
+  if (status == cudaSuccess) allowed.insert({kernel, device});
+  return taken(status);
+}
 
 // kernel<<<grid, block, shared_bytes, stream>>>(arguments...), or a note of it in a dry run.
 template <class... Parameters, class... Arguments>
@@ -18,19 +55,12 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int64_t
                     int64_t(block.x) * block.y * block.z, shared_bytes);
     return cudaSuccess;
   }
-  if (shared_bytes > kSharedWithoutAsking) {
-    const cudaError_t status = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if (shared_bytes > kSharedBesideCache) {
+    const cudaError_t status = allow_shared(reinterpret_cast<const void*>(kernel));
     if (status != cudaSuccess) return status;
   }
   kernel<<<grid, block, static_cast<size_t>(shared_bytes), stream>>>(arguments...);
   return cudaGetLastError();
-}
-
-inline int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : 0;
 }
 
 // Bytes of shared memory that one block may ask for: 99 KB on sm_86, 163 on sm_80, 227 on sm_90.

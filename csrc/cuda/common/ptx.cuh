@@ -172,6 +172,9 @@ __device__ inline T shuffle_idx(T value, int lane) {
 // Bit i: what lane i said.
 __device__ inline uint32_t ballot(bool value) { return __ballot_sync(kWholeWarp, value); }
 
+// Whether any lane says so.
+__device__ inline bool any_lane(bool value) { return __any_sync(kWholeWarp, value) != 0; }
+
 // A barrier of its own among `threads` threads, whole warps; id 0 is __syncthreads().
 __device__ inline void barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

@@ -7,9 +7,8 @@
 //
 // Entries hidden from a query (mask false or -inf, causality) do not affect it, even if they are
 // not finite: such an entry of K, tK, V or tV affects only the rows that see it and their
-// gradients. A row that attends to nothing gives zeros and gets no gradient; on the CPU, neither
-// does a non-finite row whose incoming gradient is exactly zero, if anything is
-// hidden.
+// gradients. A row that attends to nothing gives zeros and gets no gradient; neither does a
+// non-finite row whose incoming gradient is exactly zero, if anything is hidden.
 //
 // Sizes: B batches, H query heads, Hk key heads (H % Hk == 0; query head h reads key head
 // h / (H / Hk)), Nq queries, Nk keys, D the width of queries and keys, Dv the width of values.

@@ -85,10 +85,11 @@ _INSIDE: dict[str, Callable[[str], str]] = {
 
 
 def vote(s: Scope, i: Instruction) -> str:
-    if i.name != "vote.sync.ballot.b32":
+    if i.name not in ("vote.sync.ballot.b32", "vote.sync.any.pred"):
         raise UnknownInstruction(i.name)
     out, value, lanes = i.operands
-    return s.put(out, f"d.ballot({s.value(value, 'pred')}, {s.value(lanes, 'u32')})", "u32")
+    said = f"d.ballot({s.value(value, 'pred')}, {s.value(lanes, 'u32')})"
+    return s.put(out, f"{said} != 0", "pred") if i.type == "pred" else s.put(out, said, "u32")
 
 
 def atomic(s: Scope, i: Instruction) -> str:

@@ -96,6 +96,8 @@ inline T shuffle_idx(T value, int lane) {
   return shuffled(emulator::Shuffle::index, value, lane);
 }
 
+inline bool any_lane(bool value) { return emulator::ballot(value) != 0; }
+
 inline uint32_t ballot(bool value) { return emulator::ballot(value); }
 inline void barrier_sync(int id, int threads) { emulator::sync_threads(id, threads); }
 
