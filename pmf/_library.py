@@ -15,6 +15,8 @@ from types import ModuleType
 
 import torch
 
+from pmf.version import VERSION
+
 OLDEST_TORCH = (2, 11)
 LIBRARY = Path(__file__).with_name("libpmf.so")
 
@@ -54,6 +56,15 @@ def require() -> None:
     """Raise RuntimeError if the compiled ops are unavailable."""
     if _error is not None:
         raise RuntimeError(_error)
+
+
+def identity() -> str:
+    """Which library this is: another version or build has other kernels."""
+    try:
+        found = LIBRARY.stat()
+    except OSError:
+        return f"pmf {VERSION} without a library"
+    return f"pmf {VERSION}, build {found.st_size:x}-{found.st_mtime_ns:x}"
 
 
 def takes_cuda_kernel(tensor: torch.Tensor) -> bool:

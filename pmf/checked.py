@@ -5,7 +5,6 @@ there are no records.
 """
 
 import json
-import os
 import time
 import warnings
 from pathlib import Path
@@ -13,21 +12,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pmf import _library
+from pmf import _library, plans
 from pmf.atomic import write_file
-from pmf.version import VERSION
+from pmf.plans import cache_folder
 
 NVIDIA_DRIVER = Path("/sys/module/nvidia/version")
 
 
 def remind(x: Tensor) -> None:
-    """Warn, once per process and GPU, before a kernel runs on a GPU that has not passed a check."""
+    """Before a process's first kernel on a GPU: load its tuned plans, and warn unless it has been checked."""
     if not x.is_cuda or torch.compiler.is_compiling() or x.device.index in _reminded:
         return
     _reminded.add(x.device.index)
     if not torch.cuda.is_available():  # fake tensors need no GPU
         return
     name = torch.cuda.get_device_name(x.device)
+    plans.load(x.device.index, name)
     if passed_on(name) is None:
         warnings.warn(
             f"pmf's kernels have not been checked on this {name} yet: run `pmf check`, which takes about a "
@@ -50,7 +50,7 @@ def passed_on(gpu: str) -> str | None:
 
 def mark(gpu: str, passed: bool) -> bool:
     """Record the result of a check for a GPU model; False if the record cannot be written."""
-    path, marks = _path(), _marks()
+    path, marks = _file(), _marks()
     marks.pop(_key(gpu), None)
     if passed:
         marks[_key(gpu)] = time.strftime("%Y-%m-%d")
@@ -71,24 +71,16 @@ def _key(gpu: str) -> str:
         driver = NVIDIA_DRIVER.read_text().strip()
     except OSError:
         driver = "unknown driver"
-    try:
-        found = _library.LIBRARY.stat()
-        build = f"{found.st_size:x}-{found.st_mtime_ns:x}"
-    except OSError:
-        build = "no library"
-    return f"{gpu} | driver {driver} | torch {torch.__version__} | pmf {VERSION}, build {build}"
+    return f"{gpu} | driver {driver} | torch {torch.__version__} | {_library.identity()}"
 
 
-def _path() -> Path | None:
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # a user without a home folder
-        return None
-    return folder / "pixelmeanflow" / "checked.json"
+def _file() -> Path | None:
+    folder = cache_folder()
+    return None if folder is None else folder / "checked.json"
 
 
 def _marks() -> dict[str, str]:
-    path = _path()
+    path = _file()
     try:
         found = json.loads(path.read_text()) if path is not None else {}
     except (OSError, ValueError):

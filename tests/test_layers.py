@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     {"atomic", "defaults", "errors", "interrupts", "metrics", "sizes", "version", "wrappers"},
     {"_library", "kernels"},
-    {"checked", "pictures", "reference"},
+    {"pictures", "plans", "reference"},
+    {"checked"},
     {"data", "devices", "env", "official", "ops", "perceptual", "ranks"},
     {"nn", "optim", "tangents"},
     {"check", "models"},

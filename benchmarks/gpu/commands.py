@@ -117,6 +117,12 @@ def rates_words(run: Run) -> list[str] | str:
     return python(ROOT / "benchmarks/machine_rates.py", "--out", run.folder / "machine_rates.json")
 
 
+def tune_words(run: Run) -> list[str] | str:
+    if run.device == "cpu":
+        return "plans compete on a GPU"
+    return python(ROOT / "benchmarks/tune.py", "--out", run.folder / "plans.json")
+
+
 def profile_words(shape: str) -> Callable[[Run], list[str] | str]:
     """ncu on attention with tangents."""
 
@@ -167,4 +173,5 @@ RATES = Command("machine rates", rates_words, Limit(60), Limit(0))
 PROFILES = tuple(
     Command(f"ncu, JVP {shape}", profile_words(shape), Limit(75), Limit(0)) for shape in (SHORT, LONG)
 )
+TUNE = Command("plans", tune_words, Limit(240), Limit(0))
 RACES = Command("racecheck", race_words, Limit(120), Limit(0))

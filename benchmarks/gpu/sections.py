@@ -116,6 +116,7 @@ PARTS: tuple[Section | commands.Command, ...] = (
     Section("attention", attention_cases, Limits(300, 3.0), Limits(28, 0.5)),
     *commands.PROFILES,
     Section(PUBLISHED, published_cases, Limits(100, 1.0), Limits(0, 0)),
+    commands.TUNE,
     Section("muon", muon.cases, Limits(90, 6), Limits(8, 1)),
     Section("graph capture", capture.cases, Limits(20, 2), Limits(5, 0.5)),
     commands.RACES,
@@ -125,6 +126,6 @@ PARTS: tuple[Section | commands.Command, ...] = (
     Section("elementwise", elementwise_cases, Limits(45, 0.4), Limits(8, 0.15)),
     Section("patch_embed", patch_embed_cases, Limits(15, 0.6), Limits(4, 0.3)),
 )
-"""In this order: correctness, rates of the machine, attention and its peers, the optimizer, everything else.
-Quick runs omit what takes too long."""
+"""In this order: correctness, rates of the machine, attention and its peers, competing plans, the optimizer,
+everything else. Quick runs omit what takes too long."""
 SECTIONS = tuple(part for part in PARTS if isinstance(part, Section))

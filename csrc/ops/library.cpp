@@ -11,6 +11,9 @@ STABLE_TORCH_LIBRARY(pmf, m) {
   m.def("attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor lse, Tensor? attn_mask, bool is_causal, float scale, int? window_left=None, int? window_right=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? grad_lse=None, bool allow_tf32=False) -> (Tensor, Tensor, Tensor)");
   m.def("attention_jvp_backward(Tensor? grad, Tensor grad_t, Tensor query, Tensor key, Tensor value, Tensor? query_t, Tensor? key_t, Tensor? value_t, Tensor lse, Tensor? attn_mask, bool is_causal, float scale, int? window_left=None, int? window_right=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? grad_lse=None, Tensor? grad_lse_t=None, bool allow_tf32=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
+  // Replaces a device's table of tuned plans: rows of 11 numbers, as pmf/plans.py has them; device -1 is that of dry runs.
+  m.def("set_attention_plans(int device, int[] rows) -> ()");
+
   // Elementwise pairs. The _jvp forms take tangents of the first n <= B samples.
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("rms_norm_jvp(Tensor x, Tensor weight, Tensor x_t, Tensor? weight_t, float eps) -> (Tensor, Tensor)");

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pmf import _library, checked
+from pmf import _library, checked, plans
 
 from .table import Check, checks
 
@@ -102,6 +102,7 @@ def _gpu(place: str) -> dict[str, Callable[[], Any]]:
             f"check needs {LEAST_MEMORY / 2**30:.0f}: run it again when the memory is free"
         )
     checked.forgo_reminder()
+    plans.load(torch.cuda.current_device(), name)
     return {name: torch.cuda.synchronize}
 
 

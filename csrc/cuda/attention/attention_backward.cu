@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cuda/attention/attention_backward_plan.h"
+#include "cuda/attention/attention_choices.h"
 #include "cuda/attention/attention_views.h"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/launchers.h"
@@ -64,29 +65,92 @@ bool is_regular(const AttentionBackwardParams& p) {
                     (queries(p.query_t) && queries(p.grad_t) && keys(p.key_t) && keys(p.value_t)));
 }
 
-}  // namespace
-
-const BackwardKernels& attention_backward_kernels(const AttentionBackwardParams& params,
-                                                  int64_t shared_limit) {
+// The table of the call's dtype, with tangents or without.
+const BackwardKernels* first_kernels(const AttentionBackwardParams& params) {
   const BackwardTable table = params.dtype == DType::bf16  ? attention_backward_bf16()
                               : params.dtype == DType::f16 ? attention_backward_f16()
                               : params.allow_tf32          ? attention_backward_tf32()
                                                            : attention_backward_f32();
   // Without queries grad_t holds nothing, and gradients of tangents may still be wanted.
   const bool tangent = params.grad_t.data != nullptr || params.shape.queries == 0;
-  const BackwardKernels* k = tangent ? table.tangent : table.ordinary;
+  return tangent ? table.tangent : table.ordinary;
+}
+
+// Whether kernels take a call, regular or not, where blocks may have so much shared memory.
+bool take(const BackwardKernels& kernels, const AttentionBackwardParams& params, bool regular,
+          int64_t shared_limit) {
   const AttentionShape& s = params.shape;
-  const bool regular = is_regular(params);
-  const auto fits = [&](const BackwardKernels& kernels) {
-    if (!kernels.regular) return s.width <= kernels.width && s.value_width <= kernels.width;
-    const auto runs = [&](bool by_keys) {
-      const BackwardPlan plan = attention_backward_plan(kernels, params, by_keys, shared_limit);
-      return plan.slots == kBackwardRegularSlots && plan.shared_bytes <= shared_limit;
-    };
-    return regular && s.width == kernels.width && s.value_width == kernels.width && runs(false) &&
-           runs(true);
+  if (!kernels.regular) return s.width <= kernels.width && s.value_width <= kernels.width;
+  const auto runs = [&](bool by_keys) {
+    const BackwardPlan plan = attention_backward_plan(kernels, params, by_keys, shared_limit);
+    return plan.slots == kBackwardRegularSlots && plan.shared_bytes <= shared_limit;
   };
-  while (!fits(*k)) ++k;
+  return regular && s.width == kernels.width && s.value_width == kernels.width && runs(false) &&
+         runs(true);
+}
+
+// The tuned kernels if they take the call, otherwise the model's choice, `kernels`. Their streamed
+// tiles must be those of the model's choice: so no tuning changes a bit of the results.
+const BackwardKernels& tuned_kernels(const AttentionBackwardParams& params, int64_t shared_limit,
+                                     const BackwardKernels& kernels,
+                                     const AttentionChoice& choice) {
+  if (!choice.tuned()) return kernels;
+  const bool regular = is_regular(params);
+  const BackwardKernels* const first = first_kernels(params);
+  for (const BackwardKernels* k = first;; ++k) {
+    if (k - first == choice.kernel && k->columns == kernels.columns &&
+        take(*k, params, regular, shared_limit)) {
+      return *k;
+    }
+    if (!k->regular && k->width == kAttentionMaxWidth) return kernels;  // the last of the table
+  }
+}
+
+// Blocks of so many warps with so many slots.
+BackwardPlan plan_with(const BackwardKernels& kernels, const AttentionBackwardParams& params,
+                       bool by_keys, int warps, int slots) {
+  const AttentionShape& s = params.shape;
+  const int64_t rows = by_keys ? s.keys : s.queries;
+  BackwardPlan plan;
+  plan.rows = warps * kRowsOfWarp;
+  plan.slots = slots;
+  plan.shared_bytes = int(shared_bytes(kernels, warps, slots, by_keys));
+  const int64_t width = by_keys && s.value_width > s.width ? s.value_width : s.width;
+  const int out = by_keys ? kernels.out_keys : kernels.out_queries;
+  plan.blocks = ceil_div(width, out) * ceil_div(rows, plan.rows) *
+                (by_keys ? s.key_heads : s.heads) * s.batch;
+  const int64_t heads = by_keys ? s.key_heads : s.heads;
+  plan.by_parts = Divisor(uint32_t(ceil_div(width, out)));
+  plan.by_row_blocks = Divisor(uint32_t(ceil_div(rows, plan.rows)));
+  plan.by_heads = Divisor(uint32_t(heads));
+  plan.by_group = Divisor(uint32_t(heads / (s.key_heads > 0 ? s.key_heads : 1)));
+  plan.scale = float(params.scale);
+  plan.factor = float(params.scale * double(kLog2e));
+  plan.padded_queries = int(attention_backward_padded_queries(s));
+  plan.statistics = static_cast<float*>(params.workspace);
+  return plan;
+}
+
+// Whether the kernels and the device have such blocks. Those of queries cover whole tiles, as every
+// row of a tile must have its statistics.
+bool has_plan(const BackwardKernels& kernels, const AttentionShape& s, bool by_keys,
+              int64_t shared_limit, const AttentionChoice& choice) {
+  const int warps = choice.warps, slots = choice.slots;
+  if (warps < 1 || warps > kMaxWarps || warps > kernels.warps || slots < 1 || slots > 3)
+    return false;
+  if (kernels.regular && slots != kBackwardRegularSlots) return false;
+  const auto padded = [&s](int64_t rows) { return ceil_div(s.queries, rows) * rows; };
+  if (!by_keys && padded(warps * kRowsOfWarp) < padded(kernels.columns)) return false;
+  return shared_bytes(kernels, warps, slots, by_keys) <= shared_limit;
+}
+
+}  // namespace
+
+const BackwardKernels& attention_backward_kernels(const AttentionBackwardParams& params,
+                                                  int64_t shared_limit) {
+  const bool regular = is_regular(params);
+  const BackwardKernels* k = first_kernels(params);
+  while (!take(*k, params, regular, shared_limit)) ++k;
   return *k;
 }
 
@@ -109,24 +173,7 @@ BackwardPlan attention_backward_plan(const BackwardKernels& kernels,
       break;
     }
   }
-  BackwardPlan plan;
-  plan.rows = warps * kRowsOfWarp;
-  plan.slots = slots;
-  plan.shared_bytes = int(shared_bytes(kernels, warps, slots, by_keys));
-  const int64_t width = by_keys && s.value_width > s.width ? s.value_width : s.width;
-  const int out = by_keys ? kernels.out_keys : kernels.out_queries;
-  plan.blocks = ceil_div(width, out) * ceil_div(rows, plan.rows) *
-                (by_keys ? s.key_heads : s.heads) * s.batch;
-  const int64_t heads = by_keys ? s.key_heads : s.heads;
-  plan.by_parts = Divisor(uint32_t(ceil_div(width, out)));
-  plan.by_row_blocks = Divisor(uint32_t(ceil_div(rows, plan.rows)));
-  plan.by_heads = Divisor(uint32_t(heads));
-  plan.by_group = Divisor(uint32_t(heads / (s.key_heads > 0 ? s.key_heads : 1)));
-  plan.scale = float(params.scale);
-  plan.factor = float(params.scale * double(kLog2e));
-  plan.padded_queries = int(attention_backward_padded_queries(s));
-  plan.statistics = static_cast<float*>(params.workspace);
-  return plan;
+  return plan_with(kernels, params, by_keys, warps, slots);
 }
 
 const char* attention_backward(const AttentionBackwardParams& params, void* stream) {
@@ -135,9 +182,23 @@ const char* attention_backward(const AttentionBackwardParams& params, void* stre
   if (s.queries > kLongest || s.keys > kLongest) return "more than 2^31 queries or keys";
   const int64_t shared_limit = device_shared_limit();
   if (shared_limit <= 0) return "the device does not say how much shared memory it has";
-  const BackwardKernels& kernels = attention_backward_kernels(params, shared_limit);
+  const auto tuned = [&](AttentionLaunch launch) {
+    return attention_choice({launch, params.dtype, params.dtype == DType::f32 && params.allow_tf32,
+                             params.grad_t.data != nullptr, s.queries, s.keys, s.width,
+                             s.value_width});
+  };
+  const AttentionChoice choices[] = {tuned(AttentionLaunch::backward_queries),
+                                     tuned(AttentionLaunch::backward_keys)};
+  const BackwardKernels& kernels =
+      tuned_kernels(params, shared_limit, attention_backward_kernels(params, shared_limit),
+                    choices[0].tuned() ? choices[0] : choices[1]);
   for (const bool by_keys : {false, true}) {
-    const BackwardPlan plan = attention_backward_plan(kernels, params, by_keys, shared_limit);
+    const AttentionChoice& choice = choices[by_keys];
+    const bool takes_choice = choice.tuned() && &kernels == first_kernels(params) + choice.kernel &&
+                              has_plan(kernels, s, by_keys, shared_limit, choice);
+    const BackwardPlan plan = takes_choice
+                                  ? plan_with(kernels, params, by_keys, choice.warps, choice.slots)
+                                  : attention_backward_plan(kernels, params, by_keys, shared_limit);
     if (plan.blocks == 0) continue;
     if (plan.blocks > kLargestGrid) return "more than 2^31 blocks of queries or keys";
     const int warps = plan.rows / kRowsOfWarp;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cuda/attention/attention_choices.h"
 #include "cuda/attention/attention_forward_plan.h"
 #include "cuda/attention/attention_views.h"
 #include "cuda/common/launch.cuh"
@@ -33,23 +34,93 @@ bool is_regular(const AttentionParams& p) {
                     (queries(p.query_t) && keys(p.key_t) && keys(p.value_t) && queries(p.out_t)));
 }
 
-}  // namespace
-
-const ForwardKernel& attention_forward_kernel(const AttentionParams& params,
-                                              int64_t shared_per_block) {
+// The table of the call's dtype, with tangents or without.
+const ForwardKernel* first_kernel(const AttentionParams& params) {
   const ForwardTable table = params.dtype == DType::bf16  ? attention_forward_bf16()
                              : params.dtype == DType::f16 ? attention_forward_f16()
                              : params.allow_tf32          ? attention_forward_tf32()
                                                           : attention_forward_f32();
+  return params.out_t.data != nullptr ? table.tangent : table.plain;
+}
+
+// Whether a kernel takes a call, regular or not, where blocks may have so much shared memory.
+bool takes(const ForwardKernel& k, const AttentionShape& s, bool regular,
+           int64_t shared_per_block) {
+  return k.regular ? regular && s.width == k.width && s.value_width == k.width &&
+                         attention_forward_plan(k, s, {shared_per_block, 0}).warps > 0
+                   : s.width <= k.width;
+}
+
+int64_t units_of(const ForwardKernel& kernel, const AttentionShape& shape) {
+  return std::max<int64_t>(1, ceil_div(shape.queries, kernel.unit));
+}
+
+int64_t tiles_of(const ForwardKernel& kernel, const AttentionShape& shape) {
+  return std::max<int64_t>(1, ceil_div(shape.keys, kernel.keys));
+}
+
+// Blocks of so many warps with so many slots; warps is 0 if the kernel or the device has no such.
+ForwardPlan plan_with(const ForwardKernel& kernel, const AttentionShape& shape,
+                      const DeviceLimits& limits, int warps, int slots) {
+  const int64_t units = units_of(kernel, shape), tiles = tiles_of(kernel, shape);
+  const int most = int(std::min<int64_t>(3, tiles));
+  const bool has_warps = warps >= 1 && warps <= kernel.warps && (warps == 1 || warps <= units);
+  const bool has_slots =
+      kernel.regular ? slots == kForwardRegularSlots : slots >= 1 && slots <= most;
+  if (!has_warps || !has_slots) return {};
+  const int64_t row = int64_t(kernel.element_bytes) * kernel.sides;
+  const int64_t slot_bytes = row * kernel.keys * (kernel.width + kernel.out);
+  const int64_t unit_bytes = row * kernel.unit * kernel.width;
+  const int64_t bytes = kForwardPlaceBytes + slots * slot_bytes + warps * unit_bytes;
+  if (bytes > limits.shared_per_block) return {};
+  const int64_t parts = ceil_div(shape.value_width, kernel.out);
+  ForwardPlan plan;
+  plan.warps = warps;
+  plan.slots = slots;
+  plan.shared_bytes = int(bytes);
+  plan.blocks_per_processor =
+      int(std::max<int64_t>(1, std::min(limits.shared_per_processor / (bytes + kSharedOverhead),
+                                        int64_t(kernel.warps / warps))));
+  plan.row_blocks = int(ceil_div(units, warps));
+  plan.blocks = shape.queries == 0 ? 0 : shape.batch * shape.heads * parts * plan.row_blocks;
+  plan.by_parts = Divisor(uint32_t(parts));
+  plan.by_row_blocks = Divisor(uint32_t(plan.row_blocks));
+  plan.by_heads = Divisor(uint32_t(shape.heads));
+  plan.by_group = Divisor(uint32_t(shape.heads / std::max<int64_t>(1, shape.key_heads)));
+  return plan;
+}
+
+// Takes the tuned kernel and plan, if there is one for this call. Its tiles of keys must be those
+// of `kernel`, the model's choice: so no tuning changes a bit of the results.
+bool take_tuned(const AttentionParams& params, const DeviceLimits& limits,
+                const ForwardKernel*& kernel, ForwardPlan& plan) {
   const AttentionShape& s = params.shape;
+  const AttentionChoice choice = attention_choice(
+      {AttentionLaunch::forward, params.dtype, params.dtype == DType::f32 && params.allow_tf32,
+       params.out_t.data != nullptr, s.queries, s.keys, s.width, s.value_width});
+  if (!choice.tuned()) return false;
   const bool regular = is_regular(params);
-  const auto fits = [&](const ForwardKernel& k) {
-    return k.regular ? regular && s.width == k.width && s.value_width == k.width &&
-                           attention_forward_plan(k, s, {shared_per_block, 0}).warps > 0
-                     : s.width <= k.width;
-  };
-  const ForwardKernel* kernel = params.out_t.data != nullptr ? table.tangent : table.plain;
-  while (!fits(*kernel)) ++kernel;
+  const ForwardKernel* const first = first_kernel(params);
+  for (const ForwardKernel* k = first;; ++k) {
+    if (k - first == choice.kernel && k->keys == kernel->keys &&
+        takes(*k, s, regular, limits.shared_per_block)) {
+      const ForwardPlan tuned = plan_with(*k, s, limits, choice.warps, choice.slots);
+      if (tuned.warps == 0) return false;
+      kernel = k;
+      plan = tuned;
+      return true;
+    }
+    if (!k->regular && k->width == kAttentionMaxWidth) return false;  // the last of the table
+  }
+}
+
+}  // namespace
+
+const ForwardKernel& attention_forward_kernel(const AttentionParams& params,
+                                              int64_t shared_per_block) {
+  const bool regular = is_regular(params);
+  const ForwardKernel* kernel = first_kernel(params);
+  while (!takes(*kernel, params.shape, regular, shared_per_block)) ++kernel;
   return *kernel;
 }
 
@@ -62,28 +133,13 @@ ForwardPlan attention_forward_plan(const ForwardKernel& kernel, const AttentionS
   constexpr double kShortRing = 0.95, kNoRing = 0.5;
   const double half_reuse = kernel.width <= 64 ? 24 : 40;
   constexpr double kCover[] = {0.62, 0.8, 0.94};  // one block, two, three; then 1
-  const int64_t units = std::max<int64_t>(1, ceil_div(shape.queries, kernel.unit));
-  const int64_t tiles = std::max<int64_t>(1, ceil_div(shape.keys, kernel.keys));
-  const int64_t parts = ceil_div(shape.value_width, kernel.out);
-  const int64_t heads = shape.batch * shape.heads * parts;
-  const int64_t row = int64_t(kernel.element_bytes) * kernel.sides;
-  const int64_t slot_bytes = row * kernel.keys * (kernel.width + kernel.out);
-  const int64_t unit_bytes = row * kernel.unit * kernel.width;
+  const int64_t units = units_of(kernel, shape), tiles = tiles_of(kernel, shape);
 
   ForwardPlan best;
   double best_value = -1;
   const auto consider = [&](int warps, int slots) {
-    const int64_t bytes = kForwardPlaceBytes + slots * slot_bytes + warps * unit_bytes;
-    if (bytes > limits.shared_per_block) return;
-    ForwardPlan plan;
-    plan.warps = warps;
-    plan.slots = slots;
-    plan.shared_bytes = int(bytes);
-    plan.blocks_per_processor =
-        int(std::max<int64_t>(1, std::min(limits.shared_per_processor / (bytes + kSharedOverhead),
-                                          int64_t(kernel.warps / warps))));
-    plan.row_blocks = int(ceil_div(units, warps));
-    plan.blocks = shape.queries == 0 ? 0 : heads * plan.row_blocks;
+    const ForwardPlan plan = plan_with(kernel, shape, limits, warps, slots);
+    if (plan.warps == 0) return;
     const double resident = double(plan.blocks_per_processor) * warps;
     const double busy = double(units) / double(int64_t(plan.row_blocks) * warps);
     const double queries = double(warps) * kernel.unit;
@@ -94,18 +150,9 @@ ForwardPlan attention_forward_plan(const ForwardKernel& kernel, const AttentionS
     best = plan;
     best_value = value;
   };
-  for (int warps = 1; warps <= kernel.warps && (warps == 1 || warps <= units); ++warps) {
-    if (kernel.regular) {
-      consider(warps, kForwardRegularSlots);
-    } else {
-      for (int slots = 1; slots <= 3 && slots <= tiles; ++slots) consider(warps, slots);
-    }
+  for (int warps = 1; warps <= kernel.warps; ++warps) {
+    for (int slots = 1; slots <= 3; ++slots) consider(warps, slots);
   }
-  if (best_value < 0) return best;
-  best.by_parts = Divisor(uint32_t(parts));
-  best.by_row_blocks = Divisor(uint32_t(best.row_blocks));
-  best.by_heads = Divisor(uint32_t(shape.heads));
-  best.by_group = Divisor(uint32_t(shape.heads / std::max<int64_t>(1, shape.key_heads)));
   return best;
 }
 
@@ -115,13 +162,14 @@ const char* attention_forward(const AttentionParams& params, void* stream) {
   if (s.queries > kLongest || s.keys > kLongest) return "more than 2^31 queries or keys";
   const DeviceLimits limits = {device_shared_limit(), device_shared_per_processor()};
   if (limits.shared_per_block <= 0) return "the device does not say how much shared memory it has";
-  const ForwardKernel& kernel = attention_forward_kernel(params, limits.shared_per_block);
-  ForwardPlan plan = attention_forward_plan(kernel, s, limits);
+  const ForwardKernel* kernel = &attention_forward_kernel(params, limits.shared_per_block);
+  ForwardPlan plan;
+  if (!take_tuned(params, limits, kernel, plan)) plan = attention_forward_plan(*kernel, s, limits);
   plan.factor = std::fabs(float(params.scale)) * kLog2e;
   if (plan.blocks == 0) return nullptr;
   if (plan.blocks > kLargest) return "more than 2^31 blocks of queries";
-  plan_next_launch(plan.warps * kernel.unit, kernel.keys, plan.blocks_per_processor);
-  return error_sentence(launch(kernel.function, dim3(unsigned(plan.blocks)),
+  plan_next_launch(plan.warps * kernel->unit, kernel->keys, plan.blocks_per_processor);
+  return error_sentence(launch(kernel->function, dim3(unsigned(plan.blocks)),
                                dim3(unsigned(plan.warps * kWarpThreads)), plan.shared_bytes,
                                static_cast<cudaStream_t>(stream), params, plan));
 }

@@ -1,0 +1,17 @@
+// Which device a launch is for.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "cuda/common/dry_run.h"
+
+namespace pmf::cuda {
+
+// The current device's number; -1 in a dry run.
+inline int current_device() {
+  int device = -1;
+  if (dry_run == nullptr) cudaGetDevice(&device);
+  return device;
+}
+
+}  // namespace pmf::cuda

@@ -1,0 +1,228 @@
+"""Tuned plans: what competes, what a table makes launchers do, and which tables are refused."""
+
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import tune
+from helpers.levels import EMULATED, at_level
+from tune import Limits, Problem, competitors, launched, signature
+
+from pmf import _library, plans
+from pmf.plans import Plan
+
+H100, A100 = Limits(227 * 1024, 228 * 1024, 132), Limits(163 * 1024, 164 * 1024, 4)
+PROBLEMS = [Problem(276, 64, "bfloat16", *kind) for kind in tune.PASSES.values()]
+NAMES = list(tune.PASSES)
+module = _library.introspection()
+
+pytestmark = pytest.mark.skipif(
+    module is None or not module.build_facts()["has_cuda"], reason="this build has no CUDA kernels"
+)
+
+
+@pytest.fixture(autouse=True)
+def no_plans_left() -> Iterator[None]:
+    yield
+    plans.use(-1, [])
+
+
+def all_competitors(problem: Problem, limits: Limits) -> list[Plan]:
+    return [plan for launch in problem.launches for plan in competitors(problem, launch, limits)]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=NAMES)
+def test_several_plans_compete_and_all_fit(problem: Problem) -> None:
+    model = launched(problem, H100, [])
+    for place, launch in enumerate(problem.launches):
+        found = list(competitors(problem, launch, H100))
+        assert len(found) >= 3
+        signatures = {signature(launched(problem, H100, [plan])[place]) for plan in found}
+        assert len(signatures) == len(found) and signature(model[place]) not in signatures
+        for plan in found:
+            one = launched(problem, H100, [plan])[place]
+            assert one["threads"] == 32 * plan.warps and one["shared_bytes"] <= H100.shared_per_block
+
+
+def test_plans_compete_in_kernels_warps_and_slots() -> None:
+    found = [plan for problem in PROBLEMS for plan in all_competitors(problem, H100)]
+    for axis in ("kernel", "warps", "slots"):
+        assert len({getattr(plan, axis) for plan in found}) > 1, axis
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=NAMES)
+def test_a_table_speaks_of_its_own_problem_alone(problem: Problem) -> None:
+    plan = all_competitors(problem, H100)[0]
+    others = [
+        problem._replace(tokens=277),
+        problem._replace(dtype="float16"),
+        problem._replace(tangent=not problem.tangent),
+        problem._replace(backward=not problem.backward),
+    ]
+    for other in others:
+        assert launched(other, H100, [plan]) == launched(other, H100, [])
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=NAMES)
+@pytest.mark.parametrize("change", [{"kernel": 50}, {"warps": 99}, {"warps": 0}, {"slots": 9}, {"slots": 0}])
+def test_a_plan_that_is_none_leaves_the_models(problem: Problem, change: dict[str, int]) -> None:
+    plan = all_competitors(problem, H100)[0]._replace(**change)
+    assert launched(problem, H100, [plan]) == launched(problem, H100, [])
+
+
+def test_a_plan_that_does_not_fit_the_card_leaves_the_models() -> None:
+    small = Limits(99 * 1024, 100 * 1024, 4)
+    for problem in PROBLEMS:
+        for plan in all_competitors(problem, H100):
+            for one in launched(problem, small, [plan]):
+                assert one["shared_bytes"] <= small.shared_per_block
+
+
+def test_rows_of_a_wrong_length_are_refused() -> None:
+    with pytest.raises(ValueError, match="rows must have 11 numbers each, got 3"):
+        torch.ops.pmf.set_attention_plans(-1, [1, 2, 3])
+
+
+@pytest.mark.skipif(not EMULATED, reason="needs the emulator")
+@pytest.mark.parametrize("kind", tune.PASSES)
+def test_every_competing_plan_gives_the_models_bits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    backward, tangent = tune.PASSES[kind]
+    problem = Problem(70, 64, "bfloat16", backward, tangent)
+    found = all_competitors(problem, A100)
+    assert found
+    monkeypatch.setattr(tune, "TOKENS", 2 * problem.tokens)  # two heads
+    error = tune.check(problem, torch.device("cpu"))
+    with at_level("emulated"):
+        call = tune.run(problem, torch.device("cpu"))
+        expected = call()
+        for plan in found:
+            plans.use(0, [plan])
+            results = call()
+            plans.use(0, [])
+            pairs = (
+                [(results, expected)]
+                if isinstance(results, torch.Tensor)
+                else zip(results, expected, strict=True)
+            )
+            assert all(torch.equal(a, b) for a, b in pairs), plan
+        plans.use(0, found[-1:])
+        assert error() <= 1
+        plans.use(0, [])
+
+
+# ---- choosing
+
+
+def test_the_fastest_right_plan_wins_by_two_percent() -> None:
+    problem = PROBLEMS[0]
+    candidates = list(competitors(problem, "forward", H100))
+    times = {None: 1.0, candidates[0]: 0.99, candidates[1]: 0.5, candidates[2]: 0.7}
+    inside: list[Any] = [None]
+
+    def use(device: int, chosen: list[Plan]) -> None:
+        if device == 0:
+            inside[0] = chosen[-1] if chosen else None
+        else:
+            original(device, chosen)
+
+    original = plans.use
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plans, "use", use)
+        best, rows = tune.tune(
+            problem,
+            0,
+            H100,
+            error=lambda: 7.0 if inside[0] == candidates[1] else 0.5,
+            timed=lambda: times.get(inside[0], 2.0),
+            say=lambda text: None,
+        )
+    assert best == [candidates[2]]  # the faster one is wrong
+    assert [row["right"] for row in rows].count(False) == 1 and len(rows) == len(candidates) + 1
+    assert "ms" not in next(row for row in rows if not row["right"])
+
+
+# ---- tables
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A table for "Test Card", of this library."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = plans.table_file("Test Card")
+    assert path is not None
+    plans.write(path, plans.record("Test Card", all_competitors(PROBLEMS[0], H100)[:1]))
+    return path
+
+
+def said(device: int, gpu: str) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        plans.load(device, gpu)
+    return [str(warning.message) for warning in caught]
+
+
+def test_a_table_is_read_back_and_used(table: Path) -> None:
+    (plan,) = all_competitors(PROBLEMS[0], H100)[:1]
+    assert plans.read("Test Card") == ([plan], None)
+    model = launched(PROBLEMS[0], H100, [])
+    assert said(-1, "Test Card") == []
+    sizes = {"batch": 1, "heads": 1, "key_heads": 1, "queries": 276, "keys": 276}
+    now = module.attention_launches(**sizes, width=64, value_width=64, **H100._asdict())["launches"]
+    assert now != model and now[0]["threads"] == 32 * plan.warps
+
+
+def test_no_table_is_no_word() -> None:
+    assert plans.read("A card that nobody has") == ([], None)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"library": "pmf 0.0.1, build 1-2"}, "holds plans of pmf 0.0.1, build 1-2, not of this library"),
+        ({"device": "Other Card"}, "holds plans for Other Card, not for this Test Card"),
+        ({"plans": [{"kernel": 1}]}, "is not a table of plans"),
+        ({"plans": 3}, "is not a table of plans"),
+    ],
+)
+def test_a_table_of_something_else_is_refused(table: Path, change: dict[str, Any], sentence: str) -> None:
+    table.write_text(json.dumps(json.loads(table.read_text()) | change))
+    model = launched(PROBLEMS[0], H100, [])
+    (warning,) = said(-1, "Test Card")
+    assert sentence in warning and "pmf's model chooses instead: run benchmarks/tune.py again" in warning
+    assert launched(PROBLEMS[0], H100, []) == model
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"device": 3}', "\x00"])
+def test_a_damaged_table_is_refused(table: Path, content: str) -> None:
+    table.write_text(content)
+    (warning,) = said(-1, "Test Card")
+    assert "is not a table of plans" in warning
+
+
+# ---- the command
+
+
+def test_the_list_needs_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tune.main(["--list", "--shapes", "276x64"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"276x64 bfloat16 {name}, " in printed for name in tune.PASSES)
+
+
+def test_without_a_gpu_it_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert tune.main([]) == 2
+    assert capsys.readouterr().err.startswith("torch finds no such CUDA device")
+
+
+@pytest.mark.parametrize("shape", ["276", "x64", "276x300", "0x64"])
+def test_a_wrong_shape_is_a_sentence(shape: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        tune.main(["--shapes", shape])
+    assert stop.value.code == 2
+    assert f"--shapes {shape} is not tokens x width" in capsys.readouterr().err
