@@ -5,9 +5,13 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers.ops import ABSENT, PARTS, STEMS, VARIANTS
+from helpers.ops import ABSENT, CASES, PARTS, STEMS, VARIANTS
+from helpers.two_meshes import SHARDED
 
 import pmf.ops
+import pmf.reference
+from pmf import bench, kernels
+from pmf.check.table import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,6 +31,21 @@ FLOORS = (
 )
 TOP = {"__init__", "__main__"}  # the package itself, which re-exports
 
+# Where every op is named: the names there, and the ops that need none.
+LISTS = {
+    "__all__ of pmf/ops/__init__.py": (pmf.ops.__all__, set()),
+    "__all__ of pmf/reference/__init__.py": (pmf.reference.__all__, set()),
+    "NAMES of pmf/kernels.py": (kernels.NAMES, set()),
+    "the cases of pmf/check/table.py": (FAMILIES, set()),
+    "BENCHMARKS of pmf/bench/__init__.py": (bench.BENCHMARKS, set()),
+    "CASES of tests/helpers/ops.py": (CASES, {"newton_schulz"}),
+    "SHARDED of tests/helpers/two_meshes.py": (SHARDED, {"newton_schulz"}),
+    **{
+        page: (re.findall(r"\w+", (ROOT / page).read_text()), set())
+        for page in ("README.md", "CHANGELOG.md", "docs/checking.md", "docs/kernels.md")
+    },
+}
+
 # A source folder and the includes forbidden in its files.
 FORBIDDEN_INCLUDES = {
     "csrc/include": r"<(torch|ATen|c10|cuda|immintrin|vector|string)",
@@ -42,7 +61,8 @@ def test_each_op_has_each_part_or_a_reason(part, stem):
     pattern, reason = part.format(stem), ABSENT.get((part, stem))
     found = list(ROOT.glob(pattern))
     if reason is None:
-        assert len(found) == 1, f"{stem} has {len(found)} files {pattern}"
+        remedy = "add the file, or a reason to ABSENT of tests/helpers/ops.py"
+        assert len(found) == 1, f"{stem} has {len(found)} files {pattern}, not one: {remedy}"
     else:
         assert not found, f"{found[0].relative_to(ROOT)} is there: take it off the table of absent parts"
 
@@ -65,8 +85,19 @@ def test_headers_compiled_for_each_cpu_level_say_so():
 
 def test_the_table_lists_every_op():
     public = {name.removesuffix("_jvp") for name in pmf.ops.__all__}
-    assert public == {*STEMS, *VARIANTS}
-    assert {name + "_jvp" for name in public - {"newton_schulz"}} <= set(pmf.ops.__all__)
+    unlisted = public - {*STEMS, *VARIANTS}
+    assert not unlisted, f"add {', '.join(sorted(unlisted))} to STEMS of tests/helpers/ops.py"
+    assert {*VARIANTS} <= public
+    lacking = {name + "_jvp" for name in public - {"newton_schulz"}} - set(pmf.ops.__all__)
+    assert not lacking, f"add {', '.join(sorted(lacking))} to __all__ of pmf/ops/__init__.py"
+
+
+@pytest.mark.parametrize("place", LISTS)
+def test_each_list_names_each_op(place):
+    """A new op appears in lists far apart; one run says which of them still lack it."""
+    names, exempt = LISTS[place]
+    missing = {*STEMS} - {*names} - exempt
+    assert not missing, f"add {', '.join(sorted(missing))} to {place}"
 
 
 def test_no_op_lives_outside_its_stem():

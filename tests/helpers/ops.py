@@ -16,6 +16,7 @@ PARTS = (
     "csrc/ops/{}.cpp",
     "csrc/cuda/*/{}.cu",
     "tests/ops/test_{}.py",
+    "pmf/bench/{}.py",
     "benchmarks/bench_{}.py",
 )
 STEMS = (
