@@ -110,12 +110,12 @@ inline ScalarType statistics_dtype(const Tensor& tensor) {
 // ---- devices ------------------------------------------------------------------------------------
 
 #if PMF_WITH_CUDA
-#define PMF_CUDA_KERNEL(name) &::pmf::cuda::name
+#define PMF_CUDA_KERNEL(name) &::pmf::cuda::name  // declared in cuda/common/launchers.h
 #else
 #define PMF_CUDA_KERNEL(name) nullptr
 #endif
 
-// Launches a kernel of cuda/launch.h on the tensor's device and PyTorch's current stream there:
+// Launches a kernel of cuda/common/launchers.h on the tensor's device, in PyTorch's current stream:
 //   run_on_cuda(x, "swiglu", PMF_CUDA_KERNEL(swiglu), params);
 // `Launch` is const char* (*)(const Params&, void* stream), or nullptr's type without a kernel.
 template <class Launch, class Params>
