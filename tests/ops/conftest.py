@@ -9,7 +9,7 @@ from helpers.levels import EVERYWHERE, at_level
 
 @pytest.fixture(params=EVERYWHERE)
 def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each CPU level of this processor, the emulator, and a GPU if there is one."""
+    """Each CPU level of this processor, the emulator, a GPU if there is one, and the built library's PTX."""
     with at_level(request.param):
         yield request.param
 
