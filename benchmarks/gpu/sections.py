@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -11,25 +12,16 @@ import torch
 from peers import published
 from torch import Tensor
 
-from pmf.bench import (
-    attention,
-    gated_residual,
-    muon,
-    newton_schulz,
-    pairs,
-    patch_embed,
-    patch_velocity,
-    rms_norm,
-    rotary_qk_norm,
-    swiglu,
-)
+from pmf.bench import BENCHMARKS, attention, muon, newton_schulz, pairs, patch_embed
 from pmf.bench.harness import Planned, Scale, Setting
 
 from . import capture, commands, network, sums
 
 Cases = Callable[[Setting], Iterator[Planned]]
 PUBLISHED = "published peers"
-ELEMENTWISE = (rms_norm, swiglu, gated_residual, rotary_qk_norm, patch_velocity)
+OTHERS = ("attention", "attention_packed", "patch_embed", "newton_schulz", "muon")
+"""Timed in sections of their own, or not at all on a GPU."""
+ELEMENTWISE = tuple(name for name in BENCHMARKS if name not in OTHERS)
 
 
 class Limits(NamedTuple):
@@ -80,8 +72,8 @@ def triton_baseline(primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> tu
 
 
 def elementwise_cases(setting: Setting) -> Iterator[Planned]:
-    for module in ELEMENTWISE:
-        name = module.__name__.rpartition(".")[2]
+    for name in ELEMENTWISE:
+        module = importlib.import_module(f"pmf.bench.{name}")
         for planned in _without("copy", module.cases(setting)):
             yield dataclasses.replace(planned, label=f"{name} {planned.label}")
 
