@@ -275,10 +275,11 @@ class Gradients(KernelFunction):
 
     @classmethod
     def fake(cls, *args: Any) -> Outputs:
-        """Every gradient has its argument's shape and layout."""
+        """Every gradient has its argument's shape and layout; a single one is a tensor, not a tuple."""
         like = next(x for x in args if isinstance(x, Tensor))
         values = (getattr(cls.Arguments(*args), name) for name in cls.outputs)
-        return tuple(like.new_empty(0) if x is None else torch.empty_like(x) for x in values)
+        found = tuple(like.new_empty(0) if x is None else torch.empty_like(x) for x in values)
+        return found if len(found) > 1 else found[0]
 
 
 class JvpFunction(KernelFunction):

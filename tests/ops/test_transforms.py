@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import pmf.ops as ops
 import pmf.reference as reference
-from pmf.ops._autograd import KernelFunction
+from pmf.ops._autograd import Gradients, KernelFunction
+from pmf.ops.swiglu import _Swiglu
 
 EXACT = 1e-12
 
@@ -305,6 +306,19 @@ def test_autocast_joins_16_bit_activations_and_32_bit_parameters():
         )  # a 32-bit residual stream stays
     with pytest.raises(ValueError, match="dtype"):
         ops.rms_norm(x, weight)
+
+
+def test_a_single_gradient_traces_as_a_tensor():
+    """A schema that returns one Tensor rejects a tuple of one under torch.compile."""
+
+    class Single(Gradients):
+        of = _Swiglu
+        op = "swiglu_backward"
+        outputs = ("gate",)
+
+    gate, up = torch.ones(2, 3), torch.ones(2, 3)
+    found = Single.fake(torch.ones(2, 3), gate, up)
+    assert isinstance(found, Tensor) and found.shape == gate.shape
 
 
 def test_opcheck(case, monkeypatch):
