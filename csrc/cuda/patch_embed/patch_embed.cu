@@ -25,15 +25,14 @@ struct Prefix {
   Rows tokens;
 
   template <class Access>
-  __device__ void run(const RowIndex& row, int64_t column, int64_t width) const {
-    using T = typename Access::Element;
+  __device__ void run(const SlotIo<Access>& io) const {
     typename Access::Slot given{}, added{};
-    if (prefix.data != nullptr) given = Access::load(row.in<T>(prefix), column, width);
-    if (position.data != nullptr) added = Access::load(row.in<T>(position), column, width);
+    if (prefix.data != nullptr) given = io.load(prefix);
+    if (position.data != nullptr) added = io.load(position);
     float y[Access::kWidth];
 #pragma unroll
     for (int k = 0; k < Access::kWidth; ++k) y[k] = given[k] + added[k];
-    Access::store(row.in<T>(tokens), column, width, y);
+    io.store(tokens, y);
   }
 };
 

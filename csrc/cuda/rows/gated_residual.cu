@@ -21,23 +21,22 @@ struct Forward {
   GatedResidualParams p;
 
   template <class Access>
-  __device__ void run(const RowIndex& row, int64_t column, int64_t width) const {
-    using T = typename Access::Element;
+  __device__ void run(const SlotIo<Access>& io) const {
     constexpr int kWidth = Access::kWidth;
-    const auto x = Access::load(row.in<T>(p.x), column, width);
-    const auto b = Access::load(row.in<T>(p.branch), column, width);
-    const auto g = Access::load(row.in<T>(p.gate), column, width);
+    const auto x = io.load(p.x);
+    const auto b = io.load(p.branch);
+    const auto g = io.load(p.gate);
     float y[kWidth];
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) y[k] = fmaf(g[k], b[k], x[k]);
-    Access::store(row.in<T>(p.y), column, width, y);
+    io.store(p.y, y);
     if constexpr (kTangent) {
-      const auto tx = Access::load(row.in<T>(p.x_t), column, width);
-      const auto tb = Access::load(row.in<T>(p.branch_t), column, width);
-      const auto tg = Access::load(row.in<T>(p.gate_t), column, width);
+      const auto tx = io.load(p.x_t);
+      const auto tb = io.load(p.branch_t);
+      const auto tg = io.load(p.gate_t);
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) y[k] = fmaf(tg[k], b[k], fmaf(g[k], tb[k], tx[k]));
-      Access::store(row.in<T>(p.y_t), column, width, y);
+      io.store(p.y_t, y);
     }
   }
 };
@@ -54,19 +53,17 @@ template <class Access, bool kTangent>
 __device__ inline void backward_rows(const GatedResidualBackwardParams& p, int64_t first,
                                      int64_t last, int64_t column,
                                      GateSums<Access, kTangent>& sums) {
-  using T = typename Access::Element;
   constexpr int kWidth = Access::kWidth;
-  const int64_t width = p.shape.width;
   for (int64_t r = first + threadIdx.y; r < last; r += blockDim.y) {
-    const RowIndex row(p.shape, r);
-    const auto y = Access::load(row.in<T>(p.grad), column, width);
-    const auto b = Access::load(row.in<T>(p.branch), column, width);
-    const auto g = Access::load(row.in<T>(p.gate), column, width);
+    const SlotIo<Access> io{RowIndex(p.shape, r), column, p.shape.width};
+    const auto y = io.load(p.grad);
+    const auto b = io.load(p.branch);
+    const auto g = io.load(p.gate);
     typename Access::Slot t{}, tb{}, tg{};
     if constexpr (kTangent) {
-      t = Access::load(row.in<T>(p.grad_t), column, width);
-      tb = Access::load(row.in<T>(p.branch_t), column, width);
-      tg = Access::load(row.in<T>(p.gate_t), column, width);
+      t = io.load(p.grad_t);
+      tb = io.load(p.branch_t);
+      tg = io.load(p.gate_t);
     }
     float db[kWidth], db_t[kWidth];
 #pragma unroll
@@ -80,8 +77,8 @@ __device__ inline void backward_rows(const GatedResidualBackwardParams& p, int64
         sums.sum[1][0][k] = fmaf(b[k], t[k], sums.sum[1][0][k]);
       }
     }
-    Access::store(row.in<T>(p.grad_branch), column, width, db);
-    if constexpr (kTangent) Access::store(row.in<T>(p.grad_branch_t), column, width, db_t);
+    io.store(p.grad_branch, db);
+    if constexpr (kTangent) io.store(p.grad_branch_t, db_t);
   }
 }
 

@@ -91,6 +91,24 @@ struct RowIndex {
   }
 };
 
+// One slot of a row, in every operand.
+template <class Access>
+struct SlotIo {
+  static constexpr int kWidth = Access::kWidth;
+  using Element = typename Access::Element;
+
+  RowIndex row;
+  int64_t column, width;
+
+  template <class Operand>
+  __device__ typename Access::Slot load(const Operand& operand) const {
+    return Access::load(row.template in<Element>(operand), column, width);
+  }
+  __device__ void store(const Rows& operand, const float (&v)[kWidth]) const {
+    Access::store(row.template in<Element>(operand), column, width, v);
+  }
+};
+
 // ---- choosing the policy and the element type (host) -------------------------------------------
 
 struct RowOperand {
@@ -140,7 +158,7 @@ constexpr int64_t kMaxBlocks = 1 << 20;
 constexpr int64_t kMaxBlocksDown = 65535;  // of a grid in y
 
 // A thread takes slots a grid apart, numbered row by row, so that a warp reads whole lines whatever
-// the width of a row. Work has work<Access>(row index, column, width).
+// the width of a row. Work has run(SlotIo).
 template <class Access, class Work>
 __global__ void __launch_bounds__(kSlotThreads)
     slots_kernel(const __grid_constant__ Work work, const __grid_constant__ RowShape shape,
@@ -150,7 +168,7 @@ __global__ void __launch_bounds__(kSlotThreads)
   for (int64_t i = blockIdx.x * static_cast<int64_t>(kSlotThreads) + threadIdx.x; i < slots;
        i += step) {
     const int64_t row = divide(i, in_row), column = (i - row * in_row) * Access::kWidth;
-    work.template run<Access>(RowIndex(shape, row), column, shape.width);
+    work.run(SlotIo<Access>{RowIndex(shape, row), column, shape.width});
   }
 }
 

@@ -34,15 +34,14 @@ struct Forward {
   SwigluParams p;
 
   template <class Access>
-  __device__ void run(const RowIndex& row, int64_t column, int64_t width) const {
-    using T = typename Access::Element;
+  __device__ void run(const SlotIo<Access>& io) const {
     constexpr int kWidth = Access::kWidth;
-    const auto gate = Access::load(row.in<T>(p.gate), column, width);
-    const auto up = Access::load(row.in<T>(p.up), column, width);
+    const auto gate = io.load(p.gate);
+    const auto up = io.load(p.up);
     typename Access::Slot gate_t{}, up_t{};
     if constexpr (kTangent) {
-      gate_t = Access::load(row.in<T>(p.gate_t), column, width);
-      up_t = Access::load(row.in<T>(p.up_t), column, width);
+      gate_t = io.load(p.gate_t);
+      up_t = io.load(p.up_t);
     }
     float y[kWidth], y_t[kWidth];
 #pragma unroll
@@ -51,8 +50,8 @@ struct Forward {
       y[k] = f.value() * up[k];
       if constexpr (kTangent) y_t[k] = fmaf(f.value(), up_t[k], f.slope() * gate_t[k] * up[k]);
     }
-    Access::store(row.in<T>(p.y), column, width, y);
-    if constexpr (kTangent) Access::store(row.in<T>(p.y_t), column, width, y_t);
+    io.store(p.y, y);
+    if constexpr (kTangent) io.store(p.y_t, y_t);
   }
 };
 
@@ -60,12 +59,11 @@ struct Backward {
   SwigluBackwardParams p;
 
   template <class Access>
-  __device__ void run(const RowIndex& row, int64_t column, int64_t width) const {
-    using T = typename Access::Element;
+  __device__ void run(const SlotIo<Access>& io) const {
     constexpr int kWidth = Access::kWidth;
-    const auto gate = Access::load(row.in<T>(p.gate), column, width);
-    const auto up = Access::load(row.in<T>(p.up), column, width);
-    const auto grad = Access::load(row.in<T>(p.grad), column, width);
+    const auto gate = io.load(p.gate);
+    const auto up = io.load(p.up);
+    const auto grad = io.load(p.grad);
     float dg[kWidth], du[kWidth];
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
@@ -73,8 +71,8 @@ struct Backward {
       du[k] = f.value() * grad[k];
       dg[k] = f.slope() * up[k] * grad[k];
     }
-    Access::store(row.in<T>(p.grad_gate), column, width, dg);
-    Access::store(row.in<T>(p.grad_up), column, width, du);
+    io.store(p.grad_gate, dg);
+    io.store(p.grad_up, du);
   }
 };
 
@@ -82,15 +80,14 @@ struct BackwardThroughBoth {
   SwigluBackwardParams p;
 
   template <class Access>
-  __device__ void run(const RowIndex& row, int64_t column, int64_t width) const {
-    using T = typename Access::Element;
+  __device__ void run(const SlotIo<Access>& io) const {
     constexpr int kWidth = Access::kWidth;
-    const auto gate = Access::load(row.in<T>(p.gate), column, width);
-    const auto up = Access::load(row.in<T>(p.up), column, width);
-    const auto gate_t = Access::load(row.in<T>(p.gate_t), column, width);
-    const auto up_t = Access::load(row.in<T>(p.up_t), column, width);
-    const auto grad = Access::load(row.in<T>(p.grad), column, width);
-    const auto grad_t = Access::load(row.in<T>(p.grad_t), column, width);
+    const auto gate = io.load(p.gate);
+    const auto up = io.load(p.up);
+    const auto gate_t = io.load(p.gate_t);
+    const auto up_t = io.load(p.up_t);
+    const auto grad = io.load(p.grad);
+    const auto grad_t = io.load(p.grad_t);
     float dg[kWidth], du[kWidth], dg_t[kWidth], du_t[kWidth];
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
@@ -101,10 +98,10 @@ struct BackwardThroughBoth {
       du[k] = fmaf(f.value(), y, d * tg * t);
       dg[k] = fmaf(d * u, y, fmaf(f.curvature() * tg, u, d * up_t[k]) * t);
     }
-    Access::store(row.in<T>(p.grad_gate), column, width, dg);
-    Access::store(row.in<T>(p.grad_up), column, width, du);
-    Access::store(row.in<T>(p.grad_gate_t), column, width, dg_t);
-    Access::store(row.in<T>(p.grad_up_t), column, width, du_t);
+    io.store(p.grad_gate, dg);
+    io.store(p.grad_up, du);
+    io.store(p.grad_gate_t, dg_t);
+    io.store(p.grad_up_t, du_t);
   }
 };
 
