@@ -93,9 +93,11 @@ def test_newest_glibc_is_the_promised_one() -> None:
 
 def test_every_schema_is_complete() -> None:
     """Each op has a CPU and a CUDA kernel registered (a CUDA one may raise), so that none falls through."""
-    names = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("pmf::")}
-    assert "pmf::attention_jvp_backward" in names
-    for name in names - {"pmf::cpu_level", "pmf::newton_schulz_segments"}:
+    schemas = [x for x in torch._C._jit_get_all_schemas() if x.name.startswith("pmf::")]
+    # What takes no tensor is a question or a setting, of the whole library.
+    names = {x.name for x in schemas if any("Tensor" in str(argument.type) for argument in x.arguments)}
+    assert {"pmf::attention_jvp_backward", "pmf::muon_step"} <= names
+    for name in names:
         for key in ("CPU", "CUDA"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), f"{name} has no {key} kernel"
 

@@ -94,7 +94,7 @@ class Runner:
     def _run_command(self, command: Command) -> None:
         entry = self._entry()
         print(f"\n{command.name} (at most {entry['limit_s']:.0f} s)", flush=True)
-        run = Run(self.device, self.scale, self.folder)
+        run = Run(self.device, self.scale, self.folder.resolve())
         words = command.words(run)
         if isinstance(words, str):
             rows = [{"case": command.name, "contestant": "pmf", "ours": True, "skipped": words}]
@@ -224,7 +224,10 @@ def _call(words: list[str], log: Path, seconds: float) -> int | None:
     """The exit status of a program, whose words go to a log; None where its time was over."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as told:
-        process = subprocess.Popen(words, stdout=told, stderr=subprocess.STDOUT, start_new_session=True)
+        # Python puts the current folder first (-m): that of the sources would hide an installed package.
+        process = subprocess.Popen(
+            words, stdout=told, stderr=subprocess.STDOUT, start_new_session=True, cwd=log.parent
+        )
         try:
             return process.wait(seconds)
         except subprocess.TimeoutExpired:
