@@ -195,3 +195,10 @@ def test_a_run_folder_gives_its_newest_checkpoint_and_the_average_asked_for(tmp_
         checkpoint.load_checkpoint(tmp_path / "nowhere")
     with pytest.raises(UserError, match="contains no complete checkpoint"):
         checkpoint.load_checkpoint(tmp_path / "checkpoints")
+
+
+def test_bytes_that_are_not_a_checkpoint_are_one_sentence(tmp_path: Path) -> None:
+    """The unpickler reads "junk" as an instruction, and struct fails."""
+    (tmp_path / "x.pth").write_bytes(b"junk")
+    with pytest.raises(UserError, match="truncated or not a PyTorch file"):
+        checkpoint.load_checkpoint(tmp_path / "x.pth")

@@ -1,12 +1,13 @@
 """Settings from a file: a run's config.json, or YAML keyed by flag name."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from pmf import checkpoint
 from pmf.errors import UserError
 from pmf.training import PRESETS
-from pmf.training.config import TrainConfig, flag, settings
+from pmf.training.config import TrainConfig, fits, flag, settings, type_of
 
 
 def read_settings_file(path: Path) -> tuple[str | None, dict[str, Any]]:
@@ -23,13 +24,17 @@ def read_settings_file(path: Path) -> tuple[str | None, dict[str, Any]]:
     known = {setting.name: setting for _, setting in settings()}
     chosen: dict[str, Any] = {}
     preset = content.pop("preset", None)
+    home = {setting.name: group for group, setting in settings()}
     for word, value in content.items():
         name = str(word).replace("-", "_")
         if name not in known:
             raise UserError(f"{path} sets {word!r}, which is not a setting: see pmf train --help")
-        parse = known[name].metadata["parse"]
+        if name in chosen:
+            raise UserError(f"{path} sets {flag(name)} twice")
+        parse, hint = known[name].metadata["parse"], type_of(home[name], name)
         try:
-            chosen[name] = parse(str(value)) if parse is not None and value is not None else _typed(value)
+            is_word = parse is not None and value is not None
+            chosen[name] = parse(str(value)) if is_word else _typed(value, hint)
         except ValueError as error:
             raise UserError(f"{path}: {flag(name)} {error}") from error
     return None if preset is None else str(preset), chosen
@@ -53,13 +58,18 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _typed(value: Any) -> Any:
-    """Convert numbers that YAML 1.1 reads as strings, such as 1e-3."""
-    if isinstance(value, list):
-        return tuple(map(_typed, value))
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
+def _typed(value: Any, hint: Any) -> Any:
+    """Convert numbers that YAML 1.1 reads as strings, such as 1e-3, unless the setting is text."""
+    value = tuple(value) if isinstance(value, list) else value
+    if fits(value, hint):
+        return value
+    if isinstance(value, tuple):
+        return tuple(map(_number, value))
+    return _number(value)
+
+
+def _number(value: Any) -> Any:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(value) if isinstance(value, str) else value
     return value

@@ -170,10 +170,12 @@ def _choose(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Path | None, T
             done = checkpoint.step_of(checkpoint.newest_checkpoint(arguments.resume))
             config = config.with_settings(steps=done + 2, minutes=None)
         return arguments.resume, config
-    try:
-        config, out = get_preset(arguments.preset or preset or "digits", **overrides), arguments.out
-    except TypeError as error:  # flags are typed; only a file can contain a value of the wrong type
-        raise UserError(f"{arguments.config} has a setting of the wrong type ({error})") from error
+    # What is asked for replaces what the preset has in its place.
+    if overrides.get("schedule", "constant") != "constant":
+        overrides.setdefault("cooldown", 0.0)
+    if overrides.get("steps") is not None:
+        overrides.setdefault("minutes", None)
+    config, out = get_preset(arguments.preset or preset or "digits", **overrides), arguments.out
     if arguments.quick:
         config = quick(config, ranks.size)
     if out is not None and out.is_dir() and checkpoint.checkpoint_folders(out):

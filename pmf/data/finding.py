@@ -15,6 +15,7 @@ from pmf.errors import UserError
 __all__ = ["FoundImages", "find_images"]
 
 _SHARD, _TABLE = "tar", "parquet"
+_MAX_CLASSES = 10_000_000
 _log = logging.getLogger(__name__)
 
 
@@ -106,5 +107,10 @@ def class_names(labels: Sequence[int], source: str, noted: list[str] | None = No
         raise UserError(
             f"{source} has an image of class {max(labels)}, but names {len(noted)} classes, 0 to "
             f"{len(noted) - 1}: correct one of them"
+        )
+    if not noted and max(labels) >= _MAX_CLASSES:
+        raise UserError(
+            f"{source} has an image of class {max(labels)}, and there may be {_MAX_CLASSES} classes: number "
+            "them from 0 without gaps"
         )
     return noted or [str(number) for number in range(max(labels) + 1)]

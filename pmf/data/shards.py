@@ -84,7 +84,13 @@ def index_shards(shards: Sequence[Path], left_out: LeftOut) -> tuple[list[Stored
     unlabelled: tuple[Path, Stored] | None = None
     for shard in shards:
         pictures, numbers = _index(shard, left_out)
-        for picture, key in _pair(pictures, numbers, shard, left_out):
+        pairs = list(_pair(pictures, numbers, shard, left_out))
+        if numbers and not any(key in numbers for _, key in pairs):
+            raise UserError(
+                f"{shard} has labels such as {next(iter(numbers))}{_LABEL}, none of which has an image: "
+                "pack it again, with one name for both"
+            )
+        for picture, key in pairs:
             images.append(picture)
             if key in numbers:
                 labels.append(numbers[key])
@@ -116,7 +122,8 @@ def _index(shard: Path, left_out: LeftOut) -> tuple[dict[str, Stored], dict[str,
     try:
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
-                key, kind = _without_ending(member.name), member.name.rpartition(".")[2].lower()
+                key = _without_ending(member.name.removeprefix("./"))
+                kind = member.name.rpartition(".")[2].lower()
                 if not member.isfile():
                     continue
                 if is_hidden(member.name):

@@ -20,6 +20,7 @@ _value_of: dict[str, str] = {}  # each function's name -> the function whose tan
 def call(name: str, *args: Any) -> Any:
     """Run a registered KernelFunction such that every derivative is correct or raises."""
     _library.require()
+    _check_meta(name, args)
     op = _value_of[name]  # a block's branch is not an op: the ops inside it choose separately
     by_reference = op in kernels.NAMES and kernels.uses_reference(op)
     return _run(name, args, not by_reference and has_kernel(*args))
@@ -53,6 +54,16 @@ def apply(name: str, by_kernel: bool, *args: Any) -> Any:
     found = function.plain(function.Arguments(*args))
     outputs = tuple(found.get(y) for y in function.outputs)
     return outputs[0] if len(outputs) == 1 else outputs
+
+
+def _check_meta(name: str, args: tuple[Any, ...]) -> None:
+    """A meta tensor sends the call to the shapes alone, whose results hold no values."""
+    meta = [x.is_meta for x in args if isinstance(x, Tensor)]
+    if any(meta) and not meta[0]:  # the result would be on the first one's device
+        raise ValueError(
+            f"{_value_of[name]}: some arguments are on the meta device, where tensors have no values: load "
+            "them first"
+        )
 
 
 def has_kernel(*args: Any) -> bool:

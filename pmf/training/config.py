@@ -5,7 +5,10 @@ so a setting is addressed by its name alone: ``get_preset("digits", lr=2e-3)``, 
 """
 
 import dataclasses
+import functools
 import math
+import types
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -224,10 +227,14 @@ class TrainConfig:
         """A copy with the named settings, of any group, replaced."""
         groups: dict[str, dict[str, Any]] = {}
         home = {setting.name: group for group, setting in settings()}
-        for name, value in overrides.items():
+        for name, given in overrides.items():
             if name not in home:
                 raise UserError(f"there is no setting {name!r}")
-            groups.setdefault(home[name], {})[name] = tuple(value) if isinstance(value, list) else value
+            value = tuple(given) if isinstance(given, list) else given
+            hint = type_of(home[name], name)
+            if not fits(value, hint):
+                raise UserError(f"{flag(name)} must be {_in_words(hint)}, got {given!r}")
+            groups.setdefault(home[name], {})[name] = value
         changed = {group: dataclasses.replace(getattr(self, group), **new) for group, new in groups.items()}
         return dataclasses.replace(self, **changed)
 
@@ -252,10 +259,7 @@ class TrainConfig:
                 raise UserError(
                     f"config.json lacks {group}.{setting.name}: it was written by another version"
                 ) from error
-        try:
-            return TrainConfig(str(content.get("preset", "custom"))).with_settings(**flat)
-        except TypeError as error:  # a string in place of a number
-            raise UserError(f"config.json has a setting of the wrong type ({error})") from error
+        return TrainConfig(str(content.get("preset", "custom"))).with_settings(**flat)
 
 
 _GROUPS: dict[str, Any] = {
@@ -268,6 +272,46 @@ def settings() -> Iterator[tuple[str, dataclasses.Field[Any]]]:
     for group, section in _GROUPS.items():
         for setting in dataclasses.fields(section):
             yield group, setting
+
+
+@functools.cache
+def type_of(group: str, name: str) -> Any:
+    """A setting's annotation."""
+    return typing.get_type_hints(_GROUPS[group])[name]
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value has the annotated type; a whole number is also a number, true and false are neither."""
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(fits(value, part) for part in parts)
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, tuple):
+            return False
+        wanted = parts[:1] * len(value) if parts[-1] is ... else parts
+        return len(value) == len(wanted) and all(map(fits, value, wanted))
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    types.NoneType: "empty",
+}
+
+
+def _in_words(hint: Any) -> str:
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(map(_in_words, parts))
+    if typing.get_origin(hint) is tuple:
+        plural = _WORDS[parts[0]].removeprefix("a ") + "s" * (parts[0] is not str)
+        return f"a list of {plural}" if parts[-1] is ... else f"{len(parts)} {plural}"
+    return _WORDS[hint]
 
 
 def _check_finite(name: str, value: Any) -> None:

@@ -45,7 +45,8 @@ def test_a_settings_file_gives_what_flags_do_not(tmp_path: Path, capsys: pytest.
         ("a: [", "cannot be read as YAML"),
         ("image-size: big", "--image-size"),
         ("batch-size: -1", "--batch-size must be 1 or more"),
-        ("batch-size: many", "has a setting of the wrong type"),
+        ("batch-size: many", "--batch-size must be a whole number, got 'many'"),
+        ("batch-size: 8\nbatch_size: 9", "sets --batch-size twice"),
     ],
 )
 def test_a_wrong_settings_file_is_one_sentence(

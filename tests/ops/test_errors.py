@@ -84,3 +84,16 @@ def test_fewer_tangents_than_samples_cannot_be_trained_through():
         ops.attention_jvp(query, Q, Q, Q[:1], None, None)
     with torch.no_grad():
         assert ops.attention_jvp(query, Q, Q, Q[:1], None, None)[1].shape[0] == 1
+
+
+def test_meta_tensors_among_others_are_refused():
+    """The shapes' kernel answered, with uninitialised memory for values."""
+    x = torch.randn(2, 4, 5, 8)
+    for call in (
+        lambda: ops.attention(x, x.to("meta"), x),
+        lambda: ops.swiglu(x, x.to("meta")),
+        lambda: ops.rms_norm_jvp(x, torch.ones(8, device="meta"), x),
+    ):
+        with pytest.raises(ValueError, match="on the meta device"):
+            call()
+    assert ops.swiglu(x.to("meta"), x.to("meta")).is_meta

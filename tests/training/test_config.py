@@ -163,3 +163,21 @@ def test_quick_cuts_the_network_and_the_steps_alone() -> None:
     ]
     assert [flat[0][name] for name in same] == [flat[1][name] for name in same]
     assert quick(get_preset("digits", batch_size=4)).data.batch_size == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("keep_checkpoints", 2.5, "a whole number"),
+        ("lr", True, "a number"),
+        ("lr", None, "a number"),
+        ("data", 2024, "text"),
+        ("minutes", "four", "a number or empty"),
+        ("condition_tokens", 3, "a list of whole numbers or empty"),
+        ("ema_half_lives", (1.0, "b"), "a list of numbers"),
+    ],
+)
+def test_a_value_of_the_wrong_type_names_its_setting(name, value, words):
+    """true trained at a rate of 1.0, and half a checkpoint failed only when it was to be saved."""
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} must be {words}, got "):
+        get_preset("digits", **{name: value})
