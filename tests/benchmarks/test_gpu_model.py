@@ -1,6 +1,7 @@
 """The cycle model's parts, on machine code of a few lines."""
 
 import json
+import re
 
 import pytest
 from gpu.model import paths
@@ -77,3 +78,17 @@ def test_limits_are_those_of_the_kernels_page():
     limits = {problem.name: problem.limit_seconds(RATES_HERE) * 1e6 for problem in PROBLEMS}
     rounded = [limits[n] for n in ("forward_276x64", "jvp_276x80", "jvp_1024x64", "both_276x64")]
     assert rounded == pytest.approx([145, 482, 3092, 579], abs=1)
+
+
+def test_the_documentation_shows_the_recorded_predictions():
+    root = RATES.parents[3]
+    rows = json.loads((root / "benchmarks/results/predictions/gpu_model_h100.json").read_text())["rows"]
+    recorded = {row["problem"]: row["predicted_over_limit"] for row in rows}
+    shown = re.findall(
+        r"^\| (forward|forward \+ JVP|backward|backward through both) (\d+x\d+) \| [^|]+ \| ([\d.]+) \|$",
+        (root / "docs/kernels.md").read_text(),
+        re.MULTILINE,
+    )
+    names = {"forward": "forward", "forward + JVP": "jvp", "backward": "backward"}
+    found = {f"{names.get(kind, 'both')}_{size}": float(value) for kind, size, value in shown}
+    assert found == {name: round(value, 2) for name, value in recorded.items()}
