@@ -5,26 +5,23 @@ kernel computes the tangent: elementwise functions, softmax, and normalisations 
 Operators without a rule use PyTorch's forward-mode formula and raise if there is none.
 """
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.utils._pytree import tree_map
 
 from pmf import ops
 from pmf.ops._dispatch import functions
 from pmf.ops._products import product
 
-from .mode import LAZY, TangentMode
+from .formula import formula, unknown
+from .mode import TangentMode
 
 __all__ = ["rule_of"]
 
 Rule = Callable[[TangentMode, Any, Sequence[Any], dict[str, Any]], Any]
 aten = torch.ops.aten
-_Keys = torch._C.DispatchKey
 
 _rules: dict[Any, Rule] = {}
 
@@ -43,17 +40,17 @@ def _find(func: Any) -> Rule:
         return _OURS.get(name, _ours)
     if not any("Tensor" in str(result.type) for result in func._schema.returns):
         if func._schema.is_mutable:
-            return _unknown
+            return unknown
         return _constant
     if namespace not in ("aten", "prims"):
-        return _unknown
+        return unknown
     if func._schema.is_mutable:
         return _in_place
     if func.is_view:
         return _view
     if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
         return _composite
-    return _formula
+    return formula
 
 
 def _rule(*overloads: Any) -> Callable[[Rule], Rule]:
@@ -169,7 +166,7 @@ def _times(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, 
 @_rule(aten.div.Tensor)
 def _quotient(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
     if mode.get(args[1]) is not None:
-        return _formula(mode, func, args, kwargs)
+        return formula(mode, func, args, kwargs)
     out, t = func(*args), mode.get(args[0])
     mode.set(out, None if t is None else t / args[1])
     return out
@@ -178,7 +175,7 @@ def _quotient(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[st
 @_rule(aten.mm.default, aten.bmm.default)
 def _product(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
     if kwargs:
-        return _formula(mode, func, args, kwargs)
+        return formula(mode, func, args, kwargs)
     a, b = args
     out, t_a, t_b = func(a, b), mode.get(a), mode.get(b)
     multiply = product if func is aten.mm.default else torch.bmm
@@ -194,7 +191,7 @@ def _affine(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str,
     bias, a, b = args
     t = mode.get(a)
     if kwargs or mode.get(bias) is not None or mode.get(b) is not None or t is None:
-        return _formula(mode, func, args, kwargs)
+        return formula(mode, func, args, kwargs)
     out = func(bias, a, b)
     mode.set(out, product(t, b, mode.buffer(out)))
     return out
@@ -204,7 +201,7 @@ def _affine(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str,
 def _convolution(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
     x, weight, bias, *rest = args
     if mode.get(weight) is not None or mode.get(bias) is not None:
-        return _formula(mode, func, args, kwargs)
+        return formula(mode, func, args, kwargs)
     out = func(*args)
     mode.set(out, func(mode.get(x), weight, None, *rest))
     return out
@@ -242,7 +239,7 @@ def _relu(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, A
 def _softmax(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
     out, x = func(*args), args[0]
     if out.dtype != x.dtype:
-        return _formula(mode, func, args, kwargs)
+        return formula(mode, func, args, kwargs)
     mode.set(out, aten._softmax_backward_data(mode.get(x), out, args[1], x.dtype))
     return out
 
@@ -252,7 +249,7 @@ def _layer_norm(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[
     x, shape, weight, bias, _ = args
     t = mode.get(x)
     if t is None or mode.get(weight) is not None or mode.get(bias) is not None:
-        return _formula(mode, func, args, kwargs)
+        return formula(mode, func, args, kwargs)
     out, mean, rstd = outputs = func(*args)
     mask = [True, False, False]
     t = aten.native_layer_norm_backward(t, x, shape, mean, rstd, None, None, mask)[0]
@@ -265,7 +262,7 @@ def _group_norm(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[
     x, weight, bias, batch, channels, size, groups, _ = args
     t = mode.get(x)
     if t is None or mode.get(weight) is not None or mode.get(bias) is not None:
-        return _formula(mode, func, args, kwargs)
+        return formula(mode, func, args, kwargs)
     out, mean, rstd = outputs = func(*args)
     sizes = (batch, channels, size, groups, [True, False, False])
     t = aten.native_group_norm_backward(t.contiguous(), x.contiguous(), mean, rstd, None, *sizes)[0]
@@ -278,7 +275,7 @@ def _batch_norm(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[
     x, weight, bias, running_mean, running_var, training, _, eps = args
     t = mode.get(x)
     if t is None or mode.get(weight) is not None or mode.get(bias) is not None:
-        return _formula(mode, func, args, kwargs)
+        return formula(mode, func, args, kwargs)
     out, mean, rstd = outputs = func(*args, **kwargs)
     statistics = (running_mean, running_var, mean, rstd, training, eps, [True, False, False])
     t = aten.native_batch_norm_backward(t.contiguous(), x, None, *statistics)[0]
@@ -312,7 +309,7 @@ def _torchs_attention(
     """For calls that `replace_sdpa` does not reach: C++, and recomputed blocks."""
     query, key, value, dropout_p, is_causal = (*args, 0.0, False)[:5] if len(args) < 5 else args
     if dropout_p != 0.0:
-        return _unknown(mode, func, args, kwargs)
+        return unknown(mode, func, args, kwargs)
     out, lse = func(*args, **kwargs)
     with torch.no_grad():
         tangents = [mode.get(x) for x in (query, key, value)]
@@ -353,7 +350,7 @@ def _ours(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, A
     name = func._schema.name.partition("::")[2]
     function = next((f for f in functions.values() if getattr(f, "op", None) == name), None)
     if function is None:
-        return _unknown(mode, func, args, kwargs)
+        return unknown(mode, func, args, kwargs)
     out = func(*args, **kwargs)
     with torch.no_grad():
         tangents = function.Arguments(*(mode.get(x) for x in args))
@@ -391,7 +388,7 @@ _TURNING = {
 def _in_place(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     x, written = args[0] if args else None, [argument.is_write for argument in func._schema.arguments]
     if sum(written) != 1 or not written[0] or not isinstance(x, Tensor):
-        return _unknown(mode, func, args, kwargs)  # out=, and lists
+        return unknown(mode, func, args, kwargs)  # out=, and lists
     if func is aten.copy_.default:
         func(*args, **kwargs)
         mode.write(x, mode.get(args[1]))
@@ -410,7 +407,7 @@ def _in_place(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[st
     else:
         pure = getattr(getattr(aten, func._opname.removesuffix("_"), None), func._overloadname, None)
         if pure is None or not func._opname.endswith("_"):
-            return _unknown(mode, func, args, kwargs)
+            return unknown(mode, func, args, kwargs)
         new = rule_of(pure)(mode, pure, args, kwargs)
         aten.copy_(x, new)
         mode.write(x, mode.get(new))
@@ -424,42 +421,3 @@ def _composite(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[s
     """Under inference_mode PyTorch leaves decomposing operators to us."""
     with mode:
         return func.decompose(*args, **kwargs)
-
-
-def _formula(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Value and tangent from PyTorch's forward-mode formula, which raises if there is none."""
-    given = []
-
-    def dual(x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        t = mode.get(x)
-        if t is None:
-            return x.detach()
-        given.append(t.untyped_storage()._cdata)
-        return forward_ad.make_dual(x.detach(), t)
-
-    def value(y: Any) -> Any:
-        if not isinstance(y, Tensor):
-            return y
-        primal, tangent = forward_ad.unpack_dual(y)
-        out = aten.detach(primal)
-        if tangent is not None and not tangent._is_zerotensor():
-            t = aten.detach(tangent)
-            mode.set(out, t.clone() if t.untyped_storage()._cdata in given else t)
-        return out
-
-    with contextlib.ExitStack() as entered:
-        for key in (*LAZY, _Keys.AutogradFunctionality, _Keys.ADInplaceOrView):
-            entered.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
-        entered.enter_context(torch.no_grad())
-        entered.enter_context(forward_ad._set_fwd_grad_enabled(True))
-        entered.enter_context(forward_ad.dual_level())
-        dual_args, dual_kwargs = tree_map(dual, (tuple(args), kwargs))
-        return tree_map(value, func(*dual_args, **dual_kwargs))
-
-
-def _unknown(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    raise NotImplementedError(
-        f"Jvp: {func} has no rule for tangents; call with detach_tangent=False, which is torch.func.jvp"
-    )

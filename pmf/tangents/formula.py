@@ -1,0 +1,56 @@
+"""Operators without a rule of their own: PyTorch's forward-mode formula, or an error."""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_map
+
+from .mode import LAZY, TangentMode
+
+__all__ = ["formula", "unknown"]
+
+aten = torch.ops.aten
+_Keys = torch._C.DispatchKey
+
+
+def formula(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Value and tangent from PyTorch's forward-mode formula, which raises if there is none."""
+    given = []
+
+    def dual(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        t = mode.get(x)
+        if t is None:
+            return x.detach()
+        given.append(t.untyped_storage()._cdata)
+        return forward_ad.make_dual(x.detach(), t)
+
+    def value(y: Any) -> Any:
+        if not isinstance(y, Tensor):
+            return y
+        primal, tangent = forward_ad.unpack_dual(y)
+        out = aten.detach(primal)
+        if tangent is not None and not tangent._is_zerotensor():
+            t = aten.detach(tangent)
+            mode.set(out, t.clone() if t.untyped_storage()._cdata in given else t)
+        return out
+
+    with contextlib.ExitStack() as entered:
+        for key in (*LAZY, _Keys.AutogradFunctionality, _Keys.ADInplaceOrView):
+            entered.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+        entered.enter_context(torch.no_grad())
+        entered.enter_context(forward_ad._set_fwd_grad_enabled(True))
+        entered.enter_context(forward_ad.dual_level())
+        dual_args, dual_kwargs = tree_map(dual, (tuple(args), kwargs))
+        return tree_map(value, func(*dual_args, **dual_kwargs))
+
+
+def unknown(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    raise NotImplementedError(
+        f"Jvp: {func} has no rule for tangents; call with detach_tangent=False, which is torch.func.jvp"
+    )
