@@ -59,6 +59,23 @@ def test_a_wrong_settings_file_is_one_sentence(
     assert said in capsys.readouterr().err
 
 
+def test_what_is_asked_for_replaces_what_the_preset_has_in_its_place(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The preset's cooldown ruled out every schedule, and its minutes made --steps follow the clock."""
+
+    def settings(*flags: str) -> tuple[object, ...]:
+        assert pmf.cli.main(["train", "--dry-run", *flags]) == 0
+        config = json.loads(capsys.readouterr().out)
+        return config["optimizer"]["cooldown"], config["run"]["steps"], config["run"]["minutes"]
+
+    assert settings() == (0.7, None, 4.0)
+    assert settings("--schedule", "cosine", "--steps", "5") == (0.0, 5, None)
+    assert settings("--steps", "5", "--minutes", "2") == (0.7, 5, 2.0)
+    assert pmf.cli.main(["train", "--dry-run", "--schedule", "cosine", "--cooldown", "0.5"]) == 2
+    assert "--cooldown ends a constant schedule" in capsys.readouterr().err
+
+
 def test_a_missing_settings_file_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no settings file"):
         read_settings_file(tmp_path / "nothing.yaml")
