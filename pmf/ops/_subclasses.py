@@ -5,9 +5,9 @@ uninitialised, a masked tensor's contains what the mask hides. So every public f
 `operation`, which passes plain tensors on immediately and inspects everything else:
 
     its own __torch_dispatch__    DTensor: `_sharded`; jagged: `_jagged`; others receive the raw op themselves
-    nothing overridden            unwrapped; the result has the subclass again, as with PyTorch's own
-    functions CausalBias as attn_mask       handled by `attention` anything else                 rejected by
-    name
+    nothing overridden            unwrapped; the result has the subclass again, as PyTorch's own have
+    CausalBias as attn_mask       handled by `attention`
+    anything else                 rejected by name
 """
 
 import functools
