@@ -172,6 +172,17 @@ def test_alone_batched_listed_and_with_any_threads_bitwise(dtype):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", METHODS)
+def test_few_singular_values_stay_in_the_quintics_range(method, dtype):
+    """Orbits differ from float64's in 16 bits, but none leaves the range in which the quintic moves."""
+    for rank in (1, 2, 4):
+        g = random(40, rank, seed=rank) @ random(rank, 64, seed=rank + 1)
+        for steps in (5, 8, 9, 13, 20, 30):
+            found = newton_schulz(g, steps=steps, method=method, compute_dtype=dtype)
+            assert 0.6 < torch.linalg.svdvals(found.double())[0] < 1.25
+
+
 @pytest.mark.parametrize("setting", ["MKL_ENABLE_INSTRUCTIONS=AVX2", "ONEDNN_MAX_CPU_ISA=AVX512_CORE"])
 def test_the_same_as_another_processor_would_have_it(setting, tmp_path):
     """MKL and oneDNN choose kernels by processor, and each splits its products in its own way."""
