@@ -1,5 +1,5 @@
-# The CUDA kernels, if nvcc is there and PMF_CUDA allows. Sets PMF_WITH_CUDA (0 or 1), PMF_CUDA_OBJECTS,
-# PMF_CUDA_LIBRARIES and PMF_CUDA_FACTS (one line for bug reports).
+# The CUDA kernels, minutes of compiling: if PyTorch can use them and nvcc is there, or if asked for. Sets
+# PMF_WITH_CUDA (0 or 1), PMF_CUDA_OBJECTS, PMF_CUDA_LIBRARIES and PMF_CUDA_FACTS (one line for bug reports).
 set(PMF_CUDA_OBJECTS "")
 set(PMF_CUDA_LIBRARIES "")
 set(PMF_CUDA_FACTS "")
@@ -12,7 +12,11 @@ endif()
 if(PMF_CUDA STREQUAL "off")
   set(PMF_CUDA_FACTS "left out: built with PMF_CUDA=off")
   message(STATUS "pmf: CUDA kernels left out (PMF_CUDA=off).")
+elseif(PMF_CUDA STREQUAL "auto" AND NOT EXISTS "${PMF_TORCH_DIR}/lib/libtorch_cuda.so")
+  set(PMF_CUDA_FACTS "left out: PyTorch had no CUDA when this was built (PMF_CUDA=on compiles them anyway)")
+  message(STATUS "pmf: CUDA kernels left out, as this PyTorch has no CUDA (PMF_CUDA=on compiles them anyway).")
 else()
+  set(PMF_CUDA_WANTED ON)
   set(PMF_NVCC_PATHS /usr/local/cuda/bin CACHE STRING "where else to look for nvcc")
   find_program(PMF_NVCC nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATH_SUFFIXES bin PATHS ${PMF_NVCC_PATHS})
   if(NOT PMF_NVCC)
@@ -25,7 +29,7 @@ else()
   endif()
 endif()
 
-if(PMF_NVCC AND NOT PMF_CUDA STREQUAL "off")
+if(PMF_CUDA_WANTED AND PMF_NVCC)
   file(GLOB PMF_CUDA_KERNELS CONFIGURE_DEPENDS csrc/cuda/*/*.cu)
   set(CMAKE_CUDA_COMPILER "${PMF_NVCC}")
   # Machine code for A100 and H100, and PTX of the oldest so that every newer card can run the same kernels.

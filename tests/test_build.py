@@ -312,12 +312,35 @@ def test_build_jobs_follow_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     ("value", "sentence"), [("maybe", "must be auto, on or off"), ("on", "no nvcc was found")]
 )
 def test_pmf_cuda_that_cannot_be_had_is_one_sentence(value: str, sentence: str) -> None:
-    """CMake's message, before anything is compiled; nvcc is hidden from the search."""
+    done = decide_on_cuda(f"-DPMF_CUDA={value}")
+    assert done.returncode != 0
+    assert sentence in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("library", "reason"),
+    [(None, "as this PyTorch has no CUDA (PMF_CUDA=on"), ("libtorch_cuda.so", "no nvcc found")],
+)
+def test_cuda_kernels_are_compiled_unasked_only_for_a_pytorch_with_cuda(
+    library: str | None, reason: str, tmp_path: Path
+) -> None:
+    """With nvcc, installing took four minutes on machines whose PyTorch could not use the kernels."""
+    if library is not None:
+        (tmp_path / "lib").mkdir()
+        (tmp_path / "lib" / library).touch()
+    done = decide_on_cuda("-DPMF_CUDA=auto", f"-DPMF_TORCH_DIR={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("-- pmf:") and reason in line
+
+
+def decide_on_cuda(*definitions: str) -> subprocess.CompletedProcess[str]:
+    """CMake's messages before anything is compiled; nvcc is hidden from the search."""
     hidden = ("SYSTEM_ENVIRONMENT", "CMAKE_SYSTEM", "CMAKE_ENVIRONMENT")
-    done = subprocess.run(
+    return subprocess.run(
         [
             "cmake",
-            f"-DPMF_CUDA={value}",
+            *definitions,
             "-DPMF_NVCC_PATHS=",
             *(f"-DCMAKE_FIND_USE_{kind}_PATH=OFF" for kind in hidden),
             "-P",
@@ -327,5 +350,3 @@ def test_pmf_cuda_that_cannot_be_had_is_one_sentence(value: str, sentence: str) 
         text=True,
         env={key: word for key, word in os.environ.items() if key not in ("CUDA_HOME", "CUDA_PATH")},
     )
-    assert done.returncode != 0
-    assert sentence in " ".join(done.stderr.split())
