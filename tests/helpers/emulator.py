@@ -130,11 +130,8 @@ class Planted:
             pytest.skip(reason)
         self.path = library("planted")
         self._library = ctypes.CDLL(str(self.path))
-        for name in ("name", "run"):
-            getattr(self._library, f"pmf_planted_{name}").restype = ctypes.c_char_p
-        self.names: list[str] = []
-        while (found := self._library.pmf_planted_name(len(self.names))) is not None:
-            self.names.append(found.decode())
+        self.names = self._names("pmf_planted_name")
+        self.hopper_faults = self._names("pmf_hopper_fault_name")
 
     def begin(
         self, seed: int, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray], written: bool = False
@@ -166,8 +163,50 @@ class Planted:
     def numbers(self, x: np.ndarray, result: np.ndarray) -> str | None:
         return self._call("pmf_probe_numbers", x, result)
 
+    def product(
+        self,
+        half: bool,
+        tiles: int,
+        image: np.ndarray,
+        a: int,
+        b: int,
+        rows: np.ndarray,
+        sums: np.ndarray,
+        adds: bool,
+    ) -> str | None:
+        """One wgmma; the descriptors `a` and `b` count from the beginning of the image of shared memory."""
+        descriptors = ctypes.c_uint64(a), ctypes.c_uint64(b)
+        return self._call(
+            "pmf_hopper_product", half, tiles, image, image.size, *descriptors, rows, sums, adds
+        )
+
+    def box(
+        self,
+        tensor: np.ndarray,
+        sizes: np.ndarray,
+        strides: np.ndarray,
+        rows: int,
+        width: int,
+        place: np.ndarray,
+        image: np.ndarray,
+        elected: np.ndarray,
+    ) -> str | None:
+        """Copies a box of a tensor to shared memory, which `image` then is."""
+        return self._call("pmf_hopper_box", tensor, sizes, strides, rows, width, place, image, elected)
+
+    def hopper(self, fault: str, a: np.ndarray, b: np.ndarray, output: np.ndarray) -> str | None:
+        return self._call("pmf_hopper_fault", self.hopper_faults.index(fault), a, b, output)
+
     def launch(self, grid: int, block: int, shared: int, x: np.ndarray, result: np.ndarray) -> str | None:
         return self._call("pmf_probe_launch", grid, block, ctypes.c_int64(shared), x, result)
+
+    def _names(self, function: str) -> list[str]:
+        call = getattr(self._library, function)
+        call.restype = ctypes.c_char_p
+        found: list[str] = []
+        while (name := call(len(found))) is not None:
+            found.append(name.decode())
+        return found
 
     def _call(self, function: str, *args: Any) -> str | None:
         call = getattr(self._library, function)

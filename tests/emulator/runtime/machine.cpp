@@ -1,9 +1,11 @@
 #include "machine.h"
 
+#include <algorithm>
 #include <cstring>
 #include <sstream>
 #include <utility>
 
+#include "hopper.h"
 #include "memory.h"
 #include "place.h"
 
@@ -25,10 +27,24 @@ const char* together_name(Together kind) {
       return "__syncwarp()";
     case Together::barrier:
       return "a block barrier";
+    case Together::barrier_arrive:
+      return "an arrival at a block barrier";
     case Together::load_matrices:
       return "ldmatrix";
     case Together::multiply:
       return "mma";
+    case Together::elect:
+      return "elect.sync";
+    case Together::set_registers:
+      return "setmaxnreg";
+    case Together::wgmma:
+      return "wgmma.mma_async";
+    case Together::wgmma_fence:
+      return "wgmma.fence";
+    case Together::wgmma_commit:
+      return "wgmma.commit_group";
+    case Together::wgmma_wait:
+      return "wgmma.wait_group";
   }
   return "";
 }
@@ -119,44 +135,57 @@ void Machine::next_lane() {
     fail(std::string("lanes of a warp are missing at ") + together_name(w.kind) + ": " +
          std::to_string(w.done) + " of " + std::to_string(w.count) + " have ended");
   }
-  int i = static_cast<int>(lane - w.lanes);
-  do {
-    i = i + 1 == w.count ? 0 : i + 1;
-  } while (w.lanes[i].waits || w.lanes[i].done);
-  resume(w.lanes[i]);
+  Lane* const next = runnable(w, static_cast<int>(lane - w.lanes) + 1);
+  if (next == nullptr) return to_host();  // those that are left wait for phases of mbarriers
+  resume(*next);
 }
 
-void Machine::barrier(int id, int threads) {
+Lane* Machine::runnable(Warp& w, int first) {
+  for (int i = 0; i < w.count; ++i) {
+    Lane& l = w.lanes[(first + i) % w.count];
+    if (l.waits || l.done) continue;
+    if (l.mbarrier == 0 || hopper.over(l.mbarrier, l.parity)) return &l;
+  }
+  return nullptr;
+}
+
+void Machine::wait_for_phase(uint32_t mbarrier, uint32_t parity) {
+  Lane* const self = lane;
+  self->mbarrier = mbarrier, self->parity = parity;
+  while (!hopper.over(mbarrier, parity)) next_lane();
+  self->mbarrier = 0;
+}
+
+void Machine::barrier(int id, int threads, bool waits) {
   const int all = static_cast<int>(launch.block.x * launch.block.y * launch.block.z);
   if (threads == 0) threads = all;
   if (threads % kLanes != 0 && threads != all) {
     fail("barrier_sync() takes whole warps, got " + std::to_string(threads) + " threads");
   }
   if (id < 0 || id > 15) fail("there are barriers 0 to 15, not " + std::to_string(id));
-  together(Together::barrier, id << 16 | threads, [&] {
-    warp->at_barrier = true, warp->barrier = id, warp->barrier_threads = threads;
-    int arrived = 0;
-    for (Warp& w : warps_) {
-      if (w.count == 0 || !w.at_barrier || w.barrier != id) continue;
-      if (w.barrier_threads != threads) {
-        fail("barrier " + std::to_string(id) + " is asked to join " +
-             std::to_string(w.barrier_threads) + " threads by one warp and " +
-             std::to_string(threads) + " by another");
-      }
-      arrived += w.count;
+  const Together kind = waits ? Together::barrier : Together::barrier_arrive;
+  together(kind, id << 16 | threads, [&] {
+    NamedBarrier& b = named_[id];
+    if (b.arrived > 0 && b.threads != threads) {
+      fail("barrier " + std::to_string(id) + " is asked to join " + std::to_string(b.threads) +
+           " threads by one warp and " + std::to_string(threads) + " by another");
     }
-    if (arrived < threads) return;
-    uint32_t known[kMaxWarps] = {};
-    for (Warp& w : warps_) {
-      if (w.count == 0 || !w.at_barrier || w.barrier != id) continue;
-      w.tick();
-      for (int v = 0; v < kMaxWarps; ++v) known[v] = known[v] < w.known[v] ? w.known[v] : known[v];
+    b.threads = threads;
+    b.arrived += warp->count;
+    warp->tick();
+    b.known.merge(warp->known);
+    warp->at_barrier = waits, warp->barrier = id;
+    if (b.arrived < threads) return;
+    if (b.arrived > threads) {
+      fail(std::to_string(b.arrived) + " threads come to barrier " + std::to_string(id) + " of " +
+           std::to_string(threads));
     }
     for (Warp& w : warps_) {
       if (w.count == 0 || !w.at_barrier || w.barrier != id) continue;
-      std::memcpy(w.known, known, sizeof(known));
+      w.known.merge(b.known);
       w.at_barrier = false;
     }
+    b = {};
   });
   while (warp->at_barrier) yield();  // the lane that came last; the others run after it
 }
@@ -165,12 +194,23 @@ void Machine::barrier(int id, int threads) {
 
 std::string Machine::stuck() const {
   std::ostringstream out;
-  out << "a barrier that not all threads reach:";
+  const bool at_barriers = std::all_of(warps_.begin(), warps_.end(), [](const Warp& w) {
+    return w.count == 0 || w.at_barrier || w.done == w.count;
+  });
+  out << (at_barriers ? "a barrier that not all threads reach:"
+                      : "threads that wait for what never comes:");
   for (const Warp& w : warps_) {
     if (w.count == 0) continue;
     out << (w.number ? ", " : " ") << "warp " << w.number;
     if (w.at_barrier) {
       out << " waits at barrier " << w.barrier;
+    } else if (const Lane* l = std::find_if(w.lanes, w.lanes + w.count,
+                                            [](const Lane& l) { return l.mbarrier != 0; });
+               l != w.lanes + w.count) {
+      out << " waits at " << hopper.describe(l->mbarrier) << " for parity " << l->parity;
+    } else if (w.wanted_registers != 0) {
+      out << " waits for " << w.wanted_registers << " registers a thread, where "
+          << hopper.free_registers() << " of the block's are free";
     } else {
       out << " has ended";
     }
@@ -185,15 +225,23 @@ void Machine::run_warps() {
     for (Warp& w : warps_) {
       if (w.done == w.count) continue;
       unfinished += 1;
-      if (!w.at_barrier) ready[count++] = &w;
+      if (!w.at_barrier && !hopper.waits(w) && runnable(w, w.turn)) ready[count++] = &w;
     }
-    if (unfinished == 0) return;
+    if (unfinished == 0) {
+      const std::string left = hopper.left_over();
+      if (!left.empty()) problem = kFound + left;
+      return;
+    }
+    if (hopper.under_way() > 0 && (count == 0 || random(kLandOneIn) == 0)) {
+      hopper.land_one();
+      continue;
+    }
     if (count == 0) {
       problem = kFound + stuck();
       return;
     }
     warp = ready[random(count)];
-    resume(warp->lanes[warp->turn]);
+    resume(*runnable(*warp, warp->turn));
     if (!problem.empty()) return;
   }
 }
@@ -208,6 +256,9 @@ void Machine::run_block(int64_t number) {
     for (const Copy& copy : l.copies) memory.copy_dropped(copy.to);
     l.copies.clear();
     l.group = 0;
+    l.held.clear();
+    l.proxy_fences = 0;
+    l.has_acquired = false;
   }
   first_clock_ = memory.begin_block(first_clock_, launch.shared_bytes, warps);
   for (int i = 0; i < threads; ++i) {
@@ -216,6 +267,7 @@ void Machine::run_block(int64_t number) {
     l.number = i;
     l.index = {i % size.x, i / size.x % size.y, i / size.x / size.y};
     l.waits = l.done = false;
+    l.mbarrier = 0;
   }
   for (Warp& w : warps_) {
     const int rest = threads - w.number * kLanes;
@@ -223,11 +275,16 @@ void Machine::run_block(int64_t number) {
     w.waiting = w.done = 0;
     w.turn = w.count == 0 ? 0 : static_cast<int>(random(static_cast<unsigned>(w.count)));
     w.at_barrier = false;
+    w.wanted_registers = 0;
     w.clock = first_clock_;
-    for (uint32_t& known : w.known) known = first_clock_ - 1;
+    for (uint32_t& known : w.known.of) known = first_clock_ - 1;
   }
+  for (NamedBarrier& b : named_) b = {};
+  hopper.begin_block(threads, warps);
   run_warps();
   for (const Warp& w : warps_) first_clock_ = first_clock_ > w.clock ? first_clock_ : w.clock + 1;
+  const uint32_t phases = hopper.last_clock();
+  first_clock_ = first_clock_ > phases ? first_clock_ : phases + 1;
 }
 
 const char* Machine::refuse(const std::string& why) {

@@ -10,9 +10,35 @@
 namespace pmf::emulator {
 
 constexpr int kLanes = 32, kMaxThreads = 1024, kMaxWarps = kMaxThreads / kLanes;
+// What others wait for: warps, and the copies that each mbarrier counts, which have numbers of
+// threads as if they were warps.
+constexpr int kMaxBarriers = 64, kAgents = kMaxWarps + kMaxBarriers;
 
 // What all lanes of a warp do together.
-enum class Together { shuffle, ballot, sync_warp, barrier, load_matrices, multiply };
+enum class Together {
+  shuffle,
+  ballot,
+  sync_warp,
+  barrier,
+  barrier_arrive,
+  load_matrices,
+  multiply,
+  elect,
+  set_registers,
+  wgmma,
+  wgmma_fence,
+  wgmma_commit,
+  wgmma_wait,
+};
+
+// A clock of each agent: what it did until then is known.
+struct Knowledge {
+  uint32_t of[kAgents] = {};
+
+  void merge(const Knowledge& other) {
+    for (int v = 0; v < kAgents; ++v) of[v] = of[v] < other.of[v] ? other.of[v] : of[v];
+  }
+};
 
 // An asynchronous copy that this thread has issued and not waited for.
 struct Copy {
@@ -22,36 +48,77 @@ struct Copy {
   int64_t group;
 };
 
+// Registers, an array on a thread's stack, that belong to a product under way (hopper.h).
+struct Held {
+  char* begin;
+  size_t bytes;
+  bool sums;  // not even to be read
+  int chain;
+};
+
 struct Lane {
   void* stack = nullptr;  // where it goes on
   char* lowest = nullptr;
   Index index = {};
   int number = 0;  // in its block
   bool waits = false, done = false;
+  uint32_t mbarrier = 0, parity = 0;  // what it waits for by itself
   std::vector<Copy> copies;
   int64_t group = 0;  // of copies, now open
+  std::vector<Held> held;
+  uint32_t proxy_fences = 0;
+  // What it has waited for at mbarriers, and the other lanes perhaps not: until they synchronise.
+  bool has_acquired = false;
+  Knowledge acquired;
 
   // Operands of what it waits for, and the result.
   const void* row = nullptr;
   uint64_t bits = 0, result = 0;
   Word4 a = {}, matrices = {};
   Float4 c = {};
+  float* sums = nullptr;
+  const uint32_t* factor = nullptr;
 };
 
 // Logical clocks decide what is ordered (Lamport 1978; vector clocks per warp as in Fidge and
 // Mattern 1988). A warp's clock ticks when its lanes synchronise. What another thread of warp v did
-// at clock c comes before what this warp does now if c <= known[v].
+// at clock c comes before what this warp does now if c <= known.of[v].
 struct Warp {
   Lane* lanes = nullptr;
   int number = 0, count = 0, waiting = 0, done = 0, turn = 0;
   bool at_barrier = false;
-  int barrier = 0, barrier_threads = 0;
+  int barrier = 0;
+  int wanted_registers = 0;  // that it waits for
   Together kind = {};
   int option = 0, line = 0;
   uint32_t clock = 0;
-  uint32_t known[kMaxWarps] = {};
+  Knowledge known;
 
-  void tick() { known[number] = clock++; }
+  // All lanes know now what any of them did or knew.
+  void tick() {
+    known.of[number] = clock++;
+    for (int i = 0; i < count; ++i) {
+      if (!lanes[i].has_acquired) continue;
+      known.merge(lanes[i].acquired);
+      lanes[i].has_acquired = false;
+    }
+  }
+  // Whether what an agent did at a clock comes before what a lane does now; null: what all do.
+  bool knows(int agent, uint32_t at, const Lane* lane) const {
+    if (at <= known.of[agent]) return true;
+    const auto knows = [&](const Lane& l) { return l.has_acquired && at <= l.acquired.of[agent]; };
+    if (lane != nullptr) return knows(*lane);
+    for (int i = 0; i < count; ++i) {
+      if (!knows(lanes[i])) return false;
+    }
+    return true;
+  }
+};
+
+// bar.sync and bar.arrive.
+struct NamedBarrier {
+  int threads = 0, arrived = 0;
+  Knowledge known;
 };
 
 class Machine {
@@ -97,26 +164,33 @@ class Machine {
     }
   }
 
-  void barrier(int id, int threads);
+  void barrier(int id, int threads, bool waits = true);
   void yield();
+  void wait_for_phase(uint32_t mbarrier, uint32_t parity);
+
+  uint32_t first_clock() const { return first_clock_; }
+  Warp& warp_number(int w) { return warps_[w]; }
+  unsigned random(unsigned below);
 
  private:
-  static constexpr unsigned kYieldOneIn = 16;
+  static constexpr unsigned kYieldOneIn = 16, kLandOneIn = 4;
 
   void arrive(Together kind, int option);
   void next_lane();
+  // The first lane that can go on, from `first` on; null: none.
+  static Lane* runnable(Warp& w, int first);
   void resume(Lane& next);
   void run_block(int64_t number);
   void run_warps();
   void to_host();
   std::string stuck() const;
-  unsigned random(unsigned below);
   static void thread_entry();
 
   Stacks stacks_;
   void* host_ = nullptr;
   std::vector<Lane> lanes_;
   std::vector<Warp> warps_;
+  NamedBarrier named_[16];
   uint32_t first_clock_ = 1;  // of the block: whatever is older lies before it
   uint64_t random_ = 1;
 };

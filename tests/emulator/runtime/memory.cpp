@@ -7,6 +7,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "hopper.h"
+
 namespace pmf::emulator {
 
 Memory memory;
@@ -27,10 +29,19 @@ std::string bytes_of(const char* what, size_t bytes, Access access) {
 
 uint32_t stamp() { return machine.warp->clock << kThreadBits | uint32_t(machine.lane->number); }
 
-std::string by(uint32_t thread) { return "thread " + std::to_string(thread & kThreadMask); }
+std::string by(uint32_t stamp) {
+  const uint32_t thread = stamp & kThreadMask;
+  return thread < kMaxThreads ? "thread " + std::to_string(thread) : "the copy of a box";
+}
 
 std::string copy_of(uint32_t writer) {
   return " an asynchronous copy of " + by(writer) + " to it has not been waited for";
+}
+
+// Whether what has this stamp comes before what this lane does now, or what its whole warp does.
+bool knows(uint32_t stamp, bool by_warp) {
+  return machine.warp->knows((stamp & kThreadMask) / kLanes, stamp >> kThreadBits,
+                             by_warp ? nullptr : machine.lane);
 }
 
 [[noreturn]] void shared_problem(size_t granule, const std::string& what) {
@@ -47,7 +58,7 @@ void check_alignment(const void* address, size_t bytes, const char* what) {
   }
 }
 
-Memory::Memory() : writer_(kGranules, 0) {
+Memory::Memory() : writer_(kGranules, 0), fence_(kGranules, 0), products_(kGranules, 0) {
   void* space = mmap(nullptr, kSharedSpace, PROT_READ | PROT_WRITE,
                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (space == MAP_FAILED) throw std::runtime_error("emulator: no room for shared memory");
@@ -75,6 +86,8 @@ uint32_t Memory::begin_block(uint32_t clock, int64_t shared_bytes, int warps) {
     clock = 1;
   }
   first_clock_ = clock;
+  if (has_products_) std::fill(products_.begin(), products_.end(), 0);
+  has_products_ = false;
   std::memset(shared_, kPoison, shared_bytes);
   return clock;
 }
@@ -82,7 +95,10 @@ uint32_t Memory::begin_block(uint32_t clock, int64_t shared_bytes, int warps) {
 void Memory::access(const void* address, size_t bytes, Access access) {
   const auto at = reinterpret_cast<uintptr_t>(address);
   const Lane& lane = *machine.lane;
-  if (at - reinterpret_cast<uintptr_t>(lane.lowest) < Stacks::kStackBytes) return;  // its own
+  if (at - reinterpret_cast<uintptr_t>(lane.lowest) < Stacks::kStackBytes) {  // its own
+    if (!lane.held.empty()) hopper.check_registers(lane, at, bytes, access == Access::write);
+    return;
+  }
   if (is_shared(at)) return shared_access(at, bytes, access, false);
   if (at - reinterpret_cast<uintptr_t>(machine.launch.call) < machine.launch.call_bytes) {
     if (access == Access::write) machine.fail("a kernel parameter is written");
@@ -125,7 +141,7 @@ void Memory::shared_read(size_t first, size_t last, bool by_warp) {
       const bool same = (writer & kThreadMask) == (own & kThreadMask) && !by_warp;
       if (clock < first_clock_) shared_problem(g, "read and was never written");
       if (clock == kUnderWay) shared_problem(g, "read while" + copy_of(writer));
-      if (!same && clock > warp.known[(writer & kThreadMask) / kLanes]) {
+      if (!same && !knows(writer, by_warp)) {
         shared_problem(g, "read after " + by(writer) + " wrote it, with no barrier between");
       }
     }
@@ -142,19 +158,21 @@ void Memory::shared_write(size_t first, size_t last) {
     if (writer != own && clock >= first_clock_) {
       const bool same = (writer & kThreadMask) == (own & kThreadMask);
       if (clock == kUnderWay) shared_problem(g, "written while" + copy_of(writer));
-      if (!same && clock > warp.known[(writer & kThreadMask) / kLanes]) {
+      if (!same && !knows(writer, false)) {
         shared_problem(g, "written after " + by(writer) + " wrote it, with no barrier between");
       }
     }
     const uint32_t* readers = &reader_[g * warps_];
     for (int v = 0; v < warps_; ++v) {
       const bool own_lane = v == warp.number && (readers[v] & kLaneMask) == lane;
-      if (readers[v] >> kLaneBits > warp.known[v] && !own_lane) {
+      if (!own_lane && !warp.knows(v, readers[v] >> kLaneBits, machine.lane)) {
         shared_problem(
             g, "written after warp " + std::to_string(v) + " read it, with no barrier between");
       }
     }
+    if (products_[g] != 0) shared_problem(g, "written while a product reads it");
     writer_[g] = own;
+    fence_[g] = machine.lane->proxy_fences + 1;
   }
 }
 
@@ -191,9 +209,51 @@ void Memory::atomic(const void* address, size_t bytes) {
   region->check(at, bytes, Access::write, false);
 }
 
-void Memory::copy_dropped(void* to) {
+void Memory::copy_dropped(void* to, size_t bytes) {
   const size_t first = (static_cast<unsigned char*>(to) - shared_) / kGranule;
-  std::fill_n(&writer_[first], kCopyBytes / kGranule, 0);
+  std::fill_n(&writer_[first], bytes / kGranule, 0);
+}
+
+// ---- the asynchronous proxy ---------------------------------------------------------------------
+
+void Memory::box_issued(unsigned char* to, size_t bytes) {
+  access(to, bytes, Access::write);
+  const size_t first = (to - shared_) / kGranule;
+  for (size_t g = first; g < first + bytes / kGranule; ++g) {
+    writer_[g] |= kUnderWay << kThreadBits;
+    fence_[g] = 0;
+  }
+  std::memset(to, kPoison, bytes);
+}
+
+void Memory::box_landed(unsigned char* to, const unsigned char* values, size_t bytes,
+                        uint32_t stamp) {
+  std::memcpy(to, values, bytes);
+  std::fill_n(&writer_[(to - shared_) / kGranule], bytes / kGranule, stamp);
+}
+
+void Memory::product_begins(const unsigned char* from, size_t bytes) {
+  shared_access(reinterpret_cast<uintptr_t>(from), bytes, Access::read, true);
+  has_products_ = true;
+  const size_t first = (from - shared_) / kGranule;
+  for (size_t g = first; g < first + bytes / kGranule; ++g) {
+    const uint32_t thread = writer_[g] & kThreadMask;
+    if (fence_[g] != 0 && thread < kMaxThreads &&
+        machine.warp_number(int(thread) / kLanes).lanes[thread % kLanes].proxy_fences < fence_[g]) {
+      shared_problem(g, "read by a product after " + by(thread) +
+                            " wrote it, with no fence.proxy.async between");
+    }
+    products_[g] += 1;
+  }
+}
+
+void Memory::product_ends(const unsigned char* from, size_t bytes) {
+  const size_t first = (from - shared_) / kGranule;
+  const Warp& warp = *machine.warp;
+  for (size_t g = first; g < first + bytes / kGranule; ++g) {
+    products_[g] -= 1;
+    reader_[g * warps_ + warp.number] = warp.clock << kLaneBits | kSeveralLanes;
+  }
 }
 
 // ---- global memory ------------------------------------------------------------------------------
@@ -275,15 +335,13 @@ void Region::check(uintptr_t address, size_t bytes, Access access, bool ordered)
 }
 
 void Region::check_order(uintptr_t address, size_t bytes, Access access) {
-  const Warp& warp = *machine.warp;
   const uint64_t own = block_serial << 32 | stamp();
   // Whether what `trace` tells of came before what happens now.
   const auto ordered = [&](uint64_t trace) {
     if (trace >> 32 < launch_serial) return true;
     if (trace >> 32 != block_serial) return false;
-    const uint32_t thread = trace & kThreadMask,
-                   clock = static_cast<uint32_t>(trace) >> kThreadBits;
-    return int(thread) == machine.lane->number || clock <= warp.known[thread / kLanes];
+    const auto stamp = static_cast<uint32_t>(trace);
+    return int(stamp & kThreadMask) == machine.lane->number || knows(stamp, false);
   };
   const auto check_ordered = [&](uint64_t trace, const char* did) {
     if (ordered(trace)) return;

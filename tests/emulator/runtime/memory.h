@@ -15,10 +15,10 @@
 
 namespace pmf::emulator {
 
-constexpr int kThreadBits = 10, kGranule = 2;
+constexpr int kThreadBits = 12, kGranule = 2;
 constexpr uint32_t kThreadMask = (1u << kThreadBits) - 1;
 // The clock of a copy under way: later than everything.
-constexpr uint32_t kUnderWay = 0x3fffff;
+constexpr uint32_t kUnderWay = (1u << (32 - kThreadBits)) - 1;
 
 enum class Access { read, write };
 
@@ -75,7 +75,16 @@ class Memory {
   void atomic(const void* address, size_t bytes);  // races with no other atomic operation
   void copy_issued(void* to);
   void copy_landed(void* to);
-  void copy_dropped(void* to);  // of a block that has ended
+  // Of a block that has ended.
+  void copy_dropped(void* to, size_t bytes = 16);
+
+  // ---- by the asynchronous proxy (hopper.h)
+  void box_issued(unsigned char* to, size_t bytes);
+  // By the copies of an mbarrier's phase, whose thread and clock this stamp has.
+  void box_landed(unsigned char* to, const unsigned char* values, size_t bytes, uint32_t stamp);
+  // A product of the running warp reads from here on, until it is waited for.
+  void product_begins(const unsigned char* from, size_t bytes);
+  void product_ends(const unsigned char* from, size_t bytes);
 
  private:
   bool is_shared(uintptr_t address) const { return address - shared_begin_ < kSharedSpace; }
@@ -91,8 +100,11 @@ class Memory {
   int64_t shared_bytes_ = 0;
   int warps_ = 0;
   uint32_t first_clock_ = 1;
-  std::vector<uint32_t> writer_;  // of each granule: clock << kThreadBits | thread
-  std::vector<uint32_t> reader_;  // of each granule and warp: clock << kLaneBits | lane
+  std::vector<uint32_t> writer_;    // of each granule: clock << kThreadBits | thread
+  std::vector<uint32_t> reader_;    // of each granule and warp: clock << kLaneBits | lane
+  std::vector<uint32_t> fence_;     // the writer's fence.proxy.async that shows it to products
+  std::vector<uint16_t> products_;  // that read each granule now
+  bool has_products_ = false;
 
   std::vector<std::unique_ptr<Region>> regions_;  // by address, apart from each other
   Region* last_ = nullptr;

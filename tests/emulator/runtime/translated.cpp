@@ -92,6 +92,67 @@ class Machinery final : public ptx::Device {
     return emulator::multiply(element, c, a, b);
   }
 
+  void mbarrier_init(uint32_t barrier, uint32_t arrivals) const override {
+    PMF_HERE;
+    emulator::mbarrier_init(barrier, arrivals);
+  }
+  void mbarrier_init_fence() const override { emulator::mbarrier_init_fence(); }
+  void mbarrier_arrive(uint32_t barrier, uint32_t bytes) const override {
+    PMF_HERE;
+    emulator::mbarrier_arrive(barrier, bytes);
+  }
+  // May give up before the phase is over, as a device does after a while.
+  bool mbarrier_try_wait(uint32_t barrier, uint32_t parity) const override {
+    PMF_HERE;
+    if (machine.random(4) == 0) return false;
+    emulator::mbarrier_wait(barrier, parity);
+    return true;
+  }
+  void fence_proxy_async() const override { emulator::fence_proxy_async(); }
+  void copy_box(uint32_t to, const void* map, uint32_t barrier, Word4 place) const override {
+    PMF_HERE;
+    emulator::copy_box(to, map, barrier, place);
+  }
+  void wgmma(int line, const Product& product, float* sums, const uint32_t* a) const override {
+    PMF_HERE;
+    machine.aligned_line = line;
+    emulator::wgmma(product, sums, a, false);
+  }
+  void wgmma_fence(int line) const override {
+    PMF_HERE;
+    machine.aligned_line = line;
+    emulator::wgmma_fence();
+  }
+  void wgmma_commit(int line) const override {
+    PMF_HERE;
+    machine.aligned_line = line;
+    emulator::wgmma_commit();
+  }
+  void wgmma_wait(int line, int pending) const override {
+    PMF_HERE;
+    machine.aligned_line = line;
+    emulator::wgmma_wait(pending);
+  }
+  float waited_for(float x) const override {
+    PMF_HERE;
+    return emulator::waited_for(x);
+  }
+  bool elect_one(uint32_t lanes) const override {
+    PMF_HERE;
+    whole_warp(lanes);
+    return emulator::elect_one();
+  }
+  void set_registers(int line, int count, bool more) const override {
+    PMF_HERE;
+    machine.aligned_line = line;
+    emulator::set_registers(count, more);
+  }
+  void barrier_arrive(int line, uint32_t id, uint32_t threads) const override {
+    PMF_HERE;
+    machine.aligned_line = line;
+    machine.barrier(static_cast<int>(id), static_cast<int>(threads), false);
+  }
+
   uint16_t to_half(float x) const override { return Half(x).bits; }
   float from_half(uint16_t bits) const override { return Half::from_bits(bits); }
   void trap() const override {

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from helpers.ptx import hopper
 from helpers.ptx.registers import Scope
 from helpers.ptx.syntax import Instruction, UnknownInstruction, elements
 
@@ -46,6 +47,8 @@ def copy(s: Scope, i: Instruction) -> str:
         return "d.commit_copies();"
     if i.name == "cp.async.wait_group":
         return f"d.wait_for_copies({int(i.operands[0])});"
+    if i.name.startswith("cp.async.bulk"):
+        return hopper.copy_box(s, i)
     if i.name != "cp.async.cg.shared.global" or len(i.operands) not in (3, 4):
         raise UnknownInstruction(i.name)
     to, source, *sizes = i.operands
@@ -56,10 +59,10 @@ def copy(s: Scope, i: Instruction) -> str:
 def barrier(s: Scope, i: Instruction) -> str:
     if i.name == "bar.warp.sync":
         return f"d.sync_warp({s.value(i.operands[0], 'u32')});"
-    if i.name not in ("bar.sync", "barrier.sync.aligned"):
+    if i.name not in ("bar.sync", "bar.arrive", "barrier.sync.aligned"):
         raise UnknownInstruction(i.name)
     number, threads = (s.value(x, "u32") for x in (*i.operands, "0")[:2])
-    return f"d.barrier({i.line}, {number}, {threads});"
+    return f"d.barrier{'_arrive' if i.name == 'bar.arrive' else ''}({i.line}, {number}, {threads});"
 
 
 def shuffle(s: Scope, i: Instruction) -> str:

@@ -42,6 +42,8 @@ class Scope:
         self.shared = shared
         self.registers: dict[str, str] = {}
         """Their C++ types."""
+        self.sums: tuple[str, ...] = ()
+        """Those that may hold what a product of a warpgroup is adding up."""
 
     def declare(self, type_: str, name: str, count: int | None) -> str:
         names = [name] if count is None else [f"{name}{i}" for i in range(count)]

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 
-from helpers.ptx import arithmetic, collective, movement
+from helpers.ptx import arithmetic, collective, hopper, movement
 from helpers.ptx.modules import Function, Module
 from helpers.ptx.registers import CPP, Scope
 from helpers.ptx.syntax import Instruction, Statement, UnknownInstruction, instruction, statements
@@ -26,6 +26,11 @@ RULES: dict[str, Callable[[Scope, Instruction], str]] = {
     "vote": collective.vote,
     "atom": collective.atomic,
     "red": collective.atomic,
+    "mbarrier": hopper.mbarrier,
+    "fence": hopper.fence,
+    "wgmma": hopper.wgmma,
+    "elect": hopper.elect,
+    "setmaxnreg": hopper.set_registers,
     "bra": lambda s, i: f"goto {_label(i.operands[0])};",
     "ret": lambda s, i: "return;",
     "trap": lambda s, i: "d.trap();",
@@ -70,9 +75,11 @@ def _body(function: Function, shared: frozenset[str], write: Callable[[str], Non
     else:
         places = {p.name: p.name for p in (*function.results, *function.parameters)}
     scope = Scope(places, shared)
+    body = tuple(statements(function.body, function.line))
+    scope.sums = hopper.registers_of_sums(body)
     lines: list[str] = []
     at = function.line
-    for statement in statements(function.body, function.line):
+    for statement in body:
         try:
             text = _statement(scope, statement, write)
         except (UnknownInstruction, KeyError, ValueError) as problem:

@@ -35,6 +35,21 @@ class Device {
   virtual Word4 load_matrices(int line, const void* row, int count, bool transposed) const = 0;
   virtual Float4 multiply(int line, Element element, Float4 c, Word4 a, uint64_t b) const = 0;
 
+  virtual void mbarrier_init(uint32_t barrier, uint32_t arrivals) const = 0;
+  virtual void mbarrier_init_fence() const = 0;
+  virtual void mbarrier_arrive(uint32_t barrier, uint32_t bytes) const = 0;
+  virtual bool mbarrier_try_wait(uint32_t barrier, uint32_t parity) const = 0;
+  virtual void fence_proxy_async() const = 0;
+  virtual void copy_box(uint32_t to, const void* map, uint32_t barrier, Word4 place) const = 0;
+  virtual void wgmma(int line, const Product& product, float* sums, const uint32_t* a) const = 0;
+  virtual void wgmma_fence(int line) const = 0;
+  virtual void wgmma_commit(int line) const = 0;
+  virtual void wgmma_wait(int line, int pending) const = 0;
+  virtual float waited_for(float x) const = 0;
+  virtual bool elect_one(uint32_t lanes) const = 0;
+  virtual void set_registers(int line, int count, bool more) const = 0;
+  virtual void barrier_arrive(int line, uint32_t id, uint32_t threads) const = 0;
+
   virtual uint16_t to_half(float x) const = 0;
   virtual float from_half(uint16_t bits) const = 0;
   [[noreturn]] virtual void trap() const = 0;
@@ -59,10 +74,12 @@ constexpr T unwritten() {
   }
 }
 
-// ---- memory -------------------------------------------------------------------------------------
+// After a wait, in each register that may hold a sum.
+inline void settle(const Device& d, float& x) {
+  if (held_sum(bits<uint32_t>(x))) x = d.waited_for(x);
+}
 
-// Where shared memory begins in the 32-bit addresses of its own space.
-constexpr uint32_t kSharedWindow = 1024;
+// ---- memory -------------------------------------------------------------------------------------
 
 inline unsigned char* shared_at(const Device& d, uint32_t address) {
   return d.shared() + (int64_t{address} - kSharedWindow);

@@ -45,6 +45,48 @@ void check_aligned(const void* address, int bytes);
 uint32_t atomic_load(const void* address);  // and the store that follows: nothing comes between
 void atomic_store(void* address, uint32_t bits);
 
+// ---- Hopper (runtime/hopper.h): shared memory by the addresses of its own space -----------------
+
+// Where it begins there.
+constexpr uint32_t kSharedWindow = 1024;
+
+uint32_t shared_address(const void* generic);
+
+void mbarrier_init(uint32_t barrier, uint32_t arrivals);
+void mbarrier_init_fence();
+void mbarrier_arrive(uint32_t barrier, uint32_t bytes);  // announces so many
+void mbarrier_wait(uint32_t barrier, uint32_t parity);
+void fence_proxy_async();
+void copy_box(uint32_t to, const void* map, uint32_t barrier, Word4 place);
+
+// One wgmma: n columns of sums; where A's descriptor is not used, A is in registers.
+struct Product {
+  Element element;
+  int columns;
+  bool in_registers, transposed, adds;
+  uint64_t a, b;
+};
+// `sums` become what no kernel may use (see held_sum()) until it has waited; with `holds` the
+// runtime knows where they are, and puts the results there.
+void wgmma(const Product& product, float* sums, const uint32_t* a, bool holds);
+void wgmma_fence();
+void wgmma_commit();
+void wgmma_wait(int pending);
+// What a register holds after a wait: the result, if it held a sum that has been waited for.
+float waited_for(float x);
+constexpr uint32_t kHeldSum = 0xffa00000u;  // a NaN; of its last 21 bits 14 say which, 7 where
+inline bool held_sum(uint32_t bits) { return (bits & kHeldSum) == kHeldSum; }
+
+bool elect_one();
+void set_registers(int count, bool more);
+void barrier_arrive(int barrier, int threads);
+
+// A tensor map: sizes and a box of up to five dimensions, the first one contiguous. False, if no
+// driver would encode it.
+bool encode_tensor_map(void* map, const void* base, int element_bytes, int rank,
+                       const uint64_t* sizes, const uint64_t* stride_bytes, const uint32_t* box,
+                       uint32_t swizzle_bytes);
+
 // ---- from the host ------------------------------------------------------------------------------
 
 struct Launch {

@@ -7,6 +7,8 @@
 
 namespace pmf::cuda {
 
+inline uint32_t shared_address(const void* pointer) { return emulator::shared_address(pointer); }
+
 // ---- ldmatrix -----------------------------------------------------------------------------------
 
 template <int kCount, bool kTransposed>

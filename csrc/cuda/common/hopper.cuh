@@ -1,0 +1,209 @@
+// One function for each instruction of sm_90a that C++ has no word for: copies of whole boxes of a
+// tensor (TMA), the barriers in shared memory that count them, and products of a warpgroup (wgmma),
+// four warps with 16 rows each. Shared memory is named by its own 32-bit addresses
+// (shared_address()). Compiled for sm_90a alone.
+//
+// wgmma's accumulators, and A in registers, are laid out as mma's (ptx.cuh), m = 16 rows a warp:
+//
+//   d[j]  columns 8 j to 8 j + 7 of the sums        a  16 columns of A
+//
+// Both are the tensor cores' from the product to the wait that covers it. The order is: write
+// accumulators or A, wgmma_fence(), products, wgmma_commit(), wgmma_wait<>(), read. hold() keeps
+// the compiler from moving their accesses across.
+#pragma once
+
+#include "cuda/common/cuda.cuh"
+#include "cuda/common/matrix_descriptor.cuh"
+#include "cuda/common/ptx.cuh"
+
+namespace pmf::cuda {
+
+// The block's shared memory, whose tiles' swizzle begins at multiples of 1024.
+__device__ inline unsigned char* swizzled_shared() {
+  extern __shared__ __align__(1024) unsigned char swizzled_bytes[];
+  return swizzled_bytes;
+}
+
+// ---- mbarrier: eight bytes in shared memory, a multiple of 8 ------------------------------------
+// A phase ends when `arrivals` threads have arrived and as many bytes have come as were announced;
+// the next one begins at once. Waiting for parity 0 is for the end of the first phase, the third
+// and so on, for parity 1 of the second: or of the one before the first, which has ended.
+
+__device__ inline void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// By the thread that has initialised barriers: makes them known to copies.
+__device__ inline void mbarrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ inline void mbarrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrives and announces bytes that copies bring.
+__device__ inline void mbarrier_expect(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+
+__device__ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+  uint32_t over;
+  do {
+    asm volatile(
+        "{\n"
+        ".reg .pred over;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 over, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, over;\n"
+        "}\n"
+        : "=r"(over)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  } while (over == 0);
+}
+
+// ---- the asynchronous proxy ---------------------------------------------------------------------
+
+// Makes what this thread has written to shared memory visible to copies and products.
+__device__ inline void fence_proxy_async() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Copies the map's box at (column, row, head, batch) to shared memory, a multiple of 128: zeros
+// where it lies outside the tensor. All its bytes count at the barrier when they are there.
+__device__ inline void copy_box(uint32_t to, const TensorMap* map, uint32_t barrier, int column,
+                                int row, int head, int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch)
+      : "memory");
+}
+
+// ---- wgmma --------------------------------------------------------------------------------------
+
+__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+// Closes a group: the products since the last one.
+__device__ inline void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// Waits for all groups but the kPending newest.
+template <int kPending>
+__device__ inline void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// No instruction: what is in these registers here stays in them.
+template <int kCount>
+__device__ inline void hold(float (&x)[kCount][4]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    asm volatile("" : "+f"(x[i][0]), "+f"(x[i][1]), "+f"(x[i][2]), "+f"(x[i][3])::"memory");
+  }
+}
+__device__ inline void hold(uint32_t (&x)[4]) {
+  asm volatile("" : "+r"(x[0]), "+r"(x[1]), "+r"(x[2]), "+r"(x[3])::"memory");
+}
+
+// d = A B, or d += A B if `adds`: m64 n(8 kTiles) k16, by the whole warpgroup. B by the descriptor
+// of B[n][k], or of B[k][n] if kTransposed; A by that of A[m][k], or in registers.
+
+// clang-format off
+#define PMF_SUM(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
+#define PMF_SUMS_2 PMF_SUM(0), PMF_SUM(1)
+#define PMF_SUMS_6 PMF_SUMS_2, PMF_SUM(2), PMF_SUM(3), PMF_SUM(4), PMF_SUM(5)
+#define PMF_SUMS_8 PMF_SUMS_6, PMF_SUM(6), PMF_SUM(7)
+#define PMF_SUMS_12 PMF_SUMS_8, PMF_SUM(8), PMF_SUM(9), PMF_SUM(10), PMF_SUM(11)
+#define PMF_SUMS_16 PMF_SUMS_12, PMF_SUM(12), PMF_SUM(13), PMF_SUM(14), PMF_SUM(15)
+#define PMF_NAMES_2 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define PMF_NAMES_6 PMF_NAMES_2 \
+  ", %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23"
+#define PMF_NAMES_8 PMF_NAMES_6 \
+  ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define PMF_NAMES_12 PMF_NAMES_8 \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define PMF_NAMES_16 PMF_NAMES_12 \
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+// The operands that follow the sums: a descriptor or registers of A, B's descriptor, `adds`.
+#define PMF_SHARED_2 "%8, %9", "%10"
+#define PMF_SHARED_6 "%24, %25", "%26"
+#define PMF_SHARED_8 "%32, %33", "%34"
+#define PMF_SHARED_12 "%48, %49", "%50"
+#define PMF_SHARED_16 "%64, %65", "%66"
+#define PMF_REGISTERS_2 "{%8, %9, %10, %11}, %12", "%13"
+#define PMF_REGISTERS_6 "{%24, %25, %26, %27}, %28", "%29"
+#define PMF_REGISTERS_8 "{%32, %33, %34, %35}, %36", "%37"
+#define PMF_REGISTERS_12 "{%48, %49, %50, %51}, %52", "%53"
+#define PMF_REGISTERS_16 "{%64, %65, %66, %67}, %68", "%69"
+#define PMF_WGMMA(tiles, n, type, factors, adds_at, options, ...)                              \
+  asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, " adds_at ", 0;\n"                     \
+               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." #type "." #type               \
+               " {" PMF_NAMES_##tiles "}, " factors ", adds, 1, 1, " options ";\n}\n"          \
+               : PMF_SUMS_##tiles : __VA_ARGS__, "l"(b), "r"(int(adds)))
+#define PMF_EXPAND(macro, ...) macro(__VA_ARGS__)
+#define PMF_OF_TYPE(tiles, n, factors, options, ...)                                           \
+  if constexpr (kTiles == tiles) {                                                             \
+    if constexpr (std::is_same_v<T, __half>) {                                                 \
+      PMF_EXPAND(PMF_WGMMA, tiles, n, f16, factors, options, __VA_ARGS__);                     \
+    } else {                                                                                   \
+      PMF_EXPAND(PMF_WGMMA, tiles, n, bf16, factors, options, __VA_ARGS__);                    \
+    }                                                                                          \
+  }
+// clang-format on
+
+template <typename T, bool kTransposed, int kTiles>
+__device__ inline void wgmma(float (&d)[kTiles][4], uint64_t a, uint64_t b, bool adds) {
+  static_assert(!kTransposed && (kTiles == 6 || kTiles == 12), "what the kernels use");
+  PMF_OF_TYPE(6, 48, PMF_SHARED_6, "0, 0", "l"(a))
+  PMF_OF_TYPE(12, 96, PMF_SHARED_12, "0, 0", "l"(a))
+}
+
+template <typename T, bool kTransposed, int kTiles>
+__device__ inline void wgmma(float (&d)[kTiles][4], const uint32_t (&a)[4], uint64_t b, bool adds) {
+  static_assert(kTransposed && (kTiles == 2 || kTiles == 8 || kTiles == 16),
+                "what the kernels use");
+#define PMF_A "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
+  PMF_OF_TYPE(2, 16, PMF_REGISTERS_2, "1", PMF_A)
+  PMF_OF_TYPE(8, 64, PMF_REGISTERS_8, "1", PMF_A)
+  PMF_OF_TYPE(16, 128, PMF_REGISTERS_16, "1", PMF_A)
+#undef PMF_A
+}
+
+#undef PMF_OF_TYPE
+#undef PMF_EXPAND
+#undef PMF_WGMMA
+
+// ---- threads together ---------------------------------------------------------------------------
+
+// True in one lane of the warp, always the same one.
+__device__ inline bool elect_one() {
+  uint32_t elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred elected;\n"
+      "elect.sync _|elected, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, elected;\n"
+      "}\n"
+      : "=r"(elected));
+  return elected != 0;
+}
+
+// Of each of the warpgroup's threads: gives registers back, or waits until it has so many.
+template <int kCount>
+__device__ inline void registers_down_to() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+template <int kCount>
+__device__ inline void registers_up_to() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
+// Counts this warp at a barrier of `threads` threads without waiting: barrier_sync() does.
+__device__ inline void barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+}  // namespace pmf::cuda

@@ -1,0 +1,217 @@
+"""Hopper's instructions against tables of the PTX ISA, written down here, and a fault of each kind."""
+
+import re
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from helpers.emulator import SOURCE, Planted
+from helpers.levels import EMULATED, NVCC
+from helpers.ptx.modules import of_source
+from helpers.ptx.planted import CSRC, planted_at
+
+THREADS = range(128)
+
+# PTX ISA, 5.5.7 "Swizzling Modes": the 16-byte chunks of eight rows, by their place in the row.
+SWIZZLES = {
+    128: ("01234567", "10325476", "23016745", "32107654", "45670123", "54761032", "67452301", "76543210"),
+    64: ("0123", "0123", "1032", "1032", "2301", "2301", "3210", "3210"),
+    32: ("01", "01", "01", "01", "10", "10", "10", "10"),
+}
+# PTX ISA, 9.7.15.5.1.2.2 "Matrix Descriptor Format": the swizzling mode in bits 62 to 63.
+MODES = {128: 1, 64: 2, 32: 3}
+
+
+def place_of(row: int, column: int, width: int) -> int:
+    """Where an element of 16 bits is in a swizzled tile of rows of `width` bytes."""
+    chunk = SWIZZLES[width][row % 8].index(str(column // 8))
+    return row * width // 2 + chunk * 8 + column % 8
+
+
+def tile(matrix: np.ndarray, width: int) -> np.ndarray:
+    """The rows of a matrix as wide as the swizzle, as they lie in shared memory."""
+    image = np.zeros(matrix.size, np.uint16)
+    for row in range(matrix.shape[0]):
+        for column in range(matrix.shape[1]):
+            image[place_of(row, column, width)] = matrix[row, column]
+    return image
+
+
+def descriptor(start: int, leading: int, stride: int, width: int) -> int:
+    """Bits 0 to 13, 16 to 29, 32 to 45: the address and two byte offsets, without their last four bits."""
+    return start >> 4 | leading >> 4 << 16 | stride >> 4 << 32 | MODES[width] << 62
+
+
+def sum_at(thread: int, i: int) -> tuple[int, int]:
+    """PTX ISA, "Register Fragments" of wgmma.m64nNk16, matrix D: row and column of a thread's element i."""
+    warp, lane = thread // 32, thread % 32
+    return 16 * warp + lane // 4 + 8 * (i % 4 // 2), 8 * (i // 4) + lane % 4 * 2 + i % 2
+
+
+def factor_at(thread: int, i: int) -> tuple[int, int]:
+    """The same of matrix A: elements 2 r and 2 r + 1 are in register r."""
+    warp, lane = thread // 32, thread % 32
+    return 16 * warp + lane // 4 + 8 * (i % 4 // 2), lane % 4 * 2 + i % 2 + 8 * (i // 4)
+
+
+def bits(x: np.ndarray, half: bool) -> np.ndarray:
+    if half:
+        return x.astype(np.float16).view(np.uint16)
+    return (x.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+@pytest.fixture(scope="module", params=(*EMULATED, *NVCC))
+def planted(request: pytest.FixtureRequest) -> Iterator[Planted]:
+    modules = None
+    if request.param == "ptx":
+        modules = (of_source(SOURCE / "hopper.cu", CSRC, "compute_90a"),)
+    with planted_at(request.param, modules) as found:
+        yield found
+
+
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("step", range(4))
+@pytest.mark.parametrize("keys", [48, 96])
+def test_product_of_two_tiles(planted: Planted, keys: int, step: int, half: bool, adds: bool) -> None:
+    """A[m][k] and B[n][k], 64 columns of K with the 128-byte swizzle: eight rows are 1024 bytes."""
+    generator = np.random.default_rng(step)
+    a, b = generator.integers(-8, 9, (64, 64)), generator.integers(-8, 9, (keys, 64))
+    image = np.concatenate([tile(bits(x, half), 128) for x in (a, b)])
+    here = slice(16 * step, 16 * step + 16)
+    check(
+        planted, half, adds, image, a[:, here] @ b[:, here].T, None,
+        descriptor(32 * step, 16, 1024, 128), descriptor(64 * 128 + 32 * step, 16, 1024, 128),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(("columns", "width"), [(64, 128), (128, 128), (16, 32)])
+def test_product_of_registers(planted: Planted, columns: int, width: int, half: bool, adds: bool) -> None:
+    """B[k][n] in pieces of 64 or 16 columns, 48 rows each: K runs across rows."""
+    generator = np.random.default_rng(columns)
+    a, b = generator.integers(-8, 9, (64, 16)), generator.integers(-8, 9, (48, columns))
+    pieces = np.split(b, columns // (width // 2), 1)
+    image = np.concatenate([tile(bits(piece, half), width) for piece in pieces])
+    start, leading, stride = 32 * width, 48 * width, 8 * width  # rows 32 to 47
+    check(planted, half, adds, image, a @ b[32:], a, 0, descriptor(start, leading, stride, width))
+
+
+def check(
+    planted: Planted, half: bool, adds: bool, image: np.ndarray, product: np.ndarray,
+    a: np.ndarray | None, a_descriptor: int, b_descriptor: int,
+) -> None:  # fmt: skip
+    columns = product.shape[1]
+    rows = np.zeros((128, 4), np.uint32)
+    if a is not None:
+        elements = np.array([[a[factor_at(t, i)] for i in range(8)] for t in THREADS])
+        rows = np.ascontiguousarray(bits(elements, half)).view(np.uint32)
+    before = np.random.default_rng(5).integers(-8, 9, (64, columns))
+    sums = np.array([[before[sum_at(t, i)] for i in range(columns // 2)] for t in THREADS], dtype=np.float32)
+    planted.begin(0, inputs=[image, rows], outputs=[sums], written=True)
+    said = planted.product(half, columns // 8, image, a_descriptor, b_descriptor, rows, sums, adds)
+    assert said is None, said
+    expected = product + before if adds else product
+    for thread in THREADS:
+        for i in range(columns // 2):
+            assert sums[thread, i] == expected[sum_at(thread, i)], (thread, i)
+
+
+@pytest.mark.parametrize("width", SWIZZLES)
+@pytest.mark.parametrize(
+    "place", [(0, 0, 0, 0), (16, 61, 2, 1), (64, -5, 0, 1), (0, 200, 1, 1), (0, 3, 3, 0)]
+)
+def test_copy_of_a_box(planted: Planted, place: tuple[int, int, int, int], width: int) -> None:
+    """24 rows of a tensor [2][3][70][80] whose rows and heads are interchanged, zeros outside of it."""
+    tensor = np.arange(1, 2 * 70 * 3 * 88 + 1).astype(np.uint16).reshape(2, 70, 3, 88)
+    sizes = np.array([80, 70, 3, 2], np.uint64)
+    strides = np.array([3 * 88 * 2, 88 * 2, 70 * 3 * 88 * 2], np.uint64)
+    image, elected = np.zeros(24 * width // 2, np.uint16), np.zeros(4, np.int32)
+    planted.begin(3, inputs=[tensor], outputs=[image, elected])
+    said = planted.box(tensor, sizes, strides, 24, width, np.array(place, np.int32), image, elected)
+    assert said is None, said
+    column, row, head, batch = place
+    expected = np.zeros((24, width // 2), np.uint16)
+    for r in range(24):
+        for c in range(width // 2):
+            if 0 <= row + r < 70 and 0 <= column + c < 80 and head < 3:
+                expected[r, c] = tensor[batch, row + r, head, column + c]
+    assert (image == tile(expected, width)).all()
+    assert (elected == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("offset", "row_bytes"), [(8, 176), (0, 168)], ids=["address off 16 bytes", "rows off 16 bytes"]
+)
+def test_tensors_that_no_map_describes(planted: Planted, offset: int, row_bytes: int) -> None:
+    tensor = np.zeros(10000, np.uint16)[offset // 2 :]
+    image, elected, place = np.zeros(8 * 64, np.uint16), np.zeros(4, np.int32), np.zeros(4, np.int32)
+    sizes, strides = np.array([80, 8, 1, 1], np.uint64), np.array([row_bytes, 1600, 1600], np.uint64)
+    planted.begin(3, inputs=[tensor], outputs=[image, elected])
+    assert planted.box(tensor, sizes, strides, 8, 128, place, image, elected) == "no such tensor map"
+
+
+STUCK = "(threads that wait for what never comes|a barrier that not all threads reach): .*"
+OVERWRITTEN = (
+    r"written while a product reads it|written after warp \d read it|read while an asynchronous copy"
+)
+FOUND = {
+    "sums_read_before_the_wait": "sums of a product are (read|used) before they have been waited for",
+    "sums_written_before_the_wait": "sums of a product are (read|written|used) before they have been waited",
+    "factor_written_before_the_wait": "the registers of A are written while a product reads them",
+    "slot_released_before_the_wait": OVERWRITTEN,
+    "wrong_parity": STUCK + r"the mbarrier at \d+ \(phase 2, 1 of 1 arrivals and 0 bytes .* parity 0",
+    "parity_of_the_phase_before": STUCK + r"|read and was never written|read while an asynchronous copy|"
+    + r"after (the copy of a box|thread \d+) wrote it, with no barrier between|" + OVERWRITTEN,
+    "bytes_that_never_come": STUCK + r"waits at the mbarrier at \d+ \(phase 0, 0 of 1 arrivals and 16 bytes",
+    "arrival_missing": STUCK + r"waits at the mbarrier at \d+ \(phase 0, 1 of 9 arrivals and 0 bytes missing",
+    "arrival_too_many": "one arrival too many at the mbarrier|" + STUCK,
+    "barrier_not_initialised": "is used as an mbarrier and was never initialised",
+    "no_fence_of_barriers": "counts a copy's bytes, with no fence after its initialisation",
+    "no_fence_between_proxies": r"read by a product after thread \d+ wrote it, with no fence.proxy.async",
+    "no_fence_before_products": "a product on registers that were written with no wgmma.fence since",
+    "descriptor_off_its_alignment": "the descriptor of B begins 128 bytes beyond a multiple of 1024",
+    "products_never_waited_for": r"warp \d has ended without waiting for its products|" + OVERWRITTEN,
+    "copy_never_waited_for": "a block that ends (while a copy of a box|and never waited for the copies)",
+    "too_many_registers": STUCK + "waits for 240 registers a thread, where 0 of the block's are free",
+    "no_arrival_at_the_block_barrier": STUCK + "warp 4 waits at barrier 1",
+}  # fmt: skip
+# nvcc's registers have no address that could be watched.
+UNSEEN = {"ptx": {"factor_written_before_the_wait"}}
+
+
+def run(planted: Planted, fault: str, seed: int) -> tuple[str | None, np.ndarray, np.ndarray]:
+    """What was found, and the sums that came out and that should have."""
+    generator = np.random.default_rng(seed)
+    a, b = generator.integers(-8, 9, (4, 64, 64)), generator.integers(-8, 9, (4, 48, 64))
+    tensors = [bits(x, half=False) for x in (a, b)]
+    sums = np.zeros((2, 128, 24), np.float32)
+    planted.begin(seed, inputs=tensors, outputs=[sums])
+    said = planted.hopper(fault, *tensors, sums)
+    expected = np.einsum("rmk,rnk->mn", a, b)
+    return said, sums, np.array([[expected[sum_at(t, i)] for i in range(24)] for t in THREADS])
+
+
+def test_every_fault_has_its_sentence(planted: Planted) -> None:
+    assert set(planted.hopper_faults) == {"none", *FOUND}
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("fault", FOUND)
+def test_fault_is_found(planted: Planted, request: pytest.FixtureRequest, fault: str, seed: int) -> None:
+    said, sums, _ = run(planted, fault, seed)
+    backend = "ptx" if "ptx" in request.node.name else "emulated"
+    if fault in UNSEEN.get(backend, ()):
+        return
+    if backend == "ptx" and fault == "sums_read_before_the_wait" and said is None:
+        assert np.isnan(sums).any()  # what is read there is no number
+        return
+    assert said is not None and re.search(FOUND[fault], said), said
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_without_a_fault(planted: Planted, seed: int) -> None:
+    said, sums, expected = run(planted, "none", seed)
+    assert said is None, said
+    assert (sums == expected).all()
