@@ -42,22 +42,37 @@ def is_active() -> bool:
 
 
 class TangentMode(TorchDispatchMode):
-    """The tangents of all values while the mode is active; rules use `get`, `set` and `write`."""
+    """The tangents of all values while the mode is active; rules use `value`, `get`, `set` and `write`.
 
-    def __init__(self) -> None:
+    samples: (n, B) if tangents cover the first n of B samples (`samples`).
+    """
+
+    def __init__(self, samples: tuple[int, int] | None = None) -> None:
         super().__init__()
+        self.samples = samples
         self._of: dict[int, tuple[weakref.ref[Tensor], Tensor | None]] = {}
         self._shadows: dict[int, tuple[StorageWeakRef, Tensor]] = {}
         self._buffers: list[UntypedStorage] = []
         self._graph_task = torch._C._current_graph_task_id()
         from .rules import rule_of  # which imports this module
+        from .samples import by_sample
 
-        self._rule_of = rule_of
+        self.rule_of, self._by_sample = rule_of, by_sample
+
+    @staticmethod
+    def value(func: Any, *args: Any, **kwargs: Any) -> Any:
+        """What an operator returns, computed once; rules for its tangent also run on the first samples."""
+        return func(*args, **kwargs)
 
     def get(self, x: Any) -> Tensor | None:
-        """The tangent of a value; None means zero."""
+        """The tangent of a value, for all samples; None means zero."""
         if not isinstance(x, Tensor):
             return None
+        t = self.stored(x)
+        return t if self.samples is None or t is None or t.shape == x.shape else self._complete(x, t)
+
+    def stored(self, x: Tensor) -> Tensor | None:
+        """The tangent of a value, perhaps for the first samples only."""
         entry = self._of.get(id(x))
         if entry is not None and entry[0]() is x:
             return entry[1]
@@ -75,6 +90,70 @@ class TangentMode(TorchDispatchMode):
             tangent = torch.empty_like(x).copy_(tangent)
         self.alias(x, tangent)
 
+    def set_first(self, x: Tensor, tangent: Tensor | None, dim: int) -> None:
+        """Set the tangent of a new value's first samples, in dimension dim.
+
+        It is completed if samples are not outermost in the value's memory.
+        """
+        if tangent is None or not (x.is_floating_point() or x.is_complex()):
+            return
+        tangent = tangent.to(x.dtype)
+        reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+        if x.is_complex() or reach + 1 != x.numel() or x.shape[dim] * x.stride(dim) != x.numel():
+            whole = torch.zeros_like(x)
+            whole.narrow(dim, 0, tangent.shape[dim]).copy_(tangent)
+            self.alias(x, whole)
+            return
+        held = tangent.untyped_storage().nbytes() // tangent.element_size()
+        if not _same_strides(tangent, x) or tangent.storage_offset() != 0 or held != tangent.numel():
+            tangent = torch.empty_strided(tangent.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(
+                tangent
+            )
+        self.alias(x, tangent)
+
+    def same_view(self, x: Tensor, t: Tensor, view: Tensor) -> Tensor | None:
+        """The view of a tangent for the first samples.
+
+        None if it does not show the same part of every sample, along one dimension.
+        """
+        assert self.samples is not None
+        count, batch = self.samples
+        if view.dtype != x.dtype:
+            return None
+        sample = t.untyped_storage().nbytes() // t.element_size() // count
+        offset = t.storage_offset() + view.storage_offset() - x.storage_offset()
+        for d, (size, stride) in enumerate(zip(view.shape, view.stride(), strict=True)):
+            if size % batch == 0 and size * stride == batch * sample:
+                sizes = [n // batch if i == d else n for i, n in enumerate(view.shape)]
+                reach = sum((n - 1) * s for n, s in zip(sizes, view.stride(), strict=True) if n > 0)
+                if 0 <= offset and offset + reach < sample and view.numel() > 0:
+                    sizes[d] *= count
+                    return t.as_strided(sizes, view.stride(), offset)
+        return None
+
+    def share(self, size: int) -> int:
+        """The size of the first samples, in a dimension that holds all."""
+        assert self.samples is not None
+        count, batch = self.samples
+        return size // batch * count
+
+    def _complete(self, x: Tensor, t: Tensor) -> Tensor:
+        """Let the tangent of the first samples cover all, and with it those of all views of its memory."""
+        assert self.samples is not None
+        count, batch = self.samples
+        storage = t.untyped_storage()
+        held = storage.nbytes() // t.element_size()
+        whole = t.new_zeros(held // count * batch)
+        whole[:held] = t.as_strided((held,), (1,), 0)
+        for key, (reference, other) in list(self._of.items()):
+            y = reference()
+            if y is not None and other is not None and other.untyped_storage()._cdata == storage._cdata:
+                view = whole.as_strided(y.size(), y.stride(), other.storage_offset())
+                self._of[key] = reference, view
+        found = self.stored(x)
+        assert found is not None
+        return found
+
     def alias(self, x: Tensor, tangent: Tensor | None) -> None:
         """Give a view of a value the same view of its tangent; None keeps it zero despite a shadow."""
         key, of = id(x), self._of
@@ -85,9 +164,12 @@ class TangentMode(TorchDispatchMode):
 
         of[key] = (weakref.ref(x, forget), tangent)
 
-    def write(self, x: Tensor, tangent: Tensor | None) -> None:
-        """Record that x has been overwritten in place by a value with this tangent."""
-        here = self.get(x)
+    def write(self, x: Tensor, by: Tensor | None) -> None:
+        """Record that x has been overwritten in place by a value; None is a constant."""
+        if self.samples is not None and (first := self.both_first(x, by)) is not None:
+            first[0].copy_(first[1])
+            return
+        here, tangent = self.get(x), self.get(by)
         if here is not None:
             here.zero_() if tangent is None else here.copy_(tangent)
         elif tangent is not None and (x.is_floating_point() or x.is_complex()):
@@ -98,6 +180,14 @@ class TangentMode(TorchDispatchMode):
             self._shadows[storage._cdata] = (StorageWeakRef(storage), shadow)  # keeps the address taken
             self._of.pop(id(x), None)
             shadow.as_strided(x.size(), x.stride(), x.storage_offset()).copy_(tangent)
+
+    def both_first(self, x: Tensor, y: Any) -> tuple[Tensor, Tensor] | None:
+        """The tangents of two values of one shape, if both cover the same first samples only."""
+        if not isinstance(y, Tensor) or x.shape != y.shape:
+            return None
+        t_x, t_y = self.stored(x), self.stored(y)
+        fits = t_x is not None and t_y is not None and t_x.shape == t_y.shape != x.shape
+        return (t_x, t_y) if fits else None  # type: ignore[return-value]
 
     def buffer(self, like: Tensor) -> Tensor | None:
         """Memory for the tangent of a value, if it is large; None leaves that to PyTorch.
@@ -116,6 +206,14 @@ class TangentMode(TorchDispatchMode):
             self._buffers.append(storage)
         return torch.empty(0, dtype=like.dtype).set_(storage, 0, like.size(), like.stride())
 
+    def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """An operator with its tangent."""
+        if self.samples is not None and not any(x.is_complex() for x in tensors_of(args)):
+            found = self._by_sample(self, func, args, kwargs)
+            if found is not NotImplemented:
+                return found
+        return self.rule_of(func)(self, func, args, kwargs)
+
     @property
     def has_shadows(self) -> bool:
         return bool(self._shadows)
@@ -129,13 +227,13 @@ class TangentMode(TorchDispatchMode):
             )
         moves = lazy = False
         for x in tensors_of((*args, *kwargs.values()) if kwargs else args):
-            moves = moves or self.get(x) is not None
+            moves = moves or self.stored(x) is not None
             lazy = lazy or x.is_complex() or x.is_neg()
         if not moves:
             return func(*args, **kwargs)
         _check_function()
         if not lazy and not torch._C._is_any_autocast_enabled():
-            return self._rule_of(func)(self, func, args, kwargs)
+            return self.run(func, args, kwargs)
         include, exclude = (
             torch._C._dispatch_tls_local_include_set(),
             torch._C._dispatch_tls_local_exclude_set(),
@@ -145,7 +243,7 @@ class TangentMode(TorchDispatchMode):
         for key in _AUTOCAST:
             exclude = exclude.add(key)
         with torch._C._ForceDispatchKeyGuard(include, exclude):
-            return self._rule_of(func)(self, func, args, kwargs)
+            return self.run(func, args, kwargs)
 
 
 def tensors_of(values: Any) -> list[Tensor]:

@@ -33,7 +33,8 @@ class Jvp(nn.Module):
     Args of a call:
         primals: the network's positional arguments; pytrees of tensors, other leaves are passed through.
         tangents: their tangents, in their shapes and dtypes; None is zero, for a tensor or a whole argument.
-            If the first dimension of all primals is the batch, they may cover only the first n samples.
+            If the first dimension of all primals is the batch, they may cover only the first n samples, at
+            their cost alone while the network treats samples apart (not under torch.compile).
         detach_tangent: the tangent is a constant for autograd and for transforms around the call: it saves
             nothing, and backward costs the same as for the network alone. False is torch.func.jvp within
             `replace_sdpa`, differentiable throughout.
@@ -64,7 +65,15 @@ class Jvp(nn.Module):
     ) -> tuple[Any, Any]:
         primals, given, count = _pair(primals, tangents)
         compiling = torch.compiler.is_compiling()
-        if not detach_tangent or _in_transform(compiling):
+        transformed = not detach_tangent or _in_transform(compiling)
+        samples = None
+        if count is not None:
+            batches = _batches(primals, given)
+            if len(batches) == 1 and count > 0 and not (transformed or compiling):
+                samples = count, batches.pop()
+            else:
+                given = _completed(primals, given)
+        if transformed:
             with replace_sdpa():
                 out, out_t = _by_transform(self.network, primals, given, constants)
         elif compiling:
@@ -74,31 +83,40 @@ class Jvp(nn.Module):
             out, out_t = _compiled.traced(self.network, primals, given, constants, what)
         else:
             with replace_sdpa(), _freed_early():
-                out, out_t = beside(self.network, primals, given, constants)
+                out, out_t = beside(self.network, primals, given, constants, samples)
         if detach_tangent:
             out_t = tree_map_only(Tensor, torch.Tensor.detach, out_t)
-        return out, out_t if count is None else tree_map_only(Tensor, lambda t: t[:count], out_t)
+        if count is not None:
+            out_t = tree_map_only(Tensor, lambda t: t[:count] if t.dim() else t, out_t)
+        return out, out_t
 
 
 def beside(
-    network: nn.Module, primals: Sequence[Any], given: Directions, constants: dict[str, Any]
+    network: nn.Module,
+    primals: Sequence[Any],
+    given: Directions,
+    constants: dict[str, Any],
+    samples: tuple[int, int] | None = None,
 ) -> tuple[Any, Any]:
-    """One pass of the network with its tangents."""
+    """One pass of the network with its tangents, which may be those of the first n of B samples."""
     if is_active():
         raise RuntimeError(
             "Jvp: a network within a Jvp calls a Jvp; use torch.func.jvp for higher derivatives"
         )
-    mode = TangentMode()
+    mode = TangentMode(samples)
     leaves, spec = tree_flatten(tuple(primals))
     for i, t in enumerate(given):
         if t is not None:
             # A separate tensor: the same one may be passed twice, or also be a constant.
             leaves[i] = leaves[i].view_as(leaves[i])
-            mode.alias(leaves[i], torch.empty_like(leaves[i]).copy_(t.detach()))
+            if t.shape == leaves[i].shape:
+                mode.alias(leaves[i], torch.empty_like(leaves[i]).copy_(t.detach()))
+            else:
+                mode.set_first(leaves[i], t.detach().clone(), 0)
     with mode, _FromAbove(mode):
         out = network(*tree_unflatten(leaves, spec), **constants)
     out_leaves, out_spec = _flatten(out)
-    out_ts = [_or_zero(y, mode.get(y)) for y in out_leaves]
+    out_ts = [_tangent_of(mode, y) for y in out_leaves]
     return out, tree_unflatten(out_ts, out_spec)
 
 
@@ -188,13 +206,24 @@ def _pair(primals: Any, tangents: Any) -> tuple[tuple[Any, ...], Directions, int
     if not fewer:
         return tuple(primals), given, None
     count = min(fewer)
-    if any(t is not None and len(t) != count for t in given):
+    if any(t is not None and (t.dim() == 0 or len(t) != count) for t in given):
         raise ValueError("Jvp: all tangents must be of the same first samples")
-    whole = [
-        None if t is None else torch.cat((t, t.new_zeros((len(x) - count, *x.shape[1:]))))
+    return tuple(primals), given, count
+
+
+def _batches(primals: Sequence[Any], given: Directions) -> set[int]:
+    """The first dimensions of all primals with tangents."""
+    leaves, _ = tree_flatten(tuple(primals))
+    return {len(x) for x, t in zip(leaves, given, strict=True) if t is not None}
+
+
+def _completed(primals: Sequence[Any], given: Directions) -> Directions:
+    """Tangents for all samples, zero after the first."""
+    leaves, _ = tree_flatten(tuple(primals))
+    return [
+        None if t is None else torch.cat((t, t.new_zeros((len(x) - len(t), *x.shape[1:]))))
         for x, t in zip(leaves, given, strict=True)
     ]
-    return tuple(primals), whole, count
 
 
 def _check(i: int, value: Any, tangent: Any) -> None:
@@ -247,10 +276,14 @@ def _flatten(out: Any) -> tuple[list[Any], TreeSpec]:
     return leaves, spec
 
 
-def _or_zero(value: Any, tangent: Tensor | None) -> Tensor | None:
+def _tangent_of(mode: TangentMode, value: Any) -> Tensor | None:
+    """The tangent of an output: zero if it does not move, of the first samples alone if it has no other."""
     if not isinstance(value, Tensor):
         return None
-    return torch.zeros_like(value) if tangent is None else tangent
+    t = mode.stored(value)
+    if t is not None and t.shape[1:] != value.shape[1:]:
+        t = mode.get(value)
+    return torch.zeros_like(value) if t is None else t
 
 
 def _freed_early() -> contextlib.AbstractContextManager[Any]:

@@ -74,7 +74,7 @@ def _rule(*overloads: Any) -> Callable[[Rule], Rule]:
     aten.mul.Scalar, aten.div.Scalar,
 )  # fmt: skip
 def _linear(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    out, t = func(*args, **kwargs), mode.get(args[0])
+    out, t = mode.value(func, *args, **kwargs), mode.get(args[0])
     if t is not None and out.dtype != torch.bool and (out.is_floating_point() or out.is_complex()):
         mode.set(out, func(t, *args[1:], **kwargs))
     return out
@@ -114,7 +114,7 @@ def _view(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, A
 
 @_rule(aten.cat.default, aten.stack.default)
 def _joined(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
-    out = func(*args, **kwargs)
+    out = mode.value(func, *args, **kwargs)
     parts = [x.new_zeros(()).expand(x.shape) if (t := mode.get(x)) is None else t for x in args[0]]
     mode.set(out, func(parts, *args[1:], **kwargs))
     return out
@@ -122,7 +122,7 @@ def _joined(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str,
 
 @_rule(aten.constant_pad_nd.default)
 def _padded(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
-    out = func(*args, **kwargs)
+    out = mode.value(func, *args, **kwargs)
     mode.set(out, func(mode.get(args[0]), args[1], 0))
     return out
 
@@ -133,7 +133,7 @@ def _padded(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str,
 @_rule(aten.add.Tensor, aten.sub.Tensor)
 def _sum(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
     a, b = args
-    out, t_a, t_b = func(a, b, **kwargs), mode.get(a), mode.get(b)
+    out, t_a, t_b = mode.value(func, a, b, **kwargs), mode.get(a), mode.get(b)
     if t_a is not None and t_b is not None:
         mode.set(out, getattr(torch, func._opname)(t_a, t_b, **kwargs, out=mode.buffer(out)))
     elif t_b is not None:
@@ -147,7 +147,7 @@ def _sum(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, An
 
 @_rule(aten.add.Scalar, aten.sub.Scalar)
 def _shifted(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
-    out, t = func(*args, **kwargs), mode.get(args[0])
+    out, t = mode.value(func, *args, **kwargs), mode.get(args[0])
     mode.set(out, None if t is None else t.clone())
     return out
 
@@ -155,7 +155,7 @@ def _shifted(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str
 @_rule(aten.mul.Tensor)
 def _times(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
     a, b = args
-    out, t_a, t_b = func(a, b), mode.get(a), mode.get(b)
+    out, t_a, t_b = mode.value(func, a, b), mode.get(a), mode.get(b)
     t = None if t_a is None else torch.mul(t_a, b, out=mode.buffer(out))
     if t_b is not None:
         t = torch.mul(t_b, a, out=mode.buffer(out)) if t is None else t.addcmul_(a, t_b)
@@ -167,7 +167,7 @@ def _times(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, 
 def _quotient(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
     if mode.get(args[1]) is not None:
         return formula(mode, func, args, kwargs)
-    out, t = func(*args), mode.get(args[0])
+    out, t = mode.value(func, *args), mode.get(args[0])
     mode.set(out, None if t is None else t / args[1])
     return out
 
@@ -177,7 +177,7 @@ def _product(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str
     if kwargs:
         return formula(mode, func, args, kwargs)
     a, b = args
-    out, t_a, t_b = func(a, b), mode.get(a), mode.get(b)
+    out, t_a, t_b = mode.value(func, a, b), mode.get(a), mode.get(b)
     multiply = product if func is aten.mm.default else torch.bmm
     t = None if t_a is None else multiply(t_a, b, out=mode.buffer(out))
     if t_b is not None:
@@ -192,7 +192,7 @@ def _affine(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str,
     t = mode.get(a)
     if kwargs or mode.get(bias) is not None or mode.get(b) is not None or t is None:
         return formula(mode, func, args, kwargs)
-    out = func(bias, a, b)
+    out = mode.value(func, bias, a, b)
     mode.set(out, product(t, b, mode.buffer(out)))
     return out
 
@@ -202,7 +202,7 @@ def _convolution(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict
     x, weight, bias, *rest = args
     if mode.get(weight) is not None or mode.get(bias) is not None:
         return formula(mode, func, args, kwargs)
-    out = func(*args)
+    out = mode.value(func, *args)
     mode.set(out, func(mode.get(x), weight, None, *rest))
     return out
 
@@ -212,7 +212,7 @@ def _convolution(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict
 
 @_rule(aten.gelu.default, aten.silu.default, aten.mish.default, aten.hardswish.default)
 def _of_input(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
-    out = func(*args, **kwargs)
+    out = mode.value(func, *args, **kwargs)
     backward, buffer = getattr(aten, func._opname + "_backward"), mode.buffer(out)
     if buffer is not None and "grad_input" in backward.overloads():
         mode.set(out, backward.grad_input(mode.get(args[0]), *args, **kwargs, grad_input=buffer))
@@ -223,21 +223,21 @@ def _of_input(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[st
 
 @_rule(aten.tanh.default, aten.sigmoid.default)
 def _of_output(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
-    out = func(*args)
+    out = mode.value(func, *args)
     mode.set(out, getattr(aten, func._opname + "_backward")(mode.get(args[0]), out))
     return out
 
 
 @_rule(aten.relu.default)
 def _relu(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
-    out = func(*args)
+    out = mode.value(func, *args)
     mode.set(out, aten.threshold_backward(mode.get(args[0]), out, 0))
     return out
 
 
 @_rule(aten._softmax.default)
 def _softmax(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
-    out, x = func(*args), args[0]
+    out, x = mode.value(func, *args), args[0]
     if out.dtype != x.dtype:
         return formula(mode, func, args, kwargs)
     mode.set(out, aten._softmax_backward_data(mode.get(x), out, args[1], x.dtype))
@@ -250,7 +250,7 @@ def _layer_norm(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[
     t = mode.get(x)
     if t is None or mode.get(weight) is not None or mode.get(bias) is not None:
         return formula(mode, func, args, kwargs)
-    out, mean, rstd = outputs = func(*args)
+    out, mean, rstd = outputs = mode.value(func, *args)
     mask = [True, False, False]
     t = aten.native_layer_norm_backward(t, x, shape, mean, rstd, None, None, mask)[0]
     mode.set(out, t if weight is None else t.mul_(weight))
@@ -263,7 +263,7 @@ def _group_norm(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[
     t = mode.get(x)
     if t is None or mode.get(weight) is not None or mode.get(bias) is not None:
         return formula(mode, func, args, kwargs)
-    out, mean, rstd = outputs = func(*args)
+    out, mean, rstd = outputs = mode.value(func, *args)
     sizes = (batch, channels, size, groups, [True, False, False])
     t = aten.native_group_norm_backward(t.contiguous(), x.contiguous(), mean, rstd, None, *sizes)[0]
     mode.set(out, t if weight is None else t * _per_channel(weight, x))
@@ -276,7 +276,7 @@ def _batch_norm(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[
     t = mode.get(x)
     if t is None or mode.get(weight) is not None or mode.get(bias) is not None:
         return formula(mode, func, args, kwargs)
-    out, mean, rstd = outputs = func(*args, **kwargs)
+    out, mean, rstd = outputs = mode.value(func, *args, **kwargs)
     statistics = (running_mean, running_var, mean, rstd, training, eps, [True, False, False])
     t = aten.native_batch_norm_backward(t.contiguous(), x, None, *statistics)[0]
     mode.set(out, t if weight is None else t * _per_channel(weight, x))
@@ -291,7 +291,7 @@ def _per_channel(weight: Tensor, x: Tensor) -> Tensor:
 def _dropout(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     x, p, training = args
     t = mode.get(x)
-    out, kept = outputs = func(*args)
+    out, kept = outputs = mode.value(func, *args)
     if training is False:
         mode.set(out, None if t is None else t.clone())
     elif t is not None:
@@ -391,7 +391,7 @@ def _in_place(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[st
         return unknown(mode, func, args, kwargs)  # out=, and lists
     if func is aten.copy_.default:
         func(*args, **kwargs)
-        mode.write(x, mode.get(args[1]))
+        mode.write(x, args[1])
     elif func in _RANDOM:
         func(*args, **kwargs)
         mode.write(x, None)
@@ -400,17 +400,19 @@ def _in_place(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[st
         func(*args, **kwargs)
         func(t, *args[1:], **kwargs)
         mode.alias(x, t)
-    elif func in _LINEAR_IN_PLACE and (t := mode.get(x)) is not None:
+    elif func in _LINEAR_IN_PLACE and mode.stored(x) is not None:
         func(*args, **kwargs)
-        if (t_b := mode.get(args[1])) is not None:
-            func(t, t_b, **kwargs)
+        if mode.samples is not None and (first := mode.both_first(x, args[1])) is not None:
+            func(*first, **kwargs)
+        elif (t_b := mode.get(args[1])) is not None:
+            func(mode.get(x), t_b, **kwargs)
     else:
         pure = getattr(getattr(aten, func._opname.removesuffix("_"), None), func._overloadname, None)
         if pure is None or not func._opname.endswith("_"):
             return unknown(mode, func, args, kwargs)
-        new = rule_of(pure)(mode, pure, args, kwargs)
+        new = mode.run(pure, args, kwargs)
         aten.copy_(x, new)
-        mode.write(x, mode.get(new))
+        mode.write(x, new)
     return x
 
 

@@ -1,0 +1,320 @@
+"""Tangents of the first samples alone: n of B, at the cost of n.
+
+Such a tangent is smaller than its value in one dimension, where it covers the first n of the B equal parts of
+the value's. Its memory is that of n samples, with the value's strides: the samples are outermost in memory.
+An operator that treats samples alike and apart runs once for the values, and its rule runs on the first n
+samples of the arguments. For any other operator, or if samples are not outermost, `TangentMode.get` completes
+tangents by zeros, and the network continues with tangents for all.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import rules
+from .mode import TangentMode, tensors_of
+
+__all__ = ["by_sample"]
+
+aten = torch.ops.aten
+
+Named = dict[str, Any]
+"""An operator's arguments by name."""
+Samples = dict[int, int]
+"""For the id of a tensor with a tangent, the dimension that holds its samples."""
+Plan = tuple[Named, tuple[int | None, ...]] | None
+"""The arguments for the first samples, and the dimension of samples in each result; None if that fails."""
+
+
+def by_sample(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The operator with tangents for the first samples; NotImplemented if it needs complete ones."""
+    dims: Samples = {}
+    for x in tensors_of((*args, *kwargs.values())):
+        if (t := mode.stored(x)) is not None:
+            if t.shape == x.shape:
+                return NotImplemented
+            dims[id(x)] = _dimension(x, t)
+    if not dims:
+        return NotImplemented
+    if func is aten._unsafe_view.default or mode.rule_of(func) is rules._view:
+        return _view(mode, func, args, kwargs)
+    if (plan := _plan_of(func)) is None:
+        return NotImplemented
+    names = [argument.name for argument in func._schema.arguments]
+    named = dict(zip(names, args, strict=False)) | kwargs
+    first = _First(mode, dims)
+    if plan is _natively:
+        if any(dim != 0 for dim in dims.values()) or id(named.get("attn_mask")) in dims:
+            return NotImplemented
+        if named.get("cu_seqlens_k") is not None:
+            return NotImplemented
+        first.takes_whole = True
+        out = first.rule(func, args, kwargs)
+        for value in out if isinstance(out, tuple) else (out,):
+            mode.set_first(value, first.get(value), 0)
+        return out
+    made = plan(first, named)
+    if made is None:
+        return NotImplemented
+    named, places = made
+    out = func(*args, **kwargs)
+    values = out if isinstance(out, tuple) else (out,)
+    first.value_is(tuple(x if d is None else first.narrow(x, d) for x, d in zip(values, places, strict=True)))
+    rest = {name: named[name] for name in kwargs}
+    found = first.rule(func, [named[name] for name in names[: len(args)]], rest)
+    found = found if isinstance(found, tuple) else (found,)
+    for value, sub, d in zip(values, found, places, strict=True):
+        if d is not None:
+            mode.set_first(value, first.get(sub), d)
+    return out
+
+
+class _First:
+    """What a rule sees of a TangentMode while it runs on the first samples."""
+
+    has_shadows = False
+    takes_whole = False
+
+    def __init__(self, mode: TangentMode, dims: Samples) -> None:
+        self.mode, self.dims = mode, dims
+        self._of: dict[int, tuple[Tensor, Tensor | None]] = {}
+
+    def rule(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        seen: Any = self
+        return self.mode.rule_of(func)(seen, func, args, kwargs)
+
+    def get(self, x: Any) -> Tensor | None:
+        if (entry := self._of.get(id(x))) is not None:
+            return entry[1]
+        return self.mode.stored(x) if self.takes_whole and isinstance(x, Tensor) else None
+
+    def set(self, x: Tensor, tangent: Tensor | None) -> None:
+        self._of[id(x)] = x, tangent  # which keeps its id taken
+
+    alias = set
+
+    def buffer(self, like: Tensor) -> Tensor | None:
+        return self.mode.buffer(like)
+
+    def value(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        """The value for the first samples, which is there already."""
+        return func(*args, **kwargs) if self.takes_whole else self._value
+
+    def value_is(self, values: tuple[Any, ...]) -> None:
+        self._value = values[0] if len(values) == 1 else values
+
+    def narrow(self, x: Tensor, dim: int) -> Tensor:
+        """The first samples of x, whose dimension dim holds samples."""
+        part = x.narrow(dim, 0, self.mode.share(x.shape[dim]))
+        if id(x) in self.dims:
+            self.set(part, self.mode.stored(x))
+        return part
+
+
+def _dimension(x: Tensor, t: Tensor) -> int:
+    return next(d for d, (n, all_of) in enumerate(zip(t.shape, x.shape, strict=True)) if n != all_of)
+
+
+def _view(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """A view takes the same memory of its tangent, if what it sees of each sample is the same."""
+    x = args[0]
+    t = mode.stored(x)
+    out = func(*args, **kwargs)
+    views = [out] if isinstance(out, Tensor) else list(out)
+    assert t is not None
+    first = [mode.same_view(x, t, y) for y in views]
+    if any(y is None for y in first):
+        t = mode.get(x)
+        assert t is not None
+        for y in views:
+            offset = t.storage_offset() + y.storage_offset() - x.storage_offset()
+            mode.alias(y, t.as_strided(y.size(), y.stride(), offset))
+    else:
+        for y, y_t in zip(views, first, strict=True):
+            mode.alias(y, y_t)
+    return out
+
+
+Planner = Callable[[_First, Named], Plan]
+
+# Plans: which part of each argument belongs to the first samples.
+
+
+def _pointwise(first: _First, named: Named) -> Plan:
+    """Arguments broadcast: dimensions count from the last."""
+    given = {name: x for name, x in named.items() if isinstance(x, Tensor)}
+    if any(isinstance(x, (list, tuple)) and tensors_of(x) for x in named.values()):
+        return None
+    places = {first.dims[id(x)] - x.dim() for x in given.values() if id(x) in first.dims}
+    if len(places) != 1:
+        return None
+    (place,) = places
+    for name, x in given.items():
+        if x.dim() >= -place and x.shape[place] != 1:
+            named[name] = first.narrow(x, x.dim() + place)
+    rank = max(x.dim() for x in given.values())
+    return named, (rank + place,)
+
+
+def _dropout(first: _First, named: Named) -> Plan:
+    x = named["input"]
+    d = first.dims[id(x)]
+    named["input"] = first.narrow(x, d)
+    return named, (d, None if named["train"] is False else d)
+
+
+def _rows_of(*factors: str) -> Planner:
+    """A product: samples are rows of the first factor, or matrices of both."""
+
+    def plan(first: _First, named: Named) -> Plan:
+        left, right = (named[name] for name in factors)
+        batched = left.dim() == 3
+        if first.dims.keys() - ({id(left), id(right)} if batched else {id(left)}):
+            return None
+        if any(d != 0 for d in first.dims.values()):
+            return None
+        for name in factors if batched else factors[:1]:
+            named[name] = first.narrow(named[name], 0)
+        rest = [x for name, x in named.items() if isinstance(x, Tensor) and name not in factors]
+        if any(x.dim() != 1 for x in rest):
+            return None
+        return named, (0,)
+
+    return plan
+
+
+def _alone(name: str, dims: Callable[[Named, int], bool], results: int = 1) -> Planner:
+    """One argument has samples, in a dimension that `dims` accepts and each result keeps."""
+
+    def plan(first: _First, named: Named) -> Plan:
+        x = named[name]
+        if first.dims.keys() != {id(x)} or not dims(named, d := first.dims[id(x)]):
+            return None
+        named[name] = first.narrow(x, d)
+        return named, (d,) * results
+
+    return plan
+
+
+def _listed(named: Named, name: str, rank: int) -> set[int]:
+    """Dimensions in an argument; all of them if there are none."""
+    found = named.get(name)
+    found = [found] if isinstance(found, int) else found
+    return {d % rank for d in found} if found else set(range(rank))
+
+
+def _other_dimension(x: str, name: str) -> Callable[[Named, int], bool]:
+    return lambda named, d: d not in _listed(named, name, named[x].dim())
+
+
+def _reduced(first: _First, named: Named) -> Plan:
+    x = named["self"]
+    d, gone = first.dims[id(x)], _listed(named, "dim", x.dim())
+    if first.dims.keys() != {id(x)} or d in gone:
+        return None
+    named["self"] = first.narrow(x, d)
+    return named, (d if named.get("keepdim") else d - sum(other < d for other in gone),)
+
+
+def _joined(first: _First, named: Named) -> Plan:
+    parts, dim = named["tensors"], named.get("dim", 0)
+    places = {first.dims[id(x)] for x in parts if id(x) in first.dims}
+    if len(places) != 1 or len({x.dim() for x in parts}) != 1:
+        return None
+    (d,), dim = places, dim % parts[0].dim()
+    if d == dim:
+        return None
+    named["tensors"] = [first.narrow(x, d) for x in parts]
+    return named, (d,)
+
+
+def _stacked(first: _First, named: Named) -> Plan:
+    parts = named["tensors"]
+    places = {first.dims[id(x)] for x in parts if id(x) in first.dims}
+    if len(places) != 1:
+        return None
+    (d,) = places
+    named["tensors"] = [first.narrow(x, d) for x in parts]
+    return named, (d + (named.get("dim", 0) % (parts[0].dim() + 1) <= d),)
+
+
+def _group_norm(first: _First, named: Named) -> Plan:
+    x = named["input"]
+    if first.dims != {id(x): 0} or x.shape[0] != named["N"]:
+        return None
+    named["input"], named["N"] = first.narrow(x, 0), first.mode.share(named["N"])
+    return named, (0, 0, 0)
+
+
+def _natively(first: _First, named: Named) -> Plan:
+    """Operators of this library whose tangents may cover the first samples only."""
+    raise AssertionError
+
+
+def _images(rank: int) -> Callable[[Named, int], bool]:
+    return lambda named, d: d == 0 and named["self"].dim() == rank
+
+
+_along_dim = _alone("self", _other_dimension("self", "dim"))
+_along_dims = _alone("self", _other_dimension("self", "dims"))
+_PLANS: dict[Any, Planner] = {
+    aten.clone.default: _pointwise,
+    aten._to_copy.default: _pointwise,
+    aten.hardswish.default: _pointwise,
+    aten.native_dropout.default: _dropout,
+    aten.mm.default: _rows_of("self", "mat2"),
+    aten.bmm.default: _rows_of("self", "mat2"),
+    aten.addmm.default: _rows_of("mat1", "mat2"),
+    aten._softmax.default: _along_dim,
+    aten._log_softmax.default: _along_dim,
+    aten.cumsum.default: _along_dim,
+    aten.index_select.default: _along_dim,
+    aten.roll.default: _along_dims,
+    aten.flip.default: _along_dims,
+    aten.sum.dim_IntList: _reduced,
+    aten.mean.dim: _reduced,
+    aten.amax.default: _reduced,
+    aten.amin.default: _reduced,
+    aten.logsumexp.default: _reduced,
+    aten.var.correction: _reduced,
+    aten.std.correction: _reduced,
+    aten.linalg_vector_norm.default: _reduced,
+    aten.cat.default: _joined,
+    aten.stack.default: _stacked,
+    aten.native_group_norm.default: _group_norm,
+    aten.native_layer_norm.default: _alone(
+        "input", lambda named, d: d < named["input"].dim() - len(named["normalized_shape"]), 3
+    ),
+    aten.constant_pad_nd.default: _alone(
+        "self", lambda named, d: d < named["self"].dim() - len(named["pad"]) // 2
+    ),
+    aten.convolution.default: _alone(
+        "input", lambda named, d: d == 0 and named["input"].dim() == named["weight"].dim()
+    ),
+    aten.avg_pool2d.default: _alone("self", _images(4)),
+    aten._adaptive_avg_pool2d.default: _alone("self", _images(4)),
+    aten.max_pool2d_with_indices.default: _alone("self", _images(4), 2),
+    aten.upsample_nearest1d.default: _alone("self", _images(3)),
+    aten.upsample_nearest2d.default: _alone("self", _images(4)),
+    aten.upsample_bilinear2d.default: _alone("self", _images(4)),
+}
+
+
+def _plan_of(func: Any) -> Planner | None:
+    if func in _PLANS:
+        return _PLANS[func]
+    name = func._schema.name
+    if name in ("pmf::attention_forward", "pmf::rms_norm", "pmf::swiglu", "pmf::gated_residual"):
+        plan: Any = _natively
+    elif name == "pmf::product":
+        plan = _rows_of("left", "right")
+    elif name == "pmf::add_product":
+        plan = _rows_of("left", "right")
+    elif torch.Tag.pointwise in func.tags and not func._schema.is_mutable and len(func._schema.returns) == 1:
+        plan = _pointwise
+    else:
+        plan = None
+    _PLANS[func] = plan
+    return plan

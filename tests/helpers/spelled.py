@@ -1,0 +1,187 @@
+"""Operations as networks spell them, each a function of a matrix [6, 6] with a tangent."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import pmf
+
+
+class Spelled(nn.Module):
+    """Single operations, each in its functional and its in-place form."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.layer, self.function = nn.Linear(6, 6).double(), function
+
+    def forward(self, x):
+        return self.function(self.layer(x))
+
+
+def in_place_rope(x):
+    x = x.clone()
+    a, b = x[..., 0::2], x[..., 1::2]
+    kept = a.clone()
+    a.mul_(0.6).sub_(b * 0.8)
+    b.mul_(0.6).add_(kept, alpha=0.8)
+    return x
+
+
+def written_into_zeros(x):
+    """The buffer has no tangent when the views are taken, and one afterwards."""
+    buffer = torch.zeros(2, *x.shape, dtype=x.dtype)
+    first, flat = buffer[0], buffer.view(-1)
+    first.copy_(x)
+    buffer[1, :, 2:4] = x[:, :2] * 3
+    flat[:3].mul_(2)
+    return buffer.sum(0) + first.sin() + flat.sum()
+
+
+def shared_then_written(x):
+    """y has the tangent of x when it is written into; x must keep its own."""
+    y = x + 1
+    y.relu_()
+    z = x - 2
+    z.mul_(x)
+    return x * y + z + (x + torch.ones(1, dtype=x.dtype)).tanh_()
+
+
+def transposed_in_place(x):
+    return x.clone().t_().unsqueeze_(0).squeeze_().sin().t()
+
+
+def strided(x):
+    diagonal = x.contiguous().as_strided((3,), (x.shape[1] + 1,), 1)
+    return x * diagonal.exp().sum() + x.unfold(1, 2, 1).prod(-1).sum()
+
+
+def detached(x):
+    return x * x.detach() + x.data.sin()
+
+
+def overwritten(x):
+    y = x * 2
+    y[:, 1].zero_()
+    y[0].fill_(3.0)
+    y[:, 2:4].copy_(torch.ones(2, dtype=x.dtype))
+    return y * x
+
+
+def complex_numbers(x):
+    z = torch.fft.fft(x)
+    z = torch.view_as_complex(torch.view_as_real(z.conj() * 2j).contiguous()) * z.conj().resolve_conj()
+    return torch.fft.ifft(z * z.imag).real + z.abs() + torch.polar(x.abs(), x).imag
+
+
+def padded(x):
+    return (
+        F.pad(x, (1, 2), value=7.0).square() @ torch.ones(9, 6, dtype=x.dtype)
+        + F.pad(x, (1, 0), "circular")[:, :6]
+    )
+
+
+def integers(x):
+    order = x.argsort(-1)
+    kept = (x > 0).double()
+    return (
+        x.gather(1, order) * kept
+        + x.long().double() * x
+        + x.topk(6).values
+        + x[order[:, 0]].max(1, True).values
+    )
+
+
+def products(x):
+    w = x.softmax(-1) @ x.transpose(0, 1)
+    return (
+        w @ x
+        + torch.einsum("ij,kj->ki", x, x) @ x
+        + torch.bmm(x[None], x.t()[None])[0] @ x
+        + torch.addmm(x, w, x)
+    )
+
+
+def reductions(x):
+    return x / x.norm(dim=1, keepdim=True) + x.var(1, keepdim=True) + x.logsumexp(0) + x.cumprod(1) + x.std()
+
+
+def masked(x):
+    y = x.masked_fill(x > 1, -1.0)
+    y[x < -1] = 0.5
+    z = torch.where(x > 0, x, x.exp())
+    return y * z + x.clone().index_add_(0, torch.tensor([0, 1]), x[1:3] * 2)
+
+
+def split(x):
+    a, b, c = x.chunk(3, 1)
+    a, b = a.unbind(1)[0], torch.stack((b[:, 0], c[:, 1]), 1)
+    return (
+        torch.cat((a[:, None] * b, x, c.new_ones(len(x), 3)), 1).roll(1, 1)[:, :6].flip(0)
+        * x.repeat(1, 2)[:, 3:9]
+    )
+
+
+def scalars(x):
+    return 2 - x / 3 + (1 / (x.square() + 1)) ** 1.5 + 0.5 * (x + 1) ** 2 + x.clamp(-0.5, 0.5) * x
+
+
+def without_grad(x):
+    with torch.no_grad():
+        frozen = x.sin()
+    return x * frozen
+
+
+def mapped(x):
+    return torch.func.vmap(lambda row: row.sin() * row.sum())(x)
+
+
+def rms_norms(x):
+    written = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+    return (
+        F.rms_norm(x, (6,), torch.ones(6, dtype=x.dtype))
+        + pmf.ops.rms_norm(x, torch.ones(6).double())
+        + written
+    )
+
+
+def ours(x):
+    y = pmf.ops.swiglu(x, x.sin())
+    y = pmf.ops.gated_residual(x[None], y[None], x.mean(0))
+    return pmf.ops.attention(y[None], y[None] * 2, y[None])[0, 0]
+
+
+def attention_past_the_replacement(x):
+    """replace_sdpa cannot replace an operator's own overload."""
+    q, mask = x[None, None], x[:, :1] * torch.ones(1, len(x), dtype=x.dtype)
+    attend = torch.ops.aten.scaled_dot_product_attention
+    out = attend(q, q.sin(), q, mask.detach()) + attend(
+        torch.cat((q, -q), 1), q, q, None, 0.0, True, enable_gqa=True
+    )
+    return out[0, 1] + out[0, 0]
+
+
+def scattered(x):
+    rows = torch.tensor([0, 2])
+    y = torch.zeros_like(x).index_put_((rows,), x[rows] * 2).scatter_add_(1, rows.expand(6, 2), x[:, :2])
+    return torch.slice_scatter(y, x[:1] * 3, 0, 1, 2) + torch.as_strided_scatter(
+        x.contiguous(), x[0], (6,), (1,), 2
+    )
+
+
+def activations_in_place(x):
+    y = F.relu(x * 1, inplace=True) + F.silu(x * 1, inplace=True) + F.elu(x * 1, inplace=True)
+    return y + F.leaky_relu(x * 1, inplace=True) + F.glu(torch.cat((x, x), -1)) + F.logsigmoid(x) + F.celu(x)
+
+
+def memory_formats(x):
+    image = x.reshape(1, 2, -1, 3).contiguous(memory_format=torch.channels_last) * 2
+    y = F.conv2d(image, torch.ones(2, 2, 3, 3, dtype=x.dtype), padding=1)
+    return F.instance_norm(F.max_pool2d(y, 1)).add_(image).flatten().reshape(x.shape)
+
+
+SPELLED = (
+    in_place_rope, written_into_zeros, shared_then_written, transposed_in_place, strided, detached,
+    overwritten, complex_numbers, padded, integers, products, reductions, masked, split, scalars,
+    without_grad, mapped, rms_norms, ours, memory_formats,
+    attention_past_the_replacement, scattered, activations_in_place,
+)  # fmt: skip

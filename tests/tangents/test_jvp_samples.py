@@ -1,0 +1,232 @@
+"""Tangents of the first n of B samples: those of torch.func.jvp for these samples, at the cost of n."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.networks import NETWORKS, Problem, jvp_math
+from helpers.spelled import SPELLED, Spelled, complex_numbers
+from helpers.tolerance import assert_close
+from torch import Tensor, nn
+
+import pmf
+from pmf import ops
+from pmf.tangents.mode import TangentMode
+
+EXACT = 1e-10
+DOUBLE = torch.float64
+
+
+@pytest.fixture
+def completions(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The values whose tangents were completed for all samples."""
+    found: list[Any] = []
+    complete = TangentMode._complete
+
+    def noted(self: TangentMode, x: Tensor, t: Tensor) -> Tensor:
+        found.append(x.shape)
+        return complete(self, x, t)
+
+    monkeypatch.setattr(TangentMode, "_complete", noted)
+    return found
+
+
+def padded(t: Tensor, batch: int) -> Tensor:
+    return torch.cat((t, t.new_zeros(batch - len(t), *t.shape[1:])))
+
+
+def check(problem: Problem, count: int, mixes: bool = False) -> None:
+    """Against torch.func.jvp of the first samples, or of all with zero tangents if samples mix."""
+    network, primals, constants = problem
+    first = tuple(t[:count] for t in problem.tangents())
+    if mixes:
+        whole = tuple(padded(t, len(x)) for t, x in zip(first, primals, strict=True))
+        wanted_t = jvp_math(network, primals, whole, **constants)[1]
+    else:
+        some = {k: x[:count] if len(x) == len(primals[0]) else x for k, x in constants.items()}
+        wanted_t = jvp_math(network, tuple(x[:count] for x in primals), first, **some)[1]
+    out, out_t = pmf.Jvp(network)(primals, first, **constants)
+    wanted = network(*primals, **constants)
+    assert_close(out, wanted, EXACT)
+    assert wanted_t.abs().sum() > 0
+    assert_close(out_t, wanted_t[:count], EXACT)
+    weights = [w for w in network.parameters() if w.requires_grad]
+
+    def gradients(out: Tensor, out_t: Tensor) -> Any:
+        target = out + 0.3 * padded(out_t, len(out)).detach()
+        return torch.autograd.grad(target.square().sum(), weights, allow_unused=True)
+
+    for found, expected in zip(gradients(out, out_t), gradients(wanted, wanted_t[:count]), strict=True):
+        if expected is not None:
+            assert_close(found, expected, EXACT)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks(name: str, count: int, completions: list[Any]):
+    problem = NETWORKS[name](DOUBLE)
+    check(problem, min(count, len(problem.primals[0]) - 1))
+    # nn.MultiheadAttention puts tokens before samples, whose first are then not together in memory.
+    assert bool(completions) == (name in ("encoder", "encoder, eval", "transformer"))
+
+
+def images(*layers: nn.Module) -> Problem:
+    return Problem(nn.Sequential(*layers).to(DOUBLE), (torch.randn(3, 2, 8, 8, dtype=DOUBLE),))
+
+
+def test_convolutions_pools_and_operations_in_place(completions: list[Any]):
+    problem = images(
+        nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.SiLU(inplace=True),
+        nn.Upsample(scale_factor=2, mode="bilinear"), nn.ZeroPad2d(1), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+        nn.Dropout(0.0), nn.Linear(16, 6), nn.LogSoftmax(-1),
+    )  # fmt: skip
+    check(problem, 2)
+    assert not completions
+
+
+def test_channels_last(completions: list[Any]):
+    problem = images(nn.Conv2d(2, 4, 3), nn.GELU(), nn.Conv2d(4, 4, 1))
+    problem.network.to(memory_format=torch.channels_last)
+    image = problem.primals[0].contiguous(memory_format=torch.channels_last)
+    check(Problem(problem.network, (image,)), 1)
+    assert not completions
+
+
+def residual_in_place(x: Tensor) -> Tensor:
+    y = x * 2
+    y += x.sin()
+    y -= x
+    y.mul_(x).add_(1)
+    y.copy_(y.exp())
+    return y
+
+
+def rotary_by_halves(x: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    return x * 0.6 + torch.cat((-b, a), -1) * 0.8
+
+
+def our_operators(x: Tensor) -> Tensor:
+    y = pmf.ops.swiglu(x, x.sin())
+    y = pmf.ops.rms_norm(y, torch.ones(6, dtype=x.dtype))
+    y = pmf.ops.gated_residual(x[:, None], y[:, None], x[:, None] * 2)
+    q = torch.stack((y, y.cos()), 2)  # [B, 1, 2, 6]
+    return pmf.ops.attention(q, q, q).flatten(1)[:, :6] + F.rms_norm(x, (6,), x.new_ones(6))
+
+
+def statistics(x: Tensor) -> Tensor:
+    y = x.view(len(x), 2, 3)
+    return torch.cat((y.mean(-1), y.var(-1), y.norm(dim=-1), y.amax((1,)), y.sum(1, keepdim=True)[:, 0]), 1)
+
+
+def matrices(x: Tensor) -> Tensor:
+    y = x.view(len(x), 2, 3)
+    return (y @ y.mT @ torch.ones(2, 5, dtype=x.dtype)).roll(1, -1).flip(2).cumsum(1)
+
+
+APART = (residual_in_place, rotary_by_halves, statistics, matrices)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("function", APART, ids=lambda f: f.__name__)
+def test_operations_on_samples_apart(function, count: int, completions: list[Any]):
+    check(Problem(Spelled(function), (torch.randn(6, 6, dtype=DOUBLE),)), count)
+    assert not completions
+
+
+def test_our_operators(completions: list[Any]):
+    check(Problem(Spelled(our_operators), (torch.randn(6, 6, dtype=DOUBLE),)), 2)
+    assert not completions
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("function", SPELLED, ids=lambda f: f.__name__)
+def test_operations_that_mix_samples(function, count: int):
+    """As many samples as features, so that only the right dimension gives the right tangent."""
+    check(Problem(Spelled(function), (torch.randn(6, 6, dtype=DOUBLE),)), count, mixes=True)
+
+
+def one_sample_overwritten(x: Tensor) -> Tensor:
+    y = x * 2
+    z = y.view(6, 2, 3)
+    z[5] = y[0].view(2, 3)
+    z[:, 1] += y.flip(0)[:, :3]
+    return y.sin() + z.flatten(1)
+
+
+def order_of_samples(x: Tensor) -> Tensor:
+    return x.sort(0).values + x[torch.tensor([5, 0, 1, 2, 3, 4])] + x.softmax(0) + x.mean(0) + x.t()
+
+
+def joined_samples(x: Tensor) -> Tensor:
+    return torch.cat((x[3:], x[:3])) * torch.stack((x, x)).sum(0) + (x.unfold(0, 2, 2).sum(-1)).repeat(2, 1)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("function", [one_sample_overwritten, order_of_samples, joined_samples])
+def test_samples_that_move(function, count: int):
+    check(Problem(Spelled(function), (torch.randn(6, 6, dtype=DOUBLE),)), count, mixes=True)
+
+
+def test_batch_norm_in_training_mode():
+    network = images(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3, track_running_stats=False), nn.ReLU()).network
+    x, x_t = torch.randn(2, 4, 2, 6, 6, dtype=DOUBLE).unbind(0)
+    expected = jvp_math(network, (x,), (padded(x_t[:2], 4),))[1]
+    assert_close(pmf.Jvp(network)((x,), (x_t[:2],))[1], expected[:2], EXACT)
+
+
+def test_complex_primals():
+    network = Spelled(lambda x: (x * x.conj()).real + x.imag)
+    network.layer = nn.Identity()
+    x, x_t = torch.randn(2, 4, 3, dtype=torch.complex128).unbind(0)
+    expected = jvp_math(network, (x,), (padded(x_t[:2], 4),))[1]
+    assert_close(pmf.Jvp(network)((x,), (x_t[:2],))[1], expected[:2], EXACT)
+    assert complex_numbers in SPELLED
+
+
+def test_primals_of_several_batches_and_outputs_without_one():
+    """Two batch sizes have no common samples: tangents are completed at once."""
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            return x * y[:2], x.sum()
+
+    x, y = torch.randn(2, 3), torch.randn(4, 3)
+    (_, _), (product_t, sum_t) = pmf.Jvp(Net())((x, y), (x[:1], y[:1]))
+    assert_close(product_t, 2 * x[:1] * y[:1], 1e-6)
+    assert_close(sum_t, x[0].sum(), 1e-6)
+
+
+def test_products_are_those_of_the_first_samples():
+    """Counted: a layer's tangent has n rows, not B."""
+    rows = []
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x)
+
+    def noted(left: Tensor, *rest: Any, **options: Any) -> Tensor:
+        rows.append(len(left))
+        return ops._products.product(left, *rest, **options)
+
+    from pmf.tangents import rules
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(rules, "product", noted)
+    pmf.Jvp(Net())((torch.randn(8, 5, 4),), (torch.randn(2, 5, 4),))
+    patch.undo()
+    assert rows == [10, 10]
+
+
+def test_completed_under_torch_compile_and_transforms():
+    problem = NETWORKS["ViT"](DOUBLE)
+    t = problem.tangents()[0][:1]
+    wanted = pmf.Jvp(problem.network)(problem.primals, (t,))
+    jvp = torch.compile(pmf.Jvp(problem.network), fullgraph=True, backend="aot_eager")
+    assert_close(jvp(problem.primals, (t,)), wanted, EXACT)
+    assert_close(pmf.Jvp(problem.network)(problem.primals, (t,), False), wanted, EXACT)
