@@ -2,7 +2,7 @@
 
 pip install .                         uses the torch that is installed, whatever its version from 2.11 on
 PMF_PORTABLE=1 pip wheel --no-deps .  one wheel for every Python (without the pybind11 module)
-PMF_CUDA=auto|on|off                  CUDA kernels if torch has CUDA and nvcc is found (default) | always | never
+PMF_CUDA=auto|on|off                  CUDA kernels if torch has CUDA and nvcc is found (auto), always, never
 PMF_JOBS=N                            compile N files at once (default: what processors and memory allow)
 """
 
