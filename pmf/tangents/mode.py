@@ -218,6 +218,15 @@ class TangentMode(TorchDispatchMode):
     def has_shadows(self) -> bool:
         return bool(self._shadows)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Leave out PyTorch's wrapper around each call, which keeps torch.compile from tracing the handler.
+
+        The handler is not traced anyway: a compiled Jvp is one node, and a compiled network inside one runs
+        its graph.
+        """
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch._C._current_graph_task_id() != self._graph_task:
@@ -225,13 +234,11 @@ class TangentMode(TorchDispatchMode):
                 "Jvp: the network differentiates within its forward (torch.autograd), which detached "
                 "tangents do not follow: call it with detach_tangent=False, which is torch.func.jvp"
             )
-        moves = lazy = False
-        for x in tensors_of((*args, *kwargs.values()) if kwargs else args):
-            moves = moves or self.stored(x) is not None
-            lazy = lazy or x.is_complex() or x.is_neg()
-        if not moves:
+        tensors = tensors_of((*args, *kwargs.values()) if kwargs else args)
+        if all(self.stored(x) is None for x in tensors):
             return func(*args, **kwargs)
         _check_function()
+        lazy = any(x.is_complex() or x.is_neg() for x in tensors)
         if not lazy and not torch._C._is_any_autocast_enabled():
             return self.run(func, args, kwargs)
         include, exclude = (
@@ -252,7 +259,7 @@ def tensors_of(values: Any) -> list[Tensor]:
     for x in values:
         if isinstance(x, Tensor):
             found.append(x)
-        elif isinstance(x, (list, tuple)):
+        elif isinstance(x, (list, tuple)) and x and not isinstance(x[0], int):
             found += tensors_of(x)
     return found
 

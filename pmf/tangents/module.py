@@ -13,7 +13,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unfl
 from pmf import ops
 
 from .mode import TangentMode, is_active
-from .sdpa import _is_plain, replace_sdpa
+from .sdpa import attention, is_plain, replace_attribute, replace_sdpa, torchs
 
 __all__ = ["Jvp"]
 
@@ -82,7 +82,7 @@ class Jvp(nn.Module):
             what = _compiled.what_it_does(self.network)
             out, out_t = _compiled.traced(self.network, primals, given, constants, what)
         else:
-            with replace_sdpa(), _freed_early():
+            with replace_attribute(), _freed_early():
                 out, out_t = beside(self.network, primals, given, constants, samples)
         if detach_tangent:
             out_t = tree_map_only(Tensor, torch.Tensor.detach, out_t)
@@ -121,16 +121,22 @@ def beside(
 
 
 class _FromAbove(TorchFunctionMode):
-    """What a dispatch mode does not see, or sees only in pieces: Tensor.detach_ and RMS normalisation."""
+    """What a dispatch mode does not see, or sees only in pieces.
+
+    Tensor.detach_, RMS normalisation, and attention whose name was imported before it was replaced.
+    """
 
     def __init__(self, mode: TangentMode) -> None:
         super().__init__()
         self.mode = mode
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        if kwargs is None:
+            kwargs = {}
         if func is F.rms_norm and (found := _rms_norm(*args, **kwargs)) is not None:
             return found
+        if func is torchs:
+            return attention(*args, **kwargs)
         out = func(*args, **kwargs)
         if func is torch.Tensor.detach_:
             self.mode.alias(out, None)
@@ -148,7 +154,7 @@ def _rms_norm(
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     if weight is None or torch._C._is_any_autocast_enabled() or (hooks and hooks[0] is not _pack):
         return None
-    if not _is_plain(input) or not _is_plain(weight) or input.is_nested or input.dtype != weight.dtype:
+    if not is_plain(input) or not is_plain(weight) or input.is_nested or input.dtype != weight.dtype:
         return None
     if not weight.shape == input.shape[-1:] == tuple(normalized_shape) or input.dtype not in _FLOATING:
         return None
@@ -227,7 +233,7 @@ def _completed(primals: Sequence[Any], given: Directions) -> Directions:
 
 
 def _check(i: int, value: Any, tangent: Any) -> None:
-    if isinstance(value, Tensor) and (not _is_plain(value) or value.is_nested):
+    if isinstance(value, Tensor) and (not is_plain(value) or value.is_nested):
         kind = "a nested tensor" if value.is_nested else f"a {type(value).__name__}"
         raise TypeError(f"Jvp: primal {i} is {kind}; pass plain tensors")
     if tangent is None:
@@ -299,7 +305,10 @@ def _freed_early() -> contextlib.AbstractContextManager[Any]:
 
 
 def _pack(x: Tensor) -> tuple[Tensor, int]:
-    return x.detach(), x._version
+    unseen = torch._C._DisableTorchDispatch()
+    alias = x.detach()
+    del unseen
+    return alias, x._version
 
 
 def _unpack(saved: tuple[Tensor, int]) -> Tensor:

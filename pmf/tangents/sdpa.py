@@ -13,6 +13,7 @@ and exit in any order leave no trace. Inside torch.compile the tracer undoes wha
 
 import contextlib
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from pmf.ops._subclasses import kind_of
 
 __all__ = ["replace_sdpa"]
 
-_torchs = F.scaled_dot_product_attention
+torchs = F.scaled_dot_product_attention
 
 
 class replace_sdpa(contextlib.ContextDecorator):  # noqa: N801 (a function to its users)
@@ -50,7 +51,7 @@ class replace_sdpa(contextlib.ContextDecorator):  # noqa: N801 (a function to it
     def __enter__(self) -> None:
         if torch.compiler.is_compiling():
             self._before = F.scaled_dot_product_attention
-            F.scaled_dot_product_attention = _attention
+            F.scaled_dot_product_attention = attention
         else:
             _count(1)
         self._mode = _Imported()
@@ -72,9 +73,19 @@ class _Imported(TorchFunctionMode):
     """Reaches callers that imported the function by name earlier."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _torchs:
-            return _attention(*args, **(kwargs or {}))
+        if func is torchs:
+            return attention(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def replace_attribute() -> Iterator[None]:
+    """`replace_sdpa` for a caller with a TorchFunctionMode of its own, since each mode sees every call."""
+    _count(1)
+    try:
+        yield
+    finally:
+        _count(-1)
 
 
 _lock = threading.Lock()
@@ -91,13 +102,13 @@ def _count(step: int) -> None:
         if step == 1 and _inside == 1:
             _fused_path = torch.backends.mha.get_fastpath_enabled()
             torch.backends.mha.set_fastpath_enabled(False)
-            F.scaled_dot_product_attention = _attention
+            F.scaled_dot_product_attention = attention
         elif step == -1 and _inside == 0:
-            F.scaled_dot_product_attention = _torchs
+            F.scaled_dot_product_attention = torchs
             torch.backends.mha.set_fastpath_enabled(_fused_path)
 
 
-def _attention(
+def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -107,7 +118,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    if attn_mask is not None and kind_of(attn_mask) == "bias" and _is_plain(query) and _is_plain(key):
+    if attn_mask is not None and kind_of(attn_mask) == "bias" and is_plain(query) and is_plain(key):
         # Its __torch_function__ compares with torch.nn.functional's own, and would let its memory be read.
         attn_mask, is_causal = causal_bias(attn_mask, is_causal, query, key)
     if _is_served(query, key, value, attn_mask, dropout_p):
@@ -118,21 +129,21 @@ def _attention(
     backend: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if _in_forward_mode():
         for x in (query, key, value, attn_mask):
-            if x is not None and (not _is_plain(x) or x.is_nested):
+            if x is not None and (not is_plain(x) or x.is_nested):
                 kind = "a nested tensor" if x.is_nested else f"a {type(x).__name__}"
                 raise TypeError(
                     f"scaled_dot_product_attention: {kind} has no forward mode; pass plain tensors"
                 )
         backend = sdpa_kernel(SDPBackend.MATH)  # PyTorch's only backend with a forward mode
     with backend:
-        return _torchs(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        return torchs(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
 def _is_served(query: Any, key: Any, value: Any, attn_mask: Any, dropout_p: float) -> bool:
     """Whether `pmf.ops.attention` computes this call; PyTorch reports errors in the others."""
     data = (query, key, value)
     given = data if attn_mask is None else (*data, attn_mask)
-    if dropout_p != 0.0 or not all(map(_is_plain, given)) or any(x.is_nested for x in given):
+    if dropout_p != 0.0 or not all(map(is_plain, given)) or any(x.is_nested for x in given):
         return False
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, query.dtype, torch.float32):
         return False
@@ -144,7 +155,7 @@ def _is_served(query: Any, key: Any, value: Any, attn_mask: Any, dropout_p: floa
     return shaped and query.shape[-1] == key.shape[-1] and key.shape[-2] == value.shape[-2]
 
 
-def _is_plain(x: Any) -> bool:
+def is_plain(x: Any) -> bool:
     """Whether x is a plain tensor, or stands for one while PyTorch traces."""
     return type(x) in (Tensor, torch.nn.Parameter, torch.nn.Buffer) or (
         isinstance(x, Tensor) and type(x).__module__.startswith("torch._subclasses.")

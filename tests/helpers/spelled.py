@@ -1,8 +1,10 @@
 """Operations as networks spell them, each a function of a matrix [6, 6] with a tangent."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import pmf
 
@@ -10,15 +12,15 @@ import pmf
 class Spelled(nn.Module):
     """Single operations, each in its functional and its in-place form."""
 
-    def __init__(self, function) -> None:
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.layer, self.function = nn.Linear(6, 6).double(), function
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.function(self.layer(x))
 
 
-def in_place_rope(x):
+def in_place_rope(x: Tensor) -> Tensor:
     x = x.clone()
     a, b = x[..., 0::2], x[..., 1::2]
     kept = a.clone()
@@ -27,7 +29,7 @@ def in_place_rope(x):
     return x
 
 
-def written_into_zeros(x):
+def written_into_zeros(x: Tensor) -> Tensor:
     """The buffer has no tangent when the views are taken, and one afterwards."""
     buffer = torch.zeros(2, *x.shape, dtype=x.dtype)
     first, flat = buffer[0], buffer.view(-1)
@@ -37,7 +39,7 @@ def written_into_zeros(x):
     return buffer.sum(0) + first.sin() + flat.sum()
 
 
-def shared_then_written(x):
+def shared_then_written(x: Tensor) -> Tensor:
     """y has the tangent of x when it is written into; x must keep its own."""
     y = x + 1
     y.relu_()
@@ -46,20 +48,20 @@ def shared_then_written(x):
     return x * y + z + (x + torch.ones(1, dtype=x.dtype)).tanh_()
 
 
-def transposed_in_place(x):
+def transposed_in_place(x: Tensor) -> Tensor:
     return x.clone().t_().unsqueeze_(0).squeeze_().sin().t()
 
 
-def strided(x):
+def strided(x: Tensor) -> Tensor:
     diagonal = x.contiguous().as_strided((3,), (x.shape[1] + 1,), 1)
     return x * diagonal.exp().sum() + x.unfold(1, 2, 1).prod(-1).sum()
 
 
-def detached(x):
+def detached(x: Tensor) -> Tensor:
     return x * x.detach() + x.data.sin()
 
 
-def overwritten(x):
+def overwritten(x: Tensor) -> Tensor:
     y = x * 2
     y[:, 1].zero_()
     y[0].fill_(3.0)
@@ -67,20 +69,20 @@ def overwritten(x):
     return y * x
 
 
-def complex_numbers(x):
+def complex_numbers(x: Tensor) -> Tensor:
     z = torch.fft.fft(x)
     z = torch.view_as_complex(torch.view_as_real(z.conj() * 2j).contiguous()) * z.conj().resolve_conj()
     return torch.fft.ifft(z * z.imag).real + z.abs() + torch.polar(x.abs(), x).imag
 
 
-def padded(x):
+def padded(x: Tensor) -> Tensor:
     return (
         F.pad(x, (1, 2), value=7.0).square() @ torch.ones(9, 6, dtype=x.dtype)
         + F.pad(x, (1, 0), "circular")[:, :6]
     )
 
 
-def integers(x):
+def integers(x: Tensor) -> Tensor:
     order = x.argsort(-1)
     kept = (x > 0).double()
     return (
@@ -91,7 +93,7 @@ def integers(x):
     )
 
 
-def products(x):
+def products(x: Tensor) -> Tensor:
     w = x.softmax(-1) @ x.transpose(0, 1)
     return (
         w @ x
@@ -101,18 +103,18 @@ def products(x):
     )
 
 
-def reductions(x):
+def reductions(x: Tensor) -> Tensor:
     return x / x.norm(dim=1, keepdim=True) + x.var(1, keepdim=True) + x.logsumexp(0) + x.cumprod(1) + x.std()
 
 
-def masked(x):
+def masked(x: Tensor) -> Tensor:
     y = x.masked_fill(x > 1, -1.0)
     y[x < -1] = 0.5
     z = torch.where(x > 0, x, x.exp())
     return y * z + x.clone().index_add_(0, torch.tensor([0, 1]), x[1:3] * 2)
 
 
-def split(x):
+def split(x: Tensor) -> Tensor:
     a, b, c = x.chunk(3, 1)
     a, b = a.unbind(1)[0], torch.stack((b[:, 0], c[:, 1]), 1)
     return (
@@ -121,21 +123,21 @@ def split(x):
     )
 
 
-def scalars(x):
+def scalars(x: Tensor) -> Tensor:
     return 2 - x / 3 + (1 / (x.square() + 1)) ** 1.5 + 0.5 * (x + 1) ** 2 + x.clamp(-0.5, 0.5) * x
 
 
-def without_grad(x):
+def without_grad(x: Tensor) -> Tensor:
     with torch.no_grad():
         frozen = x.sin()
     return x * frozen
 
 
-def mapped(x):
+def mapped(x: Tensor) -> Tensor:
     return torch.func.vmap(lambda row: row.sin() * row.sum())(x)
 
 
-def rms_norms(x):
+def rms_norms(x: Tensor) -> Tensor:
     written = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
     return (
         F.rms_norm(x, (6,), torch.ones(6, dtype=x.dtype))
@@ -144,13 +146,13 @@ def rms_norms(x):
     )
 
 
-def ours(x):
+def ours(x: Tensor) -> Tensor:
     y = pmf.ops.swiglu(x, x.sin())
     y = pmf.ops.gated_residual(x[None], y[None], x.mean(0))
     return pmf.ops.attention(y[None], y[None] * 2, y[None])[0, 0]
 
 
-def attention_past_the_replacement(x):
+def attention_past_the_replacement(x: Tensor) -> Tensor:
     """replace_sdpa cannot replace an operator's own overload."""
     q, mask = x[None, None], x[:, :1] * torch.ones(1, len(x), dtype=x.dtype)
     attend = torch.ops.aten.scaled_dot_product_attention
@@ -160,7 +162,7 @@ def attention_past_the_replacement(x):
     return out[0, 1] + out[0, 0]
 
 
-def scattered(x):
+def scattered(x: Tensor) -> Tensor:
     rows = torch.tensor([0, 2])
     y = torch.zeros_like(x).index_put_((rows,), x[rows] * 2).scatter_add_(1, rows.expand(6, 2), x[:, :2])
     return torch.slice_scatter(y, x[:1] * 3, 0, 1, 2) + torch.as_strided_scatter(
@@ -168,12 +170,12 @@ def scattered(x):
     )
 
 
-def activations_in_place(x):
+def activations_in_place(x: Tensor) -> Tensor:
     y = F.relu(x * 1, inplace=True) + F.silu(x * 1, inplace=True) + F.elu(x * 1, inplace=True)
     return y + F.leaky_relu(x * 1, inplace=True) + F.glu(torch.cat((x, x), -1)) + F.logsigmoid(x) + F.celu(x)
 
 
-def memory_formats(x):
+def memory_formats(x: Tensor) -> Tensor:
     image = x.reshape(1, 2, -1, 3).contiguous(memory_format=torch.channels_last) * 2
     y = F.conv2d(image, torch.ones(2, 2, 3, 3, dtype=x.dtype), padding=1)
     return F.instance_norm(F.max_pool2d(y, 1)).add_(image).flatten().reshape(x.shape)
