@@ -158,3 +158,60 @@ def test_any_shape_and_strides(level, dtype, sizes, layouts, is_causal):
     exact = reference.attention_jvp(*(x.double() for x in inputs), None, is_causal, enable_gqa=True)
     # Only a few numbers: single errors do not average out.
     assert_close(actual, exact, 3 * limit(dtype))
+
+
+# Batch 2, 12 heads of 64; random masks that hide nine keys in ten, and thereby whole rows.
+JVP_FLASH_ATTENTION = [
+    (length, mask, is_causal)
+    for length in (32, 64, 128, 256, 512)
+    for mask, is_causal in ((None, False), (None, True), ("boolean", False), ("additive", False))
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("length", "mask", "is_causal"), JVP_FLASH_ATTENTION)
+def test_shapes_of_jvp_flash_attentions_tests(length, mask, is_causal, dtype):
+    """https://github.com/amorehead/jvp_flash_attention, whose lengths are multiples of 32."""
+    p = problem(Shape(2, 12, 12, length, length, 64, 64)).to(dtype)
+    attn_mask = None
+    if mask is not None:
+        attn_mask = torch.rand(2, 12, length, length, generator=torch.Generator().manual_seed(1)) > 0.9
+        assert (length > 64) or not attn_mask.any(-1).all()
+    if mask == "additive":
+        attn_mask = torch.where(attn_mask, 0.0, -torch.inf).to(dtype)
+    check_with_gradients(p, attn_mask, is_causal, dtype)
+
+
+# Names of timm's models: patch 14 or 16 at 224 and 384 pixels, class tokens, registers; windows with a bias.
+TIMM = {
+    "vit_tiny_patch16_224": Shape(2, 3, 3, 197, 197, 64, 64),
+    "vit_base_patch16_384": Shape(1, 2, 2, 577, 577, 64, 64),
+    "vit_base_patch14_reg4_dinov2 at 224": Shape(1, 2, 2, 261, 261, 64, 64),
+    "vit_so400m_patch14_siglip_224": Shape(1, 2, 2, 256, 256, 72, 72),
+    "vit_giant_patch14_224": Shape(1, 2, 2, 257, 257, 88, 88),
+    "attention pool, one query": Shape(2, 2, 2, 1, 197, 64, 64),
+    "swin, window 7": Shape(8, 3, 3, 49, 49, 32, 32),
+}
+"""Batch and heads are reduced; lengths and widths are the models'."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", TIMM)
+def test_shapes_of_timms_models(name, dtype):
+    p = problem(TIMM[name]).to(dtype)
+    bias = torch.randn(1, 3, 49, 49, generator=torch.Generator().manual_seed(1)).to(dtype)
+    check_with_gradients(p, bias if "swin" in name else None, False, dtype)
+
+
+def check_with_gradients(p, attn_mask, is_causal, dtype):
+    """Value, tangent, and the gradients of the value with a detached tangent."""
+    inputs = [x.requires_grad_() for x in p[:3]]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    wide_mask = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask.double()
+    tangents = [t.double() for t in p[3:6]]
+    out, out_t = ops.attention_jvp(*p[:6], attn_mask, is_causal, detach_tangent=True)
+    exact = reference.attention_jvp(*wide, *tangents, wide_mask, is_causal)
+    assert_close((out, out_t), exact, limit(dtype) * spread(exact[0]))
+    found = torch.autograd.grad(out, inputs, p.grad)
+    wanted = torch.autograd.grad(exact[0], wide, p.grad.double())
+    assert_close(found, wanted, tolerance("attention gradient", dtype) * spread(exact[0]))
