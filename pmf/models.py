@@ -14,6 +14,7 @@ from .nn.mlp import swiglu_width
 from .official import describe_state_dict, from_official
 from .ops._attention_inputs import MAX_WIDTH
 from .sizes import Size, height_and_width, normal_size, size_in_words
+from .wrappers import refuse_fsdp1_within, unwrap
 
 __all__ = [
     "CHECKPOINTING",
@@ -25,6 +26,7 @@ __all__ = [
     "PixelMeanFlow",
     "config_from_state_dict",
     "create_model",
+    "network_in",
     "from_official",
 ]
 
@@ -358,6 +360,20 @@ def _either(words: tuple[str, ...]) -> str:
 def _follow_weights(model: PixelMeanFlow, _: Any) -> None:
     """Move the tables to the device of loaded weights. (Module-level, because lambdas cannot be pickled.)"""
     model._set_rotary_tables()
+
+
+def network_in(model: nn.Module, what: str) -> PixelMeanFlow:
+    """The network inside wrappers (`pmf.wrappers.unwrap`); `what` begins the sentence of the TypeError."""
+    network = unwrap(model) if isinstance(model, nn.Module) else model
+    if isinstance(network, PixelMeanFlow):
+        refuse_fsdp1_within(network)
+        return network
+    hint = (
+        "give its .module"
+        if isinstance(getattr(model, "module", None), PixelMeanFlow)
+        else ("pmf.flow.MeanFlow and pmf.flow.sample serve other networks")
+    )
+    raise TypeError(f"{what}: the model must be a PixelMeanFlow, got {type(network).__name__}: {hint}")
 
 
 def create_model(preset: str | None = None, **settings: Any) -> PixelMeanFlow:

@@ -10,11 +10,11 @@ FullyShardedDataParallel    (FSDP1) inserts "_fsdp_wrapped_module." and flattens
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from torch import nn
 
-__all__ = ["by_plain_names", "exchanges", "plain_names", "unwrap", "without_ddp"]
+__all__ = ["by_plain_names", "exchanges", "plain_names", "refuse_fsdp1_within", "unwrap", "without_ddp"]
 
 DDP = nn.parallel.DistributedDataParallel
 DP = nn.DataParallel
@@ -58,11 +58,22 @@ def unwrap(model: M) -> M:
             )
         inner = inner._modules[_COMPILED] if _COMPILED in inner._modules else inner.module
     if _has_base(inner, _FSDP1):
-        raise TypeError(
-            "the model is in FullyShardedDataParallel (FSDP1), which flattens parameters; shard it with "
-            "torch.distributed.fsdp.fully_shard (FSDP2)"
-        )
+        _refuse_fsdp1("the model")
     return inner
+
+
+def refuse_fsdp1_within(model: nn.Module) -> None:
+    """Raise TypeError if a part of the model is in FullyShardedDataParallel."""
+    for name, module in model.named_modules():
+        if _has_base(module, _FSDP1):
+            _refuse_fsdp1(f"the model's {name}")
+
+
+def _refuse_fsdp1(what: str) -> NoReturn:
+    raise TypeError(
+        f"{what} is in FullyShardedDataParallel (FSDP1), which flattens parameters; shard it with "
+        "torch.distributed.fsdp.fully_shard (FSDP2)"
+    )
 
 
 def without_ddp(model: M) -> M:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 # The layers, from the bottom: a module or package of pmf imports only those of lower layers.
 FLOORS = (
-    {"atomic", "defaults", "errors", "interrupts", "metrics", "sizes", "version", "wrappers"},
+    {"arguments", "atomic", "defaults", "errors", "interrupts", "metrics", "sizes", "version", "wrappers"},
     {"_library", "kernels"},
     {"pictures", "plans", "reference"},
     {"checked"},

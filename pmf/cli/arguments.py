@@ -1,9 +1,11 @@
 """argparse whose errors are UserErrors, and flags generated from the typed training settings."""
 
 import argparse
+import re
 import types
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from pmf.errors import UserError
@@ -17,6 +19,9 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=_Help, allow_abbrev=False, **options)
+        # Python's own from 3.14 on; before, -1e9 is taken for a flag.
+        self._negative_number_matcher = re.compile(r"-\.?\d")
+        self.register("type", Path, word_by(_path))
 
     def error(self, message: str) -> NoReturn:
         """Raise argparse's message as a UserError, which `pmf.cli.main` prints."""
@@ -58,6 +63,12 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     names = {setting.name for _, setting in settings()}
     given = {name: value for name, value in vars(arguments).items() if name in names}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+def _path(text: str) -> Path:
+    if not text:  # Path("") is the current folder
+        raise ValueError("must not be empty; the current folder is .")
+    return Path(text)
 
 
 def word_by(parse: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -1,11 +1,13 @@
 """Read and crop single images."""
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngImageFile
 
 from pmf.data.shards import Stored
 from pmf.errors import UserError
@@ -17,6 +19,12 @@ Encoded = str | Path | Stored
 _ORIENTATION, _LYING = ExifTags.Base.Orientation, (5, 6, 7, 8)  # these four swap height and width
 _NO_PICTURE = ("F", "LAB")  # Pillow cannot convert these to greyscale or RGB
 _16_BITS_IN_32 = ("PNG", "PPM")  # formats whose 16-bit levels Pillow may return as 32-bit
+_PNG_LEVELS: dict[str, Callable[[int], int]] = {
+    "L;2": lambda level: 85 * level,
+    "L;4": lambda level: 17 * level,
+    "RGB;16B": lambda level: level >> 8,
+}
+"""Pillow's pixels for the levels of a PNG file, by Pillow's name for how they are stored."""
 _MODES = {1: "L", 3: "RGB"}  # Pillow's modes for 8-bit images of 1 or 3 channels
 
 
@@ -64,6 +72,7 @@ def read_image(path: Encoded, size: Size, channels: int) -> torch.Tensor:
     with open_image(path) as image:
         _check_size(path, image, size)
         try:
+            _scale_transparent_colour(image)
             image.load()
             seen: Image.Image | None = ImageOps.exif_transpose(image)
             if seen is not None and seen.mode.startswith("I"):
@@ -86,7 +95,20 @@ def _from_16_bits(image: Image.Image, kind: str | None) -> Image.Image | None:
     if image.mode == "I" and kind not in _16_BITS_IN_32:
         return None
     levels = np.asarray(image).astype(np.uint32)
-    return Image.fromarray(((levels + 128) // 257).astype(np.uint8))
+    grey = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
+    if "transparency" in image.info:
+        grey.putalpha(
+            Image.fromarray(np.where(levels == image.info["transparency"], 0, 255).astype(np.uint8))
+        )
+    return grey
+
+
+def _scale_transparent_colour(image: Image.Image) -> None:
+    """Scale a PNG file's transparent colour like its pixels, which Pillow forgets, before they are loaded."""
+    stored = image.tile[0][3] if isinstance(image, PngImageFile) and image.tile else None
+    if (colour := image.info.get("transparency")) is not None and stored in _PNG_LEVELS:
+        scale = _PNG_LEVELS[stored]
+        image.info["transparency"] = scale(colour) if isinstance(colour, int) else tuple(map(scale, colour))
 
 
 def _check_size(path: Encoded, image: Image.Image, size: Size) -> None:

@@ -10,14 +10,14 @@
 
 Labels that are all integers are numbered numerically, others in sorted order. Splits such as ``train`` and
 ``val``, side by side above the classes or inside every class, are not classes (pmf/data/splits.py): the first
-split is read.
+split is read. They may lie in one more folder, as in ``images/train``, and have other folders beside them.
 """
 
 import csv
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,8 +65,11 @@ def images_by_folder(root: Path, images: Sequence[str], left_out: LeftOut) -> La
     """Assign classes by the first folder of each path; `images` are relative to root and not empty."""
     folders = sorted({path.partition("/")[0] for path in images if "/" in path})
     loose = [path for path in images if "/" not in path]
-    if folders and all(map(split_of_folder, folders)):
+    if folders and _are_splits(folders):
         return _first_part(root, folders, images, left_out)
+    if len(folders) == 1 and not loose and _are_splits({path.split("/")[1] for path in images}):
+        begin = len(folders[0]) + 1
+        return images_by_folder(root / folders[0], [path[begin:] for path in images], left_out)
     if len(folders) < 2 or (root / "dataset.json").is_file():  # dataset.json with null labels
         names = folders if len(folders) == 1 and not loose else [UNLABELLED]
         if len(deeper := {path.split("/")[1] for path in images if path.count("/") > 1}) > 1:
@@ -88,6 +91,12 @@ def images_by_folder(root: Path, images: Sequence[str], left_out: LeftOut) -> La
     return LabelledFiles([f"{root}/{path}" for path in images], labels, folders)
 
 
+def _are_splits(names: Iterable[str]) -> bool:
+    """Whether folders side by side are splits: all of them, or the training split, another, and others."""
+    splits = set(map(split_of_folder, names))
+    return None not in splits or (TRAINING in splits and len(splits) > 2)
+
+
 def _first_part(root: Path, folders: list[str], images: Sequence[str], left_out: LeftOut) -> LabelledFiles:
     """The images of the first of several splits side by side, treated as a folder of their own."""
     part, chosen, others = choose_split(folders, split_of_folder)
@@ -97,7 +106,8 @@ def _first_part(root: Path, folders: list[str], images: Sequence[str], left_out:
         return LabelledFiles([f"{root}/{path}" for path in loose], [0] * len(loose), [UNLABELLED])
     for name in others:
         count = sum(path.startswith(f"{name}/") for path in images)
-        left_out.add(f"of other splits than {part}", name, count)
+        what = f"of other splits than {part}" if split_of_folder(name) else f"beside the {part} split"
+        left_out.add(what, name, count)
     if loose:
         left_out.add(f"beside the folder {chosen[0]}", loose[0], len(loose))
     if len(chosen) > 1:

@@ -143,6 +143,8 @@ def open_images(source: str, *, channels: int | None = None, size: Size | None =
     number or (height, width); without it all must have the same size. Raises UserError if there are no such
     images.
     """
+    if not source:
+        raise UserError("the folder of images is empty text: give a folder, a .npz file of images, or digits")
     path = Path(source)
     if path.suffix == ".npz":
         return _Array(path, channels, size)

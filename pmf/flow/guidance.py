@@ -2,14 +2,23 @@
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from pmf.arguments import are_numbers, require_number
 from pmf.defaults import uniform
 
-__all__ = ["ClassifierFreeGuidance", "Guidance", "IntervalGuidance", "NoGuidance"]
+__all__ = ["ClassifierFreeGuidance", "Guidance", "IntervalGuidance", "NoGuidance", "check_interval"]
+
+_LARGEST = math.log(torch.finfo(torch.float32).max)
+
+
+def check_interval(what: str, interval: Any) -> None:
+    """Raise ValueError unless this is (t_min, t_max) with 0 <= t_min <= t_max <= 1."""
+    if not are_numbers(interval) or len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+        raise ValueError(f"{what}: interval must be two numbers 0 <= t_min <= t_max <= 1, got {interval!r}")
 
 
 class Guidance(Protocol):
@@ -38,8 +47,13 @@ class IntervalGuidance:
     beta: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.max_omega >= 1:
-            raise ValueError(f"guidance: max_omega must be at least 1, got {self.max_omega}")
+        require_number("guidance: max_omega", self.max_omega, at_least=1)
+        require_number("guidance: beta", self.beta)
+        if math.log(self.max_omega) * (1 - self.beta) > _LARGEST:
+            raise ValueError(
+                f"guidance: beta {self.beta:g} is too low: max_omega^(1 - beta) overflows float32; "
+                "1 is the authors' choice, 0 is uniform"
+            )
 
     def draw(self, flow_matching: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
         batch = len(flow_matching)
@@ -90,13 +104,9 @@ class ClassifierFreeGuidance:
     interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        if not self.omega >= 0 or not 0 <= self.kappa < 1:
-            raise ValueError(
-                "guidance: omega must not be negative and kappa must lie in [0, 1), "
-                f"got {self.omega} and {self.kappa}"
-            )
-        if not 0 <= self.interval[0] <= self.interval[1] <= 1:
-            raise ValueError(f"guidance: interval must be 0 <= t_min <= t_max <= 1, got {self.interval}")
+        require_number("guidance: omega", self.omega, at_least=0)
+        require_number("guidance: kappa", self.kappa, at_least=0, below=1)
+        check_interval("guidance", self.interval)
 
     def draw(self, flow_matching: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
         one = torch.ones(len(flow_matching), dtype=torch.float32, device="cpu")

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from pmf.arguments import require_number
 from pmf.defaults import normal, uniform
 from pmf.tangents import Jvp
 
@@ -69,11 +70,10 @@ class MeanFlow:
     def __post_init__(self) -> None:
         _check_choice("prediction", self.prediction, PREDICTIONS)
         _check_choice("direction", self.direction, ("conditional", "network"))
-        for name in ("noise_scale", "norm_eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"MeanFlow: {name} must be positive, got {getattr(self, name)}")
-        if not 0 <= self.class_dropout <= 1:
-            raise ValueError(f"MeanFlow: class_dropout must lie in [0, 1], got {self.class_dropout}")
+        require_number("MeanFlow: noise_scale", self.noise_scale, above=0)
+        require_number("MeanFlow: norm_p", self.norm_p, at_least=0)
+        require_number("MeanFlow: norm_eps", self.norm_eps, above=0)
+        require_number("MeanFlow: class_dropout", self.class_dropout, at_least=0, at_most=1)
         if not self.null and not isinstance(self.guidance, NoGuidance):
             raise ValueError('MeanFlow: guidance needs null values for its conditions: null={"label": 10}')
 

@@ -6,8 +6,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from pmf.arguments import is_whole, require_number
 from pmf.defaults import normal, uniform
-from pmf.models import PixelMeanFlow
+from pmf.models import PixelMeanFlow, network_in
 from pmf.nn import Condition
 from pmf.wrappers import exchanges, unwrap, without_ddp
 
@@ -114,15 +115,13 @@ class Objective:
     perceptual: Perceptual | None = None
 
     def __post_init__(self) -> None:
-        if not self.noise_scale > 0:
-            raise ValueError(f"objective: noise_scale must be positive, got {self.noise_scale}")
-        if not self.norm_eps > 0:
-            raise ValueError(f"objective: norm_eps must be positive, got {self.norm_eps}")
-        if not 0 <= self.class_dropout <= 1:
-            raise ValueError(f"objective: class_dropout must lie in [0, 1], got {self.class_dropout}")
-        if not isinstance(self.row_multiple, int) or self.row_multiple < 1:
+        require_number("objective: noise_scale", self.noise_scale, above=0)
+        require_number("objective: norm_p", self.norm_p, at_least=0)
+        require_number("objective: norm_eps", self.norm_eps, above=0)
+        require_number("objective: class_dropout", self.class_dropout, at_least=0, at_most=1)
+        if not is_whole(self.row_multiple) or self.row_multiple < 1:
             raise ValueError(
-                f"objective: row_multiple must be a whole number of at least 1, got {self.row_multiple}"
+                f"objective: row_multiple must be a whole number of at least 1, got {self.row_multiple!r}"
             )
 
     @torch.inference_mode(False)  # autograd rejects inference-mode tensors
@@ -148,7 +147,7 @@ class Objective:
         model may be wrapped in DistributedDataParallel, `fully_shard` and torch.compile, nested in any order.
         Ranks may draw differently: if a pass waits for other ranks, even_passes applies.
         """
-        config = unwrap(model).config
+        config = network_in(model, "objective").config
         _check(images, labels, draws, config.num_classes)
         if self.noise_scale != config.noise_scale:  # sampling would start from noise never seen in training
             raise ValueError(

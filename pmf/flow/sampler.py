@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from pmf.arguments import are_numbers, is_number, is_whole
 from pmf.defaults import home
 from pmf.devices import has_bf16_products
-from pmf.models import PixelMeanFlow
+from pmf.models import PixelMeanFlow, network_in
 from pmf.nn import Block, Condition
 from pmf.wrappers import by_plain_names, exchanges, unwrap, without_ddp
 
+from .guidance import check_interval
 from .path import over_pixels
 from .preconditioner import Preconditioner
 from .prediction import Prediction
@@ -91,7 +93,7 @@ class Sampler:
         if precision not in PRECISIONS:
             raise ValueError(f"sample: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
         alone = without_ddp(model)
-        model = unwrap(model)
+        model = network_in(model, "sample")
         own, device = model.position.dtype, model.position.device
         if precision == "auto" and own == torch.float32:
             is_wide = model.config.hidden_size >= _WIDE
@@ -125,21 +127,9 @@ class Sampler:
         dtype = torch.float64 if network.position.dtype == torch.float64 else torch.float32
         labels = _check_labels(labels, config.num_classes).to(device)
         times = sampling_times(steps, times)
-        t_min, t_max = config.sample_interval if interval is None else interval
-        if not 0 <= t_min <= t_max <= 1:
-            raise ValueError(f"sample: interval must be 0 <= t_min <= t_max <= 1, got {t_min} and {t_max}")
-        omega = config.sample_omega if omega is None else omega
-        omega = (
-            omega.to(dtype) if isinstance(omega, Tensor) else torch.tensor(omega, dtype=dtype, device="cpu")
-        )
-        if omega.shape not in ((), (len(labels),)):
-            raise ValueError(
-                f"sample: omega must be one number or one for each of the {len(labels)} labels, "
-                f"got {list(omega.shape)}"
-            )
-        # Reading numbers on another device would make the host wait.
-        if omega.device.type == "cpu" and not (omega >= 1).all():
-            raise ValueError(f"sample: omega must be at least 1 (1 is no guidance), got {omega.tolist()}")
+        interval = config.sample_interval if interval is None else interval
+        check_interval("sample", interval)
+        omega = _check_omega(config.sample_omega if omega is None else omega, len(labels)).to(dtype)
         shape = (len(labels), *config.image_shape)
         if noise is None:
             noise = torch.randn(shape, generator=generator, dtype=torch.float32, device=home(generator))
@@ -150,7 +140,7 @@ class Sampler:
         with torch.inference_mode():
             guidance = (
                 torch.as_tensor(value, dtype=dtype, device=device).expand(len(labels))
-                for value in (omega, t_min, t_max)
+                for value in (omega, *interval)
             )
             images = self._steps(noise.to(device, dtype), labels, times, *guidance)
         return images.clone()  # outside inference mode, because autograd rejects its tensors
@@ -180,9 +170,11 @@ def sampling_times(steps: int, times: Sequence[float] | None = None) -> list[flo
     Raises ValueError if they do not descend from 1 to 0 or contradict steps.
     """
     if times is None:
-        if steps < 1:
-            raise ValueError(f"sample: steps must be at least 1, got {steps}")
+        if not is_whole(steps) or steps < 1:
+            raise ValueError(f"sample: steps must be a whole number of at least 1, got {steps!r}")
         return [i / steps for i in range(steps, -1, -1)]
+    if not are_numbers(times):
+        raise ValueError(f"sample: times must be a list of numbers from 1 to 0, got {times!r}")
     chosen = [float(t) for t in times]
     if len(chosen) < 2 or chosen[0] != 1 or chosen[-1] != 0:
         raise ValueError(f"sample: times must begin with 1 and end with 0, got {chosen}")
@@ -195,7 +187,10 @@ def sampling_times(steps: int, times: Sequence[float] | None = None) -> list[flo
 
 def _check_labels(labels: Tensor | Sequence[int], num_classes: int) -> Tensor:
     if not isinstance(labels, Tensor):
-        labels = torch.tensor(labels, device="cpu")
+        try:
+            labels = torch.tensor(labels, device="cpu", dtype=None if len(labels) else torch.int64)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"sample: labels must be a list of integers [B], got {labels!r}") from None
     if labels.ndim != 1 or labels.dtype.is_floating_point or labels.dtype == torch.bool:
         raise ValueError(
             f"sample: labels must be a list of integers [B], got {labels.dtype} {list(labels.shape)}"
@@ -203,6 +198,23 @@ def _check_labels(labels: Tensor | Sequence[int], num_classes: int) -> Tensor:
     if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) <= num_classes):
         raise ValueError(f"sample: labels must lie in 0..{num_classes} ({num_classes} is the null label)")
     return labels.long()
+
+
+def _check_omega(omega: float | Sequence[float] | Tensor, count: int) -> Tensor:
+    if not isinstance(omega, Tensor):
+        if not (is_number(omega) or are_numbers(omega)):
+            raise ValueError(f"sample: omega must be a finite number, or a list of them, got {omega!r}")
+        omega = torch.tensor(omega, dtype=torch.float64, device="cpu")
+    if omega.shape not in ((), (count,)):
+        raise ValueError(
+            f"sample: omega must be one number or one for each of the {count} labels, got {list(omega.shape)}"
+        )
+    # Reading numbers on another device would make the host wait.
+    if omega.device.type == "cpu" and not ((omega >= 1) & omega.isfinite()).all():
+        raise ValueError(
+            f"sample: omega must be finite and at least 1 (1 is no guidance), got {omega.tolist()}"
+        )
+    return omega
 
 
 def _copy_u_path(model: PixelMeanFlow, matrices: torch.dtype) -> PixelMeanFlow:

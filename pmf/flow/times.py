@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pmf.arguments import require_number
 from pmf.defaults import normal, uniform
 
 __all__ = ["LineTimes", "PlaneTimes", "TimeSampling"]
@@ -31,11 +32,10 @@ class PlaneTimes:
     uniform_fraction: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("data_proportion", "uniform_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"times: {name} must lie in [0, 1], got {getattr(self, name)}")
-        if not self.std >= 0:
-            raise ValueError(f"times: std must not be negative, got {self.std}")
+        require_number("times: mean", self.mean)
+        require_number("times: std", self.std, at_least=0)
+        require_number("times: data_proportion", self.data_proportion, at_least=0, at_most=1)
+        require_number("times: uniform_fraction", self.uniform_fraction, at_least=0, at_most=1)
 
     def draw(self, batch: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         pairs = torch.sigmoid(self.std * normal(2, batch, generator=generator) + self.mean)

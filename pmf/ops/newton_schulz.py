@@ -128,7 +128,9 @@ def _in_groups(
     by_reference = kernels.uses_reference("newton_schulz")
     for i, matrix in enumerate(matrices):
         dtype = _dtype(matrix, compute_dtype)
-        if by_reference:  # which rounds once, as every reference in place of a kernel
+        if matrix.is_meta:  # only shapes
+            compiled = True
+        elif by_reference:  # which rounds once, as every reference in place of a kernel
             compiled, dtype = False, torch.promote_types(dtype, torch.float32)
         elif _library.takes_cuda_kernel(matrix):
             compiled = bool(factors) and kernels_take(matrix, dtype)

@@ -1,19 +1,19 @@
 """The optimizer's settings: presets, which algorithm reads which, and validation."""
 
 import difflib
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pmf.arguments import are_numbers, require_number
 from pmf.ops.newton_schulz import DTYPES, METHODS
 from pmf.reference.newton_schulz import step_coefficients
 
 from ._matrices import SCALES, check_layouts
 
-__all__ = ["LAYOUT", "MUON_PRESETS", "check", "check_keys", "check_read", "dtype_name", "reads"]
+__all__ = ["ITERATION", "LAYOUT", "MUON_PRESETS", "check", "check_keys", "check_read", "dtype_name", "reads"]
 
 MUON_PRESETS: dict[str, dict[str, Any]] = {
     "pmf": {
@@ -44,8 +44,11 @@ MUON_PRESETS["moonlight"] = {**MUON_PRESETS["torch"], "scale": "match_rms"}
 LAYOUT = {"split_sizes": None, "num_heads": None, "flatten": False}
 """Settings that define a group's matrices: not tuned numbers, so a saved state does not change them."""
 
-_MUON = ("momentum", "nesterov", "bias_correction", "scale", "compute_dtype", "ns_steps", "ns_coefficients")
-_READ = {"muon": {*_MUON, "ns_method", *LAYOUT}, "adam": {"betas", "eps", "adam_nesterov"}}
+ITERATION = {"ns_steps": 5, "ns_coefficients": "quintic", "ns_method": "auto"}
+"""Newton-Schulz's settings, the same in every preset."""
+
+_MUON = ("momentum", "nesterov", "bias_correction", "scale", "compute_dtype")
+_READ = {"muon": {*_MUON, *ITERATION, *LAYOUT}, "adam": {"betas", "eps", "adam_nesterov"}}
 _BOTH = {"lr", "weight_decay"}
 _NOT_SETTINGS = {"params", "param_names", "algorithm"}
 _SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
@@ -71,8 +74,8 @@ def check_read(group: Mapping[str, Any], algorithms: Iterable[str], defaults: Ma
     for key, value in group.items():
         if not any(reads(algorithm, key) for algorithm in algorithms) and value != defaults[key]:
             raise ValueError(
-                f"Muon: {key} is set in a group whose parameters all use {' and '.join(algorithms)}, which "
-                "does not read it: leave it out, or give the group another algorithm"
+                f"Muon: {key} is set for parameters that all use {' and '.join(algorithms)}, which does not "
+                "read it: leave it out, or give their group another algorithm"
             )
 
 
@@ -95,17 +98,17 @@ def check(group: Mapping[str, Any]) -> None:
                 raise ValueError(f"Muon: {words} must be one number, got shape {list(value.shape)}")
             if value.device.type != "cpu":
                 continue  # reading it would wait for the device and end a capture
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"Muon: {words} must be finite and not negative, got {float(value)}")
-    for name, value in (
-        ("momentum", group["momentum"]),
-        ("betas[0]", group["betas"][0]),
-        ("betas[1]", group["betas"][1]),
-    ):
-        if not 0 <= value < 1:
-            raise ValueError(f"Muon: {name} must be at least 0 and less than 1, got {value}")
-    if not (math.isfinite(group["eps"]) and group["eps"] >= 0):
-        raise ValueError(f"Muon: eps must be finite and not negative, got {group['eps']}")
+            value = value.item()
+        require_number(f"Muon: {words}", value, at_least=0)
+    require_number("Muon: eps", group["eps"], at_least=0)
+    betas = group["betas"]
+    if not are_numbers(betas) or len(betas) != 2:
+        raise ValueError(f"Muon: betas must be two numbers, got {betas!r}")
+    for name, value in (("momentum", group["momentum"]), ("betas[0]", betas[0]), ("betas[1]", betas[1])):
+        require_number(f"Muon: {name}", value, at_least=0, below=1)
+    for name in ("nesterov", "bias_correction", "adam_nesterov"):
+        if not isinstance(group[name], bool):
+            raise ValueError(f"Muon: {name} must be True or False, got {group[name]!r}")
     if group["scale"] not in SCALES:
         raise ValueError(f"Muon: scale must be one of {', '.join(SCALES)}, got {group['scale']!r}")
     if group["ns_method"] not in METHODS:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pmf import _library, checked, kernels
+from pmf.arguments import are_numbers, require_number
 from pmf.ops._dispatch import register_fake
 from pmf.ops._subclasses import require_trainable
 from pmf.wrappers import by_plain_names
@@ -53,9 +54,11 @@ class EMA:
             raise ValueError("EMA: there are no parameters to average")
         for name, p in self._parameters.items():
             require_trainable("EMA", name, p)
-        self.half_lives = tuple(float(h) for h in half_lives)
-        if len(set(self.half_lives)) != len(self.half_lives) or not all(h > 0 for h in self.half_lives):
-            raise ValueError(f"EMA: half-lives must be positive and distinct, got {list(half_lives)}")
+        if not are_numbers(half_lives) or len(set(half_lives)) < len(half_lives):
+            raise ValueError(f"EMA: half-lives must be a list of distinct numbers, got {half_lives!r}")
+        for half_life in half_lives:
+            require_number("EMA: a half-life", half_life, above=0)
+        self.half_lives = tuple(map(float, half_lives))
         self.updates = 0
         self.copies = [{n: _precise(p).clone() for n, p in self._parameters.items()} for _ in self.half_lives]
 
@@ -67,8 +70,7 @@ class EMA:
     @torch.no_grad()
     def update(self, batch_size: int) -> None:
         """Average in the current parameters after a step on `batch_size` images."""
-        if batch_size <= 0:
-            raise ValueError(f"EMA: batch_size must be positive, got {batch_size}")
+        require_number("EMA: batch_size", batch_size, above=0)
         self.updates += 1
         if not self.copies:
             return
@@ -115,6 +117,8 @@ class EMA:
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`. Raises ValueError if half-lives, names or shapes differ."""
+        if missing := {"half_lives", "copies", "updates"} - set(state):
+            raise ValueError(f"EMA: the saved state has no {min(missing)}: give what state_dict() returned")
         if tuple(state["half_lives"]) != self.half_lives:
             raise ValueError(
                 f"EMA: the saved half-lives are {state['half_lives']}, not {list(self.half_lives)}"

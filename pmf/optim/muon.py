@@ -10,7 +10,7 @@ from pmf.reference.newton_schulz import Coefficients
 from pmf.wrappers import plain_names
 
 from ._cohort import cohorts, new_state
-from ._settings import LAYOUT, MUON_PRESETS, check, check_read, dtype_name
+from ._settings import ITERATION, LAYOUT, MUON_PRESETS, check, check_read, dtype_name
 from ._sharing import SharedSteps, fill
 from .routing import ParamsLike, check_tensors, frozen_names, route
 
@@ -125,21 +125,28 @@ class Muon(torch.optim.Optimizer):
             "eps": eps,
             "adam_nesterov": adam_nesterov,
         }
-        layout = {"split_sizes": split_sizes, "num_heads": num_heads, "flatten": flatten}
+        usual = {**MUON_PRESETS[preset], **ITERATION, **LAYOUT}
         defaults = {
             "lr": lr,
-            **MUON_PRESETS[preset],
+            **usual,
             **{key: value for key, value in given.items() if value is not None},
             "ns_steps": ns_steps,
             "ns_coefficients": ns_coefficients,
             "ns_method": ns_method,
-            **layout,
+            "split_sizes": split_sizes,
+            "num_heads": num_heads,
+            "flatten": flatten,
         }
         check(defaults)
+        if adam_lr is not None:
+            check({**defaults, "lr": adam_lr})
         groups = route(params, defaults)
         check_tensors(groups)
-        if all(group["algorithm"] == "adam" for group in groups):
-            check_read(layout, ["adam"], LAYOUT)
+        algorithms = {group["algorithm"] for group in groups}
+        check_read(defaults, algorithms, usual)
+        if adam_lr is not None and "adam" not in algorithms:
+            raise ValueError("Muon: adam_lr is set, but no parameter uses adam: leave it out")
+        _check_process_group(process_group)
         self._frozen = frozen_names(params)
         self._shared = SharedSteps(process_group)
         self._adam_lr = adam_lr
@@ -224,6 +231,8 @@ class Muon(torch.optim.Optimizer):
         Wrapper prefixes in names are ignored. Settings become those of the saved state; the splits of
         parameters must match.
         """
+        if missing := {"param_groups", "state"} - set(state_dict):
+            raise ValueError(f"Muon: the saved state has no {min(missing)}: give what state_dict() returned")
         saved_groups = [dict(group) for group in state_dict["param_groups"]]
         mine = [(group["algorithm"], plain_names(group["param_names"])) for group in self.param_groups]
         saved = [(g.get("algorithm"), plain_names(g.get("param_names", ()))) for g in saved_groups]
@@ -288,6 +297,17 @@ class Muon(torch.optim.Optimizer):
                     if f"{name}/{key}" in own:
                         fill(own[f"{name}/{key}"], value)
         self.set_steps(counts.pop() if counts else 0)
+
+
+def _check_process_group(process_group: Any) -> None:
+    if process_group is not None:
+        from torch.distributed import ProcessGroup
+
+        if not isinstance(process_group, ProcessGroup):
+            raise TypeError(
+                "Muon: process_group must be a process group, such as torch.distributed.group.WORLD after "
+                f"init_process_group, got {process_group!r}"
+            )
 
 
 def _require_same_layout(group: dict[str, Any], saved: dict[str, Any]) -> None:

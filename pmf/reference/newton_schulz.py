@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pmf import _library
+from pmf.arguments import is_whole
 
 __all__ = ["newton_schulz", "normalise", "step_coefficients"]
 
@@ -86,8 +87,8 @@ def step_coefficients(
     steps: int, coefficients: str | Coefficients | Sequence[Coefficients]
 ) -> list[Coefficients]:
     """(a, b, c) for every step: from a name, one triple for all, or a list of `steps` triples."""
-    if steps < 0:
-        raise ValueError(f"newton_schulz: steps must not be negative, got {steps}")
+    if not is_whole(steps) or steps < 0:
+        raise ValueError(f"newton_schulz: steps must be a whole number and not negative, got {steps!r}")
     if isinstance(coefficients, str):
         if coefficients == "polar-express":
             safe = [(a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in POLAR_EXPRESS[:-1]]
@@ -96,7 +97,10 @@ def step_coefficients(
             known = ", ".join(COEFFICIENTS) + " or polar-express"
             raise ValueError(f"newton_schulz: coefficients must be {known} or numbers, got {coefficients!r}")
         return [COEFFICIENTS[coefficients]] * steps
-    rows = torch.tensor(coefficients, dtype=torch.float64, device="cpu")
+    try:
+        rows = torch.tensor(coefficients, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError):  # not numbers, or lists of several lengths
+        rows = torch.empty(0, device="cpu")
     rows = rows.expand(steps, 3) if rows.shape == (3,) else rows.reshape(-1, 3) if steps == 0 else rows
     if rows.shape != (steps, 3) or not rows.isfinite().all():
         raise ValueError(

@@ -36,7 +36,10 @@ def build_objective(config: TrainConfig, noise_scale: float) -> flow.Objective:
         data_proportion=settings.data_proportion,
         uniform_fraction=settings.uniform_fraction,
     )
-    guided = flow.IntervalGuidance(max_omega=settings.max_omega, beta=settings.omega_beta)
+    try:
+        guided = flow.IntervalGuidance(max_omega=settings.max_omega, beta=settings.omega_beta)
+    except ValueError as error:  # from omega_beta, since only that range depends on another setting
+        raise UserError(str(error)) from error
     return flow.Objective(
         noise_scale=noise_scale,
         row_multiple=config.run.row_multiple,

@@ -217,6 +217,8 @@ class TrainConfig:
             _check_finite(setting.name, value)
             if isinstance(setting.default, bool) and not isinstance(value, bool):
                 raise UserError(f"{flag(setting.name)} must be true or false, got {value!r}")
+            if value == "":
+                raise UserError(f"{flag(setting.name)} is empty: leave it out, or give it a value")
             choices = setting.metadata["choices"]
             if choices and value not in choices and value != setting.default:
                 known = f"{', '.join(choices[:-1])} or {choices[-1]}"
@@ -341,6 +343,7 @@ def _check_ranges(config: TrainConfig) -> None:
         "minutes": config.run.minutes,
         "noise_scale": config.model.noise_scale,
         "sigma_data": config.model.sigma_data,
+        "norm_eps": config.objective.norm_eps,
     }
     share = {
         "cooldown": config.optimizer.cooldown,
@@ -352,6 +355,8 @@ def _check_ranges(config: TrainConfig) -> None:
     weight = {
         "lpips_lambda": config.objective.lpips_lambda,
         "convnext_lambda": config.objective.convnext_lambda,
+        "norm_p": config.objective.norm_p,
+        "time_std": config.objective.time_std,
     }
     for name, value in at_least_one.items():
         if value is not None and value < 1:

@@ -68,6 +68,11 @@ BAD: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         lambda p: ["train", "--perceptual-weights", save(p / "d.pth", {"fc": torch.ones(1)})],
         "contains weights of none of the requested networks",
     ),
+    "empty name of a folder": (lambda p: ["train", "--data", ""], "--data is empty"),
+    "empty path": (lambda p: ["sample", str(p), "--out", ""], "--out: must not be empty"),
+    "empty source": (lambda p: ["evaluate", "--images", "", "--make-stats", "y.npz"], "empty"),
+    "negative power": (lambda p: ["train", "--norm-p", "-5"], "--norm-p must be 0 or more, got -5.0"),
+    "exponent below any": (lambda p: ["train", "--omega-beta", "-1e9"], "beta -1e+09 is too low"),
     "no such folder": (lambda p: ["train", "--data", str(p / "no")], "is not a folder"),
     "empty folder": (
         lambda p: ["train", "--data", str(image_folder(p, "empty"))],

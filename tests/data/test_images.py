@@ -93,6 +93,36 @@ def test_16_bit_grey_levels_keep_their_place_between_black_and_white(tmp_path: P
         assert row.tolist() == [0, 0, 1, 100, 200, 201, 254, 255]  # clipped at 255, most would be white
 
 
+PNG_DEPTHS = {
+    # Bits and colour type of the file; its first two pixels, packed; the transparent one; the other, read.
+    "grey 1": (1, 0, b"\x55", (0,), 255),
+    "grey 2": (2, 0, bytes([0b01100110] * 2), (1,), 170),
+    "grey 4": (4, 0, b"\x3a" * 4, (3,), 170),
+    "grey 8": (8, 0, b"\x03\xaa" * 4, (3,), 170),
+    "grey 16": (16, 0, b"\x12\x34\xaa\xaa" * 4, (0x1234,), 170),
+    "colour 8": (8, 2, b"\x01\x02\x03\xaa\xaa\xaa" * 4, (1, 2, 3), 170),
+    "colour 16": (16, 2, (b"\x12\x34" * 3 + b"\xaa\xaa" * 3) * 4, (0x1234,) * 3, 170),
+}
+
+
+@pytest.mark.parametrize("depth", PNG_DEPTHS)
+def test_the_transparent_colour_of_a_png_of_any_depth_becomes_white(tmp_path: Path, depth: str) -> None:
+    bits, kind, row, colour, other = PNG_DEPTHS[depth]
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        crc = zlib.crc32(name + content)
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", crc)
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, bits, kind, 0, 0, 0))
+    transparent = chunk(b"tRNS", struct.pack(f">{len(colour)}H", *colour))
+    pixels = chunk(b"IDAT", zlib.compress((b"\0" + row) * 8))
+    (tmp_path / "a.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + header + transparent + pixels + chunk(b"IEND", b"")
+    )
+    for channels in (1, 3):
+        assert read_image(tmp_path / "a.png", 8, channels)[-1, 3].tolist() == [255, other] * 4
+
+
 def quarters() -> Image.Image:
     """Four grey levels, so that all eight ways to turn it differ."""
     return Image.fromarray(np.kron(np.array([[0, 80], [160, 240]], np.uint8), np.ones((8, 8), np.uint8)))

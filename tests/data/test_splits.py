@@ -91,9 +91,24 @@ def test_images_beside_a_test_folder_are_the_training_part(tmp_path: Path) -> No
     assert read(tmp_path) == (["1.png", "2.png"], ["0"])
 
 
-def test_a_class_may_be_called_test(tmp_path: Path) -> None:
-    write_images(tmp_path, "test/1.png", "cat/2.png", "train/3.png")
-    assert read(tmp_path)[1] == ["cat", "test", "train"]
+@pytest.mark.parametrize("name", ["test", "train"])
+def test_a_class_may_be_called_like_a_split(tmp_path: Path, name: str) -> None:
+    write_images(tmp_path, f"{name}/1.png", "cat/2.png", "dog/3.png")
+    assert read(tmp_path)[1] == sorted(["cat", "dog", name])
+
+
+def test_folders_beside_splits_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_images(tmp_path, "train/cat/1.png", "train/dog/2.png", "val/cat/3.png", "extra/cat/4.png")
+    with caplog.at_level(logging.WARNING, "pmf"):
+        assert read(tmp_path) == (["train/cat/1.png", "train/dog/2.png"], ["cat", "dog"])
+    assert "1 beside the train split (extra), 1 of other splits than train (val)" in caplog.text
+
+
+def test_splits_below_one_folder(tmp_path: Path) -> None:
+    write_images(tmp_path, "images/train/1.png", "images/val/2.png")
+    assert read(tmp_path) == (["images/train/1.png"], ["0"])
+    write_images(tmp_path, "images/train/cat/3.png", "images/train/dog/4.png", "images/val/cat/5.png")
+    assert read(tmp_path)[1] == ["cat", "dog"]
 
 
 def test_parts_within_every_class(tmp_path: Path) -> None:

@@ -252,9 +252,9 @@ def test_a_trained_network_samples_its_data():
     [
         ({"prediction": "v"}, "prediction must be one of u, x, got 'v'"),
         ({"direction": "own"}, "direction must be one of conditional, network"),
-        ({"noise_scale": 0.0}, "noise_scale must be positive"),
-        ({"norm_eps": 0.0}, "norm_eps must be positive"),
-        ({"class_dropout": 2.0}, "class_dropout must lie"),
+        ({"noise_scale": 0.0}, "noise_scale must be a finite number, greater than 0"),
+        ({"norm_eps": 0.0}, "norm_eps must be a finite number, greater than 0"),
+        ({"class_dropout": 2.0}, "class_dropout must be a finite number, at least 0 and at most 1"),
         ({"guidance": IntervalGuidance()}, "guidance needs null"),
     ],
 )

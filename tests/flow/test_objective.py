@@ -8,7 +8,15 @@ import torch
 from helpers.tolerance import error
 from torch import Tensor
 
-from pmf.flow import Draws, IntervalGuidance, NoPreconditioner, Objective, PlaneTimes, XPrediction
+from pmf.flow import (
+    ClassifierFreeGuidance,
+    Draws,
+    IntervalGuidance,
+    NoPreconditioner,
+    Objective,
+    PlaneTimes,
+    XPrediction,
+)
 from pmf.models import ModelConfig, PixelMeanFlow
 from pmf.reference.objective import ObjectiveValues
 from pmf.reference.objective import objective as plain_objective
@@ -314,10 +322,12 @@ def test_batches_that_do_not_fit_together_are_refused() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"noise_scale": 0.0}, "noise_scale must be positive"),
-        ({"noise_scale": float("nan")}, "noise_scale must be positive"),
-        ({"norm_eps": 0.0}, "norm_eps must be positive"),
-        ({"class_dropout": 1.5}, "class_dropout must lie in"),
+        ({"noise_scale": 0.0}, "noise_scale must be a finite number, greater than 0, got 0.0"),
+        ({"noise_scale": float("nan")}, "noise_scale must be a finite number"),
+        ({"noise_scale": "1"}, "noise_scale must be a finite number"),
+        ({"norm_p": -5.0}, "norm_p must be a finite number, at least 0, got -5.0"),
+        ({"norm_eps": 0.0}, "norm_eps must be a finite number, greater than 0"),
+        ({"class_dropout": 1.5}, "class_dropout must be a finite number, at least 0 and at most 1"),
         ({"row_multiple": 0}, "row_multiple must be a whole number"),
         ({"row_multiple": 1.5}, "row_multiple must be a whole number"),
     ],
@@ -328,9 +338,13 @@ def test_settings_out_of_range_are_refused(settings: dict[str, float], message: 
 
 
 def test_times_and_guidance_out_of_range_are_refused() -> None:
-    with pytest.raises(ValueError, match="data_proportion must lie in"):
+    with pytest.raises(ValueError, match="data_proportion must be a finite number, at least 0 and at most 1"):
         PlaneTimes(data_proportion=-0.1)
-    with pytest.raises(ValueError, match="std must not be negative"):
+    with pytest.raises(ValueError, match="std must be a finite number, at least 0"):
         PlaneTimes(std=-1.0)
-    with pytest.raises(ValueError, match="max_omega must be at least 1"):
+    with pytest.raises(ValueError, match="max_omega must be a finite number, at least 1"):
         IntervalGuidance(max_omega=0.5)
+    with pytest.raises(ValueError, match="beta -1e\\+09 is too low"):
+        IntervalGuidance(beta=-1e9)
+    with pytest.raises(ValueError, match="interval must be two numbers"):
+        ClassifierFreeGuidance(interval=(0.9, 0.1))

@@ -167,15 +167,27 @@ def test_images_may_be_trained_on(model: PixelMeanFlow) -> None:
         ({"labels": [-1]}, "labels must lie in 0..4"),
         ({"labels": [0.5]}, "labels must be a list of integers"),
         ({"labels": [[1]]}, "labels must be a list of integers"),
-        ({"labels": [1], "steps": 0}, "steps must be at least 1, got 0"),
-        ({"labels": [1], "omega": 0.5}, r"omega must be at least 1 \(1 is no guidance\), got 0.5"),
-        ({"labels": [1], "omega": float("nan")}, "omega must be at least 1"),
-        ({"labels": [1, 2], "omega": torch.tensor([2.0, 0.5])}, "omega must be at least 1"),
+        ({"labels": [1], "steps": 0}, "steps must be a whole number of at least 1, got 0"),
+        ({"labels": None}, "labels must be a list of integers"),
+        ({"labels": "12"}, "labels must be a list of integers"),
+        ({"labels": 3}, "labels must be a list of integers"),
+        ({"labels": [1], "steps": 2.5}, "steps must be a whole number of at least 1, got 2.5"),
+        ({"labels": [1], "steps": True}, "steps must be a whole number"),
+        ({"labels": [1], "times": 3}, "times must be a list of numbers from 1 to 0, got 3"),
+        ({"labels": [1], "times": "10"}, "times must be a list of numbers from 1 to 0, got '10'"),
+        ({"labels": [1], "omega": 0.5}, r"omega must be finite and at least 1 \(1 is no guidance\), got 0.5"),
+        ({"labels": [1], "omega": float("nan")}, "omega must be a finite number"),
+        ({"labels": [1], "omega": float("inf")}, "omega must be a finite number"),
+        ({"labels": [1], "omega": "7"}, "omega must be a finite number"),
+        ({"labels": [1, 2], "omega": torch.tensor([2.0, 0.5])}, "omega must be finite and at least 1"),
+        ({"labels": [1, 2], "omega": torch.tensor([2.0, float("inf")])}, "omega must be finite"),
         ({"labels": [1, 2], "omega": [2.0, 3.0, 4.0]}, "omega must be one number or one for each of the 2"),
         (
             {"labels": [1], "interval": (0.9, 0.1)},
-            "interval must be 0 <= t_min <= t_max <= 1, got 0.9 and 0.1",
+            r"interval must be two numbers 0 <= t_min <= t_max <= 1, got \(0.9, 0.1\)",
         ),
+        ({"labels": [1], "interval": (1,)}, "interval must be two numbers"),
+        ({"labels": [1], "interval": 0.5}, "interval must be two numbers"),
         ({"labels": [1], "interval": (0.0, float("nan"))}, "interval must be"),
         (
             {"labels": [1], "noise": torch.zeros(2, 1, 8, 8)},
@@ -186,6 +198,13 @@ def test_images_may_be_trained_on(model: PixelMeanFlow) -> None:
 def test_bad_arguments_are_refused(model: PixelMeanFlow, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sample(model, **arguments)
+
+
+def test_networks_of_other_kinds_are_refused(model: PixelMeanFlow) -> None:
+    with pytest.raises(TypeError, match="must be a PixelMeanFlow, got Linear: pmf.flow.MeanFlow and"):
+        sample(torch.nn.Linear(2, 2), [0])
+    with pytest.raises(TypeError, match="got AveragedModel: give its .module"):
+        sample(torch.optim.swa_utils.AveragedModel(model), [0])
 
 
 def test_times_of_ones_own(model: PixelMeanFlow) -> None:

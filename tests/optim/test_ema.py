@@ -109,16 +109,19 @@ def test_one_kernel_updates_all_averages(place):
 def test_bad_arguments_are_named():
     model = nn.Linear(3, 2)
     ema = EMA(model, half_lives=(1.0,))
-    with pytest.raises(ValueError, match="positive and distinct"):
-        EMA(model, half_lives=(1.0, 1.0))
-    with pytest.raises(ValueError, match="positive and distinct"):
-        EMA(model, half_lives=(math.nan,))
+    for half_lives in ((1.0, 1.0), (math.nan,), (0.0,), ("5",), "5", 500.0):
+        with pytest.raises(ValueError, match="EMA: (half-lives|a half-life) must be a"):
+            EMA(model, half_lives=half_lives)
     with pytest.raises(ValueError, match="no parameters"):
         EMA(nn.ReLU())
     with pytest.raises(ValueError, match="no average has half-life 2"):
         ema.weights(2.0)
-    with pytest.raises(ValueError, match="batch_size must be positive"):
-        ema.update(0)
+    for batch_size in (0, math.nan, "8", True):
+        with pytest.raises(ValueError, match="batch_size must be a finite number, greater than 0, got"):
+            ema.update(batch_size)
+    assert ema.updates == 0
+    with pytest.raises(ValueError, match="has no copies"):
+        ema.load_state_dict({})
     with pytest.raises(ValueError, match="belong to another model: weight has shape"):
         ema.load_state_dict(EMA(nn.Linear(4, 2), half_lives=(1.0,)).state_dict())
     with pytest.raises(ValueError, match="saved half-lives"):

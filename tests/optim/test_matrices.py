@@ -362,7 +362,7 @@ def test_torch_s_own_inputs():
         ({}, (4,), "is not a matrix, and Muon only steps matrices"),
         ({"splitsizes": [D] * 3}, (48, D), "no setting 'splitsizes': did you mean split_sizes?"),
         ({"foreach": True}, (48, D), "no setting 'foreach': there are"),
-        ({"betas": (0.5, 0.5)}, (48, D), "betas is set in a group whose parameters all use muon"),
+        ({"betas": (0.5, 0.5)}, (48, D), "betas is set for parameters that all use muon"),
     ],
 )
 def test_what_does_not_fit_is_named(group, shape, message):
@@ -377,11 +377,11 @@ def test_what_does_not_fit_is_named(group, shape, message):
 
 def test_settings_that_no_parameter_reads_are_named():
     vector, matrix = nn.Parameter(random((4,), 0)), nn.Parameter(random((4, 4), 0))
-    with pytest.raises(ValueError, match="split_sizes is set in a group whose parameters all use adam"):
+    with pytest.raises(ValueError, match="split_sizes is set for parameters that all use adam"):
         Muon([{"params": [vector], "split_sizes": [2, 2]}])
-    with pytest.raises(ValueError, match="num_heads is set in a group whose parameters all use adam"):
+    with pytest.raises(ValueError, match="num_heads is set for parameters that all use adam"):
         Muon([vector], num_heads=2)
-    with pytest.raises(ValueError, match="momentum is set in a group whose parameters all use adam"):
+    with pytest.raises(ValueError, match="momentum is set for parameters that all use adam"):
         Muon([{"params": [matrix], "algorithm": "adam", "momentum": 0.5}])
     with pytest.raises(TypeError, match="foreach"):
         Muon([matrix], foreach=True)

@@ -320,13 +320,13 @@ def test_memory_chunks_do_not_change_the_bits(monkeypatch):
 @pytest.mark.parametrize("lr", [float("nan"), float("inf"), -1.0])
 def test_a_learning_rate_out_of_range_is_one_sentence(lr):
     p = parameters((3, 3))
-    with pytest.raises(ValueError, match="the learning rate must be finite and not negative, got"):
+    with pytest.raises(ValueError, match="the learning rate must be a finite number, at least 0, got"):
         Muon(p, lr=lr)
     optimizer = Muon(p)
     optimizer.param_groups[0]["lr"] = lr
     start = p[0].detach().clone()
     set_gradients(p, 0)
-    with pytest.raises(ValueError, match="the learning rate must be finite and not negative, got"):
+    with pytest.raises(ValueError, match="the learning rate must be a finite number, at least 0, got"):
         optimizer.step()
     assert torch.equal(p[0], start)
 
@@ -340,14 +340,15 @@ def test_bad_arguments_are_named():
         (lambda: Muon([{"params": p, "algorithm": "muon"}]), r"param1 of shape \[4\] is not a matrix"),
         (lambda: Muon([{"params": p, "algorithm": "sgd"}]), "algorithm must be 'muon' or 'adam', got 'sgd'"),
         (lambda: Muon(p, preset="adam"), "preset must be one of pmf, torch, moonlight"),
-        (lambda: Muon(p, momentum=1.0), "momentum must be at least 0 and less than 1"),
+        (lambda: Muon(p, momentum=1.0), "momentum must be a finite number, at least 0 and less than 1"),
         (lambda: Muon(p, betas=(0.9, 1.5)), r"betas\[1\] must be"),
-        (lambda: Muon(p, weight_decay=float("nan")), "weight_decay must be finite"),
+        (lambda: Muon(p, weight_decay=float("nan")), "weight_decay must be a finite number"),
         (lambda: Muon(p, scale="big"), "scale must be one of spectral, match_rms, none"),
         (lambda: Muon(p, ns_method="svd"), "ns_method must be one of auto, direct, gram"),
         (lambda: Muon(p, ns_coefficients="cubic"), "coefficients must be quintic, taylor or polar-express"),
         (lambda: Muon([{"params": p, "compute_dtype": "fp8"}]), "compute_dtype must be a floating dtype"),
         (lambda: Muon(p, lr=torch.ones(2)), "the learning rate must be one number"),
+        (lambda: Muon(p).load_state_dict({}), "the saved state has no param_groups"),
     ):
         with pytest.raises(ValueError, match=message):
             make()
@@ -355,6 +356,53 @@ def test_bad_arguments_are_named():
         Muon(p[0])
     with pytest.raises(TypeError, match="cannot be mixed"):
         Muon([{"params": p[:1]}, p[1]])
+
+
+@pytest.mark.parametrize(
+    "setting, value",
+    [
+        ("lr", "1e-3"),
+        ("lr", None),
+        ("lr", True),
+        ("adam_lr", "1e-3"),
+        ("momentum", "a"),
+        ("nesterov", "no"),
+        ("bias_correction", "no"),
+        ("adam_nesterov", 1),
+        ("betas", 0.9),
+        ("betas", (0.9,)),
+        ("betas", "ab"),
+        ("eps", "a"),
+        ("ns_steps", 2.5),
+        ("ns_steps", "5"),
+        ("ns_coefficients", None),
+        ("ns_coefficients", [(1.0, 2.0, 3.0), (1.0, 2.0)]),
+        ("process_group", 3),
+    ],
+)
+def test_values_of_another_type_are_named(setting, value):
+    words = {"lr": "the learning rate", "adam_lr": "the learning rate", "ns_steps": "steps"}.get(
+        setting, setting
+    )
+    p = parameters((3, 3), (4,))
+    with pytest.raises((ValueError, TypeError), match=f"^(Muon|newton_schulz): {words.removeprefix('ns_')}"):
+        Muon(p, **{setting: value})
+
+
+@pytest.mark.parametrize(
+    "shape, settings, algorithm",
+    [
+        ((4,), {"momentum": 0.5}, "adam"),
+        ((4,), {"ns_steps": 6}, "adam"),
+        ((4,), {"split_sizes": [2, 2]}, "adam"),
+        ((4, 4), {"betas": (0.5, 0.5)}, "muon"),
+        ((4, 4), {"adam_lr": 0.1}, None),
+    ],
+)
+def test_a_setting_that_no_parameter_reads_is_named(shape, settings, algorithm):
+    used = f"parameters that all use {algorithm}" if algorithm else "no parameter uses adam"
+    with pytest.raises(ValueError, match=f"Muon: {next(iter(settings))} is set.*{used}"):
+        Muon(parameters(shape), **settings)
 
 
 def test_a_group_s_own_compute_dtype():
