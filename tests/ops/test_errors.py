@@ -97,3 +97,6 @@ def test_meta_tensors_among_others_are_refused():
         with pytest.raises(ValueError, match="on the meta device"):
             call()
     assert ops.swiglu(x.to("meta"), x.to("meta")).is_meta
+    matrix = x[0, 0]
+    both = ops.newton_schulz([matrix.to("meta"), matrix])  # each on its own
+    assert both[0].is_meta and both[0].shape == (5, 8) and torch.equal(both[1], ops.newton_schulz(matrix))
