@@ -154,6 +154,33 @@ def sampling_table() -> str:
     return "\n".join(lines)
 
 
+ANY_NETWORK = "../intel-xeon/bench_any_network"
+
+
+def any_network_table() -> str:
+    """A step with a tangent of third-party networks, relative to torch.func.jvp through math attention."""
+    record = load(ANY_NETWORK)
+    rows = {(row["network"], row["contestant"]): row for row in record["rows"]}
+    contestants = list(dict.fromkeys(name for _, name in rows))
+    math = next(name for name in contestants if "math" in name)
+    sizes = {"vit": "ViT-S/16, 197 tokens", "dit": "DiT blocks, 1024 tokens"}
+    seconds = ", ".join(f"{rows[key, math]['median_ms'] / 1e3:.2g} s" for key in sizes)
+    lines = [
+        f"Medians of {rows['vit', math]['rounds']} rounds on {record['device']}, {record['threads']} cores, "
+        f"torch {record['versions']['torch']}, relative to {math} ({seconds}):",
+        "",
+        "| " + "".join(f"| {size}: time | peak memory " for size in sizes.values()) + "|",
+        "|---" * (1 + 2 * len(sizes)) + "|",
+    ]
+    for name in contestants:
+        if name != math:
+            found = [rows[key, name].get(figure) for key in sizes for figure in FIGURES]
+            cells = ["not measured" if x is None else f"{x:.2f}" for x in found]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+FIGURES = ("time_over_math", "memory_over_math")
 SPEED_CASES = (
     "forward + JVP (4, 12, 276, 64) bfloat16",
     "forward + JVP (1, 12, 1024, 64) bfloat16",
@@ -311,6 +338,7 @@ TABLES = {
     "training": Table(("bench_training_step",), training_table),
     "sampling": Table(("bench_sampling",), sampling_table),
     "kernels": Table(("bench_attention",), kernels_table),
+    "any_network": Table((ANY_NETWORK,), any_network_table),
     "gpu": Table((), gpu_table),
 }
 MARK = re.compile(r"^<!-- table: (?P<name>\w+) -->\n(?P<table>.*?)^<!-- end -->$", re.M | re.S)

@@ -32,7 +32,9 @@ def test_quick_run_ends_with_both_ratios(tmp_path, monkeypatch, capsys):
     assert bench.main() == 0
     assert re.fullmatch(r"dit=\d+\.\d{3},\d\.\d{3}", capsys.readouterr().out.splitlines()[-1])
     rows = json.loads(out.read_text())["rows"]
-    assert [row["contestant"] for row in rows] == [bench.OURS, bench.MATH, bench.TWO_PASSES, bench.PLAIN]
+    assert [row["contestant"] for row in rows] == [
+        bench.OURS, bench.FIRST, bench.MATH, bench.TWO_PASSES, bench.PLAIN,
+    ]  # fmt: skip
     assert all(row["error"] <= bench.LIMIT and row["median_ms"] > 0 for row in rows)
 
 

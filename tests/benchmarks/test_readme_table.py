@@ -27,8 +27,9 @@ HEADER = {"device": "a processor", "threads": 2, "versions": {"torch": "2.13.0"}
 
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(readme_table, "RESULTS", tmp_path)
-    return tmp_path
+    monkeypatch.setattr(readme_table, "RESULTS", tmp_path / "device")
+    (tmp_path / "device").mkdir()
+    return tmp_path / "device"
 
 
 def test_training_table(results: Path):
@@ -158,3 +159,25 @@ def test_gpu_table_of_a_record(results: Path, monkeypatch: pytest.MonkeyPatch):
         "64 | 0.2 ms | 0.3 ms (torch cudnn) | 1.5 | as fast as torch's best correct backend: 1.50x" in table
     )
     assert table.count("not measured |") == 3 * (len(readme_table.GPU_ROWS) - 1)
+
+
+def test_any_network_table(results: Path):
+    """Contestants in the record's order; what was not measured says so."""
+    rows = []
+    for network, base in (("vit", 1000.0), ("dit", 8000.0)):
+        for name, ratio in (("ours", 0.5), ("ours, compiled", 0.25), ("torch.func.jvp, math", 1.0)):
+            row = {"network": network, "contestant": name, "rounds": 5, "median_ms": base * ratio}
+            row["time_over_math"] = ratio
+            if "compiled" not in name:
+                row["memory_over_math"] = ratio / 2
+            rows.append(row)
+    path = results / f"{readme_table.ANY_NETWORK}.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({**HEADER, "rows": rows}))
+    table = readme_table.tables()["any_network"]
+    assert (
+        "5 rounds on a processor, 2 cores, torch 2.13.0, relative to torch.func.jvp, math (1 s, 8 s):"
+        in table
+    )
+    assert "| ours | 0.50 | 0.25 | 0.50 | 0.25 |" in table
+    assert "| ours, compiled | 0.25 | not measured | 0.25 | not measured |" in table
