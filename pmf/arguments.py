@@ -1,11 +1,15 @@
-"""Checks of numbers among arguments: True and False, text, infinity and NaN are not numbers."""
+"""Checks of arguments by type: True and False, text, infinity and NaN are not numbers."""
 
+import dataclasses
+import functools
 import math
+import types
+import typing
 from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
 
-__all__ = ["are_numbers", "is_number", "is_whole", "require_number"]
+__all__ = ["are_numbers", "check_fields", "fits", "in_words", "is_number", "is_whole", "require_number"]
 
 
 def is_number(value: Any) -> bool:
@@ -43,3 +47,63 @@ def require_number(
     bounds = (("at least", at_least), ("greater than", above), ("at most", at_most), ("less than", below))
     limits = " and ".join(f"{words} {bound:g}" for words, bound in bounds if math.isfinite(bound))
     raise ValueError(f"{name} must be a finite number{', ' * bool(limits)}{limits}, got {value!r}")
+
+
+def check_fields(what: str, settings: Any) -> None:
+    """Raise ValueError unless a dataclass's fields have their annotated types; `what` begins the sentence.
+
+    NumPy's numbers become Python's, which can be stored as JSON.
+    """
+    for name, hint in _hints(settings.__class__).items():
+        value = getattr(settings, name)
+        if not fits(value, hint):
+            raise ValueError(f"{what}: {name} must be {in_words(hint)}, got {value!r}")
+        if isinstance(value, Real) and hasattr(value, "item"):
+            object.__setattr__(settings, name, value.item())
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value has the annotated type; a whole number is also a number, true and false are neither."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, part) for part in parts)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        wanted = parts[:1] * len(value) if parts[-1] is ... else parts
+        return len(value) == len(wanted) and all(map(fits, value, wanted))
+    if origin is typing.Literal:
+        return value in parts
+    if hint is int:
+        return is_whole(value)
+    if hint is float:
+        return is_number(value)
+    return isinstance(value, origin or hint)
+
+
+_WORDS = {
+    int: "a whole number",
+    float: "a finite number",
+    bool: "true or false",
+    str: "text",
+    types.NoneType: "empty",
+}
+
+
+def in_words(hint: Any) -> str:
+    """An annotation as the end of a sentence, such as "a whole number or empty"."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(in_words, parts))
+    if origin is tuple:
+        plural = _WORDS[parts[0]].removeprefix("a ") + "s" * (parts[0] is not str)
+        return f"a list of {plural}" if parts[-1] is ... else f"{len(parts)} {plural}"
+    if origin is typing.Literal:
+        return " or ".join(map(repr, parts))
+    return _WORDS.get(hint) or f"a {(origin or hint).__name__}"

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .arguments import check_fields
 from .nn import Block, Condition, ConditionTokens, FinalLayer, PatchEmbedding, rotary_tables
 from .nn.block import checkpointed
 from .nn.mlp import swiglu_width
@@ -74,12 +75,14 @@ class ModelConfig:
     """Standard deviation of the data, for the preconditioner."""
 
     def __post_init__(self) -> None:
-        for name in ("condition_tokens", "sample_interval"):  # JSON gives lists
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("condition_tokens", "sample_interval"):
+            if isinstance(getattr(self, name), list):  # from JSON
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         try:
             object.__setattr__(self, "image_size", normal_size(self.image_size))
         except ValueError as error:
             raise ValueError(f"model: image_size {error}") from error
+        check_fields("model", self)
         sizes = "num_classes patch_size channels hidden_size depth head_depth num_heads".split()
         for name in sizes:
             if getattr(self, name) < 1:

@@ -5,6 +5,7 @@ import pickle
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -279,6 +280,8 @@ def test_configuration_survives_json() -> None:
 
     for config in (*CONFIGS.values(), TINY):
         assert ModelConfig(**json.loads(json.dumps(asdict(config)))) == config
+    counted = ModelConfig(num_classes=np.int64(10))  # as of labels.max() + 1
+    assert json.loads(json.dumps(asdict(counted)))["num_classes"] == 10
 
 
 @pytest.mark.parametrize(
@@ -293,6 +296,13 @@ def test_configuration_survives_json() -> None:
         ({"head_depth": 4}, "head_depth 4 exceeds depth 3"),
         ({"channels": 0}, "channels must be at least 1"),
         ({"noise_scale": 0.0}, "noise_scale must be positive"),
+        ({"noise_scale": "1"}, "noise_scale must be a finite number, got '1'"),
+        ({"num_classes": 2.5}, "num_classes must be a whole number, got 2.5"),
+        ({"depth": True}, "depth must be a whole number, got True"),
+        ({"v_head": "no"}, "v_head must be true or false, got 'no'"),
+        ({"bottleneck": 2.5}, "bottleneck must be a whole number or empty"),
+        ({"sample_omega": float("inf")}, "sample_omega must be a finite number"),
+        ({"sample_interval": (1,)}, "sample_interval must be 2 finite numbers"),
         ({"condition_tokens": (1, 1, 1, 0, 1)}, "condition_tokens must be five counts"),
     ],
 )

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from pmf import checkpoint
+from pmf.arguments import fits
 from pmf.errors import UserError
 from pmf.training import PRESETS
-from pmf.training.config import TrainConfig, fits, flag, settings, type_of
+from pmf.training.config import TrainConfig, flag, settings, type_of
 
 
 def read_settings_file(path: Path) -> tuple[str | None, dict[str, Any]]:

@@ -2,12 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from pmf.arguments import are_numbers, require_number
+from pmf.arguments import are_numbers, check_fields, require_number
 from pmf.defaults import uniform
 
 __all__ = ["ClassifierFreeGuidance", "Guidance", "IntervalGuidance", "NoGuidance", "check_interval"]
@@ -21,6 +21,7 @@ def check_interval(what: str, interval: Any) -> None:
         raise ValueError(f"{what}: interval must be two numbers 0 <= t_min <= t_max <= 1, got {interval!r}")
 
 
+@runtime_checkable
 class Guidance(Protocol):
     """Draws each sample's guidance and gives its strength at a time. Tensors are [B], on the host."""
 
@@ -47,8 +48,8 @@ class IntervalGuidance:
     beta: float = 1.0
 
     def __post_init__(self) -> None:
+        check_fields("guidance", self)
         require_number("guidance: max_omega", self.max_omega, at_least=1)
-        require_number("guidance: beta", self.beta)
         if math.log(self.max_omega) * (1 - self.beta) > _LARGEST:
             raise ValueError(
                 f"guidance: beta {self.beta:g} is too low: max_omega^(1 - beta) overflows float32; "

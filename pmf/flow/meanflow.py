@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pmf.arguments import require_number
+from pmf.arguments import are_numbers, check_fields, require_number
 from pmf.defaults import normal, uniform
 from pmf.tangents import Jvp
 
@@ -68,8 +68,7 @@ class MeanFlow:
     class_dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        _check_choice("prediction", self.prediction, PREDICTIONS)
-        _check_choice("direction", self.direction, ("conditional", "network"))
+        check_fields("MeanFlow", self)
         require_number("MeanFlow: noise_scale", self.noise_scale, above=0)
         require_number("MeanFlow: norm_p", self.norm_p, at_least=0)
         require_number("MeanFlow: norm_eps", self.norm_eps, above=0)
@@ -83,6 +82,8 @@ class MeanFlow:
 
         Flow-matching samples come first; the first Binomial(B, class_dropout) samples lose their conditions.
         """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"MeanFlow: x must be a Tensor, got {type(x).__name__}")
         batch = len(x)
         t, r = self.times.draw(batch, generator)
         omega, t_min, t_max = self.guidance.draw(r == t, generator)
@@ -187,6 +188,7 @@ class MeanFlow:
         self, network: Network, z: Tensor, t: Tensor, r: Tensor, v: Tensor, conditions: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """u, and du/dt as a constant."""
+        _check_callable(network)
         one = torch.ones_like(t)
         jvp = network if _is_jvp(network) else Jvp(_as_module(network))
         out, out_t = jvp((z, t, r), (v, one, None), **conditions)
@@ -215,6 +217,8 @@ def sample(
     _check_choice("prediction", prediction, PREDICTIONS)
     if not isinstance(noise, Tensor) or not noise.is_floating_point() or noise.dim() < 1:
         raise TypeError("flow.sample: noise must be a floating tensor [B, ...] (pmf.sample takes labels)")
+    if not are_numbers(times):
+        raise ValueError(f"flow.sample: times must be a list of numbers in [0, 1], got {times!r}")
     times = [float(t) for t in times]
     if len(times) < 2 or not 1 >= times[0] or not times[-1] >= 0:
         raise ValueError(f"flow.sample: times must be at least two in [0, 1], got {times}")
@@ -230,9 +234,15 @@ def sample(
 
 def _call(network: Network, z: Tensor, t: Tensor, r: Tensor, conditions: dict[str, Any]) -> Any:
     """The network's value only."""
+    _check_callable(network)
     if _is_jvp(network):
         return network((z, t, r), (None, None, None), **conditions)[0]
     return network(z, t, r, **conditions)
+
+
+def _check_callable(network: Any) -> None:
+    if not callable(network):
+        raise TypeError(f"MeanFlow: the network must be a module or function, got {network!r}")
 
 
 def _is_jvp(network: Any) -> bool:

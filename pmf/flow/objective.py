@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pmf.arguments import is_whole, require_number
+from pmf.arguments import check_fields, require_number
 from pmf.defaults import normal, uniform
-from pmf.models import PixelMeanFlow, network_in
+from pmf.models import ModelConfig, PixelMeanFlow, network_in
 from pmf.nn import Condition
 from pmf.wrappers import exchanges, unwrap, without_ddp
 
@@ -115,14 +116,12 @@ class Objective:
     perceptual: Perceptual | None = None
 
     def __post_init__(self) -> None:
+        check_fields("objective", self)
         require_number("objective: noise_scale", self.noise_scale, above=0)
         require_number("objective: norm_p", self.norm_p, at_least=0)
         require_number("objective: norm_eps", self.norm_eps, above=0)
         require_number("objective: class_dropout", self.class_dropout, at_least=0, at_most=1)
-        if not is_whole(self.row_multiple) or self.row_multiple < 1:
-            raise ValueError(
-                f"objective: row_multiple must be a whole number of at least 1, got {self.row_multiple!r}"
-            )
+        require_number("objective: row_multiple", self.row_multiple, at_least=1)
 
     @torch.inference_mode(False)  # autograd rejects inference-mode tensors
     def draw(self, images: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Draws:
@@ -130,6 +129,8 @@ class Objective:
 
         Flow-matching samples come first; the first Binomial(B, class_dropout) samples lose their label.
         """
+        if not isinstance(images, Tensor):
+            raise TypeError(f"objective: images must be a Tensor, got {type(images).__name__}")
         batch = len(images)
         t, r = self.times.draw(batch, generator)
         omega, t_min, t_max = self.guidance.draw(r == t, generator)
@@ -148,7 +149,7 @@ class Objective:
         Ranks may draw differently: if a pass waits for other ranks, even_passes applies.
         """
         config = network_in(model, "objective").config
-        _check(images, labels, draws, config.num_classes)
+        _check(images, labels, draws, config)
         if self.noise_scale != config.noise_scale:  # sampling would start from noise never seen in training
             raise ValueError(
                 f"objective: noise_scale is {self.noise_scale} but the model samples with "
@@ -284,10 +285,20 @@ def _direction(v_c: Tensor, t: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return z_t, t_t
 
 
-def _check(images: Tensor, labels: Tensor, draws: Draws, num_classes: int) -> None:
-    if images.ndim != 4 or images.dtype not in (torch.float32, torch.float64):
+def _check(images: Tensor, labels: Tensor, draws: Draws, config: ModelConfig) -> None:
+    kinds: dict[str, tuple[Any, type]] = {
+        "images": (images, Tensor),
+        "labels": (labels, Tensor),
+        "draws": (draws, Draws),
+    }
+    for name, (given, kind) in kinds.items():
+        if not isinstance(given, kind):
+            raise TypeError(f"objective: {name} must be a {kind.__name__}, got {type(given).__name__}")
+    shape = config.image_shape
+    if images.dtype not in (torch.float32, torch.float64) or tuple(images.shape[1:]) != shape:
         raise ValueError(
-            f"objective: images must be float32 [B, C, H, W], got {images.dtype} {list(images.shape)}"
+            f"objective: images must be float32 [B, {', '.join(map(str, shape))}], "
+            f"got {images.dtype} {list(images.shape)}"
         )
     if len(images) == 0:
         raise ValueError("objective: there must be at least one image, got none")
@@ -305,6 +316,10 @@ def _check(images: Tensor, labels: Tensor, draws: Draws, num_classes: int) -> No
     if labels.dtype != torch.int64:
         raise ValueError(f"objective: labels must be int64, got {labels.dtype}")
     # Reading labels on another device would make the host wait.
-    if labels.device.type == "cpu" and len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+    if (
+        labels.device.type == "cpu"
+        and len(labels)
+        and not 0 <= labels.min() <= labels.max() < config.num_classes
+    ):
         low, high = int(labels.min()), int(labels.max())
-        raise ValueError(f"objective: labels must lie in 0..{num_classes - 1}, got {low}..{high}")
+        raise ValueError(f"objective: labels must lie in 0..{config.num_classes - 1}, got {low}..{high}")

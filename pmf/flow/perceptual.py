@@ -1,7 +1,7 @@
 """The interface of perceptual losses, which apply to samples at small t."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 __all__ = ["Perceptual"]
 
 
+@runtime_checkable
 class Perceptual(Protocol):
     """Perceptual distances for the objective, which weights and normalises them, and their random draws."""
 

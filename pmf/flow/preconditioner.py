@@ -1,7 +1,7 @@
 """Preconditioning: scalings of the network's input and output."""
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ __all__ = [
 ]
 
 
+@runtime_checkable
 class Preconditioner(Protocol):
     """input(z, t) is what the network receives; output(z, raw, t) is the prediction made from its output.
 

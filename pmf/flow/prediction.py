@@ -1,6 +1,6 @@
 """What the network predicts, and the velocity that follows from it."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -11,6 +11,7 @@ from .path import T_FLOOR, conditional_velocity, per_sample
 __all__ = ["Prediction", "UPrediction", "XPrediction", "prediction_of"]
 
 
+@runtime_checkable
 class Prediction(Protocol):
     """Maps an output [B, ...] at (z, t) to a velocity, and tangents of all three to the velocity's."""
 

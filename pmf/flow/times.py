@@ -1,17 +1,18 @@
 """Distributions of the training times (t, r)."""
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from pmf.arguments import require_number
+from pmf.arguments import check_fields, require_number
 from pmf.defaults import normal, uniform
 
 __all__ = ["LineTimes", "PlaneTimes", "TimeSampling"]
 
 
+@runtime_checkable
 class TimeSampling(Protocol):
     """Draws times t >= r, each [batch] on the CPU in float32; r = t makes a flow-matching sample."""
 
@@ -32,7 +33,7 @@ class PlaneTimes:
     uniform_fraction: float = 0.0
 
     def __post_init__(self) -> None:
-        require_number("times: mean", self.mean)
+        check_fields("times", self)
         require_number("times: std", self.std, at_least=0)
         require_number("times: data_proportion", self.data_proportion, at_least=0, at_most=1)
         require_number("times: uniform_fraction", self.uniform_fraction, at_least=0, at_most=1)
@@ -56,6 +57,7 @@ class LineTimes:
     line: str = "r=t"
 
     def __post_init__(self) -> None:
+        check_fields("times", self)
         if self.line not in ("r=t", "r=0"):
             raise ValueError(f"times: line must be 'r=t' or 'r=0', got {self.line!r}")
 

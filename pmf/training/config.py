@@ -7,12 +7,12 @@ so a setting is addressed by its name alone: ``get_preset("digits", lr=2e-3)``, 
 import dataclasses
 import functools
 import math
-import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pmf.arguments import fits, in_words
 from pmf.errors import UserError
 from pmf.models import CHECKPOINTING, PRECONDITIONERS, PREDICTIONS
 from pmf.perceptual import CHOICES as PERCEPTUAL
@@ -235,7 +235,7 @@ class TrainConfig:
             value = tuple(given) if isinstance(given, list) else given
             hint = type_of(home[name], name)
             if not fits(value, hint):
-                raise UserError(f"{flag(name)} must be {_in_words(hint)}, got {given!r}")
+                raise UserError(f"{flag(name)} must be {in_words(hint)}, got {given!r}")
             groups.setdefault(home[name], {})[name] = value
         changed = {group: dataclasses.replace(getattr(self, group), **new) for group, new in groups.items()}
         return dataclasses.replace(self, **changed)
@@ -280,40 +280,6 @@ def settings() -> Iterator[tuple[str, dataclasses.Field[Any]]]:
 def type_of(group: str, name: str) -> Any:
     """A setting's annotation."""
     return typing.get_type_hints(_GROUPS[group])[name]
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a value has the annotated type; a whole number is also a number, true and false are neither."""
-    parts = typing.get_args(hint)
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return any(fits(value, part) for part in parts)
-    if typing.get_origin(hint) is tuple:
-        if not isinstance(value, tuple):
-            return False
-        wanted = parts[:1] * len(value) if parts[-1] is ... else parts
-        return len(value) == len(wanted) and all(map(fits, value, wanted))
-    if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-_WORDS = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "text",
-    types.NoneType: "empty",
-}
-
-
-def _in_words(hint: Any) -> str:
-    parts = typing.get_args(hint)
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(map(_in_words, parts))
-    if typing.get_origin(hint) is tuple:
-        plural = _WORDS[parts[0]].removeprefix("a ") + "s" * (parts[0] is not str)
-        return f"a list of {plural}" if parts[-1] is ... else f"{len(parts)} {plural}"
-    return _WORDS[hint]
 
 
 def _check_finite(name: str, value: Any) -> None:

@@ -250,10 +250,12 @@ def test_a_trained_network_samples_its_data():
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"prediction": "v"}, "prediction must be one of u, x, got 'v'"),
-        ({"direction": "own"}, "direction must be one of conditional, network"),
+        ({"prediction": "v"}, "prediction must be 'u' or 'x', got 'v'"),
+        ({"direction": "own"}, "direction must be 'conditional' or 'network'"),
         ({"noise_scale": 0.0}, "noise_scale must be a finite number, greater than 0"),
         ({"norm_eps": 0.0}, "norm_eps must be a finite number, greater than 0"),
+        ({"times": "plane"}, "times must be a TimeSampling, got 'plane'"),
+        ({"guidance": None}, "guidance must be a Guidance, got None"),
         ({"class_dropout": 2.0}, "class_dropout must be a finite number, at least 0 and at most 1"),
         ({"guidance": IntervalGuidance()}, "guidance needs null"),
     ],

@@ -305,6 +305,15 @@ def test_batches_that_do_not_fit_together_are_refused() -> None:
     for impossible in ({"r": draws.t, "t": draws.r - 0.1}, {"omega": draws.omega / 9}, {"t": draws.t + 1}):
         with pytest.raises(ValueError, match="draws must have 0 <= r <= t <= 1 and omega >= 1"):
             objective(model, images, labels, draws._replace(**impossible))
+    for wrong in ((list(images), labels, draws), (images, labels.tolist(), draws), (images, labels, None)):
+        with pytest.raises(TypeError, match="objective: (images|labels|draws) must be a"):
+            objective(model, *wrong)
+    with pytest.raises(TypeError, match="the model must be a PixelMeanFlow, got Linear"):
+        objective(torch.nn.Linear(2, 2), images, labels, draws)
+    with pytest.raises(
+        ValueError, match=r"images must be float32 \[B, 2, 8, 8\], got torch.float32 \[3, 2, 4, 8\]"
+    ):
+        objective(model, images[:, :, :4], labels, draws)
     with pytest.raises(ValueError, match=r"draws.drop must be boolean, got torch.int64"):
         objective(model, images, labels, draws._replace(drop=draws.drop.long()))
     with pytest.raises(ValueError, match="labels must be int64"):
@@ -328,7 +337,12 @@ def test_batches_that_do_not_fit_together_are_refused() -> None:
         ({"norm_p": -5.0}, "norm_p must be a finite number, at least 0, got -5.0"),
         ({"norm_eps": 0.0}, "norm_eps must be a finite number, greater than 0"),
         ({"class_dropout": 1.5}, "class_dropout must be a finite number, at least 0 and at most 1"),
-        ({"row_multiple": 0}, "row_multiple must be a whole number"),
+        ({"prediction": "x"}, "prediction must be a Prediction or empty, got 'x'"),
+        ({"times": "plane"}, "times must be a TimeSampling, got 'plane'"),
+        ({"guidance": "none"}, "guidance must be a Guidance, got 'none'"),
+        ({"perceptual": "vgg"}, "perceptual must be a Perceptual or empty, got 'vgg'"),
+        ({"v_head": "no"}, "v_head must be true or false, got 'no'"),
+        ({"row_multiple": 0}, "row_multiple must be a finite number, at least 1"),
         ({"row_multiple": 1.5}, "row_multiple must be a whole number"),
     ],
 )

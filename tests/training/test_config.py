@@ -169,12 +169,12 @@ def test_quick_cuts_the_network_and_the_steps_alone() -> None:
     ("name", "value", "words"),
     [
         ("keep_checkpoints", 2.5, "a whole number"),
-        ("lr", True, "a number"),
-        ("lr", None, "a number"),
+        ("lr", True, "a finite number"),
+        ("lr", None, "a finite number"),
         ("data", 2024, "text"),
-        ("minutes", "four", "a number or empty"),
+        ("minutes", "four", "a finite number or empty"),
         ("condition_tokens", 3, "a list of whole numbers or empty"),
-        ("ema_half_lives", (1.0, "b"), "a list of numbers"),
+        ("ema_half_lives", (1.0, "b"), "a list of finite numbers"),
     ],
 )
 def test_a_value_of_the_wrong_type_names_its_setting(name, value, words):
