@@ -10,7 +10,7 @@ from PIL import Image
 
 from pmf.atomic import write_file
 
-__all__ = ["ImageGrid", "image_grid", "new_figure", "png_of", "save_png", "to_uint8"]
+__all__ = ["ImageGrid", "encode_png", "image_grid", "new_figure", "png_of", "save_png", "to_uint8"]
 
 _GRID_PIXELS = 512  # grids narrower than this are enlarged, so that 8x8 images are visible
 _GRID_GAP = 1  # pixels between the images of a grid, before enlargement
@@ -23,13 +23,18 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return (255 * unit).round().to(torch.uint8)
 
 
-def save_png(image: torch.Tensor, path: Path) -> None:
-    """Write an image [C, H, W], float around [-1, 1] or uint8, with C = 1 or 3; raises OSError."""
+def encode_png(image: torch.Tensor) -> bytes:
+    """An image [C, H, W], float around [-1, 1] or uint8, with C = 1 or 3, as a PNG."""
     pixels = image if image.dtype == torch.uint8 else to_uint8(image)
     array = pixels.permute(1, 2, 0).cpu().numpy()
     content = io.BytesIO()
     Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(content, format="PNG")
-    write_file(path, content.getvalue())
+    return content.getvalue()
+
+
+def save_png(image: torch.Tensor, path: Path) -> None:
+    """Write an image as `encode_png` encodes it; raises OSError."""
+    write_file(path, encode_png(image))
 
 
 class ImageGrid:

@@ -26,7 +26,7 @@ FLOORS = (
     {"check", "models"},
     {"bench", "checkpoint", "flow"},
     {"sampling", "toy", "training"},
-    {"ablation", "evaluation"},
+    {"ablation", "evaluation", "pages"},
     {"cli"},
 )
 TOP = {"__init__", "__main__"}  # the package itself, which re-exports

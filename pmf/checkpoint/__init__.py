@@ -1,6 +1,7 @@
 """Weights and runs on disk: single-process files (`ours`) and sharded checkpoints (`sharded`)."""
 
 from pmf.checkpoint.ours import (
+    BUILT_IN,
     LoadedModel,
     assign_weights,
     checkpoint_folders,
@@ -14,10 +15,12 @@ from pmf.checkpoint.ours import (
     step_folder,
     step_of,
     tensors_bytes,
+    trained_settings,
     weights_bytes,
 )
 
 __all__ = [
+    "BUILT_IN",
     "LoadedModel",
     "assign_weights",
     "checkpoint_folders",
@@ -31,5 +34,6 @@ __all__ = [
     "step_folder",
     "step_of",
     "tensors_bytes",
+    "trained_settings",
     "weights_bytes",
 ]

@@ -37,6 +37,8 @@ from pmf.wrappers import by_plain_names, plain_names
 
 _FORMAT = "pixelmeanflow-1"
 _STEP_PREFIX = "step-"
+BUILT_IN = {path.stem: path for path in sorted((Path(__file__).parent / "built_in").glob("*.safetensors"))}
+"""Trained checkpoints that are installed with the package, by name; a JSON file beside each is its record."""
 _V_HEAD = ("v_head", "v_final")  # prefixes of its weights' names, in our files and the authors'
 
 PathLike = str | os.PathLike[str]
@@ -58,7 +60,8 @@ def load_checkpoint(
     """Build the model in ``path`` and load its weights, ready to sample (eval mode, fp32, CPU).
 
     path: a run folder (its newest checkpoint is used), a checkpoint folder, a ``.safetensors`` file of this
-    project, or the authors' ``.pth`` / ``.pt`` state dict, read with ``weights_only=True``.
+    project, or the authors' ``.pth`` / ``.pt`` state dict, read with ``weights_only=True``. Where there is no
+    such path, the name of a built-in checkpoint: "digits".
     ema: for a folder, the weights to load: a half-life in thousands of images ("500"), or "none" for the
     trained weights; by default the average that the run samples from.
     noise_scale: for the authors' files whose shape matches no preset, since the weights do not determine it.
@@ -73,7 +76,10 @@ def load_model(
     path: PathLike, ema: str | None = None, *, noise_scale: float | None = None, v_head: bool = True
 ) -> LoadedModel:
     """Like `load_checkpoint`, but also returns the class names."""
-    file = _choose_file(Path(path), ema)
+    path = Path(path)
+    if not path.exists():  # a folder or file of the user's own goes first
+        path = BUILT_IN.get(str(path), path)
+    file = _choose_file(path, ema)
     if file.parent.name == sharded.SHARDS:
         return _load_sharded(file.parent.parent, file.name, v_head)
     if file.suffix == ".safetensors":
@@ -255,7 +261,7 @@ def ema_file(half_life: float) -> str:
 
 def _choose_file(path: Path, ema: str | None) -> Path:
     if not path.exists():
-        raise UserError(f"there is no checkpoint {path}")
+        raise UserError(f"there is no checkpoint {path}; built in: {', '.join(BUILT_IN)}")
     if path.is_file():
         if ema is not None:
             raise UserError(f"--ema selects weights in a checkpoint folder, but {path} is a file")
@@ -284,6 +290,15 @@ def _choose_file(path: Path, ema: str | None) -> Path:
         known = sorted(file.stem.removeprefix("ema-") for file in folder.glob("ema-*.safetensors"))
         raise UserError(f"{folder} has no {chosen}: --ema can be none, {', '.join(known)}")
     return folder / chosen
+
+
+def trained_settings(file: Path) -> dict[str, Any]:
+    """The settings that the weights in a file were trained with, as in config.json; empty if unknown."""
+    if file in BUILT_IN.values():
+        settings: dict[str, Any] = read_json(file.with_suffix(".json"))["settings"]
+        return settings
+    path = file.with_name("config.json")
+    return read_json(path) if path.is_file() else {}
 
 
 def read_json(path: Path) -> dict[str, Any]:

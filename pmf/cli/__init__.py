@@ -1,18 +1,19 @@
-"""The command ``pmf``: train, sample, evaluate, ablate, convert, flops, toy, bench, check, env."""
+"""``pmf``: train, sample, demo, report, evaluate, ablate, convert, flops, toy, bench, check and env."""
 
 import sys
 from collections.abc import Sequence
 
 from pmf import _library, kernels
-from pmf.cli import ablate, bench, check, convert, env, evaluate, flops, sample, toy, train
+from pmf.cli import ablate, bench, check, convert, demo, env, evaluate, flops, report, sample, toy, train
 from pmf.cli.arguments import Parser
 from pmf.cli.notes import notes_on_stderr
 from pmf.errors import UserError
 
-_NEED_KERNELS = ("train", "sample", "evaluate", "ablate", "flops", "bench", "check")
+_NEED_KERNELS = ("train", "sample", "demo", "evaluate", "ablate", "flops", "bench", "check")
 _INTERRUPTED = 130  # the exit status that shells report after Ctrl-C
 _DESCRIPTION = """Train Pixel MeanFlow models and sample images from them in one step.
 
+  pmf sample digits                sample from the checkpoint that comes with pmf
   pmf train                        train on handwritten digits and save a grid of samples
   pmf sample runs/00000-digits     sample images and a grid from that run
   pmf COMMAND --help               all options of a command
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return bench.run(words[1:])
         parser = Parser(prog="pmf", description=_DESCRIPTION)
         commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-        for module in (train, sample, evaluate, ablate, convert, flops, toy, bench, check, env):
+        for module in (train, sample, demo, report, evaluate, ablate, convert, flops, toy, bench, check, env):
             module.add_parser(commands)
         arguments = parser.parse_args(words)
         with notes_on_stderr():

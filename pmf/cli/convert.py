@@ -19,7 +19,7 @@ _DESCRIPTION = """Write a checkpoint as one file: .safetensors, which includes t
 .pth with the parameter names of the authors' PyTorch code, which stores no configuration.
 
   pmf convert pMF-B-16.pth pmf-b-16.safetensors --preset pmf-b/16
-  pmf convert runs/00000-digits digits.safetensors --ema 50
+  pmf convert runs/00000-digits digits.safetensors --ema 10 --for-sampling
   pmf convert runs/imagenet pMF-B-16.pth
 
 The authors' files are read without executing code they may contain; anything but tensors is an error.
@@ -44,6 +44,12 @@ def add_parser(commands: Commands) -> None:
         metavar="FILE",
         help="file with one class name per line for pmf sample --classes; .safetensors only",
     )
+    parser.add_argument(
+        "--for-sampling",
+        action="store_true",
+        help="less than half the size: weights in float16, without the head that only training needs; "
+        ".safetensors only",
+    )
     parser.set_defaults(run=run)
 
 
@@ -56,8 +62,18 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if target.exists():
         raise UserError(f"{target} already exists: choose another name")
-    loaded = checkpoint.load_model(arguments.source, arguments.ema, noise_scale=arguments.noise_scale)
+    for_sampling: bool = arguments.for_sampling
+    if for_sampling and target.suffix != ".safetensors":
+        raise UserError("--for-sampling writes .safetensors, as the authors' code trains what it loads")
+    loaded = checkpoint.load_model(
+        arguments.source, arguments.ema, noise_scale=arguments.noise_scale, v_head=not for_sampling
+    )
     weights = {name: parameter.detach() for name, parameter in loaded.model.named_parameters()}
+    if for_sampling:
+        weights = {name: weight.half() for name, weight in weights.items()}
+        for name, weight in weights.items():
+            if not weight.isfinite().all():
+                raise UserError(f"{name} of {loaded.path} does not fit float16: leave out --for-sampling")
     if arguments.preset is not None:
         _require_preset(loaded, arguments.preset)
     names, config = loaded.class_names, loaded.model.config

@@ -29,6 +29,7 @@ A seed determines one noise image: the same seed gives the same picture, whateve
 batch is written before the next is computed, so memory does not grow with the number of images and Ctrl-C
 loses no image already written. If the grid would be too large, it shows the first classes and seeds only.
 
+  pmf sample digits --classes all
   pmf sample runs/00000-digits --classes 3 7 --seeds 0-19
   pmf sample pMF-B-16.pth --classes 207 --seeds 0-3 --omega 7.5 --interval 0.1 0.8 --out golden-retrievers
   pmf sample pMF-B-16.pth --classes all --seeds 0-49 --out fifty-thousand
@@ -44,7 +45,9 @@ def add_parser(commands: Commands) -> None:
     """Register the command."""
     parser = commands.add_parser("sample", help="sample images from a checkpoint", description=_DESCRIPTION)
     parser.add_argument(
-        "checkpoint", type=Path, help="run or checkpoint folder, .safetensors, or the authors' .pth"
+        "checkpoint",
+        type=Path,
+        help="run or checkpoint folder, .safetensors, the authors' .pth, or digits, which is built in",
     )
     parser.add_argument(
         "--classes", nargs="+", metavar="CLASS", help="class names or numbers, or all (the first ten classes)"

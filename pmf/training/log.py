@@ -8,8 +8,12 @@ from typing import Any
 
 import torch
 
+from pmf import env
 from pmf.atomic import write_file
 from pmf.training.pictures import draw_losses
+from pmf.version import VERSION
+
+ENVIRONMENT = "environment.json"
 
 
 class RunLog:
@@ -20,7 +24,7 @@ class RunLog:
 
     def __init__(self, folder: Path, step: int) -> None:
         self.folder, self.path = folder, folder / "log.jsonl"
-        self.rows = [row for row in _read_rows(self.path) if row["step"] <= step]
+        self.rows = [row for row in read_rows(self.path) if row["step"] <= step]
         write_file(self.path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
         self._file = self.path.open("a", encoding="utf-8")
         self._can_plot = importlib.util.find_spec("matplotlib") is not None
@@ -71,7 +75,8 @@ class RunLog:
             self._board.close()
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The complete entries of a log.jsonl, oldest first; none if there is no file."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
@@ -79,6 +84,31 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
         except ValueError:  # an incomplete line from a run that was killed while writing it
             break
     return rows
+
+
+def add_environment(folder: Path, step: int, device: str, ranks: int) -> None:
+    """Add the machine that runs from this step on to environment.json, a list with one entry per start."""
+    facts = env.facts()
+    entry = {
+        "step": step,
+        "device": device,
+        "ranks": ranks,
+        "pixelmeanflow": VERSION,
+        **{name: facts[name] for name in ("python", "torch", "processor", "cpu kernels", "gpu", "driver")},
+    }
+    entries = [old for old in read_environment(folder) if old["step"] < step]
+    write_file(folder / ENVIRONMENT, (json.dumps([*entries, entry], indent=2) + "\n").encode())
+
+
+def read_environment(folder: Path) -> list[dict[str, Any]]:
+    """The entries of environment.json, oldest first; none if it is missing or damaged."""
+    try:
+        entries = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    if not isinstance(entries, list):
+        return []
+    return [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("step"), int)]
 
 
 def _tensorboard(folder: Path, step: int) -> Any:

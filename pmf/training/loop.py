@@ -25,7 +25,7 @@ from pmf.models import PixelMeanFlow
 from pmf.ranks import Ranks
 from pmf.training.building import model_config
 from pmf.training.config import OptimizerSettings, TrainConfig, flag, settings
-from pmf.training.log import RunLog
+from pmf.training.log import RunLog, add_environment
 from pmf.training.parallel import whole
 from pmf.training.pictures import draw_samples
 from pmf.training.trainer import COLUMNS, Trainer
@@ -136,6 +136,7 @@ class Run:
             ):
                 if self.out is not None and self.ranks.first:
                     write_file(self.out / "config.json", _json_bytes(config))
+                    add_environment(self.out, trainer.step, str(trainer.device), self.ranks.size)
                     self.log = RunLog(self.out, trainer.step)
                 started = time.monotonic() - trainer.seconds
                 while not self._stops(stop) and self._spent() < 1:
