@@ -22,7 +22,9 @@ __all__ = ["Request", "Studio", "build_page", "listen", "serve"]
 
 _FRAMES, _FEWEST = 9, 3  # images from one seed to the other
 _CLASSES = 10  # most classes drawn side by side
-_AT_ONCE = 1.0  # seconds: as many images are drawn together as the device needs this long for one by one
+_AT_ONCE = (
+    1.0  # seconds in which all images of the page can be drawn in one step, if that is enough for a few
+)
 _LARGEST_OMEGA = 8.0  # of the guidance slider, if the checkpoint does not know what it was trained with
 _MOST_STEPS, _LARGEST_SEED = 8, 999
 _FEW = 12  # up to this many classes are buttons, more are a list
@@ -37,6 +39,7 @@ _STYLE = """
 .pmf .row figure { max-width: 8rem }
 .pmf figcaption { text-align: center; font-size: 0.8rem; overflow: hidden; text-overflow: ellipsis }
 .pmf p { margin: 1rem 0 0.3rem }
+input[type="radio"]:checked { background-color: var(--checkbox-background-color-selected) !important }
 """
 
 
@@ -53,6 +56,15 @@ class Request(NamedTuple):
     blend: float = 0.0
 
 
+class Drawn(NamedTuple):
+    """What the page shows, around [-1, 1], and the seconds it took."""
+
+    image: Tensor  # the one asked for [C, H, W]
+    between: Tensor  # the class from one seed to the other in equal steps [frames, C, H, W]
+    classes: Tensor  # the noise of the image as each class [classes, C, H, W]
+    seconds: float
+
+
 class Studio:
     """A checkpoint, and how many images of it are drawn at once."""
 
@@ -66,12 +78,20 @@ class Studio:
         found = settings.get("max_omega")
         largest = float(found) if isinstance(found, (int, float)) else _LARGEST_OMEGA
         self.largest_omega = max(largest, self.config.sample_omega)
-        self.frames, self.num_classes = 0, 0
-        seconds = min(self.draw(self.first())[1] for _ in range(3))
-        affordable = int(_AT_ONCE / seconds)
-        self.frames = min(_FRAMES, max(_FEWEST, affordable))
-        if 1 < len(self.names) <= min(_CLASSES, affordable - self.frames):
-            self.num_classes = len(self.names)
+        self.fastest = math.inf  # seconds of one evaluation of one image, the least so far
+        for _ in range(2):  # the first is slower
+            self.draw(self.first())
+
+    @property
+    def frames(self) -> int:
+        """How many images are drawn from one seed to the other."""
+        return min(_FRAMES, max(_FEWEST, int(_AT_ONCE / self.fastest)))
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes are drawn side by side: all, if they are few and the network is fast, or none."""
+        room = min(_CLASSES, int(_AT_ONCE / self.fastest) - self.frames)
+        return len(self.names) if 1 < len(self.names) <= room else 0
 
     def first(self) -> Request:
         """What the page shows first: the checkpoint's own guidance."""
@@ -79,23 +99,22 @@ class Studio:
         omega = self.config.sample_omega if self.is_guided else 1.0
         return Request(omega=omega, t_min=low, t_max=high)
 
-    def draw(self, request: Request) -> tuple[Tensor, float]:
-        """Images [1 + frames + classes, C, H, W] around [-1, 1], and the seconds they took.
-
-        The first is the asked-for image; then the class from one seed to the other in equal steps; then the
-        noise of the first as each class.
-        """
-        blends = [request.blend, *(i / (self.frames - 1) for i in range(self.frames))]
+    def draw(self, request: Request) -> Drawn:
+        """Draw everything in one batch; UserError if memory runs out."""
+        frames, num_classes = self.frames, self.num_classes
+        blends = [request.blend, *(i / (frames - 1) for i in range(frames))]
         noise = self.noise(request.seed, request.other_seed, blends)
-        noise = torch.cat((noise, noise[:1].expand(self.num_classes, -1, -1, -1)))
-        labels = [request.label] * len(blends) + list(range(self.num_classes))
+        noise = torch.cat((noise, noise[:1].expand(num_classes, -1, -1, -1)))
+        labels = [request.label] * len(blends) + list(range(num_classes))
         interval = min(request.t_min, request.t_max), max(request.t_min, request.t_max)
         start = time.perf_counter()
         try:
             images = self.sampler(labels, request.steps, request.omega, interval, noise).cpu()
         except (ValueError, RuntimeError) as error:
             raise UserError(str(error).splitlines()[0]) from error
-        return images, time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self.fastest = min(self.fastest, seconds / (len(images) * request.steps))
+        return Drawn(images[0], images[1 : 1 + frames], images[1 + frames :], seconds)
 
     def noise(self, seed: int, other: int, blends: Sequence[float]) -> Tensor:
         """Noise [N, C, H, W] on the way from one seed's to the other's, e cos(b pi / 2) + e' sin(b pi / 2).
@@ -114,8 +133,8 @@ class Studio:
 
     def page(self, request: Request) -> str:
         """The images of a request as HTML, embedded."""
-        images, seconds = self.draw(request)
-        sources = ["data:image/png;base64," + base64.b64encode(encode_png(x)).decode() for x in images]
+        drawn = self.draw(request)
+        image, *_ = _sources(drawn.image[None])
         name = self.names[request.label]
         class_words = f"class {name}, " if len(self.names) > 1 else ""
         seeds = f"seed {request.seed}"
@@ -123,21 +142,28 @@ class Studio:
             seeds += f" to {request.other_seed} at {request.blend:.2f}"
         evaluations = f"{request.steps} evaluation" + ("s" if request.steps > 1 else "")
         caption = f"{class_words}{seeds}, {evaluations} of the network"
-        parts = [f'<div class="large">{_figure(sources[0], caption, caption)}</div>']
-        strip, classes = sources[1 : 1 + self.frames], sources[1 + self.frames :]
+        parts = [f'<div class="large">{_figure(image, caption, caption)}</div>']
         ends = f"from seed {request.seed} to {request.other_seed}"
-        figures = [_figure(x, f"{i + 1} of {len(strip)} {ends}") for i, x in enumerate(strip)]
+        between = _sources(drawn.between)
         parts.append(f'<p>From seed {request.seed} to seed {request.other_seed}</p><div class="row">')
-        parts += [*figures, "</div>"]
-        if classes:
+        parts += [_figure(x, f"{i + 1} of {len(between)} {ends}") for i, x in enumerate(between)]
+        parts.append("</div>")
+        if len(drawn.classes):
             parts.append('<p>The same noise as every class</p><div class="row">')
-            parts += [_figure(x, f"class {n}", n) for x, n in zip(classes, self.names, strict=True)]
+            classes = zip(_sources(drawn.classes), self.names, strict=True)
+            parts += [_figure(x, f"class {name}", name) for x, name in classes]
             parts.append("</div>")
-        parts.append(f"<p>{len(images)} images in {1000 * seconds:.0f} ms</p>")
+        count = 1 + len(drawn.between) + len(drawn.classes)
+        parts.append(f"<p>{count} images in {1000 * drawn.seconds:.0f} ms</p>")
         _, height, width = self.config.image_shape
         size = "small" if max(height, width) < 256 else ""
         style = f'class="{size}" style="--shape: {width} / {height}"'
         return f'<div class="pmf"><div {style}>{"".join(parts)}</div></div>'
+
+
+def _sources(images: Tensor) -> list[str]:
+    """Images [N, C, H, W] as URLs that contain them."""
+    return ["data:image/png;base64," + base64.b64encode(encode_png(image)).decode() for image in images]
 
 
 def _figure(source: str, alt: str, caption: str | None = None) -> str:
