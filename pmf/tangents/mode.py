@@ -218,15 +218,6 @@ class TangentMode(TorchDispatchMode):
     def has_shadows(self) -> bool:
         return bool(self._shadows)
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Leave out PyTorch's wrapper around each call, which keeps torch.compile from tracing the handler.
-
-        The handler is not traced anyway: a compiled Jvp is one node, and a compiled network inside one runs
-        its graph.
-        """
-        return False
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch._C._current_graph_task_id() != self._graph_task:
