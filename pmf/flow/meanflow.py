@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from pmf.arguments import are_numbers, check_fields, require_number
 from pmf.defaults import normal, uniform
@@ -54,7 +55,9 @@ class MeanFlow:
     The network is called as network(z, t, r, **conditions), with t and r [B] in x's dtype, and returns a
     tensor like z. It is a module, a `pmf.Jvp` of one, or any function of PyTorch operations; DDP, FSDP and
     torch.compile wrap the `pmf.Jvp`. It is called once with tangents and, if direction or guidance need it,
-    once before without gradients; the number of calls does not depend on the draws.
+    once before without gradients; the number of calls does not depend on the draws. Where r = t, du/dt does
+    not matter and is zero in the Terms. Outside of torch.compile only the other samples then have tangents,
+    if all tensors among the conditions are named in `null`.
     """
 
     prediction: Literal["u", "x"] = "u"
@@ -124,7 +127,7 @@ class MeanFlow:
             v_g = torch.where(per_sample(drop, z), v_t, v_g)
         v = v_g if v_c is None or self.direction == "conditional" else v_c
 
-        u, du_dt = self._with_tangent(network, z, t, r, v, own | told)
+        u, du_dt = self._with_tangent(network, z, t, r, v, flow_matching, own, told)
         target = v_g - per_sample(t - r, z) * du_dt
         error = (u - target).square().flatten(1).sum(1)
         loss = (error / (error.detach() + self.norm_eps) ** self.norm_p).mean()
@@ -185,17 +188,45 @@ class MeanFlow:
         return v_g if v_c is None else v_g + kappa * v_c
 
     def _with_tangent(
-        self, network: Network, z: Tensor, t: Tensor, r: Tensor, v: Tensor, conditions: dict[str, Any]
+        self,
+        network: Network,
+        z: Tensor,
+        t: Tensor,
+        r: Tensor,
+        v: Tensor,
+        flow_matching: Tensor,
+        own: dict[str, Any],
+        told: dict[str, Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """u, and du/dt as a constant."""
+        """u, and du/dt as a constant: zero where r = t, since its factor t - r is.
+
+        The samples with a tangent come first, if it is known which conditions follow the samples: those that
+        `null` names, and guidance's own.
+        """
         _check_callable(network)
-        one = torch.ones_like(t)
         jvp = network if _is_jvp(network) else Jvp(_as_module(network))
-        out, out_t = jvp((z, t, r), (v, one, None), **conditions)
-        out, out_t, prediction = _like(out, z), _like(out_t, z), PREDICTIONS[self.prediction]
+        count, order = len(z), None
+        known = all(name in (self.null or {}) or not _has_tensors(value) for name, value in own.items())
+        if known and not _is_compiled(network) and flow_matching.any():
+            order = torch.argsort(flow_matching.to(torch.uint8), stable=True).to(z.device)
+            count -= int(flow_matching.sum())
+            z, t, r, v = (x[order] for x in (z, t, r, v))
+            own = {name: x[order] if isinstance(x, Tensor) else x for name, x in own.items()}
+            told = {name: x[order] for name, x in told.items()}
+        first = slice(count)
+        one, prediction = torch.ones_like(t[first]), PREDICTIONS[self.prediction]
+        out, out_t = jvp((z, t, r), (v[first], one, None), **own, **told)
+        out = _like(out, z)
         with torch.no_grad():
-            du_dt = prediction.velocity_tangent(z, out, t, v, out_t, one)
-        return prediction.velocity(z, out, t), du_dt
+            at, value = (x[first] for x in (z, out))
+            moved = prediction.velocity_tangent(at, value, t[first], v[first], _like(out_t, at), one)
+            du_dt = torch.zeros_like(out)
+            du_dt[first] = torch.where(per_sample(t == r, z)[first], 0.0, moved)
+        u = prediction.velocity(z, out, t)
+        if order is None:
+            return u, du_dt
+        back = order.argsort()
+        return u[back], du_dt[back]
 
 
 @torch.no_grad()
@@ -253,6 +284,21 @@ def _is_jvp(network: Any) -> bool:
             return False
         network = inner
     return isinstance(network, Jvp)
+
+
+def _is_compiled(network: Any) -> bool:
+    """Whether torch.compile sees the call, and would compile for every number of tangents."""
+    while isinstance(network, nn.Module):
+        if hasattr(network, "_orig_mod") or network._compiled_call_impl is not None:
+            return True
+        if isinstance(network, Jvp):
+            break
+        network = getattr(network, "module", None)
+    return torch.compiler.is_compiling()
+
+
+def _has_tensors(value: Any) -> bool:
+    return any(isinstance(x, Tensor) for x in tree_leaves(value))
 
 
 class _Function(nn.Module):

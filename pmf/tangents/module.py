@@ -69,7 +69,9 @@ class Jvp(nn.Module):
         samples = None
         if count is not None:
             batches = _batches(primals, given)
-            if len(batches) == 1 and count > 0 and not (transformed or compiling):
+            if count == 0:
+                given = [None] * len(given)
+            elif len(batches) == 1 and not (transformed or compiling):
                 samples = count, batches.pop()
             else:
                 given = _completed(primals, given)

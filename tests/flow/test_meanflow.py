@@ -86,7 +86,7 @@ def written_out(objective: MeanFlow, network, x, draws, label) -> dict[str, Tens
         "loss": loss,
         "loss_u": error.square().mean(),
         "u": value,
-        "du_dt": du_dt,
+        "du_dt": torch.where(over(t == r, x).bool(), 0.0, du_dt),
         "v_target": v_g,
         "v_tangent": v,
     }
@@ -287,3 +287,37 @@ def test_inputs_that_do_not_fit():
     for times in ((1.0,), (0.0, 1.0), (1.0, 1.0), (1.5, 0.0), (1.0, -0.1)):
         with pytest.raises(ValueError, match="times must"):
             pmf.flow.sample(Net(), x, times)
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("wrap", ["module", "compiled Jvp"])
+def test_only_samples_that_need_a_tangent_have_one(named: bool, wrap: str, monkeypatch):
+    """Eagerly, and if it is known which conditions follow the samples."""
+    torch.manual_seed(0)
+    net, counts = Net(6).double(), []
+    objective = MeanFlow(times=PlaneTimes(data_proportion=0.75), null={"label": NULL} if named else None)
+    x, label = torch.randn(8, 6, dtype=torch.float64), torch.arange(8) % NULL
+    draws = objective.draw(x, torch.Generator().manual_seed(1))
+    forward = pmf.Jvp.forward
+
+    def counted(self, primals, tangents, *args, **constants):
+        counts.append([None if t is None else len(t) for t in tangents])
+        return forward(self, primals, tangents, *args, **constants)
+
+    monkeypatch.setattr(pmf.Jvp, "forward", counted)
+    network = net if wrap == "module" else torch.compile(pmf.Jvp(net), backend="eager")
+    terms = objective(network, x, draws, label=label)
+    assert counts[-1] == ([2, 2, None] if named and wrap == "module" else [8, 8, None])
+    expected = written_out(objective, net, x, draws, label)
+    assert_close(terms.u, expected["u"].detach(), EXACT)
+    assert_close(terms.du_dt, expected["du_dt"].detach(), EXACT)
+
+
+def test_without_any_tangent():
+    torch.manual_seed(0)
+    net, objective = Net(6).double(), MeanFlow(times=PlaneTimes(data_proportion=1.0))
+    x = torch.randn(4, 6, dtype=torch.float64)
+    draws = objective.draw(x, torch.Generator().manual_seed(1))
+    label = torch.zeros(4, dtype=torch.int64)
+    terms = objective(lambda z, t, r: net(z, t, r, label), x, draws)
+    assert not terms.du_dt.any() and terms.loss.requires_grad
