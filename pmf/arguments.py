@@ -23,12 +23,12 @@ def is_whole(value: Any) -> bool:
 
 
 def are_numbers(values: Any) -> bool:
-    """Whether a value is a sequence of numbers, such as a list or an array."""
+    """Whether a value is a sequence of numbers, such as a list, an array or a tensor."""
     if isinstance(values, (str, bytes, Mapping)) or not hasattr(values, "__getitem__"):
         return False
     try:
-        return all(map(is_number, values))
-    except TypeError:  # an array of no dimensions
+        return all(map(is_number, values.tolist() if hasattr(values, "tolist") else values))
+    except TypeError:  # an array or a tensor of no dimensions
         return False
 
 
