@@ -21,7 +21,8 @@ from PIL import Image
 from pmf import checkpoint, models
 from pmf.cli import main
 from pmf.flow.sampler import Sampler
-from pmf.pages.demo import Request, Studio
+from pmf.pages import demo
+from pmf.pages.demo import Request, Studio, build_page
 from pmf.pictures import to_uint8
 from pmf.sampling import draw_by_seed
 
@@ -99,6 +100,34 @@ def test_class_names_are_text_not_markup(tmp_path: Path) -> None:
     made = studio(write_model(tmp_path / "model", ["<script>", "b & c"]))
     page = made.page(Request(label=0))
     assert "<script>" not in page and "&lt;script&gt;" in page
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # Gradio leaves event loops open
+@pytest.mark.parametrize(("count", "kind"), [(1, "radio"), (3, "radio"), (20, "dropdown")])
+def test_any_number_of_classes_makes_a_page(count: int, kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("gradio")
+    made = studio(write_model(tmp_path / "model", [f"class {i}" for i in range(count)]))
+    parts = [
+        x
+        for x in build_page(made, "title").config["components"]
+        if x["type"] in ("radio", "dropdown", "slider")
+    ]
+    choice, omega, *_ = parts
+    assert choice["type"] == kind and len(choice["props"]["choices"]) == count
+    assert choice["props"]["visible"] == omega["props"]["visible"] == (count > 1)
+
+
+def test_without_a_browser_the_address_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_model(tmp_path / "model", DIGITS)
+    monkeypatch.setattr(demo, "build_page", lambda studio, title: None)
+    monkeypatch.setattr(demo, "serve", lambda page, listener: None)
+    monkeypatch.setattr("webbrowser.open", lambda url: False)
+    assert main(["demo", str(folder), "--port", "0", "--open"]) == 0
+    assert re.search(
+        r"no browser could be started: open http://127\.0\.0\.1:\d+ yourself\n", capsys.readouterr().out
+    )
 
 
 def test_in_a_browser_images_follow_the_controls(tmp_path: Path) -> None:
