@@ -33,7 +33,8 @@ h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd }
 .curves svg { width: 100%; height: auto }
 .grids { display: grid; grid-template-columns: repeat(auto-fill, minmax(12rem, 1fr)); gap: 1rem }
 figure { margin: 0 } figcaption { color: #666; text-align: center; font-size: 0.85rem }
-img { width: 100%; image-rendering: pixelated } .last { max-width: 40rem; margin-bottom: 1.5rem }
+img { width: 100% } .last { margin-bottom: 1.5rem } .last img { width: auto; max-width: 100% }
+.last figcaption { text-align: left }
 table { border-collapse: collapse } td { padding: 0.1rem 1.5rem 0.1rem 0; vertical-align: top }
 td:first-child { color: #666; white-space: nowrap } .changed td:last-child { font-weight: 600 }
 .settings { columns: 26rem } .settings section { break-inside: avoid }
