@@ -1,5 +1,6 @@
 """The machine code of this build as the compiler left it: nothing is recompiled, no GPU is needed."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -29,7 +30,13 @@ MEANT = {
     r"(slots|forward|backward)_kernel<Whole<__nv_bfloat16>": WIDE,
     r"(ema|adam)_kernel": WIDE,
     r"places_kernel<Forward<__nv_bfloat16, __nv_bfloat16, 8, 3>": WIDE,
-}
+    # Products of a warpgroup, copies by tensor map, barriers that count bytes.
+    r"hopper_forward_kernel<HopperSizes<__nv_bfloat16, ": (
+        r"HGMMA\.64x\d+x16\.F32\.BF16", r"UTMALDG\.4D", r"SYNCS\.PHASECHK", r"STG\.E.*\.128"
+    ),
+}  # fmt: skip
+HOPPER = r"hopper_\w+kernel<"
+"""Kernels for sm_90a alone."""
 # Kernels on whole vectors: they read and write tensors in no smaller pieces.
 WHOLE = r"(slots_kernel|forward_kernel)<Whole<__nv_bfloat16>"
 TUNED = r"attention_\w+<(ForwardSizes<)?Arithmetic16<.*>, (64|80), "
@@ -99,10 +106,12 @@ def named(code: MachineCode, name: str) -> str:
 
 
 def test_every_kernel_is_there_for_every_architecture(code: MachineCode) -> None:
-    """Machine code for sm_80 and sm_90a, and PTX for newer ones, for everything the host code can launch."""
-    assert code.registered
-    for architecture in ARCHITECTURES:
-        assert set(code.usage(architecture)) == code.registered
+    """Machine code for sm_80 and sm_90a, and PTX, for everything the host code can launch; Hopper's own for
+    sm_90a."""
+    hopper = {name for name, readable in demangled(code.registered).items() if re.match(HOPPER, readable)}
+    assert hopper and code.registered > hopper
+    assert set(code.usage("sm_80")) == code.registered - hopper
+    assert set(code.usage("sm_90a")) == code.registered
     assert set(code.bounds) == code.registered
     assert set(code.hosts.values()) == code.registered
 
@@ -124,10 +133,11 @@ def test_no_kernel_has_a_stack_frame(code: MachineCode, architecture: str) -> No
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kernels_have_the_instructions_meant(code: MachineCode, architecture: str) -> None:
-    names = demangled(code.registered)
+    names = demangled(code.usage(architecture))
     chosen = [mangled for mangled, name in names.items() if any(re.match(each, name) for each in MEANT)]
     for kernels in MEANT:
-        assert any(re.match(kernels, names[mangled]) for mangled in chosen), f"no kernel is called {kernels}"
+        there = architecture == "sm_90a" or not kernels.startswith("hopper")
+        assert any(re.match(kernels, names[mangled]) for mangled in chosen) == there, kernels
     found = code.instructions(architecture, chosen)
     assert set(found) == set(chosen)
     wrong = {names[mangled]: lacking(names[mangled], ops) for mangled, ops in found.items()}
@@ -147,6 +157,37 @@ def test_the_library_is_small_enough(code: MachineCode, tmp_path: Path) -> None:
     """A wheel is a zip file, of which this library is nearly all: under 40 MB."""
     packed = shutil.make_archive(str(tmp_path / "library"), "zip", code.path.parent, code.path.name)
     assert Path(packed).stat().st_size < 36e6
+
+
+# ---- what ptxas says of Hopper's kernels ---------------------------------------------------------
+
+
+def ptxas_log(source: Path) -> str:
+    """Of compiling a file for sm_90a."""
+    nvcc = shutil.which("nvcc") or tool("nvcc")
+    if nvcc is None:
+        pytest.skip("reading ptxas's log takes nvcc")
+    command = [
+        nvcc, "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v",
+        *(f"-I{ROOT / folder}" for folder in ("csrc", "csrc/include")), "-cubin", source, "-o", os.devnull,
+    ]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+def complaints(log: str) -> list[str]:
+    """Bytes that were spilled, and the warnings that ptxas makes each product wait (C7510 to C7519)."""
+    return re.findall(r"C751\d", log) + re.findall(r"\b[1-9]\d* bytes spill", log)
+
+
+@pytest.mark.parametrize("source", sorted((ROOT / "csrc/cuda").rglob("hopper_*.cu")), ids=lambda p: p.stem)
+def test_products_run_asynchronously_and_nothing_spills(source: Path) -> None:
+    log = ptxas_log(source)
+    assert log.count("0 bytes spill stores") >= 1
+    assert complaints(log) == []
+
+
+def test_products_that_ptxas_serialises_are_found() -> None:
+    assert "C7511" in complaints(ptxas_log(ROOT / "tests" / "cuda" / "overlapping_sums.cu"))
 
 
 # ---- the checks detect violations ---------------------------------------------------------

@@ -65,6 +65,8 @@ void (*product_of(int tiles))(Factors) {
   switch (tiles) {
     case 2:
       return &product_probe<T, 2, true>;
+    case 4:
+      return &product_probe<T, 4, true>;
     case 6:
       return &product_probe<T, 6, false>;
     case 8:

@@ -87,9 +87,9 @@ def test_product_of_two_tiles(planted: Planted, keys: int, step: int, half: bool
 
 @pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize(("columns", "width"), [(64, 128), (128, 128), (16, 32)])
+@pytest.mark.parametrize(("columns", "width"), [(64, 128), (128, 128), (32, 64), (16, 32)])
 def test_product_of_registers(planted: Planted, columns: int, width: int, half: bool, adds: bool) -> None:
-    """B[k][n] in pieces of 64 or 16 columns, 48 rows each: K runs across rows."""
+    """B[k][n] in pieces of 64, 32 or 16 columns, 48 rows each: K runs across rows."""
     generator = np.random.default_rng(columns)
     a, b = generator.integers(-8, 9, (64, 16)), generator.integers(-8, 9, (48, columns))
     pieces = np.split(b, columns // (width // 2), 1)

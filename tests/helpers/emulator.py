@@ -64,6 +64,18 @@ def launches() -> int:
     return count()
 
 
+def last_shared_bytes() -> int:
+    """What the newest launch of torch.ops.pmf_emulated has asked for, for each block."""
+    shared = ctypes.CDLL(str(LIBRARY)).pmf_emulator_last_shared_bytes
+    shared.restype = ctypes.c_int64
+    return shared()
+
+
+def seed(value: int) -> None:
+    """Another order of warps, blocks and copies."""
+    ctypes.CDLL(str(LIBRARY)).pmf_emulator_seed(ctypes.c_uint64(value))
+
+
 @contextmanager
 def elsewhere(*tensors: torch.Tensor, device: str) -> Iterator[None]:
     """Pretend that these tensors are on "cpu" or "cuda:1"; all others are on cuda:0."""

@@ -6,6 +6,7 @@
 #include "cuda/attention/attention_choices.h"
 #include "cuda/attention/attention_forward_plan.h"
 #include "cuda/attention/attention_views.h"
+#include "cuda/attention/hopper_forward.h"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/launchers.h"
 
@@ -162,6 +163,8 @@ const char* attention_forward(const AttentionParams& params, void* stream) {
   if (s.queries > kLongest || s.keys > kLongest) return "more than 2^31 queries or keys";
   const DeviceLimits limits = {device_shared_limit(), device_shared_per_processor()};
   if (limits.shared_per_block <= 0) return "the device does not say how much shared memory it has";
+  const char* problem = nullptr;
+  if (is_regular(params) && hopper_forward(params, stream, problem)) return problem;
   const ForwardKernel* kernel = &attention_forward_kernel(params, limits.shared_per_block);
   ForwardPlan plan;
   if (!take_tuned(params, limits, kernel, plan)) plan = attention_forward_plan(*kernel, s, limits);

@@ -114,13 +114,16 @@ __device__ inline void hold(uint32_t (&x)[4]) {
 // clang-format off
 #define PMF_SUM(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
 #define PMF_SUMS_2 PMF_SUM(0), PMF_SUM(1)
-#define PMF_SUMS_6 PMF_SUMS_2, PMF_SUM(2), PMF_SUM(3), PMF_SUM(4), PMF_SUM(5)
+#define PMF_SUMS_4 PMF_SUMS_2, PMF_SUM(2), PMF_SUM(3)
+#define PMF_SUMS_6 PMF_SUMS_4, PMF_SUM(4), PMF_SUM(5)
 #define PMF_SUMS_8 PMF_SUMS_6, PMF_SUM(6), PMF_SUM(7)
 #define PMF_SUMS_12 PMF_SUMS_8, PMF_SUM(8), PMF_SUM(9), PMF_SUM(10), PMF_SUM(11)
 #define PMF_SUMS_16 PMF_SUMS_12, PMF_SUM(12), PMF_SUM(13), PMF_SUM(14), PMF_SUM(15)
 #define PMF_NAMES_2 "%0, %1, %2, %3, %4, %5, %6, %7"
-#define PMF_NAMES_6 PMF_NAMES_2 \
-  ", %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23"
+#define PMF_NAMES_4 PMF_NAMES_2 \
+  ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define PMF_NAMES_6 PMF_NAMES_4 \
+  ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define PMF_NAMES_8 PMF_NAMES_6 \
   ", %24, %25, %26, %27, %28, %29, %30, %31"
 #define PMF_NAMES_12 PMF_NAMES_8 \
@@ -128,15 +131,11 @@ __device__ inline void hold(uint32_t (&x)[4]) {
 #define PMF_NAMES_16 PMF_NAMES_12 \
   ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 // The operands that follow the sums: a descriptor or registers of A, B's descriptor, `adds`.
-#define PMF_SHARED_2 "%8, %9", "%10"
 #define PMF_SHARED_6 "%24, %25", "%26"
-#define PMF_SHARED_8 "%32, %33", "%34"
 #define PMF_SHARED_12 "%48, %49", "%50"
-#define PMF_SHARED_16 "%64, %65", "%66"
 #define PMF_REGISTERS_2 "{%8, %9, %10, %11}, %12", "%13"
-#define PMF_REGISTERS_6 "{%24, %25, %26, %27}, %28", "%29"
+#define PMF_REGISTERS_4 "{%16, %17, %18, %19}, %20", "%21"
 #define PMF_REGISTERS_8 "{%32, %33, %34, %35}, %36", "%37"
-#define PMF_REGISTERS_12 "{%48, %49, %50, %51}, %52", "%53"
 #define PMF_REGISTERS_16 "{%64, %65, %66, %67}, %68", "%69"
 #define PMF_WGMMA(tiles, n, type, factors, adds_at, options, ...)                              \
   asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, " adds_at ", 0;\n"                     \
@@ -163,10 +162,11 @@ __device__ inline void wgmma(float (&d)[kTiles][4], uint64_t a, uint64_t b, bool
 
 template <typename T, bool kTransposed, int kTiles>
 __device__ inline void wgmma(float (&d)[kTiles][4], const uint32_t (&a)[4], uint64_t b, bool adds) {
-  static_assert(kTransposed && (kTiles == 2 || kTiles == 8 || kTiles == 16),
+  static_assert(kTransposed && (kTiles == 2 || kTiles == 4 || kTiles == 8 || kTiles == 16),
                 "what the kernels use");
 #define PMF_A "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
   PMF_OF_TYPE(2, 16, PMF_REGISTERS_2, "1", PMF_A)
+  PMF_OF_TYPE(4, 32, PMF_REGISTERS_4, "1", PMF_A)
   PMF_OF_TYPE(8, 64, PMF_REGISTERS_8, "1", PMF_A)
   PMF_OF_TYPE(16, 128, PMF_REGISTERS_16, "1", PMF_A)
 #undef PMF_A
