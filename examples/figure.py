@@ -38,10 +38,10 @@ def draw(drawn_points: torch.Tensor, drawn_signals: torch.Tensor, out: Path) -> 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs/any-network.png"))
-    parser.add_argument("--points-steps", default="2500")
-    parser.add_argument("--signal-steps", default="1500")
+    parser.add_argument("--points-steps", default="3000")
+    parser.add_argument("--signal-steps", default="1000")
     settings = parser.parse_args(arguments)
-    with ProcessPoolExecutor(2, get_context("spawn")) as both:
+    with ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,)) as both:
         drawn_points = both.submit(points.main, ["--steps", settings.points_steps])
         drawn_signals = both.submit(signal_1d.main, ["--steps", settings.signal_steps])
         draw(drawn_points.result(), drawn_signals.result(), settings.out)

@@ -15,17 +15,19 @@ import pmf
 class Network(nn.Module):
     """(z, t, r) -> u: any module with these three arguments will do."""
 
-    def __init__(self, width: int = 192) -> None:
+    def __init__(self, width: int = 256) -> None:
         super().__init__()
         self.register_buffer("frequencies", 2.0 ** torch.arange(4))
-        layers: list[nn.Module] = [nn.Linear(2 + 16, width), nn.GELU()]
+        layers: list[nn.Module] = [nn.Linear(2 + 12 + 16, width), nn.GELU()]
         for _ in range(3):
             layers += [nn.Linear(width, width), nn.GELU()]
         self.layers = nn.Sequential(*layers, nn.Linear(width, 2))
 
     def forward(self, z: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        angles = torch.stack((t, t - r), 1)[..., None] * self.frequencies
-        return self.layers(torch.cat((z, angles.sin().flatten(1), angles.cos().flatten(1)), 1))
+        times = torch.stack((t, t - r), 1)[..., None] * self.frequencies
+        places = z[..., None] * self.frequencies[:3]  # one step tears the plane apart between the moons
+        waves = [wave.flatten(1) for x in (times, places) for wave in (x.sin(), x.cos())]
+        return self.layers(torch.cat((z, *waves), 1))
 
 
 def moons(count: int, generator: torch.Generator) -> Tensor:
@@ -40,7 +42,8 @@ def train(steps: int, batch: int = 512) -> Network:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     network = Network()
-    objective = pmf.flow.MeanFlow(times=pmf.flow.PlaneTimes(mean=-0.2, std=1.2), norm_p=0.5)
+    # A wide distribution of times: one step is t = 1, r = 0.
+    objective = pmf.flow.MeanFlow(times=pmf.flow.PlaneTimes(mean=0.0, std=2.0, data_proportion=0.25))
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
@@ -57,7 +60,7 @@ def train(steps: int, batch: int = 512) -> Network:
 
 def main(arguments: list[str] | None = None) -> Tensor:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=3000)
     steps = parser.parse_args(arguments).steps
     network = train(steps)
     noise = torch.randn(2000, 2, generator=torch.Generator().manual_seed(1))
