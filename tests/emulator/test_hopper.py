@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from helpers.emulator import SOURCE, Planted
+from helpers.emulator import ROOT, SOURCE, Planted
 from helpers.levels import EMULATED, NVCC
 from helpers.ptx.modules import of_source
 from helpers.ptx.planted import CSRC, planted_at
@@ -191,6 +191,25 @@ def run(planted: Planted, fault: str, seed: int) -> tuple[str | None, np.ndarray
     said = planted.hopper(fault, *tensors, sums)
     expected = np.einsum("rmk,rnk->mn", a, b)
     return said, sums, np.array([[expected[sum_at(t, i)] for i in range(24)] for t in THREADS])
+
+
+def unguarded(text: str) -> list[str]:
+    """Assembly that touches memory or waits, but lets the compiler move accesses past it."""
+    found = re.findall(r"asm( volatile)?\((.*?)\);", text, re.DOTALL)
+    kinds = r"mbarrier\.|fence\.|cp\.async|commit_group|wait_group|bar\.arrive"
+    return [
+        body for volatile, body in found if re.search(kinds, body) and not (volatile and '"memory"' in body)
+    ]
+
+
+def test_missing_clobbers_are_caught() -> None:
+    """Seen in the text alone: nvcc happens to move nothing without them."""
+    text = (ROOT / "csrc" / "cuda" / "common" / "hopper.cuh").read_text()
+    text = text[: text.index("#define PMF_SUM(")] + text[text.index("#undef PMF_WGMMA") :]
+    assert unguarded(text) == []
+    guards = [match.span() for match in re.finditer(r':+ ?"memory"|\s*: "memory"', text)]
+    assert len(guards) >= 11
+    assert sum(len(unguarded(text[:start] + text[end:])) for start, end in guards) >= 11
 
 
 def test_every_fault_has_its_sentence(planted: Planted) -> None:
