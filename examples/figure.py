@@ -38,7 +38,7 @@ def draw(drawn_points: torch.Tensor, drawn_signals: torch.Tensor, out: Path) -> 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs/any-network.png"))
-    parser.add_argument("--points-steps", default="3000")
+    parser.add_argument("--points-steps", default="5000")
     parser.add_argument("--signal-steps", default="1000")
     settings = parser.parse_args(arguments)
     with ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,)) as both:

@@ -60,7 +60,7 @@ def train(steps: int, batch: int = 512) -> Network:
 
 def main(arguments: list[str] | None = None) -> Tensor:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=5000)
     steps = parser.parse_args(arguments).steps
     network = train(steps)
     noise = torch.randn(2000, 2, generator=torch.Generator().manual_seed(1))
