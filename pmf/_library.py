@@ -31,8 +31,8 @@ def _why_not() -> str | None:
         )
     if not LIBRARY.exists():
         return (
-            f"pmf's compiled library is not at {LIBRARY}: install the package (`pip install .` in its "
-            "source folder) instead of importing the source folder itself."
+            f"pmf's compiled library is not at {LIBRARY}: install the package with `pip install .` in its "
+            "source folder, and run elsewhere than there; to work on it, build it in place (CONTRIBUTING.md)."
         )
     try:
         torch.ops.load_library(LIBRARY)
