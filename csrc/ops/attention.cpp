@@ -1,6 +1,4 @@
 // torch.ops.pmf.attention_forward and attention_jvp_forward: validate, allocate, launch.
-#include <cmath>
-
 #include "ops/attention_binding.h"
 
 namespace pmf {
@@ -24,15 +22,13 @@ struct Forward {
   Forward(const Tensor& query, const Tensor& key, const Tensor& value,
           const AttentionOptions& options)
       : params(shaped<AttentionParams>(check_attention(query, key, value))),
-        offsets(options, params.shape) {
+        offsets(options, params.shape, query) {
     params.dtype = dtype_of(query, "attention", "query");
     params.scale = options.scale;
     params.window = window_of(options);
-    params.is_causal = params.window.right == 0;
     params.sequences = offsets.view;
     params.allow_tf32 = options.allow_tf32;
     params.mask = check_mask(options.mask, params.shape, query);
-    check_cuda_serves(query, params.window, params.sequences, false);
     params.query = const_view4(query);
     params.key = const_view4(key);
     params.value = const_view4(value);
@@ -83,7 +79,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_jvp_forward(
                                                 statistics_dtype(query));
   params.out_t = view4(out_t);
   params.lse_t = lse_t.mutable_data_ptr();
-  if (takes_cuda_kernel(query)) torch::stable::fill_(lse_t, NAN);  // not written by the kernel
   launch(params, query);
 
   if (samples < shape.batch) {

@@ -42,11 +42,10 @@ struct Backward {
   Backward(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& saved_lse,
            const AttentionOptions& options)
       : params(shaped<AttentionBackwardParams>(check_attention(query, key, value))),
-        offsets(options, params.shape) {
+        offsets(options, params.shape, query) {
     params.dtype = dtype_of(query, "attention", "query");
     params.scale = options.scale;
     params.window = window_of(options);
-    params.is_causal = params.window.right == 0;
     params.sequences = offsets.view;
     params.allow_tf32 = options.allow_tf32;
     params.mask = check_mask(options.mask, params.shape, query);
@@ -73,8 +72,6 @@ struct Backward {
   }
 
   void launch() {
-    check_cuda_serves(lse, params.window, params.sequences,
-                      params.grad_lse != nullptr || params.grad_lse_t != nullptr);
     const int64_t bytes = takes_cuda_kernel(lse) ? cuda::attention_backward_workspace_bytes(params)
                                                  : cpu::attention_backward_workspace_bytes(
                                                        params, torch_parallel().threads);

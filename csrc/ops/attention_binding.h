@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "cuda/attention/attention_launchers.h"
 #include "ops/torch_shim.h"
 #include "ops/views.h"
 #include "pmf/attention.h"
@@ -125,16 +126,20 @@ inline AttentionWindow window_of(const AttentionOptions& options) {
   return window;
 }
 
-// Offsets of packed sequences as int64 on the host, ascending from 0 to the number of rows.
-inline Tensor check_offsets(const Tensor& offsets, const char* name, int64_t rows) {
+// Offsets of packed sequences as int64 on the CPU, ascending from 0 to the number of rows.
+inline Tensor check_offsets(const Tensor& offsets, const char* name, int64_t rows,
+                            const Tensor& query) {
   const ScalarType type = offsets.scalar_type();
   check_value(offsets.dim() == 1 && offsets.size(0) >= 1 &&
-                  (type == ScalarType::Int || type == ScalarType::Long) && offsets.is_cpu(),
-              "attention_varlen: ", name,
-              " must be int32 or int64 [sequences + 1] on the CPU, got ", shape_of(offsets), " ",
-              dtype_name(type));
-  const Tensor whole =
-      torch::stable::contiguous(torch::stable::to(offsets, std::optional(ScalarType::Long)));
+                  (type == ScalarType::Int || type == ScalarType::Long),
+              "attention_varlen: ", name, " must be int32 or int64 [sequences + 1], got ",
+              shape_of(offsets), " ", dtype_name(type));
+  check_value(offsets.is_cpu() || offsets.device() == query.device(), "attention_varlen: ", name,
+              " must be on the CPU or with query on ", device_of(query), ", got ",
+              device_of(offsets));
+  const Tensor whole = torch::stable::contiguous(
+      torch::stable::to(offsets, ScalarType::Long, std::nullopt,
+                        torch::stable::Device(torch::headeronly::DeviceType::CPU)));
   const auto* at = static_cast<const int64_t*>(whole.const_data_ptr());
   const int64_t last = whole.size(0) - 1;
   check_value(at[0] == 0 && at[last] == rows, "attention_varlen: ", name,
@@ -147,39 +152,38 @@ inline Tensor check_offsets(const Tensor& offsets, const char* name, int64_t row
   return whole;
 }
 
+// Offsets where the kernels of query's device read them.
+inline Tensor offsets_for(const Tensor& query, const Tensor& offsets) {
+  if (!takes_cuda_kernel(query)) return offsets;
+  Tensor there = torch::stable::new_empty(query, {offsets.size(0)}, ScalarType::Long);
+  torch::stable::copy_(there, offsets, /*non_blocking=*/true);
+  return there;
+}
+
 // Sequences, and the tensors that hold their offsets while a kernel runs.
 struct Offsets {
   Tensor queries, keys;
   AttentionSequences view;
 
-  Offsets(const AttentionOptions& options, const AttentionShape& shape) {
+  Offsets(const AttentionOptions& options, const AttentionShape& shape, const Tensor& query) {
     if (!options.cu_seqlens_q && !options.cu_seqlens_k) return;
     check_value(
         options.cu_seqlens_q && options.cu_seqlens_k && !options.mask && shape.batch == 1,
         "attention_varlen: packed sequences need offsets of queries and keys, one batch, and "
         "no attn_mask");
-    queries = check_offsets(*options.cu_seqlens_q, "cu_seqlens_q", shape.queries);
-    keys = check_offsets(*options.cu_seqlens_k, "cu_seqlens_k", shape.keys);
+    queries = check_offsets(*options.cu_seqlens_q, "cu_seqlens_q", shape.queries, query);
+    keys = check_offsets(*options.cu_seqlens_k, "cu_seqlens_k", shape.keys, query);
     check_value(
         queries.size(0) == keys.size(0),
         "attention_varlen: cu_seqlens_q and cu_seqlens_k must be of one number of sequences, "
         "got ",
         queries.size(0) - 1, " and ", keys.size(0) - 1);
+    queries = offsets_for(query, queries), keys = offsets_for(query, keys);
     view.count = queries.size(0) - 1;
     view.queries = static_cast<const int64_t*>(queries.const_data_ptr());
     view.keys = static_cast<const int64_t*>(keys.const_data_ptr());
   }
 };
-
-// Only the CPU kernels support these; on CUDA pmf/ops uses the reference.
-inline void check_cuda_serves(const Tensor& query, const AttentionWindow& window,
-                              const AttentionSequences& sequences, bool lse_gradient) {
-  check_value(!takes_cuda_kernel(query) ||
-                  (window.left >= kUnbounded && (window.right >= kUnbounded || window.right == 0) &&
-                   sequences.queries == nullptr && !lse_gradient),
-              "attention: the CUDA kernels have no windows, packed sequences and gradients of lse; "
-              "pmf.ops takes the reference there");
-}
 
 // A tangent is shaped as its primal, or as its first n samples; `samples` is -1 until the first one
 // determines n. Absent tangents are zero.

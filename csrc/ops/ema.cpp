@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "cuda/optimizer/optimizer_launchers.h"
 #include "ops/torch_shim.h"
 
 namespace pmf {

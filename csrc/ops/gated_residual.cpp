@@ -2,6 +2,7 @@
 // pmf/gated_residual.h.
 #include "pmf/gated_residual.h"
 
+#include "cuda/rows/rows_launchers.h"
 #include "ops/row_binding.h"
 
 namespace pmf {

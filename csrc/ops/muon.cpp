@@ -2,6 +2,7 @@
 // count, and Newton-Schulz there. pmf.optim.Muon calls them; on the CPU it is written in PyTorch.
 #include <map>
 
+#include "cuda/optimizer/optimizer_launchers.h"
 #include "ops/newton_schulz_binding.h"
 
 namespace pmf {

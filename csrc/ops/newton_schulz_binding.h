@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/newton_schulz/newton_schulz_launchers.h"
 #include "ops/torch_shim.h"
 #include "pmf/newton_schulz.h"
 

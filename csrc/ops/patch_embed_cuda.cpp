@@ -1,6 +1,7 @@
 // torch.ops.pmf.patch_embed* on CUDA: tensors to the parameters of pmf/patch_embed.h.
 #include "pmf/patch_embed.h"
 
+#include "cuda/patch_embed/patch_embed_launchers.h"
 #include "ops/patch_embed_binding.h"
 
 namespace pmf::patch_embedding {

@@ -2,6 +2,7 @@
 // pmf/patch_velocity.h.
 #include "pmf/patch_velocity.h"
 
+#include "cuda/patch_embed/patch_embed_launchers.h"
 #include "ops/row_binding.h"
 
 namespace pmf {

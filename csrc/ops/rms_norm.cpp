@@ -1,6 +1,7 @@
 // torch.ops.pmf.rms_norm*: validate, allocate, launch. The mathematics is in pmf/rms_norm.h.
 #include "pmf/rms_norm.h"
 
+#include "cuda/rows/rows_launchers.h"
 #include "ops/row_binding.h"
 
 namespace pmf {

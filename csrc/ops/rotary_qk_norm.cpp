@@ -2,6 +2,7 @@
 // pmf/rotary_qk_norm.h.
 #include "pmf/rotary_qk_norm.h"
 
+#include "cuda/rows/rows_launchers.h"
 #include "ops/row_binding.h"
 #include "ops/views.h"
 

@@ -1,6 +1,7 @@
 // torch.ops.pmf.swiglu*: validate, allocate, launch. The mathematics is in pmf/swiglu.h.
 #include "pmf/swiglu.h"
 
+#include "cuda/rows/rows_launchers.h"
 #include "ops/row_binding.h"
 
 namespace pmf {

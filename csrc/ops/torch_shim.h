@@ -21,7 +21,7 @@
 #if PMF_WITH_CUDA
 #include <torch/csrc/stable/accelerator.h>
 
-#include "cuda/common/launchers.h"
+#include "cuda/common/device.h"
 
 // Only libtorch_cuda has it; weak, so that one library also loads into a PyTorch without CUDA.
 extern "C" __attribute__((weak)) AOTITorchError
@@ -110,12 +110,12 @@ inline ScalarType statistics_dtype(const Tensor& tensor) {
 // ---- devices ------------------------------------------------------------------------------------
 
 #if PMF_WITH_CUDA
-#define PMF_CUDA_KERNEL(name) &::pmf::cuda::name  // declared in cuda/common/launchers.h
+#define PMF_CUDA_KERNEL(name) &::pmf::cuda::name  // declared in cuda/*/*_launchers.h
 #else
 #define PMF_CUDA_KERNEL(name) nullptr
 #endif
 
-// Launches a kernel of cuda/common/launchers.h on the tensor's device, in PyTorch's current stream:
+// Launches a kernel of cuda/*/*_launchers.h on the tensor's device, in PyTorch's current stream:
 //   run_on_cuda(x, "swiglu", PMF_CUDA_KERNEL(swiglu), params);
 // `Launch` is const char* (*)(const Params&, void* stream), or nullptr's type without a kernel.
 template <class Launch, class Params>

@@ -165,7 +165,8 @@ class Options(NamedTuple):
         mask, is_causal = self.mask, self.is_causal
         if self.cu_seqlens_q is not None and self.cu_seqlens_k is not None:
             rows = query.shape[2], key.shape[2]
-            mask = same_sequence(self.cu_seqlens_q, self.cu_seqlens_k, *rows, is_causal, window)
+            cuts_q, cuts_k = self.cu_seqlens_q.to(query.device), self.cu_seqlens_k.to(query.device)
+            mask = same_sequence(cuts_q, cuts_k, *rows, is_causal, window)
             is_causal, window = False, (None, None)
         return {
             "attn_mask": mask,

@@ -1,8 +1,7 @@
 """Jagged nested tensors: sequences of different lengths [B, j, ...], stored contiguously.
 
-Ops that treat tokens independently run on the values; attention reads the offsets (on CUDA, which has no
-kernel for them, it is padded and masked). The result has the offsets of its first argument, so that PyTorch
-can add the two.
+Ops that treat tokens independently run on the values; attention reads the offsets. The result has the offsets
+of its first argument, so that PyTorch can add the two.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ._subclasses import kind_of
-from .attention import lacks_kernel
 from .attention_varlen import attention_varlen, attention_varlen_jvp
 
 __all__ = ["run_jagged"]
@@ -126,8 +124,6 @@ def _attention(op: Callable[..., Any], arguments: dict[str, Any], given: Mapping
         tangent = given.get(f"{n}_t")
         if tangent is not None and (kind_of(tangent) != "jagged" or tangent.shape != given[n].shape):
             raise ValueError(f"{name}: {n}_t must be a jagged nested tensor like {n}")
-    if lacks_kernel(query.values(), 0):
-        return _attention_padded(op, arguments, given)
     return _attention_varlen(op, arguments, given)
 
 
@@ -146,49 +142,3 @@ def _attention_varlen(op: Callable[..., Any], arguments: dict[str, Any], given: 
         return where.wrap(y if y.dim() == 2 else y.transpose(0, 1))  # lse is [H, T]
 
     return ragged(results) if isinstance(results, Tensor) else tuple(map(ragged, results))
-
-
-def _attention_padded(op: Callable[..., Any], arguments: dict[str, Any], given: Mapping[str, Any]) -> Any:
-    """Pad the sequences to the longest, and mask the padding."""
-    paddings = {n: _Padding.of(x) for n, x in given.items()}
-    padded = {n: paddings[n].pad(x) for n, x in given.items()}
-    mask = paddings["key"].is_token()[:, None, None, :]
-    where = _Ragged.of(given["query"])
-    results = op(**{**arguments, **padded, "attn_mask": mask})
-
-    def ragged(y: Tensor) -> Tensor:
-        return where.wrap(paddings["query"].unpad(y).transpose(0, 1))
-
-    return ragged(results) if isinstance(results, Tensor) else tuple(ragged(y) for y in results)
-
-
-class _Padding(NamedTuple):
-    lengths: Tensor  # [B]
-    longest: int
-    rows: Tensor  # [T], the row of each token among the padded ones
-
-    @classmethod
-    def of(cls, x: Any) -> "_Padding":
-        where = _Ragged.of(x)
-        lengths = where.offsets.diff()
-        longest = where.extremes[1]
-        if longest is None:
-            longest = int(lengths.max()) if lengths.numel() else 0
-        owners = where.owners()
-        tokens = torch.arange(owners.numel(), device=owners.device)
-        return cls(lengths, longest, tokens + (owners * longest - where.offsets[:-1].index_select(0, owners)))
-
-    def is_token(self) -> Tensor:
-        """[B, longest]"""
-        return torch.arange(self.longest, device=self.lengths.device) < self.lengths[:, None]
-
-    def pad(self, x: Any) -> Tensor:
-        """Jagged [B, H, j, D] -> [B, H, longest, D], padded with zeros."""
-        values = x.values().transpose(0, 1)  # x.transpose(1, 2).values() has no backward in PyTorch
-        batch = self.lengths.numel()
-        padded = values.new_zeros(batch * self.longest, *values.shape[1:])
-        return padded.index_copy(0, self.rows, values).unflatten(0, (batch, self.longest)).transpose(1, 2)
-
-    def unpad(self, y: Tensor) -> Tensor:
-        """[B, H, longest, D] -> [T, H, D]"""
-        return y.transpose(1, 2).flatten(0, 1).index_select(0, self.rows)

@@ -65,8 +65,8 @@ def attention(
     return_lse returns (O, lse), both differentiable: parts over different keys, as in ring attention, combine
     to O = sum_n exp(lse_n - lse) O_n with lse = logaddexp of the lse_n. Sums are in float32 (float64 for
     float64). On CUDA, float32 products use TF32 if PyTorch's precision setting allows it
-    (torch.set_float32_matmul_precision), and full precision otherwise; float64, windows and return_lse use
-    the reference there, whose memory is quadratic in the length.
+    (torch.set_float32_matmul_precision), and full precision otherwise; float64 uses the reference there,
+    whose memory is quadratic in the length.
 
     Raises ValueError if shapes, dtypes or dropout_p do not fit. torch.autograd.forward_ad inside
     torch.compile raises RuntimeError: use `attention_jvp`. Source: Dao et al., "FlashAttention" (2022).
@@ -78,8 +78,7 @@ def attention(
     left, right = sides("attention", window)
     plan = make_plan(query, key, value, attn_mask, scale, enable_gqa)
     args = (*plan.fold(query, key, value), *Options(plan.mask, is_causal, plan.scale, left, right))
-    by_reference = is_differentiable(attn_mask) or lacks_kernel(query, left, right, return_lse)
-    out, lse = (plain if by_reference else call)("attention", *args)
+    out, lse = (plain if is_differentiable(attn_mask) else call)("attention", *args)
     out = out.reshape(plan.out_shape)
     return (out, lse.reshape(plan.out_shape[:-1])) if return_lse else out
 
@@ -151,23 +150,14 @@ def attention_jvp(
         )
     tangents = (query_t, key_t, value_t) if fewer else plan.fold(query_t, key_t, value_t)
     args = (*plan.fold(query, key, value), *tangents, *Options(plan.mask, is_causal, plan.scale, left, right))
-    by_reference = is_differentiable(attn_mask) or lacks_kernel(query, left, right, return_lse)
     name = "attention_jvp_detached" if detach_tangent else "attention_jvp"
-    out, lse, out_t, lse_t = (plain if by_reference else call)(name, *args)
+    out, lse, out_t, lse_t = (plain if is_differentiable(attn_mask) else call)(name, *args)
     out = out.reshape(plan.out_shape)
     out_t = out_t if fewer else out_t.reshape(plan.out_shape)
     if not return_lse:
         return out, out_t
     rows = plan.out_shape[:-1]
     return out, out_t, lse.reshape(rows), lse_t if fewer else lse_t.reshape(rows)
-
-
-def lacks_kernel(
-    query: Tensor, left: int | None = None, right: int | None = None, return_lse: bool = False
-) -> bool:
-    """float64 on CUDA uses the reference, and so do windows and the tangent of lse."""
-    is_new = left is not None or right not in (None, 0) or return_lse
-    return (query.dtype == torch.float64 or is_new) and _library.takes_cuda_kernel(query)
 
 
 class _Kernel(KernelFunction):

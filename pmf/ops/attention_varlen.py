@@ -1,15 +1,19 @@
 """Attention over packed sequences of any lengths, without padding or copies."""
 
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from pmf import _library
 
 from ._attention_inputs import Options, check_tensors, sides
-from ._dispatch import call, plain
+from ._dispatch import call
 from ._inputs import autocast_matmul, check_tangents
 from ._subclasses import operation
-from .attention import Window, lacks_kernel
+from .attention import Window
 
 __all__ = ["attention_varlen", "attention_varlen_jvp"]
 
@@ -33,20 +37,21 @@ def attention_varlen(
     Args:
         query: [T, H, D]; key: [S, Hk, D]; value: [S, Hk, Dv]; one dtype, any strides.
         cu_seqlens_q, cu_seqlens_k: offsets, int32 or int64 [B + 1], ascending from 0 to T and S: sequence b
-            has rows cu_seqlens[b] to cu_seqlens[b + 1], possibly none. On the CPU for CPU tensors.
+            has rows cu_seqlens[b] to cu_seqlens[b + 1], possibly none. On the CPU, or with query on a GPU,
+            which is waited for once for each such tensor to check them.
         is_causal, scale, window: as for `attention`; positions count from the first row of a sequence.
         enable_gqa: key and value may have fewer heads than query.
         return_lse: also return lse [H, T].
 
-    Returns [T, H, Dv], on the CPU bit-identical to `attention` of each sequence; a sequence without keys
-    gives zeros. CUDA uses the reference, whose memory is quadratic in T.
+    Returns [T, H, Dv], bit-identical to `attention` of each sequence; a sequence without keys gives zeros.
+    float64 on CUDA uses the reference, whose memory is quadratic in T.
 
     Raises ValueError if shapes, dtypes or offsets do not fit.
     """
     query, key, value = autocast_matmul(query, key, value)
     options = _options(query, key, value, cu_seqlens_q, cu_seqlens_k, is_causal, scale, enable_gqa, window)
     args = (*map(_four, (query, key, value)), *options)
-    out, lse = (plain if lacks_kernel(query, 0) else call)("attention", *args)  # as windows
+    out, lse = call("attention", *args)
     return (_packed(out), lse[0]) if return_lse else _packed(out)
 
 
@@ -88,7 +93,7 @@ def attention_varlen_jvp(
         query_t = query.new_zeros(()).expand(query.shape)
     args = (*(None if x is None else _four(x) for x in (*given[:3], query_t, key_t, value_t)), *options)
     name = "attention_jvp_detached" if detach_tangent else "attention_jvp"
-    out, lse, out_t, lse_t = (plain if lacks_kernel(query, 0) else call)(name, *args)  # as windows
+    out, lse, out_t, lse_t = call(name, *args)
     found = _packed(out), _packed(out_t)
     return (*found, lse[0], lse_t[0]) if return_lse else found
 
@@ -136,4 +141,18 @@ def _options(
         )
     left, right = sides("attention_varlen", window)
     c = query.shape[2] ** -0.5 if scale is None else float(scale)
-    return Options(None, is_causal, c, left, right, cu_seqlens_q, cu_seqlens_k)
+    return Options(None, is_causal, c, left, right, _on_host(cu_seqlens_q), _on_host(cu_seqlens_k))
+
+
+_copies: MutableMapping[Tensor, tuple[int, Tensor]] = WeakIdKeyDictionary()
+
+
+def _on_host(offsets: Tensor) -> Tensor:
+    """Offsets on a GPU, on the CPU: copied once as long as they do not change, not in every layer."""
+    if not _library.takes_cuda_kernel(offsets) or torch.compiler.is_compiling() or offsets.is_inference():
+        return offsets
+    version, copy = _copies.get(offsets, (None, offsets))
+    if version != offsets._version:
+        copy = offsets.to("cpu", copy=True)
+        _copies[offsets] = offsets._version, copy
+    return copy

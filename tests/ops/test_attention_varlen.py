@@ -1,14 +1,17 @@
 """Packed sequences against a loop over them, bit for bit, and against float64."""
 
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers.levels import CPU_LEVELS, at_level
+from helpers.kernels import PLACES, at_place
+from helpers.levels import CPU_LEVELS, EMULATED, EVERYWHERE, at_level
 from helpers.tolerance import assert_close, tolerance
 from torch import Tensor
 
 from pmf import ops, reference
+from pmf.ops.attention_varlen import _on_host
 
 LENGTHS_Q, LENGTHS_K = (70, 0, 1, 130, 5, 33), (70, 4, 0, 150, 5, 90)
 HEADS, KEY_HEADS, WIDTH, VALUE_WIDTH = 6, 3, 24, 40
@@ -30,13 +33,18 @@ def offsets(lengths) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0)
 
 
-def inputs(dtype: torch.dtype) -> list[Tensor]:
-    """query, key, value, their tangents, and gradients of both outputs; some not contiguous."""
+def drawn(dtype: torch.dtype, heads: int, key_heads: int, width: int, value_width: int) -> list[Tensor]:
+    """query, key, value, their tangents, and gradients of both outputs."""
     g = torch.Generator().manual_seed(0)
     T, S = sum(LENGTHS_Q), sum(LENGTHS_K)
-    primals = (T, HEADS, WIDTH), (S, KEY_HEADS, WIDTH), (S, KEY_HEADS, VALUE_WIDTH)
-    shapes = (*primals, *primals, (T, HEADS, VALUE_WIDTH), (T, HEADS, VALUE_WIDTH))
-    found = [torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for shape in shapes]
+    primals = (T, heads, width), (S, key_heads, width), (S, key_heads, value_width)
+    shapes = (*primals, *primals, (T, heads, value_width), (T, heads, value_width))
+    return [torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def inputs(dtype: torch.dtype) -> list[Tensor]:
+    """With grouped heads, some not contiguous."""
+    found = drawn(dtype, HEADS, KEY_HEADS, WIDTH, VALUE_WIDTH)
     found[1] = found[1].transpose(0, 1).contiguous().transpose(0, 1)
     found[2] = torch.cat((found[2], found[2]), -1)[..., :VALUE_WIDTH]
     return found
@@ -93,6 +101,31 @@ def test_against_float64(level, options, dtype):
     assert_close(actual[4:], exact[4:], 2 * tolerance("attention gradient", dtype))
 
 
+FEW_Q, FEW_K = (33, 0, 1, 70, 5), (33, 4, 0, 90, 5)
+ROWS_AND_MORE = (
+    (torch.bfloat16, 4, 2, 24, 40, {"window": (12, None), "is_causal": True, "scale": -0.2}),
+    (torch.float32, 2, 1, 24, 40, {"window": (12, 9)}),
+    (torch.bfloat16, 2, 2, 64, 64, {}),  # kernels that take no masks and no strides, but sequences
+    (torch.float16, 1, 1, 80, 80, {}),
+)
+
+
+@pytest.mark.parametrize("level", [x for x in EVERYWHERE if x not in CPU_LEVELS])
+@pytest.mark.parametrize(("dtype", "heads", "key_heads", "width", "value_width", "options"), ROWS_AND_MORE)
+def test_on_a_gpu(level, dtype, heads, key_heads, width, value_width, options, monkeypatch):
+    """As a loop bit for bit, and against float64."""
+    monkeypatch.setattr(sys.modules[__name__], "LENGTHS_Q", FEW_Q)
+    monkeypatch.setattr(sys.modules[__name__], "LENGTHS_K", FEW_K)
+    x = drawn(dtype, heads, key_heads, width, value_width)
+    exact = everything(loop, reference, [t.double() for t in x], **options)
+    with at_level(level):
+        actual = everything(packed, ops, x, **options)
+        expected = everything(loop, ops, x, **options)
+    assert_close(actual[:4], exact[:4], 2 * tolerance("attention", dtype))
+    assert_close(actual[4:], exact[4:], 2 * tolerance("attention gradient", dtype))
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_the_reference_is_the_loop(options):
     """The reference treats packed sequences as a mask."""
@@ -107,7 +140,19 @@ def test_the_reference_is_the_loop(options):
 
 
 def test_nan_in_one_sequence_stays_there(level):
-    x = inputs(torch.float32)
+    stays(inputs(torch.float32))
+
+
+@pytest.mark.parametrize("level", EMULATED)
+@pytest.mark.parametrize("width", [8, 64])
+def test_nan_in_one_sequence_stays_there_on_a_gpu(level, width, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "LENGTHS_Q", FEW_Q)
+    monkeypatch.setattr(sys.modules[__name__], "LENGTHS_K", FEW_K)
+    with at_level(level):
+        stays(drawn(torch.bfloat16, 1, 1, width, width))
+
+
+def stays(x: list[Tensor]) -> None:
     clean = everything(packed, ops, x)
     x[2] = x[2].clone()
     x[2][10] = torch.nan
@@ -120,7 +165,13 @@ def test_nan_in_one_sequence_stays_there(level):
         assert torch.equal(d[first:], c[first:])
 
 
+@pytest.mark.parametrize("level", [*CPU_LEVELS, *EMULATED])
 def test_nothing_at_all(level):
+    with at_level(level):
+        check_nothing()
+
+
+def check_nothing():
     empty = torch.zeros(0, 2, 8)
     for count in (1, 4):
         cuts = torch.zeros(count, dtype=torch.int64)
@@ -135,6 +186,7 @@ def test_nothing_at_all(level):
 X = torch.zeros(5, 2, 8)
 
 
+@pytest.mark.parametrize("level", [*CPU_LEVELS[-1:], *EMULATED])
 @pytest.mark.parametrize(
     ("cuts_q", "cuts_k", "message"),
     [
@@ -145,9 +197,28 @@ X = torch.zeros(5, 2, 8)
         ([0.0, 5.0], [0, 5], "int32 or int64"),
     ],
 )
-def test_offsets_that_do_not_fit(cuts_q, cuts_k, message):
-    with pytest.raises(ValueError, match=message):
+def test_offsets_that_do_not_fit(level, cuts_q, cuts_k, message):
+    with at_level(level), pytest.raises(ValueError, match=message):
         ops.attention_varlen(X, X, X, torch.tensor(cuts_q), torch.tensor(cuts_k))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_offsets_on_a_gpu_are_read_once_until_they_change(place):
+    x = torch.randn(5, 2, 8, generator=torch.Generator().manual_seed(0))
+    with at_place(place) as device:
+        x, cuts = x.to(device), torch.tensor([0, 2, 5], device=device)
+        first = ops.attention_varlen(x, x, x, cuts, cuts)
+        copy = _on_host(cuts)
+        assert copy is _on_host(cuts)
+        assert torch.equal(ops.attention_varlen(x, x, x, copy, cuts), first)
+        cuts[1] = 4
+        assert torch.equal(
+            ops.attention_varlen(x, x, x, cuts, cuts),
+            ops.attention_varlen(x, x, x, cuts.clone(), cuts.clone()),
+        )
+        cuts[1] = 6
+        with pytest.raises(ValueError, match="must ascend"):
+            ops.attention_varlen(x, x, x, cuts, cuts)
 
 
 def test_transforms():

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from helpers.attention import Problem, Shape, problem
-from helpers.levels import CPU_LEVELS, EMULATED, at_level
+from helpers.levels import CPU_LEVELS, EMULATED, EVERYWHERE, at_level
 from helpers.tolerance import assert_close, tolerance
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from pmf import ops, reference
 SHAPES = (Shape(1, 4, 2, 130, 210, 24, 40), Shape(2, 2, 2, 230, 90, 16, 16))
 WINDOWS = ((5, 7), (0, 0), (None, 3), (70, -1), (100, 0), (0, 1000))
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+GPU_LEVELS = [x for x in EVERYWHERE if x not in CPU_LEVELS]
 
 
 @pytest.fixture(params=CPU_LEVELS)
@@ -43,6 +44,18 @@ def with_lse(attention_jvp, p: Problem, **options) -> list[Tensor]:
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_windows_are_masks(level, is_causal, window, shape, dtype):
+    check_window(is_causal, window, shape, dtype)
+
+
+@pytest.mark.parametrize("level", GPU_LEVELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("window", [(5, 7), (None, 3), (50, -1), (0, 1000)])
+def test_windows_on_a_gpu(level, window, dtype):
+    with at_level(level):
+        check_window(window == (5, 7), window, Shape(1, 2, 1, 70, 110, 24, 40), dtype)
+
+
+def check_window(is_causal, window, shape, dtype):
     p = problem(shape).to(dtype)
     exact = with_lse(
         reference.attention_jvp,
@@ -58,7 +71,18 @@ def test_windows_are_masks(level, is_causal, window, shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_lse_without_a_window_and_beside_a_mask(level, dtype):
-    shape = SHAPES[0]
+    check_lse(SHAPES[0], dtype)
+
+
+@pytest.mark.parametrize("level", GPU_LEVELS)
+@pytest.mark.parametrize(("dtype", "width"), [(torch.bfloat16, 64), (torch.float16, 80), (torch.float32, 24)])
+def test_lse_on_a_gpu(level, dtype, width):
+    """At widths of kernels for calls without masks, too."""
+    with at_level(level):
+        check_lse(Shape(1, 2, 2, 40, 70, width, width), dtype)
+
+
+def check_lse(shape, dtype):
     p = problem(shape).to(dtype)
     mask = torch.rand(shape.queries, shape.keys, generator=torch.Generator().manual_seed(2)) < 0.6
     mask[3:9] = False
@@ -133,12 +157,14 @@ def test_a_right_side_of_0_is_causal(level):
     assert all(torch.equal(a, b) for a, b in zip(causal, window, strict=True))
 
 
+@pytest.mark.parametrize("level", [*CPU_LEVELS, *EMULATED])
 def test_keys_outside_of_every_window_may_be_nan(level):
-    p = problem(Shape(1, 2, 2, 100, 300, 16, 16)).to(torch.float32)
+    p = problem(Shape(1, 2, 2, 60, 200, 16, 16)).to(torch.float32)
     dirty = Problem(*(x.clone() for x in p))
     for x in (*dirty[1:3], *dirty[4:6]):
-        x[:, :, 120:] = torch.nan
-    clean, actual = (with_lse(ops.attention_jvp, x, window=(8, 20)) for x in (p, dirty))
+        x[:, :, 80:] = torch.nan
+    with at_level(level):
+        clean, actual = (with_lse(ops.attention_jvp, x, window=(8, 20)) for x in (p, dirty))
     assert all(torch.equal(a, c) for a, c in zip(actual, clean, strict=True))
 
 

@@ -1,12 +1,13 @@
 """Tensor subclasses: supported, unwrapped, or rejected by name; never read as plain memory."""
 
 import time
-from collections.abc import Iterator
-from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import emulator
+from helpers.kernels import PLACES, at_place
+from helpers.levels import EMULATED
 from helpers.ops import CASES
 from torch import Tensor, nn
 from torch.masked import masked_tensor
@@ -17,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pmf import ops, replace_sdpa
 from pmf.nn import AttentionBranch, MlpBranch, RMSNorm, rotary_tables
-from pmf.ops import _jagged, _subclasses
+from pmf.ops import _subclasses
 from pmf.optim import EMA, Muon
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # PyTorch warns about its prototypes
@@ -268,14 +269,29 @@ def heads(x: Tensor) -> Tensor:
 LENGTHS = [3, 1, 6]
 
 
-@pytest.fixture(params=["packed", "padded"])
-def _way(request: pytest.FixtureRequest) -> Iterator[None]:
-    """By the kernels that read offsets, and as on CUDA."""
-    with mock.patch.object(_jagged, "lacks_kernel", lambda *_: request.param == "padded"):
-        yield
+@pytest.mark.parametrize("place", PLACES)
+def test_jagged_attention_on_a_gpu_pads_nothing(place):
+    """Values, tangents and gradients of each sequence, from as many launches as one sequence takes."""
+    parts = [randn(n, 8, seed=n).float() for n in LENGTHS]
+    with at_place(place) as device:
+        single = [p.to(device).requires_grad_() for p in parts]
+        x = torch.nested.nested_tensor(parts, layout=torch.jagged, device=device, requires_grad=True)
+        out, out_t = ops.attention_jvp(*map(heads, (x, x, x, x * 2, x)), None)
+        pairs = [ops.attention_jvp(*map(heads, (p, p, p, p * 2, p)), None) for p in single]
+        same(out, [y for y, _ in pairs], 0)
+        same(out_t, [y for _, y in pairs], 0)
+        (out + out_t).values().square().sum().backward()
+        sum((y + y_t).square().sum() for y, y_t in pairs).backward()
+        same(x.grad, [p.grad for p in single], 1e-6)
+    if place not in EMULATED:
+        return
+    with at_place(place), torch.no_grad():
+        one = torch.nested.nested_tensor(parts, layout=torch.jagged)
+        before = emulator.launches()
+        ops.attention(*map(heads, (one, one, one)))
+        assert emulator.launches() - before == 1
 
 
-@pytest.mark.usefixtures("_way")
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_jagged_attention_is_each_sequences_own(is_causal):
     x, parts = jagged(LENGTHS, 8)
@@ -290,7 +306,6 @@ def test_jagged_attention_is_each_sequences_own(is_causal):
     same(x.grad, [p.grad for p in parts])
 
 
-@pytest.mark.usefixtures("_way")
 @pytest.mark.parametrize("detach_tangent", [False, True])
 def test_jagged_attention_has_tangents(detach_tangent):
     x, parts = jagged(LENGTHS, 8)
@@ -307,7 +322,6 @@ def test_jagged_attention_has_tangents(detach_tangent):
     same(x.grad, [p.grad for p in parts])
 
 
-@pytest.mark.usefixtures("_way")
 def test_jagged_attention_across_lengths_and_groups():
     x, parts = jagged([3, 1, 6], 8)
     y, others = jagged([2, 5, 4], 4, seed=5)
@@ -339,7 +353,6 @@ def test_jagged_attention_pads_nothing():
     assert counted(x) == counted(*parts)
 
 
-@pytest.mark.usefixtures("_way")
 def test_jagged_attention_with_a_window_and_lse():
     x, parts = jagged([5, 1, 9], 8)
     options = {"window": (2, 1), "return_lse": True}

@@ -6,9 +6,10 @@
 
 #include "cuda/attention/attention_backward_plan.h"
 #include "cuda/attention/attention_choices.h"
+#include "cuda/attention/attention_launchers.h"
 #include "cuda/attention/attention_views.h"
+#include "cuda/common/cuda.cuh"
 #include "cuda/common/launch.cuh"
-#include "cuda/common/launchers.h"
 
 namespace pmf::cuda {
 namespace {
@@ -38,21 +39,29 @@ int preferred_warps(int64_t rows) {
   return 20 * padded(4) < 19 * padded(kMaxWarps) ? 4 : kMaxWarps;
 }
 
+// Whether blocks of queries cover whole tiles, as every row of a tile must have its statistics: of
+// packed sequences, whatever their lengths.
+bool covers_tiles(const BackwardKernels& kernels, int64_t queries, int warps, bool packed) {
+  const int64_t rows = warps * kRowsOfWarp;
+  if (packed) return rows % kernels.columns == 0;
+  return ceil_div(queries, rows) * rows >= ceil_div(queries, kernels.columns) * kernels.columns;
+}
+
 // Of a regular kernel: by the cycle model (benchmarks/gpu_model.py), not measured, three or four
 // blocks on a multiprocessor cover each other's barriers better than two.
-int regular_warps(const BackwardKernels& kernels, int64_t rows) {
+int regular_warps(const BackwardKernels& kernels, int64_t rows, bool packed) {
   const int fewest = kernels.warps / 4, more = kernels.warps / 3;
   const auto padded = [&](int warps) {
     return ceil_div(rows, warps * kRowsOfWarp) * warps * kRowsOfWarp;
   };
-  const int64_t tiles = ceil_div(rows, kernels.columns) * kernels.columns;
-  return padded(fewest) < tiles || padded(more) < padded(fewest) ? more : fewest;
+  return !covers_tiles(kernels, rows, fewest, packed) || padded(more) < padded(fewest) ? more
+                                                                                       : fewest;
 }
 
 // BackwardKernels::regular, but for the widths.
 bool is_regular(const AttentionBackwardParams& p) {
   const AttentionShape& s = p.shape;
-  if (p.mask.kind != MaskKind::none || p.is_causal || s.heads != s.key_heads) return false;
+  if (p.mask.kind != MaskKind::none || p.window.hides() || s.heads != s.key_heads) return false;
   const int64_t bytes = dtype_bytes(p.dtype);
   const auto queries = [&](const auto& x) {
     return x.data != nullptr && whole_chunks(x, s.batch, s.heads, s.queries, bytes);
@@ -110,37 +119,36 @@ const BackwardKernels& tuned_kernels(const AttentionBackwardParams& params, int6
 BackwardPlan plan_with(const BackwardKernels& kernels, const AttentionBackwardParams& params,
                        bool by_keys, int warps, int slots) {
   const AttentionShape& s = params.shape;
-  const int64_t rows = by_keys ? s.keys : s.queries;
   BackwardPlan plan;
   plan.rows = warps * kRowsOfWarp;
+  const int64_t blocks = row_blocks(by_keys ? s.keys : s.queries, plan.rows, params.sequences);
   plan.slots = slots;
   plan.shared_bytes = int(shared_bytes(kernels, warps, slots, by_keys));
   const int64_t width = by_keys && s.value_width > s.width ? s.value_width : s.width;
   const int out = by_keys ? kernels.out_keys : kernels.out_queries;
-  plan.blocks = ceil_div(width, out) * ceil_div(rows, plan.rows) *
-                (by_keys ? s.key_heads : s.heads) * s.batch;
   const int64_t heads = by_keys ? s.key_heads : s.heads;
+  plan.blocks = ceil_div(width, out) * blocks * heads * s.batch;
   plan.by_parts = Divisor(uint32_t(ceil_div(width, out)));
-  plan.by_row_blocks = Divisor(uint32_t(ceil_div(rows, plan.rows)));
+  plan.by_row_blocks = Divisor(uint32_t(std::min(blocks, kLargestGrid)));
   plan.by_heads = Divisor(uint32_t(heads));
   plan.by_group = Divisor(uint32_t(heads / (s.key_heads > 0 ? s.key_heads : 1)));
   plan.scale = float(params.scale);
   plan.factor = float(params.scale * double(kLog2e));
-  plan.padded_queries = int(attention_backward_padded_queries(s));
+  plan.window = Window(params.window);
+  plan.padded_queries = int(attention_backward_padded_queries(params));
   plan.statistics = static_cast<float*>(params.workspace);
   return plan;
 }
 
-// Whether the kernels and the device have such blocks. Those of queries cover whole tiles, as every
-// row of a tile must have its statistics.
-bool has_plan(const BackwardKernels& kernels, const AttentionShape& s, bool by_keys,
+// Whether the kernels and the device have such blocks.
+bool has_plan(const BackwardKernels& kernels, const AttentionBackwardParams& params, bool by_keys,
               int64_t shared_limit, const AttentionChoice& choice) {
   const int warps = choice.warps, slots = choice.slots;
   if (warps < 1 || warps > kMaxWarps || warps > kernels.warps || slots < 1 || slots > 3)
     return false;
   if (kernels.regular && slots != kBackwardRegularSlots) return false;
-  const auto padded = [&s](int64_t rows) { return ceil_div(s.queries, rows) * rows; };
-  if (!by_keys && padded(warps * kRowsOfWarp) < padded(kernels.columns)) return false;
+  const bool packed = params.sequences.queries != nullptr;
+  if (!by_keys && !covers_tiles(kernels, params.shape.queries, warps, packed)) return false;
   return shared_bytes(kernels, warps, slots, by_keys) <= shared_limit;
 }
 
@@ -157,9 +165,11 @@ const BackwardKernels& attention_backward_kernels(const AttentionBackwardParams&
 BackwardPlan attention_backward_plan(const BackwardKernels& kernels,
                                      const AttentionBackwardParams& params, bool by_keys,
                                      int64_t shared_limit) {
-  const AttentionShape& s = params.shape;
+  const AttentionShape s = planned_shape(params.shape, params.sequences);
   const int64_t rows = by_keys ? s.keys : s.queries;
-  int warps = kernels.regular ? regular_warps(kernels, rows) : preferred_warps(rows), slots = 3;
+  const bool packed = params.sequences.queries != nullptr;
+  int warps = kernels.regular ? regular_warps(kernels, rows, packed) : preferred_warps(rows);
+  int slots = 3;
   // A smaller ring first: blocks keep their size, and what they read is read once.
   while (shared_bytes(kernels, warps, slots, by_keys) > shared_limit) {
     const int fewer = warps > 2 ? warps - 2 : 1;
@@ -179,13 +189,17 @@ BackwardPlan attention_backward_plan(const BackwardKernels& kernels,
 const char* attention_backward(const AttentionBackwardParams& params, void* stream) {
   const AttentionShape& s = params.shape;
   constexpr int64_t kLongest = 2147483647 - 4 * kMaxWarps * kRowsOfWarp;
-  if (s.queries > kLongest || s.keys > kLongest) return "more than 2^31 queries or keys";
-  const int64_t shared_limit = device_shared_limit();
-  if (shared_limit <= 0) return "the device does not say how much shared memory it has";
+  if (s.queries > kLongest || s.keys > kLongest ||
+      attention_backward_padded_queries(params) > kLongest) {
+    return "more than 2^31 queries or keys";
+  }
+  const int64_t shared_limit = device_shared_limit(), per_processor = device_shared_per_processor();
+  if (shared_limit <= 0 || per_processor <= 0) return kNoLimits;
+  const AttentionShape one = planned_shape(s, params.sequences);
   const auto tuned = [&](AttentionLaunch launch) {
     return attention_choice({launch, params.dtype, params.dtype == DType::f32 && params.allow_tf32,
-                             params.grad_t.data != nullptr, s.queries, s.keys, s.width,
-                             s.value_width});
+                             params.grad_t.data != nullptr, one.queries, one.keys, one.width,
+                             one.value_width});
   };
   const AttentionChoice choices[] = {tuned(AttentionLaunch::backward_queries),
                                      tuned(AttentionLaunch::backward_keys)};
@@ -195,14 +209,14 @@ const char* attention_backward(const AttentionBackwardParams& params, void* stre
   for (const bool by_keys : {false, true}) {
     const AttentionChoice& choice = choices[by_keys];
     const bool takes_choice = choice.tuned() && &kernels == first_kernels(params) + choice.kernel &&
-                              has_plan(kernels, s, by_keys, shared_limit, choice);
+                              has_plan(kernels, params, by_keys, shared_limit, choice);
     const BackwardPlan plan = takes_choice
                                   ? plan_with(kernels, params, by_keys, choice.warps, choice.slots)
                                   : attention_backward_plan(kernels, params, by_keys, shared_limit);
     if (plan.blocks == 0) continue;
     if (plan.blocks > kLargestGrid) return "more than 2^31 blocks of queries or keys";
     const int warps = plan.rows / kRowsOfWarp;
-    const int64_t fit = device_shared_per_processor() / (plan.shared_bytes + kSharedOverhead);
+    const int64_t fit = per_processor / (plan.shared_bytes + kSharedOverhead);
     plan_next_launch(plan.rows, kernels.columns,
                      int(std::max<int64_t>(1, std::min<int64_t>(kernels.warps / warps, fit))));
     const auto status = launch(by_keys ? kernels.keys : kernels.queries,

@@ -14,6 +14,7 @@
 
 #include "cuda/attention/attention_backward_plan.h"
 #include "cuda/attention/attention_hidden.cuh"
+#include "cuda/attention/attention_sequences.cuh"
 #include "cuda/attention/attention_tile.cuh"
 #include "pmf/attention_backward.h"
 
@@ -29,12 +30,18 @@ enum Statistic { kTop, kWeight, kD, kA, kR };
 template <bool kTangent>
 constexpr int kStatistics = int(kTangent ? kBackwardStatisticsWithTangents : kBackwardStatistics);
 
-// One of the arrays of a head.
+// One of the arrays of a head and a sequence.
 template <bool kTangent>
 __device__ inline float* statistic_of(const BackwardPlan& plan, const AttentionShape& shape,
-                                      int batch, int head, int which) {
+                                      const Sequence& sequence, int batch, int head, int which) {
   const int64_t row = (int64_t(batch) * shape.heads + head) * kStatistics<kTangent> + which;
-  return plan.statistics + row * plan.padded_queries;
+  const int64_t start = sequence.query / 16 * 16 + sequence.index * kBackwardOverhang;
+  return plan.statistics + (row * plan.padded_queries + start);
+}
+
+// A row's gradient of lse, or of its tangent; null: zero.
+__device__ inline float lse_gradient(const void* gradients, int64_t row) {
+  return gradients == nullptr ? 0.0f : static_cast<const float*>(gradients)[row];
 }
 
 // The tensors of a head on either side. Ordinary kernels have the first two.
@@ -57,19 +64,24 @@ template <int kTensors>
 struct BlockPlace {
   WholeHead streamed[kTensors];
   const float* statistics;  // of the queries' head
+  Sequence sequence;
   int column, first, head, batch, key_head;
   uint32_t found[8];
 };
 static_assert(sizeof(BlockPlace<4>) <= kBackwardPlaceBytes, "the plan counts them");
 
 // Of this block, of blocks of `rows` rows of gradients, which are cut into parts of `part` columns.
-template <int kTensors>
-__device__ inline BlockPlace<kTensors>& place_block(const BackwardPlan& plan, int part) {
+// kByKeys: gradients of keys.
+template <int kTensors, bool kByKeys>
+__device__ inline BlockPlace<kTensors>& place_block(const AttentionBackwardParams& p,
+                                                    const BackwardPlan& plan, int part) {
   auto* const place = reinterpret_cast<BlockPlace<kTensors>*>(dynamic_shared());
   if (threadIdx.x == 0) {
     uint32_t index = blockIdx.x;
     place->column = int(plan.by_parts.divide(index)) * part;
-    place->first = int(plan.by_row_blocks.divide(index)) * plan.rows;
+    int block = int(plan.by_row_blocks.divide(index));
+    place->sequence = sequence_of<kByKeys>(p.sequences, p.shape, plan.rows, block);
+    place->first = block * plan.rows;
     place->head = int(plan.by_heads.divide(index));
     place->batch = int(index);
     index = uint32_t(place->head);
@@ -80,15 +92,15 @@ __device__ inline BlockPlace<kTensors>& place_block(const BackwardPlan& plan, in
   return *place;
 }
 
-// Sixteen rows of a warp, from shared memory to rows [first, ...) of a gradient, 16 bytes at a time
-// where the view allows.
+// Sixteen rows of a warp, from shared memory to rows [first, ...) of a gradient's rows from `start`
+// on, 16 bytes at a time where the view allows.
 template <typename T, int kWidth>
-__device__ inline void store_rows(const View4& view, int batch, int head, int first, int row_count,
-                                  const SharedTile<T, kWidth>& tile, int tile_row, int column,
-                                  int columns, int lane) {
+__device__ inline void store_rows(const View4& view, int batch, int head, int start, int first,
+                                  int row_count, const SharedTile<T, kWidth>& tile, int tile_row,
+                                  int column, int columns, int lane) {
   using Tile = SharedTile<T, kWidth>;
-  T* data =
-      static_cast<T*>(view.data) + int64_t(batch) * view.stride[0] + int64_t(head) * view.stride[1];
+  T* data = static_cast<T*>(view.data) + int64_t(batch) * view.stride[0] +
+            int64_t(head) * view.stride[1] + int64_t(start) * view.stride[2];
   const int64_t row_stride = view.stride[2], column_stride = view.stride[3];
   const bool whole =
       column_stride == 1 && columns % Tile::kChunk == 0 &&
@@ -139,19 +151,20 @@ struct BlockTiles {
     return {ring() + which * kColumns * kWidth, slot * kTensors * kColumns * kWidth};
   }
 
-  // Tensors [0, kTensors) of one side, rows [first, first + count), into tiles that follow `tile`.
+  // Tensors [0, kTensors) of one side, rows [first, first + count) of those from `start` on, into
+  // tiles that follow `tile`.
   template <bool kRegular, typename Views>
   __device__ static void load(const Tile& tile, int count, const Views& views, int batch, int head,
-                              int first, int row_count, const AttentionShape& shape) {
+                              int start, int first, int row_count, const AttentionShape& shape) {
     const int thread = threadIdx.x, threads = blockDim.x;
     if constexpr (kRegular) {
       WholeHead heads[kTensors];
 #pragma unroll
-      for (int i = 0; i < kTensors; ++i) heads[i] = whole_head_of<T>(views(i), batch, head);
+      for (int i = 0; i < kTensors; ++i) heads[i] = whole_head_of<T>(views(i), batch, head, start);
       load_whole_rows<kTensors, 1>(tile, count, heads, first, row_count, thread, threads);
     } else {
       for (int i = 0; i < kTensors; ++i) {
-        const HeadView<T> view = head_of<T>(views(i), batch, head);
+        const HeadView<T> view = head_of<T>(views(i), batch, head, start);
         if (view.data == nullptr) continue;
         load_rows(Tile{tile.data + i * count * kWidth, tile.start}, count, view, first, row_count,
                   int(i % 2 == 0 ? shape.width : shape.value_width), thread, threads);
@@ -331,6 +344,16 @@ __device__ inline void add_row_sums(float (&sums)[4], const FragmentA& p, const 
   E::template multiply<>(sums, q, E::ones(odd));
 }
 
+// Keys that a block's queries [first, first + plan.rows) see, from a whole tile on.
+template <bool kRegular, int kColumns>
+__device__ inline RowRange seen_keys(const BackwardPlan& plan, const Sequence& sequence,
+                                     int first) {
+  if constexpr (kRegular) return {0, sequence.keys};
+  const int end = first + plan.rows < sequence.queries ? first + plan.rows : sequence.queries;
+  return rows_in_window(first, end - 1, plan.window.left, plan.window.right, sequence.keys,
+                        kColumns);
+}
+
 // ---- scores -------------------------------------------------------------------------------------
 
 // Where a lane's accumulator [0][0] lies.
@@ -341,11 +364,12 @@ struct ScorePlace {
 // Raw scores to log-2 units: c log2(e) S plus mask, -inf where the query may not attend, and zeros
 // there in what hangs on the scores, so that nothing a hidden key holds can reach the result.
 // Accumulator rows are queries, or, kTransposed, keys. `edge`: the tile reaches past the keys or
-// the diagonal. kRegular: there is no mask and no diagonal.
+// the window. kRegular: there is no mask and no window.
 template <bool kTransposed, bool kRegular, int kTiles, typename... Others>
 __device__ inline void finish_scores(float (&s)[kTiles][4], const AttentionBackwardParams& p,
-                                     const ScorePlace& place, float factor, bool edge,
-                                     Others&... others) {
+                                     const BackwardPlan& plan, const Sequence& sequence,
+                                     const ScorePlace& place, bool edge, Others&... others) {
+  const float& factor = plan.factor;
   const bool masked = !kRegular && p.mask.kind != MaskKind::none;
   if (!masked) {
 #pragma unroll
@@ -357,7 +381,7 @@ __device__ inline void finish_scores(float (&s)[kTiles][4], const AttentionBackw
   }
   const int64_t* stride = p.mask.view.stride;
   const int64_t head = int64_t(place.batch) * stride[0] + int64_t(place.head) * stride[1];
-  const int queries = int(p.shape.queries), keys = int(p.shape.keys);
+  const int queries = sequence.queries, keys = sequence.keys;
 #pragma unroll
   for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
@@ -366,7 +390,7 @@ __device__ inline void finish_scores(float (&s)[kTiles][4], const AttentionBackw
       const int query = place.query + (kTransposed ? column : row);
       const int key = place.key + (kTransposed ? row : column);
       float bias = 0.0f;
-      if (key >= keys || (!kRegular && (query >= queries || (p.is_causal && key > query)))) {
+      if (key >= keys || (!kRegular && (query >= queries || hides(plan.window, query, key)))) {
         bias = -INFINITY;
       } else if (masked) {
         bias = mask_bias(p.mask, head + int64_t(query) * stride[2] + int64_t(key) * stride[3]);
@@ -410,7 +434,7 @@ __device__ inline bool zero_row(const SharedTile<T, kWidth>& tile, int row, int 
 template <typename T, int kWidth, int kOutTiles>
 __device__ inline void write_gradient(const float (&out)[kOutTiles][4],
                                       const SharedTile<T, kWidth>& tile, int tile_row,
-                                      const View4& view, int batch, int head, int first,
+                                      const View4& view, int batch, int head, int start, int first,
                                       int row_count, int column, int width, int lane) {
   const int g = lane >> 2, t = lane & 3;
   __syncwarp();
@@ -429,7 +453,7 @@ __device__ inline void write_gradient(const float (&out)[kOutTiles][4],
   __syncwarp();
   const int end = column + 8 * kOutTiles < width ? column + 8 * kOutTiles : width;
   if (column < width) {
-    store_rows(view, batch, head, first, row_count, tile, tile_row, column, end, lane);
+    store_rows(view, batch, head, start, first, row_count, tile, tile_row, column, end, lane);
   }
 }
 

@@ -24,7 +24,7 @@ namespace pmf::cuda {
 
 // Which tile of queries comes next: those of every head of the group, head after head.
 struct QueryTiles {
-  int head, first, end, query;  // of the head: its first query, where it ends, and now
+  int head, first, end, query;  // of the head: its first query, past its last, and now
 
   __device__ void next(int columns) {
     query += columns;
@@ -49,11 +49,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
   const AttentionShape& shape = p.shape;
   const int rows = plan.rows;
-  auto& place = place_block<kTensors>(plan, kOut);
+  auto& place = place_block<kTensors, true>(p, plan, kOut);
+  const Sequence& sequence = place.sequence;
+  if (place.first >= sequence.keys) return;
   const int column = kRegular && kOut == kWidth ? 0 : place.column, first = place.first;
   const int group = kRegular ? 1 : int(shape.heads / shape.key_heads);
-  const int queries = int(shape.queries), all_keys = int(shape.keys);
-  const bool is_causal = !kRegular && p.is_causal;
+  const int all_keys = sequence.keys;
 
   const int thread = threadIdx.x, warp = thread / kWarpThreads, lane = thread % kWarpThreads;
   const int g = lane >> 2, t = lane & 3;
@@ -73,38 +74,43 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       reinterpret_cast<float*>(tiles.ring() + slots * kTensors * kColumns * kWidth);
   Tiles::template load<kRegular>(
       tiles.own(kK), rows, [&](int i) -> const ConstView4& { return key_side(p, i); }, place.batch,
-      place.head, first, all_keys, shape);
+      place.head, sequence.key, first, all_keys, shape);
   if (kRegular && thread < kTensors) {
-    const WholeHead head = whole_head_of<T>(query_side(p, thread), place.batch, place.head * group);
+    const WholeHead head =
+        whole_head_of<T>(query_side(p, thread), place.batch, place.head * group, sequence.query);
     place.streamed[thread] = head;
     if (thread == 0) {
-      place.statistics = statistic_of<kTangent>(plan, shape, place.batch, place.head, 0);
+      place.statistics = statistic_of<kTangent>(plan, shape, sequence, place.batch, place.head, 0);
     }
   }
   __syncthreads();
 
-  const float &scale = plan.scale, &factor = plan.factor;
+  const float& scale = plan.scale;
   float dk[kOutTiles][4], dv[kOutTiles][4], dkt[kTangentTiles][4], dvt[kTangentTiles][4];
   clear(dk);
   clear(dv);
   clear(dkt);
   clear(dvt);
 
-  // Causal queries before the block's first key attend none of it.
-  const int begin = is_causal ? first / kColumns * kColumns : 0;
-  const int per_head = begin < queries ? (queries - begin + kColumns - 1) / kColumns : 0;
-  const QueryTiles start = {place.head * group, begin, queries, begin};
+  // Queries that see any of the block's keys.
+  RowRange seeing = {0, sequence.queries};
+  if constexpr (!kRegular) {
+    const int last = (first + rows < all_keys ? first + rows : all_keys) - 1;
+    seeing = rows_in_window(first, last, plan.window.right, plan.window.left, seeing.end, kColumns);
+  }
+  const int per_head = (seeing.end - seeing.begin + kColumns - 1) / kColumns;
+  const QueryTiles start = {place.head * group, seeing.begin, seeing.end, seeing.begin};
   QueryTiles copied = start, now = start;
 
   const auto issue = [&](int, int slot) {
     const Tile tile = tiles.streamed(slot, kQ);
     if constexpr (kRegular) {
-      load_whole_rows<kTensors, 1>(tile, kColumns, place.streamed, copied.query, queries, thread,
-                                   int(blockDim.x));
+      load_whole_rows<kTensors, 1>(tile, kColumns, place.streamed, copied.query, sequence.queries,
+                                   thread, int(blockDim.x));
     } else {
       Tiles::template load<false>(
           tile, kColumns, [&](int x) -> const ConstView4& { return query_side(p, x); }, place.batch,
-          copied.head, copied.query, queries, shape);
+          copied.head, sequence.query, copied.query, sequence.queries, shape);
     }
     constexpr int kCopies = kColumns * int(sizeof(float)) / kChunkBytes;  // of one statistic
     const auto copy = [&](int c, const float* head) {
@@ -116,7 +122,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       static_assert(kStats * kCopies <= kWarpThreads, "one warp copies them all");
       if (thread < kStats * kCopies) copy(thread, place.statistics);
     } else {
-      const float* const head = statistic_of<kTangent>(plan, shape, place.batch, copied.head, 0);
+      const float* const head =
+          statistic_of<kTangent>(plan, shape, sequence, place.batch, copied.head, 0);
       for (int c = thread; c < kStats * kCopies; c += int(blockDim.x)) copy(c, head);
     }
     copied.next(kColumns);
@@ -126,8 +133,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     now.next(kColumns);
     const Tile q = tiles.streamed(slot, kQ), grad = tiles.streamed(slot, kG);
     const Tile qt = tiles.streamed(slot, kQT), x = tiles.streamed(slot, kX);  // with tangents
-    const bool may_hide =
-        !kRegular && (p.mask.kind != MaskKind::none || (is_causal && at.query < first + rows));
+    const bool may_hide = !kRegular && (p.mask.kind != MaskKind::none ||
+                                        crosses(plan.window, at.query, kColumns, first, rows));
     bool hides = false;
     if (may_hide) {
       const auto look = [&](const Tile& tile) {
@@ -142,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       if (kTangent) look(x);
     }
     if (key >= all_keys) return;
-    if (is_causal && at.query + kColumns - 1 < key) return;
+    if (!kRegular && outside(plan.window, at.query, kColumns, key, kWarpRows)) return;
     float s[kTiles][4], b[kTiles][4];
     float u[kTangent ? kTiles : 1][4], a[kTangent ? kTiles : 1][4];
     clear(s);
@@ -158,9 +165,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       multiply_across<E, true, kRegular>(s, tiles.own(kK, own), 0, q, width, lane);
       multiply_across<E, true, kRegular>(b, tiles.own(kV, own), 0, grad, value_width, lane);
     }
-    const bool edge = is_causal && at.query < key + kWarpRows - 1;
-    finish_scores<true, kRegular>(s, p, {place.batch, at.head, at.query + 2 * t, key + g}, factor,
-                                  edge);
+    const bool edge = !kRegular && crosses(plan.window, at.query, kColumns, key, kWarpRows);
+    finish_scores<true, kRegular>(s, p, plan, sequence,
+                                  {place.batch, at.head, at.query + 2 * t, key + g}, edge);
 
     const float* const row = statistics + slot * kStats * kColumns;
     const auto statistic = [&](int which, int j, int e) {
@@ -248,8 +255,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   stream<kRegular>(group * per_head, plan.slots, issue, consume);
 
   const auto write = [&](const auto& sums, const View4& view, KeySide which, int columns) {
-    write_gradient(sums, tiles.own(which, own), 0, view, place.batch, place.head, key, all_keys,
-                   column, columns, lane);
+    write_gradient(sums, tiles.own(which, own), 0, view, place.batch, place.head, sequence.key, key,
+                   all_keys, column, columns, lane);
   };
   write(dk, p.grad_key, kK, width);
   write(dv, p.grad_value, kV, value_width);

@@ -1,6 +1,7 @@
 // How attention's backward is cut into blocks: host side, for the launcher and for introspection.
 #pragma once
 
+#include "cuda/attention/attention_window.h"
 #include "cuda/common/divisor.h"
 #include "pmf/attention_backward.h"
 
@@ -19,6 +20,7 @@ struct BackwardPlan {
   // Of the softmax; factor is scale log2 e. Here, instructions read them from the constant bank,
   // and no register holds them.
   float scale = 1, factor = 1;
+  Window window;
   // Row statistics: [B H][statistic][padded_queries].
   int padded_queries = 0;
   float* statistics = nullptr;
@@ -41,7 +43,7 @@ struct BackwardKernels {
   int tensors;     // on each side: 2, or 4 with tangents
   int statistics;  // of a row
   int warps;       // on a multiprocessor, that the registers are cut for
-  // For regular calls alone: no mask, not causal, no grouped heads, both gradients and all tangents
+  // For regular calls alone: no mask, no window, no grouped heads, both gradients and all tangents
   // there or none of the tangents, everything as wide as the tiles, every row that is read whole
   // 16-byte chunks on 16-byte addresses, less than 2^31 bytes apart.
   bool regular;

@@ -14,7 +14,8 @@
 // where e and H are rounded as the products read them, l and r add what was rounded, and whenever D
 // moves by delta, Z -= delta M and r -= delta l. What rounding leaves in the row sums is so taken
 // out with the row's own mean key M / l. D itself adds unrounded terms: it is exact to fp32,
-// without the forward's outputs.
+// without the forward's outputs. A gradient g of lse adds c g M / l to grad_query, and the keys get
+// c (D - g) for c D.
 //
 // Tiling: a block of 16 `warps` queries with its Q and G in shared memory, K and V streamed in
 // tiles of kColumns keys through a ring of three. Six warps and 32 columns cut 276 into 288 x 288.
@@ -102,30 +103,33 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
   const AttentionShape& shape = p.shape;
   const int rows = plan.rows;
-  auto& place = place_block<kTensors>(plan, kOut);
+  auto& place = place_block<kTensors, false>(p, plan, kOut);
+  const Sequence& sequence = place.sequence;
+  if (place.first >= sequence.queries) return;
   const int column = kRegular ? 0 : place.column, first = place.first;
-  const int queries = int(shape.queries), all_keys = int(shape.keys);
-  const bool is_causal = !kRegular && p.is_causal;
 
   const int thread = threadIdx.x, warp = thread / kWarpThreads, lane = thread % kWarpThreads;
   const int g = lane >> 2, t = lane & 3;
   const int own = warp * kWarpRows;  // this warp's rows of the block
   const int query = first + own;
+  const bool idle = query >= sequence.queries;
   const int width = kRegular ? kWidth : int(shape.width);
   const int value_width = kRegular ? kWidth : int(shape.value_width);
 
   const Tiles tiles = {reinterpret_cast<T*>(dynamic_shared() + kBackwardPlaceBytes), rows};
   Tiles::template load<kRegular>(
       tiles.own(kQ), rows, [&](int i) -> const ConstView4& { return query_side(p, i); },
-      place.batch, place.head, first, queries, shape);
+      place.batch, place.head, sequence.query, first, sequence.queries, shape);
   if (kRegular && thread < kTensors) {
-    const WholeHead head = whole_head_of<T>(key_side(p, thread), place.batch, place.key_head);
+    const WholeHead head =
+        whole_head_of<T>(key_side(p, thread), place.batch, place.key_head, sequence.key);
     place.streamed[thread] = head;
   }
   __syncthreads();
 
-  const int seen = is_causal && first + rows < all_keys ? first + rows : all_keys;  // by the block
-  const float &scale = plan.scale, &factor = plan.factor;
+  const RowRange seen = seen_keys<kRegular, kColumns>(plan, sequence, first);
+  const int count = (seen.end - seen.begin + kColumns - 1) / kColumns;
+  const float& scale = plan.scale;
 
   MovingMean state;
   float m[kOutTiles][4], z[kOutTiles][4];  // e K and H K
@@ -136,32 +140,34 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const auto issue = [&](int i, int slot) {
     const Tile tile = tiles.streamed(slot, kK);
     if constexpr (kRegular) {
-      load_whole_rows<kTensors, 1>(tile, kColumns, place.streamed, i * kColumns, all_keys, thread,
-                                   int(blockDim.x));
+      load_whole_rows<kTensors, 1>(tile, kColumns, place.streamed, seen.begin + i * kColumns,
+                                   sequence.keys, thread, int(blockDim.x));
     } else {
       Tiles::template load<false>(
           tile, kColumns, [&](int x) -> const ConstView4& { return key_side(p, x); }, place.batch,
-          place.key_head, i* kColumns, all_keys, shape);
+          place.key_head, sequence.key, seen.begin + i * kColumns, sequence.keys, shape);
     }
   };
   const auto consume = [&](int i, int slot) {
-    const int key = i * kColumns;
+    const int key = seen.begin + i * kColumns;
     const Tile k_tile = tiles.streamed(slot, kK), v_tile = tiles.streamed(slot, kV);
     bool hides = false;
-    if (!kRegular && (p.mask.kind != MaskKind::none || (is_causal && key + kColumns - 1 > first))) {
+    if (!kRegular &&
+        (p.mask.kind != MaskKind::none || crosses(plan.window, first, rows, key, kColumns))) {
       hides =
           any_not_finite(k_tile.at(0, 0), kColumns * kWidth, place.found, thread, int(blockDim.x));
     }
-    if (query >= queries) return;
-    if (is_causal && key > query + kWarpRows - 1) return;
+    if (idle) return;
+    if (!kRegular && outside(plan.window, query, kWarpRows, key, kColumns)) return;
     float s[kTiles][4], b[kTiles][4];
     clear(s);
     clear(b);
     multiply_across<E, false, kRegular>(s, tiles.own(kQ, own), 0, k_tile, width, lane);
     multiply_across<E, false, kRegular>(b, tiles.own(kG, own), 0, v_tile, value_width, lane);
-    const bool edge = key + kColumns > all_keys || (is_causal && key + kColumns - 1 > query);
-    finish_scores<false, kRegular>(s, p, {place.batch, place.head, query + g, key + 2 * t}, factor,
-                                   edge, b);
+    const bool edge = (i + 1 == count && key + kColumns > sequence.keys) ||
+                      (!kRegular && crosses(plan.window, query, kWarpRows, key, kColumns));
+    finish_scores<false, kRegular>(s, p, plan, sequence,
+                                   {place.batch, place.head, query + g, key + 2 * t}, edge, b);
     advance(state, s, b, scale);
     follow(state, m, z);
 #pragma unroll
@@ -181,25 +187,34 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       multiply_down<E, false, kRegular>(k_tile, column, width, lane, down(m, s), down(z, b));
     }
   };
-  stream<kRegular>((seen + kColumns - 1) / kColumns, plan.slots, issue, consume);
+  stream<kRegular>(count, plan.slots, issue, consume);
 
   bool nothing[2];
+  float moved[2] = {};  // c times the gradients of lse
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    nothing[h] = state.mass[h] == 0.0f || query + g + 8 * h >= queries;
+    const int row = query + g + 8 * h;
+    nothing[h] = state.mass[h] == 0.0f || row >= sequence.queries;
+    if (p.grad_lse != nullptr && row < sequence.queries) {
+      const auto at = statistic_row(shape, place.batch, place.head, sequence, row);
+      moved[h] = scale * lse_gradient(p.grad_lse, at);
+    }
     // Without a gradient a query, which may be anything where it is padding, moves nothing.
-    if (!kRegular) nothing[h] = zero_row(tiles.own(kG, own), g + 8 * h, lane) || nothing[h];
+    if (!kRegular) {
+      const bool still = zero_row(tiles.own(kG, own), g + 8 * h, lane);
+      nothing[h] = (still && moved[h] == 0.0f) || nothing[h];
+    }
   }
   if (column == 0 && t == 0) {
     const auto at = [&](int which) {
-      return statistic_of<false>(plan, shape, place.batch, place.head, which);
+      return statistic_of<false>(plan, shape, sequence, place.batch, place.head, which);
     };
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = query + g + 8 * h;
       at(kTop)[row] = nothing[h] ? INFINITY : state.top[h];
       at(kWeight)[row] = nothing[h] ? 0.0f : rcp_approx(state.mass[h]);
-      at(kD)[row] = nothing[h] ? 0.0f : state.mean[h];
+      at(kD)[row] = nothing[h] ? 0.0f : state.mean[h] - moved[h];
     }
   }
 #pragma unroll
@@ -208,11 +223,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     for (int e = 0; e < 4; ++e) {
       const float l = sums[e / 2 * 2], r = sums[e / 2 * 2 + 1];
       const float share = l == 0.0f ? 0.0f : rcp_approx(l);
-      z[n][e] = nothing[e / 2] ? 0.0f : share * fmaf(-r * share, m[n][e], z[n][e]);
+      z[n][e] =
+          nothing[e / 2] ? 0.0f : share * fmaf(fmaf(-r, share, moved[e / 2]), m[n][e], z[n][e]);
     }
   }
-  write_gradient(z, tiles.own(kQ, own), 0, p.grad_query, place.batch, place.head, query, queries,
-                 column, width, lane);
+  write_gradient(z, tiles.own(kQ, own), 0, p.grad_query, place.batch, place.head, sequence.query,
+                 query, sequence.queries, column, width, lane);
 }
 
 }  // namespace pmf::cuda

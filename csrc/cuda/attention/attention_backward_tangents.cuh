@@ -49,15 +49,16 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   const AttentionShape& shape = p.shape;
   const int rows = plan.rows;
-  auto& place = place_block<kTensors>(plan, kOut);
+  auto& place = place_block<kTensors, false>(p, plan, kOut);
+  const Sequence& sequence = place.sequence;
+  if (place.first >= sequence.queries) return;
   const int column = place.column, first = place.first;
-  const int queries = int(shape.queries), all_keys = int(shape.keys);
-  const bool is_causal = !kRegular && p.is_causal;
 
   const int thread = threadIdx.x, warp = thread / kWarpThreads, lane = thread % kWarpThreads;
   const int g = lane >> 2, t = lane & 3;
   const int own = warp * kWarpRows;
   const int query = first + own;
+  const bool idle = query >= sequence.queries;
   const int width = kRegular ? kWidth : int(shape.width);
   const int value_width = kRegular ? kWidth : int(shape.value_width);
   const bool has_g = kRegular || p.grad.data != nullptr;
@@ -69,25 +70,26 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Tiles tiles = {reinterpret_cast<T*>(dynamic_shared() + kBackwardPlaceBytes), rows};
   Tiles::template load<kRegular>(
       tiles.own(kQ), rows, [&](int i) -> const ConstView4& { return query_side(p, i); },
-      place.batch, place.head, first, queries, shape);
+      place.batch, place.head, sequence.query, first, sequence.queries, shape);
   if (kRegular && thread < kTensors) {
-    const WholeHead head = whole_head_of<T>(key_side(p, thread), place.batch, place.key_head);
+    const WholeHead head =
+        whole_head_of<T>(key_side(p, thread), place.batch, place.key_head, sequence.key);
     place.streamed[thread] = head;
   }
   __syncthreads();
 
-  const int seen = is_causal && first + rows < all_keys ? first + rows : all_keys;
-  const int count = (seen + kColumns - 1) / kColumns;
-  const float &scale = plan.scale, &factor = plan.factor;
+  const RowRange seen = seen_keys<kRegular, kColumns>(plan, sequence, first);
+  const int count = (seen.end - seen.begin + kColumns - 1) / kColumns;
+  const float& scale = plan.scale;
   const auto issue = [&](int i, int slot) {
     const Tile tile = tiles.streamed(slot, kK);
     if constexpr (kRegular) {
-      load_whole_rows<kTensors, 1>(tile, kColumns, place.streamed, i * kColumns, all_keys, thread,
-                                   int(blockDim.x));
+      load_whole_rows<kTensors, 1>(tile, kColumns, place.streamed, seen.begin + i * kColumns,
+                                   sequence.keys, thread, int(blockDim.x));
     } else {
       Tiles::template load<false>(
           tile, kColumns, [&](int x) -> const ConstView4& { return key_side(p, x); }, place.batch,
-          place.key_head, i* kColumns, all_keys, shape);
+          place.key_head, sequence.key, seen.begin + i * kColumns, sequence.keys, shape);
     }
   };
 
@@ -96,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   float d[2], a_mean[2], r_mean[2], weight[2];
 
   // Scores in log-2 units, tS, A and B of a tile.
-  const auto products = [&](int key, int slot, float (&s)[kTiles][4], float (&ts)[kTiles][4],
+  const auto products = [&](int i, int slot, float (&s)[kTiles][4], float (&ts)[kTiles][4],
                             float (&a)[kTiles][4], float (&b)[kTiles][4]) {
     clear(s);
     clear(ts);
@@ -108,18 +110,27 @@ __global__ void __launch_bounds__(kThreads, 1)
     multiply_across<E, false, kRegular>(a, b, tiles.own(kX, own), tiles.own(kG, own), has_g, 0,
                                         tiles.streamed(slot, kV), tiles.streamed(slot, kVT), has_vt,
                                         value_width, lane);
-    const bool edge = key + kColumns > all_keys || (is_causal && key + kColumns - 1 > query);
-    finish_scores<false, kRegular>(s, p, {place.batch, place.head, query + g, key + 2 * t}, factor,
-                                   edge, ts, a, b);
+    const int key = seen.begin + i * kColumns;
+    const bool edge = (i + 1 == count && key + kColumns > sequence.keys) ||
+                      (!kRegular && crosses(plan.window, query, kWarpRows, key, kColumns));
+    finish_scores<false, kRegular>(
+        s, p, plan, sequence, {place.batch, place.head, query + g, key + 2 * t}, edge, ts, a, b);
   };
 
+  // Whether a tile is nothing to this warp's queries.
+  const auto passes = [&](int i) {
+    if constexpr (kRegular) return idle;
+    return idle || outside(plan.window, query, kWarpRows, seen.begin + i * kColumns, kColumns);
+  };
+
+  bool fresh = true;
   const auto measure = [&](int i, int slot) {
     float s[kTiles][4], ts[kTiles][4], a[kTiles][4], b[kTiles][4];
-    products(i * kColumns, slot, s, ts, a, b);
+    products(i, slot, s, ts, a, b);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       RowMoments& row = moments[h];
-      if (i == 0) {
+      if (kRegular ? i == 0 : fresh) {
         const int from = lane & ~3;
         tau_pivot[h] = shuffle_idx(ts[0][2 * h], from);
         alpha_pivot[h] = shuffle_idx(a[0][2 * h], from);
@@ -146,11 +157,25 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       row.mass += part.mass, row.tau += part.tau, row.alpha += part.alpha, row.beta += part.beta;
     }
+    fresh = false;
+  };
+
+  // Of row g + 8 h: those of lse (g) and lse_t (y). Rows of dtS add up to y then, and those of dS
+  // to g, where D becomes D - g and a becomes a - y.
+  struct LseGradients {
+    float value, tangent;
+  };
+  const auto lse_gradients = [&](int h) -> LseGradients {
+    const int at = query + g + 8 * h;
+    if ((p.grad_lse == nullptr && p.grad_lse_t == nullptr) || at >= sequence.queries)
+      return {0.0f, 0.0f};
+    const auto row = statistic_row(shape, place.batch, place.head, sequence, at);
+    return {lse_gradient(p.grad_lse, row), lse_gradient(p.grad_lse_t, row)};
   };
 
   const auto conclude = [&] {
     const auto of = [&](int which) {
-      return statistic_of<true>(plan, shape, place.batch, place.head, which);
+      return statistic_of<true>(plan, shape, sequence, place.batch, place.head, which);
     };
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -162,12 +187,17 @@ __global__ void __launch_bounds__(kThreads, 1)
       a_mean[h] = alpha_pivot[h] + alpha;
       d[h] = scale * (beta_pivot[h] + fmaf(row.beta, weight[h], -tau * alpha));
       const int at = query + g + 8 * h;
-      bool nothing = row.mass == 0.0f || at >= queries;
+      bool nothing = row.mass == 0.0f || at >= sequence.queries;
+      const LseGradients lse = lse_gradients(h);
       if (!kRegular) {
         // Without gradients a query, which may be anything where it is padding, moves nothing.
         const bool still = !has_g || zero_row(tiles.own(kG, own), g + 8 * h, lane);
-        nothing = (zero_row(tiles.own(kX, own), g + 8 * h, lane) && still) || nothing;
+        nothing = (zero_row(tiles.own(kX, own), g + 8 * h, lane) && still && lse.value == 0.0f &&
+                   lse.tangent == 0.0f) ||
+                  nothing;
       }
+      d[h] = fmaf(-scale, lse.value, d[h]);
+      a_mean[h] -= lse.tangent;
       if (nothing) row.top = INFINITY, weight[h] = d[h] = a_mean[h] = r_mean[h] = 0.0f;
       if (column != 0 || t != 0) continue;
       of(kTop)[at] = row.top;
@@ -178,9 +208,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   };
 
-  const bool idle = query >= queries;
   stream<kRegular>(count, plan.slots, issue, [&](int i, int slot) {
-    if (!idle) measure(i, slot);
+    if (!passes(i)) measure(i, slot);
   });
   conclude();
 
@@ -192,7 +221,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   clear(mean_t);
   const auto differentiate = [&](int i, int slot, bool hides) {
     float s[kTiles][4], ts[kTiles][4], a[kTiles][4], b[kTiles][4];
-    products(i * kColumns, slot, s, ts, a, b);
+    products(i, slot, s, ts, a, b);
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
@@ -234,16 +263,24 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
 
   stream<kRegular>(count, plan.slots, issue, [&](int i, int slot) {
-    const int key = i * kColumns;
+    const int key = seen.begin + i * kColumns;
     bool hides = false;
-    if (!kRegular && (p.mask.kind != MaskKind::none || (is_causal && key + kColumns - 1 > first))) {
+    if (!kRegular &&
+        (p.mask.kind != MaskKind::none || crosses(plan.window, first, rows, key, kColumns))) {
       const Tile from = tiles.streamed(slot, kK);
       hides = any_not_finite(from.at(0, 0), (has_kt ? kKT + 1 : kV + 1) * kColumns * kWidth,
                              place.found, thread, int(blockDim.x));
     }
-    if (!idle) differentiate(i, slot, hides);
+    if (!passes(i)) differentiate(i, slot, hides);
   });
 
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    if (weight[h] == 0.0f) continue;
+    const LseGradients lse = lse_gradients(h);
+    sums[2 * h] = fmaf(-scale, lse.value, sums[2 * h]);
+    sums[2 * h + 1] = fmaf(-scale, lse.tangent, sums[2 * h + 1]);
+  }
 #pragma unroll
   for (int n = 0; n < kOutTiles; ++n) {
 #pragma unroll
@@ -253,11 +290,11 @@ __global__ void __launch_bounds__(kThreads, 1)
       dqt[n][e] = fmaf(-rho_t, mean[n][e], dqt[n][e]);
     }
   }
-  write_gradient(dq, tiles.own(kQ, own), 0, p.grad_query, place.batch, place.head, query, queries,
-                 column, width, lane);
+  write_gradient(dq, tiles.own(kQ, own), 0, p.grad_query, place.batch, place.head, sequence.query,
+                 query, sequence.queries, column, width, lane);
   if (p.grad_query_t.data != nullptr) {
-    write_gradient(dqt, tiles.own(kQT, own), 0, p.grad_query_t, place.batch, place.head, query,
-                   queries, column, width, lane);
+    write_gradient(dqt, tiles.own(kQT, own), 0, p.grad_query_t, place.batch, place.head,
+                   sequence.query, query, sequence.queries, column, width, lane);
   }
 }
 

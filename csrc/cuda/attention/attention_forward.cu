@@ -5,10 +5,11 @@
 
 #include "cuda/attention/attention_choices.h"
 #include "cuda/attention/attention_forward_plan.h"
+#include "cuda/attention/attention_launchers.h"
 #include "cuda/attention/attention_views.h"
 #include "cuda/attention/hopper_forward.h"
+#include "cuda/common/cuda.cuh"
 #include "cuda/common/launch.cuh"
-#include "cuda/common/launchers.h"
 
 namespace pmf::cuda {
 namespace {
@@ -22,7 +23,7 @@ int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 // ForwardKernel::regular, but for the widths.
 bool is_regular(const AttentionParams& p) {
   const AttentionShape& s = p.shape;
-  if (p.mask.kind != MaskKind::none || p.is_causal || p.scale < 0) return false;
+  if (p.mask.kind != MaskKind::none || p.window.hides() || p.scale < 0) return false;
   const int64_t bytes = dtype_bytes(p.dtype);
   const auto queries = [&](const auto& x) {
     return x.data != nullptr && whole_chunks(x, s.batch, s.heads, s.queries, bytes);
@@ -45,10 +46,11 @@ const ForwardKernel* first_kernel(const AttentionParams& params) {
 }
 
 // Whether a kernel takes a call, regular or not, where blocks may have so much shared memory.
-bool takes(const ForwardKernel& k, const AttentionShape& s, bool regular,
+bool takes(const ForwardKernel& k, const AttentionParams& params, bool regular,
            int64_t shared_per_block) {
+  const AttentionShape& s = params.shape;
   return k.regular ? regular && s.width == k.width && s.value_width == k.width &&
-                         attention_forward_plan(k, s, {shared_per_block, 0}).warps > 0
+                         attention_forward_plan(k, params, {shared_per_block, 0}).warps > 0
                    : s.width <= k.width;
 }
 
@@ -61,8 +63,9 @@ int64_t tiles_of(const ForwardKernel& kernel, const AttentionShape& shape) {
 }
 
 // Blocks of so many warps with so many slots; warps is 0 if the kernel or the device has no such.
-ForwardPlan plan_with(const ForwardKernel& kernel, const AttentionShape& shape,
+ForwardPlan plan_with(const ForwardKernel& kernel, const AttentionParams& params,
                       const DeviceLimits& limits, int warps, int slots) {
+  const AttentionShape shape = planned_shape(params.shape, params.sequences);
   const int64_t units = units_of(kernel, shape), tiles = tiles_of(kernel, shape);
   const int most = int(std::min<int64_t>(3, tiles));
   const bool has_warps = warps >= 1 && warps <= kernel.warps && (warps == 1 || warps <= units);
@@ -82,8 +85,9 @@ ForwardPlan plan_with(const ForwardKernel& kernel, const AttentionShape& shape,
   plan.blocks_per_processor =
       int(std::max<int64_t>(1, std::min(limits.shared_per_processor / (bytes + kSharedOverhead),
                                         int64_t(kernel.warps / warps))));
-  plan.row_blocks = int(ceil_div(units, warps));
-  plan.blocks = shape.queries == 0 ? 0 : shape.batch * shape.heads * parts * plan.row_blocks;
+  const int64_t blocks = row_blocks(params.shape.queries, warps * kernel.unit, params.sequences);
+  plan.row_blocks = int(std::min(blocks, kLargest));
+  plan.blocks = shape.batch * shape.heads * parts * blocks;
   plan.by_parts = Divisor(uint32_t(parts));
   plan.by_row_blocks = Divisor(uint32_t(plan.row_blocks));
   plan.by_heads = Divisor(uint32_t(shape.heads));
@@ -95,7 +99,7 @@ ForwardPlan plan_with(const ForwardKernel& kernel, const AttentionShape& shape,
 // of `kernel`, the model's choice: so no tuning changes a bit of the results.
 bool take_tuned(const AttentionParams& params, const DeviceLimits& limits,
                 const ForwardKernel*& kernel, ForwardPlan& plan) {
-  const AttentionShape& s = params.shape;
+  const AttentionShape s = planned_shape(params.shape, params.sequences);
   const AttentionChoice choice = attention_choice(
       {AttentionLaunch::forward, params.dtype, params.dtype == DType::f32 && params.allow_tf32,
        params.out_t.data != nullptr, s.queries, s.keys, s.width, s.value_width});
@@ -104,8 +108,8 @@ bool take_tuned(const AttentionParams& params, const DeviceLimits& limits,
   const ForwardKernel* const first = first_kernel(params);
   for (const ForwardKernel* k = first;; ++k) {
     if (k - first == choice.kernel && k->keys == kernel->keys &&
-        takes(*k, s, regular, limits.shared_per_block)) {
-      const ForwardPlan tuned = plan_with(*k, s, limits, choice.warps, choice.slots);
+        takes(*k, params, regular, limits.shared_per_block)) {
+      const ForwardPlan tuned = plan_with(*k, params, limits, choice.warps, choice.slots);
       if (tuned.warps == 0) return false;
       kernel = k;
       plan = tuned;
@@ -121,11 +125,11 @@ const ForwardKernel& attention_forward_kernel(const AttentionParams& params,
                                               int64_t shared_per_block) {
   const bool regular = is_regular(params);
   const ForwardKernel* kernel = first_kernel(params);
-  while (!takes(*kernel, params.shape, regular, shared_per_block)) ++kernel;
+  while (!takes(*kernel, params, regular, shared_per_block)) ++kernel;
   return *kernel;
 }
 
-ForwardPlan attention_forward_plan(const ForwardKernel& kernel, const AttentionShape& shape,
+ForwardPlan attention_forward_plan(const ForwardKernel& kernel, const AttentionParams& params,
                                    const DeviceLimits& limits) {
   // Judged by the cycle model (benchmarks/gpu_model.py), not measured: a tile of keys is worth its
   // copy the more queries it meets (a block of half_reuse queries is worth half of an endless one);
@@ -134,15 +138,16 @@ ForwardPlan attention_forward_plan(const ForwardKernel& kernel, const AttentionS
   constexpr double kShortRing = 0.95, kNoRing = 0.5;
   const double half_reuse = kernel.width <= 64 ? 24 : 40;
   constexpr double kCover[] = {0.62, 0.8, 0.94};  // one block, two, three; then 1
+  const AttentionShape shape = planned_shape(params.shape, params.sequences);
   const int64_t units = units_of(kernel, shape), tiles = tiles_of(kernel, shape);
 
   ForwardPlan best;
   double best_value = -1;
   const auto consider = [&](int warps, int slots) {
-    const ForwardPlan plan = plan_with(kernel, shape, limits, warps, slots);
+    const ForwardPlan plan = plan_with(kernel, params, limits, warps, slots);
     if (plan.warps == 0) return;
     const double resident = double(plan.blocks_per_processor) * warps;
-    const double busy = double(units) / double(int64_t(plan.row_blocks) * warps);
+    const double busy = double(units) / double(ceil_div(units, warps) * warps);
     const double queries = double(warps) * kernel.unit;
     double value = resident / kernel.warps * busy * queries / (queries + half_reuse);
     if (plan.blocks_per_processor <= 3) value *= kCover[plan.blocks_per_processor - 1];
@@ -162,13 +167,18 @@ const char* attention_forward(const AttentionParams& params, void* stream) {
   constexpr int64_t kLongest = kLargest - 4096;  // a block's rows and a tile's keys may reach past
   if (s.queries > kLongest || s.keys > kLongest) return "more than 2^31 queries or keys";
   const DeviceLimits limits = {device_shared_limit(), device_shared_per_processor()};
-  if (limits.shared_per_block <= 0) return "the device does not say how much shared memory it has";
+  if (limits.shared_per_block <= 0 || limits.shared_per_processor <= 0) return kNoLimits;
   const char* problem = nullptr;
-  if (is_regular(params) && hopper_forward(params, stream, problem)) return problem;
+  if (params.sequences.queries == nullptr && is_regular(params) &&
+      hopper_forward(params, stream, problem)) {
+    return problem;
+  }
   const ForwardKernel* kernel = &attention_forward_kernel(params, limits.shared_per_block);
   ForwardPlan plan;
-  if (!take_tuned(params, limits, kernel, plan)) plan = attention_forward_plan(*kernel, s, limits);
+  if (!take_tuned(params, limits, kernel, plan))
+    plan = attention_forward_plan(*kernel, params, limits);
   plan.factor = std::fabs(float(params.scale)) * kLog2e;
+  plan.window = Window(params.window);
   if (plan.blocks == 0) return nullptr;
   if (plan.blocks > kLargest) return "more than 2^31 blocks of queries";
   plan_next_launch(plan.warps * kernel->unit, kernel->keys, plan.blocks_per_processor);

@@ -239,11 +239,13 @@ struct ForwardUnit {
     for (int m = 0; m < kM; ++m) rows[m] = RowState(), clear(o[m]), clear(ot[m]);
   }
 
-  // `place`: the lane's first score; edge: the tile may reach past the keys or the diagonal; hides:
+  // `place`: the lane's first score; edge: the tile may reach past the keys or the window; hides:
   // values that are not finite may be hidden.
-  __device__ void add_tile(const AttentionParams& p, typename C::T* ring, int slot,
-                           ScorePlace place, bool edge, bool hides, float factor, float scale,
-                           int column, int lane) {
+  __device__ void add_tile(const AttentionParams& p, const ForwardPlan& plan,
+                           const Sequence& sequence, typename C::T* ring, int slot,
+                           ScorePlace place, bool edge, bool hides, float scale, int column,
+                           int lane) {
+    const float& factor = plan.factor;
     const int start = slot * C::kSlotElements;
     typename C::T* const values = ring + C::kSides * C::kKeyElements;
     const typename C::KeyTile k{ring, start}, kt{ring + C::kKeyElements, start};
@@ -262,7 +264,9 @@ struct ForwardUnit {
     const bool masked = edge || (!C::kRegular && p.mask.kind != MaskKind::none);
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
-      if (masked) mask_scores<C::kTangent, C::kRegular>(s[m], ts[m], p, place, factor);
+      if (masked) {
+        mask_scores<C::kTangent, C::kRegular>(s[m], ts[m], p, plan.window, sequence, place, factor);
+      }
       softmax_tile<C::kTangent>(rows[m], s[m], ts[m], masked ? 1.0f : factor, scale);
       place.query += 16;
       rescale(m);
@@ -310,18 +314,20 @@ struct ForwardUnit {
     }
   }
 
-  // Normalises and stores:  out = O / l,  out_t = tO / l - (r / l) out,  lse = ln 2 (m + log2 l).
-  // (The pivot has gone into H.) A row that attended nothing: zeros, and lse is -inf.
-  __device__ void finish(const AttentionParams& p, int batch, int head, int first, int column,
-                         int lane) {
+  // Normalises and stores:  out = O / l,  out_t = tO / l - (r / l) out,  lse = ln 2 (m + log2 l),
+  // lse_t = p + r / l. (The pivot p has gone into H.) A row that attended nothing: zeros, and lse
+  // is -inf.
+  __device__ void finish(const AttentionParams& p, const Sequence& sequence, int batch, int head,
+                         int first, int column, int lane) {
     constexpr float kLn2 = 0.6931471805599453f;
     using T = typename C::T;
-    const int queries = int(p.shape.queries);
+    const int queries = sequence.queries;
     int columns = int(p.shape.value_width) - column;
     columns = columns < C::kOut ? columns : C::kOut;
     const auto start = [&](const View4& view) {
       return static_cast<T*>(view.data) + int64_t(batch) * view.stride[0] +
-             int64_t(head) * view.stride[1] + int64_t(column) * view.stride[3];
+             int64_t(head) * view.stride[1] + int64_t(sequence.query) * view.stride[2] +
+             int64_t(column) * view.stride[3];
     };
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
@@ -342,10 +348,12 @@ struct ForwardUnit {
           }
         }
         if (column == 0 && (lane & 3) == 0 && query + 8 * r < queries) {
-          const int64_t row =
-              (int64_t(batch) * p.shape.heads + head) * p.shape.queries + query + 8 * r;
+          const int64_t row = statistic_row(p.shape, batch, head, sequence, query + 8 * r);
           static_cast<float*>(p.lse)[row] =
               sum == 0.0f ? -INFINITY : kLn2 * (rows[m].top[r] + log2_approx(sum));
+          if (C::kTangent && p.lse_t != nullptr) {
+            static_cast<float*>(p.lse_t)[row] = sum == 0.0f ? 0.0f : rows[m].pivot[r] + residual;
+          }
         }
       }
       store_rows<C::kRegular>(o[m], start(p.out), p.out.stride[2], p.out.stride[3], query, queries,

@@ -6,11 +6,6 @@
 
 namespace pmf::cuda {
 
-// Keys that queries [first, first + rows) may attend: [0, end).
-__device__ inline int end_of_keys(bool is_causal, int first, int rows, int keys) {
-  return is_causal && first + rows < keys ? first + rows : keys;
-}
-
 // The sign of the scale goes into the queries, exactly, so that the largest raw score is the
 // largest score.
 template <typename T>
@@ -25,27 +20,29 @@ enum ForwardTensor { kKey, kKeyT, kValue, kValueT, kForwardTensors };
 template <class C>
 struct ForwardPlace {
   std::conditional_t<C::kRegular, WholeHead, HeadView<typename C::T>> streamed[kForwardTensors];
+  Sequence sequence;
   int batch, head, column, first;
   uint32_t found[16];  // by a warp: attention_hidden.cuh
 };
 
 template <class C>
-__global__ void __launch_bounds__(C::kWarps* kWarpThreads)
+__global__ void __launch_bounds__(C::kWarps* kWarpThreads, 1)
     attention_forward_kernel(const __grid_constant__ AttentionParams p,
                              const __grid_constant__ ForwardPlan plan) {
   using T = typename C::T;
   const AttentionShape& shape = p.shape;
-  const int queries = int(shape.queries), all_keys = int(shape.keys);
   const int width = C::kRegular ? C::kWidth : int(shape.width);
   const int value_width = C::kRegular ? C::kOut : int(shape.value_width);
-  const bool is_causal = !C::kRegular && p.is_causal;
   const int thread = threadIdx.x, warp = thread / kWarpThreads, lane = thread % kWarpThreads;
 
   // Neighbouring blocks share a head, so that its tiles come from L2.
   uint32_t index = blockIdx.x;
   const int column = C::kRegular ? 0 : int(plan.by_parts.divide(index)) * C::kOut;
   const int rows = C::kUnit * int(blockDim.x) / kWarpThreads;  // of the block
-  const int first = int(plan.by_row_blocks.divide(index)) * rows;
+  int block = int(plan.by_row_blocks.divide(index));
+  const Sequence sequence = sequence_of<false>(p.sequences, shape, rows, block);
+  const int first = block * rows, queries = sequence.queries;
+  if (first >= queries) return;
   const int head = int(plan.by_heads.divide(index)), batch = int(index);
   uint32_t key_head = uint32_t(head);
   plan.by_group.divide(key_head);
@@ -57,6 +54,7 @@ __global__ void __launch_bounds__(C::kWarps* kWarpThreads)
   T* const own = tiles + warp * C::kSides * C::kUnitElements;
   T* const ring = tiles + int(blockDim.x) / kWarpThreads * C::kSides * C::kUnitElements;
   if (thread == 0) {
+    place.sequence = sequence;
     place.batch = batch, place.head = head, place.column = column, place.first = first;
   }
   if (thread < kForwardTensors) {
@@ -64,29 +62,37 @@ __global__ void __launch_bounds__(C::kWarps* kWarpThreads)
                              : thread == kKeyT  ? p.key_t
                              : thread == kValue ? p.value
                                                 : p.value_t;
-    place.streamed[thread] = streamed_head<C::kRegular, T>(view, batch, int(key_head));
+    place.streamed[thread] =
+        streamed_head<C::kRegular, T>(view, batch, int(key_head), sequence.key);
   }
 
   const int query = first + warp * C::kUnit;
   const bool active = query < queries;
+  // Regular kernels of wide rows have no register left for it: their warps read the length again.
+  constexpr bool kReads = C::kRegular && C::kWidth > 64;
   const float scale = fabsf(float(p.scale));
   ForwardUnit<C> unit;
   unit.q = {{own}, sign_of<T>(p.scale)}, unit.qt = {{own + C::kUnitElements}, sign_of<T>(p.scale)};
-  const auto query_view = streamed_head<C::kRegular, T>(p.query, batch, head);
+  const auto query_view = streamed_head<C::kRegular, T>(p.query, batch, head, sequence.query);
   unit.q.load(query_view, query, queries, width, lane);
   if constexpr (C::kTangent) {
     // An absent tangent is read as no rows at all: zeros.
     const bool present = C::kRegular || p.query_t.data != nullptr;
-    unit.qt.load(present ? streamed_head<C::kRegular, T>(p.query_t, batch, head) : query_view,
+    unit.qt.load(present ? streamed_head<C::kRegular, T>(p.query_t, batch, head, sequence.query)
+                         : query_view,
                  query, present ? queries : 0, width, lane);
   }
 
-  const int end = end_of_keys(is_causal, first, rows, all_keys);
-  const TileStream stream = {(end + C::kKeys - 1) / C::kKeys,
+  RowRange seen = {0, sequence.keys};
+  if constexpr (!C::kRegular) {
+    const int last = (first + rows < queries ? first + rows : queries) - 1;
+    seen = rows_in_window(first, last, plan.window.left, plan.window.right, seen.end, C::kKeys);
+  }
+  const TileStream stream = {(seen.end - seen.begin + C::kKeys - 1) / C::kKeys,
                              C::kRegular ? kForwardRegularSlots : plan.slots};
   const auto issue = [&](int i, int slot) {
     T* const to = ring + slot * C::kSlotElements;
-    const int key = i * C::kKeys;
+    const int key = seen.begin + i * C::kKeys, all_keys = place.sequence.keys;
     if constexpr (C::kRegular) {
       load_whole_rows<kForwardTensors, C::kTangent ? 1 : 2>(typename C::KeyTile{to}, C::kKeys,
                                                             place.streamed, key, all_keys, thread,
@@ -114,24 +120,31 @@ __global__ void __launch_bounds__(C::kWarps* kWarpThreads)
   unit.reset();
 
   stream.run(issue, [&](int i, int slot) {
-    const int key = i * C::kKeys;
+    const int key = seen.begin + i * C::kKeys;
     bool hides = false;
     if (!C::kRegular) {
       const bool has_vt = C::kTangent && p.value_t.data != nullptr;
       const bool may_hide =
-          p.mask.kind != MaskKind::none || (is_causal && key + C::kKeys - 1 > place.first);
+          p.mask.kind != MaskKind::none || crosses(plan.window, place.first, rows, key, C::kKeys);
       if (may_hide) {
         hides = any_not_finite(ring + slot * C::kSlotElements + C::kSides * C::kKeyElements,
                                (has_vt ? 2 : 1) * C::kValueElements, place.found, thread,
                                int(blockDim.x));
       }
     }
-    if (!active || (is_causal && key >= query + C::kUnit)) return;
+    if (kReads ? query >= place.sequence.queries : !active) return;
+    if (!C::kRegular && outside(plan.window, query, C::kUnit, key, C::kKeys)) return;
     const ScorePlace score = {place.batch, place.head, query + (lane >> 2), key + 2 * (lane & 3)};
-    const bool edge = key + C::kKeys > all_keys || (is_causal && key + C::kKeys - 1 > query);
-    unit.add_tile(p, ring, slot, score, edge, hides, plan.factor, scale, place.column, lane);
+    const bool last = i + 1 == stream.count;
+    const bool edge = (last && key + C::kKeys > place.sequence.keys) ||
+                      (!C::kRegular && crosses(plan.window, query, C::kUnit, key, C::kKeys));
+    unit.add_tile(p, plan, place.sequence, ring, slot, score, edge, hides, scale, place.column,
+                  lane);
   });
-  if (active) unit.finish(p, place.batch, place.head, query + (lane >> 2), place.column, lane);
+  if (kReads ? query < place.sequence.queries : active) {
+    unit.finish(p, place.sequence, place.batch, place.head, query + (lane >> 2), place.column,
+                lane);
+  }
   cp_async_wait<0>();
 }
 

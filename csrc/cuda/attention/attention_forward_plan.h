@@ -1,6 +1,7 @@
 // How attention's forward is cut into blocks: host side, for the launcher and for introspection.
 #pragma once
 
+#include "cuda/attention/attention_window.h"
 #include "cuda/common/divisor.h"
 #include "pmf/attention.h"
 
@@ -21,9 +22,10 @@ struct ForwardPlan {
   int slots = 0;  // tiles of keys in the ring
   int shared_bytes = 0;
   int blocks_per_processor = 0;
-  int row_blocks = 0;  // blocks of queries of one head
+  int row_blocks = 0;  // blocks of queries of one head, those left over as well
   // |scale| log2 e: here, as instructions read it from the constant bank, and no register holds it.
   float factor = 1;
+  Window window;
   // By which a block finds its place: columns of values, blocks of queries, heads, heads a key
   // head.
   Divisor by_parts, by_row_blocks, by_heads, by_group;
@@ -43,7 +45,7 @@ struct ForwardKernel {
   int element_bytes;
   int sides;  // 1, or 2 with tangents
   int warps;  // most of a block, and of a multiprocessor: what the registers allow
-  // For regular calls alone: no mask, not causal, no negative scale, all tangents present, queries
+  // For regular calls alone: no mask, no window, no negative scale, all tangents present, queries
   // and values as wide as the tiles, every row whole 16-byte chunks on 16-byte addresses, less than
   // 2^31 bytes apart.
   bool regular;
@@ -65,7 +67,7 @@ const ForwardKernel& attention_forward_kernel(const AttentionParams& params,
                                               int64_t shared_per_block);
 
 // The plan of a kernel on a device; blocks is 0 where there is nothing to compute.
-ForwardPlan attention_forward_plan(const ForwardKernel& kernel, const AttentionShape& shape,
+ForwardPlan attention_forward_plan(const ForwardKernel& kernel, const AttentionParams& params,
                                    const DeviceLimits& limits);
 
 }  // namespace pmf::cuda

@@ -14,6 +14,7 @@
 // The last two are products with ones: the tensor cores add up what they multiply.
 #pragma once
 
+#include "cuda/attention/attention_sequences.cuh"
 #include "cuda/attention/attention_tile.cuh"
 
 namespace pmf::cuda {
@@ -39,19 +40,20 @@ struct ScorePlace {
 // there is nothing but the end of the keys.
 template <bool kTangent, bool kEndOnly, int kTiles>
 __device__ inline void mask_scores(float (&s)[kTiles][4], float (&ts)[kTiles][4],
-                                   const AttentionParams& p, const ScorePlace& place,
+                                   const AttentionParams& p, const Window& window,
+                                   const Sequence& sequence, const ScorePlace& place,
                                    float factor) {
   const int64_t* stride = p.mask.view.stride;
   const int64_t head = int64_t(place.batch) * stride[0] + int64_t(place.head) * stride[1];
   const bool masked = !kEndOnly && p.mask.kind != MaskKind::none;
-  const int queries = int(p.shape.queries), keys = int(p.shape.keys);
+  const int queries = sequence.queries, keys = sequence.keys;
 #pragma unroll
   for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int query = place.query + 8 * (e / 2), key = place.key + 8 * j + e % 2;
       float bias = 0.0f;
-      if (key >= keys || (!kEndOnly && p.is_causal && key > query)) {
+      if (key >= keys || (!kEndOnly && hides(window, query, key))) {
         bias = -INFINITY;
       } else if (masked && query < queries) {
         bias = mask_bias(p.mask, head + int64_t(query) * stride[2] + int64_t(key) * stride[3]);

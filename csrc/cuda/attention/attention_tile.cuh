@@ -167,10 +167,14 @@ struct HeadView {
   int64_t row_stride, column_stride;
 };
 
+// From row `row` on.
 template <typename T>
-__device__ inline HeadView<T> head_of(const ConstView4& view, int batch, int head) {
+__device__ inline HeadView<T> head_of(const ConstView4& view, int batch, int head, int row) {
   const T* data = static_cast<const T*>(view.data);
-  if (data != nullptr) data += int64_t(batch) * view.stride[0] + int64_t(head) * view.stride[1];
+  if (data != nullptr) {
+    data += int64_t(batch) * view.stride[0] + int64_t(head) * view.stride[1] +
+            int64_t(row) * view.stride[2];
+  }
   return {data, view.stride[2], view.stride[3]};
 }
 
@@ -220,18 +224,18 @@ struct WholeHead {
 };
 
 template <typename T>
-__device__ inline WholeHead whole_head_of(const ConstView4& view, int batch, int head) {
-  const HeadView<T> from = head_of<T>(view, batch, head);
+__device__ inline WholeHead whole_head_of(const ConstView4& view, int batch, int head, int row) {
+  const HeadView<T> from = head_of<T>(view, batch, head, row);
   return {reinterpret_cast<const char*>(from.data), int(from.row_stride * int64_t(sizeof(T)))};
 }
 
 // What load_whole_rows() reads, or load_rows().
 template <bool kWhole, typename T>
-__device__ inline auto streamed_head(const ConstView4& view, int batch, int head) {
+__device__ inline auto streamed_head(const ConstView4& view, int batch, int head, int row) {
   if constexpr (kWhole) {
-    return whole_head_of<T>(view, batch, head);
+    return whole_head_of<T>(view, batch, head, row);
   } else {
-    return head_of<T>(view, batch, head);
+    return head_of<T>(view, batch, head, row);
   }
 }
 

@@ -6,8 +6,8 @@
 #include <cmath>
 
 #include "cuda/attention/hopper_forward.cuh"
+#include "cuda/common/device.h"
 #include "cuda/common/hopper_device.cuh"
-#include "cuda/common/launchers.h"
 #include "cuda/common/tensor_map.cuh"
 
 namespace pmf::cuda {

@@ -2,9 +2,11 @@
 #include "pmf/introspection.h"
 
 #if PMF_WITH_CUDA
+#include "cuda/attention/attention_launchers.h"
 #include "cuda/common/dry_run.h"
-#include "cuda/common/launchers.h"
+#include "cuda/newton_schulz/newton_schulz_launchers.h"
 #include "cuda/newton_schulz/newton_schulz_plan.h"
+#include "cuda/patch_embed/patch_embed_launchers.h"
 #include "pmf/attention_backward.h"
 
 namespace pmf {

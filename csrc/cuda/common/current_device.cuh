@@ -1,16 +1,15 @@
 // Which device a launch is for.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include "cuda/common/dry_run.h"
+#include "cuda/common/errors.h"
 
 namespace pmf::cuda {
 
 // The current device's number; -1 in a dry run.
 inline int current_device() {
   int device = -1;
-  if (dry_run == nullptr) cudaGetDevice(&device);
+  if (dry_run == nullptr) checked([&] { return cudaGetDevice(&device); });
   return device;
 }
 

@@ -1,10 +1,9 @@
 // Whether the CUDA kernels can run on a device, answered in one sentence.
-#include <cuda_runtime.h>
-
 #include <cstdio>
 #include <mutex>
 
-#include "cuda/common/launchers.h"
+#include "cuda/common/device.h"
+#include "cuda/common/errors.h"
 
 namespace pmf::cuda {
 namespace {
@@ -21,21 +20,23 @@ struct Answer {
 
 void examine(int device, char* text) {
   int driver = 0, runtime = 0, major = 0, minor = 0;
-  cudaRuntimeGetVersion(&runtime);
-  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) {
+  const auto attribute = [device](int* value, cudaDeviceAttr which) {
+    return checked([&] { return cudaDeviceGetAttribute(value, which, device); });
+  };
+  checked([&] { return cudaRuntimeGetVersion(&runtime); });
+  if (checked([&] { return cudaDriverGetVersion(&driver); }) != cudaSuccess || driver == 0) {
     std::snprintf(text, kSentence, "no NVIDIA driver was found");
   } else if (driver / 1000 < runtime / 1000) {
     std::snprintf(text, kSentence,
                   "the NVIDIA driver supports CUDA %d.%d and pmf was compiled with CUDA %d.%d: "
                   "update the driver (CUDA 13 needs 580 or newer) or use CPU tensors",
                   driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
-  } else if (const cudaError_t status =
-                 cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  } else if (const cudaError_t status = attribute(&major, cudaDevAttrComputeCapabilityMajor);
              status != cudaSuccess) {
     std::snprintf(text, kSentence, "CUDA device %d cannot be used (%s)", device,
                   cudaGetErrorString(status));
   } else if (major < kOldestMajor) {
-    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    attribute(&minor, cudaDevAttrComputeCapabilityMinor);
     std::snprintf(text, kSentence,
                   "CUDA device %d is sm_%d%d and the kernels need sm_80 (A100) or newer: use CPU "
                   "tensors there",

@@ -3,10 +3,11 @@
 
 #include <mutex>
 #include <set>
+#include <type_traits>
 #include <utility>
 
-#include "cuda/common/cuda.cuh"
 #include "cuda/common/dry_run.h"
+#include "cuda/common/errors.h"
 
 namespace pmf::cuda {
 
@@ -14,16 +15,14 @@ namespace pmf::cuda {
 // fewer blocks would fit a multiprocessor (and from 48 KB on not one).
 constexpr int64_t kSharedBesideCache = 8 * 1024;
 
-// An error of ours is ours to report: it must not wait for the next launch that asks.
-inline cudaError_t taken(cudaError_t status) {
-  if (status != cudaSuccess) cudaGetLastError();
-  return status;
-}
-
+// 0: the device does not say. Plans that need a number refuse this one.
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
-  if (taken(cudaGetDevice(&device)) != cudaSuccess) return 0;
-  return taken(cudaDeviceGetAttribute(&value, attribute, device)) == cudaSuccess ? value : 0;
+  const auto ask = [&] {
+    const cudaError_t status = cudaGetDevice(&device);
+    return status != cudaSuccess ? status : cudaDeviceGetAttribute(&value, attribute, device);
+  };
+  return checked(ask) == cudaSuccess ? value : 0;
 }
 
 // Lets blocks of the kernel have as much shared memory as the device has for one: once a kernel and
@@ -33,17 +32,34 @@ inline cudaError_t allow_shared(const void* kernel) {
   static std::set<std::pair<const void*, int>> allowed;
   int device = 0;
   cudaError_t status = cudaGetDevice(&device);
-  if (status != cudaSuccess) return taken(status);
+  if (status != cudaSuccess) return status;
   const std::lock_guard<std::mutex> lock(mutex);
   if (allowed.count({kernel, device}) != 0) return cudaSuccess;
-  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+  int most = 0;
+  status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (status == cudaSuccess) {
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  }
   if (status == cudaSuccess) {
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                   cudaSharedmemCarveoutMaxShared);
   }
   if (status == cudaSuccess) allowed.insert({kernel, device});
-  return taken(status);
+  return status;
+}
+
+// By the status of this launch alone: <<<>>> would report what was pending before.
+template <class... Parameters>
+cudaError_t launch_with(const void* kernel, dim3 grid, dim3 block, int64_t shared_bytes,
+                        cudaStream_t stream, const Parameters&... parameters) {
+  const void* addresses[] = {&parameters...};
+  return checked([&] {
+    const cudaError_t status =
+        shared_bytes > kSharedBesideCache ? allow_shared(kernel) : cudaSuccess;
+    if (status != cudaSuccess) return status;
+    return cudaLaunchKernel(kernel, grid, block, const_cast<void**>(addresses),
+                            static_cast<size_t>(shared_bytes), stream);
+  });
 }
 
 // kernel<<<grid, block, shared_bytes, stream>>>(arguments...), or a note of it in a dry run.
@@ -55,12 +71,8 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int64_t
                     int64_t(block.x) * block.y * block.z, shared_bytes);
     return cudaSuccess;
   }
-  if (shared_bytes > kSharedBesideCache) {
-    const cudaError_t status = allow_shared(reinterpret_cast<const void*>(kernel));
-    if (status != cudaSuccess) return status;
-  }
-  kernel<<<grid, block, static_cast<size_t>(shared_bytes), stream>>>(arguments...);
-  return cudaGetLastError();
+  return launch_with<std::decay_t<Parameters>...>(reinterpret_cast<const void*>(kernel), grid,
+                                                  block, shared_bytes, stream, arguments...);
 }
 
 // Bytes of shared memory that one block may ask for: 99 KB on sm_86, 163 on sm_80, 227 on sm_90.

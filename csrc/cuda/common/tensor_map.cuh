@@ -18,8 +18,10 @@ inline EncodeTensorMap tensor_map_encoder() {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult result;
     constexpr unsigned kSince = 12000;
-    const cudaError_t status = taken(cudaGetDriverEntryPointByVersion(
-        "cuTensorMapEncodeTiled", &function, kSince, cudaEnableDefault, &result));
+    const cudaError_t status = checked([&] {
+      return cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, kSince,
+                                              cudaEnableDefault, &result);
+    });
     const bool there = status == cudaSuccess && result == cudaDriverEntryPointSuccess;
     return there ? reinterpret_cast<EncodeTensorMap>(function) : nullptr;
   }();

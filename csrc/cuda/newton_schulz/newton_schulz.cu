@@ -8,7 +8,7 @@
 // deterministic, and a matrix gives the same bits in any list.
 #include <cstring>
 
-#include "cuda/common/launchers.h"
+#include "cuda/newton_schulz/newton_schulz_launchers.h"
 #include "cuda/newton_schulz/newton_schulz_products.cuh"
 #include "cuda/newton_schulz/newton_schulz_prologue.cuh"
 

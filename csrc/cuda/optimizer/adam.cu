@@ -13,8 +13,8 @@
 //
 // Bytes an element: fp32 28 (p, g, m, v read; p, m, v written), 16-bit 30 with the master. Memory
 // is the bound.
-#include "cuda/common/launchers.h"
 #include "cuda/common/vector.cuh"
+#include "cuda/optimizer/optimizer_launchers.h"
 #include "cuda/optimizer/optimizer_step.cuh"
 
 namespace pmf::cuda {

@@ -10,8 +10,8 @@
 #include "pmf/ema.h"
 
 #include "cuda/common/launch.cuh"
-#include "cuda/common/launchers.h"
 #include "cuda/common/vector.cuh"
+#include "cuda/optimizer/optimizer_launchers.h"
 
 namespace pmf::cuda {
 namespace {

@@ -137,6 +137,7 @@ cudaError_t both_products(const PatchEmbedParams& p, cudaStream_t stream) {
 
 const char* patch_embed(const PatchEmbedParams& p, void* stream) {
   const auto queue = static_cast<cudaStream_t>(stream);
+  if (device_shared_limit() <= 0) return kNoLimits;  // it decides which kernel runs
   return with_type(p.sizes.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     cudaError_t status = both_products<T>(p, queue);

@@ -8,8 +8,8 @@
 #include <initializer_list>
 
 #include "cuda/common/cuda.cuh"
+#include "cuda/common/device.h"
 #include "cuda/common/launch.cuh"
-#include "cuda/common/launchers.h"
 #include "cuda/common/vector.cuh"
 #include "pmf/rows.h"
 

@@ -56,17 +56,16 @@ struct AttentionWindow {
 // Each array ascends from 0 to the number of rows. Null: B samples of one length each.
 struct AttentionSequences {
   int64_t count = 0;
-  const int64_t *queries = nullptr, *keys = nullptr;  // [count + 1], in the host's memory
+  const int64_t *queries = nullptr, *keys = nullptr;  // [count + 1], in the memory of the kernel
 };
 
 struct AttentionParams {
   AttentionShape shape;
   DType dtype = DType::f32;  // of query, key, value, their tangents, out and out_t
-  bool is_causal = false;    // on CUDA: right side of the window is 0; no other window exists
   bool allow_tf32 = false;   // fp32 on CUDA: products may round their factors to TF32
   double scale = 1.0;        // c; any finite value
   AttentionWindow window;
-  AttentionSequences sequences;  // not on CUDA
+  AttentionSequences sequences;
   AttentionMask mask;
 
   ConstView4 query;  // [B, H,  Nq, D ] dtype
@@ -83,7 +82,7 @@ struct AttentionParams {
   // Contiguous [B, H, Nq], fp32 (fp64 for fp64): log sum_j exp(S_ij), natural logarithm, -inf if
   // a row attends to nothing. The backward needs nothing else from here (attention_backward.h).
   void* lse = nullptr;
-  // The same for its tangent, 0 if a row attends to nothing; null: not wanted. Not on CUDA.
+  // The same for its tangent, 0 if a row attends to nothing; null: not wanted.
   void* lse_t = nullptr;
   int64_t lse_stride = 0;  // elements of lse and lse_t from one head to the next; 0: Nq
 

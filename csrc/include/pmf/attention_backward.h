@@ -25,10 +25,9 @@ struct AttentionBackwardParams {
   AttentionShape shape;
   DType dtype = DType::f32;  // of everything but lse and the mask
   double scale = 1.0;        // c, as given to the forward
-  bool is_causal = false;    // on CUDA
   AttentionWindow window;
-  AttentionSequences sequences;  // not on CUDA
-  bool allow_tf32 = false;       // fp32 on CUDA: products may round their factors to TF32
+  AttentionSequences sequences;
+  bool allow_tf32 = false;  // fp32 on CUDA: products may round their factors to TF32
   AttentionMask mask;
 
   ConstView4 query;  // [B, H,  Nq, D ] dtype
@@ -45,7 +44,7 @@ struct AttentionBackwardParams {
   // would do: it only sets the exponential's range. -inf: the row attends to nothing.
   const void* lse = nullptr;
   // Gradients of lse and lse_t, laid out like it; null means zero, and the second is read only with
-  // grad_t. Not on CUDA.
+  // grad_t.
   const void *grad_lse = nullptr, *grad_lse_t = nullptr;
   int64_t lse_stride = 0;  // elements of these from one head to the next; 0: Nq
 
@@ -75,20 +74,23 @@ void attention_backward(const AttentionBackwardParams& params, const ParallelFor
 
 namespace cuda {
 
-// Query statistics that one kernel passes to the next, [B, H, statistic, rows]: fp32,
-// with rows for the queries and for the overhang of their last block.
+// Query statistics that one kernel passes to the next, [B, H, statistic, rows]: fp32, with rows for
+// the queries of every sequence and for the overhang of their last block. Those of sequence s,
+// whose first query is q, begin at q / 16 * 16 + s kBackwardOverhang.
 constexpr int64_t kBackwardMostRows = 96;  // of a block
+constexpr int64_t kBackwardOverhang = kBackwardMostRows + 16;
 constexpr int64_t kBackwardStatistics = 3, kBackwardStatisticsWithTangents = 5;
 
-inline int64_t attention_backward_padded_queries(const AttentionShape& shape) {
-  return (shape.queries + 15) / 16 * 16 + kBackwardMostRows;
+inline int64_t attention_backward_padded_queries(const AttentionBackwardParams& params) {
+  const int64_t sequences = params.sequences.queries == nullptr ? 1 : params.sequences.count;
+  return params.shape.queries / 16 * 16 + sequences * kBackwardOverhang;
 }
 
 inline int64_t attention_backward_workspace_bytes(const AttentionBackwardParams& params) {
   const int64_t statistics =
       params.grad_t.data != nullptr ? kBackwardStatisticsWithTangents : kBackwardStatistics;
   return params.shape.batch * params.shape.heads * statistics *
-         attention_backward_padded_queries(params.shape) * 4;
+         attention_backward_padded_queries(params) * 4;
 }
 
 }  // namespace cuda

@@ -1,0 +1,59 @@
+"""Errors of the CUDA runtime: ours are reported and do not stay pending, another's stay as they were."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RUNTIME = Path(__file__).parent / "runtime"
+WELL = ["launch: well", "device: well", "limits: well"]
+NO_LIMITS = "limits: the device does not say how much shared memory it has"
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The host code of launches, with a runtime whose calls fail as asked."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    out = tmp_path_factory.mktemp("runtime") / "errors"
+    includes = [f"-I{path}" for path in (RUNTIME, ROOT / "csrc", ROOT / "csrc/include")]
+    subprocess.run(
+        [compiler, "-std=c++17", *includes, "-x", "c++", RUNTIME / "errors.cpp", "-o", out], check=True
+    )
+    return out
+
+
+@pytest.mark.parametrize(
+    ("failing", "said", "launched"),
+    [
+        ("", WELL, 1),
+        ("cudaLaunchKernel", ["launch: ours", *WELL[1:]], 0),
+        ("cudaFuncSetAttribute", ["launch: ours", *WELL[1:]], 0),
+        ("cudaGetDevice", ["launch: ours", "device: well", NO_LIMITS], 0),
+        (
+            "cudaDeviceGetAttribute",
+            ["launch: ours", "device: CUDA device 0 cannot be used (ours)", NO_LIMITS],
+            0,
+        ),
+        ("cudaDriverGetVersion", ["launch: well", "device: no NVIDIA driver was found", "limits: well"], 1),
+    ],
+)
+def test_ours_are_reported_and_taken(program: Path, failing: str, said: list[str], launched: int) -> None:
+    found = subprocess.run([program, failing], capture_output=True, text=True, check=True).stdout
+    assert found.splitlines() == [*(f"{x}; pending: nothing" for x in said), f"launched: {launched}"]
+
+
+def test_anothers_error_is_neither_reported_nor_taken(program: Path) -> None:
+    found = subprocess.run([program, "pending"], capture_output=True, text=True, check=True).stdout
+    assert found.splitlines() == [*(f"{x}; pending: another's" for x in WELL), "launched: 1"]
+
+
+def test_where_both_fail_an_error_stays_pending(program: Path) -> None:
+    """The runtime keeps one only: whoever has not asked yet must still find that something failed."""
+    found = subprocess.run(
+        [program, "pending", "cudaLaunchKernel"], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.splitlines()[0] == "launch: ours; pending: ours"
