@@ -66,7 +66,7 @@ class Contestant:
                 {"params": self.others, "algorithm": "adam"},
             ]
             given = {} if compute_dtype is None else {"compute_dtype": compute_dtype}
-            self.optimizers = [Muon(groups, lr=1e-3, preset="pmf", **SAME, **given)]  # type: ignore[arg-type]
+            self.optimizers = [Muon(groups, lr=1e-3, adam_nesterov=False, **SAME, **given)]  # type: ignore[arg-type]
 
     @staticmethod
     def _parameters(setting: Setting, shapes: Shapes) -> list[nn.Parameter]:
@@ -87,7 +87,7 @@ class Contestant:
         return tuple(p.detach() - p0 for p, p0 in zip(self.firsts, self.start, strict=True))
 
 
-SAME = {"bias_correction": False, "weight_decay": 0.1, "adam_nesterov": False}
+SAME = {"bias_correction": False, "weight_decay": 0.1}
 """torch.optim.Muon's settings, except for the dtype."""
 
 

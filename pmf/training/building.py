@@ -66,12 +66,13 @@ def build_optimizer(config: TrainConfig, model: models.PixelMeanFlow, replicated
     replicated: every rank holds all parameters and computes gradients of its own samples.
     """
     settings = config.optimizer
+    adam_alone = settings.optimizer == "adam"
     everything = [{"params": list(model.named_parameters()), "algorithm": "adam"}]
     return optim.Muon(
-        everything if settings.optimizer == "adam" else model,
+        everything if adam_alone else model,
         lr=settings.lr,
         adam_lr=settings.adam_lr,
         preset="pmf",
-        compute_dtype=torch.bfloat16 if config.run.precision == "bf16" else None,
+        compute_dtype=torch.bfloat16 if config.run.precision == "bf16" and not adam_alone else None,
         process_group=torch.distributed.group.WORLD if replicated else None,
     )
