@@ -99,9 +99,9 @@ def test_what_is_planned_fits_what_was_compiled(plans: ModuleType, code: Machine
 
 def test_276_tokens_leave_no_warp_idle(plans: ModuleType) -> None:
     """Blocks of 48 or 96 queries make 288 of a head's 276, and several share a multiprocessor."""
-    for (gpu, width), tangent in itertools.product(((A100, 64), (A100, 80), (H100, 80)), (False, True)):
-        (launch,) = attention(plans, gpu, 3072, 276, 276, width, tangent=tangent)["launches"]
-        assert launch["blocks"] * launch["tile"][0] == 3072 * 288, (gpu, launch)
+    for tangent in (False, True):
+        (launch,) = attention(plans, A100, 3072, 276, 276, 64, tangent=tangent)["launches"]
+        assert launch["blocks"] * launch["tile"][0] == 3072 * 288, launch
         assert launch["blocks_per_processor"] >= 2
 
 
