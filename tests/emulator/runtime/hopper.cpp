@@ -48,7 +48,14 @@ void Hopper::begin_block(int threads, int warps) {
   barriers_.clear();
   for (const BoxCopy& copy : copies_) memory.copy_dropped(shared_at(copy.to), copy.map.bytes());
   copies_.clear();
-  for (Products& p : products_) p = {};
+  // Numbers of their own, as registers may still hold sums of the blocks before.
+  for (const Products& p : products_) {
+    next_chain_ = std::max(next_chain_, p.first_chain + int(p.chains.size()));
+  }
+  for (Products& p : products_) {
+    p = {};
+    p.first_chain = next_chain_;
+  }
   for (auto& issued : issued_) issued.clear();
   warps_ = warps;
   const int each = std::min(kRegisterFile / std::max(threads, 1) / kRegisterStep * kRegisterStep,
@@ -319,7 +326,8 @@ void Hopper::pieces(uint64_t descriptor, bool transposed, int first, int rows, c
   }
 }
 
-// The chain that this product continues, or a new one.
+// The chain that this product continues, or a new one. A product that does not add may find
+// anything in its registers, such as sums of an earlier block.
 int Hopper::chain_of(Products& p, const Product& product) {
   const Warp& w = *machine.warp;
   const int count = product.columns / 2;
@@ -328,10 +336,18 @@ int Hopper::chain_of(Products& p, const Product& product) {
   };
   const uint32_t first = bits(0, 0);
   const int newest = p.first_chain + int(p.chains.size()) - 1;
-  if (held_sum(first)) {
-    const int chain_bits = int(first >> kPlaceBits & kChainMask);
-    const int number = newest - ((newest - chain_bits) & kChainMask);
-    bool same = number >= p.first_chain && chain(p, number).columns == product.columns;
+  const auto chain_in = [&](uint32_t sum) {
+    return newest - ((newest - int(sum >> kPlaceBits & kChainMask)) & kChainMask);
+  };
+  const auto is_known = [&](uint32_t sum) {
+    return held_sum(sum) && chain_in(sum) >= p.first_chain;
+  };
+  const auto is_under_way = [&](uint32_t sum) {
+    return is_known(sum) && chain(p, chain_in(sum)).under_way > 0;
+  };
+  if (is_under_way(first) || (product.adds && held_sum(first))) {
+    const int number = chain_in(first);
+    bool same = is_known(first) && chain(p, number).columns == product.columns;
     for (int lane = 0; lane < kLanes && same; ++lane) {
       for (int i = 0; i < count; ++i) same = same && bits(lane, i) == held(number, i);
     }
@@ -347,7 +363,7 @@ int Hopper::chain_of(Products& p, const Product& product) {
   Chain fresh = {product.columns, 0, std::vector<float>(size_t(kLanes * count))};
   for (int lane = 0; lane < kLanes; ++lane) {
     for (int i = 0; i < count; ++i) {
-      if ((bits(lane, i) & 0xff800000u) == 0xff800000u && held_sum(bits(lane, i))) {
+      if (is_under_way(bits(lane, i)) || (product.adds && held_sum(bits(lane, i)))) {
         machine.fail("the sums of this product overlap those of another one that is under way");
       }
       fresh.sums[size_t(lane * count + i)] = w.lanes[lane].sums[i];

@@ -112,6 +112,7 @@ class Hopper {
   std::map<uint32_t, Barrier> barriers_;
   std::vector<BoxCopy> copies_;
   Products products_[kMaxWarps];
+  int next_chain_ = 0;                          // of the next block
   std::vector<Product> issued_[kMaxWarps / 4];  // by a warpgroup's warps, all the same
   int registers_[kMaxWarps] = {}, free_registers_ = 0, warps_ = 0;
 };
