@@ -6,8 +6,9 @@
 All competing plans are compiled into the library. Each is checked against float64 and timed with
 triton.testing.do_bench in every pass (forward, with tangents, and both backwards); the fastest are written to
 a table in the cache folder, which launchers on that GPU model read from the next process on. A plan replaces
-the model's choice only if it is at least 2 % faster. Without a table the model decides. --list needs no GPU:
-it prints the plans that would compete.
+the model's choice only if it is at least 2 % faster. Without a table the model decides. Where Hopper's own
+kernels serve (16-bit forward passes on sm_90) nothing competes. --list needs no GPU: it prints the plans that
+would compete.
 
 Exit status: 0; 1 if a plan was wrong (it is left out); 2 if there is no such device.
 """

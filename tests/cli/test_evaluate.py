@@ -186,8 +186,11 @@ def test_bad_input_gives_one_sentence_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--omega", "0.5"], "omega must be at least 1 (1 is no guidance), got 0.5"),
-        (["--interval", "0.7", "0.2"], "interval must be 0 <= t_min <= t_max <= 1, got 0.7 and 0.2"),
+        (["--omega", "0.5"], "omega must be finite and at least 1 (1 is no guidance), got 0.5"),
+        (
+            ["--interval", "0.7", "0.2"],
+            "interval must be two numbers 0 <= t_min <= t_max <= 1, got (0.7, 0.2)",
+        ),
         (["--classes", "10"], "there is no class '10'"),
     ],
 )

@@ -89,7 +89,7 @@ def test_samples_have_the_models_size() -> None:
         assert pmf.sample(model, [1, 2]).shape == (2, 1, *size)
         assert model.config.image_size == tuple(size)  # in the form that JSON gives it
     assert pmf.create_model("digits", image_size=(8, 8)).config.image_size == 8
-    with pytest.raises(ValueError, match=r"images must be \[B, 1, 16, 8\], got \[2, 1, 8, 16\]"):
+    with pytest.raises(ValueError, match=r"images must be .*\[B, 1, 16, 8\], got .*\[2, 1, 8, 16\]"):
         Objective()(model, torch.zeros(2, 1, 8, 16), torch.zeros(2).long(), Objective().draw(
             torch.zeros(2, 1, 8, 16), torch.zeros(2).long()
         ))  # fmt: skip
