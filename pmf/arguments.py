@@ -5,11 +5,20 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
-__all__ = ["are_numbers", "check_fields", "fits", "in_words", "is_number", "is_whole", "require_number"]
+__all__ = [
+    "are_numbers",
+    "as_plain",
+    "check_fields",
+    "fits",
+    "in_words",
+    "is_number",
+    "is_whole",
+    "require_number",
+]
 
 
 def is_number(value: Any) -> bool:
@@ -49,17 +58,24 @@ def require_number(
     raise ValueError(f"{name} must be a finite number{', ' * bool(limits)}{limits}, got {value!r}")
 
 
+def as_plain(value: Any) -> Any:
+    """NumPy's and PyTorch's numbers and arrays as Python's, and sequences other than text as tuples."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return tuple(map(as_plain, value))
+    return value
+
+
 def check_fields(what: str, settings: Any) -> None:
     """Raise ValueError unless a dataclass's fields have their annotated types; `what` begins the sentence.
 
-    NumPy's numbers become Python's, which can be stored as JSON.
+    Their values are made plain, so that they can be stored as JSON.
     """
     for name, hint in _hints(settings.__class__).items():
-        value = getattr(settings, name)
+        value = as_plain(getattr(settings, name))
         if not fits(value, hint):
             raise ValueError(f"{what}: {name} must be {in_words(hint)}, got {value!r}")
-        if isinstance(value, Real) and hasattr(value, "item"):
-            object.__setattr__(settings, name, value.item())
+        object.__setattr__(settings, name, value)
 
 
 @functools.cache
@@ -84,7 +100,7 @@ def fits(value: Any, hint: Any) -> bool:
         return is_whole(value)
     if hint is float:
         return is_number(value)
-    return isinstance(value, origin or hint)
+    return hint is Any or isinstance(value, origin or hint)
 
 
 _WORDS = {

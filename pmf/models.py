@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .arguments import check_fields
+from .arguments import as_plain, check_fields
 from .nn import Block, Condition, ConditionTokens, FinalLayer, PatchEmbedding, rotary_tables
 from .nn.block import checkpointed
 from .nn.mlp import swiglu_width
@@ -75,11 +75,8 @@ class ModelConfig:
     """Standard deviation of the data, for the preconditioner."""
 
     def __post_init__(self) -> None:
-        for name in ("condition_tokens", "sample_interval"):
-            if isinstance(getattr(self, name), list):  # from JSON
-                object.__setattr__(self, name, tuple(getattr(self, name)))
         try:
-            object.__setattr__(self, "image_size", normal_size(self.image_size))
+            object.__setattr__(self, "image_size", normal_size(as_plain(self.image_size)))
         except ValueError as error:
             raise ValueError(f"model: image_size {error}") from error
         check_fields("model", self)

@@ -280,8 +280,14 @@ def test_configuration_survives_json() -> None:
 
     for config in (*CONFIGS.values(), TINY):
         assert ModelConfig(**json.loads(json.dumps(asdict(config)))) == config
-    counted = ModelConfig(num_classes=np.int64(10))  # as of labels.max() + 1
-    assert json.loads(json.dumps(asdict(counted)))["num_classes"] == 10
+    counted = ModelConfig(  # as of labels.max() + 1
+        num_classes=np.int64(10),
+        condition_tokens=np.ones(5, int),
+        image_size=np.array([32, 64]),
+        sample_interval=torch.tensor([0.25, 0.5]),
+    )
+    assert ModelConfig(**json.loads(json.dumps(asdict(counted)))) == counted
+    assert (counted.num_classes, counted.image_size) == (10, (32, 64))
 
 
 @pytest.mark.parametrize(

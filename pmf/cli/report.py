@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     content = write_report(folder)
     try:
-        write_file(out, content.encode())
+        write_file(out, content.encode(errors="replace"))
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from error
     print(f"report: {out}")

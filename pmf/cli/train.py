@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from pmf import checkpoint
 from pmf.cli.arguments import Commands, add_settings, given_settings
@@ -151,6 +152,16 @@ def _say_nothing(*words: object, **how: object) -> None:
     """Print nothing, on every rank except the first."""
 
 
+def _in_its_place(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with what they replace: steps end a run instead of minutes, a schedule is the cooldown's."""
+    replaced: dict[str, Any] = {}
+    if settings.get("schedule", "constant") != "constant":
+        replaced["cooldown"] = 0.0
+    if settings.get("steps") is not None:
+        replaced["minutes"] = None
+    return replaced | settings
+
+
 def _choose(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Path | None, TrainConfig]:
     """The run folder, if known, and its settings."""
     overrides = given_settings(arguments)
@@ -159,7 +170,7 @@ def _choose(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Path | None, T
         if arguments.resume is not None:
             raise UserError("--resume uses the run's own settings: leave out --config")
         preset, written = read_settings_file(arguments.config)
-        overrides = written | overrides
+        overrides = _in_its_place(written) | _in_its_place(overrides)
     if arguments.resume is not None:
         if arguments.preset is not None or arguments.out is not None:
             raise UserError("--resume uses the run's own folder and settings: leave out --preset and --out")
@@ -170,11 +181,7 @@ def _choose(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Path | None, T
             done = checkpoint.step_of(checkpoint.newest_checkpoint(arguments.resume))
             config = config.with_settings(steps=done + 2, minutes=None)
         return arguments.resume, config
-    # What is asked for replaces what the preset has in its place.
-    if overrides.get("schedule", "constant") != "constant":
-        overrides.setdefault("cooldown", 0.0)
-    if overrides.get("steps") is not None:
-        overrides.setdefault("minutes", None)
+    overrides = _in_its_place(overrides)
     config, out = get_preset(arguments.preset or preset or "digits", **overrides), arguments.out
     if arguments.quick:
         config = quick(config, ranks.size)

@@ -8,7 +8,7 @@ from pathlib import Path
 from pmf.data.labels import UNLABELLED, images_by_folder, listed_images
 from pmf.data.parquet import index_tables
 from pmf.data.shards import Stored, index_shards, is_labelled, named_shards
-from pmf.data.splits import choose_split, split_of_file
+from pmf.data.splits import choose_split, split_of_file, split_of_folder
 from pmf.data.walk import LeftOut, image_endings, walk
 from pmf.errors import UserError
 
@@ -86,6 +86,11 @@ def _first_part(paths: list[str], left_out: LeftOut) -> list[str]:
 
 def _in_shards(source: str, shards: list[Path], left_out: LeftOut) -> FoundImages:
     images, labels = index_shards(shards, left_out)
+    parts = [split_of_folder(image.name.removeprefix("./").partition("/")[0]) for image in images]
+    if all(parts):  # splits as folders inside the shards
+        part, chosen, others = choose_split(range(len(images)), parts.__getitem__)
+        _leave(left_out, f"of other splits than {part}", [images[i].name for i in others])
+        images, labels = [images[i] for i in chosen], labels and [labels[i] for i in chosen]
     return _numbered(source, images, labels, None)
 
 

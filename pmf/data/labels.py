@@ -17,7 +17,7 @@ import csv
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,11 +65,10 @@ def images_by_folder(root: Path, images: Sequence[str], left_out: LeftOut) -> La
     """Assign classes by the first folder of each path; `images` are relative to root and not empty."""
     folders = sorted({path.partition("/")[0] for path in images if "/" in path})
     loose = [path for path in images if "/" not in path]
-    if folders and _are_splits(folders):
+    if folders and _are_splits(folders, images):
         return _first_part(root, folders, images, left_out)
-    if len(folders) == 1 and not loose and _are_splits({path.split("/")[1] for path in images}):
-        begin = len(folders[0]) + 1
-        return images_by_folder(root / folders[0], [path[begin:] for path in images], left_out)
+    if len(folders) == 1 and not loose and _holds_splits(below := _within(folders[0], images)):
+        return images_by_folder(root / folders[0], below, left_out)
     if len(folders) < 2 or (root / "dataset.json").is_file():  # dataset.json with null labels
         names = folders if len(folders) == 1 and not loose else [UNLABELLED]
         if len(deeper := {path.split("/")[1] for path in images if path.count("/") > 1}) > 1:
@@ -91,10 +90,39 @@ def images_by_folder(root: Path, images: Sequence[str], left_out: LeftOut) -> La
     return LabelledFiles([f"{root}/{path}" for path in images], labels, folders)
 
 
-def _are_splits(names: Iterable[str]) -> bool:
-    """Whether folders side by side are splits: all of them, or the training split, another, and others."""
-    splits = set(map(split_of_folder, names))
-    return None not in splits or (TRAINING in splits and len(splits) > 2)
+def _within(folder: str, images: Sequence[str]) -> list[str]:
+    """The images in a folder, relative to it."""
+    return [path[len(folder) + 1 :] for path in images if path.startswith(f"{folder}/")]
+
+
+def _folders(images: Sequence[str]) -> set[str]:
+    return {path.partition("/")[0] for path in images if "/" in path}
+
+
+def _are_splits(folders: Sequence[str], images: Sequence[str]) -> bool:
+    """Whether folders side by side are splits: all of them, or the training split and others.
+
+    Beside folders that are no splits, a folder named train is one if another split is there, or if it has
+    classes and the others have no other ones.
+    """
+    splits = {folder: split_of_folder(folder) for folder in folders}
+    if None not in splits.values():
+        return True
+    if TRAINING not in splits.values():
+        return False
+    if len(set(splits.values())) > 2:
+        return True
+    classes = [_folders(_within(folder, images)) for folder in folders if splits[folder] == TRAINING]
+    others = [_folders(_within(folder, images)) for folder in folders if splits[folder] != TRAINING]
+    return len(classes[0]) > 1 and all(other <= classes[0] for other in others)
+
+
+def _holds_splits(images: Sequence[str]) -> bool:
+    """Whether the images lie in splits, perhaps in one more folder, and that in one more."""
+    folders = sorted(_folders(images))
+    if not folders or any("/" not in path for path in images):
+        return False
+    return _are_splits(folders, images) or (len(folders) == 1 and _holds_splits(_within(folders[0], images)))
 
 
 def _first_part(root: Path, folders: list[str], images: Sequence[str], left_out: LeftOut) -> LabelledFiles:

@@ -19,6 +19,7 @@ from pmf.data.labels import number_labels
 from pmf.data.shards import Stored
 from pmf.errors import UserError
 
+_PICTURES = ("image", "img", "jpg", "png", "webp")  # of several image columns, the first of these is used
 _LABELS = ("label", "labels", "fine_label", "class")  # the first that exists is used
 _NO_LABEL = -1  # Hugging Face's value in test splits
 _VERSION = 2  # of the cache format
@@ -146,12 +147,15 @@ def _columns(schema: Any, table: Path) -> tuple[str, str | None]:
     ]
     plain = [field.name for field in schema if str(field.type) in ("binary", "large_binary")]
     labels = [name for name in _LABELS if schema.get_field_index(name) >= 0]
-    if not structs and len(plain) != 1:
+    pictures = structs or plain
+    if len(pictures) > 1:
+        pictures = [name for name in _PICTURES if name in pictures]
+    if not pictures:
         raise UserError(
-            f"{table} must have a column of images (a struct with bytes, as Hugging Face writes it, or one "
-            f"column of bytes), got {', '.join(schema.names)}"
+            f"{table} must have one column of images (a struct with bytes, as Hugging Face writes it, or "
+            f"bytes), or one of them named {' or '.join(_PICTURES)}, got {', '.join(schema.names)}"
         )
-    return (structs or plain)[0], labels[0] if labels else None
+    return pictures[0], labels[0] if labels else None
 
 
 def _class_names(parquet: Any, table: Path) -> list[str] | None:

@@ -129,6 +129,11 @@ def _index(shard: Path, left_out: LeftOut) -> tuple[dict[str, Stored], dict[str,
                 if is_hidden(member.name):
                     left_out.add("hidden", member.name)
                 elif kind in endings:
+                    if key in pictures:
+                        raise UserError(
+                            f"{shard} has two images of one name, {pictures[key].name} and {member.name}: "
+                            "rename the one that is not to be trained on"
+                        )
                     pictures[key] = Stored(shard, member.offset_data, member.size, member.name)
                 elif f".{kind}" == _LABEL:
                     content = archive.extractfile(member)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pmf.arguments import are_numbers, is_number, is_whole
+from pmf.arguments import are_numbers, as_plain, is_number, is_whole
 from pmf.defaults import home
 from pmf.devices import has_bf16_products
 from pmf.models import PixelMeanFlow, network_in
@@ -127,13 +127,15 @@ class Sampler:
         dtype = torch.float64 if network.position.dtype == torch.float64 else torch.float32
         labels = _check_labels(labels, config.num_classes).to(device)
         times = sampling_times(steps, times)
-        interval = config.sample_interval if interval is None else interval
+        interval = config.sample_interval if interval is None else as_plain(interval)
         check_interval("sample", interval)
         omega = _check_omega(config.sample_omega if omega is None else omega, len(labels)).to(dtype)
         shape = (len(labels), *config.image_shape)
         if noise is None:
             noise = torch.randn(shape, generator=generator, dtype=torch.float32, device=home(generator))
             noise = config.noise_scale * noise
+        elif not isinstance(noise, Tensor):
+            raise TypeError(f"sample: noise must be a tensor {list(shape)}, got {type(noise).__name__}")
         elif tuple(noise.shape) != shape:
             raise ValueError(f"sample: noise must be {list(shape)}, got {list(noise.shape)}")
 
@@ -173,6 +175,7 @@ def sampling_times(steps: int, times: Sequence[float] | None = None) -> list[flo
         if not is_whole(steps) or steps < 1:
             raise ValueError(f"sample: steps must be a whole number of at least 1, got {steps!r}")
         return [i / steps for i in range(steps, -1, -1)]
+    times = as_plain(times)
     if not are_numbers(times):
         raise ValueError(f"sample: times must be a list of numbers from 1 to 0, got {times!r}")
     chosen = [float(t) for t in times]
@@ -188,20 +191,23 @@ def sampling_times(steps: int, times: Sequence[float] | None = None) -> list[flo
 def _check_labels(labels: Tensor | Sequence[int], num_classes: int) -> Tensor:
     if not isinstance(labels, Tensor):
         try:
-            labels = torch.tensor(labels, device="cpu", dtype=None if len(labels) else torch.int64)
+            plain = as_plain(labels)
+            labels = torch.tensor(plain, device="cpu", dtype=None if len(plain) else torch.int64)
         except (TypeError, ValueError, RuntimeError):
             raise ValueError(f"sample: labels must be a list of integers [B], got {labels!r}") from None
     if labels.ndim != 1 or labels.dtype.is_floating_point or labels.dtype == torch.bool:
         raise ValueError(
             f"sample: labels must be a list of integers [B], got {labels.dtype} {list(labels.shape)}"
         )
+    labels = labels.long()
     if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) <= num_classes):
         raise ValueError(f"sample: labels must lie in 0..{num_classes} ({num_classes} is the null label)")
-    return labels.long()
+    return labels
 
 
 def _check_omega(omega: float | Sequence[float] | Tensor, count: int) -> Tensor:
     if not isinstance(omega, Tensor):
+        omega = as_plain(omega)
         if not (is_number(omega) or are_numbers(omega)):
             raise ValueError(f"sample: omega must be a finite number, or a list of them, got {omega!r}")
         omega = torch.tensor(omega, dtype=torch.float64, device="cpu")

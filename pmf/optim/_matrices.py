@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pmf.arguments import is_whole
+
 __all__ = ["SCALES", "Layout", "check_layouts", "layout_of"]
 
 SCALES: dict[str, Callable[[int, int], float]] = {
@@ -138,5 +140,5 @@ def _hashable(setting: Any) -> Any:
     return tuple(setting) if isinstance(setting, list) else setting
 
 
-def _is_count(x: object) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and x >= 1
+def _is_count(x: Any) -> bool:
+    return is_whole(x) and x >= 1

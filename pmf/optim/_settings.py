@@ -7,13 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pmf.arguments import are_numbers, require_number
+from pmf.arguments import are_numbers, as_plain, require_number
 from pmf.ops.newton_schulz import DTYPES, METHODS
 from pmf.reference.newton_schulz import step_coefficients
 
 from ._matrices import SCALES, check_layouts
 
-__all__ = ["ITERATION", "LAYOUT", "MUON_PRESETS", "check", "check_keys", "check_read", "dtype_name", "reads"]
+__all__ = [
+    "ITERATION",
+    "LAYOUT",
+    "MUON_PRESETS",
+    "check",
+    "check_keys",
+    "check_read",
+    "dtype_name",
+    "plain_counts",
+    "reads",
+]
 
 MUON_PRESETS: dict[str, dict[str, Any]] = {
     "pmf": {
@@ -87,6 +97,11 @@ def reads(algorithm: str, key: str) -> bool:
 def dtype_name(dtype: torch.dtype | str | None) -> str | None:
     """A dtype as a string, so that saved settings can be read without unpickling."""
     return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def plain_counts(given: Any) -> Any:
+    """split_sizes or num_heads in Python's numbers, which a saved state can hold; a list stays one."""
+    return list(as_plain(given)) if isinstance(given, list) else as_plain(given)
 
 
 def check(group: Mapping[str, Any]) -> None:

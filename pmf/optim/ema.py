@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pmf import _library, checked, kernels
-from pmf.arguments import are_numbers, require_number
+from pmf.arguments import are_numbers, as_plain, require_number
 from pmf.ops._dispatch import register_fake
 from pmf.ops._subclasses import require_trainable
 from pmf.wrappers import by_plain_names
@@ -49,11 +49,15 @@ class EMA:
         half_lives: Sequence[float] = (500.0, 1000.0, 2000.0),
     ) -> None:
         named = model.named_parameters() if isinstance(model, nn.Module) else model
-        self._parameters = by_plain_names(dict(named))
+        pairs = list(named)
+        if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
+            raise TypeError("EMA: give the module, or its named_parameters(): averages are kept by name")
+        self._parameters = by_plain_names(dict(pairs))
         if not self._parameters:
             raise ValueError("EMA: there are no parameters to average")
         for name, p in self._parameters.items():
             require_trainable("EMA", name, p)
+        half_lives = as_plain(half_lives)
         if not are_numbers(half_lives) or len(set(half_lives)) < len(half_lives):
             raise ValueError(f"EMA: half-lives must be a list of distinct numbers, got {half_lives!r}")
         for half_life in half_lives:
@@ -70,6 +74,7 @@ class EMA:
     @torch.no_grad()
     def update(self, batch_size: int) -> None:
         """Average in the current parameters after a step on `batch_size` images."""
+        batch_size = as_plain(batch_size)
         require_number("EMA: batch_size", batch_size, above=0)
         self.updates += 1
         if not self.copies:

@@ -10,7 +10,7 @@ from pmf.reference.newton_schulz import Coefficients
 from pmf.wrappers import plain_names
 
 from ._cohort import cohorts, new_state
-from ._settings import ITERATION, LAYOUT, MUON_PRESETS, check, check_read, dtype_name
+from ._settings import ITERATION, LAYOUT, MUON_PRESETS, check, check_read, dtype_name, plain_counts
 from ._sharing import SharedSteps, fill
 from .routing import ParamsLike, check_tensors, frozen_names, route
 
@@ -133,8 +133,8 @@ class Muon(torch.optim.Optimizer):
             "ns_steps": ns_steps,
             "ns_coefficients": ns_coefficients,
             "ns_method": ns_method,
-            "split_sizes": split_sizes,
-            "num_heads": num_heads,
+            "split_sizes": plain_counts(split_sizes),
+            "num_heads": plain_counts(num_heads),
             "flatten": flatten,
         }
         check(defaults)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pmf.ops._subclasses import require_trainable
 from pmf.wrappers import plain_names
 
-from ._settings import LAYOUT, check_keys, check_read, reads
+from ._settings import LAYOUT, check_keys, check_read, plain_counts, reads
 
 __all__ = ["Named", "ParamsLike", "check_tensors", "frozen_names", "route"]
 
@@ -72,6 +72,7 @@ def route(params: ParamsLike, defaults: Mapping[str, Any] = LAYOUT) -> list[Rout
         named, has_names = _named(group["params"], count)
         count += len(named)
         extra = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        extra |= {key: plain_counts(extra[key]) for key in ("split_sizes", "num_heads") if key in extra}
         algorithm = extra.get("algorithm")
         if algorithm is None:
             flatten = bool(extra.get("flatten", defaults["flatten"]))

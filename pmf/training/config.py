@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pmf.arguments import fits, in_words
+from pmf.arguments import as_plain, fits, in_words
 from pmf.errors import UserError
 from pmf.models import CHECKPOINTING, PRECONDITIONERS, PREDICTIONS
 from pmf.perceptual import CHOICES as PERCEPTUAL
@@ -232,7 +232,7 @@ class TrainConfig:
         for name, given in overrides.items():
             if name not in home:
                 raise UserError(f"there is no setting {name!r}")
-            value = tuple(given) if isinstance(given, list) else given
+            value = as_plain(given)
             hint = type_of(home[name], name)
             if not fits(value, hint):
                 raise UserError(f"{flag(name)} must be {in_words(hint)}, got {given!r}")

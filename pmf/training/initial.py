@@ -46,7 +46,7 @@ def initialise(model: models.PixelMeanFlow, source: Path) -> list[str]:
 
 
 def _read(source: Path) -> dict[str, torch.Tensor]:
-    if source.is_dir() or source.suffix == ".safetensors":
+    if source.is_dir() or source.suffix == ".safetensors" or str(source) in checkpoint.BUILT_IN:
         return dict(checkpoint.load_model(source).model.named_parameters())
     try:  # without building its model: a state dict may not determine the noise scale
         return models.from_official(by_plain_names(checkpoint.read_official(source)))

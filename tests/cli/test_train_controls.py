@@ -60,7 +60,7 @@ def test_a_wrong_settings_file_is_one_sentence(
 
 
 def test_what_is_asked_for_replaces_what_the_preset_has_in_its_place(
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The preset's cooldown ruled out every schedule, and its minutes made --steps follow the clock."""
 
@@ -72,6 +72,10 @@ def test_what_is_asked_for_replaces_what_the_preset_has_in_its_place(
     assert settings() == (0.7, None, 4.0)
     assert settings("--schedule", "cosine", "--steps", "5") == (0.0, 5, None)
     assert settings("--steps", "5", "--minutes", "2") == (0.7, 5, 2.0)
+    file = tmp_path / "config.json"  # flags win over a file, too
+    file.write_text(json.dumps({"minutes": 9.0, "cooldown": 0.5}))
+    assert settings("--config", str(file)) == (0.5, None, 9.0)
+    assert settings("--config", str(file), "--steps", "5", "--schedule", "cosine") == (0.0, 5, None)
     assert pmf.cli.main(["train", "--dry-run", "--schedule", "cosine", "--cooldown", "0.5"]) == 2
     assert "--cooldown ends a constant schedule" in capsys.readouterr().err
 

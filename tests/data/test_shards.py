@@ -204,7 +204,7 @@ def test_a_table_without_images_is_named(tables: Path) -> None:
 
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "label": [1]}), tables / "train-00000.parquet")
     with pytest.raises(
-        UserError, match=r"train-00000\.parquet must have a column of images .* got text, label"
+        UserError, match=r"train-00000\.parquet must have one column of images .* got text, label"
     ):
         load_dataset(str(tables), 4, 1)
 
@@ -274,6 +274,23 @@ def test_images_may_be_a_plain_column_of_bytes(tables: Path) -> None:
     pyarrow.parquet.write_table(table, tables / "train-00001.parquet")
     (tables / "train-00000.parquet").unlink()
     assert levels(str(tables)) == [(5, 0), (6, 1)]
+
+
+def test_of_several_image_columns_the_one_named_image_is_read(tables: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    (tables / "train-00001.parquet").unlink()
+    pictures = [{"bytes": encoded(5), "path": None}]
+    for name, other in (("image", "conditioning_image"), ("first", "second")):
+        hints = [{"bytes": encoded(9), "path": None}]
+        table = pyarrow.table({other: hints, name: pictures, "label": [0]})
+        pyarrow.parquet.write_table(table, tables / "train-00000.parquet")
+        if name == "image":
+            assert levels(str(tables)) == [(5, 0)]
+        else:
+            with pytest.raises(UserError, match="one of them named image or .* got second, first, label"):
+                levels(str(tables))
 
 
 def test_without_a_home_or_a_cache_that_can_be_written_one_sentence_says_what_to_set(

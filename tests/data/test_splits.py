@@ -11,6 +11,7 @@ from PIL import Image
 from pmf.data import load_dataset
 from pmf.data.finding import find_images
 from pmf.data.splits import split_of_file, split_of_folder
+from pmf.errors import UserError
 
 
 def write_images(root: Path, *names: str) -> None:
@@ -125,6 +126,20 @@ def test_labels_of_the_training_part_are_found(tmp_path: Path) -> None:
     assert list(found.labels) == [1, 0] and found.class_names == ["a", "b"]
 
 
+def test_splits_below_more_folders(tmp_path: Path) -> None:
+    write_images(
+        tmp_path, "data/photos/train/cat/1.png", "data/photos/train/dog/2.png", "data/photos/val/cat/3.png"
+    )
+    assert read(tmp_path)[1] == ["cat", "dog"] and len(read(tmp_path)[0]) == 2
+
+
+def test_classes_of_train_count_beside_a_folder_without_others(tmp_path: Path) -> None:
+    write_images(tmp_path, "train/cat/1.png", "train/dog/2.png", "unlabeled/3.png")
+    assert read(tmp_path) == (["train/cat/1.png", "train/dog/2.png"], ["cat", "dog"])
+    write_images(tmp_path, "bus/red/4.png")  # then train is a vehicle
+    assert read(tmp_path)[1] == ["bus", "train", "unlabeled"]
+
+
 def write_shard(path: Path, *names: str, label: bool = True) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     png = io.BytesIO()
@@ -148,6 +163,18 @@ def test_shards_of_parts_in_folders_and_by_name(tmp_path: Path) -> None:
     write_shard(tmp_path / "by_name" / "set-val-0.tar", "c")
     assert len(load_dataset(str(tmp_path / "by_name"), 8, 1)) == 2
     assert len(load_dataset(f"{tmp_path}/by_name/set-val-0.tar", 8, 1)) == 1  # as it was asked for
+
+
+def test_splits_inside_a_shard(tmp_path: Path) -> None:
+    write_shard(tmp_path / "all.tar", "train/a", "train/b", "val/c")
+    assert list(find_images(str(tmp_path)).labels) == [0, 1]
+
+
+def test_two_images_of_one_name_in_a_shard_are_named(tmp_path: Path) -> None:
+    """The last one won: masks were trained on."""
+    write_shard(tmp_path / "masks.tar", "1", "2", "1")
+    with pytest.raises(UserError, match=r"has two images of one name, 1.png and 1.png: rename"):
+        find_images(str(tmp_path))
 
 
 def test_an_archive_beside_its_images_is_no_shard_unless_it_has_labels(tmp_path: Path) -> None:

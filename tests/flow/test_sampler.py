@@ -1,5 +1,6 @@
 """Sampling in one step and in several."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -198,6 +199,26 @@ def test_images_may_be_trained_on(model: PixelMeanFlow) -> None:
 def test_bad_arguments_are_refused(model: PixelMeanFlow, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sample(model, **arguments)
+
+
+def test_arguments_may_be_arrays(model: PixelMeanFlow) -> None:
+    noise = torch.randn(2, 1, 8, 8)
+    expected = sample(
+        model, [2, 1], omega=[2.0, 3.0], interval=(0.25, 0.5), noise=noise, times=[1.0, 0.5, 0.0]
+    )
+    for kind in (np.array, torch.tensor):
+        found = sample(
+            model,
+            np.arange(1, 3)[::-1],
+            omega=kind([2.0, 3.0]),
+            interval=kind([0.25, 0.5]),
+            noise=noise,
+            times=kind([1.0, 0.5, 0.0]),
+        )
+        assert torch.equal(found, expected)
+    assert torch.equal(sample(model, range(2), noise=noise), sample(model, [0, 1], noise=noise))
+    with pytest.raises(TypeError, match=r"noise must be a tensor \[1, 1, 8, 8\], got ndarray"):
+        sample(model, [0], noise=np.zeros((1, 1, 8, 8)))
 
 
 def test_networks_of_other_kinds_are_refused(model: PixelMeanFlow) -> None:

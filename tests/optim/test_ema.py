@@ -112,6 +112,9 @@ def test_bad_arguments_are_named():
     for half_lives in ((1.0, 1.0), (math.nan,), (0.0,), ("5",), "5", 500.0):
         with pytest.raises(ValueError, match="EMA: (half-lives|a half-life) must be a"):
             EMA(model, half_lives=half_lives)
+    assert EMA(model, half_lives=torch.tensor([1.0, 2.0])).half_lives == (1.0, 2.0)
+    with pytest.raises(TypeError, match=r"give the module, or its named_parameters\(\)"):
+        EMA(model.parameters())
     with pytest.raises(ValueError, match="no parameters"):
         EMA(nn.ReLU())
     with pytest.raises(ValueError, match="no average has half-life 2"):

@@ -5,6 +5,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import emulator
@@ -177,6 +178,14 @@ def test_a_copied_or_pickled_optimizer_still_splits():
         optimizer.step()
         for part in (before - p.detach()).split(D):
             assert torch.linalg.matrix_norm(part, 2) > 0.05
+
+
+def test_counts_may_be_numpys() -> None:
+    weight = nn.Parameter(random((3 * D, D), 0))
+    optimizer = Muon([weight], split_sizes=[np.int64(D)] * 3, num_heads=np.int64(2))
+    saved = optimizer.state_dict()["param_groups"][0]
+    assert saved["split_sizes"] == [D] * 3
+    assert {*map(type, saved["split_sizes"]), type(saved["num_heads"])} == {int}
 
 
 def test_a_state_from_before_there_were_splits():
