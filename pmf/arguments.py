@@ -5,7 +5,7 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -31,14 +31,18 @@ def is_whole(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+def as_plain(value: Any) -> Any:
+    """NumPy's and PyTorch's numbers and arrays as Python's, and sequences other than text as tuples."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return tuple(map(as_plain, value))
+    return value
+
+
 def are_numbers(values: Any) -> bool:
     """Whether a value is a sequence of numbers, such as a list, an array or a tensor."""
-    if isinstance(values, (str, bytes, Mapping)) or not hasattr(values, "__getitem__"):
-        return False
-    try:
-        return all(map(is_number, values.tolist() if hasattr(values, "tolist") else values))
-    except TypeError:  # an array or a tensor of no dimensions
-        return False
+    values = as_plain(values)
+    return isinstance(values, tuple) and all(map(is_number, values))
 
 
 def require_number(
@@ -56,14 +60,6 @@ def require_number(
     bounds = (("at least", at_least), ("greater than", above), ("at most", at_most), ("less than", below))
     limits = " and ".join(f"{words} {bound:g}" for words, bound in bounds if math.isfinite(bound))
     raise ValueError(f"{name} must be a finite number{', ' * bool(limits)}{limits}, got {value!r}")
-
-
-def as_plain(value: Any) -> Any:
-    """NumPy's and PyTorch's numbers and arrays as Python's, and sequences other than text as tuples."""
-    value = value.tolist() if hasattr(value, "tolist") else value
-    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
-        return tuple(map(as_plain, value))
-    return value
 
 
 def check_fields(what: str, settings: Any) -> None:
