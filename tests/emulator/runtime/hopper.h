@@ -7,12 +7,14 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdio>
 #include <deque>
 #include <map>
 #include <string>
 #include <vector>
 
 #include "machine.h"
+#include "memory.h"
 
 namespace pmf::emulator {
 
@@ -118,5 +120,23 @@ class Hopper {
 };
 
 extern Hopper hopper;
+
+constexpr int kGroup = 4;   // warps of a warpgroup
+constexpr int kChunk = 16;  // bytes, which descriptors and swizzles count in
+
+inline std::string hex(uint32_t x) {
+  char text[16];
+  std::snprintf(text, sizeof(text), "0x%x", x);
+  return text;
+}
+
+inline unsigned char* shared_at(uint32_t address) {
+  return memory.shared() + (int64_t{address} - kSharedWindow);
+}
+
+// Bits 4 to 6 of an address, exclusive-or the row in a repeat of eight.
+inline uint32_t swizzled(uint32_t address, uint32_t bytes) {
+  return address ^ ((address >> 7 & (bytes / 16 - 1)) << 4);
+}
 
 }  // namespace pmf::emulator
