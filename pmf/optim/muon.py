@@ -179,12 +179,6 @@ class Muon(torch.optim.Optimizer):
             "_adam_lr": self._adam_lr,
         }
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:  # from a version without such settings
-            for key, value in LAYOUT.items():
-                group.setdefault(key, value)
-
     def routing(self) -> dict[str, list[str]]:
         """Names of the parameters stepped by "muon" and by "adam", and of the module's "frozen" ones."""
         names: dict[str, list[str]] = {"muon": [], "adam": [], "frozen": list(self._frozen)}
@@ -311,11 +305,9 @@ def _check_process_group(process_group: Any) -> None:
 
 
 def _require_same_layout(group: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Raise ValueError if a saved group splits its parameters differently; a missing entry is accepted."""
+    """Raise ValueError if a saved group splits its parameters differently."""
     for key in LAYOUT:
-        mine, other = (
-            list(x) if isinstance(x, tuple) else x for x in (group[key], saved.get(key, group[key]))
-        )
+        mine, other = (list(x) if isinstance(x, tuple) else x for x in (group[key], saved.get(key)))
         if mine != other:
             raise ValueError(
                 f"Muon: {group['param_names'][0]} has {key} {mine}, but was saved with {other}: create the "

@@ -188,21 +188,6 @@ def test_counts_may_be_numpys() -> None:
     assert {*map(type, saved["split_sizes"]), type(saved["num_heads"])} == {int}
 
 
-def test_a_state_from_before_there_were_splits():
-    """Saved groups without these settings load, and the optimizer splits as configured."""
-    old, new = (nn.Parameter(random((3 * D, D), 0)) for _ in range(2))
-    saved = optimizer_of(old, {})
-    stepped(old, saved, range(1))
-    state = saved.state_dict()
-    for group in state["param_groups"]:
-        for key in ("split_sizes", "num_heads", "flatten"):
-            del group[key]
-    optimizer = optimizer_of(new, {"split_sizes": [D] * 3})
-    optimizer.load_state_dict(state)
-    assert optimizer.param_groups[0]["split_sizes"] == [D] * 3
-    stepped(new, optimizer, range(1, 2))
-
-
 def test_a_state_of_other_splits_is_refused():
     p = nn.Parameter(random((3 * D, D), 0))
     saved = optimizer_of(p, {})
