@@ -1,6 +1,6 @@
 """How long the attention kernels of the built library should take on a GPU, by a model of its cycles.
 
-    python benchmarks/gpu_model.py [--out FILE] [--rates FILE] [NAME ...]
+    python benchmarks/gpu_model.py [--kernels plan|mma] [--out FILE] [--rates FILE] [NAME ...]
 
 Nothing runs on a GPU. Each launch that the library plans for an H100 is looked up in the library's machine
 code (sm_90a); the instructions of its hot path go through a model of one multiprocessor: the compiler's own
@@ -22,8 +22,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from gpu.model import hopper, problems
 from gpu.model.library import ToolMissingError, demangled, host_functions, kernels
-from gpu.model.problems import Launch, Problem, UnexpectedCodeError, predict
+from gpu.model.problems import Launch, Problem, UnexpectedCodeError
 
 from pmf import _library
 
@@ -39,7 +40,11 @@ PROBLEMS = (
 )
 
 
-def planned(plans: Any, problem: Problem) -> list[dict[str, Any]]:
+KERNELS = {"plan": 227, "mma": 226}
+"""Shared memory that a block may ask for, in KB: all of an H100's, or less than Hopper's own kernels need."""
+
+
+def planned(plans: Any, problem: Problem, kernels: str) -> list[dict[str, Any]]:
     """The launches of a problem on an H100, as the library's own launchers make them."""
     sizes = {"batch": 1, "heads": problem.heads, "key_heads": problem.heads}
     return plans.attention_launches(
@@ -51,16 +56,16 @@ def planned(plans: Any, problem: Problem) -> list[dict[str, Any]]:
         dtype="bfloat16",
         backward=problem.backward,
         tangent=problem.tangent,
-        shared_per_block=226 * 1024,  # 227 KB have kernels of their own, which this model does not know
+        shared_per_block=KERNELS[kernels] * 1024,
     )["launches"]
 
 
 def ratios(
-    library: Path, plans: Any, problems: list[Problem], rates: dict[str, float]
+    library: Path, plans: Any, chosen: list[Problem], rates: dict[str, float], which: str
 ) -> list[dict[str, Any]]:
     """A row for each problem; a line is printed for each launch."""
     hosts = host_functions(library)
-    launches = {problem: planned(plans, problem) for problem in problems}
+    launches = {problem: planned(plans, problem, which) for problem in chosen}
     code = kernels(library, {hosts[each["kernel"]] for some in launches.values() for each in some})
     rows = []
     for problem, some in launches.items():
@@ -70,6 +75,7 @@ def ratios(
             launch = Launch(
                 name, each["blocks"], each["threads"], tuple(each["tile"]), each["blocks_per_processor"]
             )
+            predict = hopper.predict if hopper.takes(name) else problems.predict
             seconds.append(predict(code[hosts[each["kernel"]]], launch, problem, rates))
             kernel = name.split("(")[0].split("<")[0]
             print(
@@ -95,6 +101,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     names = [problem.name for problem in PROBLEMS]
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(names)} (default: all)")
+    parser.add_argument(
+        "--kernels", choices=KERNELS, default="plan", help="what an H100 launches, or mma.sync's kernels"
+    )
     parser.add_argument("--rates", type=Path, default=RATES, help="the table of rates, as JSON")
     parser.add_argument("--out", type=Path, help="a file for the figures, as JSON")
     arguments = parser.parse_args(argv)
@@ -112,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     rates = {name: value for name, value in table.items() if not isinstance(value, str)}
     chosen = [problem for problem in PROBLEMS if not arguments.names or problem.name in arguments.names]
     try:
-        rows = ratios(Path(_library.LIBRARY), plans, chosen, rates)
+        rows = ratios(Path(_library.LIBRARY), plans, chosen, rates, arguments.kernels)
     except (RuntimeError, ToolMissingError) as error:  # no CUDA kernels, or no tool to read them
         parser.error(str(error))
     except UnexpectedCodeError as error:

@@ -246,8 +246,9 @@ int main() {
   std::printf(" \"usual_latency\": %.2f,\n", cycles_each<Fma, 1>(1, processors));
 #if defined(PMF_WGMMA)
   for (int groups : {1, 2}) {
-    std::printf(" \"wgmma_m64n64k16_cycles_of_%d_groups\": %.2f,\n", groups,
-                wgmma_cycles(groups, processors));
+    const double cycles = wgmma_cycles(groups, processors);
+    std::printf(" \"wgmma_m64n64k16_cycles_of_%d_groups\": %.2f,\n", groups, cycles);
+    if (groups == 2) std::printf(" \"wgmma_column_cycles\": %.4f,\n", cycles / 64);
   }
 #endif
   std::printf(" \"l2_bytes\": %.4g,\n", copy_rate(size_t{4} << 20, 200));

@@ -5,9 +5,14 @@ import re
 
 import pytest
 from gpu.model import paths
-from gpu.model.machine import Multiprocessor, Trace
+from gpu.model.hopper import Work
+from gpu.model.machine import Multiprocessor, Signal, Trace
+from gpu.model.problems import Launch, Problem
 from gpu.model.sass import Kernel, parse
 from gpu_model import PROBLEMS, RATES, main
+from helpers.machine_code import absent, tool
+
+from pmf import _library
 
 STALL = 41
 """The bit of an instruction's upper half where its schedule begins."""
@@ -67,6 +72,77 @@ def test_warps_of_a_scheduler_share_its_tensor_core(warps, sharing, over):
     assert cycles(LOOP, warps, hmma_cycles=64.0) >= 9 * bound
 
 
+GROUPS_OF_PRODUCTS = listing(
+    ("HGMMA.64x96x16.F32.BF16 R72, gdesc[UR16], R72", 1),
+    ("HGMMA.64x64x16.F32.BF16 R120, R184, gdesc[UR12].tnspB, R120, gsb0", 1),
+    ("WARPGROUP.DEPBAR.LE gsb0, 0x0", 1),
+)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_warpgroups_share_the_tensor_cores(groups):
+    """96 and 64 columns take 48 and 32 cycles; one group waits for its sums, two fill each other's gaps."""
+    trace = Trace(GROUPS_OF_PRODUCTS.blocks[0])
+    ended = Multiprocessor([[trace] * 50] * 4 * groups, 1, 1, RATES_HERE, 16.0).ends()[-1]
+    each = (ended - RATES_HERE["launch_cycles"]) / 50
+    waits = RATES_HERE["wgmma_latency"] if groups == 1 else 0
+    assert each == pytest.approx(groups * 80 + waits, rel=0.06)
+
+
+def test_narrow_products_wait_for_shared_memory():
+    """Of 48 columns, A in shared memory: 28 rows of 128 bytes, where computing takes 24 cycles."""
+    kernel = listing(("HGMMA.64x48x16.F32.BF16 R72, gdesc[UR16], R72, gsb0", 1))
+    ended = Multiprocessor([[Trace(kernel.blocks[0])] * 200] * 8, 1, 1, RATES_HERE, 16.0).ends()[-1]
+    assert (ended - RATES_HERE["launch_cycles"]) / 400 == pytest.approx(28, rel=0.05)
+
+
+def test_copies_and_their_reader_wait_for_each_other():
+    """A ring of two slots: a box is on its way for its latency, and no third one before the first is read."""
+    copy = Trace(
+        listing(("SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR11], R0", 1), ("UTMALDG.4D [UR8], [UR6]", 1)).blocks[
+            0
+        ]
+    )
+    read = Trace(
+        listing(
+            ("SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR11], R0", 1),
+            ("SYNCS.ARRIVE.TRANS64.A1T0 RZ, [UR11], RZ", 1),
+        ).blocks[0]
+    )
+    copies = [
+        copy.signalling([Signal(("empty", i - 2)) if i > 1 else None, Signal(("full", i), 10)])
+        for i in range(20)
+    ]
+    reads = [read.signalling([Signal(("full", i)), Signal(("empty", i))]) for i in range(20)]
+    machine = Multiprocessor([copies, reads], 1, 1, RATES_HERE, 16.0, {"full": 1, "empty": 1})
+    machine.ends()
+    rounds = machine.gates.opens["full", 19] - machine.gates.opens["full", 1]
+    assert rounds / 9 == pytest.approx(
+        RATES_HERE["box_latency"] + 2 * RATES_HERE["mbarrier_latency"], rel=0.1
+    )
+
+
+def test_work_is_cut_as_the_launcher_cuts_it():
+    """276 tokens: five row blocks a head, three of them one consumer's, in turns. 1024: two an item."""
+    launch = Launch("hopper_forward_kernel<HopperSizes<bf16, 64, 96, 4, true> >", 132, 384, (128, 96), 1)
+    work = Work.of(launch, Problem("", 3072, 276, 64), 132)
+    assert (work.tiles, work.rounds, work.parts) == (3, 3, 1)
+    assert [work.shares(item) for item in (0, 1)] == [[3, 2], [2, 3]]
+    long = Work.of(launch, Problem("", 3072, 1024, 64), 132)
+    assert (long.tiles, long.rounds, long.parts, long.shares(5)) == (11, 1, 8, [1, 1])
+
+
+def test_hoppers_own_kernels_are_what_the_model_knows(capsys):
+    """On the library as it was built: its loops, barriers and copies are those of the model's tables."""
+    plans = _library.introspection()
+    if plans is None or not plans.build_facts()["has_cuda"]:
+        absent("this build of pmf has no CUDA kernels to read")
+    if tool("nvdisasm") is None or tool("cuobjdump") is None:
+        absent("there is no nvdisasm or no cuobjdump to read machine code with")
+    assert main(["forward_276x64"]) == 0
+    assert "hopper_forward_kernel" in capsys.readouterr().out
+
+
 def test_what_is_asked_for_in_vain_is_one_sentence(capsys, tmp_path):
     with pytest.raises(SystemExit, match="2"):
         main(["jvp_1x1"])
@@ -82,13 +158,14 @@ def test_limits_are_those_of_the_kernels_page():
 
 def test_the_documentation_shows_the_recorded_predictions():
     root = RATES.parents[3]
-    rows = json.loads((root / "benchmarks/results/predictions/gpu_model_h100.json").read_text())["rows"]
-    recorded = {row["problem"]: row["predicted_over_limit"] for row in rows}
     shown = re.findall(
-        r"^\| (forward|forward \+ JVP|backward|backward through both) (\d+x\d+) \| [^|]+ \| ([\d.]+) \|$",
+        r"^\| (forward|forward \+ JVP|backward|backward through both) (\d+x\d+) \| ([\d.]+) \| ([\d.]+) \|",
         (root / "docs/kernels.md").read_text(),
         re.MULTILINE,
     )
     names = {"forward": "forward", "forward + JVP": "jvp", "backward": "backward"}
-    found = {f"{names.get(kind, 'both')}_{size}": float(value) for kind, size, value in shown}
-    assert found == {name: round(value, 2) for name, value in recorded.items()}
+    for column, record in ((2, "gpu_model_h100_mma"), (3, "gpu_model_h100")):
+        rows = json.loads((root / f"benchmarks/results/predictions/{record}.json").read_text())["rows"]
+        recorded = {row["problem"]: row["predicted_over_limit"] for row in rows}
+        found = {f"{names.get(row[0], 'both')}_{row[1]}": float(row[column]) for row in shown}
+        assert found == {name: round(value, 2) for name, value in recorded.items()}

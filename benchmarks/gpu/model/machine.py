@@ -6,13 +6,16 @@ or a latency in rates.json. Each scheduler keeps to a warp while it can, then ta
 
 from __future__ import annotations
 
+import copy
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from .asynchronous import NEVER, Gate, Gates, Product, Products, Rates, Warpgroup
 from .sass import NO_SCOREBOARD, Instruction
 
-Rates = dict[str, float]
 SCHEDULERS = 4
 SCOREBOARDS = 6
 WARP_COPY_BYTES = 512
@@ -20,12 +23,23 @@ QUEUE = 12
 """Cycles of work that the shared-memory queue holds before a scheduler must wait."""
 
 
+@dataclass(frozen=True)
+class Signal:
+    """What an instruction at a barrier of shared memory, or a copy of a box, is about."""
+
+    gate: Gate
+    cycles: float = 0
+    """That a box takes on its way."""
+
+
 @dataclass(eq=False)
 class Trace:
     """Instructions as the machine sees them."""
 
     instructions: Sequence[Instruction]
-    code: list[tuple[str, int, int, int, int, float, int]] = field(init=False)
+    code: list[tuple[str, int, int, int, int, float, Any]] = field(init=False)
+    signals: Sequence[Signal | None] = ()
+    """Of the instructions that are about one, in order; None: it does not execute."""
 
     def __post_init__(self) -> None:
         self.code = [
@@ -36,13 +50,19 @@ class Trace:
                 each.sets,
                 each.frees,
                 _weight(each),
-                _pending(each),
+                _detail(each),
             )
             for each in self.instructions
         ]
 
     def __len__(self) -> int:
         return len(self.code)
+
+    def signalling(self, signals: Sequence[Signal | None]) -> Trace:
+        """The same instructions about other phases of barriers."""
+        other = copy.copy(self)
+        other.signals = signals
+        return other
 
 
 def _weight(each: Instruction) -> float:
@@ -56,22 +76,46 @@ def _weight(each: Instruction) -> float:
     return 1
 
 
-def _pending(each: Instruction) -> int:
-    """Of a wait for copies: how many groups may still be on their way."""
-    if each.kind != "wait_groups" or "," not in each.text:
+def _detail(each: Instruction) -> Any:
+    """Of a product: which one. Of a wait for copies or products: how many groups may be on their way."""
+    if each.kind == "wgmma":
+        found = re.match(r"HGMMA\.64x(\d+)x16\.\S+ R\d+, (gdesc|R\d+)", each.text)
+        if found is None:
+            raise ValueError(f"not a product of 16-bit matrices: {each.text}")
+        return Product(int(found[1]), found[2] == "gdesc", "gsb0" in each.text)
+    if each.kind not in ("wait_groups", "wait_products") or "," not in each.text:
         return 0
     return int(each.text.split(",")[1].split()[0], 16)
 
 
+NO_GROUP = Warpgroup(0)
+
+
 class Warp:
-    __slots__ = ("block", "groups", "last", "place", "ready", "release", "segment", "segments", "trace")
+    __slots__ = (
+        "block",
+        "closed",
+        "group",
+        "groups",
+        "last",
+        "place",
+        "products",
+        "ready",
+        "release",
+        "segment",
+        "segments",
+        "signal",
+        "trace",
+    )
 
     def __init__(self, segments: Sequence[Trace], block: Block, ready: float):
         self.segments, self.block, self.ready = segments, block, ready
-        self.segment, self.place, self.trace = 0, 0, segments[0].code
+        self.segment, self.place, self.trace, self.signal = 0, 0, segments[0].code, 0
         self.release = [0.0] * SCOREBOARDS
         self.groups: list[float] = []
         self.last = 0.0
+        self.products = self.closed = 0
+        self.group = NO_GROUP
 
 
 class Block:
@@ -82,6 +126,14 @@ class Block:
         self.waiting: list[Warp] = []
         self.running = len(self.warps)
         self.schedulers: list[int] = []
+        # Warps with products: four neighbours are a warpgroup.
+        able = [
+            warp for warp in self.warps if any(any(c[0] == "wgmma" for c in t.code) for t in warp.segments)
+        ]
+        for i in range(0, len(able), SCHEDULERS):
+            group = Warpgroup(len(able[i : i + SCHEDULERS]))
+            for warp in able[i : i + SCHEDULERS]:
+                warp.group = group
 
 
 class Multiprocessor:
@@ -94,9 +146,12 @@ class Multiprocessor:
         count: int,
         rates: Rates,
         copy_rate: float,
+        arrivals: Mapping[str, int] | None = None,
     ):
+        """`arrivals`: by the names of barriers in shared memory, of one phase."""
         self.programs, self.resident, self.count = programs, resident, count
         self.rates, self.copy_rate = rates, copy_rate
+        self.gates = Gates(arrivals or {}, rates["mbarrier_latency"])
 
     def ends(self, seed: int = 0) -> list[float]:
         rates, chance = self.rates, random.Random(seed)
@@ -129,9 +184,10 @@ class Multiprocessor:
         usual = latency["usual"]
         memory = channel = 0.0
         now = 0.0
+        products, gates = Products(rates, pipes), self.gates
         ended: list[float] = []
         while len(ended) < self.count:
-            acted, wake = False, float("inf")
+            acted, wake = False, products.advance(now)
             for index in range(SCHEDULERS):
                 mine, pipe = schedulers[index], pipes[index]
                 for position, warp in enumerate(mine):
@@ -140,7 +196,7 @@ class Multiprocessor:
                         if ready < wake:
                             wake = ready
                         continue
-                    kind, stall, waits, sets, frees, weight, pending = warp.trace[warp.place]
+                    kind, stall, waits, sets, frees, weight, detail = warp.trace[warp.place]
                     if waits:
                         release = warp.release
                         until = max(release[b] for b in range(SCOREBOARDS) if waits >> b & 1)
@@ -152,10 +208,14 @@ class Multiprocessor:
                     through = per_kind.get(kind)
                     if through is not None:
                         if pipe[through[0]] >= now + 1:
+                            if kind == "hmma":
+                                products.between.add(index)
                             wake = min(wake, float(int(pipe[through[0]])))
                             continue
                         name, cycles = through
                         pipe[name] = max(pipe[name], now) + cycles * (weight if kind == "fma" else 1)
+                        if kind == "hmma":
+                            products.between.discard(index)
                         done = now + latency.get(kind, usual)
                     elif kind in ("ldsm", "shared", "shuffle"):
                         if memory > now + QUEUE:
@@ -177,13 +237,39 @@ class Multiprocessor:
                         warp.groups.append(warp.last)
                         done = now
                     elif kind == "wait_groups":
-                        groups = warp.groups[: len(warp.groups) - pending] if pending else warp.groups
+                        groups = warp.groups[: len(warp.groups) - detail] if detail else warp.groups
                         if groups and (until := max(groups)) > now:
                             warp.ready = until
                             if until < wake:
                                 wake = until
                             continue
                         done = now
+                    elif kind == "wgmma":
+                        if not products.issue(warp.group, warp.products, detail, warp, now):
+                            continue
+                        warp.products += 1
+                        warp.closed += detail.closes
+                        done = now
+                    elif kind == "wait_products":
+                        if not products.wait(warp.group, warp.closed - detail, warp, now):
+                            wake = min(wake, warp.ready)
+                            continue
+                        done = now
+                    elif kind in ("await", "arrive", "box"):
+                        signal = warp.segments[warp.segment].signals[warp.signal]
+                        done = now + latency["shared"]
+                        if signal is None:
+                            pass
+                        elif kind == "await":
+                            if not gates.wait(signal.gate, warp, now):
+                                wake = min(wake, warp.ready)
+                                continue
+                        elif kind == "arrive":
+                            gates.arrive(signal.gate, now)
+                        else:
+                            channel = max(channel, now) + signal.cycles
+                            gates.arrive(signal.gate, max(channel, now + latency["box"]))
+                        warp.signal += 1
                     else:
                         done = now + latency.get(kind, usual)
                     if sets != NO_SCOREBOARD and done > warp.release[sets]:
@@ -197,7 +283,7 @@ class Multiprocessor:
                     if kind == "barrier":
                         block = warp.block
                         block.waiting.append(warp)
-                        warp.ready = float("inf")
+                        warp.ready = NEVER
                         if len(block.waiting) == block.running:
                             for each in block.waiting:
                                 each.ready = now + latency["barrier"]
@@ -207,6 +293,7 @@ class Multiprocessor:
                         warp.segment += 1
                         if warp.segment < len(warp.segments):
                             warp.trace, warp.place = warp.segments[warp.segment].code, 0
+                            warp.signal = 0
                         else:
                             block = warp.block
                             block.running -= 1

@@ -14,20 +14,28 @@ from .sass import Instruction, Kernel
 Score = tuple[int, ...]
 
 
-def _score(copying: bool) -> Callable[[list[Instruction]], Score]:
+HIDING = 32
+"""So many selections are more than any block has that does not hide keys."""
+
+
+def _score(copying: bool, hiding: bool) -> Callable[[list[Instruction]], Score]:
     def score(block: list[Instruction]) -> Score:
         kinds = [each.kind for each in block]
         copies = kinds.count("copy") * (1 if copying else -1)
+        selections = sum(each.name == "FSEL" for each in block)
         slow = sum(each.kind in ("load", "store") and ".128" not in each.opcode for each in block)
         slow += sum(each.name == "STS" for each in block)
-        return kinds.count("hmma"), copies, -slow, kinds.count("store"), -len(block)
+        products = kinds.count("hmma") + kinds.count("wgmma") + kinds.count("box")
+        return products, hiding * (selections // HIDING), copies, -slow, kinds.count("store"), -len(block)
 
     return score
 
 
-def hottest(kernel: Kernel, start: int, ends: set[int], within: Iterable[int], copying: bool) -> list[int]:
+def hottest(
+    kernel: Kernel, start: int, ends: set[int], within: Iterable[int], copying: bool, hiding: bool = False
+) -> list[int]:
     """Blocks from start to the one before any of `ends`, or out of the kernel where ends is empty."""
-    allowed, score = set(within), _score(copying)
+    allowed, score = set(within), _score(copying, hiding)
     best: dict[int, tuple[Score, int | None] | None] = {}
     order: list[int] = []
     seen = {start}

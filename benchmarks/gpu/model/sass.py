@@ -30,9 +30,15 @@ KINDS = {
     "barrier": "BAR",
     "close_group": "LDGDEPBAR",
     "wait_groups": "DEPBAR",
-    "branch": "BRA EXIT RET CALL NOP BRX BSSY BSYNC WARPSYNC BREAK",
-    "special": "S2R S2UR CS2R R2UR VOTE VOTEU",
+    "branch": "BRA EXIT RET CALL NOP BRX BSSY BSYNC WARPSYNC BREAK WARPGROUP",
+    "special": "S2R S2UR CS2R R2UR VOTE VOTEU ELECT USETMAXREG FENCE SYNCS",
+    "wgmma": "HGMMA",
+    "wait_products": "WARPGROUP.DEPBAR",
+    "await": "SYNCS.PHASECHK",
+    "arrive": "SYNCS.ARRIVE",
+    "box": "UTMALDG",
 }
+"""Of an instruction's name, or of its name and what follows it."""
 KIND_OF = {name: kind for kind, names in KINDS.items() for name in names.split()}
 
 
@@ -59,7 +65,8 @@ class Instruction:
     def kind(self) -> str:
         if self.text.startswith("@!PT"):  # never: it takes its turn and nothing else
             return "branch"
-        return KIND_OF.get(self.name, "uniform" if self.name.startswith("U") else "alu")
+        known = KIND_OF.get(".".join(self.opcode.split(".")[:2])) or KIND_OF.get(self.name)
+        return known or ("uniform" if self.name.startswith("U") else "alu")
 
     @functools.cached_property
     def conditional(self) -> bool:
