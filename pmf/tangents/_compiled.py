@@ -5,25 +5,38 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from .module import beside
 from .sdpa import replace_sdpa
 
-__all__ = ["traced", "what_it_does"]
+__all__ = ["marked", "traced", "what_it_does"]
+
+_NONE = "pmf.tangents: None"
 
 
 @torch._dynamo.nonstrict_trace
 def traced(
     network: nn.Module,
     primals: tuple[Any, ...],
-    given: Sequence[Tensor | None],
+    given: Sequence[Tensor | str],
     constants: dict[str, Any],
     what: Any,
 ) -> Any:
-    """The eager pass as one graph node, whose operators AOTAutograd traces."""
+    """The eager pass as one graph node, whose operators AOTAutograd traces; arguments are `marked`."""
     del what  # guarded by the caller
+    primals, given, constants = tree_map(_unmarked, (primals, given, constants))
     with replace_sdpa():
         return beside(network, primals, given, constants)
+
+
+def marked(arguments: Any) -> Any:
+    """Arguments for `traced`, in which text stands for None: a graph node takes every constant but None."""
+    return tree_map(lambda leaf: _NONE if leaf is None else leaf, arguments)
+
+
+def _unmarked(leaf: Any) -> Any:
+    return None if isinstance(leaf, str) and leaf == _NONE else leaf
 
 
 def what_it_does(network: nn.Module) -> tuple[Any, ...]:

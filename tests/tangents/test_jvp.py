@@ -38,6 +38,23 @@ def test_compiled(name: str, detach: bool):
     check(problem, jvp=torch.compile(pmf.Jvp(problem.network), fullgraph=True, backend="aot_eager"))
 
 
+def test_compiled_with_none_as_tangent_primal_and_constant():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4, dtype=torch.float64)
+
+        def forward(self, x, t, label=None, *, mask=None, name="gelu"):
+            assert label is None and mask is None and name == "gelu"
+            return (self.linear(x) * t.cos()).sin()
+
+    network = Net()
+    x, t, x_t = (torch.randn(3, 4, dtype=torch.float64) for _ in range(3))
+    jvp = torch.compile(pmf.Jvp(network), fullgraph=True, backend="aot_eager")
+    found = jvp((x, t, None), (x_t, None, None), mask=None, name="gelu")
+    assert_close(found, torch.func.jvp(lambda x: network(x, t), (x,), (x_t,)), EXACT)
+
+
 def test_compiled_by_inductor():
     problem = NETWORKS["ViT"](torch.float64)
     check(problem, jvp=torch.compile(pmf.Jvp(problem.network), fullgraph=True))
