@@ -1,8 +1,10 @@
 """Checks of arguments by type: True and False, text, infinity and NaN are not numbers."""
 
+import contextlib
 import dataclasses
 import functools
 import math
+import os
 import types
 import typing
 from collections.abc import Sequence
@@ -32,8 +34,10 @@ def is_whole(value: Any) -> bool:
 
 
 def as_plain(value: Any) -> Any:
-    """NumPy's and PyTorch's numbers and arrays as Python's, and sequences other than text as tuples."""
+    """Numbers and arrays of NumPy and PyTorch as Python's, other sequences as tuples, and paths as text."""
     value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         return tuple(map(as_plain, value))
     return value
@@ -76,8 +80,13 @@ def check_fields(what: str, settings: Any) -> None:
 
 @functools.cache
 def _hints(kind: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(kind)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    """The annotations of a dataclass's fields, except those in names that only a user's subclass knows."""
+    hints: dict[str, Any] = {}
+    for base in kind.__mro__:
+        with contextlib.suppress(NameError):
+            hints = typing.get_type_hints(base)
+            break
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind) if field.name in hints}
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -96,7 +105,8 @@ def fits(value: Any, hint: Any) -> bool:
         return is_whole(value)
     if hint is float:
         return is_number(value)
-    return hint is Any or isinstance(value, origin or hint)
+    # A class has the methods of a protocol, too, but is not an object that has them.
+    return hint is Any or (isinstance(value, origin or hint) and not isinstance(value, type))
 
 
 _WORDS = {

@@ -31,7 +31,14 @@ def whole_numbers(high: int, *shape: int, generator: torch.Generator | None) -> 
 
 def home(generator: torch.Generator | None) -> torch.device:
     """The device a generator draws on; None stands for the CPU's global generator."""
-    return torch.device("cpu") if generator is None else generator.device
+    if generator is None:
+        return torch.device("cpu")
+    if not hasattr(generator, "device"):
+        raise TypeError(
+            f"generator must be a torch.Generator or None, got {generator!r}: for a seed give "
+            "torch.Generator().manual_seed(SEED)"
+        )
+    return generator.device
 
 
 @contextmanager

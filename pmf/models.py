@@ -422,5 +422,8 @@ def config_from_state_dict(state_dict: Mapping[str, Tensor], **settings: Any) ->
             break
     else:
         if "noise_scale" not in settings:
-            raise ValueError("state dict: its shape matches no preset; pass noise_scale")
+            raise ValueError(
+                "state dict: its shape matches no preset, and weights do not determine the noise scale: give "
+                "noise_scale, or a file made by pmf convert --noise-scale"
+            )
     return replace(shape, **settings)

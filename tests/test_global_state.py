@@ -149,6 +149,12 @@ def test_draws_made_in_inference_mode_can_be_trained_with():
     equal(list(draws), list(Objective().draw(IMAGES, LABELS, g())))
 
 
+def test_a_seed_is_not_a_generator():
+    for draw in (lambda: pmf.sample(MODEL, [0], generator=0), lambda: Objective().draw(IMAGES, LABELS, 0)):
+        with pytest.raises(TypeError, match=r"a torch.Generator or None, got 0: .*manual_seed\(SEED"):
+            draw()
+
+
 def test_a_generator_draws_where_it_is():
     class Elsewhere:
         device = torch.device("cuda", 1)

@@ -1,6 +1,7 @@
 """Settings from a file: a run's config.json, or YAML keyed by flag name."""
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,23 @@ def read_settings_file(path: Path) -> tuple[str | None, dict[str, Any]]:
         config = TrainConfig.from_json(content)
         name = config.preset if config.preset in PRESETS else None
         return name, {s.name: getattr(getattr(config, group), s.name) for group, s in settings()}
-    known = {setting.name: setting for _, setting in settings()}
+    known = {setting.name: (setting, type_of(group, setting.name)) for group, setting in settings()}
     chosen: dict[str, Any] = {}
     preset = content.pop("preset", None)
-    home = {setting.name: group for group, setting in settings()}
     for word, value in content.items():
         name = str(word).replace("-", "_")
+        positive = name.removeprefix("no_")
+        if name not in known and positive in known and known[positive][1] is bool:
+            if not isinstance(value, bool):
+                raise UserError(f"{path}: {flag(name)} must be true or false, got {value!r}")
+            name, value = positive, not value
         if name not in known:
             raise UserError(f"{path} sets {word!r}, which is not a setting: see pmf train --help")
         if name in chosen:
             raise UserError(f"{path} sets {flag(name)} twice")
-        parse, hint = known[name].metadata["parse"], type_of(home[name], name)
+        setting, hint = known[name]
         try:
-            is_word = parse is not None and value is not None
-            chosen[name] = parse(str(value)) if is_word else _typed(value, hint)
+            chosen[name] = _typed(value, hint, setting.metadata["parse"])
         except ValueError as error:
             raise UserError(f"{path}: {flag(name)} {error}") from error
     return None if preset is None else str(preset), chosen
@@ -59,18 +63,25 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _typed(value: Any, hint: Any) -> Any:
-    """Convert numbers that YAML 1.1 reads as strings, such as 1e-3, unless the setting is text."""
+def _typed(value: Any, hint: Any, parse: Callable[[str], Any] | None) -> Any:
+    """A value of YAML as its setting's type, if it can be: as on the command line, one value is also a list.
+
+    YAML 1.1 reads numbers such as 1e-3 as text, and 1.0e+3 is a whole number here.
+    """
     value = tuple(value) if isinstance(value, list) else value
-    if fits(value, hint):
-        return value
-    if isinstance(value, tuple):
-        return tuple(map(_number, value))
-    return _number(value)
-
-
-def _number(value: Any) -> Any:
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(value) if isinstance(value, str) else value
+    if parse is not None and value is not None and not isinstance(value, bool):
+        return parse("x".join(map(str, value)) if isinstance(value, tuple) else str(value))
+    choices = (value, (value,)) if not isinstance(value, tuple) else (value,)
+    for candidate in (*choices, *map(_numbers, choices)):
+        if fits(candidate, hint):
+            return candidate
     return value
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_numbers, value))
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -1,5 +1,6 @@
 """Datasets: images by index, in memory or read from files."""
 
+import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -85,7 +86,7 @@ class FolderImages:
             list(self._readers.map(lambda path: check_image(path, self.size), some))
 
 
-def load_dataset(source: str, image_size: Size, channels: int) -> ImageDataset:
+def load_dataset(source: str | os.PathLike[str], image_size: Size, channels: int) -> ImageDataset:
     """Load ``digits``, or images from files.
 
     Accepts a folder of images (layouts: pmf/data/labels.py), of MNIST-format files, of WebDataset shards (or
@@ -94,6 +95,7 @@ def load_dataset(source: str, image_size: Size, channels: int) -> ImageDataset:
     number for squares, or (height, width). Raises UserError if there are no images, or a file is damaged, not
     an image, or too small. Up to 1 GiB of cropped pixels is decoded at once and kept in memory.
     """
+    source = os.fspath(source)
     height, width = height_and_width(image_size)
     if channels not in (1, 3):
         raise UserError(f"--channels must be 1 (grey) or 3 (colour), got {channels}")

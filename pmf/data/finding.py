@@ -9,7 +9,7 @@ from pmf.data.labels import UNLABELLED, images_by_folder, listed_images
 from pmf.data.parquet import index_tables
 from pmf.data.shards import Stored, index_shards, is_labelled, named_shards
 from pmf.data.splits import choose_split, split_of_file, split_of_folder
-from pmf.data.walk import LeftOut, image_endings, walk
+from pmf.data.walk import OTHER_KIND, LeftOut, image_endings, walk
 from pmf.errors import UserError
 
 __all__ = ["FoundImages", "find_images"]
@@ -64,7 +64,7 @@ def _find(source: str, left_out: LeftOut) -> FoundImages:
     if shards and (not images or is_labelled(root / shards[0])):
         _leave(left_out, "beside the shards", images)
         return _in_shards(source, [root / path for path in _first_part(shards, left_out)], left_out)
-    _leave(left_out, "of another kind", shards)
+    _leave(left_out, OTHER_KIND, shards)
     if not images:
         why = f" (left out {left_out})" if str(left_out) else ""
         raise UserError(f"the folder {root} contains no images{why}: put them into one subfolder per class")

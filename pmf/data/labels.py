@@ -23,7 +23,7 @@ from pathlib import Path
 
 from pmf.data.emoji import emoji_by_category, is_emoji_package
 from pmf.data.splits import TRAINING, choose_split, split_of_folder
-from pmf.data.walk import LeftOut
+from pmf.data.walk import OTHER_KIND, LeftOut
 from pmf.errors import UserError
 
 __all__ = ["UNLABELLED", "LabelledFiles", "images_by_folder", "listed_images", "number_labels"]
@@ -41,6 +41,8 @@ class LabelledFiles:
     paths: list[str]
     labels: list[int]
     class_names: list[str]
+    list_file: str | None = None
+    """The name of the file that lists them, if any."""
 
 
 def listed_images(root: Path) -> LabelledFiles | None:
@@ -142,6 +144,7 @@ def _first_part(root: Path, folders: list[str], images: Sequence[str], left_out:
         raise UserError(f"{root} has several {part} folders ({', '.join(chosen)}): give one of them")
     below = root / chosen[0]
     if (listed := listed_images(below)) is not None:
+        left_out.used(OTHER_KIND, f"{chosen[0]}/{listed.list_file}")
         return listed
     begin = len(chosen[0]) + 1
     return images_by_folder(
@@ -228,7 +231,7 @@ def _check_listed(source: Path, root: Path, pairs: list[tuple[str, str]]) -> Lab
             raise UserError(f"{source} lists {file!r}, which does not exist in {root}")
         seen.add(file)
     labels, names = number_labels([label for _, label in pairs])
-    return LabelledFiles([f"{root}/{file}" for file, _ in pairs], labels, names)
+    return LabelledFiles([f"{root}/{file}" for file, _ in pairs], labels, names, source.name)
 
 
 def number_labels(words: Sequence[str]) -> tuple[list[int], list[str]]:

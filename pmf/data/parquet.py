@@ -6,6 +6,7 @@ copied once into a plain file in the user's cache folder, where each image is re
 
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from itertools import pairwise
@@ -21,6 +22,7 @@ from pmf.errors import UserError
 
 _PICTURES = ("image", "img", "jpg", "png", "webp")  # of several image columns, the first of these is used
 _LABELS = ("label", "labels", "fine_label", "class")  # the first that exists is used
+_log = logging.getLogger(__name__)
 _NO_LABEL = -1  # Hugging Face's value in test splits
 _VERSION = 2  # of the cache format
 
@@ -92,10 +94,10 @@ def _unpack(parquet: Any, tables: list[Path], pixels: Path, index: Path) -> None
 
 
 def _label(value: Any, row: int, table: Path) -> int | str | None:
-    """An entry of the label column: a class number, a string, or None for null and -1."""
+    """An entry of the label column: a class number, a string, or None for null, -1 and pandas' NaN."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if value is None or value == _NO_LABEL:
+    if value is None or value == _NO_LABEL or value != value:
         return None
     if isinstance(value, str) or (isinstance(value, int) and value >= 0):
         return int(value) if isinstance(value, bool) else value
@@ -167,7 +169,12 @@ def _class_names(parquet: Any, table: Path) -> list[str] | None:
         raise UserError(
             f"{table} is truncated or not a parquet file ({reason}): download it again"
         ) from error
-    _, label = _columns(schema, table)
+    image, label = _columns(schema, table)
+    if label is None and (others := [name for name in schema.names if name != image]):
+        _log.warning(
+            "%s: no column is named %s, so its images have no classes; its other columns are %s",
+            *(table.parent, " or ".join(_LABELS), ", ".join(others)),
+        )
     try:
         noted = json.loads((schema.metadata or {})[b"huggingface"])
         return [str(name) for name in noted["info"]["features"][label]["names"]]

@@ -5,6 +5,7 @@ a dot, and ``__MACOSX`` folders, are hidden along with everything below them.
 """
 
 import os
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
 from functools import cache
 
@@ -12,8 +13,9 @@ from PIL import Image
 
 from pmf.errors import UserError
 
-__all__ = ["LeftOut", "image_endings", "is_hidden", "walk"]
+__all__ = ["OTHER_KIND", "LeftOut", "image_endings", "is_hidden", "walk"]
 
+OTHER_KIND = "of another kind"
 _HIDDEN_FOLDER = "__MACOSX"  # added to archives by macOS
 # Formats that Pillow recognises but cannot decode without other programs.
 _UNREADABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -32,18 +34,26 @@ class LeftOut:
     """What a search skips and why, summarised in one line."""
 
     def __init__(self) -> None:
-        self._reasons: dict[str, list[str | int]] = {}
+        self._counts: Counter[str] = Counter()
+        self._names: dict[str, list[str]] = defaultdict(list)  # two each, should the first be used after all
 
     def add(self, why: str, name: str, count: int = 1) -> None:
         """Record `count` more files or folders; `name` is one of them."""
-        known = self._reasons.setdefault(why, [name, 0])
-        known[1] = int(known[1]) + count
+        self._counts[why] += count
+        if len(self._names[why]) < 2:
+            self._names[why].append(name)
+
+    def used(self, why: str, name: str) -> None:
+        """Take back a file that was recorded and is used after all."""
+        self._counts[why] -= 1
+        self._names[why] = [other for other in self._names[why] if other != name]
 
     def __str__(self) -> str:
         """``3 hidden (.DS_Store, ...), 1 of another kind (notes.txt)``."""
         return ", ".join(
-            f"{count} {why} ({name}{', ...' if int(count) > 1 else ''})"
-            for why, (name, count) in self._reasons.items()
+            f"{count} {why} ({self._names[why][0]}{', ...' if count > 1 else ''})"
+            for why, count in self._counts.items()
+            if count > 0
         )
 
 
@@ -69,7 +79,7 @@ def walk(root: str, endings: Collection[str], left_out: LeftOut) -> list[str]:
             left_out.add("hidden", path)
         elif not _is_folder(entry):
             if name.rpartition(".")[2].lower() not in endings or "." not in name:
-                left_out.add("of another kind", path)
+                left_out.add(OTHER_KIND, path)
             elif _is_special(entry):
                 left_out.add("neither file nor folder", path)
             else:

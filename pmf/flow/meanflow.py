@@ -16,13 +16,12 @@ from .draws import Draws
 from .guidance import ClassifierFreeGuidance, Guidance, NoGuidance
 from .objective import Terms
 from .path import conditional_velocity, interpolate, per_sample
-from .prediction import Prediction, UPrediction, XPrediction
+from .prediction import PREDICTIONS
 from .times import PlaneTimes, TimeSampling
 
 __all__ = ["MeanFlow", "sample"]
 
 Network = Callable[..., Tensor]
-PREDICTIONS: dict[str, Prediction] = {"u": UPrediction(), "x": XPrediction()}
 
 
 @dataclass(frozen=True)

@@ -91,8 +91,8 @@ class Objective:
         adp(l) = l / stopgrad((l + norm_eps)^norm_p)
 
     perceptual adds weight_k adp(d_k(z - t u, x)) for each of its distances where t < its max_t. Without
-    v_head, v is the u head at h = 0, also in v_c and v_u, and has no loss term. prediction and preconditioner
-    default to the model's own.
+    v_head, v is the u head at h = 0, also in v_c and v_u, and has no loss term. prediction and
+    preconditioner, objects or names as in `ModelConfig`, default to the model's own.
 
     Only what affects the result is computed (see `pmf.flow.plan`). Images, scalars and losses are float32, or
     float64 for float64 images, whatever the model's dtype.
@@ -109,8 +109,8 @@ class Objective:
     row_multiple: int = 1
     even_passes: bool = False
     v_head: bool = True
-    prediction: Prediction | None = None
-    preconditioner: Preconditioner | None = None
+    prediction: Prediction | str | None = None
+    preconditioner: Preconditioner | str | None = None
     times: TimeSampling = field(default_factory=PlaneTimes)
     guidance: Guidance = field(default_factory=IntervalGuidance)
     perceptual: Perceptual | None = None
@@ -122,6 +122,7 @@ class Objective:
         require_number("objective: norm_eps", self.norm_eps, above=0)
         require_number("objective: class_dropout", self.class_dropout, at_least=0, at_most=1)
         require_number("objective: row_multiple", self.row_multiple, at_least=1)
+        ReadOut.of(ModelConfig(), self.prediction, self.preconditioner)  # refuses unknown names now
 
     @torch.inference_mode(False)  # autograd rejects inference-mode tensors
     def draw(self, images: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Draws:

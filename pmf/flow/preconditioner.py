@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from pmf.models import ModelConfig
+from pmf.models import PRECONDITIONERS, ModelConfig
 
 from .path import over_pixels
 
@@ -150,9 +150,20 @@ class SCMPreconditioner(EDMPreconditioner):
         return self.sigma_data, -self.sigma_data
 
 
-def preconditioner_of(config: ModelConfig) -> Preconditioner:
-    """The preconditioner in a model's configuration."""
-    if config.preconditioner == "none":
+def preconditioner_of(config: ModelConfig, given: Preconditioner | str | None = None) -> Preconditioner:
+    """The preconditioner given, an object or its name; by default the one in a model's configuration.
+
+    By name it has the configuration's sigma_data and noise_scale.
+    """
+    found = config.preconditioner if given is None else given
+    if found == "none":
         return NoPreconditioner()
-    kind = {"edm": EDMPreconditioner, "scm": SCMPreconditioner}[config.preconditioner]
-    return kind(config.sigma_data, config.noise_scale)
+    if isinstance(found, str) and (kind := _SCALED.get(found)) is not None:
+        return kind(config.sigma_data, config.noise_scale)
+    if isinstance(found, (str, type)) or not isinstance(found, Preconditioner):
+        known = ", ".join(PRECONDITIONERS)
+        raise ValueError(f"preconditioner must be one of {known}, or a Preconditioner, got {given!r}")
+    return found
+
+
+_SCALED = {"edm": EDMPreconditioner, "scm": SCMPreconditioner}

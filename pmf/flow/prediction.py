@@ -8,7 +8,7 @@ from pmf.models import ModelConfig
 
 from .path import T_FLOOR, conditional_velocity, per_sample
 
-__all__ = ["Prediction", "UPrediction", "XPrediction", "prediction_of"]
+__all__ = ["PREDICTIONS", "Prediction", "UPrediction", "XPrediction", "prediction_of"]
 
 
 @runtime_checkable
@@ -53,6 +53,14 @@ class UPrediction:
         return output_t
 
 
-def prediction_of(config: ModelConfig) -> Prediction:
-    """The prediction in a model's configuration."""
-    return UPrediction() if config.prediction == "u" else XPrediction()
+PREDICTIONS: dict[str, Prediction] = {"u": UPrediction(), "x": XPrediction()}
+"""The predictions by name."""
+
+
+def prediction_of(config: ModelConfig, given: Prediction | str | None = None) -> Prediction:
+    """The prediction given, an object or its name; by default the one in a model's configuration."""
+    chosen = config.prediction if given is None else given
+    found = PREDICTIONS.get(chosen) if isinstance(chosen, str) else chosen
+    if isinstance(found, type) or not isinstance(found, Prediction):
+        raise ValueError(f"prediction must be {' or '.join(PREDICTIONS)}, or a Prediction, got {given!r}")
+    return found

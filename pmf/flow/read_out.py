@@ -31,11 +31,14 @@ class ReadOut(NamedTuple):
     def of(
         cls,
         config: ModelConfig,
-        prediction: Prediction | None = None,
-        preconditioner: Preconditioner | None = None,
+        prediction: Prediction | str | None = None,
+        preconditioner: Preconditioner | str | None = None,
     ) -> "ReadOut":
-        """The model's own read-out, except for the arguments given."""
-        return cls(prediction or prediction_of(config), preconditioner or preconditioner_of(config))
+        """The model's own read-out, except for the arguments given: objects, or names as in `ModelConfig`.
+
+        Raises ValueError for anything else.
+        """
+        return cls(prediction_of(config, prediction), preconditioner_of(config, preconditioner))
 
     def network_input(self, z: Tensor, t: Tensor) -> Tensor:
         return self.preconditioner.input(z, t)

@@ -37,8 +37,8 @@ def sample(
     *,
     times: Sequence[float] | None = None,
     precision: str = "auto",
-    prediction: Prediction | None = None,
-    preconditioner: Preconditioner | None = None,
+    prediction: Prediction | str | None = None,
+    preconditioner: Preconditioner | str | None = None,
 ) -> Tensor:
     """Images [B, C, H, W] for labels [B], around [-1, 1], not clipped; float32 (float64 for float64 models).
 
@@ -47,9 +47,9 @@ def sample(
     times: explicit times instead of equal parts, from 1 down to 0: [1.0, 0.6, 0.0] are two steps. labels may
     contain num_classes, the null label. omega (a number or [B]) and interval default to the model's own.
     noise [B, C, H, W] is e itself, already multiplied by noise_scale; by default it is drawn from generator,
-    on the generator's device or the CPU. prediction and preconditioner default to the model's own. precision
-    is as for `Sampler`, whose weight conversion this function repeats on every call: for many batches create
-    one Sampler.
+    on the generator's device or the CPU. prediction and preconditioner, objects or names as in `ModelConfig`,
+    default to the model's own. precision is as for `Sampler`, whose weight conversion this function repeats
+    on every call: for many batches create one Sampler.
     """
     sampler = Sampler(model, precision, prediction=prediction, preconditioner=preconditioner)
     return sampler(labels, steps, omega, interval, noise, generator, times=times)
@@ -87,8 +87,8 @@ class Sampler:
         model: PixelMeanFlow,
         precision: str = "auto",
         *,
-        prediction: Prediction | None = None,
-        preconditioner: Preconditioner | None = None,
+        prediction: Prediction | str | None = None,
+        preconditioner: Preconditioner | str | None = None,
     ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"sample: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")

@@ -49,10 +49,9 @@ def route(params: ParamsLike, defaults: Mapping[str, Any] = LAYOUT) -> list[Rout
     if isinstance(params, nn.Module):
         named = _plainly_named([(n, p) for n, p in params.named_parameters() if p.requires_grad])
         return _split(named, _of_module(params, defaults["flatten"]), {})
-    if isinstance(params, Tensor):
-        raise TypeError(
-            "Muon: params must be a module, or a list of parameters, pairs or groups, not one tensor"
-        )
+    if isinstance(params, Tensor) or not isinstance(params, Iterable):
+        got = "one tensor" if isinstance(params, Tensor) else type(params).__name__
+        raise TypeError(f"Muon: params must be a module, or a list of parameters, pairs or groups, not {got}")
     items = list(params)
     if not items:
         raise ValueError("Muon: there are no parameters")
@@ -162,6 +161,11 @@ def _thirds(weight: Tensor) -> dict[str, Any]:
 
 def _named(params: Any, count: int) -> tuple[list[Named], bool]:
     """(name, tensor) pairs, with names "param<i>" for tensors; and whether names were given."""
+    if isinstance(params, nn.Module) or not isinstance(params, Iterable):
+        raise TypeError(
+            f"Muon: a group's params must be parameters or (name, parameter) pairs, got "
+            f"{type(params).__name__}: of a module, give module.named_parameters()"
+        )
     items: list[Any] = [params] if isinstance(params, Tensor) else list(params)
     if not items:
         raise ValueError("Muon: a group has no parameters")

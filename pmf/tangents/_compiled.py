@@ -1,10 +1,9 @@
 """The version of the eager pass that torch.compile traces; imported only while it traces."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._pytree import tree_map
 
 from .module import beside
@@ -16,16 +15,13 @@ _NONE = "pmf.tangents: None"
 
 
 @torch._dynamo.nonstrict_trace
-def traced(
-    network: nn.Module,
-    primals: tuple[Any, ...],
-    given: Sequence[Tensor | str],
-    constants: dict[str, Any],
-    what: Any,
-) -> Any:
-    """The eager pass as one graph node, whose operators AOTAutograd traces; arguments are `marked`."""
+def traced(network: nn.Module, arguments: Any, what: Any) -> Any:
+    """The eager pass as one graph node, whose operators AOTAutograd traces.
+
+    arguments: `marked` primals, tangents of their leaves, and constants.
+    """
     del what  # guarded by the caller
-    primals, given, constants = tree_map(_unmarked, (primals, given, constants))
+    primals, given, constants = tree_map(_unmarked, arguments)
     with replace_sdpa():
         return beside(network, primals, given, constants)
 

@@ -82,7 +82,7 @@ class Jvp(nn.Module):
             from . import _compiled
 
             what = _compiled.what_it_does(self.network)
-            out, out_t = _compiled.traced(self.network, *_compiled.marked((primals, given, constants)), what)
+            out, out_t = _compiled.traced(self.network, _compiled.marked((primals, given, constants)), what)
         else:
             with replace_attribute(), _freed_early():
                 out, out_t = beside(self.network, primals, given, constants, samples)

@@ -38,8 +38,36 @@ def test_a_settings_file_gives_what_flags_do_not(tmp_path: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize(
+    ("content", "flags"),
+    [
+        ("no-guidance: true", ["--no-guidance"]),
+        ("no-v-head: false", []),
+        ("image-size: [8, 16]\npatch-size: 4", ["--image-size", "8x16", "--patch-size", "4"]),
+        ("ema-half-lives: 500\nsample-ema: 500", ["--ema-half-lives", "500", "--sample-ema", "500"]),
+        ("perceptual-weights: vgg.pth", ["--perceptual-weights", "vgg.pth"]),
+        ("steps: 1e3\nbatch-size: 64.0", ["--steps", "1000", "--batch-size", "64"]),
+        ("ema-half-lives: [5e2, 1e3]\nsample-ema: 5e2", "--ema-half-lives 500 1000 --sample-ema 500".split()),
+    ],
+)
+def test_a_settings_file_is_read_as_flags_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, flags: list[str]
+) -> None:
+    pytest.importorskip("yaml")
+    path = tmp_path / "settings.yaml"
+    path.write_text(content)
+    assert pmf.cli.main(["train", "--dry-run", *flags]) == 0
+    expected = json.loads(capsys.readouterr().out)
+    assert pmf.cli.main(["train", "--config", str(path), "--dry-run"]) == 0
+    assert json.loads(capsys.readouterr().out) == expected
+
+
+@pytest.mark.parametrize(
     ("content", "said"),
     [
+        ("no-guidance: 1", "--no-guidance must be true or false, got 1"),
+        ("no-guidance: true\nguidance: true", "sets --guidance twice"),
+        ("image-size: [8, 0]", "--image-size"),
+        ("steps: 1.5", "--steps must be a whole number"),
         ("batchsize: 3", "sets 'batchsize', which is not a setting"),
         ("- 3", "must map setting names to values"),
         ("a: [", "cannot be read as YAML"),

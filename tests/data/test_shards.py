@@ -233,6 +233,7 @@ def write_table(tables: Path, labels: list[Any] | None, name: str = "label") -> 
         ([True, False], [1, 0], ["0", "1"]),
         ([1, 1], [1, 1], ["0", "1"]),
         ([None, None], [0, 0], ["0"]),
+        ([float("nan")] * 2, [0, 0], ["0"]),  # pandas' null
         ([-1, -1], [0, 0], ["0"]),
         (None, [0, 0, 0], ["0"]),
     ],
@@ -245,6 +246,15 @@ def test_labels_of_tables_are_numbers_words_or_none(
         assert dataset.class_names == names
         pixels, found = dataset.read(range(len(dataset)))
         assert found.tolist() == numbers and pixels[:, 0, 0, 0].tolist() == list(range(len(numbers)))
+
+
+def test_a_table_whose_labels_have_another_name_says_so(
+    tables: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(2):  # unpacked, and from the cache
+        assert load_dataset(Path(write_table(tables, [0, 1], "category")), 4, 1).class_names == ["0"]
+        assert "images have no classes; its other columns are category" in caplog.text
+        caplog.clear()
 
 
 @pytest.mark.parametrize(

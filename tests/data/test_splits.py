@@ -119,11 +119,14 @@ def test_parts_within_every_class(tmp_path: Path) -> None:
     assert len(read(tmp_path)[0]) == 5
 
 
-def test_labels_of_the_training_part_are_found(tmp_path: Path) -> None:
+def test_labels_of_the_training_part_are_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_images(tmp_path, "train/images/1.png", "train/images/2.png", "val/3.png")
     (tmp_path / "train" / "labels.csv").write_text("file,label\nimages/1.png,b\nimages/2.png,a\n")
-    found = find_images(str(tmp_path))
+    (tmp_path / "train" / "notes.txt").touch()
+    with caplog.at_level(logging.WARNING, "pmf"):
+        found = find_images(str(tmp_path))
     assert list(found.labels) == [1, 0] and found.class_names == ["a", "b"]
+    assert "left out 1 of another kind (train/notes.txt), 1 of other splits than train (val)" in caplog.text
 
 
 def test_splits_below_more_folders(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The objective against a direct port of the paper's equations, in float64, on batches of every case."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -193,6 +193,23 @@ def test_a_prediction_or_preconditioner_of_ones_own(model: PixelMeanFlow, other:
     compare(model, Objective(**other), *batch_of("every case"))
 
 
+def test_a_subclass_with_annotations_of_its_own() -> None:
+    class Local: ...
+
+    @dataclass(frozen=True)
+    class Mine(Objective):
+        extra: "Local | None" = None  # a name that only this function knows
+
+    assert Mine(norm_p=0.5).norm_p == 0.5
+    with pytest.raises(ValueError, match="norm_p must be a finite number"):
+        Mine(norm_p="1")  # type: ignore[arg-type]
+
+
+def test_a_class_is_not_an_object_of_it() -> None:
+    with pytest.raises(ValueError, match="times must be a TimeSampling"):
+        Objective(times=PlaneTimes)  # type: ignore[arg-type]
+
+
 def test_order_of_the_batch_does_not_matter(model: PixelMeanFlow) -> None:
     draws = {key: [row[key] for row in SAMPLES.values()] for key in FLOW_MATCHING}
     images, labels, d = batch(draws)
@@ -337,7 +354,7 @@ def test_batches_that_do_not_fit_together_are_refused() -> None:
         ({"norm_p": -5.0}, "norm_p must be a finite number, at least 0, got -5.0"),
         ({"norm_eps": 0.0}, "norm_eps must be a finite number, greater than 0"),
         ({"class_dropout": 1.5}, "class_dropout must be a finite number, at least 0 and at most 1"),
-        ({"prediction": "x"}, "prediction must be a Prediction or empty, got 'x'"),
+        ({"prediction": "y"}, "prediction must be u or x, or a Prediction, got 'y'"),
         ({"times": "plane"}, "times must be a TimeSampling, got 'plane'"),
         ({"guidance": "none"}, "guidance must be a Guidance, got 'none'"),
         ({"perceptual": "vgg"}, "perceptual must be a Perceptual or empty, got 'vgg'"),

@@ -19,6 +19,7 @@ from pmf.flow import (
     PlaneTimes,
     Preconditioner,
     SCMPreconditioner,
+    UPrediction,
 )
 from pmf.models import ModelConfig, PixelMeanFlow
 from pmf.reference.network import network
@@ -76,6 +77,34 @@ def check(
 @pytest.mark.parametrize("switch", ["u", "edm", "scm"])
 def test_what_the_output_means(model: PixelMeanFlow, switch: str, name: str) -> None:
     check(model, name, MODEL_SWITCHES[switch], {})
+
+
+@pytest.mark.parametrize("switch", ["u", "edm", "scm"])
+def test_names_stand_for_what_the_configuration_would_make(model: PixelMeanFlow, switch: str) -> None:
+    named = {k: v for k, v in MODEL_SWITCHES[switch].items() if k in ("prediction", "preconditioner")}
+    rest = {k: v for k, v in MODEL_SWITCHES[switch].items() if k not in named}
+    images, labels, draws = batch_of("every case")
+    terms, samples = [], []
+    for of_model, of_call in ((MODEL_SWITCHES[switch], {}), (rest, named)):
+        model = copy.copy(model)
+        model.config = replace(CONFIG, **of_model)
+        objective = Objective(noise_scale=model.config.noise_scale, **of_call)
+        terms.append(objective(model, images, labels, draws).loss.detach())
+        samples.append(pmf.sample(model, [0, 1], generator=torch.Generator().manual_seed(1), **of_call))
+    assert torch.equal(*terms) and torch.equal(*samples)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"prediction": "v"}, {"preconditioner": "karras"}, {"prediction": UPrediction}, {"preconditioner": 3}],
+)
+def test_other_predictions_and_preconditioners_are_refused(
+    model: PixelMeanFlow, wrong: dict[str, Any]
+) -> None:
+    (name,) = wrong
+    for make in (lambda: Objective(**wrong), lambda: pmf.sample(model, [0], **wrong)):
+        with pytest.raises(ValueError, match=f"{name} must be "):
+            make()
 
 
 @pytest.mark.parametrize("name", MIXED)

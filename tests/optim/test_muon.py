@@ -352,6 +352,10 @@ def test_bad_arguments_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             make()
+    with pytest.raises(TypeError, match="must be a module, or a list .* not NoneType"):
+        Muon(None)
+    with pytest.raises(TypeError, match=r"a group's params must be .* got Linear: .*named_parameters\(\)"):
+        Muon([{"params": nn.Linear(2, 2)}])
     with pytest.raises(TypeError, match="not one tensor"):
         Muon(p[0])
     with pytest.raises(TypeError, match="cannot be mixed"):
