@@ -12,6 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,51 +22,78 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # however this file is
 from gpu.targets import targets_of  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "amd-epyc"
-GPU_RECORD = ROOT / "benchmarks" / "results" / "nvidia-h100" / "run_all.json"
+RESULTS = ROOT / "benchmarks" / "results"
+AMD, INTEL = "amd-epyc", "intel-xeon"
+GPU_RECORD = RESULTS / "nvidia-h100" / "run_all.json"
 
 
-def load(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+def load(name: str, machine: str = AMD) -> dict[str, Any]:
+    return json.loads((RESULTS / machine / f"{name}.json").read_text())
+
+
+def has(machine: str, *names: str) -> bool:
+    return all((RESULTS / machine / f"{name}.json").exists() for name in names)
+
+
+SPEED_RECORDS = ("bench_attention", "bench_training_step", "bench_sampling")
+
+
+class Compared(NamedTuple):
+    ours: str
+    peer: str
+    ratio: str
 
 
 def speed_table() -> str:
     """Attention, the training step and sampling beside plain PyTorch, for the README."""
-    attention, step, sampling = (
-        load(name) for name in ("bench_attention", "bench_training_step", "bench_sampling")
-    )
+    machines = [machine for machine in (AMD, INTEL) if has(machine, *SPEED_RECORDS)]
+    main, *others = (_speed(machine) for machine in machines)
+    records = [load("bench_attention", machine) for machine in machines]
+    versions = {(record["threads"], record["versions"]["torch"]) for record in records}
+    same = " and ".join(f"{threads} cores, torch {torch}" for threads, torch in sorted(versions))
+    elsewhere = "".join(f" ratio on {record['device']} |" for record in records[1:])
     lines = [
-        f"Medians on {attention['device']}, {attention['threads']} cores, "
-        f"torch {attention['versions']['torch']}; attention shapes are (batch, heads, tokens, width):",
+        f"Medians on {records[0]['device']}, {same}; attention shapes are (batch, heads, tokens, width):",
         "",
-        "| | pmf | plain PyTorch | ratio |",
-        "|---|---|---|---|",
+        f"| | pmf | plain PyTorch | ratio |{elsewhere}",
+        f"|---|---|---|---|{'---|' * len(others)}",
     ]
+    for label, compared in main.items():
+        ratios = [other[label].ratio if label in other else "" for other in others]
+        lines.append(f"| {' | '.join((label, *compared, *ratios))} |")
+    return "\n".join(lines)
+
+
+def _speed(machine: str) -> dict[str, Compared]:
+    attention, step, sampling = (load(name, machine) for name in SPEED_RECORDS)
+    found: dict[str, Compared] = {}
     cases = {ours["case"]: (ours, peers) for ours, *peers in by_case(attention["rows"])}
     for label in SPEED_CASES:
         if label in cases:
             ours, (peer, *_) = cases[label]
             name = "`torch.func.jvp`, math" if "JVP" in label else "flash"
-            times = f"{ours['median_ms']:.1f} ms | {peer['median_ms']:.1f} ms ({name})"
-            lines.append(f"| attention {label} | {times} | {peer['time_over_ours']:.1f} |")
+            found[f"attention {label}"] = Compared(
+                f"{ours['median_ms']:.1f} ms",
+                f"{peer['median_ms']:.1f} ms ({name})",
+                f"{peer['time_over_ours']:.1f}",
+            )
     size = "hidden {hidden_size}, depth {depth}, {image_size} pixels".format(**step["sizes"]["timed"])
     size += f", batch {step['sizes']['batch_size']}"
     rows = {(row["part"], row.get("precision"), row.get("contestant")): row for row in step["rows"]}
     for precision in ("bf16", "fp32"):
         ours, port = (rows["time", precision, side]["step_ms"] for side in ("pmf", "plain port"))
-        lines.append(
-            f"| training step, {size}, {precision} | {ours:.0f} ms | {port:.0f} ms | {port / ours:.1f} |"
+        found[f"training step, {size}, {precision}"] = Compared(
+            f"{ours:.0f} ms", f"{port:.0f} ms", f"{port / ours:.1f}"
         )
         ours, port = (rows["memory", precision, side]["bytes"] / 2**20 for side in ("pmf", "plain port"))
-        lines.append(
-            f"| peak memory of that step, {precision} | {ours:.0f} MB | {port:.0f} MB | {port / ours:.1f} |"
+        found[f"peak memory of that step, {precision}"] = Compared(
+            f"{ours:.0f} MB", f"{port:.0f} MB", f"{port / ours:.1f}"
         )
     ours, *_, plain = (row["images_per_second"] for row in sampling["rows"])
-    lines.append(
-        f"| one-step sampling, pMF-B/16 | {ours:.1f} images/s (bf16) | {plain:.1f} images/s (fp32) "
-        f"| {ours / plain:.1f} |"
+    found["one-step sampling, pMF-B/16"] = Compared(
+        f"{ours:.1f} images/s (bf16)", f"{plain:.1f} images/s (fp32)", f"{ours / plain:.1f}"
     )
-    return "\n".join(lines)
+    return found
 
 
 def quality_table() -> str:
@@ -138,9 +166,9 @@ def training_table() -> str:
     ])  # fmt: skip
 
 
-def sampling_table() -> str:
+def sampling_table(machine: str) -> str:
     """Images per second of one-step sampling, and the agreement of the images."""
-    record = load("bench_sampling")
+    record = load("bench_sampling", machine)
     lines = [
         f"pMF-B/16 in one step on {record['device']}, {record['threads']} cores, "
         f"batch {record['batch_size']}; medians:",
@@ -154,12 +182,9 @@ def sampling_table() -> str:
     return "\n".join(lines)
 
 
-ANY_NETWORK = "../intel-xeon/bench_any_network"
-
-
 def any_network_table() -> str:
     """A step with a tangent of third-party networks, relative to torch.func.jvp through math attention."""
-    record = load(ANY_NETWORK)
+    record = load("bench_any_network", INTEL)
     rows = {(row["network"], row["contestant"]): row for row in record["rows"]}
     contestants = list(dict.fromkeys(name for _, name in rows))
     math = next(name for name in contestants if "math" in name)
@@ -202,17 +227,17 @@ def by_case(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
         yield list(group)
 
 
-def kernels_table() -> str:
-    """Every op of every record: time, rate, that as a fraction of torch's, and the peers."""
+def kernels_table(machine: str) -> str:
+    """Every op of a machine's records: time, rate, that as a fraction of torch's, and the peers."""
     lines = [
         "| op | case | pmf | rate | of torch's | speed-up over |",
         "|---|---|---|---|---|---|",
     ]
     seen: dict[tuple[str, int, str], None] = {}
     for name in BENCHMARKS:
-        if not (RESULTS / f"bench_{name}.json").exists():
+        if not has(machine, f"bench_{name}"):
             continue
-        record = load(f"bench_{name}")
+        record = load(f"bench_{name}", machine)
         seen[record["device"], record["threads"], record["versions"]["torch"]] = None
         ceilings: dict[tuple[str, str], float] = {}
         for ours, *peers in by_case(record["rows"]):
@@ -229,7 +254,7 @@ def kernels_table() -> str:
         f"Medians on {machines}. The fraction is of the rate of torch's copy of a large buffer, or of its "
         "2048^3 matrix product, if the same run measured it."
     )
-    if products := _products(load("bench_attention")["rows"]):
+    if products := _products(load("bench_attention", machine)["rows"]):
         head += f" In the attention run that product ran at {products}."
     return "\n".join([head, "", *lines])
 
@@ -327,19 +352,22 @@ def _gpu_cells(case: list[dict[str, Any]] | None, facts: dict[str, Any]) -> list
 
 
 class Table(NamedTuple):
+    machine: str
     records: tuple[str, ...]
     """Without all of these there is no table."""
     make: Callable[[], str]
 
 
 TABLES = {
-    "speed": Table(("bench_attention", "bench_training_step", "bench_sampling"), speed_table),
-    "quality": Table(("digits_quality",), quality_table),
-    "training": Table(("bench_training_step",), training_table),
-    "sampling": Table(("bench_sampling",), sampling_table),
-    "kernels": Table(("bench_attention",), kernels_table),
-    "any_network": Table((ANY_NETWORK,), any_network_table),
-    "gpu": Table((), gpu_table),
+    "speed": Table(AMD, SPEED_RECORDS, speed_table),
+    "quality": Table(AMD, ("digits_quality",), quality_table),
+    "training": Table(AMD, ("bench_training_step",), training_table),
+    "sampling": Table(AMD, ("bench_sampling",), partial(sampling_table, AMD)),
+    "sampling_intel": Table(INTEL, ("bench_sampling",), partial(sampling_table, INTEL)),
+    "kernels": Table(AMD, ("bench_attention",), partial(kernels_table, AMD)),
+    "kernels_intel": Table(INTEL, ("bench_attention",), partial(kernels_table, INTEL)),
+    "any_network": Table(INTEL, ("bench_any_network",), any_network_table),
+    "gpu": Table(AMD, (), gpu_table),
 }
 MARK = re.compile(r"^<!-- table: (?P<name>\w+) -->\n(?P<table>.*?)^<!-- end -->$", re.M | re.S)
 
@@ -350,11 +378,7 @@ def pages() -> list[Path]:
 
 def tables() -> dict[str, str]:
     """Every table whose records exist, by name."""
-    return {
-        name: table.make()
-        for name, table in TABLES.items()
-        if all((RESULTS / f"{record}.json").exists() for record in table.records)
-    }
+    return {name: table.make() for name, table in TABLES.items() if has(table.machine, *table.records)}
 
 
 def with_tables(page: str) -> str:

@@ -27,9 +27,10 @@ HEADER = {"device": "a processor", "threads": 2, "versions": {"torch": "2.13.0"}
 
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(readme_table, "RESULTS", tmp_path / "device")
-    (tmp_path / "device").mkdir()
-    return tmp_path / "device"
+    monkeypatch.setattr(readme_table, "RESULTS", tmp_path)
+    for machine in (readme_table.AMD, readme_table.INTEL):
+        (tmp_path / machine).mkdir()
+    return tmp_path / readme_table.AMD
 
 
 def test_training_table(results: Path):
@@ -73,6 +74,13 @@ def test_speed_table(results: Path):
     )
     assert "| peak memory of that step, bf16 | 1024 MB | 4096 MB | 4.0 |" in table
     assert "| one-step sampling, pMF-B/16 | 9.0 images/s (bf16) | 1.5 images/s (fp32) | 6.0 |" in table
+    attention[1]["time_over_ours"], attention[0]["median_ms"] = 8.0, 20.0
+    for name, record in records.items():  # another machine adds its ratios
+        path = results.parent / readme_table.INTEL / f"bench_{name}.json"
+        path.write_text(json.dumps({**record, "device": "another"}))
+    table = readme_table.tables()["speed"]
+    assert "| | pmf | plain PyTorch | ratio | ratio on another |" in table
+    assert f"| attention {case} | 10.0 ms | 120.0 ms (`torch.func.jvp`, math) | 12.0 | 8.0 |" in table
 
 
 def test_sampling_table(results: Path):
@@ -171,8 +179,7 @@ def test_any_network_table(results: Path):
             if "compiled" not in name:
                 row["memory_over_math"] = ratio / 2
             rows.append(row)
-    path = results / f"{readme_table.ANY_NETWORK}.json"
-    path.parent.mkdir()
+    path = results.parent / readme_table.INTEL / "bench_any_network.json"
     path.write_text(json.dumps({**HEADER, "rows": rows}))
     table = readme_table.tables()["any_network"]
     assert (
