@@ -26,13 +26,13 @@ def _why_not() -> str | None:
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2] if part.isdigit())
     if version < OLDEST_TORCH:
         return (
-            f"pmf's compiled ops need PyTorch 2.11 or newer and found {torch.__version__}: "
+            f"pmf's compiled ops need PyTorch 2.11 or newer, but found {torch.__version__}: "
             "upgrade with `pip install --upgrade torch`."
         )
     if not LIBRARY.exists():
         return (
             f"pmf's compiled library is not at {LIBRARY}: install the package with `pip install .` in its "
-            "source folder, and run elsewhere than there; to work on it, build it in place (CONTRIBUTING.md)."
+            "source folder and run from another folder; to work on it, build it in place (CONTRIBUTING.md)."
         )
     try:
         torch.ops.load_library(LIBRARY)
@@ -59,7 +59,7 @@ def require() -> None:
 
 
 def identity() -> str:
-    """Which library this is: another version or build has other kernels."""
+    """Identifies this version and build of the library, and with it the kernels."""
     try:
         found = LIBRARY.stat()
     except OSError:

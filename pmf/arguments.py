@@ -1,4 +1,4 @@
-"""Checks of arguments by type: True and False, text, infinity and NaN are not numbers."""
+"""Type checks of arguments: booleans, text, infinity and NaN are not numbers."""
 
 import contextlib
 import dataclasses
@@ -34,7 +34,7 @@ def is_whole(value: Any) -> bool:
 
 
 def as_plain(value: Any) -> Any:
-    """Numbers and arrays of NumPy and PyTorch as Python's, other sequences as tuples, and paths as text."""
+    """Convert NumPy and PyTorch numbers and arrays to Python's, other sequences to tuples, paths to text."""
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, os.PathLike):
         return os.fspath(value)
@@ -69,7 +69,7 @@ def require_number(
 def check_fields(what: str, settings: Any) -> None:
     """Raise ValueError unless a dataclass's fields have their annotated types; `what` begins the sentence.
 
-    Their values are made plain, so that they can be stored as JSON.
+    Values are converted to Python's own types, so that they can be stored as JSON.
     """
     for name, hint in _hints(settings.__class__).items():
         value = as_plain(getattr(settings, name))
@@ -80,7 +80,7 @@ def check_fields(what: str, settings: Any) -> None:
 
 @functools.cache
 def _hints(kind: type) -> dict[str, Any]:
-    """The annotations of a dataclass's fields, except those in names that only a user's subclass knows."""
+    """The annotations of a dataclass's fields, except those that only a user's subclass can resolve."""
     hints: dict[str, Any] = {}
     for base in kind.__mro__:
         with contextlib.suppress(NameError):
@@ -105,7 +105,7 @@ def fits(value: Any, hint: Any) -> bool:
         return is_whole(value)
     if hint is float:
         return is_number(value)
-    # A class has the methods of a protocol, too, but is not an object that has them.
+    # A class has the methods of a protocol too, but is not an instance of it.
     return hint is Any or (isinstance(value, origin or hint) and not isinstance(value, type))
 
 

@@ -62,7 +62,7 @@ class ModelConfig:
     mlp_width: int | None = None
     """Hidden width of the MLP; default 8/3 of hidden_size (see `pmf.nn.mlp.swiglu_width`)."""
     v_head: bool = True
-    """Whether the auxiliary v head exists; without it the model samples, and trains the u head only."""
+    """Whether the auxiliary v head exists; a model without it can sample, and train the u head only."""
     sample_omega: float = 7.0
     """Default guidance scale of `pmf.sample`."""
     sample_interval: tuple[float, float] = (0.1, 0.7)

@@ -1,7 +1,7 @@
 """Tables of tuned plans: how attention's kernels are cut into blocks on one GPU model, as measured there.
 
 `benchmarks/tune.py` writes them to the cache folder; the first kernel of a process on a GPU loads its table.
-Without one, or with one of another card or another library, the library's own model chooses.
+Without a table, or with one for another card or library, the library's own model chooses.
 """
 
 import json
@@ -23,7 +23,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Plan(NamedTuple):
-    """What a launch of attention was tuned for, and the choice: csrc/cuda/attention/attention_choices.h."""
+    """A tuned attention launch and its plan; csrc/cuda/attention/attention_choices.h defines the fields."""
 
     launch: str
     dtype: str
@@ -43,7 +43,7 @@ class Plan(NamedTuple):
 
 
 def cache_folder() -> Path | None:
-    """Where records of this user's machine go; None for a user without a home folder."""
+    """The folder for records about this machine; None for a user without a home folder."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:
@@ -60,7 +60,7 @@ def table_file(gpu: str) -> Path | None:
 
 
 def use(device: int, plans: Sequence[Plan]) -> None:
-    """Let the launchers of a device use these plans and no others; device -1 is that of dry runs."""
+    """Make a device's launchers use exactly these plans; device -1 is for dry runs."""
     torch.ops.pmf.set_attention_plans(device, [number for plan in plans for number in plan.numbers()])
 
 

@@ -55,8 +55,8 @@ class MeanFlow:
     tensor like z. It is a module, a `pmf.Jvp` of one, or any function of PyTorch operations; DDP, FSDP and
     torch.compile wrap the `pmf.Jvp`. It is called once with tangents and, if direction or guidance need it,
     once before without gradients; the number of calls does not depend on the draws. Where r = t, du/dt does
-    not matter and is zero in the Terms. Outside of torch.compile only the other samples then have tangents,
-    if all tensors among the conditions are named in `null`.
+    not matter and is zero in the Terms: outside torch.compile, such samples have no tangent if `null` names
+    all tensors among the conditions.
     """
 
     prediction: Literal["u", "x"] = "u"
@@ -199,8 +199,8 @@ class MeanFlow:
     ) -> tuple[Tensor, Tensor]:
         """u, and du/dt as a constant: zero where r = t, since its factor t - r is.
 
-        The samples with a tangent come first, if it is known which conditions follow the samples: those that
-        `null` names, and guidance's own.
+        The samples with a tangent come first, if all tensors among the conditions are known to be per sample:
+        those that `null` names, and guidance's own.
         """
         _check_callable(network)
         jvp = network if _is_jvp(network) else Jvp(_as_module(network))
@@ -263,7 +263,7 @@ def sample(
 
 
 def _call(network: Network, z: Tensor, t: Tensor, r: Tensor, conditions: dict[str, Any]) -> Any:
-    """The network's value only."""
+    """The network's value, without a tangent."""
     _check_callable(network)
     if _is_jvp(network):
         return network((z, t, r), (None, None, None), **conditions)[0]

@@ -61,8 +61,8 @@ class Sampler:
         sampler = Sampler(model)
         images = sampler(labels, generator=generator)      # arguments as for `sample`
 
-    precision: "bf16" multiplies matrices in bfloat16 but keeps the residual stream in float32, which by
-    itself would lose 4 to 6 dB in bfloat16; "fp32" computes in float32; "auto" uses the model's dtype, but
+    precision: "bf16" multiplies matrices in bfloat16 but keeps the residual stream in float32, since a
+    bfloat16 stream alone would cost 4 to 6 dB; "fp32" computes in float32; "auto" uses the model's dtype, but
     bf16 for a float32 model at least 256 wide on a device with bfloat16 products (AVX512-BF16, AMX, a GPU
     from sm_80).
 

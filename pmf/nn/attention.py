@@ -124,7 +124,7 @@ class _Inputs(NamedTuple):
 
 
 class _AttentionBranch(KernelFunction):
-    """Besides y it returns, for backward, queries, keys, values, the attention output and its lse."""
+    """Returns y and, for backward, queries, keys, values, the attention output and its lse."""
 
     outputs = ("y", "q", "k", "v", "o", "lse")
     constants = ("q", "k", "v", "o", "lse")

@@ -63,7 +63,7 @@ class _Inputs(NamedTuple):
 
 
 class _MlpBranch(KernelFunction):
-    """Besides y it returns, for backward, a = w1 n and b = w3 n."""
+    """Returns y and, for backward, a = w1 n and b = w3 n."""
 
     outputs = ("y", "a", "b")
     constants = ("a", "b")

@@ -39,6 +39,6 @@ class PatchEmbedding(nn.Module):
         images_t: Tensor | None = None,
         prefix_t: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """[B, C, H, W] -> [B, P + N, D]; position [1, P + N, D], prefix [B, P, D]; tangents of first n."""
+        """[B, C, H, W] -> [B, P + N, D]; position [1, P + N, D], prefix [B, P, D]; tangents [n, ...]."""
         weights = self.weight_down, self.bias_down, self.weight_up, self.bias_up
         return tangent.patch_embed(images, *weights, position[0], prefix, images_t, prefix_t)

@@ -1,6 +1,6 @@
 """Fused ops, each with its tangent: the public functions are exactly `__all__`.
 
-Every op accepts float32, bfloat16, float16 or float64, is differentiable in every output, and works with
+Every op accepts float32, bfloat16, float16 or float64, has differentiable outputs, and works with
 autograd, torch.func, forward-mode AD, autocast, checkpointing and torch.compile. Its `_jvp` twin (all ops
 except newton_schulz have one) computes value and tangent in one pass and is itself an ordinary differentiable
 op; use the twins for training and compiling.

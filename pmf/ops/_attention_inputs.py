@@ -95,7 +95,7 @@ def make_plan(
 def check_tensors(
     op: str, layout: str, dims: range, length: int, query: Tensor, key: Tensor, value: Tensor
 ) -> None:
-    """Raise ValueError or TypeError unless these have that layout, with tokens along dimension `length`."""
+    """Raise ValueError or TypeError unless tensors have this layout, with tokens along dimension `length`."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() not in dims or not 1 <= x.shape[-1] <= MAX_WIDTH:
             raise ValueError(f"{op}: {name} must be {layout} with 1 <= D <= {MAX_WIDTH}, got {list(x.shape)}")
@@ -114,7 +114,7 @@ def check_tensors(
 
 
 def _broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...]:
-    if shapes[0] == shapes[1] == shapes[2]:  # PyTorch's function takes as long as a small attention
+    if shapes[0] == shapes[1] == shapes[2]:  # PyTorch's function takes as long as a small attention call
         return shapes[0]
     try:
         return tuple(torch.broadcast_shapes(*shapes))
@@ -160,7 +160,7 @@ class Options(NamedTuple):
     cu_seqlens_k: Tensor | None = None
 
     def plain(self, query: Tensor, key: Tensor) -> dict[str, Any]:
-        """The reference's options, in which sequences become a mask."""
+        """The reference's options; packed sequences become a mask."""
         window: Window = (self.window_left, self.window_right)
         mask, is_causal = self.mask, self.is_causal
         if self.cu_seqlens_q is not None and self.cu_seqlens_k is not None:

@@ -13,7 +13,7 @@ and finds its rules, and Inductor sees the custom op. Only the tangents of `torc
 lost by torch.compile before our code runs: there `call` (`_dispatch`) raises.
 
 Every kernel has a reference: the same function in plain PyTorch. Derivatives that no kernel computes (of a
-mask, of a gradient) come from the reference: correct, if slower.
+mask, of a gradient) come from the reference: correct but slower.
 
 PyTorch's interface is positional; everything below refers to arguments and outputs by name.
 """
@@ -76,7 +76,7 @@ class KernelFunction(torch.autograd.Function):
     by_reference: ClassVar[Names] = ()
     """Arguments whose derivative no kernel computes: if one is needed, the reference computes all."""
     samples: ClassVar[Names] = ()
-    """Arguments whose dimension 0 is the batch, as in every output: vmap folds into it. None: it loops.
+    """Arguments whose dimension 0 is the batch, as in every output: vmap folds into it; if None, it loops.
     """
 
     name: ClassVar[str]
@@ -108,13 +108,13 @@ class KernelFunction(torch.autograd.Function):
         rows = [getattr(args, name).shape[0] for name in cls.batched(args)]
         if rows and found[-1].shape[0] != min(rows):  # the reference expanded the few tangents to all samples
             raise RuntimeError(
-                f"{cls.name}: forward mode over tangents of the first samples alone needs detach_tangent=True"
+                f"{cls.name}: forward mode over tangents of only the first samples needs detach_tangent=True"
             )
         return found
 
     @classmethod
     def batched(cls, args: Any) -> Names:
-        """The arguments in `samples` that are tensors here."""
+        """The arguments named in `samples` that are tensors in this call."""
         return tuple(name for name in cls.samples if isinstance(getattr(args, name), Tensor))
 
     @classmethod
@@ -211,7 +211,7 @@ class KernelFunction(torch.autograd.Function):
 
     @classmethod
     def jvp(cls, ctx: Any, *tangents: Tensor | None) -> Any:
-        # PyTorch disables forward mode in here, and with it that of an outer jvp, whose tangents would be
+        # PyTorch disables forward mode here, including that of an outer jvp, whose tangents would then be
         # zero. With it enabled, the inputs must not carry this level's tangents, or they would be
         # differentiated again.
         with forward_ad._set_fwd_grad_enabled(True):

@@ -57,7 +57,7 @@ def apply(name: str, by_kernel: bool, *args: Any) -> Any:
 
 
 def _check_meta(name: str, args: tuple[Any, ...]) -> None:
-    """A meta tensor sends the call to the shapes alone, whose results hold no values."""
+    """A meta tensor makes PyTorch compute only shapes, so the results would hold no values."""
     meta = [x.is_meta for x in args if isinstance(x, Tensor)]
     if any(meta) and not meta[0]:  # the result would be on the first one's device
         raise ValueError(
@@ -73,7 +73,7 @@ def has_kernel(*args: Any) -> bool:
 
 
 def register(name: str, function: type[KernelFunction]) -> None:
-    """Register `function` for `call`; if it has a `fake`, give its raw op shapes, a gradient and a vmap.
+    """Register `function` for `call`; if it has a `fake`, also its raw op's shapes, gradient and vmap.
 
     The raw op's gradient and vmap are for direct users of torch.ops.pmf: `call` never needs them.
     """
@@ -89,6 +89,6 @@ def register(name: str, function: type[KernelFunction]) -> None:
 
 
 def register_fake(op: str, fake: Callable[..., Any]) -> None:
-    """Give a raw op only its shapes."""
+    """Register only the shapes of a raw op."""
     if not _library.missing():
         torch.library.register_fake(f"pmf::{op}", fake)

@@ -17,7 +17,7 @@ def autocast_matmul(*tensors: Any) -> tuple[Any, ...]:
 
 
 def autocast_widest(data: int, *tensors: Any) -> tuple[Any, ...]:
-    """Under autocast, cast to the widest dtype of the first `data` tensors; the others, parameters, follow.
+    """Under autocast, cast everything, parameters included, to the widest dtype of the first `data` tensors.
 
     The kernels compute in float32 internally, so 16-bit activations with float32 parameters lose nothing.
     """

@@ -31,7 +31,7 @@ def run_jagged(op: Callable[..., Any], arguments: dict[str, Any], given: Mapping
         return _each_matrix(op, arguments)
     first = next(n for n, x in given.items() if kind_of(x) == "jagged")
     raise TypeError(
-        f"{name}: {first} is a jagged nested tensor, for which the op has no meaning; pass one sample at a "
+        f"{name}: {first} is a jagged nested tensor, which the op does not accept; pass one sample at a "
         "time (unbind()), or pad with to_padded_tensor()"
     )
 
@@ -76,7 +76,7 @@ def _tokenwise(op: Callable[..., Any], arguments: dict[str, Any], given: Mapping
     for n, y in given.items():
         if kind_of(y) == "jagged":
             if y.shape != x.shape:  # the ragged size is a symbol of its offsets: equal only if those are
-                raise ValueError(f"{name}: {n} and {main} must be jagged alike, made with one offsets tensor")
+                raise ValueError(f"{name}: {n} and {main} must share one offsets tensor")
             values[n] = y.values()
         elif n in ("weight", "weight_t") or y.dim() == 1:
             values[n] = y
@@ -117,7 +117,7 @@ def _attention(op: Callable[..., Any], arguments: dict[str, Any], given: Mapping
             )
     query, key, value = (given[n] for n in names)
     if key.shape[2] != value.shape[2]:
-        raise ValueError(f"{name}: key and value must be jagged alike, made with one offsets tensor")
+        raise ValueError(f"{name}: key and value must share one offsets tensor")
     if query.shape[0] != key.shape[0]:
         raise ValueError(f"{name}: query has {query.shape[0]} sequences, and key {key.shape[0]}")
     for n in names:
@@ -128,7 +128,7 @@ def _attention(op: Callable[..., Any], arguments: dict[str, Any], given: Mapping
 
 
 def _attention_varlen(op: Callable[..., Any], arguments: dict[str, Any], given: Mapping[str, Any]) -> Any:
-    """Use the values [H, T, D], which are packed sequences."""
+    """Call the op on the values [H, T, D], which are packed sequences."""
     options = {n: x for n, x in arguments.items() if n not in given and n not in ("attn_mask", "dropout_p")}
     if dropout_p := arguments.get("dropout_p"):
         raise ValueError(f"attention: dropout_p must be 0, because dropout is not supported, got {dropout_p}")

@@ -1,4 +1,4 @@
-"""Derivatives of plain PyTorch code, for those that no kernel computes."""
+"""Derivatives of plain PyTorch code, where no kernel computes them."""
 
 import functools
 from collections.abc import Callable
@@ -58,7 +58,7 @@ def in_float32(
 def _of_tensors(
     function: Callable[..., Any], args: Args
 ) -> tuple[Callable[..., Any], tuple[Tensor, ...], list[int]]:
-    """`function` as a function of its floating tensors only, these tensors, and their positions."""
+    """`function` as a function of only its floating tensors, with these tensors and their positions."""
     where = [i for i, x in enumerate(args) if isinstance(x, Tensor) and x.is_floating_point()]
 
     def pure(*tensors: Tensor) -> Any:

@@ -1,8 +1,8 @@
 """Matrix products for the layers' own derivatives, by PyTorch or a faster library.
 
 For float32, the BLAS in PyTorch's x86 builds (MKL) uses only 256-bit vectors on non-Intel processors; oneDNN,
-which PyTorch also includes, does not. csrc/ops/products.h describes the choice and its measured gain. Neither
-function is differentiable: they are for use inside autograd Functions.
+which PyTorch also includes, has no such limit. csrc/ops/products.h describes the choice and its measured
+gain. Neither function is differentiable: they are for use inside autograd Functions.
 """
 
 import torch

@@ -116,9 +116,9 @@ def _cut_along(
 
 
 class _Local(torch.autograd.Function):
-    """This rank's local part; backward sums gradients of which ranks have parts.
+    """This rank's local part; backward sums gradients of which each rank has a part.
 
-    DTensor's own redistribute and to_local would do, except for an argument without a gradient.
+    DTensor's own redistribute and to_local would suffice, except for an argument without a gradient.
     """
 
     @staticmethod
@@ -143,7 +143,7 @@ def _settled(placement: Placement) -> Placement:
 
 
 class _Check:
-    """Takes each argument's shard if ranks can work on shards, otherwise raises ValueError."""
+    """Takes each argument's shard if the op can run on shards; raises ValueError otherwise."""
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ uninitialised, a masked tensor's contains what the mask hides. So every public f
 
     its own __torch_dispatch__    DTensor: `_sharded`; jagged: `_jagged`; others receive the raw op themselves
     nothing overridden            unwrapped; the result has the subclass again, as PyTorch's own have
-    CausalBias as attn_mask       handled by `attention`
+    CausalBias as attn_mask       handled in `attention`
     anything else                 rejected by name
 """
 
@@ -28,7 +28,7 @@ Layouts = Mapping[str, str]
 """By argument, the dimensions along which a DTensor may be sharded: see `_sharded`."""
 
 PLAIN = frozenset({Tensor, Parameter, Buffer, type(None), bool, int, float, str, torch.dtype})
-"""Classes that need no inspection. (No tensor is a Buffer, but torch.compile reports module buffers so.)"""
+"""Classes that need no inspection. (No tensor is a Buffer, but torch.compile reports buffers as such.)"""
 
 # Attributes that a subclass may define without changing the meaning of its values.
 HARMLESS = frozenset(
@@ -124,7 +124,7 @@ def require_trainable(op: str, name: str, x: Tensor) -> None:
     """Raise TypeError unless an optimizer knows how x stores its values: plain memory, or a DTensor's."""
     if getattr(x, "_fsdp_flattened", False):
         raise TypeError(
-            f"{op}: {name} is flattened by FullyShardedDataParallel (FSDP1), so that its matrices are gone; "
+            f"{op}: {name} is flattened by FullyShardedDataParallel (FSDP1) and has lost its matrices; "
             "shard the model with torch.distributed.fsdp.fully_shard (FSDP2)"
         )
     if type(x) in PLAIN or kind_of(x) in ("plain", "sharded"):
@@ -253,13 +253,13 @@ def _raise_unknown(op: str, name: str, x: Any) -> NoReturn:
     if isinstance(x, UninitializedTensorMixin):
         raise TypeError(f"{op}: {name} is a {full}, which has no values yet; run its module once before")
     raise TypeError(
-        f"{op}: {name} is a {full}, a tensor subclass unknown here, whose memory need not hold its values; "
-        f"pass a plain tensor of them ({name}.as_subclass(torch.Tensor), where it does)"
+        f"{op}: {name} is a {full}, an unknown tensor subclass, whose memory need not hold its values; "
+        f"pass the values as a plain tensor ({name}.as_subclass(torch.Tensor) if it holds them)"
     )
 
 
 def _explain(op: str, given: Mapping[str, Any] | None, error: Exception) -> None:
-    """Raise a one-sentence TypeError if an argument is of a kind that no kernel reads."""
+    """Raise a one-sentence TypeError if an argument is of a kind that no kernel can read."""
     for name, x in (given or {}).items():
         if not isinstance(x, Tensor):
             _raise_unknown(op, name, x)
@@ -282,7 +282,7 @@ def _problem(x: Tensor, error: Exception) -> str | None:
     if x.layout != torch.strided:
         return f"has layout {x.layout}; make it dense with to_dense() first"
     if any(dim is not None for dim in getattr(x, "names", ())):  # PyTorch is about to remove them
-        return "has named dimensions; take the names off with rename(None) first"
+        return "has named dimensions; remove the names with rename(None) first"
     if x.device.type not in ("cpu", "cuda", "meta"):
         return f"is on device {x.device.type}, for which there are no kernels; move it to the CPU or to CUDA"
     return None

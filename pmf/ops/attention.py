@@ -115,7 +115,7 @@ def attention_jvp(
     Returns (O, tO), tO for n samples, or (O, tO, lse, lse_t). All are differentiable, in memory linear in the
     length; if detached, tO and lse_t are not.
 
-    Raises like `attention`. Source: the running pivot that keeps tO accurate is this library's own.
+    Raises like `attention`. The running pivot that keeps tO accurate was developed for this library.
     """
     attn_mask, is_causal = causal_bias(attn_mask, is_causal, query, key)
     query, key, value, query_t, key_t, value_t = autocast_matmul(query, key, value, query_t, key_t, value_t)

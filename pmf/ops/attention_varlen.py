@@ -37,8 +37,8 @@ def attention_varlen(
     Args:
         query: [T, H, D]; key: [S, Hk, D]; value: [S, Hk, Dv]; one dtype, any strides.
         cu_seqlens_q, cu_seqlens_k: offsets, int32 or int64 [B + 1], ascending from 0 to T and S: sequence b
-            has rows cu_seqlens[b] to cu_seqlens[b + 1], possibly none. On the CPU, or with query on a GPU,
-            which is waited for once for each such tensor to check them.
+            has rows cu_seqlens[b] to cu_seqlens[b + 1], possibly none. On the CPU or on query's GPU; checking
+            offsets on a GPU takes one synchronisation per tensor.
         is_causal, scale, window: as for `attention`; positions count from the first row of a sequence.
         enable_gqa: key and value may have fewer heads than query.
         return_lse: also return lse [H, T].
@@ -148,7 +148,7 @@ _copies: MutableMapping[Tensor, tuple[int, Tensor]] = WeakIdKeyDictionary()
 
 
 def _on_host(offsets: Tensor) -> Tensor:
-    """Offsets on a GPU, on the CPU: copied once as long as they do not change, not in every layer."""
+    """Offsets copied from a GPU to the CPU: once, not in every layer, as long as they do not change."""
     if not _library.takes_cuda_kernel(offsets) or torch.compiler.is_compiling() or offsets.is_inference():
         return offsets
     version, copy = _copies.get(offsets, (None, offsets))

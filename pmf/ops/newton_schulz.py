@@ -130,7 +130,7 @@ def _in_groups(
         dtype = _dtype(matrix, compute_dtype)
         if matrix.is_meta:  # only shapes
             compiled = True
-        elif by_reference:  # which rounds once, as every reference in place of a kernel
+        elif by_reference:  # which rounds once, like every reference that replaces a kernel
             compiled, dtype = False, torch.promote_types(dtype, torch.float32)
         elif _library.takes_cuda_kernel(matrix):
             compiled = bool(factors) and kernels_take(matrix, dtype)

@@ -156,7 +156,7 @@ class _PatchEmbed(KernelFunction):
 
 
 class _PatchEmbedBackward(Gradients):
-    """(grad, hidden, whether images need theirs, arguments) -> gradients; the gradient of None is empty.
+    """(grad, hidden, whether images need a gradient, arguments) -> gradients; that of None is empty.
 
     It takes more arguments than the kernel (the biases), because a second derivative flows through hidden to
     all of them.
@@ -217,7 +217,7 @@ class _PatchEmbedJvp(JvpFunction):
 
 
 class _PatchEmbedJvpBackward(Gradients):
-    """Like `_PatchEmbedBackward`, with whether images or their tangents need theirs."""
+    """Like `_PatchEmbedBackward`; also takes whether images or their tangents need gradients."""
 
     of = _PatchEmbedJvp
     outputs = _PatchEmbedJvp.Arguments._fields

@@ -27,7 +27,7 @@ def patch_velocity(tokens: Tensor, images: Tensor, t: Tensor, floor: float = 0.0
 
     Args:
         tokens: [B, N, p p C] with N = (H / p) (W / p); float32, bfloat16, float16 or float64; any strides.
-        images: [B, C, H, W], in the dtype of tokens, or float32 beside 16-bit tokens.
+        images: [B, C, H, W], in the dtype of tokens, or float32 with 16-bit tokens.
         t: [B], times of any floating dtype. If it requires a gradient, that comes from the reference.
         floor: lower bound to which times are clipped, above 0.
 

@@ -1,7 +1,7 @@
 """The optimizer's step with CUDA kernels: few launches, no readback, so that a graph can capture it.
 
-What changes between steps is on the device: always the step count, and learning rate and weight decay if
-given as tensors there. Everything else is a launch argument, which a captured graph keeps.
+Values that change between steps are on the device: always the step count, and learning rate and weight decay
+if given as tensors there. Everything else is a launch argument, which a captured graph keeps.
 """
 
 from itertools import chain
@@ -74,7 +74,7 @@ def adam_step(group: dict[str, Any], params: list[Tensor], states: list[State]) 
 
 
 def _lists(params: list[Tensor], states: list[State], *names: str) -> list[list[Tensor]]:
-    """Parameters, gradients, their state by name, and masters if any."""
+    """Parameters, gradients, state tensors by name, and master weights if any."""
     grads = [p.grad.contiguous() for p in params if p.grad is not None]
     return [
         [p.detach() for p in params],

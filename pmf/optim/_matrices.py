@@ -31,7 +31,7 @@ class Layout:
     """A parameter's matrices, in memory order."""
 
     rows: tuple[int, ...]
-    """Of each matrix, or of each matrix of one expert."""
+    """The number of rows of each matrix, or of each matrix of one expert."""
     columns: int
     experts: int | None = None
 

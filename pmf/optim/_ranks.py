@@ -1,9 +1,8 @@
 """One parameter, one owner: how ranks share Muon's work and state.
 
 Orthogonalising a matrix needs all of it, so each parameter, with all its matrices, is assigned to one rank,
-its owner, the only one to keep its momentum. Longest first: parameters in decreasing order of work, each to
-the rank with the least so far (Graham, 1969). A step moves each gradient to its owner and each update back,
-once:
+its owner, the only one to keep its momentum. Parameters are assigned in decreasing order of work, each to the
+rank with the least so far (Graham, 1969). A step moves each gradient to its owner and each update back, once:
 
     replicated parameters (DDP)     reduce-scatter of gradients, all-gather of updates
     sharded by rows (FSDP2)         all-to-all of row shards, both ways; FSDP2 has averaged the gradients
@@ -58,7 +57,7 @@ class Exchange(Protocol):
 def make_exchange(params: list[Tensor], works: list[int] | None, group: dist.ProcessGroup | None) -> Exchange:
     """The exchange for parameters of one kind: DTensors, whose mesh gives the ranks, or plain tensors.
 
-    works: of each parameter's matrices; None for Adam's parameters, which have no owner.
+    works: the work of each parameter's matrices; None for Adam's parameters, which have no owner.
     """
     if not isinstance(params[0], DTensor):
         assert group is not None

@@ -34,9 +34,9 @@ class EMA:
             inside DistributedDataParallel and torch.compile (`pmf.wrappers`).
         half_lives: in thousands of images, distinct, in any order.
 
-    `updates` is their number. `copies[i]` maps each parameter's name to its average, in float32 (float64 for
-    float64 parameters), sharded like it. On a GPU one kernel updates all averages and reads each parameter
-    once.
+    `updates` counts the updates. `copies[i]` maps each parameter's name to its average, in float32 (float64
+    for float64 parameters), sharded like it. On a GPU one kernel updates all averages and reads each
+    parameter once.
 
     Raises ValueError if a half-life is not positive or repeated, or if there are no parameters.
 
@@ -73,7 +73,7 @@ class EMA:
     @torch._disable_dynamo  # a graph would bake in the decay of its first update
     @torch.no_grad()
     def update(self, batch_size: int) -> None:
-        """Average in the current parameters after a step on `batch_size` images."""
+        """Update the averages with the current parameters, after a step on `batch_size` images."""
         batch_size = as_plain(batch_size)
         require_number("EMA: batch_size", batch_size, above=0)
         self.updates += 1
@@ -98,7 +98,7 @@ class EMA:
 
     @contextmanager
     def swapped_in(self, half_life: float) -> Iterator[None]:
-        """Temporarily replace the model's parameters by the averages, for sampling."""
+        """Temporarily replace the model's parameters with the averages, for sampling."""
         averages = self.weights(half_life)
         with torch.no_grad():
             own = {n: p.clone() for n, p in self._parameters.items()}

@@ -52,28 +52,28 @@ class Muon(torch.optim.Optimizer):
         ns_steps, ns_coefficients, ns_method, compute_dtype: as in `pmf.ops.newton_schulz`.
         split_sizes, num_heads: for fused matrices: split_sizes are the rows of each part, and num_heads (one
             number, or one per part) the heads that share a part's rows equally. Every part or head is
-            orthogonalised and scaled separately, like a parameter of its own: a fused QKV weight has
+            orthogonalised and scaled like a separate parameter: a fused QKV weight has
             split_sizes=[D, D, D], for separate heads also num_heads=H, and with grouped queries
             split_sizes=[H d, K d, K d], num_heads=[H, K, K]. A parameter [experts, rows, columns] in a group
             with algorithm "muon" is that many such matrices.
         flatten: treat weights of convolutions [out, in, ...] as matrices [out, in ...] for Muon.
         betas, eps, adam_nesterov: Adam's.
         adam_lr: learning rate of the Adam groups, if different.
-        process_group: the ranks that replicate the parameters and have gradients of their own samples, if
-            they are to share the optimizer's work: `torch.distributed.group.WORLD`. step() averages the
-            gradients (averaging those that DDP has averaged changes nothing). Parameters sharded by
-            `fully_shard` do not need it.
+        process_group: the ranks that are to share the optimizer's work, for example
+            `torch.distributed.group.WORLD`; they replicate the parameters and have gradients of different
+            samples. step() averages the gradients (averaging those that DDP has averaged changes nothing).
+            Parameters sharded by `fully_shard` do not need it.
 
     Over several ranks each parameter has one owner, which keeps its momentum and orthogonalises its matrices
     (`pmf.optim._ranks`); all ranks apply the result, and a gradient of None counts as zero. The result equals
     that of one process with the same mean gradients; the step is plain PyTorch around `newton_schulz`.
     `named_state` is the state for `torch.distributed.checkpoint`.
 
-    On CUDA the step is compiled kernels (plain PyTorch for float64 parameters): two dozen launches for a
-    whole model, none of which waits for the device, so that a CUDA graph can capture a step once the first
-    has created the state. A captured step follows its own step count, and `lr` and `weight_decay` if they are
-    tensors on the parameters' device, where they are not checked; numbers stay as captured. The update is not
-    rounded to the compute dtype: it is added in float32.
+    On CUDA the step runs in compiled kernels (plain PyTorch for float64 parameters): two dozen launches for a
+    whole model, none of which waits for the device, so a CUDA graph can capture a step once the first has
+    created the state. A captured step advances its own step count, and reads `lr` and `weight_decay` anew if
+    they are tensors on the parameters' device, where they are not checked; numbers stay as captured. The
+    update is added in float32, not rounded to the compute dtype.
 
     State is float32 (float64 for float64 parameters). 16-bit parameters get float32 master weights, which are
     updated and rounded into the parameters; a parameter changed externally starts a new master (on CUDA

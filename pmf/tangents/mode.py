@@ -33,7 +33,7 @@ _AUTOCAST = tuple(getattr(_Keys, name) for name in ("AutocastCPU", "AutocastCUDA
 
 
 LARGE = 1 << 20
-"""Bytes from which on tangents take turns in buffers."""
+"""Tangents of at least this many bytes take turns in a few buffers."""
 
 
 def is_active() -> bool:
@@ -138,7 +138,7 @@ class TangentMode(TorchDispatchMode):
         return size // batch * count
 
     def _complete(self, x: Tensor, t: Tensor) -> Tensor:
-        """Let the tangent of the first samples cover all, and with it those of all views of its memory."""
+        """Extend the tangent of the first samples to all, and with it those of all views of its memory."""
         assert self.samples is not None
         count, batch = self.samples
         storage = t.untyped_storage()
@@ -192,8 +192,9 @@ class TangentMode(TorchDispatchMode):
     def buffer(self, like: Tensor) -> Tensor | None:
         """Memory for the tangent of a value, if it is large; None leaves that to PyTorch.
 
-        Tangents die long before the values that autograd saves. On malloc's heap saved values settle in the
-        holes that large tangents leave, and each new tangent extends it; so they take turns in a few buffers.
+        Tangents die long before the values that autograd saves. On malloc's heap, saved values would settle
+        in the holes that large tangents leave, and each new tangent would extend the heap; so large tangents
+        take turns in a few buffers.
         """
         size = like.numel() * like.element_size()
         if size < LARGE or type(like) is not Tensor or like.device.type != "cpu" or not like.is_contiguous():

@@ -33,8 +33,8 @@ class Jvp(nn.Module):
     Args of a call:
         primals: the network's positional arguments; pytrees of tensors, other leaves are passed through.
         tangents: their tangents, in their shapes and dtypes; None is zero, for a tensor or a whole argument.
-            If the first dimension of all primals is the batch, they may cover only the first n samples, at
-            their cost alone while the network treats samples apart (not under torch.compile).
+            If the first dimension of all primals is the batch, they may cover only the first n samples, and
+            cost only theirs as long as the network treats samples independently (not under torch.compile).
         detach_tangent: the tangent is a constant for autograd and for transforms around the call: it saves
             nothing, and backward costs the same as for the network alone. False is torch.func.jvp within
             `replace_sdpa`, differentiable throughout.
@@ -103,7 +103,7 @@ def beside(
     """One pass of the network with its tangents, which may be those of the first n of B samples."""
     if is_active():
         raise RuntimeError(
-            "Jvp: a network within a Jvp calls a Jvp; use torch.func.jvp for higher derivatives"
+            "Jvp: the network of a Jvp calls another Jvp; use torch.func.jvp for higher derivatives"
         )
     mode = TangentMode(samples)
     leaves, spec = tree_flatten(tuple(primals))
@@ -148,10 +148,10 @@ class _FromAbove(TorchFunctionMode):
 def _rms_norm(
     input: Any, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor | None:
-    """F.rms_norm as one operator, where it is one of ours; PyTorch's is six, each with a tangent.
+    """F.rms_norm as one operator where ours applies; PyTorch's is six, each with a tangent.
 
-    Not in a checkpointed block, whose recomputation must save what this pass does, and not under autocast,
-    whose dtype is another.
+    Not in a checkpointed block, whose recomputation must save what this pass does, nor under autocast, which
+    changes the dtype.
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     if weight is None or torch._C._is_any_autocast_enabled() or (hooks and hooks[0] is not _pack):
@@ -205,7 +205,7 @@ def _pair(primals: Any, tangents: Any) -> tuple[tuple[Any, ...], Directions, int
         x, spec = tree_flatten(primal)
         t, spec_t = ([None] * len(x), spec) if tangent is None else tree_flatten(tangent)
         if spec != spec_t:
-            raise ValueError(f"Jvp: tangent {i} has another structure than its primal: {spec_t}, {spec}")
+            raise ValueError(f"Jvp: tangent {i} has a different structure from its primal: {spec_t}, {spec}")
         for value, direction in zip(x, t, strict=True):
             _check(i, value, direction)
         given += t
@@ -285,7 +285,7 @@ def _flatten(out: Any) -> tuple[list[Any], TreeSpec]:
 
 
 def _tangent_of(mode: TangentMode, value: Any) -> Tensor | None:
-    """The tangent of an output: zero if it does not move, of the first samples alone if it has no other."""
+    """The tangent of an output: zero if it is constant, of the first samples only if that is all."""
     if not isinstance(value, Tensor):
         return None
     t = mode.stored(value)

@@ -1,10 +1,10 @@
-"""Tangents of the first samples alone: n of B, at the cost of n.
+"""Tangents of only the first samples: n of B, at the cost of n.
 
 Such a tangent is smaller than its value in one dimension, where it covers the first n of the B equal parts of
 the value's. Its memory is that of n samples, with the value's strides: the samples are outermost in memory.
-An operator that treats samples alike and apart runs once for the values, and its rule runs on the first n
-samples of the arguments. For any other operator, or if samples are not outermost, `TangentMode.get` completes
-tangents by zeros, and the network continues with tangents for all.
+An operator that treats all samples alike and independently runs once for the values, and its rule runs on the
+first n samples of the arguments. For any other operator, or if samples are not outermost, `TangentMode.get`
+pads tangents with zeros, and the network continues with tangents for all.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ aten = torch.ops.aten
 Named = dict[str, Any]
 """An operator's arguments by name."""
 Samples = dict[int, int]
-"""For the id of a tensor with a tangent, the dimension that holds its samples."""
+"""Maps the id of a tensor with a tangent to the dimension that holds its samples."""
 Plan = tuple[Named, tuple[int | None, ...]] | None
 """The arguments for the first samples, and the dimension of samples in each result; None if that fails."""
 
@@ -99,7 +99,7 @@ class _First:
         return self.mode.buffer(like)
 
     def value(self, func: Any, *args: Any, **kwargs: Any) -> Any:
-        """The value for the first samples, which is there already."""
+        """The value for the first samples, which already exists."""
         return func(*args, **kwargs) if self.takes_whole else self._value
 
     def value_is(self, values: tuple[Any, ...]) -> None:
@@ -118,7 +118,7 @@ def _dimension(x: Tensor, t: Tensor) -> int:
 
 
 def _view(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """A view takes the same memory of its tangent, if what it sees of each sample is the same."""
+    """A view: the same view of the tangent's memory, if it shows the same part of every sample."""
     x = args[0]
     t = mode.stored(x)
     out = func(*args, **kwargs)

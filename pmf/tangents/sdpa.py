@@ -1,4 +1,4 @@
-"""Replace F.scaled_dot_product_attention by `pmf.ops.attention`, for all callers.
+"""Replace F.scaled_dot_product_attention with `pmf.ops.attention`, for all callers.
 
 No single hook reaches every caller, so three are combined:
 
@@ -7,8 +7,9 @@ No single hook reaches every caller, so three are combined:
 - a TorchFunctionMode, for names imported earlier; PyTorch hides it from code below torch.nn.functional;
 - the fused path of nn.MultiheadAttention in eval mode, which calls neither, is disabled.
 
-Attribute and fused path are global to the process, so they are counted under a lock: two threads that enter
-and exit in any order leave no trace. Inside torch.compile the tracer undoes what it sees, without a lock.
+Attribute and fused path are global to the process, so uses are counted under a lock: threads may enter and
+exit in any order, and the last one restores both. Inside torch.compile the tracer undoes what it sees,
+without a lock.
 """
 
 import contextlib
@@ -39,10 +40,10 @@ class replace_sdpa(contextlib.ContextDecorator):  # noqa: N801 (a function to it
             out, out_t = torch.func.jvp(network, (x,), (x_t,))
 
     Works with any unmodified network: nn.MultiheadAttention, timm, diffusers, transformers. Also a decorator;
-    it nests, works inside and around torch.compile, and leaves no trace, even after an exception.
+    it nests, works inside and around torch.compile, and restores everything, even after an exception.
 
     Calls that `pmf.ops.attention` does not support (dropout, widths above 256, nested tensors and other
-    subclasses) remain PyTorch's. In forward mode, where PyTorch's fused kernels raise, calls with dropout or
+    subclasses) go to PyTorch. In forward mode, where PyTorch's fused kernels raise, calls with dropout or
     such widths use its math backend, and other subclasses raise TypeError.
 
     A block under torch.utils.checkpoint is recomputed with the same attention, wherever backward runs.
@@ -119,7 +120,7 @@ def attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     if attn_mask is not None and kind_of(attn_mask) == "bias" and is_plain(query) and is_plain(key):
-        # Its __torch_function__ compares with torch.nn.functional's own, and would let its memory be read.
+        # Its __torch_function__ recognises only torch.nn.functional's function and would expose raw memory.
         attn_mask, is_causal = causal_bias(attn_mask, is_causal, query, key)
     if _is_served(query, key, value, attn_mask, dropout_p):
         _compute_again_alike()
@@ -175,7 +176,7 @@ def _in_forward_mode() -> bool:
 def _compute_again_alike() -> None:
     """Inside a block under torch.utils.checkpoint, make its recomputation use this attention.
 
-    Backward may run outside the context, where PyTorch's attention would save other tensors. If a future
+    Backward may run outside the context, where PyTorch's attention would save different tensors. If a future
     PyTorch stores its frames elsewhere, this is a no-op and checkpoint itself raises: the tensors saved by
     the Function (`pmf.ops.attention`) never match those saved by PyTorch's.
     """

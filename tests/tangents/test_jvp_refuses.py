@@ -32,7 +32,7 @@ def run(function, primals=(X,), tangents=(X_T,), **options):
     [
         ((X,), X_T, TypeError, "must be tuples"),
         ((X,), (), ValueError, "1 primals and 0 tangents"),
-        (([X],), (X_T,), ValueError, "another structure"),
+        (([X],), (X_T,), ValueError, "a different structure"),
         ((X,), (X_T.double(),), TypeError, "must be torch.float32 on cpu like its primal, got torch.float64"),
         ((X,), (X_T.to("meta"),), TypeError, "got torch.float32 on meta"),
         ((X,), (X_T[:, :2],), ValueError, r"\[3, 4\], or of its first samples, got \[3, 2\]"),
