@@ -29,7 +29,7 @@ def main(
     """
     parser = parser_type(
         prog="pmf bench",
-        description="Time the ops beside their peers: correctness first, then interleaved runs, medians.",
+        description="Time the ops against their peers: correctness first, then interleaved runs, medians.",
     )
     parser.add_argument(
         "names", nargs="*", metavar="OP", help=f"any of {', '.join(BENCHMARKS)} (default: all)"

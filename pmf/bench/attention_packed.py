@@ -1,12 +1,12 @@
-"""Attention that leaves work out: packed sequences beside padded ones, windows beside all keys.
+"""Attention that skips work: packed sequences against padded ones, windows against all keys.
 
 Forward, forward with tangents, backward and backward through both outputs, each of
 
-    equal lengths      attention_varlen beside attention of the same sequences as a batch
-    uniform lengths    1 to N: beside attention of the batch padded to N with a mask, and a loop of attention
-    a window           128 keys around each query: beside all keys, and torch's flash kernel with a mask
+    equal lengths      attention_varlen against attention on the same sequences as a batch
+    uniform lengths    1 to N: against attention on the batch padded to N with a mask, and a loop of attention
+    a window           128 keys around each query: against all keys, and torch's flash kernel with a mask
 
-FLOPs count the products that the mathematics needs: those of pairs of a query and a key that it sees.
+FLOPs count the products that the mathematics needs: those of each query with the keys that it sees.
 """
 
 import functools
@@ -28,7 +28,7 @@ Shape = tuple[int, int, int, int]
 Function = Callable[..., Any]
 
 PASSES = {"forward": 2, "forward + JVP": 6, "backward": 5, "backward through both": 15}
-"""And their tile products of 2 Nq Nk D."""
+"""The number of tile products of 2 Nq Nk D FLOPs in each pass."""
 PACKED: dict[str, Shape] = {
     "tiny": (3, 2, 17, 8),
     "cpu": (8, 6, 512, 64),
@@ -99,7 +99,7 @@ def packed(setting: Setting, dtype: torch.dtype, what: str, lengths: str) -> Cas
     if lengths == "uniform":
         runs["a loop of pmf.ops.attention"] = _pass(what, loop, tensors)
 
-    # The first sequence in float64: it is alone, and so checks that no other reaches it.
+    # The first sequence in float64, computed alone: checks that no other sequence affects it.
     first = cuts[1]
     exact = _pass(what, lambda *x: _attention(reference, x), [pieces(x)[0].double() for x in tensors])
 
@@ -141,7 +141,7 @@ def windowed(setting: Setting, dtype: torch.dtype, what: str) -> Case:
 
 
 def _attention(module: Any, inputs: Any, **options: Any) -> tuple[Tensor, ...]:
-    """attention of three inputs, attention_jvp of six."""
+    """attention for three inputs, attention_jvp for six."""
     return _as_tuple((module.attention if len(inputs) == 3 else module.attention_jvp)(*inputs, **options))
 
 

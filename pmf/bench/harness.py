@@ -1,4 +1,4 @@
-"""Fair timing of an op beside its peers: correctness first, then interleaved runs, medians, one record.
+"""Fair timing of an op against its peers: correctness first, then interleaved runs, medians, one record.
 
 A case lists contestants, functions without arguments that do the same work. Before timing, each contestant's
 error against float64 is computed; one above the case's limit is marked in the table, and one that raises is
@@ -28,7 +28,7 @@ Row = dict[str, Any]
 Scale = Literal["tiny", "cpu", "quick", "full"]
 
 PEER_SLACK = 4.0
-"""A peer counts as correct up to this many times our limit: it may round more often, but not compute less."""
+"""A peer counts as correct up to this many times our limit: it may round more often, not compute less."""
 
 
 @dataclass(frozen=True)

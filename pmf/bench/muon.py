@@ -1,9 +1,9 @@
-"""One Muon step beside torch.optim.Muon with torch.optim.AdamW; on the CPU, for a twentieth of pMF-B/16.
+"""One Muon step against torch.optim.Muon with torch.optim.AdamW; on the CPU, for a twentieth of pMF-B/16.
 
 torch.optim.Muon computes in bfloat16, so pmf runs both in bfloat16, for a fair comparison, and with its
 default (float32 on the CPU, float16 on a GPU). Steps are checked on one matrix of each shape.
 
-Also fused QKV weights, split by part and by head, beside the same matrices as separate parameters.
+Also fused QKV weights, split by part and by head, against the same matrices as separate parameters.
 """
 
 from collections import Counter
@@ -31,7 +31,7 @@ STEP_LIMIT = 3e-2  # bfloat16's error in the direction of a step
 
 
 def shapes_of(model: str) -> tuple[Shapes, Shapes]:
-    """The parameters that Muon and Adam own in a preset: shapes with their counts."""
+    """The parameters that Muon and Adam update in a preset: shapes with their counts."""
     with torch.device("meta"):
         network = create_model(model)
     matrices = set(Muon(network).routing()["muon"])

@@ -1,4 +1,4 @@
-"""newton_schulz on the matrices of pMF-B, L and H, beside the same iteration written in PyTorch.
+"""newton_schulz on the matrices of pMF-B, L and H, against the same iteration written in PyTorch.
 
 At equal compute dtype: for 16 bits torch.optim.Muon's own function, which computes in bfloat16; for float32
 the same code without the cast.
@@ -33,7 +33,7 @@ MATRICES: dict[str, list[tuple[torch.dtype, Matrices]]] = {
         (_F32, {(768, 2048): 8}),
     ],
 }
-"""On the CPU the most common shapes of B/16 and L/16 in numbers that run quickly; on a GPU all of them."""
+"""On the CPU a few matrices of the most common shapes of B/16 and L/16; on a GPU all of them."""
 
 Peer = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 

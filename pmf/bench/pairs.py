@@ -1,4 +1,4 @@
-"""Cases common to all elementwise ops: value, value with tangent, and backward, beside plain PyTorch.
+"""Cases common to all elementwise ops: value, value with tangent, and backward, against plain PyTorch.
 
 These ops are memory-bound. A case's bytes are those that must move: each input read once, each output written
 once; the table also includes a large copy as the machine's limit.

@@ -32,7 +32,7 @@ from .work import Row
 __all__ = ["find_places", "run"]
 
 START_S = 120.0
-"""Seconds for a process to reach its device: a cold machine needs many."""
+"""Seconds for a process to reach its device, which takes long on a cold machine."""
 CASE_S = 60.0
 ENDS = 4
 """After this many early ends of a device's processes, its remaining cases are not checked."""
@@ -243,7 +243,7 @@ def _at_once(places: list[_Place]) -> None:
 
 
 def _mark(places: list[_Place], families: tuple[str, ...]) -> None:
-    """Only a check of every kernel can mark all as right; a wrong one removes the mark in any case."""
+    """Only a check of every kernel can record a pass; any wrong result removes the record."""
     by_name: dict[str, list[_Place]] = {}
     for place in places:
         if place.name != "cpu" and place.columns:

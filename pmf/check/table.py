@@ -205,7 +205,7 @@ def _newton_schulz(size: str, dtype: torch.dtype, device: torch.device) -> Measu
 
 
 ADAM_LIMIT = 2e-5
-"""Relative to the change by two float32 steps of 0.02 in numbers around 1: their rounding is 3e-6 of it."""
+"""Relative to the change after two float32 steps of 0.02 in numbers around 1; rounding is 3e-6 of that."""
 
 
 def _muon(size: str, dtype: torch.dtype, device: torch.device) -> Measure:

@@ -60,7 +60,7 @@ def load_checkpoint(
     """Build the model in ``path`` and load its weights, ready to sample (eval mode, fp32, CPU).
 
     path: a run folder (its newest checkpoint is used), a checkpoint folder, a ``.safetensors`` file of this
-    project, or the authors' ``.pth`` / ``.pt`` state dict, read with ``weights_only=True``. Where there is no
+    project, or the authors' ``.pth`` / ``.pt`` state dict, read with ``weights_only=True``. If there is no
     such path, the name of a built-in checkpoint: "digits".
     ema: for a folder, the weights to load: a half-life in thousands of images ("500"), or "none" for the
     trained weights; by default the average that the run samples from.
@@ -77,7 +77,7 @@ def load_model(
 ) -> LoadedModel:
     """Like `load_checkpoint`, but also returns the class names."""
     path = Path(path)
-    if not path.exists():  # a folder or file of the user's own goes first
+    if not path.exists():  # the user's folder or file takes precedence
         path = BUILT_IN.get(str(path), path)
     file = _choose_file(path, ema)
     if file.parent.name == sharded.SHARDS:

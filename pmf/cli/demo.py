@@ -1,4 +1,4 @@
-"""``pmf demo``: a page in the browser whose images follow every control."""
+"""``pmf demo``: an interactive sampling page in the browser."""
 
 import argparse
 import webbrowser
@@ -10,13 +10,13 @@ from pmf.devices import find_device
 from pmf.errors import UserError
 from pmf.flow.sampler import PRECISIONS
 
-_DESCRIPTION = """Serve a page of images that follow at once when class, guidance, steps or seeds are moved.
+_DESCRIPTION = """Serve a page whose images update at once when class, guidance, steps or seeds change.
 
   pmf demo digits
   pmf demo runs/00000-digits --port 8000 --open
 
-The page needs Gradio (pip install 'gradio>=6') and no network. Only this machine can open it, unless --host
-says otherwise: with --host 0.0.0.0 everybody who reaches this machine can. Ctrl-C stops.
+The page needs Gradio (pip install 'gradio>=6') but no internet. Only this machine can open it, unless --host
+says otherwise: with --host 0.0.0.0, anybody who can reach this machine can. Ctrl-C stops it.
 """
 _ANYWHERE = ("0.0.0.0", "::", "")
 

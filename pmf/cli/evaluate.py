@@ -134,7 +134,7 @@ def run(arguments: argparse.Namespace) -> int:
             return _evaluate(arguments, task, ranks)
         except KeyboardInterrupt:
             if ranks.first:
-                again = "interrupted: the same command goes on from the sums in"
+                again = "interrupted: the same command continues from the sums in"
                 print(f"{again} {arguments.out}", file=sys.stderr)
             raise
 
@@ -213,7 +213,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.num_images is not None and arguments.num_images < 2:
         raise UserError(f"--num-images must be 2 or more, got {arguments.num_images}")
     if not 0 <= arguments.seed < 2**62:
-        raise UserError(f"--seed must lie from 0 to 2^62, got {arguments.seed}")
+        raise UserError(f"--seed must lie between 0 and 2^62, got {arguments.seed}")
     if arguments.omega is not None and not arguments.omega >= 1:
         raise UserError(f"--omega must be at least 1 (1 is no guidance), got {arguments.omega}")
     if arguments.interval is not None and not 0 <= arguments.interval[0] <= arguments.interval[1] <= 1:

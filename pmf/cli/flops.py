@@ -1,4 +1,4 @@
-"""``pmf flops``: the computational cost of the presets, beside other models."""
+"""``pmf flops``: the computational cost of the presets, compared with other models."""
 
 import argparse
 import dataclasses
@@ -16,9 +16,9 @@ _DESCRIPTION = """Print parameters and multiply-adds of the presets, counted fro
   pmf flops
   pmf flops pmf-h/16 --json
 
-M: parameters in millions, for sampling and for training. G: multiply-adds in thousand millions. sample,
+M: parameters in millions, for sampling and for training. G: multiply-adds in billions. sample,
 paper: a one-step sample as the paper counts it, half of all floating-point operations with every block
-computed in full, beside the figures the paper quotes for other models. sample: the matrix products that this
+computed in full, next to the figures the paper quotes for other models. sample: the matrix products that this
 library executes. training: objective and backward per image, averaged over the random times and guidance
 scales, without perceptual networks. Muon: the optimizer's products per step, whatever the batch size.
 """

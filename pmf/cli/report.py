@@ -11,7 +11,7 @@ from pmf.errors import UserError
 _DESCRIPTION = """Write one HTML file about a run: samples over time, curves, speed, machine and settings.
 
 The file contains everything it shows and opens without a network. It is written to the current directory, as
-NAME-report.html, unless --out says otherwise; the run is only read. A run that is still training can be
+NAME-report.html, unless --out says otherwise; the run is not modified. A run that is still training can be
 reported as well.
 
   pmf report runs/00000-digits
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"there is no run folder {folder}")
     out: Path = arguments.out or Path(f"{folder.resolve().name}-report.html")
     if out.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{out} lies inside the run, which is only read: give --out a place outside {folder}")
+        raise UserError(f"{out} lies inside the run, which is not modified: give --out outside {folder}")
     from pmf.pages.report import write_report
 
     content = write_report(folder)

@@ -64,7 +64,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _typed(value: Any, hint: Any, parse: Callable[[str], Any] | None) -> Any:
-    """A value of YAML as its setting's type, if it can be: as on the command line, one value is also a list.
+    """Convert a YAML value to its setting's type if possible; as in flags, one value can stand for a list.
 
     YAML 1.1 reads numbers such as 1e-3 as text, and 1.0e+3 is a whole number here.
     """

@@ -153,7 +153,7 @@ def _say_nothing(*words: object, **how: object) -> None:
 
 
 def _in_its_place(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings with what they replace: steps end a run instead of minutes, a schedule is the cooldown's."""
+    """Settings that also switch off what they replace: steps the minutes, a schedule the cooldown."""
     replaced: dict[str, Any] = {}
     if settings.get("schedule", "constant") != "constant":
         replaced["cooldown"] = 0.0

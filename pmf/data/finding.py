@@ -80,7 +80,7 @@ def _leave(left_out: LeftOut, why: str, paths: list[str]) -> None:
 def _first_part(paths: list[str], left_out: LeftOut) -> list[str]:
     """The paths of the first split, or all paths if their names do not indicate a split."""
     part, chosen, others = choose_split(paths, split_of_file)
-    _leave(left_out, f"of other splits than {part}", others)
+    _leave(left_out, f"outside the {part} split", others)
     return chosen
 
 
@@ -89,7 +89,7 @@ def _in_shards(source: str, shards: list[Path], left_out: LeftOut) -> FoundImage
     parts = [split_of_folder(image.name.removeprefix("./").partition("/")[0]) for image in images]
     if all(parts):  # splits as folders inside the shards
         part, chosen, others = choose_split(range(len(images)), parts.__getitem__)
-        _leave(left_out, f"of other splits than {part}", [images[i].name for i in others])
+        _leave(left_out, f"outside the {part} split", [images[i].name for i in others])
         images, labels = [images[i] for i in chosen], labels and [labels[i] for i in chosen]
     return _numbered(source, images, labels, None)
 

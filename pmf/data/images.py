@@ -24,7 +24,7 @@ _PNG_LEVELS: dict[str, Callable[[int], int]] = {
     "L;4": lambda level: 17 * level,
     "RGB;16B": lambda level: level >> 8,
 }
-"""Pillow's pixels for the levels of a PNG file, by Pillow's name for how they are stored."""
+"""From a PNG file's grey levels to Pillow's pixels, by Pillow's name for the storage format."""
 _MODES = {1: "L", 3: "RGB"}  # Pillow's modes for 8-bit images of 1 or 3 channels
 
 
@@ -104,7 +104,7 @@ def _from_16_bits(image: Image.Image, kind: str | None) -> Image.Image | None:
 
 
 def _scale_transparent_colour(image: Image.Image) -> None:
-    """Scale a PNG file's transparent colour like its pixels, which Pillow forgets, before they are loaded."""
+    """Scale a PNG file's transparent colour like its pixels, which Pillow does not; call before loading."""
     stored = image.tile[0][3] if isinstance(image, PngImageFile) and image.tile else None
     if (colour := image.info.get("transparency")) is not None and stored in _PNG_LEVELS:
         scale = _PNG_LEVELS[stored]

@@ -10,7 +10,7 @@
 
 Labels that are all integers are numbered numerically, others in sorted order. Splits such as ``train`` and
 ``val``, side by side above the classes or inside every class, are not classes (pmf/data/splits.py): the first
-split is read. They may lie in one more folder, as in ``images/train``, and have other folders beside them.
+split is read. They may lie one folder down, as in ``images/train``, next to other folders.
 """
 
 import csv
@@ -104,8 +104,8 @@ def _folders(images: Sequence[str]) -> set[str]:
 def _are_splits(folders: Sequence[str], images: Sequence[str]) -> bool:
     """Whether folders side by side are splits: all of them, or the training split and others.
 
-    Beside folders that are no splits, a folder named train is one if another split is there, or if it has
-    classes and the others have no other ones.
+    Next to folders with other names, a folder named train is a split if there is another split, or if it has
+    classes and the other folders have only those.
     """
     splits = {folder: split_of_folder(folder) for folder in folders}
     if None not in splits.values():
@@ -120,7 +120,7 @@ def _are_splits(folders: Sequence[str], images: Sequence[str]) -> bool:
 
 
 def _holds_splits(images: Sequence[str]) -> bool:
-    """Whether the images lie in splits, perhaps in one more folder, and that in one more."""
+    """Whether the images lie in splits, perhaps below a chain of single folders."""
     folders = sorted(_folders(images))
     if not folders or any("/" not in path for path in images):
         return False
@@ -128,15 +128,15 @@ def _holds_splits(images: Sequence[str]) -> bool:
 
 
 def _first_part(root: Path, folders: list[str], images: Sequence[str], left_out: LeftOut) -> LabelledFiles:
-    """The images of the first of several splits side by side, treated as a folder of their own."""
+    """The images of the first of several splits side by side, treated as a separate folder."""
     part, chosen, others = choose_split(folders, split_of_folder)
     loose = [path for path in images if "/" not in path]
     if loose and part != TRAINING:  # images beside a lone test folder are training images
-        left_out.add(f"of other splits than {TRAINING}", folders[0], len(images) - len(loose))
+        left_out.add(f"outside the {TRAINING} split", folders[0], len(images) - len(loose))
         return LabelledFiles([f"{root}/{path}" for path in loose], [0] * len(loose), [UNLABELLED])
     for name in others:
         count = sum(path.startswith(f"{name}/") for path in images)
-        what = f"of other splits than {part}" if split_of_folder(name) else f"beside the {part} split"
+        what = f"outside the {part} split" if split_of_folder(name) else f"beside the {part} split"
         left_out.add(what, name, count)
     if loose:
         left_out.add(f"beside the folder {chosen[0]}", loose[0], len(loose))
@@ -153,7 +153,7 @@ def _first_part(root: Path, folders: list[str], images: Sequence[str], left_out:
 
 
 def _first_part_of_classes(images: list[str], left_out: LeftOut) -> list[str]:
-    """The first split if every class is divided alike, as in ``cat/train/1.png``, ``cat/test/2.png``."""
+    """The first split if every class has the same ones, as in ``cat/train/1.png``, ``cat/test/2.png``."""
 
     def part_of(path: str) -> str | None:
         folders = path.split("/")[1:-1]
@@ -163,7 +163,7 @@ def _first_part_of_classes(images: list[str], left_out: LeftOut) -> list[str]:
     if None in parts or len(parts) < 2:
         return images
     part, chosen, others = choose_split(images, part_of)
-    left_out.add(f"of other splits than {part}", others[0], len(others))
+    left_out.add(f"outside the {part} split", others[0], len(others))
     return chosen
 
 

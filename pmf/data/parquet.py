@@ -32,7 +32,7 @@ def index_tables(tables: list[Path]) -> tuple[list[Stored], list[int] | None, li
 
     Labels are class numbers, or strings, which are numbered in sorted order; None if there is no label column
     or it contains only null or -1. Raises UserError if pyarrow is not installed, a file is damaged or has
-    another structure, or the cache cannot be written.
+    a different structure, or the cache cannot be written.
     """
     try:
         import pyarrow.parquet as parquet

@@ -139,7 +139,7 @@ def _index(shard: Path, left_out: LeftOut) -> tuple[dict[str, Stored], dict[str,
                     content = archive.extractfile(member)
                     numbers[key] = _label(content.read() if content else b"", shard, member.name)
                 else:
-                    left_out.add("of another kind", member.name)
+                    left_out.add("of unsupported type", member.name)
             complete = shard.stat().st_size >= archive.offset + _BLOCK
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(

@@ -15,7 +15,7 @@ from pmf.errors import UserError
 
 __all__ = ["OTHER_KIND", "LeftOut", "image_endings", "is_hidden", "walk"]
 
-OTHER_KIND = "of another kind"
+OTHER_KIND = "of unsupported type"
 _HIDDEN_FOLDER = "__MACOSX"  # added to archives by macOS
 # Formats that Pillow recognises but cannot decode without other programs.
 _UNREADABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -49,7 +49,7 @@ class LeftOut:
         self._names[why] = [other for other in self._names[why] if other != name]
 
     def __str__(self) -> str:
-        """``3 hidden (.DS_Store, ...), 1 of another kind (notes.txt)``."""
+        """``3 hidden (.DS_Store, ...), 1 of unsupported type (notes.txt)``."""
         return ", ".join(
             f"{count} {why} ({self._names[why][0]}{', ...' if count > 1 else ''})"
             for why, count in self._counts.items()

@@ -144,7 +144,7 @@ def open_images(source: str, *, channels: int | None = None, size: Size | None =
     images.
     """
     if not source:
-        raise UserError("the folder of images is empty text: give a folder, a .npz file of images, or digits")
+        raise UserError("the path of the images is empty: give a folder, a .npz file of images, or digits")
     path = Path(source)
     if path.suffix == ".npz":
         return _Array(path, channels, size)

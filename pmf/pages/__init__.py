@@ -1,1 +1,1 @@
-"""What a browser shows of a run: a page that samples at once (`demo`) and a written report (`report`)."""
+"""Views of a run in a browser: an interactive sampling page (`demo`) and a report (`report`)."""

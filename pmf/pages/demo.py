@@ -20,15 +20,15 @@ from pmf.pictures import encode_png
 
 __all__ = ["Request", "Studio", "build_page", "listen", "serve"]
 
-_FRAMES, _FEWEST = 9, 3  # images from one seed to the other
+_FRAMES, _FEWEST = 9, 3  # images from one seed to the other, most and fewest
 _CLASSES = 10  # most classes drawn side by side
 _AT_ONCE = (
     1.0  # seconds in which all images of the page can be drawn in one step, if that is enough for a few
 )
-_LARGEST_OMEGA = 8.0  # of the guidance slider, if the checkpoint does not know what it was trained with
+_LARGEST_OMEGA = 8.0  # of the guidance slider, if the checkpoint does not record its training range
 _MOST_STEPS, _LARGEST_SEED = 8, 999
 _FEW = 12  # up to this many classes are buttons, more are a list
-# Pages of other programs are kept out, and nothing is fetched from elsewhere: no fonts, scripts or counters.
+# Other sites cannot embed the page, and nothing is fetched from elsewhere: no fonts, scripts or counters.
 _POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
 _STYLE = """
 .pmf img { width: 100%; aspect-ratio: var(--shape); border-radius: 4px; display: block }
@@ -117,7 +117,7 @@ class Studio:
         return Drawn(images[0], images[1 : 1 + frames], images[1 + frames :], seconds)
 
     def noise(self, seed: int, other: int, blends: Sequence[float]) -> Tensor:
-        """Noise [N, C, H, W] on the way from one seed's to the other's, e cos(b pi / 2) + e' sin(b pi / 2).
+        """Noise [N, C, H, W] interpolated between two seeds, e cos(b pi / 2) + e' sin(b pi / 2).
 
         A mixture of independent normal numbers with these weights is normal with the same variance.
         """
@@ -125,7 +125,7 @@ class Studio:
         one, two = (
             scale * normal(*shape, generator=torch.Generator("cpu").manual_seed(s)) for s in (seed, other)
         )
-        if seed == other:  # not independent: nowhere to go
+        if seed == other:  # not independent: nothing to interpolate
             return one.expand(len(blends), -1, -1, -1)
         return torch.stack(
             [math.cos(b * math.pi / 2) * one + math.sin(b * math.pi / 2) * two for b in blends]

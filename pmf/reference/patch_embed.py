@@ -24,8 +24,7 @@ def patch_embed(
     """tokens [B, P + N, D] of images [B, C, H, W].
 
     weight_down [R, C, p, p], weight_up [D, R]; prefix [B, P, D] is prepended; position [n, D] is added to the
-    last n
-    tokens: n = N for the image tokens only, P + N for all.
+    last n tokens: n = N for the image tokens only, P + N for all.
     """
     patches = F.conv2d(images, weight_down, bias_down, stride=weight_down.shape[-1])
     tokens = F.linear(patches.flatten(2).mT, weight_up, bias_up)

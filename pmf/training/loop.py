@@ -349,7 +349,7 @@ def _read_best(out: Path | None, step: int) -> dict[str, Any] | None:
     best = checkpoint.read_json(out / _BEST)
     if type(best.get("step")) is not int or not isinstance(best.get("frechet_distance"), (int, float)):
         raise UserError(
-            f'{out / _BEST} must hold the numbers "step" and "frechet_distance": mend it, or delete it and '
+            f'{out / _BEST} must hold the numbers "step" and "frechet_distance": repair it, or delete it and '
             "the next evaluation counts as the best"
         )
     kept = best["step"] <= step and checkpoint.step_folder(out, best["step"]).is_dir()

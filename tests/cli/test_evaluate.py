@@ -161,7 +161,7 @@ BAD: dict[str, tuple[Words, str]] = {
     "one image": (lambda p: [*PIXELS, "--num-images", "1"], "--num-images must be 2 or more, got 1"),
     "batch": (lambda p: [*PIXELS, "--batch-size", "0"], "--batch-size must be 1 or more, got 0"),
     "steps": (lambda p: [*PIXELS, "--steps", "0"], "--steps must be 1 or more, got 0"),
-    "seed": (lambda p: [*PIXELS, "--seed", "-1"], "--seed must lie from 0"),
+    "seed": (lambda p: [*PIXELS, "--seed", "-1"], "--seed must lie between 0"),
     "cut": (lambda p: [*PIXELS, "--image-size", "8"], "--image-size and --channels apply to --images"),
 }  # fmt: skip
 
@@ -218,7 +218,7 @@ def test_an_interrupted_evaluation_says_how_to_go_on(
     with monkeypatch.context() as patched:
         patched.setattr(flow.Sampler, "__call__", draw_twice)
         assert main(words) == 130
-    assert f"the same command goes on from the sums in {tmp_path / 'out'}" in capsys.readouterr().err
+    assert f"the same command continues from the sums in {tmp_path / 'out'}" in capsys.readouterr().err
     assert main(words) == 0
     whole = [*words[:-1], str(tmp_path / "whole")]
     assert main(whole) == 0

@@ -32,7 +32,7 @@ def test_train_resume_sample_evaluate(
     assert "6 images without classes" in done.stdout
     notes = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
     assert notes == [
-        "note: flat: left out 1 of another kind (Thumbs.db)",
+        "note: flat: left out 1 of unsupported type (Thumbs.db)",
         "note: the images have no classes: training is unconditional, guidance off",
     ]
     monkeypatch.chdir(tmp_path)

@@ -99,7 +99,7 @@ def test_folders_that_cannot_be_trained_on(tmp_path: Path) -> None:
     for path, sentence in {
         tmp_path / "nowhere": "is not a folder",
         empty: "empty contains no images: put them into one subfolder per class",
-        hollow: r"hollow contains no images \(left out 1 of another kind \(notes.txt\)\)",
+        hollow: r"hollow contains no images \(left out 1 of unsupported type \(notes.txt\)\)",
     }.items():
         with pytest.raises(UserError, match=sentence):
             find_images(str(path))

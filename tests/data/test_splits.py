@@ -73,7 +73,7 @@ def test_parts_are_no_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     (tmp_path / "annotations" / "all.json").touch()
     with caplog.at_level(logging.WARNING, "pmf"):
         assert read(tmp_path) == (["train2017/cat/1.png", "train2017/dog/2.png"], ["cat", "dog"])
-    assert "1 of other splits than train (val2017)" in caplog.text
+    assert "1 outside the train split (val2017)" in caplog.text
     assert "1 beside the folder train2017 (sheet.png)" in caplog.text
 
 
@@ -102,7 +102,7 @@ def test_folders_beside_splits_are_left_out(tmp_path: Path, caplog: pytest.LogCa
     write_images(tmp_path, "train/cat/1.png", "train/dog/2.png", "val/cat/3.png", "extra/cat/4.png")
     with caplog.at_level(logging.WARNING, "pmf"):
         assert read(tmp_path) == (["train/cat/1.png", "train/dog/2.png"], ["cat", "dog"])
-    assert "1 beside the train split (extra), 1 of other splits than train (val)" in caplog.text
+    assert "1 beside the train split (extra), 1 outside the train split (val)" in caplog.text
 
 
 def test_splits_below_one_folder(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_labels_of_the_training_part_are_found(tmp_path: Path, caplog: pytest.Lo
     with caplog.at_level(logging.WARNING, "pmf"):
         found = find_images(str(tmp_path))
     assert list(found.labels) == [1, 0] and found.class_names == ["a", "b"]
-    assert "left out 1 of another kind (train/notes.txt), 1 of other splits than train (val)" in caplog.text
+    assert "left out 1 of unsupported type (train/notes.txt), 1 outside the train split (val)" in caplog.text
 
 
 def test_splits_below_more_folders(tmp_path: Path) -> None:

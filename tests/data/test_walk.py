@@ -41,7 +41,7 @@ def test_what_pillow_opens_is_taken_in_any_case_by_training_and_evaluation(tmp_p
         (tmp_path / "cat" / name).touch()
     assert len(load_dataset(str(tmp_path), 8, 3)) == len(open_images(str(tmp_path))) == len(names)
     found, left_out = walked(tmp_path)
-    assert len(found) == len(names) and left_out == "6 of another kind (cat/Thumbs.db, ...)"
+    assert len(found) == len(names) and left_out == "6 of unsupported type (cat/Thumbs.db, ...)"
 
 
 def test_hidden_files_and_those_of_operating_systems_do_not_count(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_links_are_followed_and_loops_noticed(tmp_path: Path) -> None:
     found, left_out = walked(root)
     assert found == ["cat/1.png", "dog/file.png", "dog/own.png", "dog/part/1.png"]
     assert "3 link to a folder above it (cat/self, ...)" in left_out
-    assert "1 of another kind (dog/itself)" in left_out
+    assert "1 of unsupported type (dog/itself)" in left_out
     assert len(load_dataset(str(root), 8, 1)) == len(open_images(str(root))) == 4
 
 
@@ -122,6 +122,6 @@ def test_one_line_says_what_was_left_out(tmp_path: Path, caplog: pytest.LogCaptu
         find_images(str(tmp_path))
     (record,) = caplog.records
     assert record.getMessage() == (
-        f"{tmp_path}: left out 1 of another kind (dog/list.txt), 1 beside the class folders (loose.png), "
+        f"{tmp_path}: left out 1 of unsupported type (dog/list.txt), 1 beside the class folders (loose.png), "
         "1 folders without images (empty)"
     )

@@ -1,4 +1,4 @@
-"""``pmf report``: one file that needs no other, of finished and unfinished runs, which are only read."""
+"""``pmf report``: one self-contained file about a finished or unfinished run, which it does not modify."""
 
 import json
 import re
@@ -145,7 +145,7 @@ def test_bad_input_is_one_sentence(
     for words, sentence in (
         ([str(tmp_path / "none")], "there is no run folder"),
         ([str(tmp_path)], "is not a run: it has no config.json"),
-        ([str(run), "--out", str(run / "report.html")], "lies inside the run, which is only read"),
+        ([str(run), "--out", str(run / "report.html")], "lies inside the run, which is not modified"),
         ([str(run), "--out", str(tmp_path / "file" / "report.html")], "cannot write"),
     ):
         assert main(["report", *words]) == 2
