@@ -1,4 +1,4 @@
-"""A MeanFlow step of third-party networks: `pmf.Jvp` beside torch.func.jvp through math attention.
+"""A MeanFlow step of third-party networks: `pmf.Jvp` against torch.func.jvp through math attention.
 
     python benchmarks/bench_any_network.py [--rounds 5] [--quick] [--compiled] [--out FILE.json]
 
@@ -7,11 +7,11 @@ Networks, float32, batch 4: ViT-S/16 from timm at 224 pixels (197 tokens), and s
 Contestants:
 
 - pmf.Jvp, and with --compiled torch.compile of it;
-- pmf.Jvp with the tangent of the first sample alone;
+- pmf.Jvp with the tangent of only the first sample;
 - torch.func.jvp with the math backend, which is what PyTorch offers;
 - the two-pass recipe: the same under no_grad, and a second forward pass for the gradients;
-- a plain training step without a tangent: the cost if tangents were free. It has a quarter fewer products
-  than a step with a tangent, so the limit for that step is 4/3 of it.
+- a plain training step without a tangent: the cost if tangents were free. A step with a tangent has a third
+  more products, so its lower bound is 4/3 of this time.
 
 First losses and gradients must agree within 1e-5; otherwise nothing is timed and the exit status is 1. Times
 are medians of interleaved rounds; peak memory is the growth of the resident set in one step, in a fresh
@@ -150,7 +150,7 @@ def make_step(name: str, network: nn.Module, inputs: Inputs) -> Callable[[], tup
 
 
 def of_the_first(inputs: Inputs) -> Inputs:
-    """With tangents of zero for all samples but the first."""
+    """With zero tangents for all samples except the first."""
     primals, tangents = inputs
     return primals, tuple(None if t is None else torch.cat((t[:1], 0 * t[1:])) for t in tangents)
 

@@ -1,4 +1,4 @@
-"""One-step sampling from pMF-B/16 beside a plain float32 sampler with written-out attention (plain_port.py).
+"""One-step sampling from pMF-B/16 against a plain float32 sampler with written-out attention (plain_port.py).
 
     python benchmarks/bench_sampling.py [--batch-size 8] [--quick] [--out FILE.json]
 

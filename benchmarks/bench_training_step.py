@@ -1,4 +1,4 @@
-"""One Pixel MeanFlow training step beside a plain PyTorch port of the same objective (plain_port.py).
+"""One Pixel MeanFlow training step against a plain PyTorch port of the same objective (plain_port.py).
 
     python benchmarks/bench_training_step.py [--quick] [--also CONTESTANT ...] [--out FILE.json]
 

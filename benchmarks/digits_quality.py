@@ -7,7 +7,7 @@ in one step, clip it to [-1, 1], and compare the two sets of 1797 images as 64 p
   held-out digits, five folds, is printed first; below 0.98 this score means little);
 - Frechet distance between the pixel Gaussians; recall and coverage with k = 3 neighbours (``pmf.metrics``).
 
-The scores of two halves of the real set give the scale. The preset's omega and interval are used throughout;
+For reference, two halves of the real set are scored too. The preset's omega and interval are used throughout;
 the network's output is not post-processed. The last line is the worst seed's: ``accuracy=A frechet=F recall=R
 coverage=C``.
 

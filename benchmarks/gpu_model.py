@@ -1,17 +1,16 @@
-"""How long the attention kernels of the built library should take on a GPU, by a model of its cycles.
+"""Predict how long the attention kernels of the built library take on a GPU, with a cycle model.
 
     python benchmarks/gpu_model.py [--kernels plan|mma] [--out FILE] [--rates FILE] [NAME ...]
 
-Nothing runs on a GPU. Each launch that the library plans for an H100 is looked up in the library's machine
-code (sm_90a); the instructions of its hot path go through a model of one multiprocessor: the compiler's own
-schedule, pipes, shared memory, copies, barriers. Its rates stand in one table, gpu/model/rates.json: what a
-GPU measures belongs there instead. Every figure is a prediction, good for comparing two builds, and no
-measurement.
+Nothing runs on a GPU. Each kernel that the library would launch on an H100 is looked up in the library's
+machine code (sm_90a), and the instructions of its hot path run through a model of one multiprocessor: the
+compiler's schedule, pipes, shared memory, copies, barriers. All rates are in gpu/model/rates.json; measured
+ones should replace them. Every figure is a prediction, useful for comparing two builds, not a measurement.
 
-The last line gives predicted time over the limit: the larger of what the products take at 800 TFLOP/s and
-what the bytes take at 3.0 TB/s.
+The last line gives the predicted time over the limit: the larger of the products' time at 800 TFLOP/s and the
+bytes' time at 3.0 TB/s.
 
-Exit status: 0; 1 if the machine code is not what the model knows; 2 if there is nothing to read.
+Exit status: 0; 1 if the model does not recognise the machine code; 2 if there is nothing to read.
 """
 
 from __future__ import annotations
@@ -41,11 +40,11 @@ PROBLEMS = (
 
 
 KERNELS = {"plan": 227, "mma": 226}
-"""Shared memory that a block may ask for, in KB: all of an H100's, or less than Hopper's own kernels need."""
+"""Shared memory that a block may use, in KB: all of an H100's, or less than the Hopper kernels need."""
 
 
 def planned(plans: Any, problem: Problem, kernels: str) -> list[dict[str, Any]]:
-    """The launches of a problem on an H100, as the library's own launchers make them."""
+    """The launches of a problem on an H100, as planned by the library's launchers."""
     sizes = {"batch": 1, "heads": problem.heads, "key_heads": problem.heads}
     return plans.attention_launches(
         **sizes,
@@ -102,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     names = [problem.name for problem in PROBLEMS]
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(names)} (default: all)")
     parser.add_argument(
-        "--kernels", choices=KERNELS, default="plan", help="what an H100 launches, or mma.sync's kernels"
+        "--kernels", choices=KERNELS, default="plan", help="plan: as on an H100; mma: the mma.sync kernels"
     )
     parser.add_argument("--rates", type=Path, default=RATES, help="the table of rates, as JSON")
     parser.add_argument("--out", type=Path, help="a file for the figures, as JSON")
@@ -113,11 +112,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(missing)
     plans = _library.introspection()
     if plans is None:
-        parser.error("this build has no introspection module, which says what is launched")
+        parser.error("this build lacks the introspection module, which reports what is launched")
     try:
         table = json.loads(arguments.rates.read_text())
     except (OSError, ValueError) as error:
-        parser.error(f"{arguments.rates} is no table of rates: {error}")
+        parser.error(f"{arguments.rates} is not a table of rates: {error}")
     rates = {name: value for name, value in table.items() if not isinstance(value, str)}
     chosen = [problem for problem in PROBLEMS if not arguments.names or problem.name in arguments.names]
     try:
@@ -130,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.out is not None:
         record = {"what": "predictions of a cycle model, not measurements", "rates": table, "rows": rows}
         arguments.out.write_text(json.dumps(record, indent=2) + "\n")
-    print("predicted time over the limit (H100; no measurement):")
+    print("predicted time over the limit (H100; not measured):")
     print(*(f"{row['problem']}={row['predicted_over_limit']:.2f}" for row in rows))
     return 0
 

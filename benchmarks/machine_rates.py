@@ -47,7 +47,7 @@ def build_command(nvcc: str, capability: tuple[int, int], program: Path) -> list
 
 
 def problem() -> str | None:
-    """Why nothing can be measured here, in one sentence; None if something can."""
+    """Why nothing can be measured here, in one sentence; None if measuring is possible."""
     if not torch.cuda.is_available():
         return "torch finds no CUDA device: rates are measured on a GPU"
     if shutil.which("nvcc") is None:

@@ -51,7 +51,7 @@ def written_out_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's own; its fused form needs weight and input in one dtype, and autocast gives two."""
+    """torch's own; its fused form needs weight and input in the same dtype, and autocast gives two."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=1e-6)
@@ -270,7 +270,7 @@ def objective(
 ) -> Losses:
     """The MeanFlow objective for images [B, C, S, S], with every draw given ([B]; noise like images).
 
-    guidance_heads: the guidance passes use only v; "v" is for users who notice.
+    guidance_heads: "v" skips the u head in the guidance passes, which use only v.
     """
     x, e = images, noise
     t_, r_ = t[:, None, None, None], r[:, None, None, None]
@@ -286,7 +286,7 @@ def objective(
         images = network(z, zero, omega, zero, one, labels, heads=guidance_heads)
         return velocity(z, images[-1], t)
 
-    # The guided target. Flow-matching samples have no interval; the others are guided inside theirs only.
+    # The guided target. Flow-matching samples have no interval; the others are guided only inside theirs.
     omega_inside = torch.where((t_min <= t) & (t <= t_max), omega, one)
     v_t = velocity(z, x, t)
     v_u = guidance_pass(one, null)

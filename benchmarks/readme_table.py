@@ -45,7 +45,7 @@ class Compared(NamedTuple):
 
 
 def speed_table() -> str:
-    """Attention, the training step and sampling beside plain PyTorch, for the README."""
+    """Attention, the training step and sampling against plain PyTorch, for the README."""
     machines = [machine for machine in (AMD, INTEL) if has(machine, *SPEED_RECORDS)]
     main, *others = (_speed(machine) for machine in machines)
     records = [load("bench_attention", machine) for machine in machines]

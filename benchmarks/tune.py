@@ -1,4 +1,4 @@
-"""Find the fastest plans of attention on a GPU: which kernel, how many warps, how many slots.
+"""Find the fastest attention plans on a GPU: which kernel, how many warps, how many slots.
 
     python benchmarks/tune.py [--out FILE] [--shapes 276x64 1024x128] [--dtypes bfloat16 float16]
     python benchmarks/tune.py --list [--shared-kb 227] [--processors 132]
@@ -6,9 +6,9 @@
 All competing plans are compiled into the library. Each is checked against float64 and timed with
 triton.testing.do_bench in every pass (forward, with tangents, and both backwards); the fastest are written to
 a table in the cache folder, which launchers on that GPU model read from the next process on. A plan replaces
-the model's choice only if it is at least 2 % faster. Without a table the model decides. Where Hopper's own
-kernels serve (16-bit forward passes on sm_90) nothing competes. --list needs no GPU: it prints the plans that
-would compete.
+the model's choice only if it is at least 2 % faster. Without a table the model decides. Where the Hopper
+kernels run (16-bit forward passes on sm_90) there are no competing plans. --list needs no GPU: it prints the
+plans that would compete.
 
 Exit status: 0; 1 if a plan was wrong (it is left out); 2 if there is no such device.
 """
@@ -32,7 +32,7 @@ from pmf.plans import Plan
 
 SHAPES = ("276x64", "276x80", "1024x64", "1024x128")
 MOST_KERNELS, MOST_WARPS, MOST_SLOTS = 12, 16, 3
-"""More than any table, block or ring has."""
+"""A bound above the size of any table, block or ring."""
 TOKENS = 1 << 20
 """Queries of a timed call, over all heads: enough to fill the GPU."""
 GAIN = 1.02
@@ -42,7 +42,7 @@ PASSES = {
     "backward": (True, False),
     "backward through both": (True, True),
 }
-"""Whether it is a backward, and whether it has tangents."""
+"""For each pass, whether it is a backward pass, and whether it has tangents."""
 
 
 class Problem(NamedTuple):
@@ -64,7 +64,7 @@ class Problem(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What plans of a GPU must fit into."""
+    """The limits of a GPU that plans must respect."""
 
     shared_per_block: int
     shared_per_processor: int
@@ -99,7 +99,7 @@ def signature(launch: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def competitors(problem: Problem, launch: str, limits: Limits, fixed: Sequence[Plan] = ()) -> Iterator[Plan]:
-    """Every plan of one launch that differs from the model's and from each other; `fixed` of the others."""
+    """All distinct plans of one launch except the model's; the other launches keep the plans in `fixed`."""
     place = problem.launches.index(launch)
     seen = {signature(launched(problem, limits, fixed)[place])}
     for kernel in range(MOST_KERNELS):
@@ -121,7 +121,7 @@ def problems(shapes: Sequence[str], dtypes: Sequence[str]) -> Iterator[Problem]:
 
 
 def check(problem: Problem, device: torch.device) -> Callable[[], float]:
-    """The largest error of all directions at this shape, 1 being the limit."""
+    """The largest error over all directions at this shape, in units of the limit."""
     shape = (1, 2, problem.tokens, problem.width)
     case = Case("attention", (0, 1, 2), "attention gradient", shapes=(shape, shape, shape))
     measure = prepare(case, getattr(torch, problem.dtype), device)

@@ -1,4 +1,4 @@
-"""The figure of docs/any-network.md: one-step samples of two examples beside their data.
+"""The figure of docs/any-network.md: one-step samples of two examples next to their data.
 
 python examples/figure.py [--out docs/any-network.png] [--points-steps N] [--signal-steps N]
 """

@@ -1,4 +1,4 @@
-"""Muon's step as a CUDA graph: captured once and replayed, beside steps launched one by one."""
+"""Muon's step as a CUDA graph: captured once and replayed, against steps launched one by one."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def check_rows(run: Run, status: int | None) -> list[Row]:
                 error = max(found["errors"].values())
                 rows.append({**row, "error": error, "limit": 1.0, "right": error <= 1})
     if status is None or (status != 0 and all(row.get("right") for row in rows)):
-        why = "; ".join(record["off"]) or "its time was over"
+        why = "; ".join(record["off"]) or "it ran out of time"
         rows.append({"case": "pmf check", "op": "check", "contestant": "pmf", "ours": True, "failed": why})
     return rows
 
@@ -156,7 +156,7 @@ def rows_of(command: Command, run: Run, status: int | None, log: Path) -> list[R
         return command.rows(run, status)
     row: dict[str, Any] = {"case": command.name, "contestant": "pmf", "ours": True, "log": log.name}
     if status is None:
-        return [{**row, "skipped": f"its time was over; {last_line(log)}"}]
+        return [{**row, "skipped": f"it ran out of time; {last_line(log)}"}]
     if status != 0:
         return [{**row, "failed": f"status {status}: {last_line(log)}"}]
     return [{**row, "right": True, "said": last_line(log)}]

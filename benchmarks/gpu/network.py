@@ -24,7 +24,7 @@ LEAST_PSNR_ERROR = bench_sampling.RANGE * 10 ** (-bench_sampling.LEAST_PSNR / 20
 
 
 def training_cases(setting: Setting) -> Iterator[Planned]:
-    """Objective, backward and optimizer beside the plain port, against which ours is checked."""
+    """Objective, backward and optimizer, timed and checked against the plain port."""
     sizes, batch_size = TRAINED[setting.scale]
     facts = {"op": "training step", "depth": sizes.depth, "batch": batch_size, "dtype": PRECISION}
     label = f"step of depth {sizes.depth}, batch {batch_size}, {PRECISION}"

@@ -3,7 +3,7 @@
 Sections are measured by a child that sends rows; the parent, which never touches the device, writes the
 record after every case. A case that raises becomes a failed row. So does a case that ends the process or
 leaves the device unusable; a new child then continues after it. A section that runs out of time is ended.
-Commands are programs of their own, ended with all their children when they run out of time.
+Commands are separate programs, ended with all their children when they run out of time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .targets import Rates, add_shares, judge
 LAST_CASE = 0.85
 """Fraction of a section's time after which it starts no new case."""
 START_S = 30.0
-"""Seconds for a process to reach its device, not counted in any section: a cold machine needs many."""
+"""Seconds for a process to reach its device, which takes long on a cold machine; not part of any section."""
 NO_TIME = "no time left in this section"
 NO_KERNELS = "this build of pmf has no CUDA kernels: install it with PMF_CUDA=on, which says what is missing"
 
@@ -45,7 +45,7 @@ class NoDeviceError(Exception):
 class Runner:
     """Measures sections one after the other into `record["sections"]`.
 
-    save: called whenever the record has changed. folder: for what commands write.
+    save: called whenever the record has changed. folder: for the output of commands.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Runner:
                 self._follow(messages)
 
     def _look(self) -> None:
-        """Let a child say what the device is, before anything else touches it."""
+        """Let a child describe the device before anything else touches it."""
         with self._child(None, 0.0) as messages:
             kind: str = "late"
             value: Any = None
@@ -221,10 +221,10 @@ def _why_not(name: str) -> str | None:
 
 
 def _call(words: list[str], log: Path, seconds: float) -> int | None:
-    """The exit status of a program, whose words go to a log; None where its time was over."""
+    """The exit status of a program, whose output goes to a log; None if it ran out of time."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as told:
-        # Python puts the current folder first (-m): that of the sources would hide an installed package.
+        # With -m Python searches the current folder first: the sources would hide an installed package.
         process = subprocess.Popen(
             words, stdout=told, stderr=subprocess.STDOUT, start_new_session=True, cwd=log.parent
         )
@@ -241,9 +241,9 @@ def _call(words: list[str], log: Path, seconds: float) -> int | None:
 def _work(
     sender: Connection, name: str, scale: Scale, section: Section | None, skip: int, spent: float
 ) -> None:
-    """The child. It sends (kind, value): "case" before a case and "rows" behind it, "end" behind the section.
+    """The child. It sends (kind, value): "case" before a case and "rows" after it, "end" after the section.
 
-    skip, spent: cases and seconds of the section that other children have had.
+    skip, spent: cases and seconds of the section that earlier children have used.
     """
     if problem := _why_not(name):
         sender.send(("absent", problem))
@@ -268,7 +268,7 @@ def _work(
             rows = run_case(planned, device, limits.case)
         except DeviceLostError as lost:
             sender.send(("lost", [{**base, "ours": True, "failed": sentence(lost)}]))
-            os._exit(1)  # tidying up would ask the device
+            os._exit(1)  # cleaning up would access the device
         sender.send(("rows", rows))
         del planned
         device.release()

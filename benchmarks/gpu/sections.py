@@ -40,14 +40,14 @@ class Section(NamedTuple):
     quick: Limits
 
     def limits(self, scale: Scale) -> Limits:
-        """On the CPU, those of a full run, but each case is timed for the minimum number of rounds."""
+        """On the CPU those of a full run, but each case is timed for only the minimum number of rounds."""
         if scale == "quick":
             return self.quick
         return self.full if scale == "full" else self.full._replace(case=0.0)
 
 
 def rates(setting: Setting) -> Iterator[Planned]:
-    """The device's limits, of which the reported fractions are."""
+    """The device's limits; results are reported as fractions of them."""
     yield pairs.copy_case(setting, torch.bfloat16)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         yield attention.gemm(setting, dtype)
@@ -58,7 +58,7 @@ def _without(op: str, cases: Iterator[Planned]) -> Iterator[Planned]:
 
 
 def attention_cases(setting: Setting) -> Iterator[Planned]:
-    """Beside torch's backends, the Triton baseline, which is correct at every length."""
+    """Torch's backends and the Triton baseline, which is correct at every length."""
     jvp_peers: dict[str, attention.Jvp] = {}
     if setting.device.device.type == "cuda":
         jvp_peers["Triton baseline"] = triton_baseline
@@ -87,7 +87,7 @@ def newton_schulz_cases(setting: Setting) -> Iterator[Planned]:
 
 
 def published_cases(setting: Setting) -> Iterator[Planned]:
-    """Attention beside the published packages that are installed; last, because some compile for long."""
+    """Attention against the published packages that are installed; last, because some compile for long."""
     if published.is_installed("gram_newton_schulz"):
         made = functools.cache(published.gram_newton_schulz)
         peers = {"gram-newton-schulz": lambda matrices: made()(matrices)}

@@ -1,8 +1,8 @@
-"""How many bits of a sum survive in a tensor core, from crafted numbers in this library's own products.
+"""How many bits a tensor core keeps in a sum, from crafted numbers in this library's products.
 
-A patch of 16 pixels times a row of 16 weights is one matrix instruction. In 1 + 2^-k - 1 the small number
-remains exact if k bits below the largest product survive. Whether lower bits are rounded shows in 1 + 1.5
-2^-k - 1, one bit further down.
+A patch of 16 pixels times a row of 16 weights is one matrix instruction. 1 + 2^-k - 1 keeps the small number
+exactly if k bits below the largest product are kept. 1 + 1.5 2^-k - 1, which has one bit more, shows whether
+lower bits are rounded.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What run_all.py compares with, beside torch: a plain Triton kernel, and published packages if installed."""
+"""Peers of run_all.py besides torch: a plain Triton kernel, and published packages if installed."""

@@ -1,14 +1,14 @@
-"""Attention and its tangent as a short Triton kernel: the baseline where no published kernel is right.
+"""Attention and its tangent as a short Triton kernel: the baseline where no published kernel is correct.
 
     S = c Q K^T, P = softmax(S), H = P o tS, tS = c (tQ K^T + Q tK^T)
     O = P V,  tO = H V - r o O + P tV,  r = rowsum(H)
 
 One program for each tile of queries of one head, which walks over the tiles of keys with a running maximum
 m; the sums of P and H and both accumulators are rescaled by exp(m_old - m_new). Keys past the end are masked,
-widths are padded to a power of two: right for any length and width. Products take the inputs' dtype and add
+widths are padded to a power of two: correct for any length and width. Products take the inputs' dtype and add
 in float32.
 
-Straight from the mathematics: no pivot is subtracted from tS, so that a large common tangent costs digits.
+It follows the mathematics directly: no pivot is subtracted from tS, so a large common tangent costs digits.
 """
 
 import torch
@@ -88,7 +88,7 @@ def _forward_jvp(
 def attention_jvp(
     query: Tensor, key: Tensor, value: Tensor, query_t: Tensor, key_t: Tensor, value_t: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(O, tO) of contiguous tensors [B, H, N, D] of one shape and dtype; scale D^-0.5."""
+    """(O, tO) of contiguous tensors [B, H, N, D] of the same shape and dtype; scale D^-0.5."""
     tensors = [x.contiguous() for x in (query, key, value, query_t, key_t, value_t)]
     if any(x.shape != query.shape for x in tensors):
         raise ValueError("the Triton baseline takes tensors [B, H, N, D] of one shape")

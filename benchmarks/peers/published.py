@@ -1,4 +1,4 @@
-"""Published packages to compare with, each where it is installed: nothing here installs anything."""
+"""Published packages to compare with, if installed: nothing here installs anything."""
 
 from __future__ import annotations
 

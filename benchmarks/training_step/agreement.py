@@ -47,9 +47,9 @@ its projection, two MLP products, their gate, two branches, two sums."""
 def limit(precision: str, depth: int) -> float:
     """Largest relative Frobenius error of a loss or gradient of one side against the other.
 
-    float64 and float32: two orders of the same sums. bfloat16: a value on the way through `depth` blocks and
-    back is rounded 2 depth ROUNDINGS_A_BLOCK times, each time independently by at most 2^-9 of itself, so
-    that the errors add in quadrature; and both sides have errors.
+    float64 and float32: two orders of the same sums. bfloat16: on its way through `depth` blocks and back a
+    value is rounded 2 depth ROUNDINGS_A_BLOCK times, each time independently by at most 2^-9 of itself, so
+    errors add in quadrature; and both sides have errors.
     """
     if precision == "bf16":
         return 2 * (2 * depth * ROUNDINGS_A_BLOCK) ** 0.5 * 2.0**-9

@@ -21,7 +21,7 @@ class StepTimes(NamedTuple):
 def interleaved(sides: Mapping[str, Side], batches: Sequence[Batch]) -> dict[str, StepTimes]:
     """One round per batch, in which every side runs one step; the starting side rotates.
 
-    Every side must have run a step before, so that nothing is compiled or allocated for the first time here.
+    Every side must have run a step before, so that no first compilation or allocation is timed.
     """
     names = list(sides)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}

@@ -46,7 +46,7 @@ def test_what_a_program_says_is_kept_whatever_becomes_of_it(tmp_path: Path) -> N
     assert time.monotonic() - started < 30
     assert rows["good"][0]["said"] == "42 passed" and rows["good"][0]["right"]
     assert rows["bad"][0]["failed"] == "status 3: half"
-    assert rows["hangs"][0]["skipped"] == "its time was over; begun"
+    assert rows["hangs"][0]["skipped"] == "it ran out of time; begun"
     assert rows["not here"][0]["skipped"] == "no such tool is on PATH"
     assert rows["last"][0]["said"] == "after all"
     assert (tmp_path / "logs" / "good.txt").read_text() == "one\n42 passed\n"

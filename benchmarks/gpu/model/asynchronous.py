@@ -1,10 +1,10 @@
-"""What Hopper does beside its warps: barriers that count in shared memory, and products of warpgroups.
+"""What Hopper does asynchronously: barriers in shared memory (mbarrier), and products of warpgroups (wgmma).
 
-A barrier of shared memory passes through phases; here each phase of each barrier is a gate of its own, that
-opens when so many arrivals have come: of warps, or of copied boxes.
+An mbarrier passes through phases. Here each phase is a separate gate, which opens after a fixed number of
+arrivals: of warps, or of copied boxes.
 
-A product (wgmma) is a warpgroup's, on all four tensor cores at once. It may begin when the group's four warps
-have issued it; products begin in that order, and mma.sync goes between two of them.
+A product (wgmma) belongs to a warpgroup and uses all four tensor cores at once. It can begin when the group's
+four warps have issued it; products begin in that order, and mma.sync can run between two of them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Protocol
 Rates = dict[str, float]
 NEVER = float("inf")
 Gate = tuple[str, int]
-"""A barrier's name, and the number of its use."""
+"""A barrier's name, and the index of the phase."""
 
 
 class Waiting(Protocol):
-    """A warp."""
+    """The part of a warp that is used here."""
 
     ready: float
 
@@ -43,7 +43,7 @@ class Gates:
                 warp.ready = last + self.latency
 
     def wait(self, gate: Gate, warp: Waiting, now: float) -> bool:
-        """Whether it is open; if not, the warp is ready when it opens."""
+        """Whether the gate is open; if not, the warp is ready when it opens."""
         opens = self.opens.get(gate)
         if opens is None:
             self._waiting.setdefault(gate, []).append(warp)
@@ -57,19 +57,19 @@ class Gates:
 class Product:
     columns: int
     shared: bool
-    """A lies in shared memory, not in registers."""
+    """Whether A is in shared memory rather than in registers."""
     closes: bool
-    """The last one of its group."""
+    """Whether it is the last one of its group."""
 
     def cycles(self, rates: Rates) -> float:
-        """Of the tensor cores: as they compute, or as shared memory brings 16 rows of B and 64 of A."""
+        """Tensor-core cycles: for computing, or for reading 16 rows of B and 64 of A from shared memory."""
         size = 2 * 16 * (self.columns + (64 if self.shared else 0))
         computed = max(self.columns * rates["wgmma_column_cycles"], rates["wgmma_least_cycles"])
         return max(computed, size / 128 * rates["shared_row_cycles"])
 
 
 class Warpgroup:
-    """Its products, in order: how many each warp has issued, how many have begun, when groups end."""
+    """A warpgroup's products in order: by how many warps each is issued, how many began, when groups end."""
 
     def __init__(self, warps: int) -> None:
         self.warps = warps
@@ -87,7 +87,7 @@ class Products:
         self._ready: deque[tuple[Warpgroup, Product]] = deque()
 
     def advance(self, now: float) -> float:
-        """Begins what can begin by now; says when the next one might."""
+        """Begin the products that can begin now; returns when the next one might."""
         while self._ready and not self.between:
             begin = max(pipe["hmma"] for pipe in self.pipes)
             if begin > now:
@@ -105,7 +105,7 @@ class Products:
         return NEVER
 
     def issue(self, group: Warpgroup, index: int, product: Product, warp: Waiting, now: float) -> bool:
-        """The warp's index-th product; False: its queue is full, the warp tries again later."""
+        """Issue the warp's index-th product; False if its queue is full and the warp must try again later."""
         if index >= group.begun + self.rates["wgmma_queue"]:
             group.waiting.append(warp)
             warp.ready = NEVER
@@ -118,7 +118,7 @@ class Products:
         return True
 
     def wait(self, group: Warpgroup, closed: int, warp: Waiting, now: float) -> bool:
-        """Whether the first `closed` groups have ended; if not, the warp tries again later."""
+        """Whether the first `closed` groups have ended; if not, the warp must try again later."""
         if closed > len(group.ends):
             group.waiting.append(warp)
             warp.ready = NEVER

@@ -1,5 +1,5 @@
-"""What the warps of Hopper's own kernels do (csrc/cuda/attention/hopper_forward.cuh): two warpgroups compute,
-three warps copy for them, and barriers are between them.
+"""What the warps of the Hopper kernels do (csrc/cuda/attention/hopper_forward.cuh): two warpgroups compute,
+three warps copy for them, and barriers synchronise them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ROWS, CONSUMERS, GROUP_WARPS = 64, 2, 4
 """Queries of a row block, warpgroups that compute, warps of each."""
 SEEDS = 2
 ITEMS = 8
-"""Of work: those simulated, the first two not counted. The consumers' shares change at every second one."""
+"""Work items to simulate; the first two are not counted. The consumers' shares alternate between items."""
 
 
 def takes(kernel: str) -> bool:
@@ -27,7 +27,7 @@ def takes(kernel: str) -> bool:
 
 @dataclass(frozen=True)
 class Work:
-    """How a launch cuts the problem, as hopper_forward.cu does."""
+    """How a launch divides the problem, as hopper_forward.cu does."""
 
     keys: int
     slots: int
@@ -36,7 +36,7 @@ class Work:
     rounds: int
     """Row blocks of each consumer in an item."""
     parts: int
-    """Items of a head."""
+    """Items per head."""
 
     @classmethod
     def of(cls, launch: Launch, problem: Problem, processors: int) -> Work:
@@ -57,7 +57,7 @@ class Work:
 
 
 class Parts:
-    """The kernel's parts, each the way that a warp takes through it."""
+    """The kernel's parts, each as the path that a warp takes through it."""
 
     def __init__(self, kernel: Kernel, name: str):
         self.kernel, self.name = kernel, name
@@ -79,7 +79,7 @@ class Parts:
         self.queries_row_block = self._way(queries, {queries}, loops[queries])
 
     def _nest(self, kind: str, which: Callable[[set[int]], bool] = lambda body: True) -> list[int]:
-        """The loops around the innermost one with such instructions, from inside out, and it."""
+        """The innermost loop with such instructions and the loops around it, from the inside out."""
         kernel = self.kernel
         able = {head: body for head, body in kernel.loops.items() if kernel.count(body, kind)}
         inner = [h for h in able if not any(o != h and o in able[h] for o in able) and which(able[h])]
@@ -93,7 +93,7 @@ class Parts:
         return Trace([each for block in path for each in self.kernel.blocks[block]])
 
     def about(self, trace: Trace, expected: str, signals: list[Signal | None]) -> Trace:
-        """The trace with its signals; `expected`: of which instructions, in order."""
+        """The trace with its signals; `expected`: the instructions that they belong to, in order."""
         kinds = {"await": "w", "arrive": "a", "box": "b"}
         found = "".join(kinds[kind] for kind, *_ in trace.code if kind in kinds)
         if found != expected:
@@ -108,13 +108,13 @@ def boxes(trace: Trace) -> int:
 def programs(
     parts: Parts, work: Work, problem: Problem, rates: Rates, share: float
 ) -> tuple[list[list[Trace]], dict[str, int]]:
-    """What each warp does, and how many arrivals the barriers wait for. `share`: of the memory's rate."""
+    """What each warp does, and the arrivals per phase of each barrier. `share`: of the memory rate."""
     a_byte = rates["clock_hz"] / (rates["memory_bytes"] * share)
     from_l2 = rates["clock_hz"] * rates["processors"] / rates["l2_bytes"]
     sides = 2 if problem.tangent else 1
 
     def row_cycles(first: int, rows: int, readers: int, instructions: int) -> float:
-        """Of a box. What the first of several readers has read the others find in the second-level cache."""
+        """Cycles of a box. Data that one of several readers has read is in the L2 cache for the others."""
         size = max(0, min(rows, problem.tokens - first)) * problem.width * 2 * sides / instructions
         return size * max(a_byte / readers, from_l2)
 
@@ -184,17 +184,15 @@ def programs(
 
 
 def predict(kernel: Kernel, launch: Launch, problem: Problem, rates: Rates) -> float:
-    """Seconds of one launch: of the block with the most items."""
+    """Seconds of one launch: those of the block with the most items."""
     processors = int(rates["processors"])
     work, parts = Work.of(launch, problem, processors), Parts(kernel, launch.kernel)
     rounds, rest = divmod(problem.heads * work.parts, processors)
 
     def times(share: float) -> tuple[float, float]:
-        """Cycles to the end of the simulated items, and of one of them."""
+        """Cycles to the end of the simulated items, and per item."""
         traces, arrivals = programs(parts, work, problem, rates, share)
-        stored = problem.tokens / (
-            work.row_blocks * ROWS
-        )  # of the rows that warps store, those that are there
+        stored = problem.tokens / (work.row_blocks * ROWS)  # the fraction of the stored rows that exist
         to_memory = rates["memory_bytes"] * share / rates["clock_hz"] / stored
         end = each = 0.0
         for seed in range(SEEDS):
@@ -206,6 +204,6 @@ def predict(kernel: Kernel, launch: Launch, problem: Problem, rates: Rates) -> f
 
     end, each = times(1 / processors)
     cycles = end + (rounds - ITEMS) * each
-    if rest:  # the last items have more of the memory's rate each
+    if rest:  # fewer blocks share the memory rate in the last items
         cycles += times(1 / rest)[1]
     return cycles / rates["clock_hz"]

@@ -1,4 +1,4 @@
-"""The kernels of a built library: which host function launches which, and their machine code."""
+"""The kernels of a built library: the host function that launches each, and their machine code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .sass import Kernel, parse
 
 
 class ToolMissingError(Exception):
-    """A program of the CUDA toolkit is not here."""
+    """A program of the CUDA toolkit is missing."""
 
 
 def _tool(name: str) -> str:
@@ -41,7 +41,7 @@ def demangled(name: str) -> str:
 
 
 def host_functions(library: Path) -> dict[int, str]:
-    """By its place in the library: a local function's mangled name, the kernel's that it launches."""
+    """Address of each local function -> its mangled name, which is that of the kernel it launches."""
     found = {}
     for line in _read("nm", library).splitlines():
         place, _, name = line.rpartition(" ")
@@ -52,7 +52,7 @@ def host_functions(library: Path) -> dict[int, str]:
 
 
 def kernels(library: Path, names: Collection[str], architecture: str = "sm_90a") -> dict[str, Kernel]:
-    """The machine code of kernels, by their mangled names."""
+    """The machine code of kernels, by mangled name."""
     cuobjdump, nvdisasm = _tool("cuobjdump"), _tool("nvdisasm")
     found = {}
     with tempfile.TemporaryDirectory() as folder:

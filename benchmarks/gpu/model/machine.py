@@ -1,7 +1,7 @@
 """One multiprocessor, cycle by cycle: four schedulers, their pipes, shared memory, copies, barriers.
 
-What the compiler decided is followed to the letter (stalls, scoreboards); what the hardware decides is a rate
-or a latency in rates.json. Each scheduler keeps to a warp while it can, then takes the oldest that may go on.
+The compiler's decisions (stalls, scoreboards) are followed exactly; those of the hardware are rates and
+latencies in rates.json. Each scheduler stays with a warp while it can, then takes the oldest that is ready.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ QUEUE = 12
 
 @dataclass(frozen=True)
 class Signal:
-    """What an instruction at a barrier of shared memory, or a copy of a box, is about."""
+    """The phase of an mbarrier that an instruction, or a copy of a box, refers to."""
 
     gate: Gate
     cycles: float = 0
-    """That a box takes on its way."""
+    """The copy time of a box."""
 
 
 @dataclass(eq=False)
 class Trace:
-    """Instructions as the machine sees them."""
+    """Instructions in the form that the model executes."""
 
     instructions: Sequence[Instruction]
     code: list[tuple[str, int, int, int, int, float, Any]] = field(init=False)
     signals: Sequence[Signal | None] = ()
-    """Of the instructions that are about one, in order; None: it does not execute."""
+    """The signals of the instructions that have one, in order; None: the instruction is not executed."""
 
     def __post_init__(self) -> None:
         self.code = [
@@ -59,14 +59,14 @@ class Trace:
         return len(self.code)
 
     def signalling(self, signals: Sequence[Signal | None]) -> Trace:
-        """The same instructions about other phases of barriers."""
+        """The same instructions with other signals."""
         other = copy.copy(self)
         other.signals = signals
         return other
 
 
 def _weight(each: Instruction) -> float:
-    """How many times its kind's unit of work an instruction is."""
+    """The work of an instruction in units of its kind."""
     if each.kind == "ldsm":
         return 4 if ".4" in each.opcode else 2 if ".2" in each.opcode else 1
     if each.kind == "fma" and each.name == "IMAD" and "MOV" not in each.opcode:
@@ -77,7 +77,7 @@ def _weight(each: Instruction) -> float:
 
 
 def _detail(each: Instruction) -> Any:
-    """Of a product: which one. Of a wait for copies or products: how many groups may be on their way."""
+    """The kind of a product; for a wait for copies or products, how many groups may still be in flight."""
     if each.kind == "wgmma":
         found = re.match(r"HGMMA\.64x(\d+)x16\.\S+ R\d+, (gdesc|R\d+)", each.text)
         if found is None:
@@ -137,7 +137,7 @@ class Block:
 
 
 class Multiprocessor:
-    """Blocks of one kind, `resident` at a time, `count` in all; ends() says in which cycle each has ended."""
+    """`count` blocks of one kind, `resident` at a time; ends() returns the cycle in which each ends."""
 
     def __init__(
         self,
@@ -148,7 +148,7 @@ class Multiprocessor:
         copy_rate: float,
         arrivals: Mapping[str, int] | None = None,
     ):
-        """`arrivals`: by the names of barriers in shared memory, of one phase."""
+        """`arrivals`: the number of arrivals per phase, by mbarrier name."""
         self.programs, self.resident, self.count = programs, resident, count
         self.rates, self.copy_rate = rates, copy_rate
         self.gates = Gates(arrivals or {}, rates["mbarrier_latency"])
@@ -169,7 +169,7 @@ class Multiprocessor:
             started += 1
 
         for i in range(min(self.resident, self.count)):
-            # Blocks that began together drift apart.
+            # Blocks that begin together drift apart.
             warps = sum(1 for each in self.programs if each)
             places = [(i * warps + warp) % SCHEDULERS for warp in range(warps)]
             start(i * rates["offset_cycles"] / self.resident, places)

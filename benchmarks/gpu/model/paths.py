@@ -1,8 +1,7 @@
-"""The way that a warp takes through a kernel when nothing is unusual: aligned tensors, no mask.
+"""The path that a warp takes through a kernel in the usual case: aligned tensors, no mask.
 
-Which branches are taken is not known from the code alone. The hot path is the one with the most products,
-then with the most copies (or the fewest, between copies), then without accesses element by element, then the
-shortest.
+The code does not say which branches are taken. The hot path is the one with the most products, then with the
+most copies (or the fewest, between copies), then without element-by-element accesses, then the shortest.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ Score = tuple[int, ...]
 
 
 HIDING = 32
-"""So many selections are more than any block has that does not hide keys."""
+"""Only blocks that hide keys have this many selections."""
 
 
 def _score(copying: bool, hiding: bool) -> Callable[[list[Instruction]], Score]:
@@ -34,7 +33,7 @@ def _score(copying: bool, hiding: bool) -> Callable[[list[Instruction]], Score]:
 def hottest(
     kernel: Kernel, start: int, ends: set[int], within: Iterable[int], copying: bool, hiding: bool = False
 ) -> list[int]:
-    """Blocks from start to the one before any of `ends`, or out of the kernel where ends is empty."""
+    """Blocks from start to the one before any of `ends`, or to the kernel's exit if `ends` is empty."""
     allowed, score = set(within), _score(copying, hiding)
     best: dict[int, tuple[Score, int | None] | None] = {}
     order: list[int] = []
@@ -83,14 +82,14 @@ def hottest(
 def expand(
     kernel: Kernel, path: list[int], copy_trips: int = 1, products: int | None = None
 ) -> list[Instruction]:
-    """The path's instructions, loops within it repeated: those of copies as told, those of products until
-    there are so many of them.
+    """The path's instructions with its loops repeated: copy loops copy_trips times, product loops until there
+    are `products` of them.
     """
     on_path = set(path)
     heads = [h for h in path if h in kernel.loops and not on_path <= kernel.loops[h]]
     outermost = [h for h in heads if not any(h in kernel.loops[o] for o in heads if o != h)]
     result: list[Instruction] = []
-    repeated: dict[int, tuple[list[int], int]] = {}  # by the last block of a loop
+    repeated: dict[int, tuple[list[int], int]] = {}  # keyed by the last block of a loop
     for head in outermost:
         body = [block for block in path if block in kernel.loops[head]]
         inside = kernel.count(body, "hmma")

@@ -1,4 +1,4 @@
-"""What the blocks of a launch do: which parts of the kernel each of their warps runs, how often."""
+"""What the blocks of a launch do: which parts of the kernel each warp runs, and how often."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from .sass import Kernel
 
 WARP = 32
 ROWS = DEPTH = 16
-"""Of one matrix instruction, with factors of 16 bits; it has 8 columns."""
+"""The size of a matrix instruction on 16-bit factors; it has 8 columns."""
 AHEAD = 2
-"""Tiles that are on their way before the first is at work: a ring of three."""
+"""Tiles in flight before the first is used: the ring has three."""
 SEEDS = 2
 GENERATIONS = 5
-"""Blocks, one after another, in each place of a multiprocessor; the first and the last are not counted."""
+"""Successive blocks in each slot of a multiprocessor; the first and the last are not counted."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """As the launcher plans it."""
+    """A launch as the launcher plans it."""
 
     kernel: str
     blocks: int
     threads: int
     tile: tuple[int, int]
-    """Rows that a block has; rows of a tile that streams past them."""
+    """Rows of a block; rows of a tile that streams past them."""
     blocks_per_processor: int
 
     @property
@@ -38,7 +38,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Problem:
-    """Attention in bfloat16: `heads` of all samples, `tokens` queries and keys each."""
+    """Attention in bfloat16: `heads` over all samples, each with `tokens` queries and keys."""
 
     name: str
     heads: int
@@ -48,7 +48,7 @@ class Problem:
     backward: bool = False
 
     def limit_seconds(self, rates: Rates) -> float:
-        """The larger of what the products and what the bytes take, if nothing else took any time."""
+        """The larger of the products' time and the bytes' time, if nothing else took any."""
         products = (15 if self.tangent else 5) if self.backward else (6 if self.tangent else 2)
         tensors = (16 if self.tangent else 8) if self.backward else (8 if self.tangent else 4)
         flops = 2.0 * products * self.heads * self.tokens**2 * self.width
@@ -57,14 +57,14 @@ class Problem:
 
 
 class UnexpectedCodeError(Exception):
-    """The machine code does not do what the tables here say of its kernel."""
+    """The machine code does not match what the tables here say about its kernel."""
 
 
 def sweeps(kernel: str, unit: int, columns: int, width: int) -> list[int]:
-    """By the kernel's readable name: the matrix instructions that a tile takes a warp, sweep by sweep."""
+    """The number of matrix instructions per warp and tile in each sweep, by the kernel's demangled name."""
     each = (unit // ROWS) * (columns // 8) * (width // DEPTH)
-    sums = (unit // ROWS) * (columns // DEPTH)  # of rows, by products with ones
-    tangent = re.findall("true|false", kernel)[0] == "true"  # of forward and keys, the first flag
+    sums = (unit // ROWS) * (columns // DEPTH)  # row sums, as products with ones
+    tangent = re.findall("true|false", kernel)[0] == "true"  # the first flag of the forward and key kernels
     if "attention_forward" in kernel:
         return [6 * each + 2 * sums if tangent else 2 * each + sums]
     if "attention_backward_tangents" in kernel:
@@ -90,7 +90,7 @@ def programs(kernel: Kernel, launch: Launch, problem: Problem) -> list[list[Trac
         at = paths.exit_of(kernel, head)
         ends = set(loops[index + 1 :][:1])
         after = paths.hottest(kernel, at, ends, every, False)
-        # The last tile may have code of its own, behind the loop.
+        # The last tile may have separate code after the loop.
         inside = tiles - (kernel.count(after, "hmma") > 0)
         for copying, count in ((True, max(0, tiles - AHEAD)), (False, inside - max(0, tiles - AHEAD))):
             path = paths.hottest(kernel, head, {head}, kernel.loops[head], copying)
@@ -104,10 +104,10 @@ def programs(kernel: Kernel, launch: Launch, problem: Problem) -> list[list[Trac
 
 
 def predict(kernel: Kernel, launch: Launch, problem: Problem, rates: Rates) -> float:
-    """Seconds of one launch. Every warp is taken to be at work, idle ones of a last block, too."""
+    """Seconds of one launch. All warps are assumed to work, even idle ones in a last block."""
     resident = max(1, launch.blocks_per_processor)
     a_cycle = 1 / rates["processors"] / rates["clock_hz"]
-    # What one block of a head has read, the others find in the second-level cache.
+    # Data that one block of a head has read is in the L2 cache for the others.
     blocks_a_head = launch.blocks / problem.heads
     copies = min(rates["l2_bytes"], rates["memory_bytes"] * blocks_a_head) * a_cycle
     traces = programs(kernel, launch, problem)

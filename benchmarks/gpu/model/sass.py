@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 SCHEDULE_BIT = 105
-"""Where an instruction's schedule begins: 4 bits of stall, 1 of yield, twice 3 and once 6 of scoreboards."""
+"""Where an instruction's schedule begins: 4 bits of stall, 1 of yield, then 3, 3 and 6 of scoreboards."""
 NO_SCOREBOARD = 7
 
 KINDS = {
@@ -38,7 +38,7 @@ KINDS = {
     "arrive": "SYNCS.ARRIVE",
     "box": "UTMALDG",
 }
-"""Of an instruction's name, or of its name and what follows it."""
+"""By kind, the names of instructions, some with their first modifier."""
 KIND_OF = {name: kind for kind, names in KINDS.items() for name in names.split()}
 
 
@@ -47,7 +47,7 @@ class Instruction:
     text: str
     stall: int
     sets: int
-    """The scoreboard released when the result is there; NO_SCOREBOARD: none."""
+    """The scoreboard released when the result is available; NO_SCOREBOARD: none."""
     frees: int
     """The scoreboard released when the operands have been read."""
     waits: int
@@ -63,7 +63,7 @@ class Instruction:
 
     @functools.cached_property
     def kind(self) -> str:
-        if self.text.startswith("@!PT"):  # never: it takes its turn and nothing else
+        if self.text.startswith("@!PT"):  # never executed: only takes an issue slot
             return "branch"
         known = KIND_OF.get(".".join(self.opcode.split(".")[:2])) or KIND_OF.get(self.name)
         return known or ("uniform" if self.name.startswith("U") else "alu")
@@ -80,7 +80,7 @@ class Instruction:
 
 @dataclass
 class Kernel:
-    """Basic blocks in the order of the code, and where each may continue."""
+    """Basic blocks in the order of the code, and the successors of each."""
 
     blocks: list[list[Instruction]] = field(default_factory=list)
     successors: list[list[int]] = field(default_factory=list)
@@ -95,7 +95,7 @@ class Kernel:
 
     @functools.cached_property
     def dominators(self) -> dict[int, set[int]]:
-        """Of every block that can be reached: the blocks on every way to it."""
+        """For every reachable block, the blocks on every path to it."""
         order, seen = [], {0}
         stack = [(0, iter(self.successors[0]))]
         while stack:
@@ -120,7 +120,7 @@ class Kernel:
 
     @functools.cached_property
     def loops(self) -> dict[int, set[int]]:
-        """By their first block: the blocks of each natural loop."""
+        """The blocks of each natural loop, by its first block."""
         result: dict[int, set[int]] = {}
         for block, over in self.dominators.items():
             for head in set(self.successors[block]) & over:
@@ -140,7 +140,7 @@ class Kernel:
 
 
 def parse(text: str) -> dict[str, Kernel]:
-    """The kernels in a listing of ``nvdisasm -c -hex``, by their mangled names."""
+    """The kernels in a listing of ``nvdisasm -c -hex``, by mangled name."""
     sections = re.split(r"^\.text\.(\w+):\n", text, flags=re.MULTILINE)
     named = zip(sections[1::2], sections[2::2], strict=True)
     return {name: _kernel(body.split("\t.section\t")[0]) for name, body in named}
