@@ -20,8 +20,8 @@ import torch
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "tests" / "emulator"
 BUILD = Path(os.environ.get("PMF_EMULATOR_DIR", ROOT / "build" / "emulator"))
-TENSOR_CORES = (24, 2, False)
-"""As the emulator adds if nobody says otherwise: bits and blocks of Ampere, but TF32 products in order."""
+TENSOR_CORES = (24, 2)
+"""As the emulator adds if nobody says otherwise: the bits and blocks of Ampere."""
 LIBRARY = BUILD / "libpmf_emulated.so"
 
 
@@ -122,12 +122,12 @@ def limits(shared_kb: int, processors: int) -> Iterator[None]:
 
 @contextmanager
 def tensor_cores(fraction_bits: int, blocks: int, library: Path = LIBRARY) -> Iterator[None]:
-    """Make tensor cores add as described in tests/emulator/runtime/sums.h, also for TF32 products.
+    """Make tensor cores add as described in tests/emulator/runtime/sums.h.
 
     0 bits: in order, rounded to nearest.
     """
     machine = ctypes.CDLL(str(library))
-    machine.pmf_emulator_tensor_cores(fraction_bits, blocks, True)
+    machine.pmf_emulator_tensor_cores(fraction_bits, blocks)
     try:
         yield
     finally:

@@ -131,10 +131,10 @@ class Runner {
       table.products[table.count++].first_tile = tiles;
       tiles += (product.symmetric ? down * (down + 1) / 2 : down * across) * count_of(product);
     }
-    plan_next_launch(kTile, kTile, kTileBlocks);
+    plan_next_launch(kTile, kTile, Products::kBlocks);
     if (!last) {
-      return launch(product_kernel<Products>, dim3(tiles), dim3(kTileThreads), kTileSharedBytes,
-                    stream_, table);
+      return launch(product_kernel<Products>, dim3(tiles), dim3(kTileThreads<Products::kParts>),
+                    kTileSharedBytes, stream_, table);
     }
     TargetTable targets{};
     targets.dtype = p_.dtype;
@@ -144,8 +144,8 @@ class Runner {
       targets.targets[i] = {matrix.target, matrix.master, static_cast<float>(matrix.scale),
                             matrix.rows > matrix.columns};
     }
-    return launch(update_kernel<Products>, dim3(tiles), dim3(kTileThreads), kTileSharedBytes,
-                  stream_, table, targets);
+    return launch(update_kernel<Products>, dim3(tiles), dim3(kTileThreads<Products::kParts>),
+                  kTileSharedBytes, stream_, table, targets);
   }
 
   int count_of(const Product& product) const {

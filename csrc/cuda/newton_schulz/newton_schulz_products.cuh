@@ -72,7 +72,7 @@ struct Tile {
 };
 
 template <class Products, bool kTransposed>
-__device__ inline void multiply(float (&c)[4][8][4], const Tile& tile) {
+__device__ inline void multiply(float (&c)[Products::kParts][8][4], const Tile& tile) {
   using Element = typename Products::Element;
   const Product& p = *tile.product;
   const auto* left = static_cast<const Element*>(p.left) +
@@ -100,7 +100,7 @@ __device__ inline void store_tile(const StagedTile& staged, const Tile& tile) {
       static_cast<const Element*>(p.left) + matrix;  // n = k where it is read
   const int top = kMirrored ? tile.column : tile.row, side = kMirrored ? tile.row : tile.column;
 #pragma unroll 4
-  for (int v = threadIdx.x; v < kTile * kAcross; v += kTileThreads) {
+  for (int v = threadIdx.x; v < kTile * kAcross; v += blockDim.x) {
     // A vector of the result: along a row; mirrored, 16 rows by two vectors a warp.
     int row = v / kAcross, column = v % kAcross * kWidth;
     if constexpr (kMirrored) {
@@ -134,15 +134,16 @@ __device__ inline void store_tile(const StagedTile& staged, const Tile& tile) {
 // On the diagonal the tile's own upper half is the mirror of its lower one.
 __device__ inline void mirror_within(const StagedTile& staged) {
   const int column = threadIdx.x;
-  for (int row = 0; row < column; ++row) *staged.at(row, column) = *staged.at(column, row);
+  for (int row = 0; column < kTile && row < column; ++row)
+    *staged.at(row, column) = *staged.at(column, row);
   __syncthreads();
 }
 
 template <class Products>
-__global__ void __launch_bounds__(kTileThreads, kTileBlocks)
+__global__ void __launch_bounds__(kTileThreads<Products::kParts>, Products::kBlocks)
     product_kernel(const __grid_constant__ WaveTable wave) {
   const Tile tile(wave);
-  float c[4][8][4];
+  float c[Products::kParts][8][4];
   if (tile.product->right_transposed) {
     multiply<Products, true>(c, tile);
   } else {
@@ -191,7 +192,7 @@ __device__ inline void update_tile(const StagedTile& staged, const Tile& tile, c
   T* const data = static_cast<T*>(target.data);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   constexpr int kBatch = 8;  // loads in flight
-  for (int batch = warp; batch < kTile * kTile / 32 / kBatch; batch += kTileThreads / 32) {
+  for (int batch = warp; batch < kTile * kTile / 32 / kBatch; batch += blockDim.x / 32) {
     int64_t at[kBatch];
     float value[kBatch], old[kBatch];
     bool valid[kBatch];
@@ -220,11 +221,11 @@ __device__ inline void update_tile(const StagedTile& staged, const Tile& tile, c
 }
 
 template <class Products>
-__global__ void __launch_bounds__(kTileThreads, kTileBlocks)
+__global__ void __launch_bounds__(kTileThreads<Products::kParts>, Products::kBlocks)
     update_kernel(const __grid_constant__ WaveTable wave,
                   const __grid_constant__ TargetTable table) {
   const Tile tile(wave);
-  float c[4][8][4];
+  float c[Products::kParts][8][4];
   multiply<Products, false>(c, tile);
   const StagedTile staged(dynamic_shared());
   staged.store(c);

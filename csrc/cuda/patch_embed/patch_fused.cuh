@@ -60,7 +60,7 @@ __device__ inline void multiply_slice(float (&c)[4][8][4], const unsigned char* 
                                       const unsigned char* right) {
 #pragma unroll 1
   for (int half = 0; half < 2; ++half) {
-    Fragments f;
+    Fragments<4> f;
     load_a(f.a, left, half, warp_row());
     load_b_transposed(f.b, right, half, warp_column());
     HalfProducts<T>::multiply(c, f);

@@ -62,7 +62,8 @@ __device__ inline void copy_words(unsigned char* place, const GridView& view, in
 
 // A thread's part of every slice of a view (SliceCopy's). kRows: rows `first` to first + kCount and
 // columns of the depth; else rows of the depth, below `end`, and columns `first` to first + kCount.
-template <class T, bool kRows, int kThreads = kTileThreads, int kCount = kTile>
+template <class T, bool kRows, int kThreads = kTileThreads<PatchProducts<T>::kParts>,
+          int kCount = kTile>
 class GridCopy {
  public:
   __device__ GridCopy(const GridView& view, int64_t first, int64_t end)
@@ -155,12 +156,12 @@ class GridCopy {
 // ---- fragments ---------------------------------------------------------------------------------
 
 // A from a slice of its transpose: kDepth rows of 128 columns.
-template <class T>
-__device__ inline void load_a_transposed(uint32_t (&a)[4][4], const unsigned char* slice, int half,
-                                         int warp_row) {
+template <class T, int kParts>
+__device__ inline void load_a_transposed(uint32_t (&a)[kParts][4], const unsigned char* slice,
+                                         int half, int warp_row) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < kParts; ++i) {
     if constexpr (sizeof(T) == 2) {
       const int row = 16 * half + lane / 16 * 8 + lane % 8;
       ldmatrix_x4_trans(a[i], slice + column_chunk<T>(row, warp_row / 8 + 2 * i + lane / 8 % 2));
@@ -225,7 +226,7 @@ __device__ inline void store_tile(const GridView& out, const GridView (&add)[2],
   constexpr int kAcross = kTile / kHeld;
   const int held = threadIdx.x % kAcross * kHeld;
   const int64_t column = first_column + held;
-  for (int r = threadIdx.x / kAcross; r < kTile; r += kTileThreads / kAcross) {
+  for (int r = threadIdx.x / kAcross; r < kTile; r += blockDim.x / kAcross) {
     const int64_t row = first_row + r;
     if (row >= out.row.count) return;
     float value[kHeld];
@@ -251,7 +252,7 @@ __device__ inline void store_tile(const GridView& out, const GridView (&add)[2],
 
 // blockIdx.x: tile of the result, columns fastest; blockIdx.y: run.
 template <class T, bool kLeftRows, bool kRightRows>
-__global__ void __launch_bounds__(kTileThreads, kTileBlocks)
+__global__ void __launch_bounds__(kTileThreads<PatchProducts<T>::kParts>, PatchProducts<T>::kBlocks)
     patch_product_kernel(const __grid_constant__ PatchProduct p) {
   unsigned char* const shared = dynamic_shared();
   const int64_t row_tile = blockIdx.x / p.column_tiles;
@@ -275,27 +276,30 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
     }
     cp_async_commit();  // an empty group past the end keeps the count of those in flight
   };
-  float c[4][8][4] = {};
+  constexpr int kParts = PatchProducts<T>::kParts;
+  float c[kParts][8][4] = {};
   for (int slice = 0; slice < kStages - 1; ++slice) copy(slice);
   for (int slice = 0; slice < slices; ++slice) {
     cp_async_wait<kStages - 2>();
     __syncthreads();  // everyone's share of the slice is there; the slice before is read
     copy(slice + kStages - 1);
-#pragma unroll 1
-    for (int half = 0; half < 2; ++half) {
-      Fragments f;
-      if constexpr (kLeftRows) {
-        load_a(f.a, stage_of(slice), half, warp_row());
-      } else {
-        load_a_transposed<T>(f.a, stage_of(slice), half, warp_row());
-      }
-      if constexpr (kRightRows) {
-        load_b_transposed(f.b, stage_of(slice) + kOperandBytes, half, warp_column());
-      } else {
-        load_b<T>(f.b, stage_of(slice) + kOperandBytes, half, warp_column());
-      }
-      PatchProducts<T>::multiply(c, f);
-    }
+    const unsigned char* const stage = stage_of(slice);
+    multiply_slice<PatchProducts<T>>(
+        c,
+        [&](auto& a, int half) {
+          if constexpr (kLeftRows) {
+            load_a(a, stage, half, warp_row<kParts>());
+          } else {
+            load_a_transposed<T>(a, stage, half, warp_row<kParts>());
+          }
+        },
+        [&](auto& b, int half, int j) {
+          if constexpr (kRightRows) {
+            load_b_transposed(b, stage + kOperandBytes, half, warp_column<kParts>() + 8 * j);
+          } else {
+            load_b<T>(b, stage + kOperandBytes, half, warp_column<kParts>() + 8 * j);
+          }
+        });
   }
   cp_async_wait<0>();
   __syncthreads();  // the tile takes the slices' place

@@ -70,9 +70,9 @@ cudaError_t launch_product(const PatchProduct& product, cudaStream_t stream) {
   const int64_t runs = product.runs[0] + product.runs[1];
   if (tiles * runs == 0) return cudaSuccess;
   const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(runs));
-  plan_next_launch(kTile, kTile, kTileBlocks);
-  return launch(patch_product_kernel<T, kLeftRows, kRightRows>, grid, dim3(kTileThreads),
-                kTileSharedBytes, stream, product);
+  plan_next_launch(kTile, kTile, PatchProducts<T>::kBlocks);
+  return launch(patch_product_kernel<T, kLeftRows, kRightRows>, grid,
+                dim3(kTileThreads<PatchProducts<T>::kParts>), kTileSharedBytes, stream, product);
 }
 
 }  // namespace pmf::cuda

@@ -17,8 +17,8 @@ PMF_EXPORT void pmf_emulator_limits(int64_t shared_per_block, int64_t shared_per
   now = {shared_per_block, shared_per_processor, processors};
 }
 
-PMF_EXPORT void pmf_emulator_tensor_cores(int fraction_bits, int blocks, bool cuts_tf32) {
-  tensor_cores = {fraction_bits, blocks, cuts_tf32};
+PMF_EXPORT void pmf_emulator_tensor_cores(int fraction_bits, int blocks) {
+  tensor_cores = {fraction_bits, blocks};
 }
 
 // Another seed is another order of warps and blocks.

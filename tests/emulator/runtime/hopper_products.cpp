@@ -204,7 +204,7 @@ void Hopper::compute(const Pending& op, Chain& sums) {
         return &sums.sums[size_t(lane * count) + 4 * j + size_t(row / 8 * 2 + column % 2)];
       };
       for (int n = 0; n < kColumns; ++n) c[n] = product.adds ? *place(n) : 0.0f;
-      add_products(c, a[row], b[j], kDepth, false);
+      add_products(c, a[row], b[j], kDepth);
       for (int n = 0; n < kColumns; ++n) *place(n) = c[n];
     }
   }

@@ -73,7 +73,7 @@ void multiply_warp(Element element) {
     Lane* lanes = &w.lanes[row % 8 * 4];
     for (int t = 0; t < 4; ++t)
       c[2 * t] = lanes[t].c[2 * half], c[2 * t + 1] = lanes[t].c[2 * half + 1];
-    add_products(c, f.a[row], f.b, depth, element == Element::tf32);
+    add_products(c, f.a[row], f.b, depth);
     for (int t = 0; t < 4; ++t)
       lanes[t].c[2 * half] = c[2 * t], lanes[t].c[2 * half + 1] = c[2 * t + 1];
   }

@@ -83,9 +83,8 @@ int exponent_of(float x, int least) {
   return std::max(static_cast<int>(word >> 23 & 0xff) - 127, least);
 }
 
-void add_products(float (&c)[kColumns], const Row& a, const Columns& b, int depth, bool tf32) {
-  if (tensor_cores.fraction_bits == 0 || (tf32 && !tensor_cores.cuts_tf32))
-    return add_in_order(c, a, b, depth);
+void add_products(float (&c)[kColumns], const Row& a, const Columns& b, int depth) {
+  if (tensor_cores.fraction_bits == 0) return add_in_order(c, a, b, depth);
   float plain[kColumns];
   std::copy_n(c, kColumns, plain);
   bool finite[kColumns], all = true;

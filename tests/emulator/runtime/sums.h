@@ -15,9 +15,6 @@ constexpr int kColumns = 8, kMostDepth = 16;
 // What a test may set (tests/helpers/emulator.py). 0 bits: fp32 sums in order, rounded to nearest.
 struct TensorCores {
   int fraction_bits = 24, blocks = 2;
-  // Whether sums of TF32 products are cut, too: attention's fp32 forward exceeds its bounds then,
-  // as it sums over all keys inside the instruction.
-  bool cuts_tf32 = false;
 };
 inline TensorCores tensor_cores;
 
@@ -38,6 +35,6 @@ struct Columns {
 int exponent_of(float x, int least);
 
 // c += a B, over `depth` terms.
-void add_products(float (&c)[kColumns], const Row& a, const Columns& b, int depth, bool tf32);
+void add_products(float (&c)[kColumns], const Row& a, const Columns& b, int depth);
 
 }  // namespace pmf::emulator
