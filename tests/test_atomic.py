@@ -28,7 +28,7 @@ def test_folder_is_absent_after_an_error_and_can_be_written_again(tmp_path: Path
     assert (tmp_path / "step-1" / "a").read_bytes() == b"two"
 
 
-def test_folder_takes_the_place_of_what_a_killed_process_left(tmp_path: Path) -> None:
+def test_folder_replaces_the_leftovers_of_a_killed_process(tmp_path: Path) -> None:
     partial = tmp_path / ".step-1.partial"
     partial.mkdir()
     (partial / "a").write_bytes(b"half")

@@ -1,4 +1,4 @@
-"""The compiled parts: exports, dependencies and guarantees, and error messages of the build."""
+"""The compiled parts: exports, dependencies, guarantees, and the build's error messages."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_only_introspection_is_exported() -> None:
     assert exported == {f"pmf::{name}" for name in EXPORTS}
 
 
-def test_needs_only_the_stable_abi_of_torch() -> None:
+def test_uses_only_the_stable_abi_of_torch() -> None:
     """No mangled C++ symbol of libtorch or c10: these change with every release, and with the compiler."""
     needed = [name for _, name in symbols("--undefined-only")]
     assert not [name for name in needed if re.match(r"(at|c10|torch|caffe2)::", name)]
@@ -67,7 +67,7 @@ def test_needs_only_the_stable_abi_of_torch() -> None:
     assert "torch_parallel_for" in stable
 
 
-def test_cuda_is_a_weak_need() -> None:
+def test_cuda_symbols_are_weak() -> None:
     """aoti_torch_get_current_cuda_stream exists only in CUDA builds of PyTorch."""
     kinds = {name: kind for kind, name in symbols("--undefined-only")}
     assert kinds.get("aoti_torch_get_current_cuda_stream", "w") == "w"
@@ -82,7 +82,7 @@ def test_no_search_path_is_baked_in() -> None:
     assert not [name for name in needed if "cuda" in name or "python" in name]
 
 
-def test_newest_glibc_is_the_promised_one() -> None:
+def test_newest_required_glibc_is_as_promised() -> None:
     """The manylinux tag is determined from the library in the same way."""
     setup = load_setup()
     assert setup.newest_glibc([_library.LIBRARY]) <= NEWEST_GLIBC
@@ -94,7 +94,7 @@ def test_newest_glibc_is_the_promised_one() -> None:
 def test_every_schema_is_complete() -> None:
     """Each op has a CPU and a CUDA kernel registered (a CUDA one may raise), so that none falls through."""
     schemas = [x for x in torch._C._jit_get_all_schemas() if x.name.startswith("pmf::")]
-    # What takes no tensor is a question or a setting, of the whole library.
+    # Schemas without tensors query or set something of the whole library.
     names = {x.name for x in schemas if any("Tensor" in str(argument.type) for argument in x.arguments)}
     assert {"pmf::attention_jvp_backward", "pmf::muon_step"} <= names
     for name in names:
@@ -191,7 +191,7 @@ def test_attention_memory_is_linear_in_the_length(backward: bool, tangent: bool)
     base, wide = plan(1024, 1024), plan(1024, 4096)
     assert base["workspace_bytes"] < wide["workspace_bytes"] <= 4.1 * base["workspace_bytes"]
     assert plan(8192, 1024)["workspace_bytes"] == base["workspace_bytes"]
-    assert base["workspace_bytes"] < 1024 * 1024 * 4 * 2 * 3  # one score matrix a head, which nobody makes
+    assert base["workspace_bytes"] < 1024 * 1024 * 4 * 2 * 3  # a score matrix per head, never stored
     products = {(False, False): 2, (False, True): 6, (True, False): 5, (True, True): 15}[backward, tangent]
     assert base["flops"] == products * 2 * 2 * 3 * 1024 * 1024 * 64
 
@@ -255,7 +255,7 @@ def test_missing_library_is_one_sentence_and_import_works(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("with_cuda", [0, 1])
 def test_ops_compile_with_and_without_cuda(with_cuda: int) -> None:
-    """A machine with nvcc never compiled what every other one does: no install worked there."""
+    """Machines with nvcc never compiled the build without CUDA, which broke unnoticed."""
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler")
@@ -274,7 +274,7 @@ def test_ops_compile_with_and_without_cuda(with_cuda: int) -> None:
 
 
 def test_building_without_torch_is_one_sentence(tmp_path: Path) -> None:
-    """Users of such packages first meet "No module named 'torch'" while building."""
+    """Without this message, users would see "No module named 'torch'" while building."""
     venv.create(tmp_path / "empty", with_pip=False)
     setup = load_setup()
     script = (
@@ -311,7 +311,7 @@ def test_build_jobs_follow_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("value", "sentence"), [("maybe", "must be auto, on or off"), ("on", "no nvcc was found")]
 )
-def test_pmf_cuda_that_cannot_be_had_is_one_sentence(value: str, sentence: str) -> None:
+def test_impossible_pmf_cuda_is_one_sentence(value: str, sentence: str) -> None:
     done = decide_on_cuda(f"-DPMF_CUDA={value}")
     assert done.returncode != 0
     assert sentence in " ".join(done.stderr.split())
@@ -321,7 +321,7 @@ def test_pmf_cuda_that_cannot_be_had_is_one_sentence(value: str, sentence: str) 
     ("library", "reason"),
     [(None, "as this PyTorch has no CUDA (PMF_CUDA=on"), ("libtorch_cuda.so", "no nvcc found")],
 )
-def test_cuda_kernels_are_compiled_unasked_only_for_a_pytorch_with_cuda(
+def test_cuda_kernels_are_compiled_by_default_only_for_a_pytorch_with_cuda(
     library: str | None, reason: str, tmp_path: Path
 ) -> None:
     """With nvcc, installing took four minutes on machines whose PyTorch could not use the kernels."""

@@ -1,4 +1,4 @@
-"""Weights on disk: what is read back, and every file that must be rejected."""
+"""Weights on disk: round trips, and every file that must be rejected."""
 
 import pickle
 from pathlib import Path
@@ -52,7 +52,7 @@ def test_own_file_builds_the_same_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "net."])
-def test_authors_state_dict_loads_without_naming_its_shape(
+def test_authors_state_dict_loads_without_its_preset(
     tmp_path: Path, official: dict[str, torch.Tensor], prefix: str
 ) -> None:
     torch.save({prefix + name: tensor for name, tensor in official.items()}, tmp_path / "theirs.pth")
@@ -81,7 +81,7 @@ def test_the_v_head_can_be_left_out(tmp_path: Path, official: dict[str, torch.Te
             assert torch.equal(*images)
 
 
-def test_authors_file_of_no_preset_asks_for_its_noise(
+def test_authors_file_matching_no_preset_asks_for_its_noise_scale(
     tmp_path: Path, official: dict[str, torch.Tensor]
 ) -> None:
     torch.save(official, tmp_path / "theirs.pth")
@@ -108,7 +108,7 @@ def test_truncated_authors_file_is_named(
 
 
 class Payload:
-    """Unpickling this would run code."""
+    """Unpickling an instance runs code."""
 
     executed = False
 
@@ -176,7 +176,7 @@ def test_weights_of_another_shape_are_named(
         checkpoint.assign_weights(tiny_model(**settings), tensors, weights_file)
 
 
-def test_a_run_folder_gives_its_newest_checkpoint_and_the_average_asked_for(tmp_path: Path) -> None:
+def test_a_run_folder_gives_its_newest_checkpoint_and_the_requested_average(tmp_path: Path) -> None:
     models_by_file = {}
     for step in (9, 10):
         folder = checkpoint.step_folder(tmp_path, step)
@@ -197,7 +197,7 @@ def test_a_run_folder_gives_its_newest_checkpoint_and_the_average_asked_for(tmp_
         checkpoint.load_checkpoint(tmp_path / "checkpoints")
 
 
-def test_bytes_that_are_not_a_checkpoint_are_one_sentence(tmp_path: Path) -> None:
+def test_junk_instead_of_a_checkpoint_is_one_sentence(tmp_path: Path) -> None:
     """The unpickler reads "junk" as an instruction, and struct fails."""
     (tmp_path / "x.pth").write_bytes(b"junk")
     with pytest.raises(UserError, match="truncated or not a PyTorch file"):

@@ -1,4 +1,4 @@
-"""torch.compile of the whole network in training: what it learns, and how many graphs it needs."""
+"""torch.compile of the whole network in training: its losses, and how many graphs it needs."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ BATCH = 6
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
-    """No graphs from other tests, and one thread: on work this small two only wait for each other."""
+    """No graphs from other tests, and one thread: on work this small, two only wait for each other."""
     torch.compiler.reset()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -92,8 +92,8 @@ def test_compiled_training_follows_eager(model: PixelMeanFlow, dtype: torch.dtyp
     assert relative(losses[1:], losses[:-1]) > 10 * of_losses  # the steps differ by more than the limits
 
 
-def test_all_kinds_of_batches_share_the_graphs_that_torch_compile_allows(model: PixelMeanFlow) -> None:
-    """The rows of guidance and tangents vary between steps; few numbers of them give a new graph."""
+def test_all_kinds_of_batches_fit_in_torch_compiles_limit_of_graphs(model: PixelMeanFlow) -> None:
+    """The row counts of guidance and tangents vary between steps; few of them need a new graph."""
     graphs = []
 
     def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:

@@ -142,7 +142,7 @@ def test_draws_of_the_global_generator_are_the_same():
             equal(Objective().draw(IMAGES, LABELS), expected)
 
 
-def test_draws_made_in_inference_mode_can_be_trained_with():
+def test_draws_from_inference_mode_can_be_trained_with():
     with torch.inference_mode():
         draws = Objective().draw(IMAGES, LABELS, g())
     Objective()(MODEL, IMAGES, LABELS, draws).loss.backward()
@@ -279,7 +279,7 @@ def test_newton_schulz_in_inference_mode_may_use_all_threads():
         torch.set_num_threads(before)
 
 
-def test_factory_defaults_end():
+def test_factory_defaults_are_restored():
     with default_dtype(torch.float64), default_device("meta"):
         with pytest.raises(KeyError), factory_defaults():
             assert torch.zeros(1).dtype == torch.float32 and torch.zeros(1).device.type == "cpu"

@@ -28,7 +28,7 @@ def kernels_again() -> Iterator[None]:
 
 
 class _Without:
-    """torch.ops.pmf of which the named ops may not be called."""
+    """torch.ops.pmf, in which the named ops must not be called."""
 
     def __init__(self, *prefixes: str) -> None:
         self._ops, self._prefixes, self.used = torch.ops.pmf, prefixes, set[str]()
@@ -42,7 +42,7 @@ class _Without:
 HARMLESS = ("newton_schulz_segments", "cpu_level")  # these compute nothing
 
 
-def test_words_that_are_understood() -> None:
+def test_valid_choices() -> None:
     assert kernels.parse("auto") == kernels.parse("") == frozenset()
     assert kernels.parse("reference") == frozenset(kernels.NAMES)
     assert kernels.parse(" reference: attention , ema ") == {"attention", "ema"}
@@ -63,7 +63,7 @@ def test_words_that_are_understood() -> None:
         ),
     ],
 )
-def test_words_that_are_not(text: str, sentence: str, capsys: Any, tmp_path: Path) -> None:
+def test_invalid_choices(text: str, sentence: str, capsys: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError) as problem:
         kernels.parse(text)
     assert str(problem.value).startswith(sentence)
@@ -82,8 +82,8 @@ def test_words_that_are_not(text: str, sentence: str, capsys: Any, tmp_path: Pat
     assert done.stderr.count(f"error: {sentence}") == 2 and len(done.stderr.splitlines()) == 2
 
 
-def test_every_function_belongs_to_an_op_that_can_be_named() -> None:
-    """Except the branches of a block, whose ops choose for themselves."""
+def test_every_function_belongs_to_a_named_op() -> None:
+    """Except the branches of a block, whose ops choose separately."""
     found = {f.family() for name, f in functions.items() if "branch" not in name}
     assert found | {"ema", "muon", "newton_schulz", "product"} == set(kernels.NAMES)
 
@@ -121,7 +121,7 @@ def test_a_training_step_on_references_runs_no_kernel(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("name", ["attention", "rms_norm", "rotary_qk_norm", "swiglu", "patch_embed"])
-def test_named_ops_alone_take_their_references(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_named_ops_use_their_references(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = step()
     kernels.choose(f"reference:{name}")
     without = _Without(name)
@@ -131,15 +131,15 @@ def test_named_ops_alone_take_their_references(name: str, monkeypatch: pytest.Mo
 
 
 @pytest.mark.skipif(not EMULATED, reason="needs the emulator")
-def test_float64_on_a_gpu_is_the_references_in_branches_too() -> None:
-    """The kernels have no float64; the fused branches asked for them and failed."""
+def test_float64_on_a_gpu_uses_references_in_branches_too() -> None:
+    """CUDA kernels have no float64; the fused branches called them and failed."""
     expected = step(torch.float64)
     with at_level("emulated"):
         found = step(torch.float64)
     assert distance(found, expected) < 1e-9
 
 
-def test_compiled_code_takes_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_code_uses_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels.choose("reference")
     monkeypatch.setattr(torch.ops, "pmf", _Without("swiglu", "rms_norm"))
     x, w = torch.randn(3, 4, requires_grad=True), torch.randn(4, requires_grad=True)
@@ -154,7 +154,7 @@ def test_compiled_code_takes_the_references(monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(gradients, torch.autograd.grad(expected, (x, w)))
 
 
-def test_env_tells_the_choice(capsys: pytest.CaptureFixture[str]) -> None:
+def test_env_reports_the_choice(capsys: pytest.CaptureFixture[str]) -> None:
     kernels.choose("reference:swiglu,ema")
     assert env.facts()["ops by"] == "references for ema, swiglu"
     kernels.choose("auto")
@@ -166,7 +166,7 @@ def test_env_tells_the_choice(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
-    """What the reminder looks at of a tensor on a GPU that is not there."""
+    """The attributes of a tensor on an imaginary GPU that the reminder reads."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(checked, "_reminded", set())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -181,7 +181,7 @@ def reminders(x: Any) -> list[str]:
     return [str(warning.message) for warning in caught]
 
 
-def test_an_unchecked_gpu_is_told_of_once(gpu: Any) -> None:
+def test_an_unchecked_gpu_warns_once(gpu: Any) -> None:
     assert reminders(torch.ones(1)) == []
     (said,) = reminders(gpu)
     assert "not been checked on this Test Card" in said and "run `pmf check`" in said
@@ -190,7 +190,7 @@ def test_an_unchecked_gpu_is_told_of_once(gpu: Any) -> None:
     assert len(reminders(other)) == 1
 
 
-def test_a_checked_gpu_is_not(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checked_gpu_does_not_warn(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert checked.mark("Test Card", True) and checked.passed_on("Test Card") is not None
     assert reminders(gpu) == []
     checked._reminded.clear()
@@ -198,7 +198,7 @@ def test_a_checked_gpu_is_not(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None
     assert len(reminders(gpu)) == 1
 
 
-def test_a_check_that_fails_takes_the_mark_away(gpu: Any) -> None:
+def test_a_failed_check_removes_the_record(gpu: Any) -> None:
     checked.mark("Test Card", True)
     checked.mark("Other", True)
     checked.mark("Test Card", False)
@@ -206,7 +206,7 @@ def test_a_check_that_fails_takes_the_mark_away(gpu: Any) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '"x"', '{"a": 1}'])
-def test_a_damaged_file_of_marks_is_none(gpu: Any, tmp_path: Path, content: str) -> None:
+def test_a_damaged_file_of_records_counts_as_none(gpu: Any, tmp_path: Path, content: str) -> None:
     (tmp_path / "pixelmeanflow").mkdir()
     (tmp_path / "pixelmeanflow" / "checked.json").write_text(content)
     assert checked.passed_on("Test Card") is None
@@ -214,7 +214,7 @@ def test_a_damaged_file_of_marks_is_none(gpu: Any, tmp_path: Path, content: str)
     assert checked.mark("Test Card", True) and checked.passed_on("Test Card") is not None
 
 
-def test_no_home_and_no_writable_folder_are_no_marks(
+def test_without_home_or_writable_folder_there_are_no_records(
     gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -232,7 +232,7 @@ def test_no_home_and_no_writable_folder_are_no_marks(
     assert len(reminders(gpu)) == 1
 
 
-def test_every_raw_operator_reminds(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_raw_operator_warns(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(checked, "remind", lambda x: seen.append(x.shape))
     x = torch.ones(2, 3)

@@ -31,7 +31,7 @@ FLOORS = (
 )
 TOP = {"__init__", "__main__"}  # the package itself, which re-exports
 
-# Where every op is named: the names there, and the ops that need none.
+# Lists that name every op: the names in each, and the ops that it may omit.
 LISTS = {
     "__all__ of pmf/ops/__init__.py": (pmf.ops.__all__, set()),
     "__all__ of pmf/reference/__init__.py": (pmf.reference.__all__, set()),
@@ -67,8 +67,8 @@ def test_each_op_has_each_part_or_a_reason(part, stem):
         assert not found, f"{found[0].relative_to(ROOT)} is there: take it off the table of absent parts"
 
 
-def test_headers_have_names_of_their_own():
-    """An editor's "open file" finds one; the emulator's stand-ins are named after what they replace."""
+def test_header_names_are_unique():
+    """So "open file" in an editor finds one; the emulator's stand-ins are named after what they replace."""
     names = [path.name for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh")]
     assert len(names) > 40
     assert sorted(names) == sorted(set(names))
@@ -109,7 +109,7 @@ def test_no_op_lives_outside_its_stem():
             assert modules == {*STEMS, *VARIANTS}
 
 
-def test_every_module_stands_on_a_floor():
+def test_every_module_belongs_to_a_layer():
     here = {path.stem for path in (ROOT / "pmf").iterdir() if path.suffix == ".py" or _is_package(path)}
     assert here == set.union(TOP, *FLOORS)
 

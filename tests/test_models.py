@@ -134,7 +134,7 @@ def test_both_heads_predict_zero_at_the_start() -> None:
     assert not out.u.any() and not out.v.any() and not out.u_t.any()
 
 
-def test_only_the_heads_asked_for_are_computed() -> None:
+def test_only_the_requested_heads_are_computed() -> None:
     model, images, given = PixelMeanFlow(TINY), torch.randn(2, 1, 8, 8), condition(TINY, 2)
     for heads, present in (("u", (True, False)), ("v", (False, True)), ("uv", (True, True))):
         out = model(images, given, heads=heads)
@@ -208,7 +208,7 @@ def test_the_authors_names_load(prefix: str) -> None:
 
 @pytest.mark.parametrize("prefix", ["", "net."])
 @pytest.mark.parametrize("v_head", [True, False])
-def test_the_authors_names_come_back(prefix: str, v_head: bool) -> None:
+def test_the_authors_names_round_trip(prefix: str, v_head: bool) -> None:
     theirs = to_authors_names(PixelMeanFlow(replace(TINY, v_head=v_head)).state_dict())
     given = {prefix + name: tensor for name, tensor in theirs.items()}
     again = to_official(from_official(given), prefix)
@@ -238,7 +238,7 @@ def test_a_checkpoint_without_v_head_samples_and_says_why_it_cannot_train() -> N
 
 
 @pytest.mark.parametrize("authors", [True, False])
-def test_what_is_left_over_or_missing_is_named(authors: bool) -> None:
+def test_unknown_and_missing_weights_are_named(authors: bool) -> None:
     def rename(name: str) -> str:
         return next(iter(to_authors_names({name: torch.zeros(1, 1)}))) if authors else name
 
@@ -253,7 +253,7 @@ def test_what_is_left_over_or_missing_is_named(authors: bool) -> None:
         broken = dict(good)
         del broken[rename(name)]
         if name == "position" and not authors:
-            continue  # what tells our names from theirs
+            continue  # what distinguishes our names from theirs
         with pytest.raises(ValueError, match=f"missing {rename(name)}"):
             from_official(broken)
     with pytest.raises(ValueError, match="unknown u_head.0.attn.bias"):
@@ -262,7 +262,7 @@ def test_what_is_left_over_or_missing_is_named(authors: bool) -> None:
         from_official({})
 
 
-def test_configuration_is_read_off_the_shapes() -> None:
+def test_configuration_is_inferred_from_the_shapes() -> None:
     config = replace(TINY, condition_tokens=(3, 1, 2, 2, 1), bottleneck=24, mlp_width=40, noise_scale=2.0)
     read = config_from_state_dict(to_authors_names(PixelMeanFlow(config).state_dict()), noise_scale=2.0)
     assert read == config
@@ -280,7 +280,7 @@ def test_configuration_survives_json() -> None:
 
     for config in (*CONFIGS.values(), TINY):
         assert ModelConfig(**json.loads(json.dumps(asdict(config)))) == config
-    counted = ModelConfig(  # as of labels.max() + 1
+    counted = ModelConfig(  # such as labels.max() + 1
         num_classes=np.int64(10),
         condition_tokens=np.ones(5, int),
         image_size=np.array([32, 64]),
@@ -312,7 +312,7 @@ def test_configuration_survives_json() -> None:
         ({"condition_tokens": (1, 1, 1, 0, 1)}, "condition_tokens must be five counts"),
     ],
 )
-def test_settings_that_make_no_model_are_refused(settings: dict, message: str) -> None:
+def test_invalid_settings_are_rejected(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(TINY, **settings)
 
@@ -324,7 +324,7 @@ def test_a_model_can_be_copied_and_pickled() -> None:
         assert twin.config == TINY and torch.equal(twin.cos, model.cos)
 
 
-def test_the_package_shows_what_others_rely_on() -> None:
+def test_the_package_exports_what_others_rely_on() -> None:
     assert pmf.create_model is create_model
     assert pmf.PixelMeanFlow is PixelMeanFlow
     assert pmf.sample is pmf.flow.sampler.sample

@@ -9,7 +9,7 @@ import pmf
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_tables_are_those_of_the_committed_records():
+def test_tables_match_the_committed_records():
     spec = importlib.util.spec_from_file_location("readme_table", ROOT / "benchmarks" / "readme_table.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -19,7 +19,7 @@ def test_tables_are_those_of_the_committed_records():
         assert module.with_tables(text) == text, f"{page.name}: run python benchmarks/readme_table.py --write"
 
 
-def test_the_digits_network_is_as_large_as_it_says():
+def test_the_digits_network_has_the_stated_size():
     sampling = sum(
         p.numel() for name, p in pmf.create_model("digits").named_parameters() if not name.startswith("v_")
     )

@@ -14,12 +14,12 @@ def test_the_height_comes_first_everywhere() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "0", "32x", "x64", "32x0", "-8", "3.5", "32x64x3", "32,64", "wide"])
-def test_words_that_are_no_size(text: str) -> None:
+def test_invalid_words(text: str) -> None:
     with pytest.raises(ValueError, match="must be a number"):
         parse_size(text)
 
 
 @pytest.mark.parametrize("size", [0, -1, True, 3.5, "32", None, (8,), (8, 0), (8, 2.5), (1, 2, 3)])
-def test_objects_that_are_no_size(size: object) -> None:
+def test_invalid_objects(size: object) -> None:
     with pytest.raises(ValueError, match="must be a number of at least 1"):
         height_and_width(size)  # type: ignore[arg-type]

@@ -47,7 +47,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 def digits(seed: int = 0) -> models.PixelMeanFlow:
     torch.manual_seed(seed)
     model = pmf.create_model("digits", hidden_size=16, depth=2, head_depth=1, mlp_width=24, bottleneck=4)
-    with torch.no_grad():  # both heads begin as zero, whatever the input
+    with torch.no_grad():  # both heads initially give zero, whatever the input
         for p in model.parameters():
             p.add_(0.02 * torch.randn(p.shape))
     return model
@@ -59,12 +59,12 @@ def small() -> nn.Module:
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-def test_names_in_front_are_seen_through(prefix):
+def test_wrapper_prefixes_are_removed(prefix):
     names = ["block.0.weight", "module_list.weight", "head.module.bias"]
     assert plain_names(prefix + name for name in names) == names
 
 
-def test_names_inside_and_names_that_are_the_model_s_own():
+def test_wrapper_names_inside_and_the_models_own_names():
     assert plain_names(["blocks._orig_mod.0.weight", "head.weight"]) == ["blocks.0.weight", "head.weight"]
     own = ["module.weight", "head.weight"]
     assert plain_names(own) == own
@@ -81,7 +81,7 @@ def test_unwrapped(name):
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_optimizer_and_averages_resume_without_the_wrapper_and_with(name):
+def test_optimizer_and_averages_resume_with_and_without_the_wrapper(name):
     def trained(model: nn.Module, steps: range, state: tuple | None = None) -> tuple[list[Tensor], tuple]:
         optimizer, ema = Muon(model, lr=0.1), EMA(model, (0.1,))
         if state is not None:
@@ -106,8 +106,8 @@ def test_optimizer_and_averages_resume_without_the_wrapper_and_with(name):
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-def test_states_with_names_from_before(prefix):
-    """From versions that kept the wrapper's names."""
+def test_states_saved_with_wrapper_names(prefix):
+    """Wrapper prefixes in saved names are ignored."""
     model = small()
     optimizer, ema = Muon(model, lr=0.1), EMA(model, (0.1,))
     saved, averages = optimizer.state_dict(), ema.state_dict()

@@ -51,7 +51,7 @@ def test_growth_is_that_of_the_ratios() -> None:
     assert (one["means"], one["holds"], one["seeds_that_agree"]) == ([3.0, 3.0], "no", 1)
 
 
-def test_the_judge_knows_digits_from_noise() -> None:
+def test_the_judge_distinguishes_digits_from_noise() -> None:
     """Real images are closer than mirrored ones, and these closer than noise, in features and in pixels."""
     dataset = load_digits()
     split = Split.of(dataset, 500)
@@ -69,7 +69,7 @@ def test_the_judge_knows_digits_from_noise() -> None:
     assert noise["recognised"] < 0.3 < mirrored["recognised"] < reference.real["recognised"]
 
 
-def test_the_judge_takes_any_size_and_pixels_are_averaged_down() -> None:
+def test_the_judge_accepts_any_size_and_pixels_are_averaged_down() -> None:
     for channels, size in ((1, 8), (1, 28), (3, 32)):
         images = torch.randn(2, channels, size, size)
         assert Judge(channels, size, 4)(images).shape == (2, 4)

@@ -9,7 +9,7 @@ from pmf.errors import UserError
 from pmf.training import get_preset
 
 
-def test_the_judge_of_other_data_is_not_taken_for_this_study(tmp_path: Path) -> None:
+def test_a_judge_of_other_data_is_rejected(tmp_path: Path) -> None:
     base = get_preset("digits", steps=1, minutes=None)
     study = Study(base, [Variant("a")], [0], tmp_path, samples=16, judge_steps=1)
     expected = study.prepare().accuracy

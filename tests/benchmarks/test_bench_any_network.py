@@ -10,7 +10,7 @@ import torch
 DIT = ["bench_any_network.py", "--quick", "--rounds", "1", "--networks", "dit"]
 
 
-def test_one_wrong_gradient_is_noticed():
+def test_one_wrong_gradient_is_detected():
     right = torch.tensor(2.0), torch.ones(3), torch.zeros(2)
     assert bench.agreement(right, right) == 0
     assert bench.agreement((right[0], right[1] * 1.01, right[2]), right) > bench.LIMIT
@@ -38,5 +38,5 @@ def test_quick_run_ends_with_both_ratios(tmp_path, monkeypatch, capsys):
     assert all(row["error"] <= bench.LIMIT and row["median_ms"] > 0 for row in rows)
 
 
-def test_memory_is_that_of_a_process_of_its_own():
+def test_memory_is_measured_in_a_separate_process():
     assert bench.peak_memory("dit", bench.OURS, quick=True) > 2**16

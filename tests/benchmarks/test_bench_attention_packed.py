@@ -1,4 +1,4 @@
-"""Packed sequences and windows beside what they replace: every contestant is right before it is timed."""
+"""Packed sequences and windows against what they replace: every contestant is correct before it is timed."""
 
 import torch
 
@@ -7,7 +7,7 @@ from pmf.bench.device import make_device
 from pmf.bench.harness import Setting, run_case
 
 
-def test_every_pass_of_every_kind_is_right_and_counts_what_is_seen():
+def test_every_pass_of_every_kind_is_correct_and_counts_visible_pairs():
     setting = Setting(make_device(torch.device("cpu")), "tiny")
     planned = list(attention_packed.cases(setting))
     assert len(planned) == 2 * 4 * 3  # dtypes, passes, kinds

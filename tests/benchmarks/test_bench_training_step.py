@@ -26,7 +26,7 @@ class NoTangent(XPrediction):
 
 
 @pytest.mark.parametrize("precision", ["fp64", "fp32", "bf16"])
-def test_a_tangent_of_zero_is_found_in_every_precision(precision: str):
+def test_a_zero_tangent_is_detected_in_every_precision(precision: str):
     model = make_model(SMALL)
     _, batch = next(b for b in agreement.batches(precision) if b[0] == "no flow-matching")
     ours, port = Ours(model, precision), Port(model, SMALL, precision)
@@ -37,7 +37,7 @@ def test_a_tangent_of_zero_is_found_in_every_precision(precision: str):
     assert found["loss_u"] > found["limit"] > found["loss_v"]
 
 
-def test_a_gradient_that_should_be_zero_is_found():
+def test_a_gradient_that_should_be_zero_is_detected():
     zero, one = torch.zeros(3), torch.ones(3)
     assert agreement.relative_error(zero, zero) == 0
     assert (
@@ -57,7 +57,7 @@ def test_disagreement_ends_the_run_before_anything_is_timed(monkeypatch, capsys)
     assert "step_time_ratio" not in printed.out
 
 
-def test_the_count_is_the_derivation_by_hand_plus_what_it_leaves_out():
+def test_the_count_is_the_derivation_by_hand_plus_its_omissions():
     """Depth 4 with heads of depth 2, one draw: every unit is accounted for."""
     sizes, batch_size = Sizes(depth=4, head_depth=2), 8
     counted = flops.count(sizes, batch_size, draws=1)["units"]

@@ -56,7 +56,7 @@ def cycles(kernel: Kernel, warps: int, **rates: float) -> float:
 
 
 def test_loops_and_the_hot_path_through_them():
-    """The path around a loop has its products, and no access element by element that a branch avoids."""
+    """The path around a loop has its products, and no element-by-element accesses that a branch avoids."""
     (head,) = paths.product_loops(LOOP)
     path = paths.hottest(LOOP, head, {head}, LOOP.loops[head], False)
     names = [each.name for block in path for each in LOOP.blocks[block]]
@@ -66,7 +66,7 @@ def test_loops_and_the_hot_path_through_them():
 
 @pytest.mark.parametrize(("warps", "sharing", "over"), [(4, 1, 2.0), (8, 2, 1.1), (16, 4, 1.1)])
 def test_warps_of_a_scheduler_share_its_tensor_core(warps, sharing, over):
-    """100 products each: bound by the pipe where there are enough warps, by the stalls of one where not."""
+    """100 products each: bound by the pipe with enough warps, otherwise by the stalls of one."""
     bound = 100 * sharing * RATES_HERE["hmma_cycles"]
     assert bound * 0.95 <= cycles(LOOP, warps) <= bound * over + 100
     assert cycles(LOOP, warps, hmma_cycles=64.0) >= 9 * bound
@@ -81,7 +81,7 @@ GROUPS_OF_PRODUCTS = listing(
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_warpgroups_share_the_tensor_cores(groups):
-    """96 and 64 columns take 48 and 32 cycles; one group waits for its sums, two fill each other's gaps."""
+    """96 and 64 columns take 48 and 32 cycles; a single group waits, two fill each other's gaps."""
     trace = Trace(GROUPS_OF_PRODUCTS.blocks[0])
     ended = Multiprocessor([[trace] * 50] * 4 * groups, 1, 1, RATES_HERE, 16.0).ends()[-1]
     each = (ended - RATES_HERE["launch_cycles"]) / 50
@@ -90,14 +90,14 @@ def test_warpgroups_share_the_tensor_cores(groups):
 
 
 def test_narrow_products_wait_for_shared_memory():
-    """Of 48 columns, A in shared memory: 28 rows of 128 bytes, where computing takes 24 cycles."""
+    """48 columns, A in shared memory: reading 28 rows of 128 bytes outlasts 24 cycles of computing."""
     kernel = listing(("HGMMA.64x48x16.F32.BF16 R72, gdesc[UR16], R72, gsb0", 1))
     ended = Multiprocessor([[Trace(kernel.blocks[0])] * 200] * 8, 1, 1, RATES_HERE, 16.0).ends()[-1]
     assert (ended - RATES_HERE["launch_cycles"]) / 400 == pytest.approx(28, rel=0.05)
 
 
-def test_copies_and_their_reader_wait_for_each_other():
-    """A ring of two slots: a box is on its way for its latency, and no third one before the first is read."""
+def test_copies_and_their_readers_wait_for_each_other():
+    """A ring of two slots: a box arrives after its latency, and the third waits until the first is read."""
     copy = Trace(
         listing(("SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR11], R0", 1), ("UTMALDG.4D [UR8], [UR6]", 1)).blocks[
             0
@@ -122,8 +122,8 @@ def test_copies_and_their_reader_wait_for_each_other():
     )
 
 
-def test_work_is_cut_as_the_launcher_cuts_it():
-    """276 tokens: five row blocks a head, three of them one consumer's, in turns. 1024: two an item."""
+def test_work_is_divided_as_by_the_launcher():
+    """276 tokens: five row blocks per head, alternately three and two per consumer. 1024: two per item."""
     launch = Launch("hopper_forward_kernel<HopperSizes<bf16, 64, 96, 4, true> >", 132, 384, (128, 96), 1)
     work = Work.of(launch, Problem("", 3072, 276, 64), 132)
     assert (work.tiles, work.rounds, work.parts) == (3, 3, 1)
@@ -132,8 +132,8 @@ def test_work_is_cut_as_the_launcher_cuts_it():
     assert (long.tiles, long.rounds, long.parts, long.shares(5)) == (11, 1, 8, [1, 1])
 
 
-def test_hoppers_own_kernels_are_what_the_model_knows(capsys):
-    """On the library as it was built: its loops, barriers and copies are those of the model's tables."""
+def test_the_model_recognises_the_hopper_kernels(capsys):
+    """On the built library: its loops, barriers and copies match the model's tables."""
     plans = _library.introspection()
     if plans is None or not plans.build_facts()["has_cuda"]:
         absent("this build of pmf has no CUDA kernels to read")
@@ -143,13 +143,13 @@ def test_hoppers_own_kernels_are_what_the_model_knows(capsys):
     assert "hopper_forward_kernel" in capsys.readouterr().out
 
 
-def test_what_is_asked_for_in_vain_is_one_sentence(capsys, tmp_path):
+def test_an_unknown_problem_is_one_sentence(capsys, tmp_path):
     with pytest.raises(SystemExit, match="2"):
         main(["jvp_1x1"])
     assert "there is no problem 'jvp_1x1': choose from forward_276x64" in capsys.readouterr().err
 
 
-def test_limits_are_those_of_the_kernels_page():
+def test_limits_match_the_kernels_page():
     """Microseconds on an H100, by bytes at 276 tokens and by products at 1024."""
     limits = {problem.name: problem.limit_seconds(RATES_HERE) * 1e6 for problem in PROBLEMS}
     rounded = [limits[n] for n in ("forward_276x64", "jvp_276x80", "jvp_1024x64", "both_276x64")]

@@ -34,7 +34,7 @@ def run(errors: dict[str, float], limit: float = 0.1, **options):
     return {row["contestant"]: row for row in rows}
 
 
-def test_peers_may_round_more_often_than_we():
+def test_peers_may_round_more_often_than_ours():
     rows = run({"ours": 0.05, "near": 0.1 * PEER_SLACK - 0.01, "far": 0.1 * PEER_SLACK + 0.01})
     assert [row["right"] for row in rows.values()] == [True, True, False]
     assert rows["near"]["time_over_ours"] > 0 and rows["ours"]["op"] == "o"
@@ -48,11 +48,11 @@ def test_nan_is_wrong_and_zero_is_compared_absolutely():
     assert relative_error((EXACT, 1.5 * EXACT), (EXACT, EXACT)) == pytest.approx(0.5)
 
 
-def test_a_check_alone_is_not_timed():
+def test_a_check_only_case_is_not_timed():
     assert "median_ms" not in run({"ours": 0.0}, timed=False)["ours"]
 
 
-def test_a_failure_while_timing_costs_no_other_its_time():
+def test_a_failure_while_timing_does_not_lose_the_others_times():
     calls = []
 
     def fails_later():
@@ -97,7 +97,7 @@ def test_clocks_are_what_nvidia_smi_says(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert gpu.clocks() is None
 
 
-def test_gpu_sides_are_timed_in_turn_by_do_bench(monkeypatch: pytest.MonkeyPatch):
+def test_gpu_contestants_are_interleaved_by_do_bench(monkeypatch: pytest.MonkeyPatch):
     asked = []
 
     def do_bench(run, warmup, rep, return_mode):

@@ -30,7 +30,7 @@ def test_share_is_of_all_processors(clocks):
     assert others.sentence().endswith("10.0% of the processor during this run: do not trust these times.")
 
 
-def test_rounding_of_the_clocks_is_no_load(clocks):
+def test_clock_rounding_is_not_load(clocks):
     clocks((10.0, 100.0, 5.0), (20.0, 115.0, 21.0))
     with load.OtherLoad() as others:
         pass
@@ -38,14 +38,14 @@ def test_rounding_of_the_clocks_is_no_load(clocks):
     assert others.sentence() == "Other programs used 0.0% of the processor during this run."
 
 
-def test_a_system_that_does_not_tell(monkeypatch, tmp_path):
+def test_a_system_without_the_information(monkeypatch, tmp_path):
     monkeypatch.setattr(load, "STAT", tmp_path / "absent")
     with load.OtherLoad() as others:
         pass
     assert others.share is None and "unknown" in others.sentence()
 
 
-def test_another_process_is_seen():
+def test_another_process_is_detected():
     if not load.STAT.exists():
         pytest.skip("needs /proc/stat")
     before = load._clocks()

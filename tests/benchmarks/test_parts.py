@@ -1,4 +1,4 @@
-"""The parts of run_all.py that are programs of their own, and the probes that only a GPU answers."""
+"""The parts of run_all.py that are separate programs, and the probes that need a GPU."""
 
 import shutil
 import subprocess
@@ -33,7 +33,7 @@ def program(name: str, code: str, limit: Limit = LIMIT, **more: Any) -> Command:
     return Command(name, lambda _: [sys.executable, "-u", "-c", code], limit, limit, **more)
 
 
-def test_what_a_program_says_is_kept_whatever_becomes_of_it(tmp_path: Path) -> None:
+def test_a_programs_output_is_kept_however_it_ends(tmp_path: Path) -> None:
     started = time.monotonic()
     rows = run(
         tmp_path,
@@ -63,7 +63,7 @@ def test_children_of_a_program_end_with_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("status", [0, 1, None])
 def test_rows_of_a_check(status: int | None, tmp_path: Path) -> None:
-    """Of a record with one wrong case, of one that is not there, and of one cut off by its time."""
+    """From a record with one wrong case, from a missing one, and from one that ran out of time."""
     place = {"family": "swiglu", "case": "swiglu 2x3 float32", "dtype": "float32", "place": "avx2"}
     record = {
         "places": [{"rows": [{**place, "errors": {"forward": 0.5, "jvp": 2.0 if status == 1 else 0.7}}]}]
@@ -82,7 +82,7 @@ def test_rows_of_a_check(status: int | None, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "words", [commands.race_words, commands.profile_words("2x2x70x64"), commands.rates_words]
 )
-def test_tools_that_are_not_on_path_are_left_out_by_name(
+def test_tools_missing_from_path_are_skipped_by_name(
     words: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
@@ -110,7 +110,7 @@ def test_the_probe_finds_how_many_bits_a_tensor_core_keeps(bits: int) -> None:
         assert found == bits and sums.is_cut(torch.device("cpu"), found)
 
 
-def test_no_graph_is_captured_on_a_processor() -> None:
+def test_no_graph_is_captured_on_a_cpu() -> None:
     assert list(capture.cases(Setting(Cpu(), "tiny"))) == []
 
 
@@ -141,8 +141,10 @@ PROBED = {"Mma": "HMMA", "Ldmatrix": "LDSM", "Exp2": "MUFU.EX2", "Fma": "FFMA"}
 
 @pytest.mark.skipif(tool("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
-def test_what_the_probe_repeats_is_in_its_machine_code(capability: tuple[int, int], tmp_path: Path) -> None:
-    """A compiler that saw through the loops would leave nothing to measure."""
+def test_the_probes_machine_code_contains_the_measured_instructions(
+    capability: tuple[int, int], tmp_path: Path
+) -> None:
+    """A compiler that optimised the loops away would leave nothing to measure."""
     nvcc, cuobjdump = tool("nvcc"), tool("cuobjdump")
     if nvcc is None or cuobjdump is None:
         pytest.skip("needs cuobjdump")

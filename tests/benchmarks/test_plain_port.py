@@ -69,7 +69,7 @@ def golden_network(golden: dict[str, Tensor], **options: Any) -> plain_port.Netw
     return plain_port.load(network, from_official(below(golden, "param/")))
 
 
-def test_its_losses_and_gradients_are_the_authors(golden: dict[str, Tensor]):
+def test_its_losses_and_gradients_match_the_authors(golden: dict[str, Tensor]):
     network = golden_network(golden)
     labels = golden["in/labels"]
     draws = {name: golden[f"in/{name}"] for name in ("t", "r", "noise", "omega", "t_min", "t_max")}
@@ -85,7 +85,7 @@ def test_its_losses_and_gradients_are_the_authors(golden: dict[str, Tensor]):
 
 
 @pytest.mark.parametrize("attend", [plain_port.torch_attention, plain_port.written_out_attention])
-def test_its_samples_are_the_authors(golden: dict[str, Tensor], attend: plain_port.Attend):
+def test_its_samples_match_the_authors(golden: dict[str, Tensor], attend: plain_port.Attend):
     given = below(golden, "sample1/")
     interval = float(given["t_min"]), float(given["t_max"])
     network = golden_network(golden, attend=attend)
@@ -101,7 +101,7 @@ def test_weights_that_do_not_fit_are_refused():
             plain_port.load(plain_port.Network(SMALL), wrong)
 
 
-def test_its_optimizers_own_the_same_and_step_alike():
+def test_its_optimizers_have_the_same_parameters_and_steps():
     """One step from the same full-rank gradients, whose directions bfloat16 can distinguish from noise."""
     model = make_model(SMALL)
     ours, port = Ours(model, "fp32"), Port(model, SMALL, "fp32")
@@ -126,7 +126,7 @@ def test_its_optimizers_own_the_same_and_step_alike():
         assert mine.grad is None and other.grad is None
 
 
-def test_the_guidance_passes_need_the_v_path_alone():
+def test_the_guidance_passes_need_only_the_v_path():
     model = make_model(SMALL)
     _, batch = next(b for b in batches("fp32") if b[0] == "everything")
     sides = [Port(model, SMALL, "fp32", guidance_heads=heads) for heads in ("uv", "v")]

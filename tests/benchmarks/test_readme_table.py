@@ -134,7 +134,7 @@ def test_kernels_table(results: Path):
     assert "copy_" not in table and table.count("a processor, 2 cores") == 1
 
 
-def test_gpu_table_without_a_record_gives_no_figure(results: Path, monkeypatch: pytest.MonkeyPatch):
+def test_gpu_table_without_a_record_has_no_numbers(results: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(readme_table, "GPU_RECORD", results / "run_all.json")
     rows = readme_table.tables()["gpu"].splitlines()[4:]
     assert len(rows) == len(readme_table.GPU_ROWS)
@@ -170,7 +170,7 @@ def test_gpu_table_of_a_record(results: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_any_network_table(results: Path):
-    """Contestants in the record's order; what was not measured says so."""
+    """Contestants in the record's order; missing measurements are marked."""
     rows = []
     for network, base in (("vit", 1000.0), ("dit", 8000.0)):
         for name, ratio in (("ours", 0.5), ("ours, compiled", 0.25), ("torch.func.jvp, math", 1.0)):

@@ -1,4 +1,4 @@
-"""run_all.py keeps its measurements whatever fails, and runs on the CPU as on a GPU."""
+"""run_all.py keeps its measurements whatever fails, and runs on the CPU like on a GPU."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from pmf.bench.device import Cpu
 from pmf.bench.harness import Case, Planned, Setting
 
 
-def test_the_sections_fit_into_the_time_that_is_promised():
+def test_the_sections_fit_into_the_promised_time():
     assert sum(part.full.section for part in PARTS) < 1800 - 60
     assert sum(part.quick.section for part in PARTS) < 150 - 10
 
@@ -83,7 +83,7 @@ def section(name: str, *cases: Planned, limit: float = 20.0) -> Section:
     return Section(name, lambda setting: iter(cases), Limits(limit, 0), Limits(0, 0))
 
 
-def test_what_fails_is_a_row_and_the_rest_goes_on():
+def test_a_failure_is_a_row_and_the_rest_continues():
     rows = run(
         section(
             "first",
@@ -106,7 +106,7 @@ def test_what_fails_is_a_row_and_the_rest_goes_on():
     assert "median_ms" in rows["second"][0]
 
 
-def test_a_section_ends_with_its_time():
+def test_a_section_ends_at_its_time_limit():
     started = time.monotonic()
     rows = run(
         section("hangs", case("good", lambda: None), case("hangs", lambda: time.sleep(60)), limit=2.0),
@@ -127,7 +127,7 @@ def test_a_section_ends_with_its_time():
     assert "median_ms" in rows["next"][0]
 
 
-def test_a_generator_that_fails_ends_its_section_alone():
+def test_a_failing_generator_ends_only_its_section():
     def broken(setting):
         yield case("good", lambda: None)
         fail("no more")
@@ -149,7 +149,7 @@ def attention_rows(length: int, **peers: float) -> list[dict]:
     return rows
 
 
-def test_targets_are_judged_by_what_was_measured():
+def test_targets_are_judged_by_measurements():
     rates = targets.Rates()
     rates.learn({"op": "copy", "gbyte_per_s": 10.0})
     rates.learn({"op": "gemm", "dtype": "bfloat16", "gflop_per_s": 100.0})
@@ -176,7 +176,7 @@ def test_every_row_of_the_readme_is_measured_by_a_full_run():
         assert len(found) == 1, label
 
 
-def test_reaching_the_device_is_no_sections_time(monkeypatch: pytest.MonkeyPatch):
+def test_reaching_the_device_is_not_part_of_a_sections_time(monkeypatch: pytest.MonkeyPatch):
     def slow(name: str) -> Cpu:
         time.sleep(1.0)
         return Cpu()
@@ -186,7 +186,7 @@ def test_reaching_the_device_is_no_sections_time(monkeypatch: pytest.MonkeyPatch
     assert all("median_ms" in row for row in rows["first"])
 
 
-def test_a_device_that_is_not_reached_is_a_row(monkeypatch: pytest.MonkeyPatch):
+def test_an_unreachable_device_is_a_row(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(runner, "START_S", 0.2)
     monkeypatch.setattr(runner, "make_device", lambda device: time.sleep(60))
     rows = run(section("first", case("good", lambda: None)))

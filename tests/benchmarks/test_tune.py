@@ -1,4 +1,4 @@
-"""Tuned plans: what competes, what a table makes launchers do, and which tables are refused."""
+"""Tuned plans: which compete, how a table affects launchers, and which tables are rejected."""
 
 import json
 import warnings
@@ -15,7 +15,7 @@ from tune import Limits, Problem, competitors, launched, signature
 from pmf import _library, plans
 from pmf.plans import Plan
 
-# With all of an H100's 227 KB the forward would be its own kernels', of which there is one plan each.
+# With all of an H100's 227 KB the forward pass would use the Hopper kernels, which have one plan each.
 LARGE, A100 = Limits(226 * 1024, 228 * 1024, 132), Limits(163 * 1024, 164 * 1024, 4)
 PROBLEMS = [Problem(276, 64, "bfloat16", *kind) for kind in tune.PASSES.values()]
 NAMES = list(tune.PASSES)
@@ -56,7 +56,7 @@ def test_plans_compete_in_kernels_warps_and_slots() -> None:
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=NAMES)
-def test_a_table_speaks_of_its_own_problem_alone(problem: Problem) -> None:
+def test_a_table_affects_only_its_own_problem(problem: Problem) -> None:
     plan = all_competitors(problem, LARGE)[0]
     others = [
         problem._replace(tokens=277),
@@ -70,12 +70,12 @@ def test_a_table_speaks_of_its_own_problem_alone(problem: Problem) -> None:
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=NAMES)
 @pytest.mark.parametrize("change", [{"kernel": 50}, {"warps": 99}, {"warps": 0}, {"slots": 9}, {"slots": 0}])
-def test_a_plan_that_is_none_leaves_the_models(problem: Problem, change: dict[str, int]) -> None:
+def test_an_invalid_plan_leaves_the_models_choice(problem: Problem, change: dict[str, int]) -> None:
     plan = all_competitors(problem, LARGE)[0]._replace(**change)
     assert launched(problem, LARGE, [plan]) == launched(problem, LARGE, [])
 
 
-def test_a_plan_that_does_not_fit_the_card_leaves_the_models() -> None:
+def test_a_plan_that_does_not_fit_the_card_leaves_the_models_choice() -> None:
     small = Limits(99 * 1024, 100 * 1024, 4)
     for problem in PROBLEMS:
         for plan in all_competitors(problem, LARGE):
@@ -83,7 +83,7 @@ def test_a_plan_that_does_not_fit_the_card_leaves_the_models() -> None:
                 assert one["shared_bytes"] <= small.shared_per_block
 
 
-def test_rows_of_a_wrong_length_are_refused() -> None:
+def test_rows_of_a_wrong_length_are_rejected() -> None:
     with pytest.raises(ValueError, match="rows must have 11 numbers each, got 3"):
         torch.ops.pmf.set_attention_plans(-1, [1, 2, 3])
 
@@ -118,7 +118,7 @@ def test_every_competing_plan_gives_the_models_bits(kind: str, monkeypatch: pyte
 # ---- choosing
 
 
-def test_the_fastest_right_plan_wins_by_two_percent() -> None:
+def test_the_fastest_correct_plan_wins_by_two_percent() -> None:
     problem = PROBLEMS[0]
     candidates = list(competitors(problem, "forward", LARGE))
     times = {None: 1.0, candidates[0]: 0.99, candidates[1]: 0.5, candidates[2]: 0.7}
@@ -176,7 +176,7 @@ def test_a_table_is_read_back_and_used(table: Path) -> None:
     assert now != model and now[0]["threads"] == 32 * plan.warps
 
 
-def test_no_table_is_no_word() -> None:
+def test_without_a_table_there_is_no_warning() -> None:
     assert plans.read("A card that nobody has") == ([], None)
 
 
@@ -189,7 +189,7 @@ def test_no_table_is_no_word() -> None:
         ({"plans": 3}, "is not a table of plans"),
     ],
 )
-def test_a_table_of_something_else_is_refused(table: Path, change: dict[str, Any], sentence: str) -> None:
+def test_a_table_for_something_else_is_rejected(table: Path, change: dict[str, Any], sentence: str) -> None:
     table.write_text(json.dumps(json.loads(table.read_text()) | change))
     model = launched(PROBLEMS[0], LARGE, [])
     (warning,) = said(-1, "Test Card")
@@ -198,7 +198,7 @@ def test_a_table_of_something_else_is_refused(table: Path, change: dict[str, Any
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"device": 3}', "\x00"])
-def test_a_damaged_table_is_refused(table: Path, content: str) -> None:
+def test_a_damaged_table_is_rejected(table: Path, content: str) -> None:
     table.write_text(content)
     (warning,) = said(-1, "Test Card")
     assert "is not a table of plans" in warning
@@ -222,7 +222,7 @@ def test_without_a_gpu_it_says_so(
 
 
 @pytest.mark.parametrize("shape", ["276", "x64", "276x300", "0x64"])
-def test_a_wrong_shape_is_a_sentence(shape: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_shape_is_one_sentence(shape: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         tune.main(["--shapes", shape])
     assert stop.value.code == 2

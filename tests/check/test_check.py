@@ -1,4 +1,4 @@
-"""`pmf check`: right where all is right; what is planted is named, and loses nothing of the rest."""
+"""`pmf check`: it passes if everything is correct; planted faults are named and spoil no other case."""
 
 import contextlib
 import json
@@ -37,7 +37,7 @@ def test_every_op_is_a_family() -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_labels_tell_cases_apart(size: str) -> None:
+def test_labels_are_unique(size: str) -> None:
     labels = [check.label for check in checks(size)]
     assert len(labels) == len(set(labels))
     dtypes = {family: {c.dtype for c in checks(size, (family,))} for family in FAMILIES}
@@ -45,7 +45,7 @@ def test_labels_tell_cases_apart(size: str) -> None:
 
 
 @pytest.mark.parametrize("level", [*CPU_LEVELS, *EMULATED, "reference"])
-def test_all_is_right(level: str) -> None:
+def test_everything_passes(level: str) -> None:
     if level == "reference":
         kernels.choose("reference")
     with contextlib.nullcontext() if level == "reference" else at_level(level):
@@ -58,7 +58,7 @@ def test_all_is_right(level: str) -> None:
 
 @pytest.mark.parametrize("family", sorted({case.name for case in cases("tiny")}))
 @pytest.mark.parametrize("half", ["value", "tangent"])
-def test_an_output_that_is_off_by_two_roundings_is_over_the_limit(
+def test_an_output_off_by_two_roundings_exceeds_the_limit(
     family: str, half: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The limits are near what rounding costs: no room for a kernel that rounds twice as much."""
@@ -100,7 +100,7 @@ def plant(op, wrong):
 
 @pytest.fixture
 def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Let the processes of a check have another operator registered: a wrong kernel, by name."""
+    """Register a wrong kernel in the processes of a check."""
 
     def plant(body: str) -> None:
         folder = tmp_path / "site"
@@ -130,7 +130,7 @@ def test_the_command_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert {("attention", level, "bfloat16") for level in CPU_LEVELS} <= found
 
 
-def test_references_pass_and_say_what_they_are(
+def test_references_pass_and_are_reported_as_such(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PMF_KERNELS", "reference")
@@ -163,7 +163,7 @@ plant("swiglu_backward", wrong)
     assert named == [level] or (named[0] == level and named[1].endswith(" threads"))
 
 
-def test_without_its_kernel_a_wrong_op_is_right(
+def test_a_wrong_op_passes_without_its_kernel(
     planted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planted("plant('swiglu', lambda right, gate, up: right(gate, up) * 2)")
@@ -172,7 +172,7 @@ def test_without_its_kernel_a_wrong_op_is_right(
     assert check("swiglu", out=tmp_path / "b.json")[0] == 0
 
 
-def test_a_kernel_that_ends_the_process_spoils_one_case(
+def test_a_crashing_kernel_spoils_one_case(
     planted: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     planted(
@@ -193,7 +193,7 @@ plant("rms_norm", wrong)
     assert any(row["family"] == "swiglu" for row in rows)
 
 
-def test_a_kernel_that_hangs_spoils_one_case(
+def test_a_hanging_kernel_spoils_one_case(
     planted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     planted(
@@ -206,7 +206,7 @@ def test_a_kernel_that_hangs_spoils_one_case(
     assert {row["dtype"] for row in record["places"][0]["rows"] if "errors" in row} >= {"float32", "float64"}
 
 
-def test_a_process_that_cannot_begin_is_a_sentence(
+def test_a_process_that_cannot_start_is_one_sentence(
     planted: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     planted("os._exit(7)")
@@ -225,7 +225,7 @@ def test_a_process_that_cannot_begin_is_a_sentence(
         (["--out", "."], "--out . is a folder: name a file"),
     ],
 )
-def test_wrong_words(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_arguments(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", *words]) == 2
     assert capsys.readouterr().err.startswith(f"error: {sentence}")
 
@@ -234,7 +234,7 @@ def test_wrong_words(words: list[str], sentence: str, capsys: pytest.CaptureFixt
 
 
 class Gpu:
-    """What `work` asks of a GPU that is not there."""
+    """An imaginary GPU that answers what `work` asks."""
 
     def __init__(
         self, monkeypatch: pytest.MonkeyPatch, free: int = 60 << 30, capability: Any = (9, 0)
@@ -270,7 +270,7 @@ def test_a_gpu_that_cannot_be_checked(gpu: Any, sentence: str, monkeypatch: pyte
     assert str(problem.value).startswith(sentence)
 
 
-def test_a_gpu_of_another_program_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_held_by_another_program(monkeypatch: pytest.MonkeyPatch) -> None:
     Gpu(monkeypatch)
 
     def busy(*_: Any) -> None:
@@ -285,7 +285,7 @@ def a_check(measure: Any) -> Any:
     return checks("tiny", ("swiglu",))[0]._replace(prepare=lambda device: measure)
 
 
-def test_memory_that_runs_out_is_not_checked_rather_than_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_is_unchecked_not_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     Gpu(monkeypatch)
 
     def measure() -> None:
@@ -301,7 +301,7 @@ def test_memory_that_runs_out_is_not_checked_rather_than_wrong(monkeypatch: pyte
     )
 
 
-def test_a_fault_that_the_device_does_not_survive_ends_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fatal_device_fault_ends_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
     Gpu(monkeypatch)
 
     def fault(*_: Any) -> None:
@@ -313,8 +313,8 @@ def test_a_fault_that_the_device_does_not_survive_ends_its_process(monkeypatch: 
 
 
 @pytest.mark.parametrize("found", ["right", "wrong", "part", "references"])
-def test_what_marks_a_gpu(found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every kernel, all right; a wrong one takes the mark away; a part of them changes nothing."""
+def test_which_checks_record_a_gpu(found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass of all kernels is recorded; a wrong one removes the record; a partial check changes nothing."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     families = ("swiglu",) if found == "part" else ()
     place = report._Place("cuda:0", "tiny", families)

@@ -96,7 +96,7 @@ def test_two_variants_become_a_table_and_are_not_run_again(
         (["--suite", "imagenet"], "invalid choice: 'imagenet'"),
     ],
 )
-def test_wrong_words_end_before_anything_runs(
+def test_invalid_arguments_stop_before_anything_runs(
     words: list[str],
     sentence: str,
     tmp_path: Path,
@@ -110,7 +110,7 @@ def test_wrong_words_end_before_anything_runs(
     assert not list(tmp_path.iterdir())
 
 
-def test_variants_of_a_file(
+def test_variants_from_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

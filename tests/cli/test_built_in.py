@@ -16,15 +16,15 @@ from pmf.training.config import TrainConfig
 DIGITS = checkpoint.BUILT_IN["digits"]
 
 
-def test_a_first_picture_takes_a_name_only(tmp_path: Path) -> None:
+def test_a_first_picture_needs_only_a_name(tmp_path: Path) -> None:
     done = run_in(tmp_path, "sample", "digits", "--classes", "all", "--seeds", "0-1")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"20 images in fp32 from {DIGITS}\ngrid: samples/grid.png\n"
     assert len(list((tmp_path / "samples").iterdir())) == 21
 
 
-def test_its_samples_are_digits_of_the_asked_class() -> None:
-    """By a nearest-neighbour judge, which knows nothing of the network."""
+def test_its_samples_are_digits_of_the_requested_class() -> None:
+    """According to a nearest-neighbour classifier, independent of the network."""
     datasets = pytest.importorskip("sklearn.datasets")
     real = datasets.load_digits()
     labels = torch.arange(10).repeat_interleave(20)
@@ -43,7 +43,7 @@ def test_its_record_is_about_this_file_and_it_is_small() -> None:
     assert DIGITS.stat().st_size < 2.5e6
 
 
-def test_a_folder_of_that_name_goes_first(
+def test_a_folder_of_that_name_takes_precedence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "digits").mkdir()

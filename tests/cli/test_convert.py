@@ -26,7 +26,7 @@ def official(tmp_path: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-def test_the_authors_file_goes_there_and_back(
+def test_the_authors_file_round_trips(
     official: dict[str, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     theirs, ours, again = (str(tmp_path / name) for name in ("theirs.pth", "ours.safetensors", "again.pth"))
@@ -53,7 +53,7 @@ def test_the_authors_file_goes_there_and_back(
     assert torch.equal(read_image(named, 32, 3), read_image(numbered, 32, 3))
 
 
-def test_what_cannot_be_written_is_refused(
+def test_impossible_conversions_are_rejected(
     official: dict[str, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = tmp_path / "names.txt"

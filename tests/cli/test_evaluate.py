@@ -41,7 +41,7 @@ def result(folder: Path) -> dict:
     return json.loads((folder / "result.json").read_text())
 
 
-def test_the_figure_is_that_of_the_samples(
+def test_the_distance_is_that_of_the_samples(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -67,7 +67,7 @@ def test_the_figure_is_that_of_the_samples(
     assert result(tmp_path / "evaluation")["frechet_distance"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_kept_samples_are_those_that_were_counted(weights: Path, tmp_path: Path) -> None:
+def test_saved_samples_are_the_counted_ones(weights: Path, tmp_path: Path) -> None:
     words = ["--num-images", "12", "--classes", "3", "digit 8", "--omega", "1.5", "--interval", "0.1", "0.9"]
     out = str(tmp_path / "a")
     assert (
@@ -113,7 +113,7 @@ def test_fid_and_inception_score_with_weights_of_a_file(
     assert found["features"]["name"] == "inception" and len(found["features"]["weights_sha256"]) == 64
 
 
-def test_a_quick_look_takes_few_images_of_both_sides(
+def test_quick_uses_few_images_on_both_sides(
     weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert (
@@ -194,7 +194,7 @@ def test_bad_input_gives_one_sentence_and_leaves_nothing(
         (["--classes", "10"], "there is no class '10'"),
     ],
 )
-def test_sampling_refuses_the_same(
+def test_sampling_rejects_the_same(
     weights: Path, tmp_path: Path, words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["sample", str(weights), *words, "--out", str(tmp_path / "out")]) == 2
@@ -203,7 +203,7 @@ def test_sampling_refuses_the_same(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_interrupted_evaluation_says_how_to_go_on(
+def test_an_interrupted_evaluation_says_how_to_continue(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["evaluate", str(weights), *PIXELS, "--num-images", "40", "--out", str(tmp_path / "out")]

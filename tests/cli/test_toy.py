@@ -58,7 +58,7 @@ def test_figures_are_means_over_the_seeds(tmp_path: Path, capsys: pytest.Capture
         (["--seeds", "2-0"], "--seeds must be numbers and ascending ranges"),
     ],
 )
-def test_wrong_words_get_one_sentence_and_write_nothing(
+def test_invalid_arguments_get_one_sentence_and_write_nothing(
     words: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["toy", "--out", str(tmp_path / "toy"), *words]) == 2
@@ -68,7 +68,7 @@ def test_wrong_words_get_one_sentence_and_write_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_place_that_cannot_be_written_is_found_before_training(
+def test_an_unwritable_folder_is_found_before_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "toy").write_text("a file")

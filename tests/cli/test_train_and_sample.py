@@ -53,7 +53,7 @@ def test_train_sample_convert(
     assert (tmp_path / "again" / "class0003_seed0009.png").is_file()
 
 
-def test_a_seed_gives_the_same_picture_whatever_else_is_drawn(trained: Path, tmp_path: Path) -> None:
+def test_a_seed_gives_the_same_picture_in_any_batch(trained: Path, tmp_path: Path) -> None:
     main(["sample", str(trained), "--seeds", "0-4", "--batch-size", "7", "--out", str(tmp_path / "many")])
     main(["sample", str(trained), "--seeds", "4", "--classes", "6", "--out", str(tmp_path / "one")])
     pictures = []
@@ -63,7 +63,7 @@ def test_a_seed_gives_the_same_picture_whatever_else_is_drawn(trained: Path, tmp
     assert np.abs(pictures[0] - pictures[1]).max() <= 1  # products of other batch sizes round differently
 
 
-def test_a_batch_is_written_and_forgotten_before_the_next_is_drawn(
+def test_a_batch_is_written_and_freed_before_the_next_is_sampled(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     draw, drawn = sample._draw, []
@@ -137,7 +137,7 @@ def test_precision_of_sampling(
     assert f"1 images in {precision} from" in capsys.readouterr().out
 
 
-def test_ctrl_c_saves_and_resume_goes_on(tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_resume_continues(tmp_path: Path) -> None:
     flags = [*TINY, "--steps", "1000000", "--log-every", "1", "--out", "run"]
     command = [sys.executable, "-m", "pmf", "train", *flags]
     process = subprocess.Popen(

@@ -24,7 +24,9 @@ def written(folder: Path, **more: object) -> Path:
     return path
 
 
-def test_a_settings_file_gives_what_flags_do_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_settings_file_supplies_what_flags_do_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("yaml")
     path = written(tmp_path, **{"image-size": "8x16"})
     assert pmf.cli.main(["train", "--config", str(path), "--steps", "3", "--dry-run"]) == 0
@@ -49,7 +51,7 @@ def test_a_settings_file_gives_what_flags_do_not(tmp_path: Path, capsys: pytest.
         ("ema-half-lives: [5e2, 1e3]\nsample-ema: 5e2", "--ema-half-lives 500 1000 --sample-ema 500".split()),
     ],
 )
-def test_a_settings_file_is_read_as_flags_are(
+def test_a_settings_file_is_parsed_like_flags(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, flags: list[str]
 ) -> None:
     pytest.importorskip("yaml")
@@ -77,7 +79,7 @@ def test_a_settings_file_is_read_as_flags_are(
         ("batch-size: 8\nbatch_size: 9", "sets --batch-size twice"),
     ],
 )
-def test_a_wrong_settings_file_is_one_sentence(
+def test_an_invalid_settings_file_is_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, said: str
 ) -> None:
     pytest.importorskip("yaml")
@@ -87,10 +89,10 @@ def test_a_wrong_settings_file_is_one_sentence(
     assert said in capsys.readouterr().err
 
 
-def test_what_is_asked_for_replaces_what_the_preset_has_in_its_place(
+def test_given_settings_replace_conflicting_preset_settings(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The preset's cooldown ruled out every schedule, and its minutes made --steps follow the clock."""
+    """The preset's cooldown ruled out every schedule, and its minutes tied --steps to the clock."""
 
     def settings(*flags: str) -> tuple[object, ...]:
         assert pmf.cli.main(["train", "--dry-run", *flags]) == 0
@@ -100,7 +102,7 @@ def test_what_is_asked_for_replaces_what_the_preset_has_in_its_place(
     assert settings() == (0.7, None, 4.0)
     assert settings("--schedule", "cosine", "--steps", "5") == (0.0, 5, None)
     assert settings("--steps", "5", "--minutes", "2") == (0.7, 5, 2.0)
-    file = tmp_path / "config.json"  # flags win over a file, too
+    file = tmp_path / "config.json"  # flags also take precedence over a file
     file.write_text(json.dumps({"minutes": 9.0, "cooldown": 0.5}))
     assert settings("--config", str(file)) == (0.5, None, 9.0)
     assert settings("--config", str(file), "--steps", "5", "--schedule", "cosine") == (0.0, 5, None)

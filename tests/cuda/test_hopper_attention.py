@@ -1,4 +1,4 @@
-"""Attention's forward on Hopper: results against float64, and the calls that other kernels serve."""
+"""Attention's forward pass on Hopper: results against float64, and the calls that use other kernels."""
 
 import itertools
 from typing import Any
@@ -16,11 +16,11 @@ pytestmark = pytest.mark.skipif(emulator.why_not() is not None, reason=str(emula
 
 DTYPES = (torch.bfloat16, torch.float16)
 HOPPER_KB = 227
-"""What the emulator takes for an sm_90."""
+"""Shared memory with which the emulator poses as an sm_90."""
 
 
 def launched_hoppers() -> bool:
-    """Whether the newest launch was of a kernel that fills Hopper's shared memory: no other one does."""
+    """Whether the latest launch was of a Hopper kernel: only these fill its shared memory."""
     return emulator.last_shared_bytes() > 200 * 1024
 
 
@@ -52,7 +52,7 @@ SHAPES = (
 )
 
 
-# nvcc's code runs several times slower: one of each width, by turns in the two types.
+# nvcc's code runs several times slower: one case per width, alternating between the two types.
 OF_NVCC = [
     ("ptx", Shape(1, heads, 1, queries, keys, width, width), dtype, processors)
     for heads, queries, keys, width, dtype, processors in (
@@ -101,7 +101,7 @@ def test_scale(scale: float) -> None:
         check(p, expected, 4, scale=scale)
 
 
-def test_log_sums_and_their_tangents() -> None:
+def test_log_sum_exp_and_its_tangent() -> None:
     p = problem(Shape(1, 2, 2, 70, 200, 64, 64)).to(torch.bfloat16)
     query, key, _, query_t, key_t, _ = (x.double() for x in p[:6] if x is not None)
     scores, scores_t = query @ key.mT / 8, (query_t @ key.mT + query @ key_t.mT) / 8
@@ -151,7 +151,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_kernels_serve(name: str) -> None:
+def test_irregular_calls_use_other_kernels(name: str) -> None:
     args, options = OTHERS[name](regular())
     exact = [None if x is None else x.double() for x in args]
     expected = reference.attention_jvp(*exact, **options)
@@ -161,7 +161,7 @@ def test_other_kernels_serve(name: str) -> None:
     assert_close(found, expected, tolerance("attention", args[0].dtype) * spread(expected[0]))
 
 
-def test_this_kernel_serves_what_is_regular() -> None:
+def test_regular_calls_use_this_kernel() -> None:
     with at_level("emulated"):
         for shared_kb, hopper in ((HOPPER_KB, True), (163, False)):
             with emulator.limits(shared_kb, 4):

@@ -16,7 +16,7 @@ from pmf.ops import _flops
 GPUS = {"A100": A100, "RTX 3090": RTX_3090, "H100": H100}
 DTYPES = ("bfloat16", "float16", "float32")
 PMF_B16 = [(768, 768)] * 102 + [(768, 2048)] * 36 + [(2048, 768)] * 36 + [(768, 256)] * 4
-"""The matrices of pMF-B/16 that Muon moves."""
+"""The matrices of pMF-B/16 that Muon updates."""
 
 Plan = dict[str, Any]
 
@@ -81,7 +81,7 @@ def every_plan(plans: ModuleType, gpu: Gpu) -> list[Plan]:
 
 
 @pytest.mark.parametrize("name", GPUS)
-def test_what_is_planned_fits_what_was_compiled(plans: ModuleType, code: MachineCode, name: str) -> None:
+def test_plans_fit_the_compiled_kernels(plans: ModuleType, code: MachineCode, name: str) -> None:
     """A launch is within its kernel's limits, and as many blocks fit on a multiprocessor as it assumes."""
     gpu = GPUS[name]
     usage, planned = code.usage(gpu.architecture), set()
@@ -112,12 +112,12 @@ def test_a_step_of_muon_is_twenty_launches(plans: ModuleType) -> None:
 
 
 def test_the_patch_embedding_is_one_kernel_where_it_fits(plans: ModuleType) -> None:
-    """Besides the prefix: both products in 112 KB, or one after the other."""
+    """Apart from the prefix: both products in 112 KB, or one after the other."""
     kernels = [len(patch_embed(plans, gpu)["launches"]) - 1 for gpu in (H100, A100, RTX_3090)]
     assert kernels == [1, 1, 2]
 
 
-def test_flops_are_those_that_the_flop_counter_counts(plans: ModuleType) -> None:
+def test_flops_match_the_flop_counter(plans: ModuleType) -> None:
     def meta(*shape: int) -> torch.Tensor:
         return torch.empty(shape, device="meta")
 
@@ -149,7 +149,7 @@ def test_flops_are_those_that_the_flop_counter_counts(plans: ModuleType) -> None
         ({"shared_per_block": 48 * 1024}, "shared_per_block must be at least 101376 bytes"),
     ],
 )
-def test_impossible_requests_are_refused(plans: ModuleType, wrong: dict[str, Any], sentence: str) -> None:
+def test_impossible_requests_are_rejected(plans: ModuleType, wrong: dict[str, Any], sentence: str) -> None:
     sizes = {"batch": 1, "heads": 4, "key_heads": 4, "queries": 5, "keys": 5, "width": 64, "value_width": 64}
     with pytest.raises(ValueError, match=sentence):
         plans.attention_launches(**{**sizes, **wrong})

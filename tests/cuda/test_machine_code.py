@@ -36,7 +36,7 @@ MEANT = {
     ),
 }  # fmt: skip
 HOPPER = r"hopper_\w+kernel<"
-"""Kernels for sm_90a alone."""
+"""Kernels for sm_90a only."""
 # Kernels on whole vectors: they read and write tensors in no smaller pieces.
 WHOLE = r"(slots_kernel|forward_kernel)<Whole<__nv_bfloat16>"
 TUNED = r"attention_\w+<(ForwardSizes<)?Arithmetic16<.*>, (64|80), "
@@ -49,7 +49,7 @@ def spilling(usage: dict[str, Usage]) -> dict[str, Usage]:
 
 
 def lacking(name: str, instructions: Counter[str]) -> list[str]:
-    """Instructions that a kernel of this name should have and lacks, or has and should not."""
+    """Instructions that a kernel of this name lacks, or has but should not have."""
     found = [op for op in instructions if re.match("LDL|STL", op)]
     for kernels, patterns in MEANT.items():
         if re.match(kernels, name):
@@ -105,9 +105,9 @@ def named(code: MachineCode, name: str) -> str:
 # ---- this build ----------------------------------------------------------------------------------
 
 
-def test_every_kernel_is_there_for_every_architecture(code: MachineCode) -> None:
-    """Machine code for sm_80 and sm_90a, and PTX, for everything the host code can launch; Hopper's own for
-    sm_90a."""
+def test_every_kernel_exists_for_every_architecture(code: MachineCode) -> None:
+    """Machine code for sm_80 and sm_90a, and PTX, for everything the host code can launch; Hopper kernels
+    for sm_90a."""
     hopper = {name for name, readable in demangled(code.registered).items() if re.match(HOPPER, readable)}
     assert hopper and code.registered > hopper
     assert set(code.usage("sm_80")) == code.registered - hopper
@@ -132,7 +132,7 @@ def test_no_kernel_has_a_stack_frame(code: MachineCode, architecture: str) -> No
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_kernels_have_the_instructions_meant(code: MachineCode, architecture: str) -> None:
+def test_kernels_have_the_intended_instructions(code: MachineCode, architecture: str) -> None:
     names = demangled(code.usage(architecture))
     chosen = [mangled for mangled, name in names.items() if any(re.match(each, name) for each in MEANT)]
     for kernels in MEANT:
@@ -163,7 +163,7 @@ def test_the_library_is_small_enough(code: MachineCode, tmp_path: Path) -> None:
 
 
 def ptxas_log(source: Path) -> str:
-    """Of compiling a file for sm_90a."""
+    """ptxas's log of compiling a file for sm_90a."""
     nvcc = shutil.which("nvcc") or tool("nvcc")
     if nvcc is None:
         pytest.skip("reading ptxas's log takes nvcc")
@@ -175,7 +175,7 @@ def ptxas_log(source: Path) -> str:
 
 
 def complaints(log: str) -> list[str]:
-    """Bytes that were spilled, and the warnings that ptxas makes each product wait (C7510 to C7519)."""
+    """Spilled bytes, and the warnings that ptxas serialises products (C7510 to C7519)."""
     return re.findall(r"C751\d", log) + re.findall(r"\b[1-9]\d* bytes spill", log)
 
 
@@ -247,7 +247,7 @@ int main() {
 """
 
 
-def test_occupancy_is_what_nvidias_calculator_says(tmp_path: Path) -> None:
+def test_occupancy_matches_nvidias_calculator(tmp_path: Path) -> None:
     nvcc, compiler = shutil.which("nvcc") or tool("nvcc"), shutil.which("c++")
     if nvcc is None or compiler is None:
         pytest.skip("NVIDIA's calculator is a header of the CUDA toolkit, which is not here")

@@ -1,4 +1,4 @@
-"""Errors of the CUDA runtime: ours are reported and do not stay pending, another's stay as they were."""
+"""Errors of the CUDA runtime: ours are reported and cleared, another library's stay pending."""
 
 import shutil
 import subprocess
@@ -14,7 +14,7 @@ NO_LIMITS = "limits: the device does not say how much shared memory it has"
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The host code of launches, with a runtime whose calls fail as asked."""
+    """The host code of launches, with a runtime whose calls fail on request."""
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("there is no C++ compiler")
@@ -41,18 +41,20 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("cudaDriverGetVersion", ["launch: well", "device: no NVIDIA driver was found", "limits: well"], 1),
     ],
 )
-def test_ours_are_reported_and_taken(program: Path, failing: str, said: list[str], launched: int) -> None:
+def test_our_errors_are_reported_and_cleared(
+    program: Path, failing: str, said: list[str], launched: int
+) -> None:
     found = subprocess.run([program, failing], capture_output=True, text=True, check=True).stdout
     assert found.splitlines() == [*(f"{x}; pending: nothing" for x in said), f"launched: {launched}"]
 
 
-def test_anothers_error_is_neither_reported_nor_taken(program: Path) -> None:
+def test_anothers_error_is_neither_reported_nor_cleared(program: Path) -> None:
     found = subprocess.run([program, "pending"], capture_output=True, text=True, check=True).stdout
     assert found.splitlines() == [*(f"{x}; pending: another's" for x in WELL), "launched: 1"]
 
 
-def test_where_both_fail_an_error_stays_pending(program: Path) -> None:
-    """The runtime keeps one only: whoever has not asked yet must still find that something failed."""
+def test_if_both_fail_an_error_stays_pending(program: Path) -> None:
+    """The runtime keeps only one error: other libraries must still see that something failed."""
     found = subprocess.run(
         [program, "pending", "cudaLaunchKernel"], capture_output=True, text=True, check=True
     )

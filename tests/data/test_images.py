@@ -47,7 +47,7 @@ def test_a_centre_that_is_not_square_covers_both_sides() -> None:
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 200), st.integers(0, 200))
-def test_centre_crop_has_the_size_asked_for(
+def test_centre_crop_has_the_requested_size(
     height: int, width: int, more_width: int, more_height: int
 ) -> None:
     image = Image.new("L", (width + more_width, height + more_height))
@@ -61,7 +61,7 @@ def test_centre_crop_at_the_same_size_changes_nothing() -> None:
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_read_image_takes_every_8_bit_mode(tmp_path: Path, mode: str, channels: int) -> None:
+def test_read_image_accepts_every_8_bit_mode(tmp_path: Path, mode: str, channels: int) -> None:
     path = tmp_path / "image.tiff"
     Image.new("RGB", (12, 9), (255, 255, 255)).convert(mode).save(path)
     pixels = read_image(path, 8, channels)
@@ -130,9 +130,9 @@ def quarters() -> Image.Image:
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "webp", "tiff"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_an_image_is_read_as_it_is_seen(tmp_path: Path, orientation: int, kind: str) -> None:
+def test_an_image_is_read_as_displayed(tmp_path: Path, orientation: int, kind: str) -> None:
     turns = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE"}
-    turns |= {6: "ROTATE_90", 7: "TRANSVERSE", 8: "ROTATE_270"}  # how it is stored: turned the other way
+    turns |= {6: "ROTATE_90", 7: "TRANSVERSE", 8: "ROTATE_270"}  # as stored: rotated the other way
     seen, exif = quarters(), Image.Exif()
     stored = seen if orientation == 1 else seen.transpose(Image.Transpose[turns[orientation]])
     exif[0x0112] = orientation
@@ -142,10 +142,10 @@ def test_an_image_is_read_as_it_is_seen(tmp_path: Path, orientation: int, kind: 
     assert np.abs(np.array(corners) - [0, 80, 160, 240]).max() < 12  # JPEG and WebP are lossy
 
 
-def test_a_turned_photo_has_the_size_that_is_seen(tmp_path: Path) -> None:
+def test_a_rotated_photo_has_its_displayed_size(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.new("L", (20, 10), 9).save(tmp_path / "a.jpg", exif=exif)  # seen as 20 high and 10 wide
+    Image.new("L", (20, 10), 9).save(tmp_path / "a.jpg", exif=exif)  # displayed 20 high and 10 wide
     assert image_size(tmp_path / "a.jpg") == (20, 10)
     assert read_image(tmp_path / "a.jpg", (20, 10), 1).shape == (1, 20, 10)
     check_image(tmp_path / "a.jpg", (20, 10))
@@ -154,14 +154,14 @@ def test_a_turned_photo_has_the_size_that_is_seen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["gif", "png", "webp", "tiff"])
-def test_of_an_animation_the_first_picture_is_read(tmp_path: Path, kind: str) -> None:
+def test_the_first_frame_of_an_animation_is_read(tmp_path: Path, kind: str) -> None:
     first, second = Image.new("RGB", (8, 8), (255, 0, 0)), Image.new("RGB", (8, 8), (0, 0, 255))
     first.save(tmp_path / f"a.{kind}", save_all=True, append_images=[second])
     pixels = read_image(tmp_path / f"a.{kind}", 8, 3)
     assert pixels[0].min() > 240 and pixels[1:].max() < 16
 
 
-def test_an_image_too_large_to_be_honest_is_named(tmp_path: Path) -> None:
+def test_a_suspiciously_large_image_is_named(tmp_path: Path) -> None:
     size = struct.pack(">IIBBBBB", 40000, 40000, 8, 0, 0, 0, 0)
     content = b"\x89PNG\r\n\x1a\n"
     for kind, data in ((b"IHDR", size), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")):
@@ -214,4 +214,4 @@ def test_grid_enlarges_small_images_by_whole_pixels_in_reading_order() -> None:
     assert grid.shape == (1, 17 * factor, 17 * factor) and factor > 20
     tile = 9 * factor
     corners = grid[0, ::tile, ::tile]
-    assert corners.tolist() == [[0, 128], [255, 128]]  # the fourth place is empty
+    assert corners.tolist() == [[0, 128], [255, 128]]  # the fourth cell is empty

@@ -105,7 +105,7 @@ def test_folders_that_cannot_be_trained_on(tmp_path: Path) -> None:
             find_images(str(path))
 
 
-def test_a_link_to_nothing_is_no_less_an_image_that_is_missing(folder: Path) -> None:
+def test_a_dangling_link_counts_as_a_missing_image(folder: Path) -> None:
     (folder / "dog" / "gone.png").symlink_to(folder / "moved" / "gone.png")
     with pytest.raises(UserError, match=r"gone\.png cannot be read as an image"):
         load_dataset(str(folder), 8, 1)
@@ -118,7 +118,7 @@ def test_one_file_under_two_spellings_is_named_twice(folder: Path) -> None:
         find_images(str(folder))
 
 
-def test_a_file_that_is_no_image_by_its_content_stops_loading(folder: Path) -> None:
+def test_a_file_without_image_content_stops_loading(folder: Path) -> None:
     (folder / "dog" / "notes.png").write_text("remember the milk")
     with pytest.raises(UserError, match=r"notes\.png is not an image"):
         load_dataset(str(folder), 8, 1)

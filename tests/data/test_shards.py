@@ -116,7 +116,7 @@ def test_a_missing_or_damaged_shard_is_named(shards: Path, monkeypatch: pytest.M
         ),
     ],
 )
-def test_what_a_shard_must_hold(tmp_path: Path, members: list[tuple[str, bytes]], sentence: str) -> None:
+def test_what_a_shard_must_contain(tmp_path: Path, members: list[tuple[str, bytes]], sentence: str) -> None:
     shard = pack(tmp_path / "0.tar", members)
     with pytest.raises(UserError, match=sentence):
         load_dataset(str(shard), 4, 1)
@@ -150,7 +150,7 @@ def test_parquet_is_unpacked_once(tables: Path, monkeypatch: pytest.MonkeyPatch)
     assert load_dataset(str(tables), 4, 1).class_names == ["cat", "dog", "owl"]
 
 
-def test_only_the_training_part_of_a_data_set_is_read(tables: Path) -> None:
+def test_only_the_training_split_is_read(tables: Path) -> None:
     (tables / "train-00001.parquet").rename(tables / "test-00000.parquet")
     assert levels(str(tables)) == [(number, number % 3) for number in range(5)]
     (tables / "train-00000.parquet").rename(tables / "all.parquet")
@@ -166,7 +166,7 @@ def test_only_the_training_part_of_a_data_set_is_read(tables: Path) -> None:
         ([0, 2], "an image of class 2, but names 2 classes, 0 to 1"),
     ],
 )
-def test_labels_of_tables_fit_their_names(tables: Path, labels: list[int], sentence: str) -> None:
+def test_labels_of_tables_match_their_names(tables: Path, labels: list[int], sentence: str) -> None:
     import pyarrow
     import pyarrow.parquet
 
@@ -210,7 +210,7 @@ def test_a_table_without_images_is_named(tables: Path) -> None:
 
 
 def write_table(tables: Path, labels: list[Any] | None, name: str = "label") -> str:
-    """A table alone in its folder, with an image per label; None means no label column."""
+    """A single table in a folder, with an image per label; None means no label column."""
     import pyarrow
     import pyarrow.parquet
 
@@ -248,9 +248,7 @@ def test_labels_of_tables_are_numbers_words_or_none(
         assert found.tolist() == numbers and pixels[:, 0, 0, 0].tolist() == list(range(len(numbers)))
 
 
-def test_a_table_whose_labels_have_another_name_says_so(
-    tables: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_table_without_a_known_label_column_says_so(tables: Path, caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(2):  # unpacked, and from the cache
         assert load_dataset(Path(write_table(tables, [0, 1], "category")), 4, 1).class_names == ["0"]
         assert "images have no classes; its other columns are category" in caplog.text
@@ -286,7 +284,7 @@ def test_images_may_be_a_plain_column_of_bytes(tables: Path) -> None:
     assert levels(str(tables)) == [(5, 0), (6, 1)]
 
 
-def test_of_several_image_columns_the_one_named_image_is_read(tables: Path) -> None:
+def test_the_image_column_named_image_is_preferred(tables: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
@@ -303,7 +301,7 @@ def test_of_several_image_columns_the_one_named_image_is_read(tables: Path) -> N
                 levels(str(tables))
 
 
-def test_without_a_home_or_a_cache_that_can_be_written_one_sentence_says_what_to_set(
+def test_without_a_home_or_a_writable_cache_one_sentence_says_what_to_set(
     tables: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")  # where nobody can write, root included

@@ -67,7 +67,7 @@ def test_names_of_shards_and_tables(path: str, part: str | None) -> None:
     assert split_of_file(path) == part
 
 
-def test_parts_are_no_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_splits_are_not_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_images(tmp_path, "train2017/cat/1.png", "train2017/dog/2.png", "val2017/cat/3.png", "sheet.png")
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations" / "all.json").touch()
@@ -77,23 +77,23 @@ def test_parts_are_no_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     assert "1 beside the folder train2017 (sheet.png)" in caplog.text
 
 
-def test_flat_parts_have_no_classes(tmp_path: Path) -> None:
+def test_flat_splits_have_no_classes(tmp_path: Path) -> None:
     write_images(tmp_path, "train/1.png", "train/2.png", "test/3.png")
     assert read(tmp_path) == (["train/1.png", "train/2.png"], ["0"])
 
 
-def test_without_a_training_part_the_first_is_read(tmp_path: Path) -> None:
+def test_without_a_training_split_the_first_is_read(tmp_path: Path) -> None:
     write_images(tmp_path, "val/cat/1.png", "val/dog/2.png", "test/cat/3.png")
     assert read(tmp_path)[0] == ["val/cat/1.png", "val/dog/2.png"]
 
 
-def test_images_beside_a_test_folder_are_the_training_part(tmp_path: Path) -> None:
+def test_images_beside_a_test_folder_are_training_images(tmp_path: Path) -> None:
     write_images(tmp_path, "1.png", "2.png", "test/3.png")
     assert read(tmp_path) == (["1.png", "2.png"], ["0"])
 
 
 @pytest.mark.parametrize("name", ["test", "train"])
-def test_a_class_may_be_called_like_a_split(tmp_path: Path, name: str) -> None:
+def test_a_class_may_have_the_name_of_a_split(tmp_path: Path, name: str) -> None:
     write_images(tmp_path, f"{name}/1.png", "cat/2.png", "dog/3.png")
     assert read(tmp_path)[1] == sorted(["cat", "dog", name])
 
@@ -112,14 +112,14 @@ def test_splits_below_one_folder(tmp_path: Path) -> None:
     assert read(tmp_path)[1] == ["cat", "dog"]
 
 
-def test_parts_within_every_class(tmp_path: Path) -> None:
+def test_splits_within_every_class(tmp_path: Path) -> None:
     write_images(tmp_path, "cat/train/1.png", "cat/test/2.png", "dog/train/3.png", "dog/test/4.png")
     assert read(tmp_path) == (["cat/train/1.png", "dog/train/3.png"], ["cat", "dog"])
     write_images(tmp_path, "dog/5.png")  # then the folders are not splits
     assert len(read(tmp_path)[0]) == 5
 
 
-def test_labels_of_the_training_part_are_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_labels_of_the_training_split_are_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_images(tmp_path, "train/images/1.png", "train/images/2.png", "val/3.png")
     (tmp_path / "train" / "labels.csv").write_text("file,label\nimages/1.png,b\nimages/2.png,a\n")
     (tmp_path / "train" / "notes.txt").touch()
@@ -136,10 +136,10 @@ def test_splits_below_more_folders(tmp_path: Path) -> None:
     assert read(tmp_path)[1] == ["cat", "dog"] and len(read(tmp_path)[0]) == 2
 
 
-def test_classes_of_train_count_beside_a_folder_without_others(tmp_path: Path) -> None:
+def test_train_is_a_split_beside_a_folder_without_other_classes(tmp_path: Path) -> None:
     write_images(tmp_path, "train/cat/1.png", "train/dog/2.png", "unlabeled/3.png")
     assert read(tmp_path) == (["train/cat/1.png", "train/dog/2.png"], ["cat", "dog"])
-    write_images(tmp_path, "bus/red/4.png")  # then train is a vehicle
+    write_images(tmp_path, "bus/red/4.png")  # now train is a vehicle
     assert read(tmp_path)[1] == ["bus", "train", "unlabeled"]
 
 
@@ -158,7 +158,7 @@ def write_shard(path: Path, *names: str, label: bool = True) -> None:
                 archive.addfile(about, io.BytesIO(content))
 
 
-def test_shards_of_parts_in_folders_and_by_name(tmp_path: Path) -> None:
+def test_splits_of_shards_in_folders_and_by_name(tmp_path: Path) -> None:
     write_shard(tmp_path / "by_folder" / "train" / "0.tar", "a", "b")
     write_shard(tmp_path / "by_folder" / "val" / "0.tar", "c")
     assert len(load_dataset(str(tmp_path / "by_folder"), 8, 1)) == 2
@@ -173,14 +173,14 @@ def test_splits_inside_a_shard(tmp_path: Path) -> None:
     assert list(find_images(str(tmp_path)).labels) == [0, 1]
 
 
-def test_two_images_of_one_name_in_a_shard_are_named(tmp_path: Path) -> None:
-    """The last one won: masks were trained on."""
+def test_duplicate_names_in_a_shard_are_named(tmp_path: Path) -> None:
+    """The last one was used: a run trained on masks."""
     write_shard(tmp_path / "masks.tar", "1", "2", "1")
     with pytest.raises(UserError, match=r"has two images of one name, 1.png and 1.png: rename"):
         find_images(str(tmp_path))
 
 
-def test_an_archive_beside_its_images_is_no_shard_unless_it_has_labels(tmp_path: Path) -> None:
+def test_an_archive_beside_its_images_is_a_shard_only_with_labels(tmp_path: Path) -> None:
     write_images(tmp_path, "train/cat/1.png", "train/dog/2.png")
     write_shard(tmp_path / "train.tar", "cat/1", "dog/2", "dog/3", label=False)
     assert read(tmp_path)[1] == ["cat", "dog"]
@@ -188,7 +188,7 @@ def test_an_archive_beside_its_images_is_no_shard_unless_it_has_labels(tmp_path:
     assert len(load_dataset(str(tmp_path), 8, 1)) == 3  # and the picture beside it is a preview
 
 
-def test_keys_of_shards_may_hold_dots(tmp_path: Path) -> None:
+def test_keys_of_shards_may_contain_dots(tmp_path: Path) -> None:
     write_shard(tmp_path / "0.tar", "photo.2024.01", "photo.2024.02", "v1.2/a.b")
     dataset = load_dataset(str(tmp_path), 8, 1)
     assert len(dataset) == 3 and dataset.read([0, 1, 2])[1].tolist() == [0, 1, 2]

@@ -77,7 +77,7 @@ def test_digits_are_scaled_to_unit_range() -> None:
 @pytest.mark.parametrize(
     ("size", "channels", "sentence"), [(16, 1, "8x8 grey"), (8, 3, "8x8 grey"), (8, 2, "--channels")]
 )
-def test_digits_come_in_one_shape(size: int, channels: int, sentence: str) -> None:
+def test_digits_have_only_one_shape(size: int, channels: int, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         load_dataset("digits", size, channels)
 

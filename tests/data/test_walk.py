@@ -33,7 +33,7 @@ def test_files_come_in_the_order_of_their_names_folder_by_folder(tmp_path: Path)
     assert [Path(path) for path in walked(tmp_path)[0]] == expected
 
 
-def test_what_pillow_opens_is_taken_in_any_case_by_training_and_evaluation(tmp_path: Path) -> None:
+def test_training_and_evaluation_accept_pillows_formats_in_any_case(tmp_path: Path) -> None:
     names = ["a.png", "b.JPG", "c.jfif", "d.WebP", "e.avif", "f.TIFF", "g.ppm", "h.jp2", "i.bmp", "j k.l.Png"]
     for number, name in enumerate(names):
         write_image(tmp_path / ("cat" if number % 2 else "dog") / name)
@@ -44,16 +44,16 @@ def test_what_pillow_opens_is_taken_in_any_case_by_training_and_evaluation(tmp_p
     assert len(found) == len(names) and left_out == "6 of unsupported type (cat/Thumbs.db, ...)"
 
 
-def test_hidden_files_and_those_of_operating_systems_do_not_count(tmp_path: Path) -> None:
+def test_hidden_and_operating_system_files_are_ignored(tmp_path: Path) -> None:
     for name in ("a.png", "._a.png", ".git/b.png", "__MACOSX/c.png", "deep/.cache/d.png"):
         write_image(tmp_path / name)
     found, left_out = walked(tmp_path)
     assert found == ["a.png"] and left_out == "4 hidden (._a.png, ...)"
-    inside = tmp_path / ".git"  # a data set may lie in a hidden folder itself
+    inside = tmp_path / ".git"  # the dataset itself may be in a hidden folder
     assert walked(inside)[0] == ["b.png"]
 
 
-def test_links_are_followed_and_loops_noticed(tmp_path: Path) -> None:
+def test_links_are_followed_and_loops_detected(tmp_path: Path) -> None:
     write_image(tmp_path / "store" / "1.png")
     root = tmp_path / "root"
     write_image(root / "dog" / "own.png")
@@ -70,7 +70,7 @@ def test_links_are_followed_and_loops_noticed(tmp_path: Path) -> None:
     assert len(load_dataset(str(root), 8, 1)) == len(open_images(str(root))) == 4
 
 
-def test_pipes_and_sockets_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pipes_and_sockets_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_image(tmp_path / "a.png")
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "link.png").symlink_to("pipe.png")
@@ -80,12 +80,12 @@ def test_pipes_and_sockets_are_left_alone(tmp_path: Path, monkeypatch: pytest.Mo
         assert walked(tmp_path) == (["a.png"], "3 neither file nor folder (link.png, ...)")
 
 
-def test_a_folder_that_may_not_be_read_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_folder_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_image(tmp_path / "a.png")
     write_image(tmp_path / "lost+found" / "b.png")
     honest = os.scandir
 
-    def guarded(path: str) -> object:  # whoever runs this may be root, who reads everything
+    def guarded(path: str) -> object:  # the tests may run as root, who can read everything
         if stat.S_IMODE(os.stat(path).st_mode) == 0:
             raise PermissionError(13, "Permission denied", path)
         return honest(path)
@@ -100,10 +100,10 @@ def test_a_folder_that_may_not_be_read_is_said(tmp_path: Path, monkeypatch: pyte
         (tmp_path / "lost+found").chmod(0o700)
 
 
-def test_names_that_are_no_utf_8_and_deep_folders(tmp_path: Path) -> None:
+def test_names_that_are_not_utf_8_and_deep_folders(tmp_path: Path) -> None:
     odd = os.fsdecode(b"caf\xe9 \n")
     write_image(tmp_path / odd / f"{odd}.png", 7)
-    write_image(tmp_path / "plain" / "/".join(["deep"] * 300) / "a.png", 9)  # fewer than a path may have
+    write_image(tmp_path / "plain" / "/".join(["deep"] * 300) / "a.png", 9)  # fewer than a path may contain
     dataset = load_dataset(str(tmp_path), 8, 1)
     assert dataset.class_names == [odd, "plain"]
     assert dataset.read([0, 1])[0][:, 0, 0, 0].tolist() == [7, 9]

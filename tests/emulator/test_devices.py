@@ -101,7 +101,7 @@ def test_old_devices_and_drivers(hardware: dict[str, Any], message: str) -> None
             assert emulator.launches() == before
 
 
-def test_newer_devices_and_drivers_are_welcome() -> None:
+def test_newer_devices_and_drivers_are_accepted() -> None:
     index = next(number)
     function, tensors = CALLS["swiglu"]
     with (
@@ -112,7 +112,7 @@ def test_newer_devices_and_drivers_are_welcome() -> None:
         function(*tensors)
 
 
-def test_a_device_that_is_not_there() -> None:
+def test_a_missing_device() -> None:
     function, tensors = CALLS["swiglu"]
     for device, message in (("cuda:40", "CUDA device 40 cannot be used"), ("cuda:64", "out of range")):
         with (

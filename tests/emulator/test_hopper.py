@@ -144,7 +144,7 @@ def test_copy_of_a_box(planted: Planted, place: tuple[int, int, int, int], width
 @pytest.mark.parametrize(
     ("offset", "row_bytes"), [(8, 176), (0, 168)], ids=["address off 16 bytes", "rows off 16 bytes"]
 )
-def test_tensors_that_no_map_describes(planted: Planted, offset: int, row_bytes: int) -> None:
+def test_tensors_that_a_map_cannot_describe(planted: Planted, offset: int, row_bytes: int) -> None:
     tensor = np.zeros(10000, np.uint16)[offset // 2 :]
     image, elected, place = np.zeros(8 * 64, np.uint16), np.zeros(4, np.int32), np.zeros(4, np.int32)
     sizes, strides = np.array([80, 8, 1, 1], np.uint64), np.array([row_bytes, 1600, 1600], np.uint64)
@@ -177,12 +177,12 @@ FOUND = {
     "too_many_registers": STUCK + "waits for 240 registers a thread, where 0 of the block's are free",
     "no_arrival_at_the_block_barrier": STUCK + "warp 4 waits at barrier 1",
 }  # fmt: skip
-# nvcc's registers have no address that could be watched.
+# nvcc's registers have no address to watch.
 UNSEEN = {"ptx": {"factor_written_before_the_wait"}}
 
 
 def run(planted: Planted, fault: str, seed: int) -> tuple[str | None, np.ndarray, np.ndarray]:
-    """What was found, and the sums that came out and that should have."""
+    """The emulator's report, and the actual and expected sums."""
     generator = np.random.default_rng(seed)
     a, b = generator.integers(-8, 9, (4, 64, 64)), generator.integers(-8, 9, (4, 48, 64))
     tensors = [bits(x, half=False) for x in (a, b)]
@@ -203,7 +203,7 @@ def unguarded(text: str) -> list[str]:
 
 
 def test_missing_clobbers_are_caught() -> None:
-    """Seen in the text alone: nvcc happens to move nothing without them."""
+    """Visible only in the text: this nvcc moves nothing even without them."""
     text = (ROOT / "csrc" / "cuda" / "common" / "hopper.cuh").read_text()
     text = text[: text.index("#define PMF_SUM(")] + text[text.index("#undef PMF_WGMMA") :]
     assert unguarded(text) == []
@@ -212,7 +212,7 @@ def test_missing_clobbers_are_caught() -> None:
     assert sum(len(unguarded(text[:start] + text[end:])) for start, end in guards) >= 11
 
 
-def test_every_fault_has_its_sentence(planted: Planted) -> None:
+def test_every_fault_has_an_expected_report(planted: Planted) -> None:
     assert set(planted.hopper_faults) == {"none", *FOUND}
 
 
@@ -224,7 +224,7 @@ def test_fault_is_found(planted: Planted, request: pytest.FixtureRequest, fault:
     if fault in UNSEEN.get(backend, ()):
         return
     if backend == "ptx" and fault == "sums_read_before_the_wait" and said is None:
-        assert np.isnan(sums).any()  # what is read there is no number
+        assert np.isnan(sums).any()  # the value read there is not a number
         return
     assert said is not None and re.search(FOUND[fault], said), said
 

@@ -50,7 +50,7 @@ def cut(x: Fraction) -> Fraction:
 
 @pytest.mark.parametrize(("bits", "blocks"), [(24, 2), (25, 1), (23, 2)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_mma_cuts_its_sums(planted: Planted, kind: str, bits: int, blocks: int) -> None:
+def test_mma_truncates_its_sums(planted: Planted, kind: str, bits: int, blocks: int) -> None:
     """Bit for bit, with terms that differ by up to 2^24, some zero, some cancelling."""
     number, depth, a_place, b_place = KINDS[kind]
     generator = np.random.default_rng(3)
@@ -131,9 +131,7 @@ def test_numbers(planted: Planted) -> None:
         (0, 32, 0, "a grid of 0 x 1 x 1 blocks"),
     ],
 )
-def test_launches_that_no_device_takes(
-    planted: Planted, grid: int, block: int, shared: int, sentence: str
-) -> None:
+def test_impossible_launches(planted: Planted, grid: int, block: int, shared: int, sentence: str) -> None:
     x, result = np.zeros(32, np.float32), np.zeros((32, 4), np.uint32)
     planted.begin(0, inputs=[x], outputs=[result])
     said = planted.launch(grid, block, shared, x, result)

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not NVCC, reason="needs nvcc and a build with CU
 @dataclass(frozen=True)
 class Fault:
     function: str
-    """Where in ptx.cuh: what its definition, up to the next one, contains."""
+    """The place in ptx.cuh: a text that its definition contains."""
     right: str
     wrong: str
     check: Callable[[Planted], None]
@@ -113,7 +113,7 @@ def test_ptx_missing_clobbers_are_caught() -> None:
         assert len(unguarded(text[:start] + text[end:])) == 1
 
 
-def test_ptx_instruction_that_lanes_reach_at_different_places(tmp_path: Path) -> None:
+def test_ptx_aligned_instruction_in_divergent_lanes(tmp_path: Path) -> None:
     """An instruction marked .aligned must be executed by the whole warp at once."""
     text = (SOURCE / "probes.cu").read_text()
     once = "if constexpr (kKind == kBf16) mma_m16n8k16<__nv_bfloat16>(c, a, b);"
@@ -128,7 +128,7 @@ def test_ptx_instruction_that_lanes_reach_at_different_places(tmp_path: Path) ->
         instructions.check_mma(planted, "bf16")
 
 
-def test_ptx_parameters_that_are_laid_out_otherwise(tmp_path: Path) -> None:
+def test_ptx_parameters_with_another_layout(tmp_path: Path) -> None:
     text = (SOURCE / "probes.cu").read_text()
     last = "uint32_t* result;  // [32][4]\n};\n\n// What each lane gets"
     assert last in text
@@ -139,7 +139,7 @@ def test_ptx_parameters_that_are_laid_out_otherwise(tmp_path: Path) -> None:
             instructions.check_lanes(planted)
 
 
-def test_ptx_as_it_is_passes() -> None:
+def test_unmodified_ptx_passes() -> None:
     """The checks on the unmodified file; all instructions of test_instructions.py have run on it."""
     with planted_at("ptx", of_nvcc(FILES[1])) as planted:
         for fault in FAULTS.values():

@@ -54,7 +54,7 @@ def planted(request: pytest.FixtureRequest) -> Iterator[Planted]:
         yield found
 
 
-def test_every_planted_bug_has_its_sentence(planted: Planted) -> None:
+def test_every_planted_bug_has_an_expected_report(planted: Planted) -> None:
     assert set(planted.names) == set(FOUND)
 
 

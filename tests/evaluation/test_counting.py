@@ -85,7 +85,7 @@ def whole(tmp_path: Path) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("from_files", [False, True])
-def test_the_sums_are_those_of_all_images_at_once(tmp_path: Path, from_files: bool) -> None:
+def test_the_sums_equal_those_of_all_images_at_once(tmp_path: Path, from_files: bool) -> None:
     heard: list[int] = []
     source = Noise(from_files=from_files)
     sums = count_features(source, space(), BATCH, tmp_path / "a.safetensors", Ranks(), heard.append)
@@ -99,7 +99,7 @@ def test_the_sums_are_those_of_all_images_at_once(tmp_path: Path, from_files: bo
 
 
 @pytest.mark.parametrize("save_seconds", [0.0, 1000.0])
-def test_an_interrupted_count_goes_on_and_ends_with_the_same_bits(
+def test_an_interrupted_count_resumes_and_ends_with_the_same_bits(
     tmp_path: Path, whole: list[Tensor], save_seconds: float
 ) -> None:
     file = tmp_path / "sums.safetensors"
@@ -113,7 +113,7 @@ def test_an_interrupted_count_goes_on_and_ends_with_the_same_bits(
     assert all(torch.equal(a, b) for a, b in zip(count(file, finished), whole, strict=True))
 
 
-def test_what_three_processes_had_counted_one_finishes(tmp_path: Path, whole: list[Tensor]) -> None:
+def test_one_process_finishes_the_counts_of_three(tmp_path: Path, whole: list[Tensor]) -> None:
     file = tmp_path / "sums.safetensors"
     for rank, patience in ((0, 1), (1, 2), (2, 2)):
         with pytest.raises(KeyboardInterrupt):
@@ -127,7 +127,7 @@ def test_what_three_processes_had_counted_one_finishes(tmp_path: Path, whole: li
         torch.testing.assert_close(ours, other, rtol=1e-13, atol=1e-12)
 
 
-def test_a_stop_between_adding_up_and_removing_the_parts_counts_nothing_twice(
+def test_a_stop_between_merging_and_removing_files_counts_nothing_twice(
     tmp_path: Path, whole: list[Tensor]
 ) -> None:
     file, part = tmp_path / "sums.safetensors", tmp_path / "sums-rank1.safetensors"
@@ -154,7 +154,7 @@ print(source.read_batches, float(sums.moments.count), float(sums.moments.product
 """
 
 
-def test_two_processes_finish_what_one_began(tmp_path: Path, whole: list[Tensor]) -> None:
+def test_two_processes_finish_the_count_of_one(tmp_path: Path, whole: list[Tensor]) -> None:
     file = tmp_path / "sums.safetensors"
     with pytest.raises(KeyboardInterrupt):
         count(file, Noise(patience=3))
@@ -185,7 +185,7 @@ def test_two_processes_finish_what_one_began(tmp_path: Path, whole: list[Tensor]
         torch.testing.assert_close(ours, other, rtol=1e-13, atol=1e-12)
 
 
-def test_sums_of_another_evaluation_are_refused_and_stay(tmp_path: Path) -> None:
+def test_sums_of_another_evaluation_are_rejected_and_kept(tmp_path: Path) -> None:
     file = tmp_path / "sums.safetensors"
     count(file, Noise())
     before = file.read_bytes()

@@ -18,14 +18,14 @@ MEAN, COVARIANCE = np.arange(4.0), np.diag([1.0, 2, 3, 4])
 
 
 @pytest.mark.parametrize("names", [("mu", "sigma"), ("ref_mu", "ref_sigma"), ("m", "s"), ("mean", "cov")])
-def test_statistics_are_found_under_the_names_people_use(tmp_path: Path, names: tuple[str, str]) -> None:
+def test_statistics_are_found_under_all_common_names(tmp_path: Path, names: tuple[str, str]) -> None:
     np.savez(tmp_path / "a.npz", **dict(zip(names, (MEAN, COVARIANCE.astype(np.float32)), strict=True)), n=5)
     found = read_statistics(tmp_path / "a.npz", SPACE)
     assert found is not None and found.mean.dtype == found.covariance.dtype == torch.float64
     assert found.mean.tolist() == MEAN.tolist() and found.covariance.tolist() == COVARIANCE.tolist()
 
 
-def test_what_is_written_is_read_and_knows_its_features(tmp_path: Path) -> None:
+def test_written_statistics_are_read_and_name_their_features(tmp_path: Path) -> None:
     written = Statistics(torch.from_numpy(MEAN), torch.from_numpy(COVARIANCE))
     write_statistics(tmp_path / "a.npz", written, SPACE, 7)
     found = read_statistics(tmp_path / "a.npz", SPACE)
@@ -38,7 +38,7 @@ def test_what_is_written_is_read_and_knows_its_features(tmp_path: Path) -> None:
         read_statistics(tmp_path / "a.npz", other)
 
 
-def test_a_batch_of_images_is_no_statistics_unless_it_holds_them_too(tmp_path: Path) -> None:
+def test_a_batch_of_images_is_statistics_only_if_it_contains_them(tmp_path: Path) -> None:
     pixels = np.zeros((3, 2, 2, 3), np.uint8)
     np.savez(tmp_path / "images.npz", pixels)
     assert read_statistics(tmp_path / "images.npz", SPACE) is None
@@ -91,7 +91,7 @@ def test_an_array_of_images_is_read_by_rows(tmp_path: Path, save: Any) -> None:
         open_images(str(tmp_path / "images.npz"), size=8)
 
 
-def test_a_folder_is_read_whole_and_cut_only_when_asked(tmp_path: Path) -> None:
+def test_folders_are_read_recursively_and_cropped_on_request(tmp_path: Path) -> None:
     for name, size in (("b/x.png", (8, 8)), ("a.JPEG", (8, 8)), (".hidden.png", (2, 2))):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.effect_noise(size, 50).save(tmp_path / name)
@@ -108,7 +108,7 @@ def test_a_folder_is_read_whole_and_cut_only_when_asked(tmp_path: Path) -> None:
     assert cut.read([2]).tolist() == [[[[7] * 8] * 8]]
 
 
-def test_data_sets_of_training_are_taken_too(tmp_path: Path) -> None:
+def test_training_datasets_are_accepted(tmp_path: Path) -> None:
     pixels, labels = np.arange(48, dtype=np.uint8).reshape(3, 4, 4), np.arange(3, dtype=np.uint8)
     for name, array in (("images-idx3", pixels), ("labels-idx1", labels)):
         header = np.array([0x800 + array.ndim, *array.shape], ">u4").tobytes()
@@ -118,7 +118,7 @@ def test_data_sets_of_training_are_taken_too(tmp_path: Path) -> None:
     assert source.read([2]).flatten().tolist() == list(range(32, 48))
 
 
-def test_images_that_are_not_there_are_named(tmp_path: Path) -> None:
+def test_missing_images_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there are no images .*nowhere: give a folder"):
         open_images(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="the folder .* contains no images"):
@@ -144,7 +144,7 @@ def test_images_need_not_be_square(tmp_path: Path) -> None:
         open_images(str(tmp_path / "images.npz"), size=(8, 4))
 
 
-def test_large_images_are_averaged_for_the_space_of_pixels() -> None:
+def test_large_images_are_averaged_in_the_pixel_space() -> None:
     space = Pixels(3, 64, torch.device("cpu"))
     pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     features, _ = space(pixels)
@@ -157,9 +157,7 @@ def open_inception(weights: Path | None) -> None:
     open_space("inception", channels=3, size=8, device=torch.device("cpu"), weights=weights)
 
 
-def test_weights_that_are_missing_or_another_networks_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_and_foreign_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(
         UserError, match=r"pt_inception-2015-12-05-6726825d\.pth.*https://.*--weights.*pixels"
@@ -177,7 +175,7 @@ def test_weights_that_are_missing_or_another_networks_are_named(
         open_inception(None)
 
 
-def test_lite0_takes_grey_images_of_any_size(tmp_path: Path) -> None:
+def test_lite0_accepts_grey_images_of_any_size(tmp_path: Path) -> None:
     with torch.device("meta"):
         network = EfficientNetLite0()
     network = network.to_empty(device="cpu")

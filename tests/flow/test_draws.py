@@ -77,7 +77,7 @@ def test_a_share_of_the_pairs_is_uniform() -> None:
     assert_uniform(uniform, high=0.999)
 
 
-def test_guidance_has_the_density_it_promises() -> None:
+def test_guidance_has_the_documented_density() -> None:
     def cdf(omega: Tensor, beta: float) -> Tensor:
         if beta == 1:
             return omega.double().log() / math.log(8)
@@ -112,6 +112,6 @@ def test_dropped_labels_are_the_first_ones_and_binomial() -> None:
     assert draw(Objective(class_dropout=1.0)).drop.all()
 
 
-def test_noise_carries_its_scale() -> None:
+def test_noise_is_scaled() -> None:
     noise = draw(Objective(noise_scale=4.0)).noise.flatten()
     assert_uniform(normal_cdf(noise.double() / 4))

@@ -121,7 +121,7 @@ def test_loss_terms_and_gradients(guidance: str, direction: Any, prediction: Any
     assert_close(grads, torch.autograd.grad(expected["loss"], weights), EXACT)
 
 
-def test_it_is_objective_where_both_apply():
+def test_it_equals_objective_where_both_apply():
     """Images, x-prediction and the network's own direction, without guidance and without a v head."""
     torch.manual_seed(0)
     model = pmf.create_model(
@@ -292,7 +292,7 @@ def test_inputs_that_do_not_fit():
 @pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize("wrap", ["module", "compiled Jvp"])
 def test_only_samples_that_need_a_tangent_have_one(named: bool, wrap: str, monkeypatch):
-    """Eagerly, and if it is known which conditions follow the samples."""
+    """In eager mode, if it is known which conditions are per sample."""
     torch.manual_seed(0)
     net, counts = Net(6).double(), []
     objective = MeanFlow(times=PlaneTimes(data_proportion=0.75), null={"label": NULL} if named else None)

@@ -101,7 +101,7 @@ def test_both_sides_must_be_whole_patches(size: tuple[int, int]) -> None:
         replace(TINY, image_size=size)
 
 
-def test_weights_alone_do_not_tell_a_wide_image_from_a_square() -> None:
+def test_weights_alone_do_not_distinguish_wide_images_from_square_ones() -> None:
     state = pmf.create_model("digits", image_size=(4, 16)).state_dict()  # 16 tokens, as 8 x 8 images have
     assert config_from_state_dict(state, noise_scale=1.0).image_size == 8
     assert config_from_state_dict(state, noise_scale=1.0, image_size=(4, 16)).grid == (2, 8)

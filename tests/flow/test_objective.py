@@ -189,11 +189,11 @@ class Identity(NoPreconditioner):
 
 
 @pytest.mark.parametrize("other", [{"prediction": ByImages()}, {"preconditioner": Identity()}])
-def test_a_prediction_or_preconditioner_of_ones_own(model: PixelMeanFlow, other: dict[str, Any]) -> None:
+def test_a_users_own_prediction_or_preconditioner(model: PixelMeanFlow, other: dict[str, Any]) -> None:
     compare(model, Objective(**other), *batch_of("every case"))
 
 
-def test_a_subclass_with_annotations_of_its_own() -> None:
+def test_a_subclass_with_local_annotations() -> None:
     class Local: ...
 
     @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def test_a_subclass_with_annotations_of_its_own() -> None:
         Mine(norm_p="1")  # type: ignore[arg-type]
 
 
-def test_a_class_is_not_an_object_of_it() -> None:
+def test_a_class_is_not_accepted_as_its_instance() -> None:
     with pytest.raises(ValueError, match="times must be a TimeSampling"):
         Objective(times=PlaneTimes)  # type: ignore[arg-type]
 
@@ -248,7 +248,7 @@ class CountingModel(PixelMeanFlow):
         (["flow matching, interval not whole"], 2, 0),
     ],
 )
-def test_computes_no_more_than_the_numbers_depend_on(rows: list[str], guidance: int, tangents: int) -> None:
+def test_computes_only_what_affects_the_result(rows: list[str], guidance: int, tangents: int) -> None:
     model = CountingModel(CONFIG).double()
     model.counts = {}
     Objective()(model, *batch({key: [SAMPLES[row][key] for row in rows] for key in FLOW_MATCHING}))
@@ -260,10 +260,10 @@ def test_computes_no_more_than_the_numbers_depend_on(rows: list[str], guidance: 
 @pytest.mark.parametrize(
     ("rows", "guidance", "tangents"),
     [
-        (["meanflow"] * 3 + ["flow matching"] * 2, 8, 4),  # 3 v_c and 5 v_u already; one tangent more
+        (["meanflow"] * 3 + ["flow matching"] * 2, 8, 4),  # already 3 v_c and 5 v_u; one more tangent
         (["meanflow"] * 3, 8, 3),  # no more tangents than samples
         (["meanflow"] * 5 + ["flow matching, dropped"] * 3, 12, 8),  # 10 of 12, 5 of 8
-        (["flow matching, dropped"] * 3, 0, 0),  # nothing stays nothing
+        (["flow matching, dropped"] * 3, 0, 0),  # zero rows stay zero
     ],
 )
 def test_rows_are_rounded_up(rows: list[str], guidance: int, tangents: int) -> None:
@@ -306,7 +306,7 @@ def test_bfloat16_model_follows_the_float32_one() -> None:
         assert (getattr(rounded, name) - expected).norm() < 8 * unit * expected.norm(), name
 
 
-def test_batches_that_do_not_fit_together_are_refused() -> None:
+def test_inconsistent_batches_are_rejected() -> None:
     model = PixelMeanFlow(CONFIG)
     images, labels = torch.zeros(3, 2, 8, 8), torch.zeros(3, dtype=torch.long)
     objective = Objective()

@@ -107,7 +107,7 @@ def test_bfloat16_products_stay_50_decibels_from_float32() -> None:
     assert decibels["bf16"] > decibels["bf16 everywhere"] + 3, decibels
 
 
-def test_a_sampler_is_made_once_for_many_batches() -> None:
+def test_one_sampler_serves_many_batches() -> None:
     model, noise = deep_model(), torch.randn(2, 3, 8, 8)
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     sampler = Sampler(model, "bf16")
@@ -136,7 +136,7 @@ def test_the_prepared_network_is_the_same_function() -> None:
         found += [(u.double(), gradient.double())]
     for actual, expected in zip(*found, strict=True):
         assert (actual - expected).norm() < 1e-5 * expected.norm()
-    again = Sampler(network, "fp32").network  # it has no scales any more
+    again = Sampler(network, "fp32").network  # it no longer has scales
     assert again is network and Sampler(network, "bf16")([0]).isfinite().all()
 
 
@@ -221,14 +221,14 @@ def test_arguments_may_be_arrays(model: PixelMeanFlow) -> None:
         sample(model, [0], noise=np.zeros((1, 1, 8, 8)))
 
 
-def test_networks_of_other_kinds_are_refused(model: PixelMeanFlow) -> None:
+def test_other_networks_are_rejected(model: PixelMeanFlow) -> None:
     with pytest.raises(TypeError, match="must be a PixelMeanFlow, got Linear: pmf.flow.MeanFlow and"):
         sample(torch.nn.Linear(2, 2), [0])
     with pytest.raises(TypeError, match="got AveragedModel: give its .module"):
         sample(torch.optim.swa_utils.AveragedModel(model), [0])
 
 
-def test_times_of_ones_own(model: PixelMeanFlow) -> None:
+def test_explicit_times(model: PixelMeanFlow) -> None:
     noise, labels = 3 * torch.randn(2, 1, 8, 8), torch.tensor([1, 4])
     equal = sample(model, labels, 3, noise=noise)
     assert torch.equal(sample(model, labels, noise=noise, times=[1.0, 2 / 3, 1 / 3, 0.0]), equal)
@@ -250,6 +250,6 @@ def test_times_must_descend_from_1_to_0(model: PixelMeanFlow, times: list[float]
         sample(model, [1], times=times)
 
 
-def test_times_and_another_number_of_steps_are_refused(model: PixelMeanFlow) -> None:
+def test_times_and_contradictory_steps_are_rejected(model: PixelMeanFlow) -> None:
     with pytest.raises(ValueError, match="2 steps, not 4"):
         sample(model, [1], steps=4, times=[1.0, 0.5, 0.0])

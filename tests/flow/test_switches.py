@@ -80,7 +80,7 @@ def test_what_the_output_means(model: PixelMeanFlow, switch: str, name: str) -> 
 
 
 @pytest.mark.parametrize("switch", ["u", "edm", "scm"])
-def test_names_stand_for_what_the_configuration_would_make(model: PixelMeanFlow, switch: str) -> None:
+def test_names_mean_what_the_configuration_would_create(model: PixelMeanFlow, switch: str) -> None:
     named = {k: v for k, v in MODEL_SWITCHES[switch].items() if k in ("prediction", "preconditioner")}
     rest = {k: v for k, v in MODEL_SWITCHES[switch].items() if k not in named}
     images, labels, draws = batch_of("every case")
@@ -166,7 +166,7 @@ def test_without_guidance_omega_is_one_on_the_whole_interval() -> None:
         ({"guidance": NoGuidance()}, ["flow matching"] * 3, {"uv": 3}, 0),
     ],
 )
-def test_switches_spend_no_more_than_they_need(
+def test_switches_compute_no_more_than_needed(
     settings: dict[str, Any], rows: list[str], passes: dict[str, int], tangents: int
 ) -> None:
     model = CountingModel(replace(CONFIG, v_head=settings.get("v_head", True))).double()
@@ -200,7 +200,7 @@ def test_tangents_of_preconditioners_are_their_derivatives(name: str) -> None:
         torch.testing.assert_close(tangent(*at, *along), difference, rtol=1e-6, atol=1e-6)
 
 
-def test_edm_coefficients_meet_their_demands() -> None:
+def test_edm_coefficients_meet_their_requirements() -> None:
     """Measured on samples: unit input, unit target, and no other c_skip has a smaller error."""
     torch.manual_seed(0)
     x, e = 0.4 * torch.randn(200_000).double(), 2.0 * torch.randn(200_000).double()
@@ -250,7 +250,7 @@ def test_samples_follow_the_models_own_switches(model: PixelMeanFlow, name: str)
         ({"prediction": "u", "preconditioner": "scm"}, "it goes with prediction x"),
     ],
 )
-def test_models_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_impossible_models_are_rejected(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ModelConfig(**settings)
     if "sigma_data" in settings:

@@ -84,7 +84,7 @@ def _direction(x: Tensor, seed: int) -> Tensor:
 
 
 def _aligned(p: Problem, along: Tensor) -> Problem:
-    """Scores that follow `along` [Nk], from the key of the least to that of the greatest."""
+    """Scores proportional to `along` [Nk] over the keys."""
     unit = torch.nn.functional.normalize(_direction(p.key, 1), dim=0)
     return p._replace(query=p.query + 8 * unit, key=p.key + along[:, None] * unit)
 
@@ -100,7 +100,7 @@ def _late_sinks(p: Problem) -> Problem:
 
 
 def _tangents(p: Problem) -> dict[str, Tensor]:
-    """All three of them, of a problem that has them."""
+    """The tangents of a problem, by name."""
     named = {"query_t": p.query_t, "key_t": p.key_t, "value_t": p.value_t}
     return {name: x for name, x in named.items() if x is not None}
 

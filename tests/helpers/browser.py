@@ -60,7 +60,7 @@ class Browser:
         _call("POST", f"{self._session}/element/{identity}/click", {})
 
     def requests(self) -> list[str]:
-        """Every URL that was asked for since the last call, those that were blocked included."""
+        """Every URL requested since the last call, including blocked ones."""
         entries = _call("POST", f"{self._session}/se/log", {"type": "performance"})
         events = [json.loads(entry["message"])["message"] for entry in entries]
         wanted = [x["params"] for x in events if x["method"] == "Network.requestWillBeSent"]
@@ -73,7 +73,7 @@ class Browser:
 
 @contextmanager
 def browser(profile: Path) -> Iterator[Browser]:
-    """A browser with a profile of its own."""
+    """A browser with a separate profile."""
     command, quiet = ["chromedriver", "--port=0"], subprocess.DEVNULL
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=quiet, text=True) as process:
         assert process.stdout is not None

@@ -1,4 +1,4 @@
-"""Everything an elementwise op computes, beside the float64 reference on the same rounded inputs."""
+"""Everything an elementwise op computes, against the float64 reference on the same rounded inputs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -94,8 +94,8 @@ def check(
 def check_first_samples(name: str, inputs: Any, tangents: Any, shared: Any, **options: Any) -> None:
     """Tangents of the first n samples: bit for bit what the op gives for those samples alone.
 
-    `shared`: the positions of inputs that belong to no sample (weights, tables). Detached, the gradients of
-    the values are the plain op's.
+    `shared`: the positions of inputs without a batch dimension (weights, tables). With detached tangents, the
+    gradients of the values are the plain op's.
     """
     batch = inputs[0].shape[0]
     plain, jvp = getattr(ops, name), getattr(ops, name + "_jvp")

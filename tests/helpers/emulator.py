@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "tests" / "emulator"
 BUILD = Path(os.environ.get("PMF_EMULATOR_DIR", ROOT / "build" / "emulator"))
 TENSOR_CORES = (24, 2)
-"""As the emulator adds if nobody says otherwise: the bits and blocks of Ampere."""
+"""How the emulator adds by default: the bits and blocks of Ampere."""
 LIBRARY = BUILD / "libpmf_emulated.so"
 
 
@@ -65,14 +65,14 @@ def launches() -> int:
 
 
 def last_shared_bytes() -> int:
-    """What the newest launch of torch.ops.pmf_emulated has asked for, for each block."""
+    """Shared memory per block that the latest launch of torch.ops.pmf_emulated requested."""
     shared = ctypes.CDLL(str(LIBRARY)).pmf_emulator_last_shared_bytes
     shared.restype = ctypes.c_int64
     return shared()
 
 
 def seed(value: int) -> None:
-    """Another order of warps, blocks and copies."""
+    """Choose another order of warps, blocks and copies."""
     ctypes.CDLL(str(LIBRARY)).pmf_emulator_seed(ctypes.c_uint64(value))
 
 
@@ -186,7 +186,7 @@ class Planted:
         sums: np.ndarray,
         adds: bool,
     ) -> str | None:
-        """One wgmma; the descriptors `a` and `b` count from the beginning of the image of shared memory."""
+        """One wgmma; addresses in the descriptors `a` and `b` are relative to `image`, the shared memory."""
         descriptors = ctypes.c_uint64(a), ctypes.c_uint64(b)
         return self._call(
             "pmf_hopper_product", half, tiles, image, image.size, *descriptors, rows, sums, adds
@@ -203,7 +203,7 @@ class Planted:
         image: np.ndarray,
         elected: np.ndarray,
     ) -> str | None:
-        """Copies a box of a tensor to shared memory, which `image` then is."""
+        """Copy a box of a tensor to shared memory; `image` receives the shared memory."""
         return self._call("pmf_hopper_box", tensor, sizes, strides, rows, width, place, image, elected)
 
     def hopper(self, fault: str, a: np.ndarray, b: np.ndarray, output: np.ndarray) -> str | None:

@@ -1,4 +1,4 @@
-"""What a Jvp has to equal: torch.func.jvp through math attention, in values, tangents and gradients."""
+"""What a Jvp must equal: torch.func.jvp through math attention, in values, tangents and gradients."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def check(
     network, primals, constants = problem
     tangents = problem.tangents() if tangents is None else tangents
     out, out_t = jvp_math(network, primals, tangents, **constants)
-    if detach:  # torch.func.jvp lets gradients through detach(), which the network itself does not
+    if detach:  # torch.func.jvp passes gradients through detach(), which the network itself blocks
         wanted = gradients(network(*primals, **constants), out_t.detach(), network)
     else:
         wanted = gradients(out, out_t, network)

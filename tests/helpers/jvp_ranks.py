@@ -82,7 +82,7 @@ def main(rank: int, port: int, out: Path) -> None:
     found = {}
     for name, make in WAYS.items():
         module = make()
-        for _ in range(2):  # a static graph is one from the second step on
+        for _ in range(2):  # a static graph takes effect from the second step on
             found[name] = gradients(module, lambda m=module: loss_of(m, rank).backward())
 
     module = DDP(Jvp(build()))

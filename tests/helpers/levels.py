@@ -2,7 +2,7 @@
 
 Each is a namespace of raw ops that replaces torch.ops.pmf. The emulator's runs the CUDA kernels on CPU
 tensors, compiled for the CPU (tests/emulator) or by nvcc (helpers/ptx); the GPU's copies tensors there and
-the results back, so that one test serves all.
+the results back, so one test covers all.
 """
 
 from collections.abc import Callable, Iterator
@@ -92,4 +92,4 @@ LEVELS = (*CPU_LEVELS, *EMULATED, *(("cuda",) if torch.cuda.is_available() else 
 NVCC = ("ptx",) if ptx.why_not() is None and tool("nvcc") is not None else ()
 PTX = ("ptx",) if ptx.why_not() is None else ()
 EVERYWHERE = (*LEVELS, *PTX)
-"""For parametrised tests. Those that draw a level leave out the one that compiles what it runs."""
+"""For parametrised tests. Tests that pick levels at random use LEVELS, as `ptx` compiles what it runs."""

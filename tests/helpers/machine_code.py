@@ -21,7 +21,7 @@ import pytest
 
 ARCHITECTURES = ("sm_80", "sm_90a")
 RESERVED = {"sm_80": 0, "sm_90a": 1024}
-"""Bytes that the tools count in every kernel with shared memory: from sm_90 on the driver's share."""
+"""Bytes that the tools add to every kernel with shared memory: the driver's share, from sm_90 on."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class Usage:
     """The resources that the compiler assigned to a kernel."""
 
     registers: int
-    """Of a thread."""
+    """Per thread."""
     stack: int
-    """Bytes of a thread; spilled registers live there, too."""
+    """Bytes per thread, including spilled registers."""
     local: int
-    """Bytes of a thread besides the stack."""
+    """Bytes per thread besides the stack."""
     shared: int
-    """Bytes of a block that are not asked for at the launch."""
+    """Static shared memory: bytes per block that are not requested at launch."""
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 WARP = 32
 SCHEDULERS = 4
-"""Of a multiprocessor; each owns a quarter of the registers."""
+"""Per multiprocessor; each owns a quarter of the registers."""
 REGISTER_UNIT = 256
-"""Registers are given to a warp in such portions."""
+"""Registers are allocated to a warp in units of this size."""
 SHARED_UNIT = 128
 RESERVED_SHARED = 1024
-"""Bytes that the driver takes of each block's shared memory."""
+"""Bytes of each block's shared memory that the driver reserves."""
 KB = 1024
 
 
@@ -19,10 +19,10 @@ class Gpu:
     Capability"."""
 
     architecture: str
-    """Of the machine code that it runs."""
+    """The architecture of the machine code that it runs."""
     capability: tuple[int, int]
     shared_per_block: int
-    """Bytes that a block may ask for."""
+    """Bytes that a block may request."""
     shared: int
     processors: int
     registers: int = 64 * KB

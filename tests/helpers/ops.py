@@ -30,7 +30,7 @@ STEMS = (
     "swiglu",
 )
 VARIANTS = {"attention_varlen": "attention"}
-"""Ops of the public API that are another's kernels, told more: by name, whose."""
+"""Public ops that run another op's kernels with additional arguments: name -> that op."""
 GEMM = "its CPU work is torch's GEMM, called from csrc/ops"
 TWO_FILES = "forward and backward are a kernel file each"
 ABSENT = {

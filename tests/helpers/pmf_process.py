@@ -11,11 +11,11 @@ TINY = (
     "--hidden-size 16 --depth 2 --head-depth 1 --num-heads 2 --bottleneck 4 --condition-tokens 1 1 1 1 1 "
     "--batch-size 8 --precision fp32 --ema-half-lives 0.01 0.02 --sample-ema 0.02"
 ).split()
-"""Flags of the smallest network that is still a whole one."""
+"""Flags of the smallest complete network."""
 
 
 def environment() -> dict[str, str]:
-    """The tested pmf for the child process, on one thread: for work this small two only wait."""
+    """The tested pmf for the child process, on one thread: on work this small, two only wait."""
     paths = [str(Path(pmf.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 

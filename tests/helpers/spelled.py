@@ -1,4 +1,4 @@
-"""Operations as networks spell them, each a function of a matrix [6, 6] with a tangent."""
+"""Operations in the forms that networks use, each a function of a matrix [6, 6] with a tangent."""
 
 from collections.abc import Callable
 
@@ -40,7 +40,7 @@ def written_into_zeros(x: Tensor) -> Tensor:
 
 
 def shared_then_written(x: Tensor) -> Tensor:
-    """y has the tangent of x when it is written into; x must keep its own."""
+    """y shares the tangent of x when it is overwritten; x must keep its own."""
     y = x + 1
     y.relu_()
     z = x - 2

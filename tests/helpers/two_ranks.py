@@ -46,7 +46,7 @@ GROUPS: list[tuple[tuple[int, ...], dict[str, Any]]] = [
     ((3, 6, 4), {"split_sizes": [4, 2]}),
     ((5, 3, 2, 2), {"flatten": True}),
 ]
-"""Parameters of more than one matrix each; none of their parts ends where a rank's rows do."""
+"""Parameters of several matrices each; no part ends where a rank's rows end."""
 SHAPES = [(6, 4), (3, 9), (5, 5), (2, 8), (7, 3), (1, 4), (4,), (2, 3, 2)]
 
 
@@ -145,7 +145,7 @@ def wrapped_steps(
 
 
 def stop_one(trainer: Trainer) -> None:
-    """The second rank is told to stop from its third step on."""
+    """The second rank receives a stop signal at its third step."""
     step = trainer.train_step
 
     def told(rate: float = 1.0) -> torch.Tensor:

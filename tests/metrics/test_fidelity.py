@@ -1,4 +1,4 @@
-"""Inception, FID and Inception Score beside torch-fidelity's; accumulated sums beside the whole set."""
+"""Inception, FID and Inception Score against torch-fidelity's; accumulated sums against the whole set."""
 
 import importlib
 import importlib.util
@@ -61,7 +61,7 @@ def inception() -> InceptionV3:
 
 
 @pytest.mark.parametrize("side", [32, 320])
-def test_inception_is_torch_fidelitys(inception: InceptionV3, tmp_path: Path, side: int) -> None:
+def test_inception_equals_torch_fidelitys(inception: InceptionV3, tmp_path: Path, side: int) -> None:
     extractor = torch_fidelity("feature_extractor_inceptionv3")
     torch.save(inception.state_dict(), tmp_path / "weights.pth")
     theirs = extractor.FeatureExtractorInceptionV3(
@@ -89,7 +89,7 @@ def test_inception_refuses_other_images(inception: InceptionV3) -> None:
         inception(torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
 
 
-def test_the_resize_is_tensorflows() -> None:
+def test_the_resize_equals_tensorflows() -> None:
     """Corners are aligned: enlarging by two interpolates between i and i + 1 and repeats the last pixel."""
     row = torch.tensor([0.0, 4.0, 8.0])
     image = row.expand(1, 1, 3, 3)
@@ -99,7 +99,7 @@ def test_the_resize_is_tensorflows() -> None:
     assert resize_as_tensorflow_1(large, 16)[0, 0, 0].tolist() == list(range(0, 64, 4))  # no antialiasing
 
 
-def test_moments_of_batches_and_of_two_processes_are_those_of_the_whole() -> None:
+def test_moments_of_batches_and_processes_equal_those_of_the_whole() -> None:
     x = 50 + random_features(301, 6, seed=0)
     parts = Moments(6), Moments(6)
     for i, batch in enumerate(x.split(40)):
@@ -116,7 +116,7 @@ def test_moments_of_batches_and_of_two_processes_are_those_of_the_whole() -> Non
 
 
 @pytest.mark.parametrize(("width", "count"), [(24, 400), (40, 30)])  # fewer samples than features too
-def test_frechet_distance_is_torch_fidelitys(width: int, count: int) -> None:
+def test_frechet_distance_equals_torch_fidelitys(width: int, count: int) -> None:
     fid = torch_fidelity("metric_fid")
     a, b = (
         random_features(count, width, 0).double(),
@@ -151,7 +151,7 @@ def streamed_score(logits: Tensor, splits: int) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize(("count", "splits"), [(203, 10), (50, 1)])
-def test_inception_score_is_torch_fidelitys(count: int, splits: int) -> None:
+def test_inception_score_equals_torch_fidelitys(count: int, splits: int) -> None:
     isc = torch_fidelity("metric_isc")
     logits = 3 * torch.randn(count, 20, generator=torch.Generator().manual_seed(0))
     theirs = isc.isc_features_to_metric(logits, splits=splits, shuffle=True, rng_seed=2020)
@@ -160,7 +160,7 @@ def test_inception_score_is_torch_fidelitys(count: int, splits: int) -> None:
     assert deviation == pytest.approx(theirs[isc.KEY_METRIC_ISC_STD], rel=1e-6, abs=1e-9)
 
 
-def test_inception_score_of_sure_and_of_useless_guesses() -> None:
+def test_inception_score_of_certain_and_of_uniform_guesses() -> None:
     labels = torch.arange(1000) % 10
     sure = 1000 * torch.eye(10)[labels]
     assert streamed_score(sure, 1) == pytest.approx((10, 0), abs=1e-9)

@@ -15,7 +15,7 @@ def test_frechet_of_shifted_and_scaled_sets_is_the_closed_form():
     assert frechet_distance(a, scaled) == pytest.approx(4 * torch.cov(a.T).trace().item(), rel=1e-10)
 
 
-def test_frechet_takes_singular_covariances():
+def test_frechet_accepts_singular_covariances():
     a = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
     a[:, 1] = a[:, 0]
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)

@@ -20,7 +20,7 @@ def points(count: int, seed: int) -> torch.Tensor:
 
 @settings(max_examples=40, deadline=None)
 @given(SIZES, SEEDS, st.floats(-10, 10), st.floats(-10, 10), st.integers(2, 50))
-def test_a_shift_costs_its_mean_shadow(count, seed, dx, dy, num_projections):
+def test_a_shift_costs_its_mean_projection(count, seed, dx, dy, num_projections):
     a, shift = points(count, seed), torch.tensor([dx, dy], dtype=torch.float64)
     moved = sliced_wasserstein(a, a.flip(0) + shift, num_projections)
     assert moved == pytest.approx(math.hypot(dx, dy) / math.sqrt(2), abs=1e-9)
@@ -42,7 +42,7 @@ def test_it_is_symmetric_zero_on_equal_sets_and_grows_with_the_order(n, m, seed,
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 12), st.integers(1, 12), SEEDS, st.integers(2, 4))
-def test_sets_of_two_sizes_are_compared_by_their_quantiles(n, m, seed, copies):
+def test_sets_of_different_sizes_are_compared_by_their_quantiles(n, m, seed, copies):
     """Repeating both to one size gives the same two distributions, for which sorting is enough."""
     a, b = points(n, seed), points(m, seed + 1)
     repeated = sliced_wasserstein(a.repeat(m * copies, 1), b.repeat(n * copies, 1))
@@ -50,7 +50,7 @@ def test_sets_of_two_sizes_are_compared_by_their_quantiles(n, m, seed, copies):
     assert sliced_wasserstein(a, a.repeat(copies, 1)) == pytest.approx(0, abs=1e-12)
 
 
-def test_one_point_against_two_is_what_a_person_computes():
+def test_one_point_against_two_is_the_value_computed_by_hand():
     a, b = torch.zeros(1, 2), torch.tensor([[1.0, 0.0], [-3.0, 0.0]])
     # One direction, the x axis: half of the mass goes 1 far and half 3.
     assert sliced_wasserstein(a, b, num_projections=1, order=1) == pytest.approx(2)

@@ -184,8 +184,8 @@ def test_a_closed_gate_passes_the_input_and_no_gradient(block: Block, x: Tensor)
 
 
 @pytest.mark.parametrize("way", ["matrices in bfloat16", "autocast"])
-def test_the_stream_stays_wide_beside_narrow_products(block: Block, x: Tensor, way: str) -> None:
-    """Float32 in and out; errors are those of bfloat16 branches, below those of a bfloat16 stream."""
+def test_the_residual_stream_stays_float32_with_16_bit_products(block: Block, x: Tensor, way: str) -> None:
+    """Float32 in and out; errors are those of bfloat16 branches, smaller than those of a bfloat16 stream."""
     x_t = x[:2].flip(0)
     exact = block(x, cos, sin, x_t)
     loss = sum(y.square().sum() for y in exact[:1])
@@ -209,8 +209,8 @@ def test_the_stream_stays_wide_beside_narrow_products(block: Block, x: Tensor, w
 
 
 @pytest.mark.parametrize("count", [BATCH, 1])
-def test_float64_on_cuda_is_the_reference_s(block: Block, x: Tensor, count: int, monkeypatch) -> None:
-    """With tangents too, of all samples or of the first; backward is the value's."""
+def test_float64_on_cuda_uses_the_reference(block: Block, x: Tensor, count: int, monkeypatch) -> None:
+    """Also with tangents of all samples or of the first ones; backward is the value's."""
     found = []
     for is_cuda in (False, True):
         monkeypatch.setattr(_library, "takes_cuda_kernel", lambda tensor, answer=is_cuda: answer)

@@ -1,4 +1,4 @@
-"""model.checkpointing = "blocks": the same numbers with less memory, for recomputing the values once."""
+"""model.checkpointing = "blocks": the same numbers and less memory for recomputing the values once."""
 
 import pytest
 import torch
@@ -67,12 +67,12 @@ def test_compiled(model: PixelMeanFlow) -> None:
 
 
 def test_less_memory(model: PixelMeanFlow) -> None:
-    """Here most of a step's memory is the saved rows of eight blocks and their heads."""
+    """Most of this step's memory is the saved rows of eight blocks and their heads."""
     peak = {mode: peak_bytes(lambda mode=mode: step(model, mode)) for mode in ("none", "blocks")}
     assert peak["blocks"] < 0.6 * peak["none"], peak
 
 
-def test_the_values_of_the_blocks_once_more_and_no_tangents(model: PixelMeanFlow) -> None:
+def test_blocks_recompute_values_once_and_no_tangents(model: PixelMeanFlow) -> None:
     flops = {}
     for mode in ("none", "blocks"):
         with FlopCounterMode(display=False) as counter:
@@ -90,12 +90,12 @@ def test_the_values_of_the_blocks_once_more_and_no_tangents(model: PixelMeanFlow
     assert flops["blocks"] - flops["none"] == whole * block(tokens) + 2 * block(image)
 
 
-def test_it_is_no_part_of_a_checkpoint(model: PixelMeanFlow) -> None:
+def test_it_is_not_stored_in_checkpoints(model: PixelMeanFlow) -> None:
     assert not any("checkpointing" in name for name in model.state_dict())
     assert not hasattr(CONFIG, "checkpointing")
 
 
-def test_another_value_is_refused(model: PixelMeanFlow) -> None:
+def test_other_values_are_rejected(model: PixelMeanFlow) -> None:
     with pytest.raises(ValueError, match="checkpointing must be 'none' or 'blocks', got 'all'"):
         model.checkpointing = "all"
     assert model.checkpointing == "none"

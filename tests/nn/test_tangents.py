@@ -116,7 +116,7 @@ def test_condition_tokens_move_with_h_only() -> None:
     assert not y_t[:, :6].any() and y_t[:, 6:].any()
 
 
-def test_condition_tokens_stand_in_the_papers_order() -> None:
+def test_condition_tokens_are_in_the_papers_order() -> None:
     tokens = random(ConditionTokens(3, HIDDEN, (2, 1, 1, 2, 3)))
     base = condition(torch.full((1,), 0.5).double())
     changed = {

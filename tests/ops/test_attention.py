@@ -64,7 +64,7 @@ def test_hard_cases(level, name, shape, dtype):
 
 
 @pytest.mark.parametrize("keys", [15, 64, 65, 130])
-def test_every_query_sees_its_past_alone(level, keys):
+def test_every_query_sees_only_its_past(level, keys):
     """Causal from the top left, whichever length is greater."""
     p = problem(Shape(1, 2, 2, 65, keys, 16, 16)).to(torch.float32)
     actual = ops.attention(*p[:3], is_causal=True)
@@ -93,7 +93,7 @@ def test_scores_far_outside_the_exponentials_range(level):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("magnitude", [1e7, 1e9, 1e12, 1e30, -1e30])
 def test_huge_scores_choose_one_key(level, dtype, magnitude):
-    """If the spacing of scores is a large exponent, s c - m must be 0 at the maximum: rows were NaN."""
+    """If rounding of the scores exceeds exp's range, s c - m must be 0 at the maximum: rows were NaN."""
     p = problem(Shape(1, 2, 2, 40, 90, 16, 16)).to(dtype)
     query, key = p[0] * abs(magnitude) ** 0.5, p[1] * abs(magnitude) ** 0.5
     scale = 0.25 if magnitude > 0 else -0.25
@@ -132,7 +132,7 @@ def test_memory_is_linear_in_the_length():
 
     short, long = used(2048), used(4096)
     assert long <= 2.1 * short
-    assert long < 2048 * 2048  # a byte for each score of the shorter one would be more
+    assert long < 2048 * 2048  # one byte per score of the shorter one would exceed this
 
 
 def test_strided_inputs_are_not_copied():

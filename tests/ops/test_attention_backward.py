@@ -40,7 +40,7 @@ def assert_right(solved, **options) -> None:
     p, _, plain, both = solved
     actual = gradients(ops, p, **options)
     assert [g.dtype for g in actual] == [p.query.dtype] * 3
-    # Three standard deviations of the smallest gradient, whose few errors they all share.
+    # Three standard deviations of the smallest gradient's error: it has the fewest entries.
     few = 1 + 3 * (max(map(spread, plain)) - 1)
     assert_close(actual, plain, few * limit(p.query.dtype))
     assert_close(gradients_of_both(ops, p, **options), both, few * limit(p.query.dtype))
@@ -61,7 +61,7 @@ def test_nothing_to_attend_gives_zeros(level, shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_key_has_no_gradient_but_that_of_its_value(level, dtype):
+def test_a_single_key_has_a_gradient_only_for_its_value(level, dtype):
     """Its probability is 1 whatever the scores."""
     p = problem(Shape(1, 4, 4, 65, 1, 24, 24)).to(dtype)
     wide = p.to(torch.float64)
@@ -79,7 +79,7 @@ def test_masks(level, mask, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_attends_nothing_and_what_nothing_attends_have_zero_gradients(level, dtype):
+def test_queries_without_keys_and_keys_without_queries_have_zero_gradients(level, dtype):
     (p, *_), options = masked("rows that attend nothing", dtype)
     dq, dk, dv, dq_t, dk_t, dv_t = gradients_of_both(ops, p, **options)
     plain_dq, plain_dk, plain_dv = gradients(ops, p, **options)
@@ -244,7 +244,7 @@ def test_any_shape_and_strides(level, dtype, sizes, layouts, is_causal):
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("magnitude", [1e7, 1e9, 1e12, 1e30])
 def test_huge_scores_choose_one_key(level, magnitude, is_causal):
-    """There lse alone is too coarse for the exponentials' range: gradients were NaN."""
+    """For such scores lse is too coarse to stay in exp's range: gradients were NaN."""
     p = problem(Shape(1, 2, 2, 40, 130, 16, 16)).to(torch.float32)
     leaves = [x.clone().requires_grad_() for x in (p[0] * magnitude**0.5, p[1] * magnitude**0.5, p[2])]
     exact = [x.detach().double().requires_grad_() for x in leaves]

@@ -1,6 +1,6 @@
 """Values hidden by a mask have no effect, even if they are NaN: padding is often uninitialised memory.
 
-The expected result is that for finite numbers in the hidden places, bit for bit.
+The result must be bit-identical to that with finite numbers in the hidden places.
 """
 
 from collections.abc import Callable, Iterator
@@ -74,7 +74,7 @@ def everything(module, p: Problem, **options) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mask", MASKS)
-def test_what_no_query_sees_changes_nothing(level, mask, dtype):
+def test_keys_hidden_from_all_queries_have_no_effect(level, mask, dtype):
     options = MASKS[mask]()
     p = problem(SHAPE).to(dtype)
     keep = seen(**options)
@@ -100,7 +100,7 @@ def packed() -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("which", range(1, 6))
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_what_some_queries_see_reaches_those_alone(level, which, is_causal, dtype):
+def test_keys_seen_by_some_queries_affect_only_those(level, which, is_causal, dtype):
     """A key of the second sequence is NaN, which must not affect queries of other sequences."""
     if which == 3:
         return  # the tangent of a query
@@ -123,7 +123,7 @@ def test_what_some_queries_see_reaches_those_alone(level, which, is_causal, dtyp
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_padded_queries_whose_gradient_is_zero_add_nothing(level, dtype):
+def test_padded_queries_with_zero_gradients_have_no_effect(level, dtype):
     """Self-attention over padding: queries are NaN there too, and the loss ignores their outputs."""
     p = problem(Shape(2, 4, 4, KEYS, KEYS, 24, 24)).to(dtype)
     padding = ~padded()[:, 0]

@@ -1,6 +1,6 @@
-"""What a mask hides does not matter to the CUDA kernels, where tensor cores multiply it with zeros.
+"""Masked values have no effect in the CUDA kernels, although tensor cores multiply them by zero.
 
-The questions of test_attention_hidden.py at sizes that the emulator answers in seconds.
+The tests of test_attention_behind_masks.py at sizes that take the emulator seconds.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from torch import Tensor
 from pmf import ops, reference
 
 QUERIES, KEYS = 45, 70
-SPLIT = 30  # two sequences behind one another
+SPLIT = 30  # two sequences, one after the other
 BAD = {"nan": torch.nan, "inf": torch.inf, "-inf": -torch.inf}
 
 
@@ -27,12 +27,12 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def hiding(kind: str, dtype: torch.dtype) -> tuple[dict[str, Any], Tensor]:
-    """Options of the op, and what each query attends."""
+    """Options of the op, and the keys that each query attends to."""
     seen = torch.ones(QUERIES, KEYS, dtype=torch.bool)
     if kind == "causal":
         return {"is_causal": True}, seen.tril()
     seen[:, 50:] = False
-    seen[: QUERIES // 2, 7] = False  # hidden from some queries alone
+    seen[: QUERIES // 2, 7] = False  # hidden from only some queries
     if kind == "boolean":
         return {"attn_mask": seen}, seen
     return {"attn_mask": torch.zeros(QUERIES, KEYS, dtype=dtype).masked_fill(~seen, -torch.inf)}, seen
@@ -43,7 +43,7 @@ def hiding(kind: str, dtype: torch.dtype) -> tuple[dict[str, Any], Tensor]:
 @pytest.mark.parametrize("kind", ["boolean", "additive", "causal"])
 @pytest.mark.parametrize("which", ["key", "value", "key_t", "value_t"])
 def test_forward(level, which, kind, bad, dtype):
-    """0 times NaN in P V, H V and P tV: no bit of a query that does not see it changes."""
+    """0 times NaN in P V, H V and P tV: outputs of queries that do not see it keep their bits."""
     p = problem(Shape(1, 2, 2, QUERIES, KEYS, 64, 64)).to(dtype)
     options, seen = hiding(kind, dtype)
     clean, clean_t = ops.attention_jvp(*p[:6], **options)
@@ -54,7 +54,7 @@ def test_forward(level, which, kind, bad, dtype):
     hit = seen[:, key] | seen[:, 60]
     assert torch.equal(out[:, :, ~hit], clean[:, :, ~hit])
     assert torch.equal(out_t[:, :, ~hit], clean_t[:, :, ~hit])
-    assert not out_t[:, :, hit].isfinite().all(-1).any()  # what is not hidden comes through
+    assert not out_t[:, :, hit].isfinite().all(-1).any()  # visible values do have an effect
     if which == "value":
         exact = reference.attention(*dirty.to(torch.float64)[:3], **options | {"attn_mask": seen})
         assert torch.equal(out.isfinite(), exact.isfinite())
@@ -76,8 +76,8 @@ def everything(p: Problem, **options) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_gradients_of_what_nobody_sees(level, is_causal, dtype):
-    """Padding in keys, values and tangents, and in queries and gradients of rows that attend nothing."""
+def test_gradients_of_hidden_keys_and_blind_queries(level, is_causal, dtype):
+    """Garbage in keys, values and tangents, and in queries and gradients of rows that attend to nothing."""
     p = problem(Shape(1, 4, 2, QUERIES, KEYS, 24, 40)).to(dtype)
     seen = torch.arange(KEYS) % 7 > 2
     mask = seen.expand(QUERIES, KEYS).clone()
@@ -92,7 +92,7 @@ def test_gradients_of_what_nobody_sees(level, is_causal, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("which", ["key", "value", "key_t", "value_t"])
 def test_gradients_of_the_other_sequence(level, which, dtype):
-    """A key of the second sequence is NaN, and no row of the first may show it."""
+    """A key of the second sequence is NaN, which must not affect the first."""
     p = problem(Shape(1, 2, 2, QUERIES, KEYS, 64, 64)).to(dtype)
     place = torch.arange(KEYS) >= SPLIT
     options = {"attn_mask": place[:QUERIES, None] == place}
@@ -105,8 +105,8 @@ def test_gradients_of_the_other_sequence(level, which, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_padded_queries_without_a_gradient_add_nothing(level, dtype):
-    """Self-attention over padding: queries are NaN there as well, and the loss leaves their outputs out."""
+def test_padded_queries_without_a_gradient_have_no_effect(level, dtype):
+    """Self-attention over padding: queries are NaN there too, and the loss ignores their outputs."""
     p = problem(Shape(1, 2, 2, KEYS, KEYS, 64, 64)).to(dtype)
     padding = torch.arange(KEYS) >= 50
     grads = [x.masked_fill(padding[:, None], 0) for x in p[6:]]

@@ -31,7 +31,7 @@ def test_additive_mask_gets_its_gradient():
 
 
 def test_additive_mask_gets_its_gradient_where_vmap_hides_that_it_needs_one():
-    """A batched tensor says requires_grad=False although an outer torch.func.grad differentiates it."""
+    """A batched tensor reports requires_grad=False even if an outer torch.func.grad differentiates it."""
     inputs, masks = (random(1, 1, 4, 5), random(1, 1, 6, 5), random(1, 1, 6, 5)), random(3, 4, 6)
     actual, expected = (
         torch.func.grad(lambda m, f=f: torch.func.vmap(lambda one: energy(f, one, *inputs))(m).sum())(masks)
@@ -128,7 +128,7 @@ def test_residuals_of_a_detached_tangent_are_those_of_the_plain_op():
     assert len(saved) == 4  # query, key, value and log-sum-exp
 
 
-def test_shapes_told_to_the_compiler_keep_the_memory_order():
+def test_fake_tensors_keep_the_memory_order():
     """opcheck compares strides: token-major inputs, as in the model, give token-major outputs."""
     args = [torch.randn(2, 7, 3, 8).transpose(1, 2) for _ in range(6)]
     torch.library.opcheck(torch.ops.pmf.attention_forward.default, (*args[:3], None, False, 0.5))

@@ -105,7 +105,7 @@ FEW_Q, FEW_K = (33, 0, 1, 70, 5), (33, 4, 0, 90, 5)
 ROWS_AND_MORE = (
     (torch.bfloat16, 4, 2, 24, 40, {"window": (12, None), "is_causal": True, "scale": -0.2}),
     (torch.float32, 2, 1, 24, 40, {"window": (12, 9)}),
-    (torch.bfloat16, 2, 2, 64, 64, {}),  # kernels that take no masks and no strides, but sequences
+    (torch.bfloat16, 2, 2, 64, 64, {}),  # kernels without masks and strides, but with packed sequences
     (torch.float16, 1, 1, 80, 80, {}),
 )
 
@@ -166,7 +166,7 @@ def stays(x: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("level", [*CPU_LEVELS, *EMULATED])
-def test_nothing_at_all(level):
+def test_empty_tensors(level):
     with at_level(level):
         check_nothing()
 

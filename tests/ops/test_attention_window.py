@@ -64,20 +64,20 @@ def check_window(is_causal, window, shape, dtype):
         enable_gqa=True,
     )
     actual = with_lse(ops.attention_jvp, p, window=window, is_causal=is_causal, enable_gqa=True)
-    few = 4  # windows of one key leave gradients of rounding alone
+    few = 4  # with windows of one key, gradients are only rounding errors
     assert_close(actual[:4], exact[:4], few * tolerance("attention", dtype))
     assert_close(actual[4:], exact[4:], few * tolerance("attention gradient", dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_lse_without_a_window_and_beside_a_mask(level, dtype):
+def test_lse_without_a_window_and_with_a_mask(level, dtype):
     check_lse(SHAPES[0], dtype)
 
 
 @pytest.mark.parametrize("level", GPU_LEVELS)
 @pytest.mark.parametrize(("dtype", "width"), [(torch.bfloat16, 64), (torch.float16, 80), (torch.float32, 24)])
 def test_lse_on_a_gpu(level, dtype, width):
-    """At widths of kernels for calls without masks, too."""
+    """Also at the widths of kernels for calls without masks."""
     with at_level(level):
         check_lse(Shape(1, 2, 2, 40, 70, width, width), dtype)
 
@@ -169,7 +169,7 @@ def test_keys_outside_of_every_window_may_be_nan(level):
 
 
 @pytest.mark.parametrize("window", [(-2, 0), (1,), 5, (0.5, 1), (True, 1)])
-def test_what_is_no_window_is_refused(window):
+def test_invalid_windows_are_rejected(window):
     x = torch.zeros(1, 1, 4, 4)
     with pytest.raises(ValueError, match=r"window must be \(left, right\)"):
         ops.attention(x, x, x, window=window)

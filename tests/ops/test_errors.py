@@ -86,8 +86,8 @@ def test_fewer_tangents_than_samples_cannot_be_trained_through():
         assert ops.attention_jvp(query, Q, Q, Q[:1], None, None)[1].shape[0] == 1
 
 
-def test_meta_tensors_among_others_are_refused():
-    """The shapes' kernel answered, with uninitialised memory for values."""
+def test_meta_tensors_mixed_with_others_are_rejected():
+    """The meta kernel ran and returned uninitialised memory."""
     x = torch.randn(2, 4, 5, 8)
     for call in (
         lambda: ops.attention(x, x.to("meta"), x),
@@ -98,5 +98,5 @@ def test_meta_tensors_among_others_are_refused():
             call()
     assert ops.swiglu(x.to("meta"), x.to("meta")).is_meta
     matrix = x[0, 0]
-    both = ops.newton_schulz([matrix.to("meta"), matrix])  # each on its own
+    both = ops.newton_schulz([matrix.to("meta"), matrix])  # each one separately
     assert both[0].is_meta and both[0].shape == (5, 8) and torch.equal(both[1], ops.newton_schulz(matrix))

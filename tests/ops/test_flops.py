@@ -74,7 +74,7 @@ def test_backwards_count_as_their_plans():
     assert counted(lambda: (both[0] + both[1]).sum().backward()) == plan(backward=True, tangent=True)
 
 
-def test_backward_recomputes_one_product_that_math_attention_kept():
+def test_backward_recomputes_one_product_that_math_attention_saves():
     leaves = attention_inputs()
     with sdpa_kernel(SDPBackend.MATH):
         theirs = torch.nn.functional.scaled_dot_product_attention(*leaves)
@@ -113,7 +113,7 @@ def test_windows_count_the_pairs_inside(window, is_causal):
 
 
 @pytest.mark.parametrize("options", [{}, {"window": (2, 1)}, {"is_causal": True}], ids=str)
-def test_packed_sequences_count_each_alone(options):
+def test_packed_sequences_are_counted_separately(options):
     lengths_q, lengths_k = (5, 0, 1, 9), (5, 3, 0, 4)
 
     def inputs(queries: int, keys: int) -> list[Tensor]:
@@ -135,7 +135,7 @@ def test_packed_sequences_count_each_alone(options):
     assert counted(lambda: out.sum().backward()) == sum(b for _, b in each)
 
 
-def test_packed_sequences_without_numbers_count_as_even_ones():
+def test_packed_sequences_with_unknown_offsets_count_as_equal_lengths():
     q, k, v = (torch.empty(12, HEADS, n, device="meta") for n in (WIDTH, WIDTH, VALUE_WIDTH))
     cuts = torch.empty(4, dtype=torch.int64, device="meta")
     found = counted(lambda: ops.attention_varlen(q, k, v, cuts, cuts))
@@ -196,7 +196,7 @@ def test_newton_schulz_of_large_matrices_halves_the_symmetric_products():
         assert 1 < _flops.orthogonalisation_flops(m, n, method=method) / limit < 1 + 128 / m
 
 
-def test_auto_takes_the_form_that_the_kernel_takes():
+def test_auto_counts_the_form_that_the_kernel_chooses():
     for shape, method in [((128, 128), "direct"), ((128, 191), "direct"), ((192, 128), "gram")]:
         assert _flops.orthogonalisation_flops(*shape) == _flops.orthogonalisation_flops(*shape, method=method)
 

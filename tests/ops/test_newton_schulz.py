@@ -55,7 +55,7 @@ def test_error_is_that_of_the_plain_iteration_in_the_same_dtype(kind, method, dt
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_float32_is_the_oracle(shape):
+def test_float32_and_float64_match_the_reference(shape):
     g = random(*shape)
     exact = reference.newton_schulz(g.double())
     for method in METHODS:
@@ -148,7 +148,7 @@ def test_odd_and_scale_free_bitwise(shape, method, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_alone_batched_listed_and_with_any_threads_bitwise(dtype):
+def test_same_bits_alone_batched_listed_and_with_any_threads(dtype):
     """A matrix's bits depend only on the matrix; PyTorch's batched GEMM differs from its single one."""
     kinds = [random(*shape, seed=i) for i, shape in enumerate(SHAPES)]
     alone = [newton_schulz(g, compute_dtype=dtype) for g in kinds]
@@ -184,10 +184,10 @@ def test_few_singular_values_stay_in_the_quintics_range(method, dtype):
 
 
 @pytest.mark.parametrize("setting", ["MKL_ENABLE_INSTRUCTIONS=AVX2", "ONEDNN_MAX_CPU_ISA=AVX512_CORE"])
-def test_the_same_as_another_processor_would_have_it(setting, tmp_path):
-    """MKL and oneDNN choose kernels by processor, and each splits its products in its own way."""
+def test_the_guarantees_hold_with_other_processors_kernels(setting, tmp_path):
+    """MKL and oneDNN choose kernels by processor, and each splits its products differently."""
     name, value = setting.split("=")
-    test = f"{__file__}::{test_alone_batched_listed_and_with_any_threads_bitwise.__name__}"
+    test = f"{__file__}::{test_same_bits_alone_batched_listed_and_with_any_threads.__name__}"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test],
         env={**os.environ, name: value},
@@ -238,7 +238,7 @@ def test_any_shape_and_strides(m, n, batch, transposed, stride):
     torch.testing.assert_close(result.double(), reference.newton_schulz(g.double()), atol=2e-4, rtol=0)
 
 
-def test_dtype_of_the_result_is_the_matrix_s():
+def test_result_has_the_dtype_of_the_matrix():
     for dtype in DTYPES:
         assert newton_schulz(random(8, 9).to(dtype)).dtype == dtype
     mixed = newton_schulz([random(8, 9).bfloat16(), random(3, 4).double(), random(4, 3)])
@@ -246,7 +246,7 @@ def test_dtype_of_the_result_is_the_matrix_s():
     assert newton_schulz([]) == []
 
 
-def test_derivatives_are_right_or_come_from_the_reference():
+def test_derivatives_are_correct():
     g = random(3, 5).double().requires_grad_()
     assert torch.autograd.gradcheck(newton_schulz, (g,))
     g = g.detach()

@@ -78,7 +78,7 @@ def test_a_list_gives_the_bits_of_each_matrix_alone(kernels):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", [(48, 48), (20, 70), (70, 20)])
-def test_odd_scale_free_transposed_and_each_matrix_for_itself(kernels, shape, method, dtype):
+def test_odd_scale_free_transposed_and_independent_matrices(kernels, shape, method, dtype):
     """In one call: f(-G) = -f(G), f(2^k G) = f(G), f(G^T) = f(G)^T, 0 stays 0, NaN stays in its matrix."""
     g = torch.randint(-7, 8, shape, generator=torch.Generator().manual_seed(0)).float()
     spoiled, infinite = g.clone(), g.clone()

@@ -58,7 +58,7 @@ def test_values_tangents_and_gradients(sizes, level, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("level", EVERYWHERE)
 @pytest.mark.parametrize("sizes", [{}, {"rows": 3, "columns": 5, "patch": 3, "rank": 20, "width": 30}])
-def test_float32_pixels_beside_16_bit_weights(sizes, level, dtype):
+def test_float32_pixels_with_16_bit_weights(sizes, level, dtype):
     images, *args = inputs(**sizes)
     args = [x.to(dtype).requires_grad_() for x in args]
     images, images_t = (x.float().requires_grad_() for x in (images, torch.randn_like(images)))

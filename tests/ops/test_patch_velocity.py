@@ -53,7 +53,7 @@ def test_sizes(level, dtype, batch, channels, patch, rows, columns) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", EVERYWHERE)
-def test_narrow_tokens_beside_wide_images(name: str, dtype: torch.dtype) -> None:
+def test_16_bit_tokens_with_float32_images(name: str, dtype: torch.dtype) -> None:
     tokens, images, t = inputs(3, 3, 4, 2, 2)
     tokens_t, images_t, t_t = inputs(2, 3, 4, 2, 2, seed=2)
     tokens, tokens_t = tokens.to(dtype), tokens_t.to(dtype)
@@ -91,7 +91,7 @@ def test_bitwise_repeatable(threads: None) -> None:
     check_repeatable("patch_velocity", x, x_t)
 
 
-def test_below_the_floor_and_above_one_time_stands_still() -> None:
+def test_times_outside_the_clip_have_no_derivative() -> None:
     tokens, images, _ = inputs(4, 1, 2, 1, 1)
     t = torch.tensor([0.0, 0.05, 1.0, 1.5]).double()
     one, zero = torch.ones_like(t), torch.zeros_like(images)
@@ -103,7 +103,7 @@ def test_below_the_floor_and_above_one_time_stands_still() -> None:
     assert not v_t[[0, 3]].any()
 
 
-def test_backward_keeps_times_alone() -> None:
+def test_backward_saves_only_times() -> None:
     tokens, images, t = (x.float().requires_grad_(i == 0) for i, x in enumerate(inputs(4, 3, 4, 2, 2)))
     kept = []
     with saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):

@@ -75,7 +75,7 @@ def test_shapes_and_strides(level, dtype, a, b, c, batch, heads, key_heads, toke
 
 
 @pytest.mark.parametrize("layout", ["tokens inside heads", "heads inside tokens"])
-def test_results_lie_in_memory_as_the_inputs_do(layout: str) -> None:
+def test_results_have_the_memory_layout_of_the_inputs(layout: str) -> None:
     inputs, tangents = case(torch.float32, 2, 3, 1, 7, 5, 8)
     inputs[:2] = map(LAYOUTS[layout], inputs[:2])
     tangents = list(map(LAYOUTS[layout], tangents))
@@ -104,7 +104,7 @@ def test_bitwise_repeatable(threads: None) -> None:
     check_repeatable("rotary_qk_norm", inputs, tangents, constants=2)
 
 
-def test_is_rms_norm_where_nothing_turns() -> None:
+def test_is_rms_norm_without_rotation() -> None:
     """The first N - P tokens, and all of them for P = 0."""
     inputs, _ = case(torch.float32, 2, 3, 2, 7, 3, 34)
     q, k, qw, kw, cos, sin = inputs

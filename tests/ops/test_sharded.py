@@ -26,7 +26,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", [*CASES, "heads and batch"])
-def test_shards_give_what_the_whole_gives(found, name):
+def test_shards_give_the_results_of_one_process(found, name):
     for way, errors in found[name].items():
         for what, error in errors.items():
             assert error < EXACT, f"{way}: {what} off by {error}"
@@ -47,6 +47,6 @@ def test_shards_give_what_the_whole_gives(found, name):
         "rows": "newton_schulz: matrices is a DTensor of placements",
     }.items(),
 )
-def test_what_shards_cannot_give_is_refused_by_name(found, case, words):
+def test_unsupported_shardings_are_rejected_by_name(found, case, words):
     assert found["refused"][case].startswith(words)
     assert len(found["refused"]) == 10

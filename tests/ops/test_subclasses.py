@@ -91,7 +91,7 @@ def test_a_causal_bias_is_the_mask_that_it_stands_for(bias, nq, nk, compiled):
         torch.testing.assert_close(found, wanted)
 
 
-def test_a_causal_bias_of_other_lengths_or_in_another_place_is_refused():
+def test_a_causal_bias_of_wrong_lengths_or_as_another_argument_is_rejected():
     q, k, v = attention_inputs(3, 7)[:3]
     with pytest.raises(ValueError, match=r"CausalBias of \[4, 7\], but query and key have lengths \[3, 7\]"):
         ops.attention(q, k, v, causal_lower_right(4, 7))
@@ -112,7 +112,7 @@ def each_tensor_in_turn():
 
 
 @pytest.mark.parametrize(("function", "args", "i"), list(each_tensor_in_turn()))
-def test_every_argument_may_be_a_plain_subclass_and_no_unknown_one(function, args, i):
+def test_every_argument_may_be_a_plain_subclass_but_not_an_unknown_one(function, args, i):
     expected = function(*args)
     given = (*args[:i], args[i].as_subclass(Child), *args[i + 1 :])
     found = function(*given)
@@ -210,7 +210,7 @@ STRANGE = {
 
 
 @pytest.mark.parametrize(("make", "words"), STRANGE.values(), ids=STRANGE)
-def test_what_no_kernel_reads_is_named(make, words):
+def test_tensors_that_no_kernel_reads_are_named(make, words):
     x, w = randn(3, 4), randn(4)
     with pytest.raises(TypeError, match=rf"^rms_norm: x .*{words}"):
         ops.rms_norm(make(x), w)
@@ -293,7 +293,7 @@ def test_jagged_attention_on_a_gpu_pads_nothing(place):
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_jagged_attention_is_each_sequences_own(is_causal):
+def test_jagged_attention_equals_attention_of_each_sequence(is_causal):
     x, parts = jagged(LENGTHS, 8)
     out = ops.attention(heads(x), heads(x * 2), heads(x), is_causal=is_causal)
     expected = [
@@ -382,7 +382,7 @@ def test_jagged_tokens():
     same(ops.newton_schulz(x.detach()), [ops.newton_schulz(p.detach()) for p in parts])
 
 
-def test_jagged_without_a_meaning_is_refused():
+def test_unsupported_jagged_calls_are_rejected():
     x, _ = jagged(LENGTHS, 8)
     other, _ = jagged(LENGTHS, 8)
     table = randn(2, 2, dtype=torch.float64)
@@ -438,7 +438,7 @@ def test_optimizers_take_plain_subclasses():
     torch.testing.assert_close(plain.detach().as_subclass(Tensor), a.detach(), rtol=0, atol=0)
 
 
-def test_the_look_at_the_arguments_costs_a_microsecond_at_most():
+def test_inspecting_the_arguments_costs_at_most_a_microsecond():
     """Per call with the widest signature: the median of many, with a fourfold margin for a busy machine."""
     look = _subclasses.operation({}, "...")
     args = CASES["patch_embed"].args
@@ -459,7 +459,7 @@ def test_the_look_at_the_arguments_costs_a_microsecond_at_most():
 
 
 @pytest.mark.parametrize("name", ops.__all__)
-def test_every_public_function_looks(name):
+def test_every_public_function_inspects_its_arguments(name):
     """An op added without `operation` would read memory of unknown layout."""
     function = getattr(ops, name)
     assert function.__code__.co_filename == _subclasses.__file__

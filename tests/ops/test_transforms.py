@@ -80,7 +80,7 @@ def test_absent_tangents_are_zero(case):
     assert all((t == 0).all() for t in nothing[len(values) :])
 
 
-def test_tangents_of_the_first_samples_alone(case, level):
+def test_tangents_of_only_the_first_samples(case, level):
     args, tangents = case.args, case.directions()
     batched = case.args[0].shape[0]
     fewer = tuple(t[:1] if t.shape[0] == batched and t.dim() > 1 else t for t in tangents)
@@ -92,7 +92,7 @@ def test_tangents_of_the_first_samples_alone(case, level):
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "attention"])
-def test_forward_mode_over_tangents_of_the_first_samples_names_the_way_out(op):
+def test_forward_mode_over_tangents_of_the_first_samples_names_the_remedy(op):
     x = torch.randn(2, 3, 4, 5)
     rest = {"rms_norm": (x[0, 0, 0], x[:1]), "attention": (x, x, x[:1], None, None)}[op]
     with pytest.raises(RuntimeError, match=f"{op}_jvp: forward mode .* needs detach_tangent=True"):
@@ -115,7 +115,7 @@ def test_gradcheck(case):
     assert torch.autograd.gradcheck(pair, inputs, check_forward_ad=True)
 
 
-def test_gradient_of_the_tangent_alone(case):
+def test_gradient_of_only_the_tangent(case):
     inputs = leaves(*case.args, *case.directions())
     half = len(tuple_of(case.plain(ops)(*case.args)))
     both = [
@@ -192,7 +192,7 @@ def test_tangent_of_the_gradient_of_one_input(case):
 
 
 def test_vmap_over_one_gate_for_each_sample():
-    """A gate [B, 1, D] that vmap does not map does not fit a batch that vmap has folded."""
+    """An unmapped gate [B, 1, D] does not fit a batch into which vmap has folded its dimension."""
     x, branch, gate = (torch.randn(*s, dtype=torch.float64) for s in ((2, 3, 4, 5), (2, 3, 4, 5), (3, 1, 5)))
     for args, name in (
         ((x, branch, gate), "gated_residual"),

@@ -1,4 +1,4 @@
-"""torch.compile around the optimizer: the compiled step equals the step, bit for bit."""
+"""torch.compile around the optimizer: the compiled step equals the eager one, bit for bit."""
 
 import copy
 import subprocess
@@ -38,8 +38,8 @@ def set_gradients(params: list[nn.Parameter], seed: int) -> None:
 
 @pytest.mark.parametrize("preset", ["pmf", "torch"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_the_compiled_step_is_the_step(name, preset):
-    """Two matrices of one shape were silently off by hundreds of steps."""
+def test_the_compiled_step_equals_the_eager_one(name, preset):
+    """Two matrices of the same shape were silently off by hundreds of steps."""
     ours, theirs = parameters(SHAPES[name]), parameters(SHAPES[name])
     first, second = Muon(ours, lr=0.02, preset=preset), Muon(theirs, lr=0.02, preset=preset)
     step = compiled(first.step)
@@ -63,7 +63,7 @@ def test_the_compiled_step_is_the_step(name, preset):
 )
 @pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
 @pytest.mark.parametrize("together", [True, False])
-def test_a_schedule_moves_the_compiled_step_s_rate(together, lr, schedule):
+def test_a_schedule_changes_the_compiled_steps_rate(together, lr, schedule):
     """Compiled as one function with the schedule and the average, or separately."""
 
     def trained(
@@ -117,7 +117,7 @@ def test_a_compiled_training_step_with_a_closure():
         torch.testing.assert_close(value, expected)
 
 
-def test_a_whole_graph_says_why_it_cannot_have_the_step():
+def test_fullgraph_says_why_it_cannot_contain_the_step():
     params = parameters([(4, 4)])
     set_gradients(params, 0)
     optimizer, start = Muon(params), params[0].detach().clone()

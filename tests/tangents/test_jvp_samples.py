@@ -1,4 +1,4 @@
-"""Tangents of the first n of B samples: those of torch.func.jvp for these samples, at the cost of n."""
+"""Tangents of the first n of B samples equal torch.func.jvp's for these samples, at the cost of n."""
 
 from typing import Any
 
@@ -67,7 +67,7 @@ def check(problem: Problem, count: int, mixes: bool = False) -> None:
 def test_networks(name: str, count: int, completions: list[Any]):
     problem = NETWORKS[name](DOUBLE)
     check(problem, min(count, len(problem.primals[0]) - 1))
-    # nn.MultiheadAttention puts tokens before samples, whose first are then not together in memory.
+    # nn.MultiheadAttention puts tokens before samples, so the first samples are not contiguous in memory.
     assert bool(completions) == (name in ("encoder", "encoder, eval", "transformer"))
 
 
@@ -130,7 +130,7 @@ APART = (residual_in_place, rotary_by_halves, statistics, matrices)
 
 @pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize("function", APART, ids=lambda f: f.__name__)
-def test_operations_on_samples_apart(function, count: int, completions: list[Any]):
+def test_operations_on_independent_samples(function, count: int, completions: list[Any]):
     check(Problem(Spelled(function), (torch.randn(6, 6, dtype=DOUBLE),)), count)
     assert not completions
 
@@ -165,7 +165,7 @@ def joined_samples(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize("function", [one_sample_overwritten, order_of_samples, joined_samples])
-def test_samples_that_move(function, count: int):
+def test_samples_that_change_places(function, count: int):
     check(Problem(Spelled(function), (torch.randn(6, 6, dtype=DOUBLE),)), count, mixes=True)
 
 
@@ -199,7 +199,7 @@ def test_primals_of_several_batches_and_outputs_without_one():
 
 
 @pytest.mark.parametrize("name", ["ViT", "DiT", "U-Net", "points"])
-def test_products_are_those_of_the_samples_with_a_tangent(name: str):
+def test_products_are_computed_only_for_samples_with_a_tangent(name: str):
     """Counted: every product once for the values, and once more for each sample with a tangent."""
     problem = NETWORKS[name](torch.float32)
     batch, tangents = len(problem.primals[0]), problem.tangents()
@@ -210,7 +210,7 @@ def test_products_are_those_of_the_samples_with_a_tangent(name: str):
                 problem.network(*problem.primals)
             else:
                 pmf.Jvp(problem.network)(problem.primals, tuple(t[:count] for t in tangents))
-        # Attention's tangent shares the scores, and so costs less than its value again.
+        # Attention's tangent shares the scores, and so costs less than another value.
         kinds = counter.get_flop_counts()["Global"].items()
         return sum(n for kind, n in kinds if "attention" not in str(kind))
 

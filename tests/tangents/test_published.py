@@ -151,7 +151,7 @@ def test_replaced_attention_has_the_tangents_of_math_attention(make, load) -> No
     assert_close(gradient(found[0]), gradient(expected[0]), limit)
 
 
-def test_pytorchs_own_samples() -> None:
+def test_op_db_samples() -> None:
     """Values of every sample in op_db, gradients, and tangents, against PyTorch's math attention."""
     from torch.testing._internal.common_methods_invocations import op_db
 

@@ -1,4 +1,4 @@
-"""replace_sdpa: attention in any network supports forward mode, and leaving the context leaves no trace."""
+"""replace_sdpa: attention in any network supports forward mode, and leaving the context undoes everything."""
 
 import threading
 
@@ -159,7 +159,7 @@ def test_a_setting_of_the_fused_path_is_restored():
         torch.backends.mha.set_fastpath_enabled(True)
 
 
-def test_two_threads_that_interleave_leave_nothing_behind():
+def test_two_interleaved_threads_restore_everything():
     """Saving and restoring per thread would end with the first thread's replacement in place."""
     first_in, second_in, first_out = (threading.Event() for _ in range(3))
 
@@ -180,7 +180,7 @@ def test_two_threads_that_interleave_leave_nothing_behind():
     assert F.scaled_dot_product_attention is TORCHS
 
 
-def test_pytorchs_list_of_functions_keeps_its_own():
+def test_pytorchs_list_of_overridable_functions_is_unchanged():
     torch.overrides._get_overridable_functions.cache_clear()
     with pmf.replace_sdpa():
         assert TORCHS in torch.overrides.get_overridable_functions()[F]
@@ -207,7 +207,7 @@ def test_checkpointed_blocks_have_their_gradient_wherever_backward_runs(
     assert_close([p.grad for p in network.parameters()], wanted, EXACT)
 
 
-def test_checkpoint_notices_another_attention(monkeypatch):
+def test_checkpoint_detects_another_attention(monkeypatch):
     """If a block cannot be redirected to ours, its first saved tensor differs in shape from PyTorch's."""
     from pmf.tangents import sdpa
 
@@ -219,7 +219,7 @@ def test_checkpoint_notices_another_attention(monkeypatch):
         out.sum().backward()
 
 
-def test_what_the_kernels_lack_is_pytorchs():
+def test_unsupported_calls_go_to_pytorch():
     x = torch.randn(1, 2, 5, 300, dtype=torch.float64)
     wide = jvp_math(lambda a: imported_before(a, a, a), (x,), (x,))
     with pmf.replace_sdpa():
@@ -249,7 +249,7 @@ def test_a_causal_bias_is_ours_and_strided_nested_tensors_are_pytorchs():
             F.scaled_dot_product_attention(nested, nested, nested)
 
 
-def test_errors_stay_pytorchs():
+def test_errors_are_pytorchs():
     q = torch.randn(1, 2, 3, 4)
     for arguments in ((q, q.double(), q), (q, q[..., :2], q), (q.long(),) * 3):
         with pytest.raises(Exception) as theirs:

@@ -54,7 +54,7 @@ def test_the_networks_tangent_is_its_central_difference(network: Mlp) -> None:
 
 
 @pytest.mark.parametrize("name", PREDICTIONS)
-def test_the_loss_and_its_gradients_are_the_papers(network: Mlp, name: str) -> None:
+def test_the_loss_and_its_gradients_match_the_paper(network: Mlp, name: str) -> None:
     """Written out from the paper, with forward mode over the whole batch."""
     x, noise, t, r = batch()
     given = meanflow_loss(network, PREDICTIONS[name], x, noise, t, r)
@@ -75,11 +75,11 @@ def test_the_loss_and_its_gradients_are_the_papers(network: Mlp, name: str) -> N
     expected = torch.autograd.grad(loss, list(network.parameters()))
     torch.testing.assert_close(found, list(expected), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(given, loss)
-    assert float((over_pixels(t - r) * du_dt).detach().abs().max()) > 0.01  # or the test would see no tangent
+    assert float((over_pixels(t - r) * du_dt).detach().abs().max()) > 0.01  # there is a tangent
 
 
 @pytest.mark.parametrize("name", PREDICTIONS)
-def test_a_sample_is_noise_less_its_average_velocity(network: Mlp, name: str) -> None:
+def test_a_sample_is_noise_minus_its_average_velocity(network: Mlp, name: str) -> None:
     noise = batch()[1]
     one = torch.ones(BATCH, dtype=torch.float64)
     expected = noise - velocity(name, noise, network(noise, one, one), one)
@@ -99,7 +99,7 @@ def test_a_plane_is_orthonormal() -> None:
     torch.testing.assert_close(basis.T @ basis, torch.eye(2))
 
 
-def test_a_seed_decides_everything_and_leaves_the_global_generator_alone() -> None:
+def test_a_seed_determines_everything_without_the_global_generator() -> None:
     settings = Settings(steps=2, batch_size=8, width=4, depth=1, num_samples=16)
     torch.manual_seed(5)
     state = torch.get_rng_state()

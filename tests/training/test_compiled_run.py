@@ -16,7 +16,9 @@ Tiny = Callable[..., TrainConfig]
 
 
 @requires_inductor
-def test_a_compiled_run_follows_an_eager_one_and_may_go_on_without(tmp_path: Path, tiny: Tiny) -> None:
+def test_a_compiled_run_follows_an_eager_one_and_resumes_without_compiling(
+    tmp_path: Path, tiny: Tiny
+) -> None:
     torch.compiler.reset()
     rows = {}
     for compile in (False, True):
@@ -31,9 +33,7 @@ def test_a_compiled_run_follows_an_eager_one_and_may_go_on_without(tmp_path: Pat
     assert train(config, tmp_path / "True", resume=True).step == 5
 
 
-def test_the_network_of_a_run_is_compiled_and_its_pictures_are_not(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_runs_network_is_compiled_but_not_its_sampling(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def compile(network: torch.nn.Module, **options: object) -> object:

@@ -98,7 +98,7 @@ def test_settings_out_of_range_are_named(setting: str, value: object, sentence: 
         ),
     ],
 )
-def test_networks_that_cannot_be_are_named(overrides: dict[str, object], sentence: str) -> None:
+def test_impossible_networks_are_named(overrides: dict[str, object], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         model_config(get_preset("digits", **overrides), num_classes=10)
 
@@ -136,7 +136,7 @@ def test_every_switch_reaches_its_part() -> None:
     assert (scaled.preconditioner, scaled.sigma_data) == ("scm", 0.25)
 
 
-def test_learning_rate_falls_over_the_last_share_of_the_run() -> None:
+def test_learning_rate_falls_over_the_last_fraction_of_the_run() -> None:
     cooling = OptimizerSettings(cooldown=0.25)
     factors = [learning_rate_factor(cooling, 9, spent) for spent in (0.0, 0.5, 0.75, 0.875, 1.0, 1.01)]
     assert factors == [1, 1, 1, 0.5, 0, 0]
@@ -150,7 +150,7 @@ def test_run_folders_are_numbered(tmp_path: Path) -> None:
     assert new_run_folder(tmp_path / "runs", "digits").name == "00009-digits"
 
 
-def test_quick_cuts_the_network_and_the_steps_alone() -> None:
+def test_quick_shrinks_only_the_network_and_the_steps() -> None:
     config = get_preset("pmf-b/16", accumulate=2, lr=3e-4, minutes=5.0)
     small = quick(config, ranks=2)
     assert (small.run.steps, small.run.minutes, small.data.batch_size) == (2, None, 32)
@@ -178,6 +178,6 @@ def test_quick_cuts_the_network_and_the_steps_alone() -> None:
     ],
 )
 def test_a_value_of_the_wrong_type_names_its_setting(name, value, words):
-    """true trained at a rate of 1.0, and half a checkpoint failed only when it was to be saved."""
+    """lr: true trained at rate 1.0, and keeping half a checkpoint failed only when saving."""
     with pytest.raises(UserError, match=f"--{name.replace('_', '-')} must be {words}, got "):
         get_preset("digits", **{name: value})

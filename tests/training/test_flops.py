@@ -36,12 +36,12 @@ def plain_count(config: ModelConfig) -> int:
 
 
 @pytest.mark.parametrize("config", [TINY, replace(TINY, patch_size=2, mlp_width=20, bottleneck=8)])
-def test_products_are_those_that_pytorch_counts(config: ModelConfig) -> None:
+def test_products_match_pytorchs_count(config: ModelConfig) -> None:
     assert flops.product_multiply_adds(config) == plain_count(config)
 
 
 @pytest.mark.parametrize(("preset", "giga"), [("pmf-h/16", 271)])
-def test_the_paper_counts_the_same(preset: str, giga: int) -> None:
+def test_the_count_matches_the_paper(preset: str, giga: int) -> None:
     config = models.CONFIGS[preset]
     assert round(flops.paper_multiply_adds(config) / 1e9) == giga
     # All but a part in three hundred is matrix products.
@@ -55,7 +55,7 @@ def test_512_and_1024_pixels_cost_nearly_the_same() -> None:
     assert all(small < cost < 1.1 * small for cost in large)
 
 
-def test_training_is_the_objective_as_it_is_executed() -> None:
+def test_training_cost_is_that_of_the_executed_objective() -> None:
     """The counted work of a batch of the objective matches its numbers of passes and tangents."""
     training = get_preset("pmf-b/16")
     cost = flops.count_cost(TINY, training)

@@ -40,7 +40,7 @@ TABLE = {
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_the_settings_are_the_authors(name: str) -> None:
+def test_the_settings_match_the_authors(name: str) -> None:
     config = get_preset(name)
     network, objective = model_config(config, 1000), config.objective
     assert network == models.CONFIGS[name]
@@ -63,7 +63,7 @@ def test_the_settings_are_the_authors(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_the_recipe_is_the_authors(name: str) -> None:
+def test_the_recipe_matches_the_authors(name: str) -> None:
     config = get_preset(name)
     objective, optimizer = config.objective, config.optimizer
     assert (config.data.batch_size, optimizer.lr, optimizer.adam_lr, optimizer.cooldown) == (

@@ -16,7 +16,7 @@ from pmf.ranks import joined_ranks
 from pmf.training import prepare, resume_config, train
 
 EXACT = 1e-5
-"""Of losses and weights after ten steps in float32: sums are taken in another order."""
+"""Limit for losses and weights after ten steps in float32: sums are taken in another order."""
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +62,14 @@ def difference(found: dict[str, Any], expected: dict[str, Any]) -> float:
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp", "ddp, accumulated", "fsdp, accumulated"])
-def test_two_ranks_are_one_process(two: dict[str, Any], one: dict[str, Any], how: str) -> None:
+def test_two_ranks_equal_one_process(two: dict[str, Any], one: dict[str, Any], how: str) -> None:
     assert one["losses"][:, 1:].std(dim=0).min() > 1e-3  # the steps do something
     assert difference(two[how], one) < EXACT
     assert one["norms"].std() > 1e-3 and torch.allclose(two[how]["norms"], one["norms"], rtol=1e-4)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_bf16_computes_on_ranks_as_alone(two: dict[str, Any], parallel: str) -> None:
+def test_bf16_on_ranks_equals_one_process(two: dict[str, Any], parallel: str) -> None:
     alone = two_ranks.steps(prepare(two_ranks.config(precision="bf16", steps=4), dataset=two_ranks.IMAGES))
     losses = two[f"{parallel}, bf16"]["losses"]
     assert losses.isfinite().all() and not torch.equal(losses, two[parallel]["losses"][:4])
@@ -77,17 +77,17 @@ def test_bf16_computes_on_ranks_as_alone(two: dict[str, Any], parallel: str) -> 
 
 
 @pytest.mark.parametrize("how", ["ddp by ddp", "ddp by fsdp", "fsdp by fsdp", "one by ddp", "one by fsdp"])
-def test_a_run_goes_on_with_other_ranks(two: dict[str, Any], one: dict[str, Any], how: str) -> None:
+def test_a_run_resumes_on_another_number_of_ranks(two: dict[str, Any], one: dict[str, Any], how: str) -> None:
     assert difference(two[how], one) < EXACT
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_the_same_ranks_go_on_bit_for_bit(two: dict[str, Any], parallel: str) -> None:
+def test_the_same_ranks_resume_bit_for_bit(two: dict[str, Any], parallel: str) -> None:
     assert difference(two[f"{parallel} by {parallel}"], two[parallel]) == 0
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_one_process_goes_on_with_what_two_left(out: Path, one: dict[str, Any], parallel: str) -> None:
+def test_one_process_resumes_a_run_of_two(out: Path, one: dict[str, Any], parallel: str) -> None:
     config = resume_config(out / parallel, {"steps": 10})
     alone = prepare(config, resume_from=out / parallel, dataset=two_ranks.IMAGES)
     assert alone.step == 4
@@ -100,7 +100,7 @@ def test_checkpoints_of_two_ranks_load_for_sampling(out: Path, parallel: str) ->
     (folder,) = checkpoint.checkpoint_folders(out / parallel)
     final = checkpoint.load_model(out / parallel)
     assert final.path == folder / "ema-0.02.safetensors"
-    for file in folder.glob("*.safetensors"):  # as any but the last checkpoint of such a run
+    for file in folder.glob("*.safetensors"):  # like every checkpoint of such a run except the last
         file.rename(file.with_suffix(".moved"))
     try:
         with pytest.raises(UserError, match=r"has no ema-7: --ema can be none, 0\.02"):
@@ -125,7 +125,7 @@ def test_a_damaged_shard_of_a_checkpoint_is_named(out: Path) -> None:
         prepare(resume_config(out / "stopped", {}), resume_from=out / "stopped", dataset=two_ranks.IMAGES)
 
 
-def test_one_rank_s_log_has_the_means_of_all(out: Path, one: dict[str, Any]) -> None:
+def test_the_log_has_the_means_over_ranks(out: Path, one: dict[str, Any]) -> None:
     rows = [json.loads(line) for line in (out / "fsdp" / "log.jsonl").read_text().splitlines()]
     assert [row["images"] for row in rows] == [8, 16, 24, 32]
     losses = torch.tensor([[row["loss_u"], row["loss_v"]] for row in rows])
@@ -133,14 +133,14 @@ def test_one_rank_s_log_has_the_means_of_all(out: Path, one: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("how", ["muon", "muon of shards"])
-def test_sharing_the_matrices_changes_no_bit(two: dict[str, Any], how: str) -> None:
+def test_distributing_the_matrices_changes_no_bit(two: dict[str, Any], how: str) -> None:
     """Including fused and stacked ones: a parameter's owner has all of its matrices."""
     for found, expected in zip(two[how], two_ranks.muon_steps(None), strict=True):
         assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("name", two_ranks.WRAPPERS)
-def test_a_loop_of_one_s_own_takes_wrapped_models(two: dict[str, Any], name: str) -> None:
+def test_a_users_loop_accepts_wrapped_models(two: dict[str, Any], name: str) -> None:
     """Gradients are averaged, ranks may need different passes, names are the model's."""
     found, alone = dict(two["own loop"])[name], two_ranks.wrapped_steps(lambda model: model)
     assert found["routing"] == alone["routing"]
@@ -151,16 +151,16 @@ def test_a_loop_of_one_s_own_takes_wrapped_models(two: dict[str, Any], name: str
     torch.testing.assert_close(found["images"], alone["images"], rtol=1e-3, atol=1e-4)
 
 
-def test_the_longest_matrix_is_given_away_first() -> None:
+def test_the_largest_matrix_is_assigned_first() -> None:
     assert assign_owners([8 * side**3 for side in (2, 64, 32, 33, 8)], 2) == [1, 0, 1, 1, 1]
     assert sorted(assign_owners([9] * 6, 3)) == [0, 0, 1, 1, 2, 2]
 
 
-def test_samples_that_need_no_guidance_leave_the_ranks_in_step(two: dict[str, Any]) -> None:
+def test_ranks_stay_in_step_if_one_needs_no_guidance(two: dict[str, Any]) -> None:
     assert two["fm"]["losses"].isfinite().all()
 
 
-def test_one_signal_stops_all(two: dict[str, Any], out: Path) -> None:
+def test_one_signal_stops_all_ranks(two: dict[str, Any], out: Path) -> None:
     assert two["stopped"] == (3, True)
     assert checkpoint.newest_checkpoint(out / "stopped").name == "step-00000003"
 
@@ -170,7 +170,7 @@ def test_one_unreadable_image_costs_no_step(two: dict[str, Any], out: Path) -> N
     assert checkpoint.newest_checkpoint(out / "damaged").name == "step-00000003"
 
 
-def test_ranks_that_disagree_and_batches_that_cannot_be_cut_are_refused(two: dict[str, Any]) -> None:
+def test_disagreeing_ranks_and_indivisible_batches_are_rejected(two: dict[str, Any]) -> None:
     assert "disagree on their settings: --lr is 0.001 on rank 0 and 0.002 on rank 1" in two["settings"]
     assert "--batch-size 9 does not split into 2 ranks x 1 parts" in two["batch"]
     assert "use a multiple of 6" in two["parts"]

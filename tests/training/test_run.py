@@ -45,7 +45,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(
     assert (whole / "samples.png").read_bytes() == (halves / "samples.png").read_bytes()
 
 
-def test_seeds_decide_the_run(tiny: Tiny) -> None:
+def test_seeds_determine_the_run(tiny: Tiny) -> None:
     positions = [train(tiny(seed=seed)).model.position for seed in (0, 0, 1)]
     assert torch.equal(positions[0], positions[1]) and not torch.equal(positions[0], positions[2])
 
@@ -139,7 +139,7 @@ def test_weights_that_are_not_finite_are_never_saved(
     assert [path.name for path in checkpoint.checkpoint_folders(tmp_path)] == ["step-00000001"]
 
 
-def test_a_killed_run_forgets_the_lines_after_its_checkpoint(tmp_path: Path, tiny: Tiny) -> None:
+def test_a_killed_run_drops_log_entries_after_its_checkpoint(tmp_path: Path, tiny: Tiny) -> None:
     train(tiny(steps=4), tmp_path)
     with (tmp_path / "log.jsonl").open("a") as log:
         log.write('{"step": 6, "images": 48, "seconds": 1, "loss_u": 9, "loss_v": 9}\n{"step": 8, "ima')
@@ -169,14 +169,14 @@ def test_a_changed_precision_reaches_the_optimizer_when_resuming(tmp_path: Path,
     assert [group["compute_dtype"] for group in trainer.optimizer.param_groups] == [None, None]
 
 
-def test_a_checkpoint_is_no_run_to_resume(tmp_path: Path, tiny: Tiny) -> None:
-    """It would have been written to: a run inside a checkpoint, under another run's config.json."""
+def test_a_checkpoint_is_not_a_run_to_resume(tmp_path: Path, tiny: Tiny) -> None:
+    """It would have been written to, creating a run inside a checkpoint with another run's config.json."""
     train(tiny(steps=1), tmp_path)
     with pytest.raises(UserError, match="step-00000001 is a checkpoint, not a run"):
         resume_config(checkpoint.newest_checkpoint(tmp_path), {})
 
 
-def test_other_classes_and_another_runs_state_are_refused_when_resuming(tmp_path: Path, tiny: Tiny) -> None:
+def test_other_classes_and_another_runs_state_are_rejected_when_resuming(tmp_path: Path, tiny: Tiny) -> None:
     images, labels = torch.zeros(8, 1, 8, 8), torch.arange(8) % 2
     train(tiny(steps=1), tmp_path / "run", dataset=MemoryImages(images, labels, ["cat", "dog"]))
     config = resume_config(tmp_path / "run", {"steps": 2})
@@ -189,14 +189,14 @@ def test_other_classes_and_another_runs_state_are_refused_when_resuming(tmp_path
         train(config, tmp_path / "run", resume=True, dataset=MemoryImages(images, labels, ["cat", "dog"]))
 
 
-def test_folders_that_people_made_beside_the_checkpoints_are_ignored(tmp_path: Path) -> None:
+def test_user_made_folders_beside_the_checkpoints_are_ignored(tmp_path: Path) -> None:
     for name in ("step-00000002", "step-00000010", "step-00000010-good"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     found = checkpoint.checkpoint_folders(tmp_path)
     assert [path.name for path in found] == ["step-00000002", "step-00000010"]
 
 
-def test_a_setting_of_a_wrong_type_in_config_json_is_a_users_error(tiny: Tiny) -> None:
+def test_a_setting_of_the_wrong_type_in_config_json_is_a_user_error(tiny: Tiny) -> None:
     content = tiny().to_json()
     content["data"]["batch_size"] = "many"
     with pytest.raises(UserError, match="--batch-size must be a whole number, got 'many'"):
@@ -259,7 +259,7 @@ def test_minutes_end_a_run(tiny: Tiny) -> None:
     assert result.step >= 1 and 0.6 <= result.seconds < 10
 
 
-def test_a_run_without_an_end_is_refused(tiny: Tiny) -> None:
+def test_a_run_without_an_end_is_rejected(tiny: Tiny) -> None:
     with pytest.raises(UserError, match="--steps or --minutes"):
         train(tiny(steps=None))
 

@@ -43,12 +43,12 @@ def test_warm_up_and_schedules() -> None:
     assert factors(schedule="cosine", warmup_steps=2) == pytest.approx(both)
 
 
-def test_a_schedule_and_a_cooldown_are_one_too_many(tiny: Tiny) -> None:
+def test_a_schedule_and_a_cooldown_conflict(tiny: Tiny) -> None:
     with pytest.raises(UserError, match="--cooldown ends a constant schedule, and --schedule is cosine"):
         tiny(schedule="cosine", cooldown=0.5)
 
 
-def test_the_log_tells_norms_losses_and_speed(tmp_path: Path, tiny: Tiny) -> None:
+def test_the_log_records_norms_losses_and_speed(tmp_path: Path, tiny: Tiny) -> None:
     config = tiny(steps=4, log_every=2, cooldown=0.0, schedule="linear", clip_grad_norm=1e-3)
     train(config, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -82,7 +82,7 @@ def test_clipping_and_schedules_resume_bit_for_bit(tmp_path: Path, tiny: Tiny) -
         assert torch.equal(a, b)
 
 
-def test_starts_from_what_fits(tmp_path: Path, tiny: Tiny) -> None:
+def test_initialises_from_the_weights_that_fit(tmp_path: Path, tiny: Tiny) -> None:
     trained = Trainer(tiny(), prepare(tiny()).dataset).model
     with torch.no_grad():
         for p in trained.parameters():
@@ -103,7 +103,7 @@ def test_starts_from_what_fits(tmp_path: Path, tiny: Tiny) -> None:
     assert f"of {len(ours)} weights come from" in said and "initialised randomly: position" in said
 
 
-def test_starting_from_nothing_usable_is_one_sentence(tmp_path: Path, tiny: Tiny) -> None:
+def test_initialising_from_unusable_weights_is_one_sentence(tmp_path: Path, tiny: Tiny) -> None:
     with pytest.raises(UserError, match="there is no checkpoint file"):
         prepare(tiny(init_from=str(tmp_path / "nothing.pth")))
     other = {name: torch.zeros(7, 7) for name in prepare(tiny()).model.state_dict()}
@@ -112,7 +112,7 @@ def test_starting_from_nothing_usable_is_one_sentence(tmp_path: Path, tiny: Tiny
         prepare(tiny(init_from=str(tmp_path / "other.pth")))
 
 
-def test_a_resumed_run_needs_no_file_to_start_from(tmp_path: Path, tiny: Tiny) -> None:
+def test_a_resumed_run_does_not_need_its_initial_weights(tmp_path: Path, tiny: Tiny) -> None:
     torch.save(prepare(tiny()).model.state_dict(), tmp_path / "trained.pth")
     train(tiny(init_from=str(tmp_path / "trained.pth"), steps=2), tmp_path / "run")
     (tmp_path / "trained.pth").unlink()

@@ -28,7 +28,7 @@ SCALED: dict[str, Any] = {"preconditioner": "edm", "sigma_data": 0.3, "noise_sca
 def test_a_run_resumes_and_its_checkpoint_samples(
     tiny: Callable[..., TrainConfig], tmp_path: Path, switches: dict[str, Any]
 ) -> None:
-    switches = switches | {"cooldown": 0.0}  # it follows the budget, which the parts have less of
+    switches = switches | {"cooldown": 0.0}  # it depends on the budget, which differs between the parts
     whole = train(tiny(**switches), tmp_path / "whole")
     train(tiny(**switches, steps=2), tmp_path / "parts")
     parts = train(resume_config(tmp_path / "parts", {"steps": 4}), tmp_path / "parts", resume=True)
@@ -59,7 +59,7 @@ def test_without_averages_none_are_kept(tiny: Callable[..., TrainConfig], tmp_pa
         ({"ema": False}, "was trained with --ema"),
     ],
 )
-def test_what_shapes_a_run_cannot_change_when_resuming(
+def test_settings_that_shape_a_run_cannot_change_when_resuming(
     tiny: Callable[..., TrainConfig],
     tmp_path_factory: pytest.TempPathFactory,
     changed: dict[str, Any],
