@@ -27,10 +27,10 @@ PORTABLE = os.environ.get("PMF_PORTABLE", "0") not in ("", "0")
 INSTALL_TORCH = (
     "pixelmeanflow compiles against the PyTorch you already have, and this Python ({python}) has none: "
     "install PyTorch 2.11 or newer first, then run `pip install .` again (add --no-build-isolation if your "
-    "installer hides installed packages from builds, as uv and `python -m build` do)."
+    "installer isolates builds, as uv and `python -m build` do)."
 )
 UPGRADE_TORCH = (
-    "pixelmeanflow needs PyTorch 2.11 or newer and {folder} is {version}: upgrade it with "
+    "pixelmeanflow needs PyTorch 2.11 or newer, but {folder} is {version}: upgrade it with "
     "`pip install --upgrade torch`, then run `pip install .` again."
 )
 

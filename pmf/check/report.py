@@ -78,7 +78,7 @@ def run(
         write_file(out, (json.dumps(record, indent=1) + "\n").encode())
     right = [column for one in runs if not one.off() for column in one.columns]
     if right:
-        print(f"right on {', '.join(right)} ({time.monotonic() - start:.0f} s)")
+        print(f"correct on {', '.join(right)} ({time.monotonic() - start:.0f} s)")
     for problem in off:
         print(f"off: {problem}", file=sys.stderr)
     return 1 if off else 0
@@ -252,7 +252,7 @@ def _mark(places: list[_Place], families: tuple[str, ...]) -> None:
         passed = not any(place.off() for place in same)
         complete = not families and not kernels.references()
         if (complete or not passed) and not checked.mark(name, passed):
-            print(f"note: the cache folder cannot be written, so {name} stays unmarked", file=sys.stderr)
+            print(f"note: the cache folder cannot be written, so {name} is not recorded", file=sys.stderr)
 
 
 def _kernels() -> str:

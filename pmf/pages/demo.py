@@ -149,7 +149,7 @@ class Studio:
         parts += [_figure(x, f"{i + 1} of {len(between)} {ends}") for i, x in enumerate(between)]
         parts.append("</div>")
         if len(drawn.classes):
-            parts.append('<p>The same noise as every class</p><div class="row">')
+            parts.append('<p>The same noise in every class</p><div class="row">')
             classes = zip(_sources(drawn.classes), self.names, strict=True)
             parts += [_figure(x, f"class {name}", name) for x, name in classes]
             parts.append("</div>")

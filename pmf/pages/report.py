@@ -236,7 +236,7 @@ def _environment(run: Path) -> list[str]:
 
 def _settings(config: TrainConfig) -> list[str]:
     preset = PRESETS.get(config.preset)
-    words = "Bold: other than the preset's." if preset else ""
+    words = "Bold: differs from the preset." if preset else ""
     parts, group = [f"<p>{words}</p>" if words else "", '<div class="settings">'], ""
     for name, setting in settings():
         if name != group:

@@ -125,7 +125,7 @@ def test_the_command_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert place["right"] and place["columns"][: len(CPU_LEVELS)] == list(CPU_LEVELS)
     lines = printed.out.splitlines()
     assert [line.split()[0] for line in lines[2:-1]] == list(FAMILIES)
-    assert lines[-1].startswith(f"right on {', '.join(CPU_LEVELS)}")
+    assert lines[-1].startswith(f"correct on {', '.join(CPU_LEVELS)}")
     found = {(row["family"], row["place"], row["dtype"]) for row in place["rows"]}
     assert {("attention", level, "bfloat16") for level in CPU_LEVELS} <= found
 
@@ -158,7 +158,7 @@ plant("swiglu_backward", wrong)
     (sentence,) = printed.err.splitlines()
     assert sentence.startswith(f"off: swiglu is wrong on {level}") and "the backward" in sentence
     assert "PMF_KERNELS=reference:swiglu" in sentence and sentence == f"off: {record['off'][0]}"
-    assert "right on" not in printed.out and "WRONG" in printed.out
+    assert "correct on" not in printed.out and "WRONG" in printed.out
     named = sentence.partition(": the")[0].removeprefix("off: swiglu is wrong on ").split(", ")
     assert named == [level] or (named[0] == level and named[1].endswith(" threads"))
 
