@@ -151,7 +151,7 @@ def _one(shape: str, *more: str) -> list[str]:
 
 
 def rows_of(command: Command, run: Run, status: int | None, log: Path) -> list[Row]:
-    """A command's rows. Without rows of its own: its status and last line."""
+    """A command's rows. If it reports none: its status and last line."""
     if command.rows is not None:
         return command.rows(run, status)
     row: dict[str, Any] = {"case": command.name, "contestant": "pmf", "ours": True, "log": log.name}

@@ -20,7 +20,7 @@ from . import capture, commands, network, sums
 Cases = Callable[[Setting], Iterator[Planned]]
 PUBLISHED = "published peers"
 OTHERS = ("attention", "attention_packed", "patch_embed", "newton_schulz", "muon")
-"""Timed in sections of their own, or not at all on a GPU."""
+"""Timed in separate sections, or not at all on a GPU."""
 ELEMENTWISE = tuple(name for name in BENCHMARKS if name not in OTHERS)
 
 

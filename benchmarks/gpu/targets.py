@@ -44,7 +44,7 @@ class Rates:
 
 
 def add_shares(row: Row, rates: Rates) -> None:
-    """Add fractions of the measured rates, and the time for moving the bytes alone."""
+    """Add fractions of the measured rates, and the time for only moving the bytes."""
     if "gbyte_per_s" in row and rates.copy:
         row["share_of_copy_rate"] = row["gbyte_per_s"] / rates.copy
         row["memory_floor_ms"] = row["bytes"] / rates.copy / 1e6

@@ -131,7 +131,7 @@ def _index(shard: Path, left_out: LeftOut) -> tuple[dict[str, Stored], dict[str,
                 elif kind in endings:
                     if key in pictures:
                         raise UserError(
-                            f"{shard} has two images of one name, {pictures[key].name} and {member.name}: "
+                            f"{shard} has two images with one name, {pictures[key].name} and {member.name}: "
                             "rename the one that is not to be trained on"
                         )
                     pictures[key] = Stored(shard, member.offset_data, member.size, member.name)

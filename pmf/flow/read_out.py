@@ -78,7 +78,7 @@ class ReadOut(NamedTuple):
 
 
 def _beside(z: Tensor, tokens: Tensor) -> Tensor:
-    """Tokens in a dtype the kernel accepts with z: z's, or 16-bit beside float32."""
+    """Tokens in a dtype the kernel accepts with z: z's, or 16-bit with float32."""
     narrow = z.dtype == torch.float32 and tokens.element_size() == 2
     return tokens if narrow else tokens.to(z.dtype)
 

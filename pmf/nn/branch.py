@@ -5,7 +5,7 @@ A branch is one autograd Function, out = x + gate (W a(RMSNorm(x))), for three r
 Memory: backward keeps only the rows that cannot be recomputed without a matrix product (the projections, the
 attention output). Norm, rotation and SwiGLU are recomputed, which takes no product.
 
-The gate needs no pass of its own: it scales the matrix, x + (diag(gate) W) a, so that the product itself adds
+The gate needs no separate pass: it scales the matrix, x + (diag(gate) W) a, so that the product itself adds
 the residual and rounds once. Backward needs neither the branch's output nor a pass over its gradient. With M
 = G^T a, where G is the gradient:
 

@@ -71,7 +71,7 @@ class Muon(torch.optim.Optimizer):
 
     On CUDA the step runs in compiled kernels (plain PyTorch for float64 parameters): two dozen launches for a
     whole model, none of which waits for the device, so a CUDA graph can capture a step once the first has
-    created the state. A captured step advances its own step count, and reads `lr` and `weight_decay` anew if
+    created the state. A captured step advances its own step count, and rereads `lr` and `weight_decay` if
     they are tensors on the parameters' device, where they are not checked; numbers stay as captured. The
     update is added in float32, not rounded to the compute dtype.
 

@@ -59,7 +59,7 @@ class Request(NamedTuple):
 class Drawn(NamedTuple):
     """What the page shows, around [-1, 1], and the seconds it took."""
 
-    image: Tensor  # the one asked for [C, H, W]
+    image: Tensor  # the requested one [C, H, W]
     between: Tensor  # the class from one seed to the other in equal steps [frames, C, H, W]
     classes: Tensor  # the noise of the image as each class [classes, C, H, W]
     seconds: float

@@ -1,4 +1,4 @@
-"""Operators without a rule of their own: PyTorch's forward-mode formula, or an error."""
+"""Operators without a rule: PyTorch's forward-mode formula, or an error."""
 
 import contextlib
 from collections.abc import Sequence

@@ -182,7 +182,7 @@ class TangentMode(TorchDispatchMode):
             shadow.as_strided(x.size(), x.stride(), x.storage_offset()).copy_(tangent)
 
     def both_first(self, x: Tensor, y: Any) -> tuple[Tensor, Tensor] | None:
-        """The tangents of two values of one shape, if both cover the same first samples only."""
+        """The tangents of two values of equal shape, if both cover the same first samples only."""
         if not isinstance(y, Tensor) or x.shape != y.shape:
             return None
         t_x, t_y = self.stored(x), self.stored(y)

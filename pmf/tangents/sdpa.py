@@ -81,7 +81,7 @@ class _Imported(TorchFunctionMode):
 
 @contextlib.contextmanager
 def replace_attribute() -> Iterator[None]:
-    """`replace_sdpa` for a caller with a TorchFunctionMode of its own, since each mode sees every call."""
+    """`replace_sdpa` for a caller that has its own TorchFunctionMode, since each mode sees every call."""
     _count(1)
     try:
         yield

@@ -45,7 +45,7 @@ class Trainer:
     def __init__(
         self, config: TrainConfig, dataset: ImageDataset, ranks: Ranks | None = None, *, fresh: bool = True
     ) -> None:
-        """fresh: start anew; a trainer that will `load` a checkpoint skips --init-from."""
+        """fresh: start from scratch; a trainer that will `load` a checkpoint skips --init-from."""
         self.ranks = ranks or Ranks()
         self.device = find_device(self.ranks.device(config.run.device))
         if config.run.precision == "auto":  # resolved here, so that the saved settings state what was used

@@ -165,7 +165,7 @@ def test_splits_of_shards_in_folders_and_by_name(tmp_path: Path) -> None:
     write_shard(tmp_path / "by_name" / "set-train-0.tar", "a", "b")
     write_shard(tmp_path / "by_name" / "set-val-0.tar", "c")
     assert len(load_dataset(str(tmp_path / "by_name"), 8, 1)) == 2
-    assert len(load_dataset(f"{tmp_path}/by_name/set-val-0.tar", 8, 1)) == 1  # as it was asked for
+    assert len(load_dataset(f"{tmp_path}/by_name/set-val-0.tar", 8, 1)) == 1  # as requested
 
 
 def test_splits_inside_a_shard(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_splits_inside_a_shard(tmp_path: Path) -> None:
 def test_duplicate_names_in_a_shard_are_named(tmp_path: Path) -> None:
     """The last one was used: a run trained on masks."""
     write_shard(tmp_path / "masks.tar", "1", "2", "1")
-    with pytest.raises(UserError, match=r"has two images of one name, 1.png and 1.png: rename"):
+    with pytest.raises(UserError, match=r"has two images with one name, 1.png and 1.png: rename"):
         find_images(str(tmp_path))
 
 

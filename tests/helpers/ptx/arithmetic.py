@@ -9,7 +9,7 @@ COMPARED = {
     "lo": "<", "ls": "<=", "hi": ">", "hs": ">=",
 }  # fmt: skip
 NEGATED = {"equ": "ne", "neu": "eq", "ltu": "ge", "leu": "gt", "gtu": "le", "geu": "lt"}
-"""True where a number is a NaN: the ordered comparison whose opposite it is."""
+"""Comparisons that are true for a NaN: the ordered comparison that each one negates."""
 
 
 def compute(s: Scope, i: Instruction) -> str:

@@ -25,7 +25,7 @@ COMPILE = [
     "-fno-math-errno", "-fno-strict-aliasing", "-w", "-mavx2", "-mfma", f"-I{HEADERS}",
 ]  # fmt: skip
 Launched = tuple[str, str]
-"""A kernel, readable, and the file that has its anonymous namespaces; "" where it needs none."""
+"""A kernel's demangled name, and the source file of its anonymous namespace; "" if it has none."""
 
 
 def why_not() -> str | None:
@@ -67,13 +67,13 @@ def running(
     def answer(kernel: int, sizes: list[int]) -> int:
         where = _host_kernels(host)[kernel - _base(library)]
         if where not in kernels:
-            raise LookupError(f"no PTX for the kernel {where[0]}: build the library anew")
+            raise LookupError(f"no PTX for the kernel {where[0]}: rebuild the library")
         module, name = kernels[where]
         expected = [p.bytes for p in module.function(name).parameters]
         if sizes != expected:
             raise TypeError(
                 f"parameters of {where[0]} have {sizes} bytes on the host and {expected} in the PTX: "
-                "build the library anew, or a type is laid out otherwise there"
+                "rebuild the library; otherwise a type has another layout there"
             )
         if note is not None:
             note(name)
@@ -125,7 +125,7 @@ def _host_kernels(host: Path) -> dict[int, Launched]:
 
 
 def _readable(names: Sequence[str]) -> list[str]:
-    """Demangled, with the toolkit's names for its 16-bit types."""
+    """The demangled name, with the toolkit's names for its 16-bit types."""
     done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
     text = done.stdout.replace("pmf::emulator::BFloat16", "__nv_bfloat16")
     return text.replace("pmf::emulator::Half", "__half").splitlines()
@@ -166,7 +166,7 @@ def _compiled(module: Module, name: str) -> int:
         source.write_text(translate(module, name, text.name))
         command = [tool("g++"), *COMPILE, source, "-o", made]
         done = subprocess.run([str(x) for x in command], capture_output=True, text=True)
-        assert done.returncode == 0, f"{name} is translated to what g++ refuses:\n{done.stderr[:900]}"
+        assert done.returncode == 0, f"g++ rejects the translation of {name}:\n{done.stderr[:900]}"
         shutil.move(made, path)  # atomically, even if another process writes it too
         source.unlink()
     if path not in _loaded:

@@ -49,7 +49,7 @@ def wgmma(s: Scope, i: Instruction) -> str:
     if i.name == "wgmma.commit_group.sync.aligned":
         return f"d.wgmma_commit({i.line});"
     if i.name == "wgmma.wait_group.sync.aligned":
-        # Sums are in no register that this translation knows of, but in any that they were moved to.
+        # The sums may be in any of the registers to which they were moved.
         settled = " ".join(f"settle(d, {variable(x)});" for x in s.sums)
         return f"d.wgmma_wait({i.line}, {int(i.operands[0])}); {settled}"
     return _multiply(s, i)
@@ -91,7 +91,7 @@ def set_registers(s: Scope, i: Instruction) -> str:
 
 
 def registers_of_sums(body: Iterable[Statement]) -> tuple[str, ...]:
-    """The registers that may hold a product's sums: its own, and those that values move to and from."""
+    """The registers that may hold a product's sums: its own, and those connected to them by moves."""
     sums: set[str] = set()
     moves = []
     for statement in body:
@@ -107,7 +107,7 @@ def registers_of_sums(body: Iterable[Statement]) -> tuple[str, ...]:
 
 
 def _shared(s: Scope, place: str) -> str:
-    """An address "[%r1+16]" in shared memory's own space."""
+    """An address "[%r1+16]" in the shared state space."""
     found = re.fullmatch(r"\[(%\w+)(?:\s*\+\s*(-?\d+))?\]", place)
     if found is None:
         raise UnknownInstruction(f"address {place}")

@@ -19,7 +19,7 @@ _PARAMETER = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.[a-z](\d+)\s+([\w$]
 class Parameter:
     name: str
     offset: int
-    """In the block of parameters, as both compilers lay it out."""
+    """In the parameter block, in which both compilers use the same layout."""
     bytes: int
 
 
@@ -28,11 +28,11 @@ class Function:
     name: str
     parameters: tuple[Parameter, ...]
     results: tuple[Parameter, ...]
-    """Of a function that kernels call; none of a kernel."""
+    """The results of a function that kernels call; a kernel has none."""
     body: str
-    """Between its braces."""
+    """The text between its braces."""
     line: int
-    """Of the opening brace."""
+    """The line of the opening brace."""
 
 
 class Module:

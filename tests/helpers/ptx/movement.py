@@ -41,7 +41,7 @@ def _access(i: Instruction) -> tuple[str, str, int]:
 def load(s: Scope, i: Instruction) -> str:
     space, t, count = _access(i)
     out, place = i.operands
-    # A named location is inside its variable; a pointer may lead anywhere.
+    # A named location is inside its variable; a pointer may point anywhere.
     named = space in ("param", "local") and "%" not in place
     read = f"fetch<{CPP[t]}, {count}>(" if named else f"load<{CPP[t]}, {count}>(d, "
     return f"const auto loaded = {read}{s.address(place, space)}); {s.put_all(out, 'loaded.of[{}]', t)}"
@@ -100,6 +100,6 @@ _CONVERSIONS = {
     (frozenset({"rzi"}), "f64", "f64"): ("__builtin_trunc({0})", "f64"),
     (frozenset({"rzi"}), "s32", "f32"): ("to_s32({0})", "s32"),
 }
-"""By modifiers and types: the value, and the type of it."""
+"""The value and its type, by modifiers and types."""
 for _type in ("f16", "bf16"):
     CPP.setdefault(_type, "uint16_t")  # as bits

@@ -29,7 +29,7 @@ def size(type_: str) -> int:
 
 
 def unsigned(type_: str) -> str:
-    """The type of the same bits that wraps around."""
+    """The unsigned integer type of the same size, which wraps around; others unchanged."""
     return type_ if type_ in ("f32", "f64", "pred") else f"u{type_[1:]}"
 
 
@@ -38,12 +38,12 @@ class Scope:
 
     def __init__(self, places: Mapping[str, str], shared: frozenset[str]):
         self.places = dict(places)
-        """Parameters and local arrays: where each begins, an expression of type (unsigned) char*."""
+        """The address of each parameter and local array, an expression of type (unsigned) char*."""
         self.shared = shared
         self.registers: dict[str, str] = {}
-        """Their C++ types."""
+        """The registers' C++ types."""
         self.sums: tuple[str, ...] = ()
-        """Those that may hold what a product of a warpgroup is adding up."""
+        """The registers that may hold the sums of a warpgroup's product."""
 
     def declare(self, type_: str, name: str, count: int | None) -> str:
         names = [name] if count is None else [f"{name}{i}" for i in range(count)]

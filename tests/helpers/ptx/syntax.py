@@ -9,7 +9,7 @@ _GUARD = re.compile(r"@(!?)(%\w+)\s+")
 
 
 class UnknownInstruction(Exception):
-    """The translator has no rule for the instruction; rules are in tests/helpers/ptx."""
+    """The translator has no rule for an instruction; rules are in tests/helpers/ptx."""
 
 
 @dataclass(frozen=True)
