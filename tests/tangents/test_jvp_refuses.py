@@ -149,7 +149,7 @@ def test_networks_that_differentiate_in_their_forward(grad: bool):
 
 def test_a_jvp_within_a_jvp():
     inner = pmf.Jvp(nn.Linear(4, 4))
-    with pytest.raises(RuntimeError, match="calls a Jvp"):
+    with pytest.raises(RuntimeError, match="calls another Jvp"):
         run(lambda x: inner((x,), (x,))[1])
     out = run(lambda x: inner((x,), (x,), False)[1], detach_tangent=False)[1]
     assert out.abs().sum() > 0
