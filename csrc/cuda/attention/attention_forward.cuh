@@ -173,56 +173,6 @@ __device__ inline void add_not_finite(float (&out)[kBlocks][kOutTiles][4],
   }
 }
 
-// ---- results ------------------------------------------------------------------------------------
-
-// Sixteen rows of an accumulator, in 16-byte pieces where the view allows, and anyway if kWhole.
-// first: the lane's row g.
-template <bool kWhole, typename T, int kOutTiles>
-__device__ inline void store_rows(const float (&out)[kOutTiles][4], T* head, int64_t row_stride,
-                                  int64_t column_stride, int first, int rows, int columns,
-                                  int lane) {
-  const int t = lane & 3;
-  const bool whole = kWhole || whole_rows(HeadView<T>{head, row_stride, column_stride}, columns);
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int row = first + 8 * h;
-    T* to = head + int64_t(row) * row_stride;
-    if (sizeof(T) == 2 && whole) {
-      // Lane t's pairs of four chunks become one chunk of its own.
-#pragma unroll
-      for (int n = 0; n < kOutTiles; n += 4) {
-        uint32_t w[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int from = n + i < kOutTiles ? n + i : n;
-          if constexpr (sizeof(T) == 2) w[i] = pack2<T>(out[from][2 * h], out[from][2 * h + 1]);
-        }
-        transpose_quad(w, lane);
-        const int column = 8 * (n + t);
-        if (row < rows && column < columns) {
-          __stwb(assume_aligned<16>(reinterpret_cast<uint4*>(to + column)),
-                 make_uint4(w[0], w[1], w[2], w[3]));
-        }
-      }
-    } else {
-#pragma unroll
-      for (int n = 0; n < kOutTiles; ++n) {
-        const int column = 8 * n + 2 * t;
-        if (row >= rows || column >= columns) continue;
-        if (whole) {
-          const float pair[2] = {out[n][2 * h], out[n][2 * h + 1]};
-          store_vector(to + column, pair);
-        } else {
-          to[column * column_stride] = from_float<T>(out[n][2 * h]);
-          if (column + 1 < columns) {
-            to[(column + 1) * column_stride] = from_float<T>(out[n][2 * h + 1]);
-          }
-        }
-      }
-    }
-  }
-}
-
 // ---- one unit against one tile ------------------------------------------------------------------
 
 template <class C>

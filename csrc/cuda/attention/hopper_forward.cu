@@ -6,9 +6,9 @@
 #include <cmath>
 
 #include "cuda/attention/hopper_forward.cuh"
+#include "cuda/attention/hopper_maps.cuh"
 #include "cuda/common/device.h"
 #include "cuda/common/hopper_device.cuh"
-#include "cuda/common/tensor_map.cuh"
 
 namespace pmf::cuda {
 namespace {
@@ -16,7 +16,7 @@ namespace {
 constexpr float kLog2e = 1.4426950408889634f;
 
 struct HopperKernel {
-  int width, keys, slots;
+  int width, keys, slots, consumers;
   int shared_bytes;
   void (*plain)(HopperForward);
   void (*tangent)(HopperForward);
@@ -30,6 +30,7 @@ constexpr HopperKernel hopper_kernel() {
   return {kWidth,
           kKeys,
           kSlots,
+          Tangent::kConsumers,
           Tangent::kSharedBytes,
           hopper_forward_kernel<Plain>,
           hopper_forward_kernel<Tangent>};
@@ -53,25 +54,6 @@ const HopperKernel* kernel_of(const AttentionParams& p) {
   return p.dtype == DType::f16 ? kernel_of<__half>(p.shape.width) : nullptr;
 }
 
-// A tensor [batch, heads, rows, width] in boxes of so many rows. Strides that no address needs are
-// the row's.
-bool encode(HopperMaps* maps, const ConstView4& view, int64_t batch, int64_t heads, int64_t rows,
-            int64_t width, int box_rows) {
-  const int64_t sizes[] = {width, rows, heads, batch};
-  uint64_t size[4], stride[3];
-  for (int d = 0; d < 4; ++d) size[d] = uint64_t(sizes[d]);
-  for (int d = 1; d < 4; ++d) {
-    const int64_t bytes = 2 * view.stride[3 - d];
-    if (sizes[d] > 1 && bytes <= 0) return false;  // all rows the same one, or backwards
-    stride[d - 1] = sizes[d] > 1 ? uint64_t(bytes) : 2 * uint64_t(width);
-  }
-  if (dry_run != nullptr) return true;
-  const int64_t tail = width % kPieceColumns;
-  return encode_tensor_map(&maps->piece, view.data, size, stride, box_rows, Swizzle::bytes128) &&
-         (tail == 0 || encode_tensor_map(&maps->tail, view.data, size, stride, box_rows,
-                                         tail == 16 ? Swizzle::bytes32 : Swizzle::bytes64));
-}
-
 }  // namespace
 
 bool hopper_forward(const AttentionParams& params, void* stream, const char*& problem) {
@@ -87,12 +69,13 @@ bool hopper_forward(const AttentionParams& params, void* stream, const char*& pr
     return false;
   }
   const bool tangent = params.out_t.data != nullptr;
+  const int consumers = kernel->consumers;
   HopperForward p;
   const auto queries = [&](HopperMaps* maps, const ConstView4& view) {
-    return encode(maps, view, s.batch, s.heads, s.queries, s.width, kRowBlock);
+    return encode_maps(maps, view, s.batch, s.heads, s.queries, s.width, kRowBlock);
   };
   const auto keys = [&](HopperMaps* maps, const ConstView4& view) {
-    return encode(maps, view, s.batch, s.key_heads, s.keys, s.width, kernel->keys);
+    return encode_maps(maps, view, s.batch, s.key_heads, s.keys, s.width, kernel->keys);
   };
   if (!queries(&p.query, params.query) || !keys(&p.key, params.key) ||
       !keys(&p.value, params.value) ||
@@ -108,8 +91,8 @@ bool hopper_forward(const AttentionParams& params, void* stream, const char*& pr
   p.row_blocks = (p.queries - 1) / kRowBlock + 1;
   // Keys that stay in shared memory are read once, but then a head is one block's work.
   const bool stays = p.tiles <= kernel->slots && all_heads >= 2 * int64_t{processors};
-  p.rounds = stays ? (p.row_blocks + kConsumers - 1) / kConsumers : 1;
-  const int parts = (p.row_blocks - 1) / (kConsumers * p.rounds) + 1;
+  p.rounds = stays ? (p.row_blocks + consumers - 1) / consumers : 1;
+  const int parts = (p.row_blocks - 1) / (consumers * p.rounds) + 1;
   const int64_t items = all_heads * parts;
   if (items > INT32_MAX) return false;
   p.items = int(items);
@@ -118,11 +101,11 @@ bool hopper_forward(const AttentionParams& params, void* stream, const char*& pr
   p.by_group = Divisor(uint32_t(s.heads / s.key_heads));
   p.scale = float(params.scale);
   p.factor = p.scale * kLog2e;
-  plan_next_launch(kConsumers * kRowBlock, kernel->keys, 1);
+  plan_next_launch(consumers * kRowBlock, kernel->keys, 1);
   problem = error_sentence(launch(tangent ? kernel->tangent : kernel->plain,
                                   dim3(unsigned(std::min<int64_t>(items, processors))),
-                                  dim3((1 + kConsumers) * kGroupThreads), kernel->shared_bytes,
-                                  static_cast<cudaStream_t>(stream), p));
+                                  dim3(unsigned((1 + consumers) * kGroupThreads)),
+                                  kernel->shared_bytes, static_cast<cudaStream_t>(stream), p));
   return true;
 }
 

@@ -22,17 +22,10 @@
 #pragma once
 
 #include "cuda/attention/attention_forward.cuh"
+#include "cuda/attention/hopper_tile.cuh"
 #include "cuda/common/divisor.h"
-#include "cuda/common/hopper.cuh"
 
 namespace pmf::cuda {
-
-constexpr int kRowBlock = 64, kConsumers = 2, kGroupThreads = 128, kPieceColumns = 64;
-
-// Of one tensor: boxes of 64 columns, and of the 16 or 32 that are left of widths 80 and 96.
-struct HopperMaps {
-  TensorMap piece, tail;
-};
 
 // Everything of a launch.
 struct HopperForward {
@@ -46,44 +39,14 @@ struct HopperForward {
   float factor, scale;                   // of scores in log-2 units; of their tangents
 };
 
-// Rows of a tensor and, of two sides, of its tangent: the pieces of the one, of the other, their
-// tails. Multiples of 1024 bytes, where the swizzle begins anew.
-template <int kRows_, int kPieces, int kTail, int kSides>
-struct HopperTile {
-  static constexpr int kRows = kRows_;
-  static constexpr uint32_t kPieceBytes = kRows * 2 * kPieceColumns;
-  static constexpr uint32_t kTailBytes = kRows * 2 * kTail;
-  static constexpr uint32_t kTails = kSides * kPieces * kPieceBytes;
-  static constexpr uint32_t kCopied = kTails + kSides * kTailBytes;
-  static constexpr uint32_t kBytes = (kCopied + 1023) / 1024 * 1024;
-
-  __device__ static constexpr uint32_t piece(int side, int i) {
-    return uint32_t(side * kPieces + i) * kPieceBytes;
-  }
-  __device__ static constexpr uint32_t tail(int side) {
-    return kTails + uint32_t(side) * kTailBytes;
-  }
-};
-
-template <typename T_, int kWidth_, int kKeys_, int kSlots_, bool kTangent_>
-struct HopperSizes {
-  using T = T_;
-  using E = Arithmetic16<T>;
-  static constexpr int kWidth = kWidth_, kKeys = kKeys_, kSlots = kSlots_;
+template <typename T, int kWidth, int kKeys_, int kSlots_, bool kTangent_>
+struct HopperSizes : HopperShape<T, kWidth, kKeys_, kTangent_ ? 2 : 1> {
+  using Base = HopperShape<T, kWidth, kKeys_, kTangent_ ? 2 : 1>;
+  static constexpr int kKeys = kKeys_, kSlots = kSlots_, kConsumers = 2;
   static constexpr bool kTangent = kTangent_;
-  static constexpr int kSides = kTangent ? 2 : 1;
-  static constexpr int kTiles = kKeys / 8, kOutTiles = kWidth / 8, kDepths = kKeys / 16;
-  static constexpr int kPieces = kWidth / kPieceColumns, kTail = kWidth % kPieceColumns;
-  static constexpr int kTailTiles = kTail / 8;
-  static_assert(kTail == 0 || kTail == 16 || kTail == 32, "as wide as a swizzle");
-  static constexpr Swizzle kTailSwizzle = kTail == 16 ? Swizzle::bytes32 : Swizzle::bytes64;
-  static constexpr uint32_t kRowBytes = 2 * kPieceColumns;  // of a piece: the swizzle's
-  static constexpr uint32_t kTailRowBytes = 2 * kTail;
-  // Keys or values of a slot, and queries of a consumer.
-  using Tile = HopperTile<kKeys, kPieces, kTail, kSides>;
-  using Queries = HopperTile<kRowBlock, kPieces, kTail, kSides>;
-  static constexpr uint32_t kSideBytes = Tile::kBytes, kSlotBytes = 2 * kSideBytes;
-  static constexpr uint32_t kQueryBytes = Queries::kBytes;
+  // Keys or values of a slot, and queries of a consumer, with their tangents.
+  static constexpr uint32_t kSideBytes = Base::Tile::kBytes, kSlotBytes = 2 * kSideBytes;
+  static constexpr uint32_t kQueryBytes = Base::Rows::kBytes;
   // Queries of each consumer, the ring, the barriers.
   static constexpr uint32_t kRing = kConsumers * kQueryBytes;
   static constexpr uint32_t kBarriers = kRing + kSlots * kSlotBytes;
@@ -109,77 +72,21 @@ struct HopperPlaces {
   __device__ uint32_t keys_empty(int slot) const { return barrier(2 * C::kSlots + slot); }
   __device__ uint32_t values_empty(int slot) const { return barrier(3 * C::kSlots + slot); }
   __device__ uint32_t queries_full(int c) const { return barrier(4 * C::kSlots + c); }
-  __device__ uint32_t queries_empty(int c) const { return barrier(4 * C::kSlots + kConsumers + c); }
+  __device__ uint32_t queries_empty(int c) const {
+    return barrier(4 * C::kSlots + C::kConsumers + c);
+  }
 
  private:
   __device__ uint32_t barrier(int i) const { return base + C::kBarriers + 8 * uint32_t(i); }
 };
 
-// A place in the ring, and the parity of the phase in which it is full.
-template <int kSlots>
-struct RingPlace {
-  int slot = 0;
-  uint32_t parity = 0;
-
-  __device__ RingPlace next() const {
-    return slot + 1 == kSlots ? RingPlace{0, parity ^ 1} : RingPlace{slot + 1, parity};
-  }
-  // So many places before, no more than there are slots.
-  __device__ RingPlace before(int count) const {
-    return slot < count ? RingPlace{slot + kSlots - count, parity ^ 1}
-                        : RingPlace{slot - count, parity};
-  }
-};
-
-struct HopperItem {
-  int batch, head, first;  // row block
-};
-
-__device__ inline HopperItem hopper_item(const HopperForward& p, int item) {
-  uint32_t index = uint32_t(item);
-  const int first = int(p.by_parts.divide(index)) * kConsumers * p.rounds;
-  const int head = int(p.by_heads.divide(index));
-  return {int(index), head, first};
-}
-
-// The row blocks of consumer `c` in the block's i-th item: first + turn, and every second one.
-struct HopperShare {
-  int turn, count;
-};
-__device__ inline HopperShare hopper_share(const HopperForward& p, const HopperItem& item, int c,
-                                           int i) {
-  const int turn = (c + i) % kConsumers, left = p.row_blocks - item.first - turn;
-  const int count = (left + kConsumers - 1) / kConsumers;
-  return {turn, count < 0 ? 0 : count < p.rounds ? count : p.rounds};
-}
-
 // ---- the copying warps --------------------------------------------------------------------------
-
-// Rows from `row` on, as a Tile; its bytes are announced.
-template <class C, class Tile>
-__device__ inline void copy_rows(uint32_t to, const HopperMaps& maps, const HopperMaps& tangents,
-                                 uint32_t barrier, int row, int head, int batch) {
-  mbarrier_expect(barrier, Tile::kCopied);
-#pragma unroll
-  for (int side = 0; side < C::kSides; ++side) {
-    const HopperMaps& from = side == 0 ? maps : tangents;
-#pragma unroll
-    for (int i = 0; i < C::kPieces; ++i) {
-      copy_box(to + Tile::piece(side, i), &from.piece, barrier, i * kPieceColumns, row, head,
-               batch);
-    }
-    if (C::kTail > 0) {
-      copy_box(to + Tile::tail(side), &from.tail, barrier, C::kPieces * kPieceColumns, row, head,
-               batch);
-    }
-  }
-}
 
 template <class C>
 __device__ inline void copy_keys_and_values(const HopperForward& p, const HopperPlaces<C>& at) {
   RingPlace<C::kSlots> place;
   for (int item = int(blockIdx.x); item < p.items; item += int(gridDim.x)) {
-    const HopperItem here = hopper_item(p, item);
+    const HopperItem here = hopper_item<C>(p, item);
     uint32_t head = uint32_t(here.head);
     p.by_group.divide(head);
     for (int j = 0; j < p.tiles; ++j, place = place.next()) {
@@ -199,13 +106,13 @@ __device__ inline void copy_queries(const HopperForward& p, const HopperPlaces<C
   uint32_t parity = 0;
   int i = 0;
   for (int item = int(blockIdx.x); item < p.items; item += int(gridDim.x), ++i) {
-    const HopperItem here = hopper_item(p, item);
-    const HopperShare share = hopper_share(p, here, c, i);
+    const HopperItem here = hopper_item<C>(p, item);
+    const HopperShare share = hopper_share<C>(p, here, c, i);
     for (int r = 0; r < share.count; ++r, parity ^= 1) {
-      const int row = (here.first + share.turn + r * kConsumers) * kRowBlock;
+      const int row = (here.first + share.turn + r * C::kConsumers) * kRowBlock;
       mbarrier_wait(at.queries_empty(c), parity ^ 1);
-      copy_rows<C, typename C::Queries>(at.queries(c), p.query, p.query_t, at.queries_full(c), row,
-                                        here.head, here.batch);
+      copy_rows<C, typename C::Rows>(at.queries(c), p.query, p.query_t, at.queries_full(c), row,
+                                     here.head, here.batch);
     }
   }
 }
@@ -245,10 +152,10 @@ struct HopperUnit {
 
   // S = Q K^T,  tS = Q tK^T + tQ K^T.
   __device__ void multiply_scores(uint32_t queries, uint32_t keys) {
-    score_product<0, 0>(s, queries, keys, false);
+    wgmma_across<C, 0, 0>(s, queries, keys, false);
     if constexpr (C::kTangent) {
-      score_product<0, 1>(ts, queries, keys, false);
-      score_product<1, 0>(ts, queries, keys, true);
+      wgmma_across<C, 0, 1>(ts, queries, keys, false);
+      wgmma_across<C, 1, 0>(ts, queries, keys, true);
     }
   }
 
@@ -256,10 +163,10 @@ struct HopperUnit {
   __device__ void multiply_values(uint32_t values) {
 #pragma unroll
     for (int i = 0; i < C::kDepths; ++i) {
-      value_product<0>(o, probability[i], values, i);
+      wgmma_down<C, 0>(o, probability[i], values, i);
       if constexpr (C::kTangent) {
-        value_product<1>(ot, probability[i], values, i);
-        value_product<0>(ot, h[i], values, i);
+        wgmma_down<C, 1>(ot, probability[i], values, i);
+        wgmma_down<C, 0>(ot, h[i], values, i);
       }
     }
   }
@@ -340,58 +247,6 @@ struct HopperUnit {
       store_rows<true>(ot, start(p.out_t), p.out_t.stride[2], 1, query, p.queries, C::kWidth, lane);
     }
   }
-
- private:
-  // Descriptors are one base plus constants: so they take few registers.
-  __device__ static uint64_t descriptor(uint32_t base, uint32_t row_bytes, Swizzle swizzle) {
-    return matrix_descriptor(base, C::Tile::kPieceBytes, 8 * row_bytes, swizzle);
-  }
-  __device__ static constexpr uint64_t further(uint32_t bytes) { return bytes >> 4; }
-
-  // Of the queries (side 0) or their tangents (1) and the keys or theirs: a step of 16 columns is
-  // 32 bytes along a row.
-  template <int kSideOfQueries, int kSideOfKeys>
-  __device__ static void score_product(float (&sums)[C::kTiles][4], uint32_t queries, uint32_t keys,
-                                       bool adds) {
-    const uint64_t a =
-        descriptor(queries + C::Queries::piece(kSideOfQueries, 0), C::kRowBytes, Swizzle::bytes128);
-    const uint64_t b =
-        descriptor(keys + C::Tile::piece(kSideOfKeys, 0), C::kRowBytes, Swizzle::bytes128);
-#pragma unroll
-    for (int i = 0; i < 4 * C::kPieces; ++i) {
-      const uint32_t step = uint32_t(i) % 4 * 32;
-      wgmma<typename C::T, false>(sums, a + further(C::Queries::piece(0, i / 4) + step),
-                                  b + further(C::Tile::piece(0, i / 4) + step), adds || i > 0);
-    }
-#pragma unroll
-    for (int i = 0; i < C::kTail / 16; ++i) {
-      const uint32_t step = uint32_t(i) * 32;
-      wgmma<typename C::T, false>(sums,
-                                  descriptor(queries, C::kTailRowBytes, C::kTailSwizzle) +
-                                      further(C::Queries::tail(kSideOfQueries) + step),
-                                  descriptor(keys, C::kTailRowBytes, C::kTailSwizzle) +
-                                      further(C::Tile::tail(kSideOfKeys) + step),
-                                  true);
-    }
-  }
-
-  // Of the i-th 16 keys' values, or their tangents: 16 rows further on.
-  template <int kSide>
-  __device__ static void value_product(float (&sums)[C::kOutTiles][4], const FragmentA& a,
-                                       uint32_t values, int i) {
-    constexpr int kWhole = C::kOutTiles - C::kTailTiles;
-    const uint32_t rows = 16 * uint32_t(i);
-    wgmma<typename C::T, true>(reinterpret_cast<float (&)[kWhole][4]>(sums), a.x,
-                               descriptor(values, C::kRowBytes, Swizzle::bytes128) +
-                                   further(C::Tile::piece(kSide, 0) + C::kRowBytes * rows),
-                               true);
-    if constexpr (C::kTail > 0) {
-      wgmma<typename C::T, true>(reinterpret_cast<float (&)[C::kTailTiles][4]>(sums[kWhole]), a.x,
-                                 descriptor(values, C::kTailRowBytes, C::kTailSwizzle) +
-                                     further(C::Tile::tail(kSide) + C::kTailRowBytes * rows),
-                                 true);
-    }
-  }
 };
 
 template <class C>
@@ -406,8 +261,8 @@ __device__ inline void consume(const HopperForward& p, const HopperPlaces<C>& at
   HopperUnit<C> unit;
   int i = 0;
   for (int item = int(blockIdx.x); item < p.items; item += int(gridDim.x), ++i) {
-    const HopperItem here = hopper_item(p, item);
-    const HopperShare share = hopper_share(p, here, c, i);
+    const HopperItem here = hopper_item<C>(p, item);
+    const HopperShare share = hopper_share<C>(p, here, c, i);
     if (share.count == 0) {
       for (int j = 0; j < p.tiles; ++j, place = place.next()) {
         mbarrier_wait(at.keys_full(place.slot), place.parity);
@@ -470,7 +325,7 @@ __device__ inline void consume(const HopperForward& p, const HopperPlaces<C>& at
       unit.hold_results();
       if (last) release(at.values_empty(place.slot));
       place = place.next();
-      const int query = (here.first + share.turn + r * kConsumers) * kRowBlock +
+      const int query = (here.first + share.turn + r * C::kConsumers) * kRowBlock +
                         thread / kWarpThreads * 16 + (lane >> 2);
       unit.finish(p, here, query, lane);
     }
@@ -486,10 +341,10 @@ __global__ void __launch_bounds__(3 * kGroupThreads, 1)
     for (int slot = 0; slot < C::kSlots; ++slot) {
       mbarrier_init(at.keys_full(slot), 1);
       mbarrier_init(at.values_full(slot), 1);
-      mbarrier_init(at.keys_empty(slot), kConsumers * kWarpsOfGroup);
-      mbarrier_init(at.values_empty(slot), kConsumers * kWarpsOfGroup);
+      mbarrier_init(at.keys_empty(slot), C::kConsumers * kWarpsOfGroup);
+      mbarrier_init(at.values_empty(slot), C::kConsumers * kWarpsOfGroup);
     }
-    for (int c = 0; c < kConsumers; ++c) {
+    for (int c = 0; c < C::kConsumers; ++c) {
       mbarrier_init(at.queries_full(c), 1);
       mbarrier_init(at.queries_empty(c), kWarpsOfGroup);
     }
@@ -500,7 +355,7 @@ __global__ void __launch_bounds__(3 * kGroupThreads, 1)
   const int warp = shuffle_idx(int(threadIdx.x) / kWarpThreads, 0);
   if (warp < 4) {
     registers_down_to<24>();
-    if (warp <= kConsumers && elect_one()) {
+    if (warp <= C::kConsumers && elect_one()) {
       warp == 0 ? copy_keys_and_values<C>(p, at) : copy_queries<C>(p, at, warp - 1);
     }
   } else {

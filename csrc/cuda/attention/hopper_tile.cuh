@@ -1,0 +1,179 @@
+// What the kernels of attention on Hopper have in common: tiles as tensor maps copy them, and the
+// products of a warpgroup's 64 rows with a tile.
+//
+//   across   sums [64][tile's rows] = rows times tile^T
+//   down     sums [64][width] += A, in registers, times tile
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/attention/attention_tile.cuh"
+#include "cuda/common/hopper.cuh"
+
+namespace pmf::cuda {
+
+constexpr int kRowBlock = 64, kGroupThreads = 128, kPieceColumns = 64;
+
+// Of one tensor: boxes of 64 columns, and of the 16 or 32 that are left of widths 80 and 96.
+struct HopperMaps {
+  TensorMap piece, tail;
+};
+
+// Rows of a tensor or of two, its sides: the pieces of the one, of the other, their tails.
+// Multiples of 1024 bytes, where the swizzle begins anew.
+template <int kRows_, int kPieces, int kTail, int kSides>
+struct HopperTile {
+  static constexpr int kRows = kRows_;
+  static constexpr uint32_t kPieceBytes = kRows * 2 * kPieceColumns;
+  static constexpr uint32_t kTailBytes = kRows * 2 * kTail;
+  static constexpr uint32_t kTails = kSides * kPieces * kPieceBytes;
+  static constexpr uint32_t kCopied = kTails + kSides * kTailBytes;
+  static constexpr uint32_t kBytes = (kCopied + 1023) / 1024 * 1024;
+
+  __device__ static constexpr uint32_t piece(int side, int i) {
+    return uint32_t(side * kPieces + i) * kPieceBytes;
+  }
+  __device__ static constexpr uint32_t tail(int side) {
+    return kTails + uint32_t(side) * kTailBytes;
+  }
+};
+
+// Rows of kWidth columns, in pieces of 64 and a tail; kColumns of them are a tile that streams past
+// the kRowBlock rows of a consumer.
+template <typename T_, int kWidth_, int kColumns, int kSides_>
+struct HopperShape {
+  using T = T_;
+  using E = Arithmetic16<T>;
+  static constexpr int kWidth = kWidth_, kSides = kSides_;
+  static constexpr int kTiles = kColumns / 8, kOutTiles = kWidth / 8, kDepths = kColumns / 16;
+  static constexpr int kPieces = kWidth / kPieceColumns, kTail = kWidth % kPieceColumns;
+  static constexpr int kTailTiles = kTail / 8;
+  static_assert(kTail == 0 || kTail == 16 || kTail == 32, "as wide as a swizzle");
+  static constexpr Swizzle kTailSwizzle = kTail == 16 ? Swizzle::bytes32 : Swizzle::bytes64;
+  static constexpr uint32_t kRowBytes = 2 * kPieceColumns;  // of a piece: the swizzle's
+  static constexpr uint32_t kTailRowBytes = 2 * kTail;
+  using Tile = HopperTile<kColumns, kPieces, kTail, kSides>;
+  using Rows = HopperTile<kRowBlock, kPieces, kTail, kSides>;
+};
+
+// A place in the ring, and the parity of the phase in which it is full.
+template <int kSlots>
+struct RingPlace {
+  int slot = 0;
+  uint32_t parity = 0;
+
+  __device__ RingPlace next() const {
+    return slot + 1 == kSlots ? RingPlace{0, parity ^ 1} : RingPlace{slot + 1, parity};
+  }
+  // So many places before, no more than there are slots.
+  __device__ RingPlace before(int count) const {
+    return slot < count ? RingPlace{slot + kSlots - count, parity ^ 1}
+                        : RingPlace{slot - count, parity};
+  }
+};
+
+// ---- work ---------------------------------------------------------------------------------------
+
+struct HopperItem {
+  int batch, head, first;  // row block
+};
+
+// Of a launch's `items`, each a head and `rounds` row blocks for each of C::kConsumers consumers.
+template <class C, class Launch>
+__device__ inline HopperItem hopper_item(const Launch& p, int item) {
+  uint32_t index = uint32_t(item);
+  const int first = int(p.by_parts.divide(index)) * C::kConsumers * p.rounds;
+  const int head = int(p.by_heads.divide(index));
+  return {int(index), head, first};
+}
+
+// The row blocks of consumer `c` in the block's i-th item: first + turn, and so on by turns.
+struct HopperShare {
+  int turn, count;
+};
+template <class C, class Launch>
+__device__ inline HopperShare hopper_share(const Launch& p, const HopperItem& item, int c, int i) {
+  const int turn = (c + i) % C::kConsumers, left = p.row_blocks - item.first - turn;
+  const int count = (left + C::kConsumers - 1) / C::kConsumers;
+  return {turn, count < 0 ? 0 : count < p.rounds ? count : p.rounds};
+}
+
+// ---- copies -------------------------------------------------------------------------------------
+
+// Rows from `row` on, as a Tile; its bytes are announced.
+template <class C, class Tile>
+__device__ inline void copy_rows(uint32_t to, const HopperMaps& first, const HopperMaps& second,
+                                 uint32_t barrier, int row, int head, int batch) {
+  mbarrier_expect(barrier, Tile::kCopied);
+#pragma unroll
+  for (int side = 0; side < C::kSides; ++side) {
+    const HopperMaps& from = side == 0 ? first : second;
+#pragma unroll
+    for (int i = 0; i < C::kPieces; ++i) {
+      copy_box(to + Tile::piece(side, i), &from.piece, barrier, i * kPieceColumns, row, head,
+               batch);
+    }
+    if (C::kTail > 0) {
+      copy_box(to + Tile::tail(side), &from.tail, barrier, C::kPieces * kPieceColumns, row, head,
+               batch);
+    }
+  }
+}
+
+// ---- products -----------------------------------------------------------------------------------
+
+// Descriptors are one base plus constants: so they take few registers.
+template <class C>
+__device__ inline uint64_t tile_descriptor(uint32_t base, uint32_t row_bytes, Swizzle swizzle) {
+  return matrix_descriptor(base, C::Tile::kPieceBytes, 8 * row_bytes, swizzle);
+}
+__device__ constexpr uint64_t further(uint32_t bytes) { return bytes >> 4; }
+
+// A side of the rows and one of the tile: a step of 16 columns is 32 bytes along a row.
+template <class C, int kSideOfRows, int kSideOfTile>
+__device__ inline void wgmma_across(float (&sums)[C::kTiles][4], uint32_t rows, uint32_t tile,
+                                    bool adds) {
+  using Rows = typename C::Rows;
+  using Tile = typename C::Tile;
+  const uint64_t a =
+      tile_descriptor<C>(rows + Rows::piece(kSideOfRows, 0), C::kRowBytes, Swizzle::bytes128);
+  const uint64_t b =
+      tile_descriptor<C>(tile + Tile::piece(kSideOfTile, 0), C::kRowBytes, Swizzle::bytes128);
+#pragma unroll
+  for (int i = 0; i < 4 * C::kPieces; ++i) {
+    const uint32_t step = uint32_t(i) % 4 * 32;
+    wgmma<typename C::T, false>(sums, a + further(Rows::piece(0, i / 4) + step),
+                                b + further(Tile::piece(0, i / 4) + step), adds || i > 0);
+  }
+#pragma unroll
+  for (int i = 0; i < C::kTail / 16; ++i) {
+    const uint32_t step = uint32_t(i) * 32;
+    wgmma<typename C::T, false>(sums,
+                                tile_descriptor<C>(rows, C::kTailRowBytes, C::kTailSwizzle) +
+                                    further(Rows::tail(kSideOfRows) + step),
+                                tile_descriptor<C>(tile, C::kTailRowBytes, C::kTailSwizzle) +
+                                    further(Tile::tail(kSideOfTile) + step),
+                                true);
+  }
+}
+
+// The i-th 16 columns of A and as many rows of a side of the tile.
+template <class C, int kSide>
+__device__ inline void wgmma_down(float (&sums)[C::kOutTiles][4], const FragmentA& a, uint32_t tile,
+                                  int i) {
+  using Tile = typename C::Tile;
+  constexpr int kWhole = C::kOutTiles - C::kTailTiles;
+  const uint32_t rows = 16 * uint32_t(i);
+  wgmma<typename C::T, true>(reinterpret_cast<float (&)[kWhole][4]>(sums), a.x,
+                             tile_descriptor<C>(tile, C::kRowBytes, Swizzle::bytes128) +
+                                 further(Tile::piece(kSide, 0) + C::kRowBytes * rows),
+                             true);
+  if constexpr (C::kTail > 0) {
+    wgmma<typename C::T, true>(reinterpret_cast<float (&)[C::kTailTiles][4]>(sums[kWhole]), a.x,
+                               tile_descriptor<C>(tile, C::kTailRowBytes, C::kTailSwizzle) +
+                                   further(Tile::tail(kSide) + C::kTailRowBytes * rows),
+                               true);
+  }
+}
+
+}  // namespace pmf::cuda
