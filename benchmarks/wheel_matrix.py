@@ -142,11 +142,12 @@ def build_wheels(folder: Path) -> tuple[dict[str, Path], dict[str, object]]:
         "nvcc": shutil.which("nvcc") is not None,
         "load_before": round(os.getloadavg()[0], 1),
     }
+    cuda = "on" if took["nvcc"] else "off"
     for name, portable in (("portable", "1"), ("default", "0")):
         out = folder / name
         pip_wheel = (sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation")
         begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = run(*pip_wheel, "-w", out, source, env={"PMF_PORTABLE": portable})
+        done = run(*pip_wheel, "-w", out, source, env={"PMF_PORTABLE": portable, "PMF_CUDA": cuda})
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         if done.returncode != 0:
             sys.exit(f"building the {name} wheel failed:\n{done.stdout}{done.stderr}")
