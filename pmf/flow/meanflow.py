@@ -54,9 +54,11 @@ class MeanFlow:
     The network is called as network(z, t, r, **conditions), with t and r [B] in x's dtype, and returns a
     tensor like z. It is a module, a `pmf.Jvp` of one, or any function of PyTorch operations; DDP, FSDP and
     torch.compile wrap the `pmf.Jvp`. It is called once with tangents and, if direction or guidance need it,
-    once before without gradients; the number of calls does not depend on the draws. Where r = t, du/dt does
-    not matter and is zero in the Terms: outside torch.compile, such samples have no tangent if `null` names
-    all tensors among the conditions.
+    before that without gradients; the number of calls does not depend on the draws. Where r = t, du/dt does
+    not matter and is zero in the Terms. Samples are reordered, so that those have no tangent, and batches
+    joined, so that one call comes before, only where nothing else can depend on the order: the network is a
+    module that stores nothing per sample, `null` names every condition except numbers and text, and
+    torch.compile does not see the call.
     """
 
     prediction: Literal["u", "x"] = "u"
@@ -77,6 +79,8 @@ class MeanFlow:
         require_number("MeanFlow: class_dropout", self.class_dropout, at_least=0, at_most=1)
         if not self.null and not isinstance(self.guidance, NoGuidance):
             raise ValueError('MeanFlow: guidance needs null values for its conditions: null={"label": 10}')
+        if not self.null and self.class_dropout != MeanFlow.class_dropout:
+            raise ValueError('MeanFlow: class_dropout drops the conditions of null: give null={"label": 10}')
 
     @torch.inference_mode(False)  # autograd rejects inference-mode tensors
     def draw(self, x: Tensor, generator: torch.Generator | None = None) -> Draws:
@@ -97,6 +101,9 @@ class MeanFlow:
     def __call__(self, network: Network, x: Tensor, draws: Draws, **conditions: Any) -> Terms:
         """Loss terms for data x [B, ...], float32 or float64; in the Terms, loss_v and v are zero."""
         _check(x, draws)
+        _check_callable(network)
+        self._check_names(conditions)
+        known = isinstance(network, nn.Module) and self._knows(conditions)
         flow_matching = draws.r == draws.t
         effective = self.guidance.effective_omega(
             draws.t, draws.omega, draws.t_min, draws.t_max, flow_matching
@@ -119,14 +126,14 @@ class MeanFlow:
             told = dict(zip(("omega", "t_min", "t_max"), (omega, draws.t_min, draws.t_max), strict=True))
             told = {name: value.to(x.device, x.dtype) for name, value in told.items()}
 
-        v_c, v_u = self._passes_before(network, z, t, conditions, null, effective)
+        v_c, v_u = self._passes_before(network, z, t, conditions, null, effective, known)
         v_g = v_t
         if v_u is not None:
             v_g = self._guided(v_t, v_c, v_u, effective, draws)
             v_g = torch.where(per_sample(drop, z), v_t, v_g)
         v = v_g if v_c is None or self.direction == "conditional" else v_c
 
-        u, du_dt = self._with_tangent(network, z, t, r, v, flow_matching, own, told)
+        u, du_dt = self._with_tangent(network, z, t, r, v, flow_matching, own, told, known)
         target = v_g - per_sample(t - r, z) * du_dt
         error = (u - target).square().flatten(1).sum(1)
         loss = (error / (error.detach() + self.norm_eps) ** self.norm_p).mean()
@@ -134,6 +141,22 @@ class MeanFlow:
         parts = {"v_target": v_g, "v_tangent": v, "u": u.detach(), "du_dt": du_dt, "v": z[:0]}
         loss_u = error.detach().mean() / x[0].numel()
         return Terms(loss, loss_u, zero, zero, torch.arange(len(x)), parts)
+
+    def _check_names(self, conditions: Mapping[str, Any]) -> None:
+        taken = {"primals", "tangents", "detach_tangent"} & conditions.keys()
+        if taken:
+            raise ValueError(
+                f"MeanFlow: a condition cannot be called {min(taken)}, an argument of pmf.Jvp: rename it"
+            )
+        if self._tells_omega and (taken := {"omega", "t_min", "t_max"} & conditions.keys()):
+            raise ValueError(
+                f"MeanFlow: {type(self.guidance).__name__} gives the network {min(taken)}: leave it out"
+            )
+
+    def _knows(self, conditions: Mapping[str, Any]) -> bool:
+        """Whether `null` names all conditions that may belong to samples."""
+        fixed = (bool, int, float, str, type(None))
+        return all(name in (self.null or {}) or isinstance(x, fixed) for name, x in conditions.items())
 
     @property
     def _tells_omega(self) -> bool:
@@ -149,29 +172,30 @@ class MeanFlow:
         conditions: dict[str, Any],
         null: dict[str, Tensor],
         effective: Tensor,
+        known: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """u(z, t, t) with and without conditions, as far as the settings need them, in one pass."""
+        """u(z, t, t) with and without conditions, as far as the settings need them; one pass if known."""
         guided = not isinstance(self.guidance, NoGuidance)
         kappa = self.guidance.kappa if isinstance(self.guidance, ClassifierFreeGuidance) else 0.0
         with_c = self.direction == "network" or kappa != 0 or self._tells_omega
-        batch = len(z)
-        count = with_c + guided
-        if count == 0:
-            return None, None
-        every = {
-            name: torch.cat([value] * count) if _is_per_sample(value, batch) else value
-            for name, value in conditions.items()
-        }
-        for name, value in null.items() if guided else ():
-            every[name] = torch.cat([conditions[name]] * (count - 1) + [value])
+        passes = [conditions] * with_c + [conditions | null] * guided
         if self._tells_omega:
             one = torch.ones_like(t)
-            every["omega"] = torch.cat((effective, one))
-            every["t_min"], every["t_max"] = torch.cat((0 * one, 0 * one)), torch.cat((one, one))
-        z, t = torch.cat([z] * count), torch.cat([t] * count)
-        out = _call(network, z, t, t, every)
-        parts = PREDICTIONS[self.prediction].velocity(z, _like(out, z), t).split(batch)
+            omegas = [effective] * with_c + [one] * guided
+            passes = [
+                given | {"omega": omega, "t_min": 0 * one, "t_max": one}
+                for given, omega in zip(passes, omegas, strict=True)
+            ]
+        if known and len(passes) == 2:
+            both = {name: _joined(value, passes[1][name]) for name, value in passes[0].items()}
+            parts = self._velocity(network, torch.cat((z, z)), torch.cat((t, t)), both).split(len(z))
+        else:
+            parts = tuple(self._velocity(network, z, t, given) for given in passes)
         return parts[0] if with_c else None, parts[-1] if guided else None
+
+    def _velocity(self, network: Network, z: Tensor, t: Tensor, conditions: dict[str, Any]) -> Tensor:
+        out = _like(_call(network, z, t, t, conditions), z)
+        return PREDICTIONS[self.prediction].velocity(z, out, t)
 
     def _guided(
         self, v_t: Tensor, v_c: Tensor | None, v_u: Tensor, effective: Tensor, draws: Draws
@@ -196,17 +220,15 @@ class MeanFlow:
         flow_matching: Tensor,
         own: dict[str, Any],
         told: dict[str, Tensor],
+        known: bool,
     ) -> tuple[Tensor, Tensor]:
         """u, and du/dt as a constant: zero where r = t, since its factor t - r is.
 
-        The samples with a tangent come first, if all tensors among the conditions are known to be per sample:
-        those that `null` names, and guidance's own.
+        Samples with a tangent come first, and the others have none, if all that belongs to samples is known.
         """
-        _check_callable(network)
         jvp = network if _is_jvp(network) else Jvp(_as_module(network))
         count, order = len(z), None
-        known = all(name in (self.null or {}) or not _has_tensors(value) for name, value in own.items())
-        if known and not _is_compiled(network) and flow_matching.any():
+        if known and flow_matching.any() and not (_is_compiled(network) or _stores_samples(network, len(z))):
             order = torch.argsort(flow_matching.to(torch.uint8), stable=True).to(z.device)
             count -= int(flow_matching.sum())
             z, t, r, v = (x[order] for x in (z, t, r, v))
@@ -296,8 +318,27 @@ def _is_compiled(network: Any) -> bool:
     return torch.compiler.is_compiling()
 
 
-def _has_tensors(value: Any) -> bool:
-    return any(isinstance(x, Tensor) for x in tree_leaves(value))
+def _stores_samples(network: Any, batch: int) -> bool:
+    """Whether a module has something with `batch` entries among its attributes and buffers."""
+    stored: list[Any] = []
+    for module in network.modules():
+        stored += [value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE]
+        stored += module._buffers.values()
+    for value in stored:
+        plain = isinstance(value, (list, tuple, dict, Tensor)) or hasattr(value, "shape")
+        inside = value if plain else list(getattr(value, "__dict__", {}).values())
+        for part in (inside, *tree_leaves(inside)):
+            size = getattr(part, "shape", (len(part),) if isinstance(part, (list, tuple)) else ())
+            if tuple(size[:1]) == (batch,):
+                return True
+    return False
+
+
+_OF_EVERY_MODULE = vars(nn.Module()).keys()
+
+
+def _joined(value: Any, other: Any) -> Any:
+    return torch.cat((value, other)) if isinstance(value, Tensor) else value
 
 
 class _Function(nn.Module):
@@ -334,6 +375,11 @@ def _nulls(null: Mapping[str, Any], conditions: Mapping[str, Any], x: Tensor) ->
         if not _is_per_sample(given, len(x)):
             raise ValueError(f"MeanFlow: null names {name}, which must be a condition [B, ...] of the call")
         assert isinstance(given, Tensor)
+        whole = not given.is_floating_point() and not given.is_complex()
+        if nothing is None or (whole and torch.as_tensor(nothing).is_floating_point()):
+            raise ValueError(
+                f"MeanFlow: the null value of {name} must be of its type {given.dtype}, got {nothing!r}"
+            )
         found[name] = torch.as_tensor(nothing, dtype=given.dtype, device=given.device).expand(given.shape)
     return found
 

@@ -1,5 +1,6 @@
 """Arguments of the attention functions: validation, broadcasting, and the kernels' options."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,16 @@ from pmf.reference.attention import Window, same_sequence
 
 from ._subclasses import kind_of
 
-__all__ = ["MAX_WIDTH", "Options", "Plan", "causal_bias", "check_tensors", "make_plan", "sides"]
+__all__ = [
+    "MAX_WIDTH",
+    "Options",
+    "Plan",
+    "causal_bias",
+    "check_tensors",
+    "make_plan",
+    "scale_of",
+    "sides",
+]
 
 MAX_WIDTH = 256
 
@@ -24,6 +34,17 @@ def sides(op: str, window: Any) -> tuple[int | None, int | None]:
         )
     left, right = (None if x is None or x == -1 else x for x in window)
     return left, right
+
+
+def scale_of(op: str, scale: Any, width: int) -> float:
+    """The factor on the scores, which is a constant: a tensor's gradient and tangent would be lost."""
+    if scale is None:
+        return width**-0.5
+    if isinstance(scale, Tensor):
+        raise TypeError(f"{op}: scale must be a number, got a tensor: multiply query by it instead")
+    if not torch.compiler.is_compiling() and not math.isfinite(scale):
+        raise ValueError(f"{op}: scale must be a finite number, got {scale}")
+    return float(scale)
 
 
 def causal_bias(mask: Any, is_causal: bool, query: Tensor, key: Tensor) -> tuple[Tensor | None, bool]:
@@ -89,7 +110,7 @@ def make_plan(
     if mask is not None:
         mask = _mask(mask, query.dtype, (*q[:-1], k[-2]))
     is_plain = len(q) == 4 and (tuple(query.shape), tuple(key.shape), tuple(value.shape)) == (q, k, v)
-    return Plan((q, k, v), out_shape, mask, q[-1] ** -0.5 if scale is None else float(scale), is_plain)
+    return Plan((q, k, v), out_shape, mask, scale_of("attention", scale, q[-1]), is_plain)
 
 
 def check_tensors(

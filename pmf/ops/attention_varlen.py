@@ -9,7 +9,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from pmf import _library
 
-from ._attention_inputs import Options, check_tensors, sides
+from ._attention_inputs import Options, check_tensors, scale_of, sides
 from ._dispatch import call
 from ._inputs import autocast_matmul, check_tangents
 from ._subclasses import operation
@@ -140,7 +140,7 @@ def _options(
             f"got {cu_seqlens_q.shape[0] - 1} and {cu_seqlens_k.shape[0] - 1}"
         )
     left, right = sides("attention_varlen", window)
-    c = query.shape[2] ** -0.5 if scale is None else float(scale)
+    c = scale_of("attention_varlen", scale, query.shape[2])
     return Options(None, is_causal, c, left, right, _on_host(cu_seqlens_q), _on_host(cu_seqlens_k))
 
 

@@ -35,7 +35,7 @@ class EMA:
         half_lives: in thousands of images, distinct, in any order.
 
     `updates` counts the updates. `copies[i]` maps each parameter's name to its average, in float32 (float64
-    for float64 parameters), sharded like it. On a GPU one kernel updates all averages and reads each
+    or complex if the parameter is), sharded like it. On a GPU one kernel updates all averages and reads each
     parameter once.
 
     Raises ValueError if a half-life is not positive or repeated, or if there are no parameters.
@@ -57,6 +57,8 @@ class EMA:
             raise ValueError("EMA: there are no parameters to average")
         for name, p in self._parameters.items():
             require_trainable("EMA", name, p)
+            if not (p.is_floating_point() or p.is_complex()):
+                raise ValueError(f"EMA: {name} is {p.dtype}, which has no average: leave it out")
         half_lives = as_plain(half_lives)
         if not are_numbers(half_lives) or len(set(half_lives)) < len(half_lives):
             raise ValueError(f"EMA: half-lives must be a list of distinct numbers, got {half_lives!r}")
@@ -82,11 +84,11 @@ class EMA:
         weights = [1 - self.decay(half_life, batch_size) for half_life in self.half_lives]
         parameters = [local(p.detach()) for p in self._parameters.values()]
         averages = [[local(average) for average in copy.values()] for copy in self.copies]
-        if _kernel_takes(parameters):
+        if _kernel_takes(parameters, averages[0]):
             checked.remind(parameters[0])
             torch.ops.pmf.ema_update([a for copy in averages for a in copy], parameters, weights)
             return
-        current = [_precise(p) for p in parameters]
+        current = [p.to(average.dtype) for p, average in zip(parameters, averages[0], strict=True)]
         for copy, weight in zip(averages, weights, strict=True):
             torch._foreach_lerp_(copy, current, weight)
 
@@ -146,8 +148,10 @@ class EMA:
             fill(average, weights[name])
 
 
-def _kernel_takes(parameters: Sequence[Tensor]) -> bool:
-    """Whether the CUDA kernel updates the averages; PyTorch does for several GPUs or float64."""
+def _kernel_takes(parameters: Sequence[Tensor], averages: Sequence[Tensor]) -> bool:
+    """Whether the CUDA kernel updates the averages: float32 ones on one GPU."""
+    if any(average.dtype != torch.float32 for average in averages):
+        return False
     if kernels.uses_reference("ema"):
         return False
     return len({p.device for p in parameters}) == 1 and all(
@@ -157,7 +161,7 @@ def _kernel_takes(parameters: Sequence[Tensor]) -> bool:
 
 def _precise(parameter: Tensor) -> Tensor:
     parameter = parameter.detach()
-    return parameter if parameter.dtype == torch.float64 else parameter.float()
+    return parameter if parameter.dtype == torch.float64 or parameter.is_complex() else parameter.float()
 
 
 def _shape(averages: Mapping[str, Tensor], name: str) -> list[int] | None:

@@ -157,7 +157,8 @@ class Muon(torch.optim.Optimizer):
 
         Raises like the constructor, and then adds nothing.
         """
-        groups = route([param_group], self.defaults)
+        before = sum(len(group["params"]) for group in self.param_groups)
+        groups = route([param_group], self.defaults, before=before)
         check_tensors(groups)
         for group in groups:
             if "compute_dtype" in group:
@@ -260,7 +261,7 @@ class Muon(torch.optim.Optimizer):
         """The live state as "<parameter>/<what>", to be saved or overwritten in place; created if absent.
 
         Over several ranks: this rank's parameters in full, and its rows of sharded tensors as DTensors. The
-        step count is not among these tensors: `set_steps` restores it.
+        step count is not among these tensors: `set_steps` restores it. Raises ValueError if names repeat.
         """
         named: dict[str, Tensor] = {}
         for index, group in enumerate(self.param_groups):
@@ -269,7 +270,13 @@ class Muon(torch.optim.Optimizer):
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 if not self.state[p]:
                     self.state[p].update(new_state(group, p))
-                named |= {f"{name}/{key}": value for key, value in self.state[p].items() if key != "step"}
+                mine = {f"{name}/{key}": value for key, value in self.state[p].items() if key != "step"}
+                if taken := named.keys() & mine.keys():
+                    raise ValueError(
+                        f"Muon: two parameters are called {name}, and only one could have {min(taken)}: give "
+                        "the module, or (name, parameter) pairs with names that differ"
+                    )
+                named |= mine
         return named
 
     def set_steps(self, steps: int) -> None:

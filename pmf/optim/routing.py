@@ -29,7 +29,7 @@ class Routed(dict[str, Any]):
     """A group already processed by `route`, which then returns it unchanged."""
 
 
-def route(params: ParamsLike, defaults: Mapping[str, Any] = LAYOUT) -> list[Routed]:
+def route(params: ParamsLike, defaults: Mapping[str, Any] = LAYOUT, *, before: int = 0) -> list[Routed]:
     """Parameter groups, each with its "algorithm", "muon" or "adam", and "params" as (name, tensor) pairs.
 
     - A module: Muon for weights of `nn.Linear`, unless an `nn.Embedding` shares them, and for
@@ -42,7 +42,8 @@ def route(params: ParamsLike, defaults: Mapping[str, Any] = LAYOUT) -> list[Rout
     With flatten, in a group or in defaults, Muon also takes convolution weights: a module's, or by name or
     among tensors those with more than two dimensions.
 
-    Names are those of the model inside DistributedDataParallel and torch.compile (`pmf.wrappers`).
+    Names are those of the model inside DistributedDataParallel and torch.compile (`pmf.wrappers`); tensors
+    are numbered, from `before` on.
 
     Raises ValueError for a setting that is unknown or unused by its group's parameters.
     """
@@ -58,7 +59,7 @@ def route(params: ParamsLike, defaults: Mapping[str, Any] = LAYOUT) -> list[Rout
     groups: list[Routed] = []
     if not isinstance(items[0], Mapping):
         items = [{"params": items}]
-    count = 0
+    count = before
     for group in items:
         if not isinstance(group, Mapping):
             raise TypeError("Muon: parameters and groups cannot be mixed; make every item a group (a dict)")

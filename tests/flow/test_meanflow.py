@@ -1,5 +1,6 @@
 """MeanFlow for any network: against the formulas written out, and against Objective where both apply."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -258,6 +259,7 @@ def test_a_trained_network_samples_its_data():
         ({"guidance": None}, "guidance must be a Guidance, got None"),
         ({"class_dropout": 2.0}, "class_dropout must be a finite number, at least 0 and at most 1"),
         ({"guidance": IntervalGuidance()}, "guidance needs null"),
+        ({"class_dropout": 0.5}, "class_dropout drops the conditions of null"),
     ],
 )
 def test_settings_that_do_not_fit(settings, sentence):
@@ -282,6 +284,15 @@ def test_inputs_that_do_not_fit():
         objective(Net(), x, draws._replace(t=draws.r - 0.1))
     with pytest.raises(ValueError, match="null names label"):
         MeanFlow(null={"label": 3})(Net(), x, draws)
+    label = torch.zeros(4, dtype=torch.int64)
+    for nothing in (10.7, None):
+        with pytest.raises(ValueError, match=f"null value of label must be of its type .* got {nothing}"):
+            MeanFlow(null={"label": nothing})(Net(), x, draws, label=label)
+    with pytest.raises(ValueError, match="a condition cannot be called tangents"):
+        objective(Net(), x, draws, tangents=label)
+    with pytest.raises(ValueError, match="IntervalGuidance gives the network omega"):
+        guided = MeanFlow(guidance=IntervalGuidance(), null={"label": NULL})
+        guided(Net(), x, guided.draw(x), label=label, omega=x[:, 0])
     with pytest.raises(TypeError, match="pmf.sample takes labels"):
         pmf.flow.sample(Net(), [1, 2])
     for times in ((1.0,), (0.0, 1.0), (1.0, 1.0), (1.5, 0.0), (1.0, -0.1)):
@@ -311,6 +322,59 @@ def test_only_samples_that_need_a_tangent_have_one(named: bool, wrap: str, monke
     expected = written_out(objective, net, x, draws, label)
     assert_close(terms.u, expected["u"].detach(), EXACT)
     assert_close(terms.du_dt, expected["du_dt"].detach(), EXACT)
+
+
+class Holder(nn.Module):
+    """Has its labels from elsewhere."""
+
+    def __init__(self, net, labels):
+        super().__init__()
+        self.net, self.labels = net, labels
+
+    def forward(self, z, t, r):
+        return self.net(z, t, r, torch.as_tensor(self.labels))
+
+
+def test_whatever_belongs_to_samples_stays_with_them():
+    """Samples were reordered, and what null does not name was not."""
+    torch.manual_seed(0)
+    net, objective = Net(6).double(), MeanFlow(direction="network")
+    x, label = torch.randn(8, 6, dtype=torch.float64), torch.arange(8) % NULL
+    draws = objective.draw(x, torch.Generator().manual_seed(1))
+    expected = objective(net, x, draws, label=label)
+
+    def of(z, t, r, label):
+        return net(z, t, r, torch.as_tensor(label["y"] if isinstance(label, dict) else label))
+
+    for network, given in (
+        (functools.partial(net, label=label), {}),
+        (lambda z, t, r: net(z, t, r, label), {}),
+        (Holder(net, label), {}),
+        (Holder(net, label.tolist()), {}),
+        (Holder(net, label.numpy()), {}),
+        (of, {"label": label.tolist()}),
+        (of, {"label": label.numpy()}),
+        (of, {"label": {"y": label}}),
+    ):
+        found = objective(network, x, draws, **given)
+        assert_close([found.u, found.du_dt, found.loss], [expected.u, expected.du_dt, expected.loss], EXACT)
+
+
+def test_a_shared_condition_may_have_the_length_of_the_batch():
+    """It was taken for one per sample, and doubled for guidance."""
+    torch.manual_seed(0)
+    net = Net(6).double()
+    objective = MeanFlow(guidance=ClassifierFreeGuidance(2.0, 0.3), null={"label": NULL})
+    x, label, text = torch.randn(8, 6).double(), torch.arange(8) % NULL, torch.randn(8, 3).double()
+    draws = objective.draw(x, torch.Generator().manual_seed(1))
+
+    class Shared(nn.Module):
+        def forward(self, z, t, r, label, text):
+            return net(z, t, r, label) * text.sum()
+
+    longer = torch.cat((text, text.new_zeros(1, 3)))
+    losses = [objective(Shared(), x, draws, label=label, text=c).loss for c in (text, longer)]
+    assert_close([losses[0]], [losses[1]], EXACT)
 
 
 def test_without_any_tangent():

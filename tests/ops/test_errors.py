@@ -22,6 +22,14 @@ CASES = {
     "attention: widths differ": (lambda: ops.attention(Q, zeros(2, 4, 5, 7), Q), "one width"),
     "attention: lengths differ": (lambda: ops.attention(Q, Q, zeros(2, 4, 6, 8)), "one length"),
     "attention: dtypes differ": (lambda: ops.attention(Q, Q.double(), Q), "one dtype"),
+    "attention: scale tensor": (
+        lambda: ops.attention(Q, Q, Q, scale=torch.ones(())),
+        "scale must be a number, got a",
+    ),
+    "attention: scale nan": (
+        lambda: ops.attention(Q, Q, Q, scale=float("nan")),
+        "scale must be a finite number",
+    ),
     "attention: integers": (lambda: ops.attention(*[Q.long()] * 3), "must be floating"),
     "attention: batches differ": (lambda: ops.attention(Q, *[zeros(3, 4, 5, 8)] * 2), "must broadcast"),
     "attention: heads differ": (lambda: ops.attention(Q, *[zeros(2, 2, 5, 8)] * 2), "enable_gqa=True"),

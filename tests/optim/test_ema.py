@@ -10,6 +10,23 @@ from torch import nn
 from pmf.optim import EMA
 
 
+def test_complex_parameters_and_a_changed_dtype():
+    w = nn.Parameter(torch.tensor([1 + 2j, 3 - 1j]))
+    ema = EMA([("w", w)], [1.0])
+    with torch.no_grad():
+        w.mul_(2)
+    ema.update(8)
+    decay = ema.decay(1.0, 8)
+    torch.testing.assert_close(ema.copies[0]["w"], torch.tensor([1 + 2j, 3 - 1j]) * (decay + 2 * (1 - decay)))
+    model = nn.Linear(2, 2)
+    ema = EMA(model, [1.0])
+    model.double()
+    ema.update(8)
+    assert ema.copies[0]["weight"].dtype == torch.float32
+    with pytest.raises(ValueError, match="w is torch.int64, which has no average"):
+        EMA([("w", torch.ones(2, dtype=torch.int64))])
+
+
 def test_decay_is_that_of_the_recipe():
     """0.5^(B / min(H, 0.05 k B)): a ramp at first, then the half-life in images."""
     p = nn.Parameter(torch.zeros(3))

@@ -331,6 +331,19 @@ def test_a_learning_rate_out_of_range_is_one_sentence(lr):
     assert torch.equal(p[0], start)
 
 
+def test_states_by_name_need_names_that_differ():
+    """Of two parameters with one name, the second's state replaced the first's."""
+    layers = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    optimizer = Muon([{"params": layer.named_parameters()} for layer in layers])
+    set_gradients(list(layers.parameters()), 0)
+    optimizer.step()
+    with pytest.raises(ValueError, match="two parameters are called weight, .* names that differ"):
+        optimizer.named_state()
+    optimizer = Muon(parameters((2, 2)))
+    optimizer.add_param_group({"params": parameters((2, 2))})
+    assert len(optimizer.named_state()) == 2
+
+
 def test_bad_arguments_are_named():
     p = parameters((3, 3), (4,))
     for make, message in (
