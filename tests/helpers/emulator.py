@@ -64,6 +64,13 @@ def launches() -> int:
     return count()
 
 
+def products() -> int:
+    """The number of mma instructions that warps have executed in this process."""
+    count = ctypes.CDLL(str(LIBRARY)).pmf_emulator_products
+    count.restype = ctypes.c_int64
+    return count()
+
+
 def last_shared_bytes() -> int:
     """Shared memory per block that the latest launch of torch.ops.pmf_emulated requested."""
     shared = ctypes.CDLL(str(LIBRARY)).pmf_emulator_last_shared_bytes

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from helpers import emulator
 from helpers.attention import Problem, Shape, problem
 from helpers.levels import CPU_LEVELS, EMULATED, EVERYWHERE, at_level
 from helpers.tolerance import assert_close, tolerance
@@ -67,6 +68,23 @@ def check_window(is_causal, window, shape, dtype):
     few = 4  # with windows of one key, gradients are only rounding errors
     assert_close(actual[:4], exact[:4], few * tolerance("attention", dtype))
     assert_close(actual[4:], exact[4:], few * tolerance("attention gradient", dtype))
+
+
+@pytest.mark.skipif("emulated" not in EMULATED, reason="counts the emulator's instructions")
+def test_cuda_kernels_skip_tiles_outside_the_window():
+    """Forward, both outputs and all gradients: at most the tiles that a block of 96 rows can see."""
+    tokens, before, after, tile, rows = 320, 3, 4, 32, 96
+    p = problem(Shape(1, 1, 1, tokens, tokens, 64, 64)).to(torch.bfloat16)
+
+    def products(**options) -> int:
+        begin = emulator.products()
+        with_lse(ops.attention_jvp, p, **options)
+        return emulator.products() - begin
+
+    with at_level("emulated"):
+        share = products(window=(before, after)) / products(window=(tokens, tokens))
+    most = (rows + before + after + tile) / tokens
+    assert 0.05 < share < most
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,5 +1,6 @@
 // ldmatrix and mma.sync for a whole warp, by the fragment layouts of the PTX ISA ("Matrix
 // multiply-accumulate operation using mma instruction", "ldmatrix"); lane = 4 g + t.
+#include <atomic>
 #include <cstring>
 
 #include "emulator/numbers.h"
@@ -97,6 +98,8 @@ void load_warp(int count, bool transposed) {
   }
 }
 
+std::atomic<int64_t> products;  // mma instructions executed, by all warps
+
 void whole_warp(const char* what) {
   if (machine.warp->count != kLanes) machine.fail(std::string(what) + " needs a warp of 32 lanes");
 }
@@ -122,8 +125,15 @@ Float4 multiply(Element element, Float4 c, Word4 a, uint64_t b) {
   whole_warp("mma");
   Lane* self = machine.lane;
   self->c = c, self->a = a, self->bits = b;
-  machine.together(Together::multiply, static_cast<int>(element), [=] { multiply_warp(element); });
+  machine.together(Together::multiply, static_cast<int>(element), [=] {
+    ++products;
+    multiply_warp(element);
+  });
   return self->c;
 }
 
 }  // namespace pmf::emulator
+
+extern "C" __attribute__((visibility("default"))) int64_t pmf_emulator_products() {
+  return pmf::emulator::products;
+}
