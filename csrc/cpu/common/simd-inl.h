@@ -92,6 +92,36 @@ PMF_INLINE Vec<float> splat(float x) { return x - Vec<float>{}; }
 PMF_INLINE Vec<double> splat(double x) { return x - Vec<double>{}; }
 PMF_INLINE Vec<uint32_t> splat(uint32_t x) { return x + Vec<uint32_t>{}; }
 
+// ---- Shuffles -----------------------------------------------------------------------------------
+
+template <int... J>
+struct Lanes {};
+template <int n, int... J>
+struct CountLanes : CountLanes<n - 1, n - 1, J...> {};
+template <int... J>
+struct CountLanes<0, J...> {
+  using type = Lanes<J...>;
+};
+
+template <typename From, typename V, int... J>
+PMF_INLINE V shuffle_lanes(V a, V b, Lanes<J...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, From::lane(J)...);
+#else
+  return __builtin_shuffle(a, b, decltype(a == b){From::lane(J)...});
+#endif
+}
+
+// Lane j of the result is lane From::lane(j) of a followed by b.
+template <typename From>
+PMF_INLINE Vec<float> shuffle(Vec<float> a, Vec<float> b) {
+  return shuffle_lanes<From>(a, b, typename CountLanes<kLanes<float>>::type{});
+}
+template <typename From>
+PMF_INLINE Vec<double> shuffle(Vec<double> a, Vec<double> b) {
+  return shuffle_lanes<From>(a, b, typename CountLanes<kLanes<double>>::type{});
+}
+
 // ---- Arithmetic without an operator -------------------------------------------------------------
 
 // a * b + c, rounded once where the level has FMA.

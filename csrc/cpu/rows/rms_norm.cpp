@@ -12,7 +12,7 @@ namespace {
 
 template <typename T>
 void forward(const RmsNormParams& p, const ParallelFor& parallel) {
-  const T* w = static_cast<const T*>(p.weight);
+  const Row<T> w(static_cast<const T*>(p.weight));
   for_rows(p.shape, parallel, [&](const Cursor& row) {
     norm_row(p.shape.width, p.eps, NoTurn{}, row.at<T>(p.x), w, row.at<T>(p.y));
   });
@@ -20,16 +20,17 @@ void forward(const RmsNormParams& p, const ParallelFor& parallel) {
 
 template <typename T>
 void forward_jvp(const RmsNormParams& p, const ParallelFor& parallel) {
-  const T *w = static_cast<const T*>(p.weight), *tw = static_cast<const T*>(p.weight_t);
+  const Row<T> w(static_cast<const T*>(p.weight)), tw(static_cast<const T*>(p.weight_t));
+  const bool moving = moves(tw.data, p.shape.width);
   for_rows(p.shape, parallel, [&](const Cursor& row) {
-    norm_row_jvp(p.shape.width, p.eps, NoTurn{}, row.at<T>(p.x), row.at<T>(p.x_t), w, tw,
+    norm_row_jvp(p.shape.width, p.eps, NoTurn{}, row.at<T>(p.x), row.at<T>(p.x_t), w, tw, moving,
                  row.at<T>(p.y), row.at<T>(p.y_t));
   });
 }
 
 template <typename T>
 void backward(const RmsNormBackwardParams& p, const ParallelFor& parallel) {
-  const T* w = static_cast<const T*>(p.weight);
+  const Row<T> w(static_cast<const T*>(p.weight));
   const int64_t rows = p.shape.rows(), width = p.shape.width;
   const RowSums sums(rows, width);
   auto run = [&](int64_t first, int64_t last, Acc<T>* dw) {
@@ -45,7 +46,7 @@ void backward(const RmsNormBackwardParams& p, const ParallelFor& parallel) {
 
 template <typename T>
 void backward_jvp(const RmsNormBackwardParams& p, const ParallelFor& parallel) {
-  const T *w = static_cast<const T*>(p.weight), *tw = static_cast<const T*>(p.weight_t);
+  const Row<T> w(static_cast<const T*>(p.weight)), tw(static_cast<const T*>(p.weight_t));
   const int64_t rows = p.shape.rows(), width = p.shape.width;
   const RowSums sums(rows, width);
   auto run = [&](int64_t first, int64_t last, Acc<T>* dw) {

@@ -55,9 +55,10 @@ struct RotaryQkNormBackwardParams {
   void* workspace = nullptr;  // rotary_workspace_bytes() bytes, 64-aligned
 };
 
-// cos and sin expanded to full width, and one more row with the identity.
+// cos and sin expanded to full width, and one more row with the identity: once with a weight and
+// once with its tangent.
 inline int64_t rotary_table_bytes(const RotaryShape& s) {
-  return 2 * (s.rotated + 1) * s.width * (s.dtype == DType::f64 ? 8 : 4);
+  return 4 * (s.rotated + 1) * s.width * (s.dtype == DType::f64 ? 8 : 4);
 }
 
 // On the CPU the sides use it in turn, on a GPU simultaneously.
