@@ -96,6 +96,18 @@ def set_cpu_level(name: str) -> str:
     return torch.ops.pmf.cpu_level(name)
 
 
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether PyTorch's own product of this dtype is the fastest on this processor, at the level in force.
+
+    If not, csrc/ops/products.h says what is: 16 bits without instructions for them go through float32.
+    """
+    return _error is None and torch.ops.pmf.multiplied_by_pytorch(dtype)
+
+
+# The effect of torch.compiler.assume_constant_result, without importing torch._dynamo, which takes seconds.
+multiplies._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _check_asked_level() -> None:
     """Warn if PMF_CPU_LEVEL names a level that this processor or this library lacks."""
     asked = os.environ.get("PMF_CPU_LEVEL", "auto")

@@ -2,6 +2,7 @@
 
 import torch
 
+from pmf._library import multiplies
 from pmf.errors import UserError
 
 
@@ -24,7 +25,4 @@ def has_bf16_products(device: torch.device) -> bool:
     """Whether the device has native bfloat16 matrix products rather than emulated ones."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):  # older torch
-        return False
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    return device.type == "cpu" and multiplies(torch.bfloat16)

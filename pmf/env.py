@@ -27,13 +27,16 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+CPU_SETTINGS = ("PMF_CPU_LEVEL", "PMF_FLOAT32_PRODUCTS", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+"""Environment variables that change how a processor computes."""
+
+
 def _cpu_kernels() -> str:
     problem = _library.missing()
     if problem is not None:
         return f"missing: {problem}"
     facts = [_library.cpu_level()]
-    if os.environ.get("PMF_CPU_LEVEL"):
-        facts.append(f"PMF_CPU_LEVEL={os.environ['PMF_CPU_LEVEL']}")
+    facts += [f"{name}={os.environ[name]}" for name in CPU_SETTINGS if os.environ.get(name)]
     module = _library.introspection()
     if module is not None:
         facts.append(f"the best of this processor is {module.best_cpu_level()}")

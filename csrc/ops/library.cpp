@@ -60,7 +60,7 @@ STABLE_TORCH_LIBRARY(pmf, m) {
 
   // The level the CPU kernels run at; a name sets it first ("auto": the best available).
   m.def("cpu_level(str request) -> str");
-  m.def("products_by_onednn() -> bool");
+  m.def("multiplied_by_pytorch(ScalarType dtype) -> bool");
 }
 // clang-format on
 

@@ -73,11 +73,10 @@ Tensor columns_of(const Tensor& matrix, int64_t begin, int64_t count) {
 
 Tensor transposed(Tensor matrix) { return torch::stable::transpose(matrix, 0, 1); }
 
-// Rounds to the nearest float16 in place: float16 storage with float32 products, as a GPU does it.
-// (The CPU's own float16 GEMM is a scalar loop, two orders of magnitude slower.)
-void round_to_half(Tensor block) {
-  Tensor rounded =
-      torch::stable::new_empty(block, {block.size(0), block.size(1)}, ScalarType::Half);
+// Rounds float32 to the nearest number of a 16-bit dtype in place: 16-bit storage with float32
+// products, as a GPU does it, where 16 bits are multiplied in float32.
+void round_to(Tensor block, ScalarType dtype) {
+  Tensor rounded = torch::stable::new_empty(block, {block.size(0), block.size(1)}, dtype);
   torch::stable::copy_(rounded, block);
   torch::stable::copy_(block, rounded);
 }
@@ -122,14 +121,19 @@ void mirror(const Tensor& block) {
 }
 
 struct Executor {
-  bool shared;        // tasks of this matrix are shared between threads
-  bool half_storage;  // round every stored product to float16
+  bool shared;          // tasks of this matrix are shared between threads
+  ScalarType rounding;  // what every stored product is rounded to
+
+  void round(const Tensor& block) const {
+    if (block.scalar_type() != rounding) round_to(block, rounding);
+  }
 
   // out = beta add + alpha left right, all rows of the block at once.
   void multiply(Tensor out, const Tensor& add, const Tensor& left, const Tensor& right, double beta,
                 double alpha) const {
     if (prefers_onednn(left, right)) {
       combine(out, beta == 0 ? nullptr : &add, onednn_product(left, right), beta, alpha);
+      round(out);
       return;
     }
     const AOTITorchError status =
@@ -137,7 +141,7 @@ struct Executor {
             ? aoti_torch_cpu_mm_out(out.get(), left.get(), right.get())
             : aoti_torch_cpu_addmm_out(out.get(), add.get(), left.get(), right.get(), beta, alpha);
     if (status != 0) fail("newton_schulz: PyTorch's matrix product failed");
-    if (half_storage) round_to_half(out);
+    round(out);
   }
 
   // out = beta add + left right, in block rows.
@@ -268,7 +272,6 @@ struct Settings {
   ScalarType dtype;
 
   int64_t steps() const { return static_cast<int64_t>(coefficients.size()) / 3; }
-  ScalarType storage() const { return dtype == ScalarType::Half ? ScalarType::Float : dtype; }
   DType rounding() const {
     return dtype == ScalarType::Half       ? DType::f16
            : dtype == ScalarType::BFloat16 ? DType::bf16
@@ -314,7 +317,7 @@ Tensor on_gram(Tensor x, const Settings& settings, const Executor& run) {
       if (step == begin) {
         std::swap(q, z);
         add_to_diagonal(q, k[0]);
-        if (run.half_storage) round_to_half(q);
+        run.round(q);
       } else {
         run.full(spare, q, z, q,
                  k[0]);  // mirrored, Q would lose a factor of two on rank-deficient matrices
@@ -328,7 +331,7 @@ Tensor on_gram(Tensor x, const Settings& settings, const Executor& run) {
 }
 
 void orthogonalise(const Tensor& source, const Tensor& out, const Settings& settings, bool shared) {
-  const Executor run{shared, settings.dtype == ScalarType::Half};
+  const Executor run{shared, settings.dtype};
   Tensor from = source, to = out;
   if (from.size(0) > from.size(1)) {
     from = torch::stable::transpose(from, 0, 1);
@@ -342,8 +345,9 @@ void orthogonalise(const Tensor& source, const Tensor& out, const Settings& sett
   } else {
     normalise(static_cast<float*>(x.mutable_data_ptr()), m * n);
   }
-  if (run.half_storage) round_to_half(x);
-  if (settings.storage() != settings.precise()) x = torch::stable::to(x, settings.storage());
+  const ScalarType storage = product_dtype(settings.dtype);
+  if (storage != settings.precise()) x = torch::stable::to(x, storage);
+  run.round(x);
   const bool gram = takes_gram_form(method_named(settings.method), m, n);
   torch::stable::copy_(to, gram ? on_gram(x, settings, run) : direct(x, settings, run));
 }

@@ -12,8 +12,9 @@
 // whole: kPatchBytes of them at a time are copied into a scratch matrix that stays in cache. Tokens
 // are written where they belong, behind the prefix. Bound: the GEMM rate.
 //
-// float16 is multiplied in float32, copies converting on the way: the CPU's own float16 GEMM is a
-// scalar loop. Everything else is multiplied in its own dtype, summed in float32 or better.
+// 16 bits are multiplied in float32 where the processor lacks products for them (products.h),
+// copies converting on the way. Everything else is multiplied in its own dtype, summed in float32
+// or better.
 #include "ops/patch_embed_binding.h"
 
 namespace pmf {
@@ -27,17 +28,27 @@ void check_status(AOTITorchError status) {
   if (status != AOTI_TORCH_SUCCESS) fail(kOp, ": PyTorch's matrix product failed");
 }
 
-// out = left right
-void multiply(const Tensor& out, const Tensor& left, const Tensor& right) {
+// out = left right, plus a bias for every row
+void multiply(Tensor out, const Tensor& left, const Tensor& right, const Tensor* bias = nullptr) {
+  if (prefers_onednn(left, right)) {
+    torch::stable::copy_(out, onednn_product(left, right, bias));
+    return;
+  }
+  if (bias != nullptr) {
+    check_status(aoti_torch_cpu_addmm_out(out.get(), bias->get(), left.get(), right.get(), 1, 1));
+    return;
+  }
   check_status(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
+}
+
+Tensor sum_of(const Tensor& a, const Tensor& b) {
+  AtenTensorHandle sum = nullptr;
+  check_status(aoti_torch_cpu_add_Tensor(a.get(), b.get(), 1, &sum));
+  return Tensor(sum);
 }
 
 Tensor transposed(const Tensor& m) {
   return strided(m, {m.size(1), m.size(0)}, {m.stride(1), m.stride(0)});
-}
-
-Tensor as_dtype(const Tensor& t, ScalarType dtype) {
-  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
 }
 
 // ---- the two products --------------------------------------------------------------------------
@@ -79,14 +90,11 @@ Tensor down(const Tensor& images, const Tensor& weight_down, const OptionalTenso
       torch::stable::new_empty(images, {images.size(0), s.tokens(), s.narrow}, s.dtype);
   const Tensor flat = strided(hidden, {images.size(0) * s.tokens(), s.narrow}, {s.narrow, 1});
   const Tensor weight = transposed(down_matrix(weight_down, s));
+  OptionalTensor shift;
+  if (bias) shift = torch::stable::contiguous(as_dtype(*bias, s.dtype));
   for_each_chunk(images, s, true, [&](int64_t first, int64_t count, const Tensor& patches) {
     const Tensor out = rows_of(flat, first * s.tokens(), count * s.tokens());
-    if (bias) {
-      const Tensor b = as_dtype(*bias, s.dtype);
-      check_status(aoti_torch_cpu_addmm_out(out.get(), b.get(), patches.get(), weight.get(), 1, 1));
-    } else {
-      multiply(out, patches, weight);
-    }
+    multiply(out, patches, weight, shift ? &*shift : nullptr);
   });
   return hidden;
 }
@@ -102,10 +110,7 @@ OptionalTensor shift_of(const OptionalTensor& bias, const OptionalTensor& positi
   if (bias) {
     const Tensor b = as_dtype(*bias, s.dtype);
     const Tensor rows = strided(b, {s.tokens(), s.wide}, {0, b.stride(0)});
-    if (!shift) return rows;
-    AtenTensorHandle sum = nullptr;
-    check_status(aoti_torch_cpu_add_Tensor(shift->get(), rows.get(), 1, &sum));
-    shift = Tensor(sum);
+    shift = shift ? sum_of(*shift, rows) : rows;
   }
   return shift;
 }
@@ -122,9 +127,7 @@ Tensor up(const Tensor& hidden, const Tensor& weight_up, const OptionalTensor& s
     if (!prefix) {
       torch::stable::zero_(front);
     } else if (prefix_shift) {
-      AtenTensorHandle sum = nullptr;
-      check_status(aoti_torch_cpu_add_Tensor(prefix->get(), prefix_shift->get(), 1, &sum));
-      torch::stable::copy_(front, Tensor(sum));
+      torch::stable::copy_(front, sum_of(*prefix, *prefix_shift));
     } else {
       torch::stable::copy_(front, *prefix);
     }
@@ -133,6 +136,13 @@ Tensor up(const Tensor& hidden, const Tensor& weight_up, const OptionalTensor& s
   const bool convert = tokens.scalar_type() != s.dtype;
   const Tensor out = convert ? torch::stable::new_empty(tokens, {batch, N, D}, s.dtype) : back;
   const Tensor w = as_dtype(weight_up, s.dtype);
+  const Tensor rows = strided(hidden, {batch * N, s.narrow}, {s.narrow, 1});
+  if (prefers_onednn(rows, w)) {
+    const Tensor product = onednn_product(rows, transposed(w));
+    const Tensor whole = strided(product, {batch, N, D}, {N * D, D, 1});
+    torch::stable::copy_(back, shift ? sum_of(whole, *shift) : whole);
+    return tokens;
+  }
   const Tensor weight = strided(w, {batch, s.narrow, D}, {0, w.stride(1), w.stride(0)});
   if (shift) {
     const Tensor add = strided(*shift, {batch, N, D}, {0, shift->stride(0), shift->stride(1)});

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "ops/products.h"
 #include "ops/row_binding.h"
 
 namespace pmf::patch_embedding {
@@ -63,14 +64,8 @@ inline Sizes check_inputs(const Tensor& images, const Tensor& weight_down,
   check_value(weight_up.dim() == 2 && weight_up.size(1) == weight_down.size(0), kOp,
               ": weight_up must be [D, ", weight_down.size(0), "], got ", shape_of(weight_up));
   const ScalarType dtype = weight_down.scalar_type();
-  return {images.size(0),
-          images.size(1),
-          images.size(2) / patch,
-          images.size(3) / patch,
-          patch,
-          weight_down.size(0),
-          weight_up.size(0),
-          dtype == ScalarType::Half ? ScalarType::Float : dtype};
+  return {images.size(0), images.size(1),      images.size(2) / patch, images.size(3) / patch,
+          patch,          weight_down.size(0), weight_up.size(0),      product_dtype(dtype)};
 }
 
 inline void check_bias(const char* name, const OptionalTensor& bias, int64_t size,

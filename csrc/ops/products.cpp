@@ -1,7 +1,10 @@
-// Choose the library for float32 matrix products on the CPU; products.h gives the reason.
+// Choose dtype and library of matrix products on the CPU; products.h gives the reasons.
 #include "ops/products.h"
 
+#include <cstdlib>
 #include <cstring>
+
+#include "pmf/introspection.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -27,12 +30,17 @@ __attribute__((weak)) void omp_set_num_threads(int threads);
 namespace pmf {
 namespace {
 
-// A processor with AVX-512 that MKL does not use.
+// A processor with AVX-512 that MKL does not use. PMF_FLOAT32_PRODUCTS overrides: onednn or
+// pytorch.
 bool detect() {
 #if defined(__x86_64__)
   if (aoti_torch_cpu__linear_pointwise == nullptr ||
       aoti_torch_cpu__linear_pointwise_binary == nullptr) {
     return false;
+  }
+  if (const char* chosen = std::getenv("PMF_FLOAT32_PRODUCTS")) {
+    if (std::strcmp(chosen, "onednn") == 0) return true;
+    if (std::strcmp(chosen, "pytorch") == 0) return false;
   }
   unsigned int largest = 0, vendor[3] = {};  // the name's letters come in EBX, EDX, ECX
   if (__get_cpuid(0, &largest, &vendor[0], &vendor[2], &vendor[1]) == 0) return false;
@@ -44,15 +52,26 @@ bool detect() {
 #endif
 }
 
+bool products_by_onednn() {
+  static const bool faster = detect();
+  return faster;
+}
+
 bool is_float_matrix(const Tensor& x) {
   return x.is_cpu() && x.dim() == 2 && x.scalar_type() == ScalarType::Float && x.numel() > 0;
 }
 
 }  // namespace
 
-bool products_by_onednn() {
-  static const bool faster = detect();
-  return faster;
+ScalarType product_dtype(ScalarType dtype) {
+  const bool multiplies_bf16 = std::strcmp(cpu_level(), "avx512_bf16") == 0;
+  const bool narrow =
+      dtype == ScalarType::Half || (dtype == ScalarType::BFloat16 && !multiplies_bf16);
+  return narrow ? ScalarType::Float : dtype;
+}
+
+bool multiplied_by_pytorch(ScalarType dtype) {
+  return product_dtype(dtype) == dtype && !(dtype == ScalarType::Float && products_by_onednn());
 }
 
 bool prefers_onednn(const Tensor& left, const Tensor& right) {
@@ -73,10 +92,11 @@ Tensor weight_of(const Tensor& right) {
 
 }  // namespace
 
-Tensor onednn_product(const Tensor& left, const Tensor& right) {
-  AtenTensorHandle result = nullptr;
+Tensor onednn_product(const Tensor& left, const Tensor& right, const Tensor* bias) {
+  AtenTensorHandle result = nullptr, handle = bias == nullptr ? nullptr : bias->get();
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(
-      left.get(), weight_of(right).get(), nullptr, "none", nullptr, 0, nullptr, &result));
+      left.get(), weight_of(right).get(), bias == nullptr ? nullptr : &handle, "none", nullptr, 0,
+      nullptr, &result));
   return Tensor(result);
 }
 
@@ -111,10 +131,15 @@ void check_matrices(const Tensor& left, const Tensor& right, const char* op) {
   check_same_device(left, right, op, "left", "right");
   check_value(left.dim() == 2 && right.dim() == 2 && left.size(1) == right.size(0), op,
               ": needs matrices [M, K] and [K, N], got ", shape_of(left), " and ", shape_of(right));
+  check_value(left.scalar_type() == right.scalar_type(), op, ": needs matrices of one dtype, got ",
+              dtype_name(left.scalar_type()), " and ", dtype_name(right.scalar_type()));
 }
 
 Tensor product(Tensor left, Tensor right) {
   check_matrices(left, right, "product");
+  const ScalarType given = left.scalar_type(), dtype = product_dtype(given);
+  if (dtype != given)
+    return as_dtype(product(as_dtype(left, dtype), as_dtype(right, dtype)), given);
   if (prefers_onednn(left, right)) return onednn_product(left, right);
   Tensor result = torch::stable::new_empty(left, {left.size(0), right.size(1)});
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(result.get(), left.get(), right.get()));
@@ -129,6 +154,11 @@ Tensor add_product(Tensor add, Tensor left, Tensor right) {
   check_value(add.scalar_type() == left.scalar_type(), "add_product: the addend must be ",
               dtype_name(left.scalar_type()), ", got ", dtype_name(add.scalar_type()));
   check_same_device(left, add, "add_product", "left", "the addend");
+  const ScalarType given = left.scalar_type(), dtype = product_dtype(given);
+  if (dtype != given) {
+    return as_dtype(
+        add_product(as_dtype(add, dtype), as_dtype(left, dtype), as_dtype(right, dtype)), given);
+  }
   if (prefers_onednn(left, right)) return onednn_add_product(add, left, right);
   Tensor result = torch::stable::new_empty(left, {left.size(0), right.size(1)});
   STABLE_TORCH_ERROR_CODE_CHECK(
@@ -146,5 +176,5 @@ PMF_IMPLEMENT(m) {
 
 // No tensor decides where this runs.
 STABLE_TORCH_LIBRARY_IMPL(pmf, CompositeExplicitAutograd, m) {
-  m.impl("products_by_onednn", TORCH_BOX(&pmf::products_by_onednn));
+  m.impl("multiplied_by_pytorch", TORCH_BOX(&pmf::multiplied_by_pytorch));
 }

@@ -1,5 +1,11 @@
-// float32 matrix products on the CPU, by the library that is fast on this processor.
+// Matrix products on the CPU, in the dtype and by the library that are fast on this processor.
 //
+// 16 bits: PyTorch has 16-bit products for every processor, but only where there are instructions
+// for them are they faster than float32's. Measured with oneDNN kept to plain AVX-512, one thread,
+// [2208, 768] x [768, 768], GFLOP/s: float32 145, bfloat16 33, float16 14; bfloat16 widened to
+// float32, multiplied and rounded 134.
+//
+// float32:
 // The BLAS in PyTorch's x86 builds, MKL, uses AVX-512 on Intel's processors only; elsewhere it
 // uses 256-bit vectors at half the rate. oneDNN, which PyTorch includes for its convolutions,
 // generates code for the actual processor. Measured on an AMD EPYC (Zen 5) with two threads and
@@ -10,14 +16,19 @@
 
 namespace pmf {
 
-// Whether oneDNN multiplies float32 matrices on this processor; it allocates its results itself.
-bool products_by_onednn();
+// The dtype in which to multiply matrices of this dtype: their own, or float32 for 16 bits without
+// instructions of their own. The level of the kernels (cpu/common/dispatch.h) decides, so that
+// PMF_CPU_LEVEL makes a processor act like an older one.
+ScalarType product_dtype(ScalarType dtype);
+
+// Whether PyTorch's own product of this dtype is the fastest, so that it can write where one likes.
+bool multiplied_by_pytorch(ScalarType dtype);
 
 // Whether oneDNN should compute left right here: non-empty float32 matrices in CPU memory.
 bool prefers_onednn(const Tensor& left, const Tensor& right);
 
-// left [M, K] right [K, N], any strides; only where prefers_onednn().
-Tensor onednn_product(const Tensor& left, const Tensor& right);
+// left [M, K] right [K, N], any strides, plus a contiguous bias [N]; only where prefers_onednn().
+Tensor onednn_product(const Tensor& left, const Tensor& right, const Tensor* bias = nullptr);
 
 // add [M, N] + left [M, K] right [K, N], added before the one rounding; only where
 // prefers_onednn().

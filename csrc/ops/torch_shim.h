@@ -107,6 +107,10 @@ inline ScalarType statistics_dtype(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+inline Tensor as_dtype(const Tensor& tensor, ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+}
+
 // ---- devices ------------------------------------------------------------------------------------
 
 #if PMF_WITH_CUDA

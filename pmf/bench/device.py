@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 import subprocess
 import time
@@ -67,6 +68,7 @@ class Cpu:
             "device": env.cpu_name(),
             "threads": torch.get_num_threads(),
             "cpu_level": _library.cpu_level(),
+            "settings": {name: os.environ[name] for name in env.CPU_SETTINGS if name in os.environ},
         }
 
     def clocks(self) -> dict[str, str] | None:

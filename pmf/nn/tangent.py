@@ -18,10 +18,10 @@ of a block are a single function of both (`pmf.nn.attention`, `pmf.nn.mlp`).
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pmf import ops
+from pmf.ops import _products as products
 
 __all__ = ["linear", "patch_embed", "rms_norm"]
 
@@ -30,11 +30,11 @@ Pair = tuple[Tensor, Tensor | None]
 
 def linear(layer: nn.Linear, x: Tensor, x_t: Tensor | None) -> Pair:
     """y = W x + b, ty = W tx."""
-    y = F.linear(x, layer.weight, layer.bias)
+    y = products.linear(x, layer.weight, layer.bias)
     if x_t is None:
         return y, None
     with torch.no_grad():
-        return y, F.linear(x_t, layer.weight)
+        return y, products.linear(x_t, layer.weight)
 
 
 def rms_norm(x: Tensor, weight: Tensor, x_t: Tensor | None, eps: float) -> Pair:

@@ -155,7 +155,7 @@ class KernelFunction(torch.autograd.Function):
             return super().apply(*args)
         if forward_ad._current_level < 0 and not _requires_grad(args):
             return cls.forward(*args)
-        return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))
+        return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
 
     @classmethod
     def pull_back(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> dict[str, Tensor | None]:

@@ -208,7 +208,7 @@ def test_every_raw_op_has_a_formula_or_makes_no_products():
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("pmf::")
     }
-    questions = {"cpu_level", "newton_schulz_segments", "products_by_onednn", "set_attention_plans"}
+    questions = {"cpu_level", "newton_schulz_segments", "multiplied_by_pytorch", "set_attention_plans"}
     rest = names - set(_flops.FORMULAS) - questions
     assert set(_flops.FORMULAS) <= names
     uncounted = sorted(name for name in rest if not name.startswith(_flops.ELEMENTWISE))

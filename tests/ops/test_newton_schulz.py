@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from helpers.levels import CPU_LEVELS, at_level
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -52,6 +53,17 @@ def test_error_is_that_of_the_plain_iteration_in_the_same_dtype(kind, method, dt
     plain = reference.newton_schulz(g, method=method, compute_dtype=dtype)
     assert result.dtype == g.dtype
     assert error(result, exact) <= 2 * error(plain, exact) + 2 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bfloat16_in_float32_products_rounds_what_it_stores(method):
+    """On a processor without bfloat16 products: errors like bfloat16's, and no smaller."""
+    g = random(160, 320)
+    exact = reference.newton_schulz(g.double(), method="direct")
+    plain = error(reference.newton_schulz(g, method=method, compute_dtype=torch.bfloat16), exact)
+    with at_level(CPU_LEVELS[0]):
+        found = error(newton_schulz(g, method=method, compute_dtype=torch.bfloat16), exact)
+    assert 0.2 * plain < found < 2 * plain
 
 
 @pytest.mark.parametrize("shape", SHAPES)
