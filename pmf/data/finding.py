@@ -47,7 +47,7 @@ def _find(source: str, left_out: LeftOut) -> FoundImages:
     if source.endswith(f".{_SHARD}") and not Path(source).is_dir():
         return _in_shards(source, named_shards(source), left_out)
     if source.endswith(f".{_TABLE}") and Path(source).is_file():
-        return _in_tables(source, [Path(source)])
+        return _in_tables(source, [Path(source)], left_out)
     root = Path(source)
     if not root.is_dir():
         raise UserError(f"--data {root} is not a folder: give 'digits' or a folder of images")
@@ -60,7 +60,7 @@ def _find(source: str, left_out: LeftOut) -> FoundImages:
     images, shards, tables = files.values()
     if tables:
         _leave(left_out, "beside the tables", images + shards)
-        return _in_tables(source, [root / path for path in _first_part(tables, left_out)])
+        return _in_tables(source, [root / path for path in _first_part(tables, left_out)], left_out)
     if shards and (not images or is_labelled(root / shards[0])):
         _leave(left_out, "beside the shards", images)
         return _in_shards(source, [root / path for path in _first_part(shards, left_out)], left_out)
@@ -94,8 +94,8 @@ def _in_shards(source: str, shards: list[Path], left_out: LeftOut) -> FoundImage
     return _numbered(source, images, labels, None)
 
 
-def _in_tables(source: str, tables: list[Path]) -> FoundImages:
-    return _numbered(source, *index_tables(tables))
+def _in_tables(source: str, tables: list[Path], left_out: LeftOut) -> FoundImages:
+    return _numbered(source, *index_tables(tables, left_out))
 
 
 def _numbered(

@@ -184,9 +184,10 @@ def test_labels_of_tables_match_their_names(tables: Path, labels: list[int], sen
 def test_a_damaged_table_is_named(tables: Path) -> None:
     table = tables / "train-00001.parquet"
     whole = table.read_bytes()
-    table.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"train-00001\.parquet is truncated"):
-        load_dataset(str(tables), 4, 1)
+    for damaged in (whole[: len(whole) // 2], whole[:4] + bytes(60) + whole[64:]):  # at its end, and inside
+        table.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"train-00001\.parquet is truncated"):
+            load_dataset(str(tables), 4, 1)
     assert list((tables.parent / "cache" / "pixelmeanflow").iterdir()) == []
 
 
@@ -258,7 +259,6 @@ def test_a_table_without_a_known_label_column_says_so(tables: Path, caplog: pyte
 @pytest.mark.parametrize(
     ("labels", "sentence"),
     [
-        ([0, None, 1], r"labels of two kinds: 0 for its first image and None for image 1"),
         (
             [0.5, 1.0],
             r"row 0 of .*train-0\.parquet must contain a class number, 0 or more, or a string, got 0\.5",
@@ -272,6 +272,60 @@ def test_labels_of_tables_that_cannot_be_classes_are_named(
 ) -> None:
     with pytest.raises(UserError, match=sentence):
         load_dataset(write_table(tables, labels), 4, 1)
+
+
+@pytest.mark.parametrize("labels", [[0.0, None, 1.0], [0, -1, 1], ["a", None, "b"]])
+def test_an_image_without_a_label_among_others_is_left_out(
+    tables: Path, labels: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(2):  # unpacked, and from the cache
+        assert levels(write_table(tables, labels)) == [(0, 0), (2, 1)]
+        assert "left out 1 without a label (image 1 of" in caplog.text
+        caplog.clear()
+
+
+def test_labels_of_two_kinds_are_named(tables: Path) -> None:
+    import pyarrow.parquet
+
+    words = pyarrow.table({"image": [{"bytes": encoded(7), "path": None}], "label": ["owl"]})
+    pyarrow.parquet.write_table(words, tables / "train-00002.parquet")
+    with pytest.raises(UserError, match="labels of two kinds: 0 for image 0 and 'owl' for image 10: remove"):
+        load_dataset(str(tables), 4, 1)
+
+
+@pytest.mark.parametrize("name", ["Label", "coarse_label", "LABELS"])
+def test_the_label_column_has_one_of_several_names(tables: Path, name: str) -> None:
+    assert levels(write_table(tables, [1, 0], name)) == [(0, 1), (1, 0)]
+
+
+def name_classes(table: Path, names: list[str] | None) -> None:
+    import pyarrow.parquet
+
+    noted = {} if names is None else {"info": {"features": {"label": {"names": names}}}}
+    content = pyarrow.parquet.read_table(table)
+    content = content.replace_schema_metadata({"huggingface": json.dumps(noted)})
+    pyarrow.parquet.write_table(content, table)
+
+
+def test_tables_that_number_their_classes_differently_are_read_by_name(tables: Path) -> None:
+    """All images got the names of the first table."""
+    first, second = sorted(tables.iterdir())
+    name_classes(second, ["owl", "cat", "dog"])
+    expected = [(n, n % 3) for n in range(5)] + [(n, (n + 2) % 3) for n in range(5, 10)]
+    for _ in range(2):  # unpacked, and from the cache
+        dataset = load_dataset(str(tables), 4, 1)
+        assert dataset.class_names == ["cat", "dog", "owl"] and levels(str(tables)) == expected
+    name_classes(first, ["cat"])
+    with pytest.raises(UserError, match=r"row 1 of .*00000\.parquet has class 1, but .* names 1 classes"):
+        load_dataset(str(tables), 4, 1)
+    shutil.copy(first, tables / "train-00002.parquet")
+    name_classes(first, None)
+    with pytest.raises(
+        UserError, match=r"name their classes differently, and train-00000\.parquet names none"
+    ):
+        load_dataset(str(tables), 4, 1)
+    (tables / "train-00002.parquet").unlink()
+    assert load_dataset(str(tables), 4, 1).class_names == ["owl", "cat", "dog"]
 
 
 def test_images_may_be_a_plain_column_of_bytes(tables: Path) -> None:
