@@ -44,9 +44,9 @@ def find_images(source: str) -> FoundImages:
 
 
 def _find(source: str, left_out: LeftOut) -> FoundImages:
-    if source.endswith(f".{_SHARD}") and not Path(source).is_dir():
+    if source.lower().endswith(f".{_SHARD}") and not Path(source).is_dir():
         return _in_shards(source, named_shards(source), left_out)
-    if source.endswith(f".{_TABLE}") and Path(source).is_file():
+    if source.lower().endswith(f".{_TABLE}") and Path(source).is_file():
         return _in_tables(source, [Path(source)], left_out)
     root = Path(source)
     if not root.is_dir():
@@ -86,12 +86,26 @@ def _first_part(paths: list[str], left_out: LeftOut) -> list[str]:
 
 def _in_shards(source: str, shards: list[Path], left_out: LeftOut) -> FoundImages:
     images, labels = index_shards(shards, left_out)
+    if labels is None:
+        return _by_folder_in_shards(shards[0], images, left_out)
     parts = [split_of_folder(image.name.removeprefix("./").partition("/")[0]) for image in images]
     if all(parts):  # splits as folders inside the shards
         part, chosen, others = choose_split(range(len(images)), parts.__getitem__)
         _leave(left_out, f"outside the {part} split", [images[i].name for i in others])
-        images, labels = [images[i] for i in chosen], labels and [labels[i] for i in chosen]
+        images, labels = [images[i] for i in chosen], [labels[i] for i in chosen]
     return _numbered(source, images, labels, None)
+
+
+def _by_folder_in_shards(shard: Path, images: list[Stored], left_out: LeftOut) -> FoundImages:
+    """Images without labels in shards: folders are classes or splits, as if the shards were unpacked."""
+    names = [image.name.removeprefix("./") for image in images]
+    while len({name.partition("/")[0] for name in names}) == 1 and all(name.count("/") > 1 for name in names):
+        names = [name.partition("/")[2] for name in names]  # one folder around all others
+    stored: dict[str, list[Stored]] = {}
+    for name, image in zip(names, images, strict=True):
+        stored.setdefault(f"{shard}/{name}", []).append(image)
+    found = images_by_folder(shard, names, left_out)
+    return FoundImages([stored[path].pop(0) for path in found.paths], found.labels, found.class_names)
 
 
 def _in_tables(source: str, tables: list[Path], left_out: LeftOut) -> FoundImages:

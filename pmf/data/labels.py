@@ -73,7 +73,8 @@ def images_by_folder(root: Path, images: Sequence[str], left_out: LeftOut) -> La
         return images_by_folder(root / folders[0], below, left_out)
     if len(folders) < 2 or (root / "dataset.json").is_file():  # dataset.json with null labels
         names = folders if len(folders) == 1 and not loose else [UNLABELLED]
-        if len(deeper := {path.split("/")[1] for path in images if path.count("/") > 1}) > 1:
+        deeper = {path.split("/")[1] for path in images if path.count("/") > 1}
+        if len(deeper) > 1 and root.is_dir():  # a folder in a shard cannot be named
             _log.warning(
                 "%s has one class folder, %s: for a class per folder in it (%s, ...) give --data %s",
                 *(root, folders[0], min(deeper), root / folders[0]),
@@ -82,7 +83,7 @@ def images_by_folder(root: Path, images: Sequence[str], left_out: LeftOut) -> La
     if loose:
         left_out.add("beside the class folders", loose[0], len(loose))
     known = set(folders)
-    for name in sorted(os.listdir(root)):
+    for name in sorted(os.listdir(root)) if root.is_dir() else ():  # a shard has no other folders
         if name not in known and (root / name).is_dir() and not name.startswith("."):
             left_out.add("folders without images", name)
     images = _first_part_of_classes([path for path in images if "/" in path], left_out)

@@ -1,24 +1,28 @@
 """WebDataset shards: uncompressed tar files of images, each ``<key>.jpg`` with its class in ``<key>.cls``.
 
-Without ``.cls`` members the images have no classes. Keys may contain dots.
+Without ``.cls`` members, classes come from the folders in the shards, if any, by the rules for folders of
+files (pmf/data/finding.py). Keys may contain dots.
 
 The shards are indexed once by reading their headers; images are then read by offset. Shuffling is therefore a
 true permutation of all images, and resuming is exact, as with a folder. (The webdataset package streams
 shards and shuffles within a buffer, whose state a checkpoint would have to contain.)
 """
 
+import posixpath
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, product
 from pathlib import Path
 
-from pmf.data.walk import LeftOut, image_endings, is_hidden
+from pmf.data.walk import OTHER_KIND, LeftOut, image_endings, is_hidden
 from pmf.errors import UserError
 
 _LOOKED_AT = 200  # members inspected to decide whether an archive is a shard
 _LABEL = ".cls"
+_MAX_LINKS = 8  # links followed from one member
 _BLOCK = 512  # size of the zero blocks that end a tar file
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -115,32 +119,38 @@ def is_labelled(shard: Path) -> bool:
 
 
 def _index(shard: Path, left_out: LeftOut) -> tuple[dict[str, Stored], dict[str, int]]:
-    """Images and labels by key: the name up to its last dot."""
+    """Images and labels by key: the name up to its last dot. Links to files in the archive are followed.
+
+    A file written twice counts as the last one, as when the archive is unpacked.
+    """
     pictures: dict[str, Stored] = {}
     numbers: dict[str, int] = {}
     endings = image_endings()
     try:
         with tarfile.open(shard, "r:") as archive:
-            for member in archive:
-                key = _without_ending(member.name.removeprefix("./"))
-                kind = member.name.rpartition(".")[2].lower()
-                if not member.isfile():
-                    continue
+            members = {posixpath.normpath(member.name): member for member in archive if not member.isdir()}
+            complete = shard.stat().st_size >= archive.offset + _BLOCK
+            for path, count in Counter(posixpath.normpath(m.name) for m in archive if not m.isdir()).items():
+                if count > 1:
+                    left_out.add("written again later in the shard", path, count - 1)
+            for path, member in members.items():
+                key, kind = _without_ending(path), member.name.rpartition(".")[2].lower()
                 if is_hidden(member.name):
                     left_out.add("hidden", member.name)
+                elif kind not in endings and f".{kind}" != _LABEL:
+                    left_out.add(OTHER_KIND, member.name)
+                elif (file := _followed(member, members)) is None:
+                    left_out.add("no file, or a link to none in the archive", member.name)
                 elif kind in endings:
                     if key in pictures:
                         raise UserError(
                             f"{shard} has two images with one name, {pictures[key].name} and {member.name}: "
                             "rename the one that is not to be trained on"
                         )
-                    pictures[key] = Stored(shard, member.offset_data, member.size, member.name)
-                elif f".{kind}" == _LABEL:
-                    content = archive.extractfile(member)
-                    numbers[key] = _label(content.read() if content else b"", shard, member.name)
+                    pictures[key] = Stored(shard, file.offset_data, file.size, member.name)
                 else:
-                    left_out.add("of unsupported type", member.name)
-            complete = shard.stat().st_size >= archive.offset + _BLOCK
+                    content = archive.extractfile(file)
+                    numbers[key] = _label(content.read() if content else b"", shard, member.name)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(
             f"the shard {shard} is truncated or not an uncompressed tar file ({error}): copy it again"
@@ -150,6 +160,23 @@ def _index(shard: Path, left_out: LeftOut) -> tuple[dict[str, Stored], dict[str,
     if not pictures:
         raise UserError(f"the shard {shard} contains no image that Pillow can open: leave it out")
     return pictures, numbers
+
+
+def _followed(member: tarfile.TarInfo, members: Mapping[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:
+    """The file that a member is, or to which it links within the archive; None if there is none."""
+    for _ in range(_MAX_LINKS):
+        if member.isfile():
+            return member
+        if member.islnk():  # a path from the archive's root, to a file that was written before
+            target = member.linkname
+        elif member.issym():
+            target = posixpath.join(posixpath.dirname(member.name), member.linkname)
+        else:
+            return None
+        if (found := members.get(posixpath.normpath(target))) is None:
+            return None
+        member = found
+    return None
 
 
 def _pair(
@@ -184,7 +211,7 @@ def _without_ending(name: str) -> str:
 
 
 def _label(content: bytes, shard: Path, name: str) -> int:
-    text = content.decode("utf-8", "replace").strip()
+    text = content.decode("utf-8-sig", "replace").strip()
     if not text.isdecimal():
         raise UserError(f"{name} in {shard} must contain a class number, 0 or more, got {text[:20]!r}")
     return int(text)

@@ -154,7 +154,7 @@ def open_images(source: str, *, channels: int | None = None, size: Size | None =
         if size is None:
             raise UserError(f"{source} contains a dataset rather than image files: give its --image-size")
         return _DataSet(source, channels or 1, size)
-    if not path.exists() and not source.endswith(".tar"):  # a shard pattern
+    if not path.exists() and not source.lower().endswith(".tar"):  # a shard pattern
         raise UserError(f"there are no images {source}: give a folder, a .npz file of images, or digits")
     return _Files(source, find_images(source).images, channels or 3, size)
 

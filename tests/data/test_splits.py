@@ -4,6 +4,7 @@ import io
 import logging
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -143,19 +144,36 @@ def test_train_is_a_split_beside_a_folder_without_other_classes(tmp_path: Path) 
     assert read(tmp_path)[1] == ["bus", "train", "unlabeled"]
 
 
-def write_shard(path: Path, *names: str, label: bool = True) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    png = io.BytesIO()
-    Image.new("L", (8, 8)).save(png, "PNG")
+def png() -> bytes:
+    content = io.BytesIO()
+    Image.new("L", (8, 8)).save(content, "PNG")
+    return content.getvalue()
+
+
+PNG = png()
+
+
+def write_members(path: Path, members: list[tuple[str, Any]]) -> None:
+    """A tar file of contents, or of links (kind, target), by name."""
     with tarfile.open(path, "w") as archive:
-        for number, name in enumerate(names):
-            members = [(f"{name}.png", png.getvalue())]
-            if label:
-                members.append((f"{name}.cls", str(number).encode()))
-            for member, content in members:
-                about = tarfile.TarInfo(member)
+        for name, content in members:
+            about = tarfile.TarInfo(name)
+            if isinstance(content, tuple):
+                about.type, about.linkname = content
+                archive.addfile(about)
+            else:
                 about.size = len(content)
                 archive.addfile(about, io.BytesIO(content))
+
+
+def write_shard(path: Path, *names: str, label: bool = True) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    members: list[tuple[str, Any]] = []
+    for number, name in enumerate(names):
+        members.append((f"{name}.png", PNG))
+        if label:
+            members.append((f"{name}.cls", str(number).encode()))
+    write_members(path, members)
 
 
 def test_splits_of_shards_in_folders_and_by_name(tmp_path: Path) -> None:
@@ -173,11 +191,32 @@ def test_splits_inside_a_shard(tmp_path: Path) -> None:
     assert list(find_images(str(tmp_path)).labels) == [0, 1]
 
 
-def test_duplicate_names_in_a_shard_are_named(tmp_path: Path) -> None:
+def test_images_that_differ_only_in_their_extension_are_named(tmp_path: Path) -> None:
     """The last one was used: a run trained on masks."""
-    write_shard(tmp_path / "masks.tar", "1", "2", "1")
-    with pytest.raises(UserError, match=r"has two images with one name, 1.png and 1.png: rename"):
+    write_members(tmp_path / "masks.tar", [("1.jpg", PNG), ("1.png", PNG), ("1.cls", b"0")])
+    with pytest.raises(UserError, match=r"has two images with one name, 1.jpg and 1.png: rename"):
         find_images(str(tmp_path))
+
+
+def test_the_last_of_two_members_with_one_name_counts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``tar -r`` appends a new version."""
+    write_shard(tmp_path / "0.tar", "1", "2", "1")
+    assert list(find_images(str(tmp_path)).labels) == [2, 1]
+    assert "left out 2 written again later in the shard (1.png, ...)" in caplog.text
+
+
+def test_links_in_a_shard_are_followed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """GNU tar writes the second of two names of one file as a hard link: image and label disappeared."""
+    hard, soft = tarfile.LNKTYPE, tarfile.SYMTYPE
+    members = [("a/1.png", PNG), ("a/1.cls", b"\xef\xbb\xbf1"), ("b/2.png", (hard, "a/1.png"))]
+    members += [("b/2.cls", b"0"), ("./b/3.png", (soft, "../b/2.png")), ("b/3.cls", (soft, "../a/1.cls"))]
+    members += [("b/4.png", (soft, "/elsewhere.png")), ("b/5.png", (soft, "5.png"))]
+    write_members(tmp_path / "A.TAR", members)
+    dataset = load_dataset(str(tmp_path / "A.TAR"), 8, 1)  # whatever the case of the ending
+    assert dataset.read(range(3))[1].tolist() == [1, 0, 1] and len(dataset) == 3
+    assert "left out 2 no file, or a link to none in the archive (b/4.png, ...)" in caplog.text
 
 
 def test_an_archive_beside_its_images_is_a_shard_only_with_labels(tmp_path: Path) -> None:
@@ -197,3 +236,25 @@ def test_keys_of_shards_may_contain_dots(tmp_path: Path) -> None:
 def test_shards_without_labels_have_one_class(tmp_path: Path) -> None:
     write_shard(tmp_path / "0.tar", "a", "b", label=False)
     assert load_dataset(str(tmp_path), 8, 1).class_names == ["0"]
+
+
+def test_folders_in_shards_are_classes_and_splits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They were ignored without a note: a run without classes."""
+    write_shard(tmp_path / "0.tar", "cat/1", "dog/1", label=False)
+    write_shard(tmp_path / "1.tar", "cat/1", "owl/2", label=False)  # keys need not differ between shards
+    found = find_images(str(tmp_path))
+    assert found.class_names == ["cat", "dog", "owl"] and list(found.labels) == [0, 1, 0, 2]
+    assert [str(image) for image in found.images][2] == f"cat/1.png in {tmp_path}/1.tar"
+    shard = tmp_path / "all.tar"
+    for names, classes, count in (
+        (["photos/cat/1", "photos/dog/2"], ["cat", "dog"], 2),
+        (["x/train/cat/1", "x/train/dog/2", "x/val/cat/3"], ["cat", "dog"], 2),
+        (["cat/train/1", "cat/val/2", "dog/train/3", "dog/val/4"], ["cat", "dog"], 2),
+        (["train/1", "val/2"], ["0"], 1),
+        (["./photos/1", "./photos/2"], ["photos"], 2),
+        (["1", "2"], ["0"], 2),
+    ):
+        write_shard(shard, *names, label=False)
+        found = find_images(str(shard))
+        assert (found.class_names, len(found.images)) == (classes, count), names
+    assert "outside the train split (val)" in caplog.text
