@@ -1,6 +1,7 @@
 """argparse whose errors are UserErrors, and flags generated from the typed training settings."""
 
 import argparse
+import os
 import re
 import types
 import typing
@@ -68,7 +69,7 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
 def _path(text: str) -> Path:
     if not text:  # Path("") is the current folder
         raise ValueError("must not be empty; the current folder is .")
-    return Path(text)
+    return Path(os.path.expanduser(text))  # shells leave --out=~/runs as it is
 
 
 def word_by(parse: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -19,6 +19,7 @@ from pmf.sizes import Size, height_and_width, size_in_words
 
 _CACHE_BYTES = 1 << 30  # image sets whose cropped pixels fit in this are decoded once and kept in memory
 _QUEUED = 4096  # images queued for decoding: queueing millions would take gigabytes
+_COLOURS = {1: "greyscale", 3: "colour"}
 _READERS = 8  # decoding threads; Pillow releases the GIL while decoding
 
 
@@ -95,14 +96,14 @@ def load_dataset(source: str | os.PathLike[str], image_size: Size, channels: int
     number for squares, or (height, width). Raises UserError if there are no images, or a file is damaged, not
     an image, or too small. Up to 1 GiB of cropped pixels is decoded at once and kept in memory.
     """
-    source = os.fspath(source)
+    source = os.path.expanduser(os.fspath(source))
     height, width = height_and_width(image_size)
-    if channels not in (1, 3):
-        raise UserError(f"--channels must be 1 (grey) or 3 (colour), got {channels}")
+    if channels not in _COLOURS:
+        raise UserError(f"--channels must be 1 (greyscale) or 3 (colour), got {channels}")
     if source == "digits":
         if (height, width, channels) != (8, 8, 1):
             raise UserError(
-                f"the digits are 8x8 grey images, but {height}x{width} with {channels} channels were "
+                f"the digits are 8x8 greyscale images, but {height}x{width} {_COLOURS[channels]} images were "
                 "requested: use --image-size 8 --channels 1, or give an image folder with --data"
             )
         return load_digits()
@@ -111,8 +112,9 @@ def load_dataset(source: str | os.PathLike[str], image_size: Size, channels: int
         found = images.shape[2:]
         if tuple(images.shape[1:]) != (channels, height, width):
             raise UserError(
-                f"the images of {source} are {size_in_words(found)} and grey, but {height}x{width} with "
-                f"{channels} channels were requested: use --image-size {size_in_words(found)} --channels 1"
+                f"the images of {source} are {size_in_words(found)} greyscale, but {height}x{width} "
+                f"{_COLOURS[channels]} images were requested: use --image-size {size_in_words(found)} "
+                "--channels 1"
             )
         return MemoryImages(images, labels, class_names(labels.tolist(), source))
     files = find_images(source)

@@ -1,6 +1,7 @@
 """Find the images of a dataset and their classes: the same rules for folders, shards and tables."""
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +32,11 @@ class FoundImages:
 def find_images(source: str) -> FoundImages:
     """Find the images in a folder, in its shards or tables, or in the files that `source` names.
 
+    Shells leave ``~`` as it is in quotes, in patterns and after ``=``, so it is expanded here.
     Folder layouts are described in pmf/data/labels.py. Skipped files are logged in a one-line warning. Raises
     UserError if there are no images or something is damaged.
     """
-    left_out = LeftOut()
+    source, left_out = os.path.expanduser(source), LeftOut()
     found = _find(source, left_out)
     if not found.images:
         raise UserError(f"{source} contains no images")
@@ -51,7 +53,7 @@ def _find(source: str, left_out: LeftOut) -> FoundImages:
     root = Path(source)
     if not root.is_dir():
         raise UserError(f"--data {root} is not a folder: give 'digits' or a folder of images")
-    if (listed := listed_images(root)) is not None:
+    if (listed := listed_images(root, left_out)) is not None:
         return FoundImages(listed.paths, listed.labels, listed.class_names)
     files: dict[str, list[str]] = {"": [], _SHARD: [], _TABLE: []}
     for path in walk(str(root), image_endings() | {_SHARD, _TABLE}, left_out):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 
 from pmf.data.shards import Stored
 from pmf.errors import UserError
@@ -125,8 +126,12 @@ def _check_size(path: Encoded, image: Image.Image, size: Size) -> None:
 
 def _seen_size(image: Image.Image) -> tuple[int, int]:
     """(height, width) after applying the EXIF orientation."""
-    lies = image.getexif().get(_ORIENTATION, 1) in _LYING if image.width != image.height else False
-    return image.size if lies else (image.height, image.width)
+    height, width = image.height, image.width
+    if height == width:
+        return height, width
+    if isinstance(image, TiffImageFile):  # as stored: newer versions of Pillow have turned a TIFF file's size
+        height, width = int(image.tag_v2[IMAGELENGTH]), int(image.tag_v2[IMAGEWIDTH])
+    return (width, height) if image.getexif().get(_ORIENTATION, 1) in _LYING else (height, width)
 
 
 def open_image(path: Encoded) -> Image.Image:

@@ -23,13 +23,14 @@ from pathlib import Path
 
 from pmf.data.emoji import emoji_by_category, is_emoji_package
 from pmf.data.splits import TRAINING, choose_split, split_of_folder
-from pmf.data.walk import OTHER_KIND, LeftOut
+from pmf.data.walk import OTHER_KIND, LeftOut, image_endings, walk
 from pmf.errors import UserError
 
 __all__ = ["UNLABELLED", "LabelledFiles", "images_by_folder", "listed_images", "number_labels"]
 
 _log = logging.getLogger(__name__)
 
+_CSV, _JSON = "labels.csv", "dataset.json"  # in any case
 UNLABELLED = "0"
 """The name of the single class of images that have none."""
 
@@ -45,22 +46,36 @@ class LabelledFiles:
     """The name of the file that lists them, if any."""
 
 
-def listed_images(root: Path) -> LabelledFiles | None:
+def listed_images(root: Path, left_out: LeftOut) -> LabelledFiles | None:
     """The images listed with their labels by a file in the folder; None if there is no such file.
 
-    Raises UserError if that file is malformed or lists a missing image.
+    The file's name may be in capitals. Raises UserError if it is malformed or lists a missing image.
     """
-    readers: list[tuple[str, Callable[[Path], list[tuple[str, str]] | None]]] = [
-        ("labels.csv", _read_csv),
-        ("dataset.json", _read_json),
-    ]
+    readers: dict[str, Callable[[Path], list[tuple[str, str]] | None]] = {_CSV: _read_csv, _JSON: _read_json}
     if is_emoji_package(root):
-        readers.append(("emoji.json", _read_emoji))
-    for name, read in readers:
-        if (root / name).is_file():
-            pairs = read(root / name)
-            return None if pairs is None else _check_listed(root / name, root, pairs)
+        readers["emoji.json"] = _read_emoji
+    for name, read in readers.items():
+        if (source := _list_file(root, name)) is not None:
+            if (pairs := read(source)) is None:
+                return None
+            listed = _check_listed(source, root, pairs)
+            if read is not _read_emoji:  # most of a package's images are meant to be left out
+                _report_unlisted(source, root, listed, left_out)
+            return listed
     return None
+
+
+def _list_file(root: Path, name: str) -> Path | None:
+    """A file in the folder by its name, preferably as spelt, or with other capitals."""
+    others = (entry for entry in sorted(os.listdir(root)) if entry.lower() == name) if root.is_dir() else ()
+    return next((root / entry for entry in (name, *others) if (root / entry).is_file()), None)
+
+
+def _report_unlisted(source: Path, root: Path, listed: LabelledFiles, left_out: LeftOut) -> None:
+    taken = set(listed.paths)
+    rest = [path for path in walk(str(root), image_endings(), LeftOut()) if f"{root}/{path}" not in taken]
+    if rest:
+        left_out.add(f"not listed in {source.name}", rest[0], len(rest))
 
 
 def images_by_folder(root: Path, images: Sequence[str], left_out: LeftOut) -> LabelledFiles:
@@ -71,7 +86,7 @@ def images_by_folder(root: Path, images: Sequence[str], left_out: LeftOut) -> La
         return _first_part(root, folders, images, left_out)
     if len(folders) == 1 and not loose and _holds_splits(below := _within(folders[0], images)):
         return images_by_folder(root / folders[0], below, left_out)
-    if len(folders) < 2 or (root / "dataset.json").is_file():  # dataset.json with null labels
+    if len(folders) < 2 or _list_file(root, _JSON):  # dataset.json with null labels
         names = folders if len(folders) == 1 and not loose else [UNLABELLED]
         deeper = {path.split("/")[1] for path in images if path.count("/") > 1}
         if len(deeper) > 1 and root.is_dir():  # a folder in a shard cannot be named
@@ -144,7 +159,7 @@ def _first_part(root: Path, folders: list[str], images: Sequence[str], left_out:
     if len(chosen) > 1:
         raise UserError(f"{root} has several {part} folders ({', '.join(chosen)}): give one of them")
     below = root / chosen[0]
-    if (listed := listed_images(below)) is not None:
+    if (listed := listed_images(below, left_out)) is not None:
         left_out.used(OTHER_KIND, f"{chosen[0]}/{listed.list_file}")
         return listed
     begin = len(chosen[0]) + 1
@@ -174,8 +189,14 @@ def _read_csv(source: Path) -> list[tuple[str, str]]:
             rows = list(csv.reader(file, strict=True))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{source} cannot be read as a CSV file in UTF-8 ({error})") from error
-    if not rows or [cell.strip().lower() for cell in rows[0]] != ["file", "label"]:
-        raise UserError(f"the first row of {source} must be file,label")
+    header = [cell.strip().lower() for cell in rows[0]] if rows else []
+    if header[:2] == ["file", "label"] and len(header) > 2:
+        raise UserError(
+            f"{source} must have two columns, file and label: remove {', '.join(map(repr, rows[0][2:]))}"
+        )
+    if header != ["file", "label"]:
+        found = f", got {','.join(rows[0])[:60]!r}" if rows else ""
+        raise UserError(f"the first row of {source} must be file,label{found}")
     pairs = []
     for number, row in enumerate(rows[1:], start=2):
         if not row:
@@ -221,7 +242,8 @@ def _read_emoji(source: Path) -> list[tuple[str, str]]:
 def _check_listed(source: Path, root: Path, pairs: list[tuple[str, str]]) -> LabelledFiles:
     if not pairs:
         raise UserError(f"{source} lists no images")
-    pairs = [(os.path.normpath(file), label) for file, label in pairs]  # ./a.png and a.png are the same file
+    # ./a.png and a.png are the same file
+    pairs = [(os.path.normpath(_with_slashes(file, root)), label) for file, label in pairs]
     seen: set[str] = set()
     for file, _ in pairs:
         if os.path.isabs(file) or file.split("/")[0] == "..":
@@ -229,10 +251,19 @@ def _check_listed(source: Path, root: Path, pairs: list[tuple[str, str]]) -> Lab
         if file in seen:
             raise UserError(f"{source} lists {file!r} twice: keep one of the two rows")
         if not os.path.isfile(f"{root}/{file}"):
-            raise UserError(f"{source} lists {file!r}, which does not exist in {root}")
+            why = ": separate folders by /" if "\\" in file else ""
+            raise UserError(f"{source} lists {file!r}, which does not exist in {root}{why}")
         seen.add(file)
     labels, names = number_labels([label for _, label in pairs])
     return LabelledFiles([f"{root}/{file}" for file, _ in pairs], labels, names, source.name)
+
+
+def _with_slashes(file: str, root: Path) -> str:
+    r"""A path with / for \, as lists from Windows have it, if only that exists: a name may contain \."""
+    if "\\" not in file or os.path.isfile(f"{root}/{file}"):
+        return file
+    slashed = file.replace("\\", "/")
+    return slashed if os.path.isfile(f"{root}/{slashed}") else file
 
 
 def number_labels(words: Sequence[str]) -> tuple[list[int], list[str]]:

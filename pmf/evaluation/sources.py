@@ -145,6 +145,7 @@ def open_images(source: str, *, channels: int | None = None, size: Size | None =
     """
     if not source:
         raise UserError("the path of the images is empty: give a folder, a .npz file of images, or digits")
+    source = os.path.expanduser(source)  # as in `find_images`
     path = Path(source)
     if path.suffix == ".npz":
         return _Array(path, channels, size)

@@ -91,7 +91,10 @@ BAD: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "truncated image": (truncated, "b.png is truncated or damaged"),
     "not an image": (not_an_image, "b.png is not an image"),
     "broken labels": (broken_labels, "'dog/none.png', which does not exist"),
-    "digits too large": (lambda p: ["train", "--image-size", "16"], "the digits are 8x8 grey images"),
+    "digits too large": (
+        lambda p: ["train", "--image-size", "16"],
+        "the digits are 8x8 greyscale images, but 16x16 greyscale images were",
+    ),
     "impossible network": (lambda p: ["train", "--num-heads", "7"], "num_heads"),
     "resume nothing": (lambda p: ["train", "--resume", str(p / "no")], "there is no run folder"),
     "resume elsewhere": (

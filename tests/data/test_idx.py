@@ -32,7 +32,7 @@ def test_images_and_labels_are_those_of_the_files(tmp_path: Path, end: str) -> N
 @pytest.mark.parametrize(
     ("images", "labels", "size", "sentence"),
     [
-        (HEADER[3] + PIXELS, HEADER[1] + bytes(4), 8, "6x6 and grey, .* use --image-size 6x6 --channels 1"),
+        (HEADER[3] + PIXELS, HEADER[1] + bytes(4), 8, "6x6 greyscale, .* use --image-size 6x6 --channels 1"),
         (HEADER[3] + PIXELS[:-1], HEADER[1] + bytes(4), 6, "images-idx3-ubyte.gz is truncated"),
         (
             HEADER[3] + PIXELS,

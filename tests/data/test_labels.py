@@ -58,6 +58,24 @@ def test_dataset_json_of_the_edm_tools(folder: Path) -> None:
     assert found.class_names == ["0", "1"] and found.labels == [1, 0]
 
 
+def test_images_that_the_list_lacks_are_reported(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The rest was left out without a word."""
+    for name, text in (
+        ("LABELS.CSV", "file,label\ndog\\a.png,woof\n"),  # from Windows
+        ("dataset.json", json.dumps({"labels": [["dog/a.png", 1]]})),
+    ):
+        (folder / name).write_text(text)
+        found = find_images(str(folder))
+        assert found.images == [f"{folder}/dog/a.png"] and len(found.class_names) == 1
+        assert f"{folder}: left out 2 not listed in {name} (cat/c.png, ...)" in caplog.text
+        (folder / name).unlink()
+
+
+def test_the_home_folder_may_be_abbreviated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert len(load_dataset(f"~/{folder.name}", 8, 1)) == 3
+
+
 def write(name: str, text: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_text(text, encoding="utf-8") and None
 
@@ -66,6 +84,15 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "not utf-8": (lambda f: (f / "labels.csv").write_bytes(b"file,label\n\xff\xfe") and None, "UTF-8"),
     "header": (write("labels.csv", "dog/a.png,1\n"), "first row of .*labels.csv must be file,label"),
     "empty csv": (write("labels.csv", ""), "first row"),
+    "third column": (
+        write("labels.csv", "file,label,split\ndog/a.png,1,train\n"),
+        "labels.csv must have two columns, file and label: remove 'split'",
+    ),
+    "semicolons": (write("labels.csv", "file;label\n"), "must be file,label, got 'file;label'"),
+    "windows": (
+        write("labels.csv", "file,label\nC:\\a.png,1\n"),
+        "does not exist in .*: separate folders by /",
+    ),
     "no rows": (write("labels.csv", "file,label\n"), "lists no images"),
     "three cells": (write("labels.csv", "file,label\ndog/a.png,1,2\n"), "row 2 .*got 'dog/a.png,1,2'"),
     "no label": (write("labels.csv", "file,label\ndog/a.png,\n"), "row 2"),
