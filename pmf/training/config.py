@@ -143,7 +143,8 @@ class RunSettings:
     minutes: float | None = _setting(None, "stop after this many minutes of training")
     init_from: str | None = _setting(
         None,
-        "initialise from this checkpoint, ours or the authors'; weights of other shapes are left random",
+        "initialise from this checkpoint, ours or the authors'; weights of other shapes and classes of other "
+        "names are left random",
     )
     seed: int = _setting(0, "seed of the weights, the data order and all random draws")
     precision: str = _setting(

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,9 @@ class Trainer:
                 self.model = models.PixelMeanFlow(network).to(self.device)
             self.initial: list[str] = []
             if config.run.init_from is not None and fresh:
-                self.initial = initialise(self.model, Path(config.run.init_from))
+                self.initial = initialise(
+                    self.model, Path(os.path.expanduser(config.run.init_from)), dataset.class_names
+                )
             self.model.checkpointing = config.run.checkpointing
             if self.sharded:
                 shard_model(self.model, config.run.precision)

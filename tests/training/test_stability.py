@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pmf import checkpoint
+from pmf.data import MemoryImages
 from pmf.errors import UserError
 from pmf.training import TrainConfig, Trainer, prepare, train
 from pmf.training.config import OptimizerSettings
@@ -101,6 +102,45 @@ def test_initialises_from_the_weights_that_fit(tmp_path: Path, tiny: Tiny) -> No
         assert torch.equal(average, ours[name])
     said = "\n".join(trainer.initial)
     assert f"of {len(ours)} weights come from" in said and "initialised randomly: position" in said
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        # Named by number, ordered by number: the first run's first class is the second's second.
+        (["1", "9", "10"], ["0", "1", "10"], ["1 of 3 classes, not in the file: 0", "not in the data: 9"]),
+        (["cat", "dog"], ["cat", "dog", "owl"], ["1 of 3 classes, not in the file: owl"]),
+        (["0", "1", "2"], ["cat", "dog", "owl"], ["3 of 3 classes, not in the file: cat, dog, owl"]),
+        (["0"], ["0", "1"], ["2 of 2 classes, not in the file: 0, 1"]),  # trained without classes
+        (["cat", "dog"], ["0"], ["2 of the file's classes, not in the data: cat, dog"]),
+        (["cat", "dog"], ["cat", "dog"], []),
+    ],
+)
+def test_classes_keep_their_names_in_initial_weights(
+    tmp_path: Path, tiny: Tiny, before: list[str], now: list[str], said: list[str]
+) -> None:
+    """Tables of one shape were copied row by row: a class became another."""
+
+    def trainer(names: list[str], **settings: object) -> Trainer:
+        return Trainer(tiny(**settings), MemoryImages(torch.zeros(9, 1, 8, 8), torch.zeros(9), names))
+
+    def table(model: torch.nn.Module) -> torch.Tensor:
+        return dict(model.named_parameters())["condition.label_embedder.embedding.weight"].detach()
+
+    old = trainer(before, seed=1).model
+    file = tmp_path / "old.safetensors"
+    file.write_bytes(checkpoint.weights_bytes(dict(old.named_parameters()), old.config, before))
+    started, fresh = trainer(now, init_from=str(file)), table(trainer(now).model)
+    expected = fresh.clone()
+    expected[-1] = table(old)[-1]
+    if now == ["0"]:  # no classes: the row for no label
+        expected[0] = table(old)[-1]
+    for row, name in enumerate(now):
+        if name in before and before != ["0"]:
+            expected[row] = table(old)[before.index(name)]
+    assert torch.equal(table(started.model), expected)
+    lines = "\n".join(started.initial)
+    assert all(words in lines for words in said) and len(started.initial) == 1 + len(said)
 
 
 def test_initialising_from_unusable_weights_is_one_sentence(tmp_path: Path, tiny: Tiny) -> None:
