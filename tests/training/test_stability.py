@@ -110,7 +110,11 @@ def test_initialises_from_the_weights_that_fit(tmp_path: Path, tiny: Tiny) -> No
         # Named by number, ordered by number: the first run's first class is the second's second.
         (["1", "9", "10"], ["0", "1", "10"], ["1 of 3 classes, not in the file: 0", "not in the data: 9"]),
         (["cat", "dog"], ["cat", "dog", "owl"], ["1 of 3 classes, not in the file: owl"]),
-        (["0", "1", "2"], ["cat", "dog", "owl"], ["3 of 3 classes, not in the file: cat, dog, owl"]),
+        (
+            ["0", "1", "2"],
+            ["cat", "dog", "owl"],
+            ["3 of 3 classes, not in the file: cat, dog, owl", "data: 0, 1, 2"],
+        ),
         (["0"], ["0", "1"], ["2 of 2 classes, not in the file: 0, 1"]),  # trained without classes
         (["cat", "dog"], ["0"], ["2 of the file's classes, not in the data: cat, dog"]),
         (["cat", "dog"], ["cat", "dog"], []),
