@@ -122,18 +122,13 @@ def _view(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, A
     x = args[0]
     t = mode.stored(x)
     out = func(*args, **kwargs)
-    views = [out] if isinstance(out, Tensor) else list(out)
     assert t is not None
+    views = [out] if isinstance(out, Tensor) else list(out)
     first = [mode.same_view(x, t, y) for y in views]
     if any(y is None for y in first):
-        t = mode.get(x)
-        assert t is not None
-        for y in views:
-            offset = t.storage_offset() + y.storage_offset() - x.storage_offset()
-            mode.alias(y, t.as_strided(y.size(), y.stride(), offset))
-    else:
-        for y, y_t in zip(views, first, strict=True):
-            mode.alias(y, y_t)
+        return NotImplemented
+    for y, y_t in zip(views, first, strict=True):
+        mode.alias(y, y_t)
     return out
 
 

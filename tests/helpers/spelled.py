@@ -75,6 +75,11 @@ def complex_numbers(x: Tensor) -> Tensor:
     return torch.fft.ifft(z * z.imag).real + z.abs() + torch.polar(x.abs(), x).imag
 
 
+def rotary_by_complex_numbers(x: Tensor) -> Tensor:
+    turns = torch.polar(torch.ones(3, dtype=x.dtype), torch.arange(3, dtype=x.dtype) + 1)
+    return torch.view_as_real(torch.view_as_complex(x.reshape(-1, 3, 2)) * turns).flatten(1)
+
+
 def padded(x: Tensor) -> Tensor:
     return (
         F.pad(x, (1, 2), value=7.0).square() @ torch.ones(9, 6, dtype=x.dtype)
@@ -183,7 +188,7 @@ def memory_formats(x: Tensor) -> Tensor:
 
 SPELLED = (
     in_place_rope, written_into_zeros, shared_then_written, transposed_in_place, strided, detached,
-    overwritten, complex_numbers, padded, integers, products, reductions, masked, split, scalars,
-    without_grad, mapped, rms_norms, ours, memory_formats,
+    overwritten, complex_numbers, rotary_by_complex_numbers, padded, integers, products, reductions, masked,
+    split, scalars, without_grad, mapped, rms_norms, ours, memory_formats,
     attention_past_the_replacement, scattered, activations_in_place,
 )  # fmt: skip
