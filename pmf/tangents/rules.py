@@ -251,6 +251,8 @@ def _layer_norm(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[
     if t is None or mode.get(weight) is not None or mode.get(bias) is not None:
         return formula(mode, func, args, kwargs)
     out, mean, rstd = outputs = mode.value(func, *args)
+    if weight is not None and weight.dtype != x.dtype:  # 16-bit input, 32-bit weights and statistics
+        x, t = x.to(weight.dtype), t.to(weight.dtype)
     mask = [True, False, False]
     t = aten.native_layer_norm_backward(t, x, shape, mean, rstd, None, None, mask)[0]
     mode.set(out, t if weight is None else t.mul_(weight))

@@ -242,6 +242,21 @@ def test_autocast_and_bfloat16_weights(name: str):
     assert all(torch.isfinite(g).all() for g in gradients(*found, network))
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+def test_16_bit_values_in_float32_norms(grouped: bool):
+    """As autocast on a CPU makes them: their statistics are float32."""
+    norm = nn.GroupNorm(2, 4) if grouped else nn.LayerNorm(4)
+    nn.init.normal_(norm.weight)
+    x, x_t = torch.randn(2, 5, 4).bfloat16().unbind(0)
+    found = pmf.Jvp(norm)((x,), (x_t,))
+    assert found[1].dtype == torch.bfloat16
+    exact = jvp_math(norm, (x.float(),), (x_t.float(),))
+    assert_close([y.float().detach() for y in found], exact, 4 * eps_of(torch.bfloat16))
+    network = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(pmf.Jvp(network)((x.float(),), (x_t.float(),))[0], network(x.float()), 0.0)
+
+
 def test_under_transforms_it_is_torch_func_jvp():
     """Under vmap the mode would see different tensors from those with tangents, and be off by 1."""
     problem = NETWORKS["points"](torch.float64)
