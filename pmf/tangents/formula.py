@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map
 
-from .mode import LAZY, TangentMode
+from .mode import DIFFERENTIATES, LAZY, TangentMode
 
 __all__ = ["formula", "unknown"]
 
@@ -19,6 +19,8 @@ _Keys = torch._C.DispatchKey
 
 def formula(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Value and tangent from PyTorch's forward-mode formula, which raises if there is none."""
+    if forward_ad._current_level >= 0:
+        raise RuntimeError(DIFFERENTIATES)
     given = []
 
     def dual(x: Any) -> Any:
@@ -49,10 +51,19 @@ def formula(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str,
         entered.enter_context(forward_ad._set_fwd_grad_enabled(True))
         entered.enter_context(forward_ad.dual_level())
         dual_args, dual_kwargs = tree_map(dual, (tuple(args), kwargs))
-        return tree_map(value, func(*dual_args, **dual_kwargs))
+        try:
+            out = func(*dual_args, **dual_kwargs)
+        except NotImplementedError as error:
+            if "forward AD" not in str(error):
+                raise
+            raise NotImplementedError(
+                f"Jvp: PyTorch has no forward mode for {func}: compute it by other operators"
+            ) from error
+        return tree_map(value, out)
 
 
 def unknown(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     raise NotImplementedError(
-        f"Jvp: {func} has no rule for tangents; call with detach_tangent=False, which is torch.func.jvp"
+        f"Jvp: {func} has no rule for tangents; if it has a forward mode, call with detach_tangent=False, "
+        "which is torch.func.jvp"
     )

@@ -15,11 +15,11 @@ no tangents, and third-party autograd.Functions, whose derivative may differ fro
 
 import sys
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage
+from torch._ops import HigherOrderOperator
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
@@ -31,6 +31,10 @@ LAZY = (_Keys.Conjugate, _Keys.Negative, _Keys.ZeroTensor)
 # Values arrive already cast, and tangents follow them.
 _AUTOCAST = tuple(getattr(_Keys, name) for name in ("AutocastCPU", "AutocastCUDA"))
 
+DIFFERENTIATES = (
+    "Jvp: the network differentiates within its forward (torch.autograd or torch.func), which detached "
+    "tangents do not follow: call it with detach_tangent=False, which is torch.func.jvp"
+)
 
 LARGE = 1 << 20
 """Tangents of at least this many bytes take turns in a few buffers."""
@@ -46,6 +50,8 @@ class TangentMode(TorchDispatchMode):
 
     samples: (n, B) if tangents cover the first n of B samples (`samples`).
     """
+
+    supports_higher_order_operators = True
 
     def __init__(self, samples: tuple[int, int] | None = None) -> None:
         super().__init__()
@@ -222,13 +228,14 @@ class TangentMode(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch._C._current_graph_task_id() != self._graph_task:
-            raise RuntimeError(
-                "Jvp: the network differentiates within its forward (torch.autograd), which detached "
-                "tangents do not follow: call it with detach_tangent=False, which is torch.func.jvp"
-            )
+            raise RuntimeError(DIFFERENTIATES)
         tensors = tensors_of((*args, *kwargs.values()) if kwargs else args)
         if all(self.stored(x) is None for x in tensors):
             return func(*args, **kwargs)
+        if isinstance(func, HigherOrderOperator):
+            raise NotImplementedError(
+                f"Jvp: {func.name()} is a higher-order operator and has no tangents: use ordinary operators"
+            )
         _check_function()
         lazy = any(x.is_complex() or x.is_neg() for x in tensors)
         if not lazy and not torch._C._is_any_autocast_enabled():
@@ -271,31 +278,18 @@ def _check_function() -> None:
         )
 
 
-_forwards: dict[Any, str | None] = {}
+_APPLY = torch.autograd.Function.apply.__code__
 
 
 def _foreign_function() -> str | None:
-    """The autograd.Function whose forward is running, unless it is PyTorch's or ours."""
-    frame = sys._getframe(2)
+    """The autograd.Function that is being applied, unless it is PyTorch's or ours."""
+    frame: Any = sys._getframe(2)
+    inside = torch.is_inference_mode_enabled()  # which disables it too
     while frame is not None:
-        code = frame.f_code
-        if code.co_name == "forward":
-            if code not in _forwards:
-                owner = next((f for f in _all_functions() if _code_of(f) is code), torch.autograd.Function)
-                trusted = owner.__module__.partition(".")[0] in ("torch", "pmf")
-                _forwards[code] = None if trusted else owner.__qualname__
-            if _forwards[code] is not None:
-                return _forwards[code]
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
-
-
-def _all_functions(base: Any = torch.autograd.Function) -> Iterator[Any]:
-    for subclass in base.__subclasses__():
-        yield subclass
-        yield from _all_functions(subclass)
-
-
-def _code_of(function: Any) -> Any:
-    forward = function.forward
-    return getattr(getattr(forward, "__func__", forward), "__code__", None)
+        if frame.f_code is _APPLY:
+            function = frame.f_locals["cls"]
+            if function.__module__.partition(".")[0] not in ("torch", "pmf"):
+                return function.__qualname__
+            inside = True
+        frame = frame.f_back
+    return None if inside else "a function in C++"

@@ -1,7 +1,7 @@
 """Value and tangent of any network, as a module."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unfl
 
 from pmf import ops
 
-from .mode import TangentMode, is_active
+from .mode import DIFFERENTIATES, TangentMode, is_active
+from .scripted import without_torchscript
 from .sdpa import attention, is_plain, replace_attribute, replace_sdpa, torchs
 
 __all__ = ["Jvp"]
@@ -76,7 +77,9 @@ class Jvp(nn.Module):
             else:
                 given = _completed(primals, given)
         if transformed:
-            with replace_sdpa():
+            # Dynamo traces no locks, and TorchScript only by itself.
+            scripted = contextlib.nullcontext() if compiling else without_torchscript()
+            with replace_sdpa(), scripted:
                 out, out_t = _by_transform(self.network, primals, given, constants)
         elif compiling:
             from . import _compiled
@@ -84,7 +87,7 @@ class Jvp(nn.Module):
             what = _compiled.what_it_does(self.network)
             out, out_t = _compiled.traced(self.network, _compiled.marked((primals, given, constants)), what)
         else:
-            with replace_attribute(), _freed_early():
+            with replace_attribute(), _in_one_sentence(), _freed_early():
                 out, out_t = beside(self.network, primals, given, constants, samples)
         if detach_tangent:
             out_t = tree_map_only(Tensor, torch.Tensor.detach, out_t)
@@ -115,7 +118,7 @@ def beside(
                 mode.alias(leaves[i], torch.empty_like(leaves[i]).copy_(t.detach()))
             else:
                 mode.set_first(leaves[i], t.detach().clone(), 0)
-    with mode, _FromAbove(mode):
+    with mode, _FromAbove(mode), without_torchscript():
         out = network(*tree_unflatten(leaves, spec), **constants)
     out_leaves, out_spec = _flatten(out)
     out_ts = [_tangent_of(mode, y) for y in out_leaves]
@@ -292,6 +295,17 @@ def _tangent_of(mode: TangentMode, value: Any) -> Tensor | None:
     if t is not None and t.shape[1:] != value.shape[1:]:
         t = mode.get(value)
     return torch.zeros_like(value) if t is None else t
+
+
+@contextlib.contextmanager
+def _in_one_sentence() -> Iterator[None]:
+    """Errors of torch.func about the surroundings that this module creates."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "saved tensor hooks" in str(error) or "Nested forward mode" in str(error):
+            raise RuntimeError(DIFFERENTIATES) from error
+        raise
 
 
 def _freed_early() -> contextlib.AbstractContextManager[Any]:

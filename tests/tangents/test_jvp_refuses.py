@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from helpers.networks import NETWORKS, jvp_math
 from helpers.tolerance import assert_close
 from torch import nn
+from torch.autograd import forward_ad
 
 import pmf
 
@@ -121,7 +122,15 @@ class WithJvp(torch.autograd.Function):
         return tangent
 
 
-@pytest.mark.parametrize("function", [Rounded, WithJvp])
+class Decorated(Rounded):
+    forward = staticmethod(torch.amp.custom_fwd(lambda ctx, x: x.round(), device_type="cpu"))
+
+
+class ByAnyName(Rounded):
+    forward = staticmethod(lambda ctx, x: x.round())
+
+
+@pytest.mark.parametrize("function", [Rounded, Decorated, ByAnyName, WithJvp])
 def test_third_party_autograd_functions(function):
     network = Net(function.apply)
     with pytest.raises(RuntimeError, match=f"{function.__name__} is an autograd.Function"):
@@ -131,6 +140,60 @@ def test_third_party_autograd_functions(function):
     if function is WithJvp:
         found = pmf.Jvp(network)((X,), (X_T,), detach_tangent=False)[1]
         assert_close(found.detach(), X_T @ network.layer.weight.detach().T, 1e-6)
+
+
+def test_functions_in_cpp():
+    """They switch forward mode off, too, without a Python class to be named."""
+
+    def function(x):
+        with forward_ad._set_fwd_grad_enabled(False):
+            return x.round()
+
+    with pytest.raises(RuntimeError, match="a function in C.. is an autograd.Function"):
+        run(function)
+
+
+@torch.jit.script
+def modulate(x, scale):
+    return x * (1.0 + scale)
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_torchscript(detach: bool):
+    """From the second call on, tangents were zero: its executor differentiates by itself."""
+    modulate(X, X)
+    layers = nn.Sequential(nn.Linear(4, 4), nn.GELU())
+    with pytest.raises(RuntimeError, match=r"runs TorchScript \(modulate\)"):
+        run(lambda x: modulate(x, x.sin()), detach_tangent=detach)
+    for module in (
+        torch.jit.script(layers),
+        torch.jit.trace(layers, X),
+        nn.Sequential(torch.jit.script(layers)),
+    ):
+        with pytest.raises(RuntimeError, match=r"runs TorchScript \(forward\)"):
+            pmf.Jvp(module)((X,), (X_T,), detach)
+    assert modulate(X, X).shape == X.shape  # as before
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.func.grad(lambda y: y.tanh().sum())(x),
+        lambda x: torch.func.vjp(torch.tanh, x)[1](x)[0],
+        lambda x: torch.func.jvp(torch.exp2, (x,), (x,))[1],
+    ],
+    ids=["grad", "vjp", "jvp"],
+)
+def test_transforms_in_the_forward(function):
+    with pytest.raises(RuntimeError, match="differentiates within its forward .*detach_tangent=False"):
+        run(function)
+    assert run(function, detach_tangent=False)[1].any()
+
+
+def test_higher_order_operators():
+    network = torch.ops.higher_order.cond
+    with pytest.raises(NotImplementedError, match="cond is a higher-order operator"), torch.no_grad():
+        run(lambda x: network(torch.tensor(True), torch.sin, torch.cos, (x,)))
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -163,9 +226,21 @@ def test_out_arguments_and_lists_in_place():
         run(lambda x: torch._foreach_mul_([x * 1], 2.0))
 
 
-def test_operators_without_a_forward_mode_are_named_by_pytorch():
-    with pytest.raises(NotImplementedError, match="forward AD with _pdist_forward"):
-        run(lambda x: F.pdist(x))
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("_pdist_forward", F.pdist),
+        ("_cdist_forward", lambda x: torch.cdist(x, x)),
+        (
+            "grid_sampler_2d",
+            lambda x: F.grid_sample(x[None, None], x[None, :, :2, None], align_corners=False),
+        ),
+        ("_sparse_addmm", lambda x: torch.sparse.mm(torch.eye(3).to_sparse(), x)),
+    ],
+)
+def test_operators_without_a_forward_mode(name, function):
+    with pytest.raises(NotImplementedError, match=f"Jvp: PyTorch has no forward mode for aten.{name}"):
+        run(function)
 
 
 def test_a_device_that_does_not_fit():
