@@ -301,12 +301,21 @@ def trained_settings(file: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ValueError for a key that occurs twice, of which Python would take the last."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
+    return content
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; UserError if the file is missing or damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): use another checkpoint") from error
+        raise UserError(f"{path} cannot be read ({error}): repair it, or use another") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} must contain a JSON object")
     return content

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from pmf import _library, kernels
+from pmf import __version__, _library, kernels
 from pmf.cli import ablate, bench, check, convert, demo, env, evaluate, flops, report, sample, toy, train
 from pmf.cli.arguments import Parser
 from pmf.cli.notes import notes_on_stderr
@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words[:1] == ["bench"]:  # pmf.bench parses its own options
             return bench.run(words[1:])
         parser = Parser(prog="pmf", description=_DESCRIPTION)
+        parser.add_argument("--version", action="version", version=f"pmf {__version__}")
         commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
         for module in (train, sample, demo, report, evaluate, ablate, convert, flops, toy, bench, check, env):
             module.add_parser(commands)

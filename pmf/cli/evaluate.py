@@ -54,6 +54,9 @@ where it stopped. Results are written to --out/result.json. Samples are not stor
 """
 _BATCH_ON_CPU, _BATCH_ELSEWHERE = 16, 64
 _QUICK = 20  # images in a --quick run
+_SAMPLING: dict[str, Any] = {"classes": None, "seed": 0, "keep": None, "ema": None, "steps": 1, "times": None}
+_SAMPLING |= {"omega": None, "interval": None, "precision": "auto"}
+"""The flags that apply to samples, and their defaults."""
 
 
 def add_parser(commands: Commands) -> None:
@@ -98,11 +101,11 @@ def add_parser(commands: Commands) -> None:
     sampling = parser.add_argument_group("Samples")
     sampling.add_argument("--classes", nargs="+", metavar="CLASS", help="class names or numbers (all)")
     sampling.add_argument(
-        "--seed", type=int, default=0, help="seed of the first sample; sample i uses seed + i (%(default)s)"
+        "--seed", type=int, help="seed of the first sample; sample i uses seed + i (%(default)s)"
     )
     sampling.add_argument("--keep", type=Path, metavar="FOLDER", help="save all samples, a folder per class")
     sampling.add_argument("--ema", help="averaged weights to use: a half-life such as 500, or none")
-    sampling.add_argument("--steps", type=int, default=1, help="network evaluations per image (%(default)s)")
+    sampling.add_argument("--steps", type=int, help="network evaluations per image (%(default)s)")
     sampling.add_argument(
         "--times", nargs="+", type=float, metavar="T", help="evaluate at these times instead, e.g. 1 0.6 0"
     )
@@ -110,7 +113,7 @@ def add_parser(commands: Commands) -> None:
     sampling.add_argument(
         "--interval", nargs=2, type=float, metavar=("MIN", "MAX"), help="guidance interval (the model's)"
     )
-    sampling.add_argument("--precision", choices=PRECISIONS, default="auto", help="as for pmf sample")
+    sampling.add_argument("--precision", choices=PRECISIONS, help="as for pmf sample")
     parser.add_argument(
         "--batch-size",
         type=int,
@@ -118,7 +121,7 @@ def add_parser(commands: Commands) -> None:
         help=f"images per batch ({_BATCH_ON_CPU} on a CPU, otherwise {_BATCH_ELSEWHERE})",
     )
     parser.add_argument("--device", default="cpu", help="torch device (%(default)s)")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, **_SAMPLING)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -197,6 +200,10 @@ def _check(arguments: argparse.Namespace) -> None:
     """Reject invalid arguments before opening anything."""
     if (arguments.checkpoint is None) == (arguments.images is None):
         raise UserError("give either a checkpoint to sample from or --images")
+    if arguments.images is not None:
+        for name, default in _SAMPLING.items():
+            if getattr(arguments, name) != default:
+                raise UserError(f"--{name} applies to samples, not to --images: leave it out")
     if arguments.reference is None and arguments.make_stats is None:
         raise UserError("give --reference to compare, or --make-stats to write the statistics of the images")
     if arguments.make_stats is not None and arguments.make_stats.suffix != ".npz":
@@ -224,8 +231,6 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _open_source(arguments: argparse.Namespace, device: torch.device) -> ImageSource:
     if arguments.images is not None:
-        if arguments.classes is not None or arguments.keep is not None:
-            raise UserError("--classes and --keep apply to samples, not to --images")
         source = open_images(arguments.images, channels=arguments.channels, size=arguments.image_size)
         if len(source) < 2:
             raise UserError(f"{arguments.images} contains one image: a distance needs at least two")

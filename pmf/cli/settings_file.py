@@ -1,9 +1,10 @@
 """Settings from a file: a run's config.json, or YAML keyed by flag name."""
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pmf import checkpoint
 from pmf.arguments import fits
@@ -12,17 +13,28 @@ from pmf.training import PRESETS
 from pmf.training.config import TrainConfig, flag, settings, type_of
 
 
-def read_settings_file(path: Path) -> tuple[str | None, dict[str, Any]]:
-    """The preset named in a file, if any, and its settings, ready for `TrainConfig.with_settings`.
+class FileSettings(NamedTuple):
+    """The preset named in a file, if any, and its settings, ready for `TrainConfig.with_settings`."""
+
+    preset: str | None
+    settings: dict[str, Any]
+    by_hand: bool
+    """Whether a user chose these settings: a run's config.json holds all of them."""
+
+
+def read_settings_file(path: Path) -> FileSettings:
+    """Settings from a file.
 
     A run's config.json contains all settings in groups; flat YAML (or JSON) sets any of them by flag name:
-    ``batch-size: 64``. Raises UserError for an unknown name or a value of the wrong type.
+    ``batch-size: 64``. Raises UserError for an unknown name, a name that occurs twice or a value of the wrong
+    type.
     """
     content = _read(path)
     if isinstance(content.get("model"), dict) and isinstance(content.get("run"), dict):
         config = TrainConfig.from_json(content)
         name = config.preset if config.preset in PRESETS else None
-        return name, {s.name: getattr(getattr(config, group), s.name) for group, s in settings()}
+        every = {s.name: getattr(getattr(config, group), s.name) for group, s in settings()}
+        return FileSettings(name, every, by_hand=False)
     known = {setting.name: (setting, type_of(group, setting.name)) for group, setting in settings()}
     chosen: dict[str, Any] = {}
     preset = content.pop("preset", None)
@@ -42,7 +54,7 @@ def read_settings_file(path: Path) -> tuple[str | None, dict[str, Any]]:
             chosen[name] = _typed(value, hint, setting.metadata["parse"])
         except ValueError as error:
             raise UserError(f"{path}: {flag(name)} {error}") from error
-    return None if preset is None else str(preset), chosen
+    return FileSettings(None if preset is None else str(preset), chosen, by_hand=True)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -55,11 +67,15 @@ def _read(path: Path) -> dict[str, Any]:
     except ImportError as error:
         raise UserError(f"reading {path} needs PyYAML: pip install pyyaml, or give a .json file") from error
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content, tree = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path} cannot be read as YAML ({str(error).splitlines()[0]})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} must map setting names to values, such as batch-size: 64")
+    for word, count in Counter(key.value for key, _ in tree.value).items():  # loaded, the last one wins
+        if count > 1:
+            raise UserError(f"{path} sets {flag(str(word).replace('_', '-'))} twice")
     return content
 
 

@@ -21,6 +21,7 @@ from pmf.training import (
     new_run_folder,
     prepare,
     quick,
+    refuse_unread,
     resume_config,
 )
 
@@ -164,25 +165,29 @@ def _in_its_place(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _choose(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Path | None, TrainConfig]:
     """The run folder, if known, and its settings."""
-    overrides = given_settings(arguments)
-    preset = None
+    flags = overrides = given_settings(arguments)
+    preset, by_hand = None, {}
     if arguments.config is not None:
         if arguments.resume is not None:
             raise UserError("--resume uses the run's own settings: leave out --config")
-        preset, written = read_settings_file(arguments.config)
-        overrides = _in_its_place(written) | _in_its_place(overrides)
+        file = read_settings_file(arguments.config)
+        preset, overrides = file.preset, _in_its_place(file.settings) | _in_its_place(flags)
+        by_hand = file.settings if file.by_hand else {}
     if arguments.resume is not None:
         if arguments.preset is not None or arguments.out is not None:
             raise UserError("--resume uses the run's own folder and settings: leave out --preset and --out")
         if "init_from" in overrides:
             raise UserError("--resume continues from the run's own weights: leave out --init-from")
         config = resume_config(arguments.resume, overrides)
+        refuse_unread(config, overrides)
         if arguments.quick:
             done = checkpoint.step_of(checkpoint.newest_checkpoint(arguments.resume))
             config = config.with_settings(steps=done + 2, minutes=None)
         return arguments.resume, config
     overrides = _in_its_place(overrides)
     config, out = get_preset(arguments.preset or preset or "digits", **overrides), arguments.out
+    refuse_unread(config, flags)
+    refuse_unread(config, by_hand, replaced=flags)
     if arguments.quick:
         config = quick(config, ranks.size)
     if out is not None and out.is_dir() and checkpoint.checkpoint_folders(out):

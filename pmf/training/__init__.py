@@ -5,6 +5,7 @@ from pmf.training.folders import new_run_folder, resume_config
 from pmf.training.loop import Run, TrainResult, prepare, train
 from pmf.training.presets import PRESETS, get_preset, quick
 from pmf.training.trainer import Trainer
+from pmf.training.unread import refuse_unread
 
 __all__ = [
     "PRESETS",
@@ -16,6 +17,7 @@ __all__ = [
     "new_run_folder",
     "prepare",
     "quick",
+    "refuse_unread",
     "resume_config",
     "train",
 ]

@@ -8,6 +8,7 @@ import torch
 from helpers.pmf_process import TINY, run_in
 from PIL import Image
 
+import pmf
 from pmf.cli import main
 
 
@@ -157,6 +158,12 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         main([command, "--help"])
     assert stop.value.code == 0
     assert capsys.readouterr().out.startswith(f"usage: pmf {command}")
+
+
+def test_the_version_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"pmf {pmf.__version__}\n"
 
 
 def test_dry_run_prints_the_settings_and_trains_nothing(

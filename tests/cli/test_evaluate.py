@@ -184,6 +184,29 @@ def test_bad_input_gives_one_sentence_and_leaves_nothing(
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        ["--omega", "7"],
+        ["--times", "1", "0"],
+        ["--interval", "0", "1"],
+        ["--steps", "2"],
+        ["--seed", "3"],
+        ["--ema", "500"],
+        ["--precision", "fp32"],
+        ["--classes", "3"],
+        ["--keep", "kept"],
+    ],
+)
+def test_settings_of_samples_are_rejected_for_images(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is sampled, so they had no effect."""
+    assert main(["evaluate", "--images", "digits", *PIXELS, *words]) == 2
+    expected = f"error: {words[0]} applies to samples, not to --images: leave it out\n"
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize(
     ("words", "sentence"),
     [
         (["--omega", "0.5"], "omega must be finite and at least 1 (1 is no guidance), got 0.5"),

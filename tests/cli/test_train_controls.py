@@ -77,6 +77,8 @@ def test_a_settings_file_is_parsed_like_flags(
         ("batch-size: -1", "--batch-size must be 1 or more"),
         ("batch-size: many", "--batch-size must be a whole number, got 'many'"),
         ("batch-size: 8\nbatch_size: 9", "sets --batch-size twice"),
+        ("batch-size: 8\nbatch-size: 9", "sets --batch-size twice"),
+        ("guidance: false\nmax-omega: 3", "--max-omega has no effect with --no-guidance"),
     ],
 )
 def test_an_invalid_settings_file_is_one_sentence(
@@ -108,6 +110,44 @@ def test_given_settings_replace_conflicting_preset_settings(
     assert settings("--config", str(file), "--steps", "5", "--schedule", "cosine") == (0.0, 5, None)
     assert pmf.cli.main(["train", "--dry-run", "--schedule", "cosine", "--cooldown", "0.5"]) == 2
     assert "--cooldown ends a constant schedule" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--no-guidance --max-omega 3", "--max-omega has no effect with --no-guidance: leave it out, or"),
+        ("--no-guidance --sample-interval 0 1", "--sample-interval has no effect with --no-guidance"),
+        ("--sigma-data .3", "--sigma-data has no effect without a --preconditioner"),
+        ("--times r=t --data-proportion 1", "--data-proportion has no effect with --times"),
+        ("--norm-p 0 --norm-eps 1", "--norm-eps has no effect with --norm-p 0"),
+        ("--perceptual none --perceptual-size 64", "--perceptual-size has no effect with --perceptual none"),
+        ("--perceptual lite0 --lpips-lambda 1", "--lpips-lambda has no effect without LPIPS"),
+        (
+            "--perceptual lpips --convnext-lambda 1",
+            "--convnext-lambda has no effect without ConvNeXt or lite0",
+        ),
+        ("--no-ema --sample-ema 10", "--sample-ema has no effect with --no-ema"),
+        ("--evaluate-images 10", "--evaluate-images has no effect without --evaluate-every"),
+    ],
+)
+def test_a_flag_without_effect_is_named(flags: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pmf.cli.main(["train", "--dry-run", *flags.split()]) == 2
+    assert f"error: {said}" in capsys.readouterr().err
+
+
+def test_presets_runs_and_files_may_hold_settings_that_a_flag_switches_off(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "settings.json"
+    command = ["train", "--config", str(file), "--no-guidance", "--sample-omega", "1", "--dry-run"]
+    file.write_text(json.dumps({"preset": "emoji", "max-omega": 3.0}))
+    assert pmf.cli.main(command) == 0
+    file.write_text(capsys.readouterr().out)  # a run's config.json
+    assert pmf.cli.main(command) == 0
+    assert pmf.cli.main([*command, "--omega-beta", "2"]) == 2
+    file.write_text('{"steps": 1, "steps": 2}')
+    assert pmf.cli.main(command) == 2
+    assert "settings.json cannot be read ('steps' occurs twice)" in capsys.readouterr().err
 
 
 def test_a_missing_settings_file_is_one_sentence(tmp_path: Path) -> None:
