@@ -1,6 +1,7 @@
 """Datasets: images by index, in memory or read from files."""
 
 import os
+import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -10,10 +11,11 @@ from typing import Protocol
 import torch
 
 from pmf.data.digits import load_digits
-from pmf.data.finding import class_names, find_images
+from pmf.data.finding import FoundImages, class_names, find_images
 from pmf.data.idx import is_idx_folder, read_idx_folder
 from pmf.data.images import Encoded, check_image, read_image, to_float
 from pmf.data.memory import MemoryImages
+from pmf.data.shards import Stored
 from pmf.errors import UserError
 from pmf.sizes import Size, height_and_width, size_in_words
 
@@ -52,8 +54,9 @@ class FolderImages:
         class_names: list[str],
         size: Size,
         channels: int,
+        fingerprint: str | None = None,
     ) -> None:
-        self.paths, self.labels = paths, torch.tensor(labels)
+        self.paths, self.labels, self.fingerprint = paths, torch.tensor(labels), fingerprint
         self.class_names, self.size, self.channels = class_names, size, channels
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="pmf-read")
 
@@ -118,8 +121,20 @@ def load_dataset(source: str | os.PathLike[str], image_size: Size, channels: int
             )
         return MemoryImages(images, labels, class_names(labels.tolist(), source))
     files = find_images(source)
-    folder = FolderImages(files.images, files.labels, files.class_names, image_size, channels)
+    fingerprint = _fingerprint(files, source)
+    folder = FolderImages(files.images, files.labels, files.class_names, image_size, channels, fingerprint)
     if len(folder) * channels * height * width > _CACHE_BYTES:
         folder.check_headers()
         return folder
-    return MemoryImages(folder.read_pixels(range(len(folder))), folder.labels, folder.class_names)
+    return MemoryImages(
+        folder.read_pixels(range(len(folder))), folder.labels, folder.class_names, fingerprint
+    )
+
+
+def _fingerprint(files: FoundImages, source: str) -> str:
+    """A checksum of names (within larger files, lengths) and labels in order, which takes no reading."""
+    digest = 0
+    for image, label in zip(files.images, files.labels, strict=True):
+        about = image.length if isinstance(image, Stored) else image.removeprefix(source)
+        digest = zlib.crc32(os.fsencode(f"{about} {label}\n"), digest)
+    return f"{digest:08x}"

@@ -81,9 +81,7 @@ def prepare(
         "their settings", {flag(s.name): getattr(getattr(config, g), s.name) for g, s in settings()}
     )
     trainer = ranks.together(lambda: _prepare(config, dataset, ranks, resume_from is None))
-    ranks.require_same(
-        "their images", {"classes": trainer.dataset.class_names, "number": len(trainer.dataset)}
-    )
+    ranks.require_same("their images", {"classes": trainer.dataset.class_names, **trainer.images()})
     if resume_from is not None:
         newest = ranks.together(lambda: checkpoint.newest_checkpoint(resume_from))
         ranks.require_same("what to resume", {"newest checkpoint": newest.name})

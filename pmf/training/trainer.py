@@ -193,6 +193,7 @@ class Trainer:
             "position": self.stream.position,
             "optimizer": pack(self.optimizer.state_dict(), "optimizer", tensors),
             "ema_updates": self.ema.updates,
+            "images": self.images(),
         }
         return tensors, header
 
@@ -211,6 +212,7 @@ class Trainer:
             "ema_updates": self.ema.updates,
             "model": dataclasses.asdict(self.model.config),
             "class_names": self.dataset.class_names,
+            "images": self.images(),
             "half_lives": self.ema.half_lives,
         }
         return tensors, header
@@ -236,6 +238,7 @@ class Trainer:
             self.generator.set_state(tensors["generator"])
             self.stream.position = header["position"]
             self.step, self.seconds = header["step"], header["seconds"]
+            self._compare_images(header.get("images"))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"{state} does not belong to this run ({error}): remove {folder}") from error
 
@@ -251,6 +254,26 @@ class Trainer:
         except KeyError as error:
             raise UserError(f"{folder / sharded.HEADER} lacks {error}: use another checkpoint") from error
         self.optimizer.set_steps(self.step)
+        self._compare_images(header.get("images"))
+
+    def images(self) -> dict[str, Any]:
+        """What determines the order of the images besides the seed."""
+        fingerprint = getattr(self.dataset, "fingerprint", None)
+        return {"number": len(self.dataset), "fingerprint": fingerprint}
+
+    def _compare_images(self, before: dict[str, Any] | None) -> None:
+        """Warn if the images of a checkpoint were others; those of earlier versions do not say."""
+        now = self.images()
+        if before is None or before == now:
+            return
+        what = "other images or labels than"
+        if before["number"] != now["number"]:
+            what = f"{now['number']} images, not {before['number']} as"
+        _log.warning(
+            "%s has %s before: from here on the run sees them in a new order, not in that of a run that "
+            "never stopped",
+            *(self.config.data.data, what),
+        )
 
     def _require_classes(self, trained: object, folder: Path) -> None:
         if trained != self.dataset.class_names:

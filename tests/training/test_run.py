@@ -189,6 +189,30 @@ def test_other_classes_and_another_runs_state_are_rejected_when_resuming(tmp_pat
         train(config, tmp_path / "run", resume=True, dataset=MemoryImages(images, labels, ["cat", "dog"]))
 
 
+def test_resuming_with_other_images_says_that_their_order_is_new(
+    tmp_path: Path, tiny: Tiny, caplog: pytest.LogCaptureFixture
+) -> None:
+    """More images of the same classes were read in another order, without a word."""
+    for name in ("cat/1", "cat/2", "dog/3", "dog/4"):
+        path = tmp_path / "photos" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8)).save(path)
+    run, photos = tmp_path / "run", tmp_path / "photos"
+    train(tiny(steps=1, data=str(photos)), run)
+
+    def resumed(steps: int) -> str:
+        caplog.clear()
+        train(resume_config(run, {"steps": steps}), run, resume=True)
+        return caplog.text
+
+    assert resumed(2) == ""
+    (photos / "cat" / "1.png").rename(photos / "cat" / "5.png")
+    assert f"{photos} has other images or labels than before: from here on the run sees them" in resumed(3)
+    Image.new("L", (8, 8)).save(photos / "cat" / "6.png")
+    assert f"{photos} has 5 images, not 4 as before: from here on" in resumed(4)
+    assert resumed(5) == ""
+
+
 def test_user_made_folders_beside_the_checkpoints_are_ignored(tmp_path: Path) -> None:
     for name in ("step-00000002", "step-00000010", "step-00000010-good"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
