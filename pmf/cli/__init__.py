@@ -3,11 +3,12 @@
 import sys
 from collections.abc import Sequence
 
-from pmf import __version__, _library, kernels
+from pmf import _library, kernels
 from pmf.cli import ablate, bench, check, convert, demo, env, evaluate, flops, report, sample, toy, train
 from pmf.cli.arguments import Parser
 from pmf.cli.notes import notes_on_stderr
 from pmf.errors import UserError
+from pmf.version import VERSION
 
 _NEED_KERNELS = ("train", "sample", "demo", "evaluate", "ablate", "flops", "bench", "check")
 _INTERRUPTED = 130  # the exit status that shells report after Ctrl-C
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words[:1] == ["bench"]:  # pmf.bench parses its own options
             return bench.run(words[1:])
         parser = Parser(prog="pmf", description=_DESCRIPTION)
-        parser.add_argument("--version", action="version", version=f"pmf {__version__}")
+        parser.add_argument("--version", action="version", version=f"pmf {VERSION}")
         commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
         for module in (train, sample, demo, report, evaluate, ablate, convert, flops, toy, bench, check, env):
             module.add_parser(commands)
