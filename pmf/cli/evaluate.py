@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -269,7 +268,7 @@ def _find_reference(
     if arguments.reference is None:
         return None, None
     if arguments.reference.endswith(".npz"):
-        statistics = read_statistics(Path(os.path.expanduser(arguments.reference)), space)
+        statistics = read_statistics(Path(arguments.reference), space)
         if statistics is not None:
             return statistics, None
     images = open_images(arguments.reference, channels=source.shape[0], size=source.shape[1:])

@@ -2,7 +2,7 @@
 
 1. A subfolder per class: ``folder/<class>/**/<image>``; classes are numbered in sorted order of their names.
 2. ``folder/labels.csv``: a header row ``file,label``, then a row per image; ``file`` is relative to the
-   folder, ``label`` is any string.
+   folder, ``label`` is any string. Images that the file does not list are left out.
 3. ``folder/dataset.json``: ``{"labels": [["<file>", <integer>], ...]}``, as written by the StyleGAN and EDM
    tools; if the list is null, the images have no classes.
 4. An unpacked emoji package, whose ``emoji.json`` names the categories (pmf/data/emoji.py).

@@ -1,6 +1,7 @@
 """Reference statistics files: the mean and covariance of features, as .npz."""
 
 import io
+import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ def read_statistics(path: Path, space: FeatureSpace) -> Statistics | None:
     Accepted names: mu and sigma, ref_mu and ref_sigma, m and s, mean and cov. Raises UserError if the file is
     missing, damaged, has the wrong size or names another feature space.
     """
+    path = Path(os.path.expanduser(path))  # as for images
     if not path.is_file():
         raise UserError(f"there is no reference statistics file {path}")
     try:
