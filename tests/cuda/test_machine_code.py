@@ -34,6 +34,9 @@ MEANT = {
     r"hopper_forward_kernel<HopperSizes<__nv_bfloat16, ": (
         r"HGMMA\.64x\d+x16\.F32\.BF16", r"UTMALDG\.4D", r"SYNCS\.PHASECHK", r"STG\.E.*\.128"
     ),
+    r"hopper_backward_kernel<HopperBackwardSizes<__nv_bfloat16, ": (
+        r"HGMMA\.64x\d+x16\.F32\.BF16", r"UTMALDG\.4D", r"SYNCS\.PHASECHK", r"STG\.E.*\.128"
+    ),
 }  # fmt: skip
 HOPPER = r"hopper_\w+kernel<"
 """Kernels for sm_90a only."""

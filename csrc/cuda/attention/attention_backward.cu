@@ -8,6 +8,7 @@
 #include "cuda/attention/attention_choices.h"
 #include "cuda/attention/attention_launchers.h"
 #include "cuda/attention/attention_views.h"
+#include "cuda/attention/hopper_backward.h"
 #include "cuda/common/cuda.cuh"
 #include "cuda/common/launch.cuh"
 
@@ -195,6 +196,11 @@ const char* attention_backward(const AttentionBackwardParams& params, void* stre
   }
   const int64_t shared_limit = device_shared_limit(), per_processor = device_shared_per_processor();
   if (shared_limit <= 0 || per_processor <= 0) return kNoLimits;
+  const char* problem = nullptr;
+  if (params.sequences.queries == nullptr && is_regular(params) &&
+      hopper_backward(params, stream, problem)) {
+    return problem;
+  }
   const AttentionShape one = planned_shape(s, params.sequences);
   const auto tuned = [&](AttentionLaunch launch) {
     return attention_choice({launch, params.dtype, params.dtype == DType::f32 && params.allow_tf32,

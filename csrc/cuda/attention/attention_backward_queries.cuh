@@ -36,29 +36,33 @@ struct MovingMean {
   float shrink[2], delta[2];     // what the tile did: factor of all sums, then the mean's movement
 };
 
-// Turns a tile's scores into e and its products b into H.
+// Raises the maximum to that of a tile's scores.
 template <int kTiles>
-__device__ inline void advance(MovingMean& state, float (&s)[kTiles][4], float (&b)[kTiles][4],
-                               float scale) {
-  float base[2];
+__device__ inline void raise(MovingMean& state, const float (&s)[kTiles][4]) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     float peak = s[0][2 * h];
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) peak = fmaxf(peak, fmaxf(s[j][2 * h], s[j][2 * h + 1]));
     const float now = fmaxf(state.top[h], quad_max(peak));
-    base[h] = now == -INFINITY ? 0.0f : now;
-    state.shrink[h] = exp2_approx(state.top[h] - base[h]);
+    state.shrink[h] = exp2_approx(state.top[h] - (now == -INFINITY ? 0.0f : now));
     state.top[h] = now;
   }
+}
+
+// Turns a tile's scores into e and its products b into H.
+template <int kTiles>
+__device__ inline void advance(MovingMean& state, float (&s)[kTiles][4], float (&b)[kTiles][4],
+                               float scale) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
+    const float base = state.top[h] == -INFINITY ? 0.0f : state.top[h];
     float sum = 0.0f, moment = 0.0f;
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
       for (int e = 2 * h; e < 2 * h + 2; ++e) {
-        s[j][e] = exp2_approx(s[j][e] - base[h]);
+        s[j][e] = exp2_approx(s[j][e] - base);
         sum += s[j][e];
         moment = fmaf(s[j][e], fmaf(scale, b[j][e], -state.mean[h]), moment);
       }
@@ -168,6 +172,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
                       (!kRegular && crosses(plan.window, query, kWarpRows, key, kColumns));
     finish_scores<false, kRegular>(s, p, plan, sequence,
                                    {place.batch, place.head, query + g, key + 2 * t}, edge, b);
+    raise(state, s);
     advance(state, s, b, scale);
     follow(state, m, z);
 #pragma unroll

@@ -1,0 +1,459 @@
+// Attention's ordinary backward by Hopper's own instructions (hopper.cuh): the mathematics of
+// attention_backward_queries.cuh, which leaves the row statistics, and then that of
+// attention_backward_keys.cuh.
+//
+// Both are one kernel: a row block of 64 queries (or keys) with their gradients of out (or values)
+// meets tiles of kColumns keys (or queries) that stream past, and every sum is one warp's from
+// beginning to end, in one fixed order: no atomics.
+//
+//   queries    S = Q K^T    B = G V^T      M += e K         Z += H K
+//   keys       S = K Q^T    B = V G^T      dV += P^T G      dK += dS^T Q
+//
+// Blocks, warps and the ring are the forward's (hopper_forward.cuh), and so is the order in which
+// they compute: the next tile's S and B are queued before the products of this one, which run
+// beside the exponentials. Of the copying warpgroup's warps, one copies tiles, one for each
+// consumer its rows, and, for the keys, one the tile's row statistics.
+//
+// Registers: 64 x kColumns of S and B and of the two factors that they become, 64 x kWidth of two
+// sums: 208 a thread of the 240 that there are at width 64 and 96 columns, 200 at 128 and 48.
+// FLOPs: 4 products each, 2 Nq Nk D a product, in place of the 5 of one kernel that had atomics.
+// Bytes: as the other kernels, 64 rows a pass over the streamed side, or all of a head's rows if
+// its tiles stay. Bound: the tensor cores; at width 64, 768 cycles of them a tile stand beside half
+// as many of exponentials and (estimate) nearly as many of other instructions.
+#pragma once
+
+#include "cuda/attention/attention_backward_queries.cuh"
+#include "cuda/attention/hopper_tile.cuh"
+#include "cuda/common/divisor.h"
+
+namespace pmf::cuda {
+
+constexpr int kBackwardSides = 2;
+constexpr float kLargestKnown = 4194304.0f;  // up to here fp32 numbers are 1/4 apart, or less
+
+// Everything of one of the two launches.
+struct HopperBackward {
+  HopperMaps row[kBackwardSides], column[kBackwardSides];  // Q and G, K and V; or K and V, Q and G
+  View4 gradient[2];                                       // of Q; or of V and of K
+  float* statistics;            // attention_backward.cuh: [batch, heads, statistic, padded_queries]
+  const float *lse, *grad_lse;  // [batch, heads, queries]; the second may be null
+  int heads, rows, columns;     // of a head: on the own side, and on the streamed one
+  int tiles, row_blocks, rounds, items;  // as HopperForward's
+  int padded_queries;
+  Divisor by_parts, by_heads;
+  float factor, scale;
+};
+
+template <typename T, int kWidth, int kColumns_, int kSlots_, bool kByKeys_>
+struct HopperBackwardSizes : HopperShape<T, kWidth, kColumns_, kBackwardSides> {
+  using Base = HopperShape<T, kWidth, kColumns_, kBackwardSides>;
+  static constexpr int kColumns = kColumns_, kSlots = kSlots_, kConsumers = 2;
+  static constexpr bool kByKeys = kByKeys_;
+  static constexpr uint32_t kRowsBytes = Base::Rows::kBytes, kSlotBytes = Base::Tile::kBytes;
+  static constexpr uint32_t kStatisticBytes = kByKeys ? kStatistics<false> * kColumns * 4 : 0;
+  // Rows of each consumer, the ring, the slots' statistics, the barriers.
+  static constexpr uint32_t kRing = kConsumers * kRowsBytes;
+  static constexpr uint32_t kFigures = kRing + kSlots * kSlotBytes;
+  static constexpr uint32_t kBarriers = kFigures + kSlots * kStatisticBytes;
+  static constexpr int kSharedBytes = int(kBarriers) + 8 * (2 * kSlots + 2 * kConsumers);
+};
+
+// Where things are in shared memory.
+template <class C>
+struct HopperBackwardPlaces {
+  uint32_t base;
+
+  __device__ uint32_t rows(int consumer) const { return base + uint32_t(consumer) * C::kRowsBytes; }
+  __device__ uint32_t tile(int slot) const {
+    return base + C::kRing + uint32_t(slot) * C::kSlotBytes;
+  }
+  __device__ static float* statistics(int slot) {
+    return reinterpret_cast<float*>(swizzled_shared() + C::kFigures) +
+           slot * int(C::kStatisticBytes / 4);
+  }
+
+  __device__ uint32_t full(int slot) const { return barrier(slot); }
+  __device__ uint32_t empty(int slot) const { return barrier(C::kSlots + slot); }
+  __device__ uint32_t rows_full(int c) const { return barrier(2 * C::kSlots + c); }
+  __device__ uint32_t rows_empty(int c) const { return barrier(2 * C::kSlots + C::kConsumers + c); }
+
+ private:
+  __device__ uint32_t barrier(int i) const { return base + C::kBarriers + 8 * uint32_t(i); }
+};
+
+// ---- the copying warps --------------------------------------------------------------------------
+
+template <class C>
+__device__ inline void copy_tiles(const HopperBackward& p, const HopperBackwardPlaces<C>& at) {
+  RingPlace<C::kSlots> place;
+  for (int item = int(blockIdx.x); item < p.items; item += int(gridDim.x)) {
+    const HopperItem here = hopper_item<C>(p, item);
+    for (int j = 0; j < p.tiles; ++j, place = place.next()) {
+      mbarrier_wait(at.empty(place.slot), place.parity ^ 1);
+      copy_rows<C, typename C::Tile>(at.tile(place.slot), p.column[0], p.column[1],
+                                     at.full(place.slot), j * C::kColumns, here.head, here.batch);
+    }
+  }
+}
+
+template <class C>
+__device__ inline void copy_row_blocks(const HopperBackward& p, const HopperBackwardPlaces<C>& at,
+                                       int c) {
+  uint32_t parity = 0;
+  int i = 0;
+  for (int item = int(blockIdx.x); item < p.items; item += int(gridDim.x), ++i) {
+    const HopperItem here = hopper_item<C>(p, item);
+    const HopperShare share = hopper_share<C>(p, here, c, i);
+    for (int r = 0; r < share.count; ++r, parity ^= 1) {
+      const int row = (here.first + share.turn + r * C::kConsumers) * kRowBlock;
+      mbarrier_wait(at.rows_empty(c), parity ^ 1);
+      copy_rows<C, typename C::Rows>(at.rows(c), p.row[0], p.row[1], at.rows_full(c), row,
+                                     here.head, here.batch);
+    }
+  }
+}
+
+// One of the statistics of a head's queries.
+__device__ inline float* statistics_of(const HopperBackward& p, const HopperItem& here, int which) {
+  const int64_t head = int64_t(here.batch) * p.heads + here.head;
+  return p.statistics + (head * kStatistics<false> + which) * p.padded_queries;
+}
+
+// By a whole warp. Past the queries are zeros, no weight among them.
+template <class C>
+__device__ inline void copy_statistics(const HopperBackward& p, const HopperBackwardPlaces<C>& at) {
+  constexpr int kFloats = kChunkBytes / 4, kCopies = C::kColumns / kFloats;  // of one statistic
+  const int lane = int(threadIdx.x) % kWarpThreads;
+  RingPlace<C::kSlots> place;
+  for (int item = int(blockIdx.x); item < p.items; item += int(gridDim.x)) {
+    const float* const from = statistics_of(p, hopper_item<C>(p, item), 0);
+    for (int j = 0; j < p.tiles; ++j, place = place.next()) {
+      mbarrier_wait(at.empty(place.slot), place.parity ^ 1);
+      float* const to = at.statistics(place.slot);
+      for (int i = lane; i < kStatistics<false> * kCopies; i += kWarpThreads) {
+        const int query = j * C::kColumns + i % kCopies * kFloats;
+        cp_async_16(to + i * kFloats, from + (int64_t{i / kCopies} * p.padded_queries + query),
+                    query < p.columns);
+      }
+      cp_async_commit();
+      cp_async_wait<0>();
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(at.full(place.slot));
+    }
+  }
+}
+
+// ---- the consumers ------------------------------------------------------------------------------
+
+// What is left where a block of rows has met all tiles.
+template <class T, int kOutTiles>
+__device__ inline void store_gradient(const float (&sums)[kOutTiles][4], const View4& view,
+                                      const HopperItem& here, int row, int rows, int lane) {
+  T* const start = static_cast<T*>(view.data) + int64_t(here.batch) * view.stride[0] +
+                   int64_t(here.head) * view.stride[1];
+  store_rows<true>(sums, start, view.stride[2], 1, row, rows, 8 * kOutTiles, lane);
+}
+
+// The registers of 16 of a row block's rows: a warp's.
+template <class C>
+struct HopperBackwardUnit {
+  using E = typename C::E;
+
+  float s[C::kTiles][4], b[C::kTiles][4];
+  float x[C::kOutTiles][4], y[C::kOutTiles][4];  // M and Z, or dV and dK
+  FragmentA weights[C::kDepths], derivatives[C::kDepths];
+
+  // Of queries, as in attention_backward_queries.
+  MovingMean state;
+  float sum[2], residue[2];  // of rows of e and of H, rounded: l and r
+  bool searches;             // for the maximum, which is else taken from lse
+
+  __device__ void reset() {
+    clear(x);
+    clear(y);
+    state = MovingMean();
+    sum[0] = sum[1] = residue[0] = residue[1] = 0.0f;
+  }
+  // `row`: the lane's row g. The maximum is lse, which is above it by log(Nk) at most: nothing has
+  // to be scaled again when a tile raises it. Where lse is rounded to more than 1/4, or nothing is
+  // known, it is found tile by tile as in the other kernels.
+  __device__ void expect(const HopperBackward& p, const HopperItem& here, int row) {
+    const float* const lse = p.lse + (int64_t(here.batch) * p.heads + here.head) * p.rows;
+    searches = false;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      state.top[h] = row + 8 * h < p.rows ? kLog2eFloat * lse[row + 8 * h] : 0.0f;
+      state.shrink[h] = 1.0f;
+      searches = searches || !(fabsf(state.top[h]) <= kLargestKnown);
+    }
+    searches = any_lane(searches);
+    if (searches) state.top[0] = state.top[1] = -INFINITY;
+  }
+
+  // The compiler leaves them where they are.
+  __device__ void hold_scores() {
+    hold(s);
+    hold(b);
+  }
+  __device__ void hold_results() {
+    hold(x);
+    hold(y);
+#pragma unroll
+    for (int i = 0; i < C::kDepths; ++i) {
+      hold(weights[i].x);
+      hold(derivatives[i].x);
+    }
+  }
+
+  __device__ void multiply_scores(uint32_t rows, uint32_t tile) {
+    wgmma_across<C, 0, 0>(s, rows, tile, false);
+    wgmma_across<C, 1, 1>(b, rows, tile, false);
+  }
+  __device__ void multiply_results(uint32_t tile) {
+#pragma unroll
+    for (int i = 0; i < C::kDepths; ++i) {
+      wgmma_down<C, C::kByKeys ? 1 : 0>(x, weights[i], tile, i);
+      wgmma_down<C, 0>(y, derivatives[i], tile, i);
+    }
+  }
+
+  // S and B of tile j to e and H, or to P^T and dS^T.
+  __device__ void differentiate(const HopperBackward& p, int j, const float* statistics, int lane) {
+    const int column = 2 * (lane & 3);
+#pragma unroll
+    for (int n = 0; n < C::kTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[n][e] *= p.factor;
+    }
+    if constexpr (!C::kByKeys) {
+      if (j + 1 == p.tiles) hide(column, p.columns - j * C::kColumns);
+      // Apart, so that the usual way ends before what the caller waits for.
+      if (searches) {
+        raise(state, s);
+        advance(state, s, b, p.scale);
+      } else {
+        advance(state, s, b, p.scale);
+      }
+      return;
+    }
+    const auto pair = [&](int which, int n) {
+      return *reinterpret_cast<const float2*>(statistics + which * C::kColumns + 8 * n + column);
+    };
+#pragma unroll
+    for (int n = 0; n < C::kTiles; ++n) {
+      const float2 top = pair(kTop, n), weight = pair(kWeight, n), mean = pair(kD, n);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const bool odd = e % 2 == 1;
+        s[n][e] = exp2_approx(s[n][e] - (odd ? top.y : top.x)) * (odd ? weight.y : weight.x);
+        b[n][e] = s[n][e] * fmaf(p.scale, b[n][e], -(odd ? mean.y : mean.x));
+      }
+    }
+  }
+
+  // The sums, as the tile that comes next needs them; then its factors.
+  __device__ void follow_mean() {
+    if constexpr (!C::kByKeys) {
+      if (searches) {
+        follow(state, x, y);
+      } else {
+#pragma unroll
+        for (int n = 0; n < C::kOutTiles; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) y[n][e] = fmaf(-state.delta[e / 2], x[n][e], y[n][e]);
+        }
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        sum[h] *= state.shrink[h];
+        residue[h] = fmaf(-state.delta[h], sum[h], residue[h] * state.shrink[h]);
+      }
+    }
+  }
+  // The sums of a tile's rows are products with ones, in four chains, as each waits for the last.
+  __device__ void pack() {
+    float l[2][4] = {}, r[2][4] = {};
+#pragma unroll
+    for (int i = 0; i < C::kDepths; ++i) {
+      weights[i] = E::pack_a(s + 2 * i);
+      derivatives[i] = E::pack_a(b + 2 * i);
+      if constexpr (!C::kByKeys) {
+        E::multiply(l[i % 2], weights[i], E::ones(true));
+        E::multiply(r[i % 2], derivatives[i], E::ones(true));
+      }
+    }
+    if constexpr (!C::kByKeys) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        sum[h] += l[0][2 * h] + l[1][2 * h];
+        residue[h] += r[0][2 * h] + r[1][2 * h];
+      }
+    }
+  }
+
+  // `row`: the lane's row g.
+  __device__ void finish(const HopperBackward& p, const HopperItem& here, int row, int lane) {
+    using T = typename C::T;
+    if constexpr (C::kByKeys) {
+      store_gradient<T>(x, p.gradient[0], here, row, p.rows, lane);
+      store_gradient<T>(y, p.gradient[1], here, row, p.rows, lane);
+    } else {
+      finish_queries(p, here, row, lane);
+      store_gradient<T>(y, p.gradient[0], here, row, p.rows, lane);
+    }
+  }
+
+ private:
+  // Hides the tile's keys from `left` on; `column`: the lane's first one.
+  __device__ void hide(int column, int left) {
+#pragma unroll
+    for (int n = C::kTiles - 1; n >= 0; --n) {
+      if (8 * n + 8 <= left) break;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (8 * n + e % 2 < left - column) continue;
+        s[n][e] = -INFINITY;
+        b[n][e] = 0.0f;
+      }
+    }
+  }
+
+  // As attention_backward_queries: the row statistics, and Z to the gradient.
+  __device__ void finish_queries(const HopperBackward& p, const HopperItem& here, int query,
+                                 int lane) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = query + 8 * h;
+      const bool exists = row < p.rows, nothing = state.mass[h] == 0.0f || !exists;
+      float moved = 0.0f;  // c times the gradient of lse
+      if (p.grad_lse != nullptr && exists) {
+        const int64_t head = int64_t(here.batch) * p.heads + here.head;
+        moved = p.scale * p.grad_lse[head * p.rows + row];
+      }
+      if ((lane & 3) == 0) {
+        statistics_of(p, here, kTop)[row] = nothing ? INFINITY : state.top[h];
+        statistics_of(p, here, kWeight)[row] = nothing ? 0.0f : rcp_approx(state.mass[h]);
+        statistics_of(p, here, kD)[row] = nothing ? 0.0f : state.mean[h] - moved;
+      }
+      const float share = sum[h] == 0.0f ? 0.0f : rcp_approx(sum[h]);
+      const float back = fmaf(-residue[h], share, moved);
+#pragma unroll
+      for (int n = 0; n < C::kOutTiles; ++n) {
+#pragma unroll
+        for (int e = 2 * h; e < 2 * h + 2; ++e) {
+          y[n][e] = nothing ? 0.0f : share * fmaf(back, x[n][e], y[n][e]);
+        }
+      }
+    }
+  }
+};
+
+template <class C>
+__device__ inline void consume(const HopperBackward& p, const HopperBackwardPlaces<C>& at, int c) {
+  const int thread = int(threadIdx.x) % kGroupThreads, lane = thread % kWarpThreads;
+  const auto release = [&](uint32_t barrier) {
+    if (lane == 0) mbarrier_arrive(barrier);
+  };
+  const uint32_t rows = at.rows(c);
+  uint32_t rows_parity = 0;
+  RingPlace<C::kSlots> place;
+  HopperBackwardUnit<C> unit;
+  int i = 0;
+  for (int item = int(blockIdx.x); item < p.items; item += int(gridDim.x), ++i) {
+    const HopperItem here = hopper_item<C>(p, item);
+    const HopperShare share = hopper_share<C>(p, here, c, i);
+    if (share.count == 0) {
+      for (int j = 0; j < p.tiles; ++j, place = place.next()) {
+        mbarrier_wait(at.full(place.slot), place.parity);
+        release(at.empty(place.slot));
+      }
+    }
+    for (int r = 0; r < share.count; ++r) {
+      const bool last = r + 1 == share.count;
+      if (r > 0) place = place.before(p.tiles);
+      const int row = (here.first + share.turn + r * C::kConsumers) * kRowBlock +
+                      thread / kWarpThreads * 16 + (lane >> 2);
+      unit.reset();
+      if constexpr (!C::kByKeys) unit.expect(p, here, row);
+      mbarrier_wait(at.rows_full(c), rows_parity);
+      mbarrier_wait(at.full(place.slot), place.parity);
+      unit.hold_scores();
+      wgmma_fence();
+      unit.multiply_scores(rows, at.tile(place.slot));
+      wgmma_commit();
+      wgmma_wait<0>();
+      unit.hold_scores();
+      if (p.tiles == 1) release(at.rows_empty(c));
+      unit.differentiate(p, 0, at.statistics(place.slot), lane);
+      unit.follow_mean();
+      unit.pack();
+#pragma unroll 1
+      for (int j = 1; j < p.tiles; ++j) {
+        const RingPlace<C::kSlots> next = place.next();
+        mbarrier_wait(at.full(next.slot), next.parity);
+        unit.hold_scores();
+        unit.hold_results();
+        wgmma_fence();
+        unit.multiply_scores(rows, at.tile(next.slot));
+        wgmma_commit();
+        wgmma_fence();
+        unit.multiply_results(at.tile(place.slot));
+        wgmma_commit();
+        wgmma_wait<1>();
+        unit.hold_scores();
+        if (j + 1 == p.tiles) release(at.rows_empty(c));
+        unit.differentiate(p, j, at.statistics(next.slot), lane);
+        unit.hold_scores();
+        wgmma_wait<0>();
+        unit.hold_results();
+        if (last) release(at.empty(place.slot));
+        unit.follow_mean();
+        unit.pack();
+        place = next;
+      }
+      rows_parity ^= 1;
+      unit.hold_results();
+      wgmma_fence();
+      unit.multiply_results(at.tile(place.slot));
+      wgmma_commit();
+      wgmma_wait<0>();
+      unit.hold_results();
+      if (last) release(at.empty(place.slot));
+      place = place.next();
+      unit.finish(p, here, row, lane);
+    }
+  }
+}
+
+template <class C>
+__global__ void __launch_bounds__(3 * kGroupThreads, 1)
+    hopper_backward_kernel(const __grid_constant__ HopperBackward p) {
+  const HopperBackwardPlaces<C> at = {shared_address(swizzled_shared())};
+  if (threadIdx.x == 0) {
+    constexpr uint32_t kWarpsOfGroup = 4;
+    for (int slot = 0; slot < C::kSlots; ++slot) {
+      mbarrier_init(at.full(slot), C::kByKeys ? 2 : 1);
+      mbarrier_init(at.empty(slot), C::kConsumers * kWarpsOfGroup);
+    }
+    for (int c = 0; c < C::kConsumers; ++c) {
+      mbarrier_init(at.rows_full(c), 1);
+      mbarrier_init(at.rows_empty(c), kWarpsOfGroup);
+    }
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+  // The same in all lanes, for the compiler to know.
+  const int warp = shuffle_idx(int(threadIdx.x) / kWarpThreads, 0);
+  if (warp < 4) {
+    registers_down_to<24>();
+    if (C::kByKeys && warp == 3) copy_statistics<C>(p, at);
+    if (warp <= C::kConsumers && elect_one()) {
+      warp == 0 ? copy_tiles<C>(p, at) : copy_row_blocks<C>(p, at, warp - 1);
+    }
+  } else {
+    registers_up_to<240>();
+    consume<C>(p, at, warp / 4 - 1);
+  }
+}
+
+}  // namespace pmf::cuda

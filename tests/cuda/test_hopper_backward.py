@@ -1,0 +1,144 @@
+"""Attention's backward on Hopper: gradients against float64, and the calls that other kernels serve."""
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import emulator
+from helpers.attention import HARD, Problem, Shape, gradients, hard, problem, shaped
+from helpers.levels import EMULATED, PTX, at_level
+from helpers.tolerance import assert_close, spread, tolerance
+
+from pmf import _library, ops, reference
+
+pytestmark = pytest.mark.skipif(emulator.why_not() is not None, reason=str(emulator.why_not()))
+
+BFLOAT16, FLOAT16 = DTYPES = (torch.bfloat16, torch.float16)
+HOPPER_KB = 227
+"""What the emulator takes for an sm_90."""
+
+
+def launched_hopper() -> bool:
+    """Whether the newest launch was of a kernel that fills Hopper's shared memory: no other one does."""
+    return emulator.last_shared_bytes() > 200 * 1024
+
+
+def check(p: Problem, expected: tuple[torch.Tensor, ...], processors: int, **options: Any) -> None:
+    few = 1 + 3 * (max(map(spread, expected)) - 1)
+    with emulator.limits(HOPPER_KB, processors):
+        found = gradients(ops, p, **options)
+        assert launched_hopper()
+    assert_close(found, expected, few * tolerance("attention gradient", p.query.dtype))
+
+
+# Tiles are of 96 rows at width 64, else of 48, row blocks of 64; a ring of 7, 12, 9 and 6 tiles. On one
+# multiprocessor a head's tiles stay in shared memory for all of its row blocks, if they fit the ring.
+CASES = [
+    (Shape(batch, heads, heads, queries, keys, width, width), dtype, processors)
+    for batch, heads, queries, keys, width, dtype, processors in (
+        (1, 2, 276, 276, 64, BFLOAT16, 1), (1, 1, 276, 276, 64, FLOAT16, 132), (2, 3, 1, 1, 64, BFLOAT16, 1),
+        (2, 1, 65, 96, 64, FLOAT16, 1), (1, 2, 129, 97, 64, BFLOAT16, 4), (1, 2, 70, 700, 64, FLOAT16, 1),
+        (1, 1, 700, 7, 64, BFLOAT16, 132), (1, 2, 276, 276, 80, BFLOAT16, 1), (2, 1, 99, 289, 80, FLOAT16, 4),
+        (1, 3, 70, 191, 96, BFLOAT16, 1), (1, 1, 193, 64, 96, FLOAT16, 4), (2, 1, 66, 144, 128, BFLOAT16, 1),
+        (1, 2, 300, 64, 128, FLOAT16, 1),
+    )
+]  # fmt: skip
+# nvcc's code runs several times slower.
+OF_NVCC = [(Shape(1, 1, 1, 129, 97, 64, 64), BFLOAT16, 1), (Shape(1, 1, 1, 60, 110, 80, 80), FLOAT16, 4)]
+
+
+@pytest.mark.parametrize(
+    ("backend", "shape", "dtype", "processors"),
+    [(backend, *case) for backend in EMULATED for case in CASES]
+    + [(backend, *case) for backend in PTX for case in OF_NVCC],
+    ids=lambda x: "x".join(map(str, x[:6])) if isinstance(x, Shape) else str(x),
+)
+def test_lengths(backend: str, shape: Shape, dtype: torch.dtype, processors: int) -> None:
+    solved = shaped(shape, dtype)
+    with at_level(backend):
+        check(solved.problem, solved.gradients, processors)
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_hard_cases(name: str) -> None:
+    dtype = DTYPES[list(HARD).index(name) % 2]
+    solved = hard(name, Shape(1, 4, 4, 276, 276, 64, 64), dtype)
+    with at_level("emulated"):
+        check(solved.problem, solved.gradients, 2)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.5, -0.2])
+def test_scale(scale: float) -> None:
+    p = problem(Shape(1, 1, 1, 70, 130, 64, 64)).to(BFLOAT16)
+    expected = gradients(reference, p.to(torch.float64), scale=scale)
+    with at_level("emulated"):
+        check(p, expected, 4, scale=scale)
+
+
+def test_scores_that_a_rounded_lse_cannot_order() -> None:
+    """Of 10^10: fp32 numbers are 1024 apart there. Keys come in pairs, so that every row attends two."""
+    p = problem(Shape(1, 1, 1, 70, 130, 64, 64))
+    p = p._replace(query=2e5 * p.query, key=2e5 * p.key[:, :, torch.arange(130) // 2]).to(BFLOAT16)
+    expected = gradients(reference, p.to(torch.float64))
+    with at_level("emulated"), emulator.limits(HOPPER_KB, 1):
+        found = gradients(ops, p)
+        assert launched_hopper()
+    limit = tolerance("attention gradient", BFLOAT16) * max(map(spread, expected[1:]))
+    assert_close(found[1:], expected[1:], limit)  # that of the queries cancels
+
+
+def test_gradients_of_log_sums() -> None:
+    p = problem(Shape(1, 2, 2, 70, 130, 64, 64)).to(FLOAT16)
+    lse_grad = torch.randn(1, 2, 70, generator=torch.Generator().manual_seed(3))
+    leaves = [x.double().requires_grad_() for x in p[:3]]
+    scores = leaves[0] @ leaves[1].mT / 8
+    outputs = scores.softmax(-1) @ leaves[2], scores.logsumexp(-1)
+    expected = torch.autograd.grad(outputs, leaves, (p.grad.double(), lse_grad.double()))
+    with at_level("emulated"), emulator.limits(HOPPER_KB, 1):
+        _, lse = torch.ops.pmf.attention_forward(*p[:3], None, False, 0.125)
+        found = torch.ops.pmf.attention_backward(
+            p.grad, *p[:3], lse, None, False, 0.125, None, None, None, None, lse_grad
+        )
+    assert_close(found, expected, tolerance("attention gradient", FLOAT16) * max(map(spread, expected)))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_order_of_warps_and_copies_gives_the_same_bits(seed: int) -> None:
+    p = problem(Shape(1, 3, 3, 140, 200, 64, 64)).to(BFLOAT16)
+    with at_level("emulated"), emulator.limits(HOPPER_KB, 1):
+        first = gradients(ops, p)
+        emulator.seed(seed)
+        again = gradients(ops, p)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+OTHERS: dict[str, Any] = {
+    "grad of a sum": lambda p: (p._replace(grad=torch.ones((), dtype=BFLOAT16).expand_as(p.grad)), {}),
+    "grouped heads": lambda p: (p._replace(key=p.key[:, :1], value=p.value[:, :1]), {"enable_gqa": True}),
+    "causal": lambda p: (p, {"is_causal": True}),
+    "fp32": lambda p: (p.to(torch.float32), {}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_kernels_serve(name: str) -> None:
+    p, options = OTHERS[name](problem(Shape(1, 2, 2, 40, 50, 64, 64)).to(BFLOAT16))
+    expected = gradients(reference, p.to(torch.float64), **options)
+    with at_level("emulated"), emulator.limits(HOPPER_KB, 4):
+        found = gradients(ops, p, **options)
+        assert not launched_hopper()
+    assert_close(found, expected, tolerance("attention gradient", p.query.dtype) * max(map(spread, expected)))
+
+
+def test_plans() -> None:
+    """Blocks stay on their multiprocessor, unless there is less work than that."""
+    if (plans := _library.introspection()) is None:
+        pytest.skip("this build has no introspection module")
+    sizes = {"batch": 1, "queries": 276, "keys": 276, "width": 64, "value_width": 64}
+    for heads, blocks in ((3072, 132), (40, 120)):
+        launches = plans.attention_launches(
+            **sizes, heads=heads, key_heads=heads, dtype="bfloat16", backward=True
+        )["launches"]
+        assert [(each["blocks"], each["threads"], each["tile"]) for each in launches] == 2 * [
+            (blocks, 384, (128, 96))
+        ]
