@@ -73,9 +73,27 @@ Tensor columns_of(const Tensor& matrix, int64_t begin, int64_t count) {
 
 Tensor transposed(Tensor matrix) { return torch::stable::transpose(matrix, 0, 1); }
 
+// Rounds to the nearest bfloat16 in place, ties to even; NaN stays NaN.
+void round_to_bf16(float* x, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i, sizeof(bits));
+    const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1);
+    bits = (is_nan ? bits | 0x400000u : rounded) & 0xffff0000u;
+    std::memcpy(x + i, &bits, sizeof(bits));
+  }
+}
+
 // Rounds float32 to the nearest number of a 16-bit dtype in place: 16-bit storage with float32
 // products, as a GPU does it, where 16 bits are multiplied in float32.
 void round_to(Tensor block, ScalarType dtype) {
+  if (dtype == ScalarType::BFloat16) {  // in one pass
+    float* x = static_cast<float*>(block.mutable_data_ptr());
+    for (int64_t i = 0; i < block.size(0); ++i)
+      round_to_bf16(x + i * block.stride(0), block.size(1));
+    return;
+  }
   Tensor rounded = torch::stable::new_empty(block, {block.size(0), block.size(1)}, dtype);
   torch::stable::copy_(rounded, block);
   torch::stable::copy_(block, rounded);
