@@ -278,16 +278,13 @@ def _check_function() -> None:
         )
 
 
-_APPLY = torch.autograd.Function.apply.__code__
-
-
 def _foreign_function() -> str | None:
     """The autograd.Function that is being applied, unless it is PyTorch's or ours."""
     frame: Any = sys._getframe(2)
     inside = torch.is_inference_mode_enabled()  # which disables it too
     while frame is not None:
-        if frame.f_code is _APPLY:
-            function = frame.f_locals["cls"]
+        function = frame.f_locals.get("cls") if frame.f_code.co_name == "apply" else None
+        if isinstance(function, type) and issubclass(function, torch.autograd.Function):
             if function.__module__.partition(".")[0] not in ("torch", "pmf"):
                 return function.__qualname__
             inside = True
