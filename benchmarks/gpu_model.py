@@ -39,8 +39,8 @@ PROBLEMS = (
 )
 
 
-KERNELS = {"plan": 227, "mma": 226}
-"""Shared memory that a block may use, in KB: all of an H100's, or less than the Hopper kernels need."""
+KERNELS = {"plan": (9, 0), "mma": (8, 0)}
+"""The compute capability that decides: an H100's, or one without the Hopper kernels."""
 
 
 def planned(plans: Any, problem: Problem, kernels: str) -> list[dict[str, Any]]:
@@ -57,7 +57,7 @@ def planned(plans: Any, problem: Problem, kernels: str) -> list[dict[str, Any]]:
         dtype="bfloat16",
         backward=problem.backward,
         tangent=problem.tangent,
-        shared_per_block=KERNELS[kernels] * 1024,
+        compute_capability=KERNELS[kernels],
     )["launches"]
 
 

@@ -69,6 +69,7 @@ class Limits(NamedTuple):
     shared_per_block: int
     shared_per_processor: int
     processors: int
+    compute_capability: tuple[int, int]
 
 
 def launched(problem: Problem, limits: Limits, chosen: Sequence[Plan]) -> list[dict[str, Any]]:
@@ -219,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if arguments.list:
         kb = 1024 * arguments.shared_kb
-        list_plans(arguments.shapes, arguments.dtypes, Limits(kb, kb + 1024, arguments.processors))
+        list_plans(arguments.shapes, arguments.dtypes, Limits(kb, kb + 1024, arguments.processors, (9, 0)))
         return 0
     if arguments.device >= torch.cuda.device_count():
         print("torch finds no such CUDA device, and plans compete on one: --list needs none", file=sys.stderr)
@@ -232,6 +233,7 @@ def main(argv: list[str] | None = None) -> int:
         facts.shared_memory_per_block_optin,
         facts.shared_memory_per_multiprocessor,
         facts.multi_processor_count,
+        (facts.major, facts.minor),
     )
     started = time.monotonic()
     best: list[Plan] = []

@@ -55,9 +55,12 @@ pmf::AttentionShape attention_shape(int64_t batch, int64_t heads, int64_t key_he
 // The device arguments of every CUDA op's plan; an H100 by default.
 #define PMF_DEVICE_ARGUMENTS                                                              \
   py::arg("shared_per_block") = 227 * 1024, py::arg("shared_per_processor") = 228 * 1024, \
-  py::arg("processors") = 132
+  py::arg("processors") = 132, py::arg("compute_capability") = std::pair(9, 0)
 
-pmf::Device device_with(int64_t shared_per_block, int64_t shared_per_processor, int processors) {
+using Capability = std::pair<int, int>;
+
+pmf::Device device_with(int64_t shared_per_block, int64_t shared_per_processor, int processors,
+                        const Capability& capability) {
   constexpr int64_t kLeastShared = 99 * 1024;  // of sm_86, the smallest for which a plan exists
   if (shared_per_block < kLeastShared || shared_per_processor < shared_per_block ||
       processors < 1) {
@@ -65,7 +68,7 @@ pmf::Device device_with(int64_t shared_per_block, int64_t shared_per_processor, 
         "shared_per_block must be at least 101376 bytes, shared_per_processor no less, and "
         "processors at least 1");
   }
-  return {shared_per_block, shared_per_processor, processors};
+  return {shared_per_block, shared_per_processor, processors, capability.first, capability.second};
 }
 
 // ---- results ------------------------------------------------------------------------------------
@@ -119,10 +122,11 @@ py::dict attention_plan(int64_t batch, int64_t heads, int64_t key_heads, int64_t
 py::dict attention_launches(int64_t batch, int64_t heads, int64_t key_heads, int64_t queries,
                             int64_t keys, int64_t width, int64_t value_width,
                             const std::string& dtype, bool backward, bool tangent,
-                            int64_t shared_per_block, int64_t shared_per_processor,
-                            int processors) {
+                            int64_t shared_per_block, int64_t shared_per_processor, int processors,
+                            const Capability& capability) {
   const auto shape = attention_shape(batch, heads, key_heads, queries, keys, width, value_width);
-  const pmf::Device device = device_with(shared_per_block, shared_per_processor, processors);
+  const pmf::Device device =
+      device_with(shared_per_block, shared_per_processor, processors, capability);
   return launches([&](pmf::NoteLaunch note, void* context) {
     return pmf::attention_launches(shape, cuda_dtype(dtype), pass_of(backward), tangent, device,
                                    note, context);
@@ -133,7 +137,7 @@ py::dict newton_schulz_launches(const std::vector<std::pair<int64_t, int64_t>>& 
                                 const std::string& dtype, const std::string& compute_dtype,
                                 const std::string& method, int64_t steps, bool muon,
                                 int64_t shared_per_block, int64_t shared_per_processor,
-                                int processors) {
+                                int processors, const Capability& capability) {
   pmf::NewtonSchulzParams params;
   if (method == "auto") {
     params.method = pmf::NewtonSchulzMethod::automatic;
@@ -163,7 +167,8 @@ py::dict newton_schulz_launches(const std::vector<std::pair<int64_t, int64_t>>& 
   params.coefficients = coefficients.data();
   params.steps = steps;
   params.muon = muon ? &step : nullptr;
-  const pmf::Device device = device_with(shared_per_block, shared_per_processor, processors);
+  const pmf::Device device =
+      device_with(shared_per_block, shared_per_processor, processors, capability);
   return launches([&](pmf::NoteLaunch note, void* context) {
     return pmf::newton_schulz_launches(params, device, note, context);
   });
@@ -174,7 +179,7 @@ py::dict patch_embed_launches(int64_t batch, int64_t channels, int64_t height, i
                               int64_t tangents, const std::string& dtype,
                               const std::string& image_dtype, bool backward,
                               int64_t shared_per_block, int64_t shared_per_processor,
-                              int processors) {
+                              int processors, const Capability& capability) {
   if (patch < 1 || height % patch != 0 || width % patch != 0) {
     throw py::value_error("height and width must be multiples of patch");
   }
@@ -188,7 +193,8 @@ py::dict patch_embed_launches(int64_t batch, int64_t channels, int64_t height, i
   sizes.channels = channels, sizes.rows = height / patch, sizes.columns = width / patch;
   sizes.patch = patch;
   sizes.narrow = narrow, sizes.wide = wide, sizes.prefix = prefix;
-  const pmf::Device device = device_with(shared_per_block, shared_per_processor, processors);
+  const pmf::Device device =
+      device_with(shared_per_block, shared_per_processor, processors, capability);
   return launches([&](pmf::NoteLaunch note, void* context) {
     return pmf::patch_embed_launches(sizes, pass_of(backward), device, note, context);
   });
@@ -199,9 +205,10 @@ py::dict patch_embed_launches(int64_t batch, int64_t channels, int64_t height, i
 PYBIND11_MODULE(_introspection, module) {
   module.doc() =
       "Facts about the compiled library: build, CPU level, what calls cost and launch.\n\n"
-      "The *_launches functions run a CUDA op's launcher dry, for a device of `processors`\n"
-      "multiprocessors whose blocks may ask for `shared_per_block` bytes and share\n"
-      "`shared_per_processor`. Each launch says where its kernel's host function lies in "
+      "The *_launches functions run a CUDA op's launcher dry, for a device of a\n"
+      "`compute_capability`, of `processors` multiprocessors whose blocks may ask for\n"
+      "`shared_per_block` bytes and share `shared_per_processor`. Each launch says where its "
+      "kernel's host function lies in "
       "libpmf.so,\n"
       "the blocks of the grid, threads and shared memory of a block, and the tile and the blocks "
       "a\n"

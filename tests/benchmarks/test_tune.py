@@ -15,8 +15,8 @@ from tune import Limits, Problem, competitors, launched, signature
 from pmf import _library, plans
 from pmf.plans import Plan
 
-# With all of an H100's 227 KB the forward pass would use the Hopper kernels, which have one plan each.
-LARGE, A100 = Limits(226 * 1024, 228 * 1024, 132), Limits(163 * 1024, 164 * 1024, 4)
+# On a 9.0 the forward pass would use the Hopper kernels, which have one plan each.
+LARGE, A100 = Limits(227 * 1024, 228 * 1024, 132, (10, 0)), Limits(163 * 1024, 164 * 1024, 4, (8, 0))
 PROBLEMS = [Problem(276, 64, "bfloat16", *kind) for kind in tune.PASSES.values()]
 NAMES = list(tune.PASSES)
 module = _library.introspection()
@@ -76,7 +76,7 @@ def test_an_invalid_plan_leaves_the_models_choice(problem: Problem, change: dict
 
 
 def test_a_plan_that_does_not_fit_the_card_leaves_the_models_choice() -> None:
-    small = Limits(99 * 1024, 100 * 1024, 4)
+    small = Limits(99 * 1024, 100 * 1024, 4, (8, 6))
     for problem in PROBLEMS:
         for plan in all_competitors(problem, LARGE):
             for one in launched(problem, small, [plan]):

@@ -1,5 +1,6 @@
 """The CUDA ops' launch plans, checked against the compiled kernels. No GPU is needed."""
 
+import dataclasses
 import itertools
 from pathlib import Path
 from types import ModuleType
@@ -38,11 +39,12 @@ def code(plans: ModuleType) -> MachineCode:
     return MachineCode(Path(_library.LIBRARY))
 
 
-def device(gpu: Gpu) -> dict[str, int]:
+def device(gpu: Gpu) -> dict[str, Any]:
     return {
         "shared_per_block": gpu.shared_per_block,
         "shared_per_processor": gpu.shared,
         "processors": gpu.processors,
+        "compute_capability": gpu.capability,
     }
 
 
@@ -103,6 +105,13 @@ def test_276_tokens_leave_no_warp_idle(plans: ModuleType) -> None:
         (launch,) = attention(plans, A100, 3072, 276, 276, 64, tangent=tangent)["launches"]
         assert launch["blocks"] * launch["tile"][0] == 3072 * 288, launch
         assert launch["blocks_per_processor"] >= 2
+
+
+def test_only_an_h100_runs_its_own_kernels(plans: ModuleType, code: MachineCode) -> None:
+    """sm_90a's code runs on 9.0 alone, and a B200 has as much shared memory."""
+    for gpu, own in ((H100, True), (dataclasses.replace(H100, capability=(10, 0)), False)):
+        (launch,) = attention(plans, gpu, 3072, 276, 276, 64, dtype="bfloat16", tangent=True)["launches"]
+        assert ("hopper" in code.hosts[launch["kernel"]]) == own
 
 
 def test_a_step_of_muon_is_twenty_launches(plans: ModuleType) -> None:

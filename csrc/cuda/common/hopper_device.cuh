@@ -5,12 +5,9 @@
 
 namespace pmf::cuda {
 
-// What a block of them may ask for, and of no older device.
-constexpr int64_t kHopperShared = 227 * 1024;
-
-// A dry run's device is an sm_90 if its blocks may have as much shared memory.
+// Of compute capability 9.0 and no other: sm_90a's code does not run on what came later.
 inline bool device_is_hopper() {
-  if (dry_run != nullptr) return dry_run->device().shared_per_block >= kHopperShared;
+  if (dry_run != nullptr) return dry_run->device().major == 9 && dry_run->device().minor == 0;
   return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
          device_attribute(cudaDevAttrComputeCapabilityMinor) == 0;
 }

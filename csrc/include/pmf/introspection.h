@@ -47,6 +47,7 @@ struct Device {
   int64_t shared_per_block = 0;      // available to a block
   int64_t shared_per_processor = 0;  // shared by the blocks on one multiprocessor
   int processors = 0;
+  int major = 0, minor = 0;  // compute capability
 };
 
 struct KernelLaunch {
