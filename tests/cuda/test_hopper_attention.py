@@ -176,8 +176,10 @@ def test_plans() -> None:
     if (plans := _library.introspection()) is None:
         pytest.skip("this build has no introspection module")
     sizes = {"batch": 1, "queries": 276, "keys": 276, "width": 64, "value_width": 64}
-    for heads, blocks in ((3072, 132), (40, 120)):
+    for heads, tangent, blocks in ((3072, True, 132), (40, True, 120), (40, False, 80)):
         (launch,) = plans.attention_launches(
-            **sizes, heads=heads, key_heads=heads, dtype="bfloat16", tangent=True
+            **sizes, heads=heads, key_heads=heads, dtype="bfloat16", tangent=tangent
         )["launches"]
-        assert (launch["blocks"], launch["threads"], launch["tile"]) == (blocks, 384, (128, 96))
+        consumers = 2 if tangent else 3
+        planned = launch["blocks"], launch["threads"], launch["tile"]
+        assert planned == (blocks, 128 * (1 + consumers), (64 * consumers, 96))

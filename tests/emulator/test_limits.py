@@ -59,7 +59,7 @@ def test_attention(width: int, shared_kb: int, processors: int) -> None:
 
 
 @pytest.mark.parametrize("tangent", [False, True])
-@pytest.mark.parametrize(("width", "tokens"), [(64, 276), (80, 276), (128, 144)])
+@pytest.mark.parametrize(("width", "tokens"), [(64, 276), (80, 276), (128, 200)])
 def test_plans_of_an_h100(width: int, tokens: int, tangent: bool) -> None:
     """Blocks that take part of a head's queries and read all of its keys, several on a multiprocessor."""
     heads, shared_kb, processors = 4, 227, 132

@@ -16,10 +16,12 @@ namespace {
 constexpr float kLog2e = 1.4426950408889634f;
 
 struct HopperKernel {
-  int width, keys, slots, consumers;
+  int width, keys, slots;
   int shared_bytes;
-  void (*plain)(HopperForward);
-  void (*tangent)(HopperForward);
+  struct {
+    int consumers;
+    void (*function)(HopperForward);
+  } plain, tangent;
 };
 
 // The tiles are the same with and without tangents, so that out is bitwise the same.
@@ -30,10 +32,9 @@ constexpr HopperKernel hopper_kernel() {
   return {kWidth,
           kKeys,
           kSlots,
-          Tangent::kConsumers,
           Tangent::kSharedBytes,
-          hopper_forward_kernel<Plain>,
-          hopper_forward_kernel<Tangent>};
+          {Plain::kConsumers, hopper_forward_kernel<Plain>},
+          {Tangent::kConsumers, hopper_forward_kernel<Tangent>}};
 }
 
 // Keys a tile: as many as leave S, tS, O, tO, P and H in 240 registers.
@@ -69,7 +70,7 @@ bool hopper_forward(const AttentionParams& params, void* stream, const char*& pr
     return false;
   }
   const bool tangent = params.out_t.data != nullptr;
-  const int consumers = kernel->consumers;
+  const auto [consumers, function] = tangent ? kernel->tangent : kernel->plain;
   HopperForward p;
   const auto queries = [&](HopperMaps* maps, const ConstView4& view) {
     return encode_maps(maps, view, s.batch, s.heads, s.queries, s.width, kRowBlock);
@@ -102,8 +103,7 @@ bool hopper_forward(const AttentionParams& params, void* stream, const char*& pr
   p.scale = float(params.scale);
   p.factor = p.scale * kLog2e;
   plan_next_launch(consumers * kRowBlock, kernel->keys, 1);
-  problem = error_sentence(launch(tangent ? kernel->tangent : kernel->plain,
-                                  dim3(unsigned(std::min<int64_t>(items, processors))),
+  problem = error_sentence(launch(function, dim3(unsigned(std::min<int64_t>(items, processors))),
                                   dim3(unsigned((1 + consumers) * kGroupThreads)),
                                   kernel->shared_bytes, static_cast<cudaStream_t>(stream), p));
   return true;

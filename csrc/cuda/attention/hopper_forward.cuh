@@ -1,10 +1,11 @@
 // Attention's forward, with and without tangents, by Hopper's own instructions (hopper.cuh): the
 // mathematics of attention_forward.cuh, the same online softmax and pivot.
 //
-// A block has three warpgroups and stays on its multiprocessor until all work is done. One gives
-// its registers away and copies: a warp keys and values with their tangents, tile by tile into a
-// ring, and a warp for each consumer its queries. The two consumers take 64 queries each, a row
-// block, against tiles of kKeys keys; their S and tS, P and H, O and tO stay in registers:
+// A block has three warpgroups, or four without tangents, and stays on its multiprocessor until all
+// work is done. One gives its registers away and copies: a warp keys and values with their
+// tangents, tile by tile into a ring, and a warp for each consumer its queries. The others, the
+// consumers, take 64 queries each, a row block, against tiles of kKeys keys; their S and tS, P and
+// H, O and tO stay in registers:
 //
 //   S(j + 1), tS(j + 1) = products         queued before P(j) V(j), so that the tensor cores
 //   O, tO += P(j) V(j) ...                 compute while softmax(j + 1) runs
@@ -14,8 +15,8 @@
 // product by itself.
 //
 // An item of work is a head and `rounds` row blocks for each consumer. Where a head's tiles fit the
-// ring, they stay there until the last of its row blocks (276 keys are three tiles); the consumer
-// that gets one row block less is the other one for every second item. Else a consumer takes one.
+// ring, they stay there until the last of its row blocks (276 keys are three tiles); the consumers
+// that get one row block less change from item to item. Else a consumer takes one.
 //
 // Warps arrive for themselves when their products have been waited for: a slot is empty after four
 // for each consumer.
@@ -42,8 +43,11 @@ struct HopperForward {
 template <typename T, int kWidth, int kKeys_, int kSlots_, bool kTangent_>
 struct HopperSizes : HopperShape<T, kWidth, kKeys_, kTangent_ ? 2 : 1> {
   using Base = HopperShape<T, kWidth, kKeys_, kTangent_ ? 2 : 1>;
-  static constexpr int kKeys = kKeys_, kSlots = kSlots_, kConsumers = 2;
+  static constexpr int kKeys = kKeys_, kSlots = kSlots_;
   static constexpr bool kTangent = kTangent_;
+  // Warpgroups that compute, and registers that each of their threads may have.
+  static constexpr int kConsumers = kTangent ? 2 : 3, kRegisters = kTangent ? 240 : 160;
+  static constexpr int kThreads = (1 + kConsumers) * kGroupThreads;
   // Keys or values of a slot, and queries of a consumer, with their tangents.
   static constexpr uint32_t kSideBytes = Base::Tile::kBytes, kSlotBytes = 2 * kSideBytes;
   static constexpr uint32_t kQueryBytes = Base::Rows::kBytes;
@@ -171,13 +175,14 @@ struct HopperUnit {
     }
   }
 
-  // Hides keys from `end` on; `key` is the lane's first one.
-  __device__ void hide(int key, int end) {
+  // Hides the tile's keys from `left` on; `column`: the lane's first one.
+  __device__ void hide(int column, int left) {
 #pragma unroll
-    for (int j = 0; j < C::kTiles; ++j) {
+    for (int j = C::kTiles - 1; j >= 0; --j) {
+      if (8 * j + 8 <= left) break;
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        if (key + 8 * j + e % 2 < end) continue;
+        if (8 * j + e % 2 < left - column) continue;
         s[j][e] = -INFINITY;
         if constexpr (C::kTangent) ts[j][e] = 0.0f;
       }
@@ -226,7 +231,7 @@ struct HopperUnit {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float sum = rows.sum[r];
-      const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+      const float inverse = sum == 0.0f ? 0.0f : rcp_approx(sum);
       const float residual = rows.tangent[r] * inverse;
 #pragma unroll
       for (int n = 0; n < C::kOutTiles; ++n) {
@@ -284,8 +289,11 @@ __device__ inline void consume(const HopperForward& p, const HopperPlaces<C>& at
       wgmma_wait<0>();
       unit.hold_scores();
       if (last) release(at.keys_empty(place.slot));
-      const int key = 2 * (lane & 3);
-      if (p.tiles == 1) unit.hide(key, p.keys);
+      const int column = 2 * (lane & 3);
+      if (p.tiles == 1) {
+        release(at.queries_empty(c));
+        unit.hide(column, p.keys);
+      }
       softmax_tile<C::kTangent>(unit.rows, unit.s, unit.ts, p.factor, p.scale);
       unit.pack();
 #pragma unroll 1
@@ -304,7 +312,10 @@ __device__ inline void consume(const HopperForward& p, const HopperPlaces<C>& at
         wgmma_wait<1>();
         unit.hold_scores();
         if (last) release(at.keys_empty(next.slot));
-        if (j + 1 == p.tiles) unit.hide(key + j * C::kKeys, p.keys);
+        if (j + 1 == p.tiles) {
+          release(at.queries_empty(c));
+          unit.hide(column, p.keys - j * C::kKeys);
+        }
         softmax_tile<C::kTangent>(unit.rows, unit.s, unit.ts, p.factor, p.scale);
         unit.hold_scores();
         wgmma_wait<0>();
@@ -314,7 +325,6 @@ __device__ inline void consume(const HopperForward& p, const HopperPlaces<C>& at
         unit.pack();
         place = next;
       }
-      release(at.queries_empty(c));
       query_parity ^= 1;
       mbarrier_wait(at.values_full(place.slot), place.parity);
       unit.hold_results();
@@ -333,7 +343,7 @@ __device__ inline void consume(const HopperForward& p, const HopperPlaces<C>& at
 }
 
 template <class C>
-__global__ void __launch_bounds__(3 * kGroupThreads, 1)
+__global__ void __launch_bounds__(C::kThreads, 1)
     hopper_forward_kernel(const __grid_constant__ HopperForward p) {
   const HopperPlaces<C> at = {shared_address(swizzled_shared())};
   if (threadIdx.x == 0) {
@@ -359,7 +369,7 @@ __global__ void __launch_bounds__(3 * kGroupThreads, 1)
       warp == 0 ? copy_keys_and_values<C>(p, at) : copy_queries<C>(p, at, warp - 1);
     }
   } else {
-    registers_up_to<240>();
+    registers_up_to<C::kRegisters>();
     consume<C>(p, at, warp / 4 - 1);
   }
 }
