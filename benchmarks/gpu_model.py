@@ -1,6 +1,7 @@
 """Predict how long the attention kernels of the built library take on a GPU, with a cycle model.
 
     python benchmarks/gpu_model.py [--kernels plan|mma] [--out FILE] [--rates FILE] [NAME ...]
+    python benchmarks/gpu_model.py --step [--out FILE] [--rates FILE]
 
 Nothing runs on a GPU. Each kernel that the library would launch on an H100 is looked up in the library's
 machine code (sm_90a), and the instructions of its hot path run through a model of one multiprocessor: the
@@ -9,6 +10,9 @@ ones should replace them. Every figure is a prediction, useful for comparing two
 
 The last line gives the predicted time over the limit: the larger of the products' time at 800 TFLOP/s and the
 bytes' time at 3.0 TB/s.
+
+`--step` predicts a whole training step of pMF-B/16 and pMF-H/16 instead, kernel by kernel: attention by the
+model, linear layers by their operations, everything else by its bytes.
 
 Exit status: 0; 1 if the model does not recognise the machine code; 2 if there is nothing to read.
 """
@@ -24,6 +28,8 @@ from typing import Any
 from gpu.model import hopper, problems
 from gpu.model.library import ToolMissingError, demangled, host_functions, kernels
 from gpu.model.problems import Launch, Problem, UnexpectedCodeError
+from gpu.model.sass import Kernel
+from gpu.model.step import step
 
 from pmf import _library
 
@@ -39,6 +45,8 @@ PROBLEMS = (
 )
 
 
+NETWORKS, BATCH = ("pmf-b/16", "pmf-h/16"), 128
+"""For --step: an eighth of the paper's batch."""
 KERNELS = {"plan": (9, 0), "mma": (8, 0)}
 """The compute capability that decides: an H100's, or one without the Hopper kernels."""
 
@@ -61,6 +69,26 @@ def planned(plans: Any, problem: Problem, kernels: str) -> list[dict[str, Any]]:
     )["launches"]
 
 
+def seconds_of(
+    planned: dict[str, Any],
+    problem: Problem,
+    hosts: dict[int, str],
+    code: dict[str, Kernel],
+    rates: dict[str, float],
+) -> float:
+    """Of a planned launch."""
+    name = hosts[planned["kernel"]]
+    launch = Launch(
+        demangled(name),
+        planned["blocks"],
+        planned["threads"],
+        tuple(planned["tile"]),
+        planned["blocks_per_processor"],
+    )
+    predict = hopper.predict if hopper.takes(launch.kernel) else problems.predict
+    return predict(code[name], launch, problem, rates)
+
+
 def ratios(
     library: Path, plans: Any, chosen: list[Problem], rates: dict[str, float], which: str
 ) -> list[dict[str, Any]]:
@@ -72,16 +100,11 @@ def ratios(
     for problem, some in launches.items():
         seconds = []
         for each in some:
-            name = demangled(hosts[each["kernel"]])
-            launch = Launch(
-                name, each["blocks"], each["threads"], tuple(each["tile"]), each["blocks_per_processor"]
-            )
-            predict = hopper.predict if hopper.takes(name) else problems.predict
-            seconds.append(predict(code[hosts[each["kernel"]]], launch, problem, rates))
-            kernel = name.split("(")[0].split("<")[0]
+            seconds.append(seconds_of(each, problem, hosts, code, rates))
+            kernel = demangled(hosts[each["kernel"]]).split("(")[0].split("<")[0]
             print(
-                f"{problem.name:16} {kernel:28} {launch.blocks:6} blocks of {launch.warps} warps, "
-                f"{launch.blocks_per_processor} a multiprocessor: predicted {seconds[-1] * 1e6:6.0f} us",
+                f"{problem.name:16} {kernel:28} {each['blocks']:6} blocks of {each['threads'] // 32} warps, "
+                f"{each['blocks_per_processor']} a multiprocessor: predicted {seconds[-1] * 1e6:6.0f} us",
                 flush=True,
             )
         limit = problem.limit_seconds(rates)
@@ -96,6 +119,38 @@ def ratios(
     return rows
 
 
+def steps(library: Path, plans: Any, rates: dict[str, float], which: str) -> list[dict[str, Any]]:
+    """A row for each kernel of a training step of each network; they are printed."""
+    hosts = host_functions(library)
+    known: dict[Problem, float] = {}
+
+    def attend(problem: Problem) -> float:
+        if problem not in known:
+            launches = planned(plans, problem, which)
+            code = kernels(library, {hosts[each["kernel"]] for each in launches})
+            known[problem] = sum(seconds_of(each, problem, hosts, code, rates) for each in launches)
+        return known[problem]
+
+    rows = []
+    for network in NETWORKS:
+        found = step(network, BATCH, plans, rates, attend)
+        total = sum(seconds for *_, seconds in found)
+        print(f"{network}, batch {BATCH}: predicted {total * 1e3:.0f} ms")
+        for kernel, calls, seconds in found:
+            print(f"{kernel:28} {calls:5} calls {seconds * 1e3:8.2f} ms {seconds / total:6.1%}")
+            rows.append(
+                {
+                    "network": network,
+                    "batch": BATCH,
+                    "kernel": kernel,
+                    "calls": calls,
+                    "predicted_seconds": seconds,
+                    "share": seconds / total,
+                }
+            )
+    return rows
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="gpu_model.py", description="Predict the time of the attention kernels from their machine code."
@@ -105,6 +160,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--kernels", choices=KERNELS, default="plan", help="plan: as on an H100; mma: the mma.sync kernels"
     )
+    parser.add_argument("--step", action="store_true", help="a whole training step instead")
     parser.add_argument("--rates", type=Path, default=RATES, help="the table of rates, as JSON")
     parser.add_argument("--out", type=Path, help="a file for the figures, as JSON")
     arguments = parser.parse_args(argv)
@@ -120,9 +176,15 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         parser.error(f"{arguments.rates} is not a table of rates: {error}")
     rates = {name: value for name, value in table.items() if not isinstance(value, str)}
+    if arguments.step and arguments.names:
+        parser.error("--step takes no NAME: its problems are those of a training step")
     chosen = [problem for problem in PROBLEMS if not arguments.names or problem.name in arguments.names]
     try:
-        rows = ratios(Path(_library.LIBRARY), plans, chosen, rates, arguments.kernels)
+        library = Path(_library.LIBRARY)
+        if arguments.step:
+            rows = steps(library, plans, rates, arguments.kernels)
+        else:
+            rows = ratios(library, plans, chosen, rates, arguments.kernels)
     except (RuntimeError, ToolMissingError) as error:  # no CUDA kernels, or no tool to read them
         parser.error(str(error))
     except UnexpectedCodeError as error:
@@ -131,8 +193,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.out is not None:
         record = {"what": "predictions of a cycle model, not measurements", "rates": table, "rows": rows}
         arguments.out.write_text(json.dumps(record, indent=2) + "\n")
-    print("predicted time over the limit (H100; not measured):")
-    print(*(f"{row['problem']}={row['predicted_over_limit']:.2f}" for row in rows))
+    if not arguments.step:
+        print("predicted time over the limit (H100; not measured):")
+        print(*(f"{row['problem']}={row['predicted_over_limit']:.2f}" for row in rows))
     return 0
 
 

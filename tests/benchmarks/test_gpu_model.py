@@ -110,7 +110,7 @@ def test_copies_and_their_readers_wait_for_each_other():
         ).blocks[0]
     )
     copies = [
-        copy.signalling([Signal(("empty", i - 2)) if i > 1 else None, Signal(("full", i), 10)])
+        copy.signalling([Signal(("empty", i - 2)) if i > 1 else None, Signal(("full", i), 10, 10)])
         for i in range(20)
     ]
     reads = [read.signalling([Signal(("full", i)), Signal(("empty", i))]) for i in range(20)]
@@ -126,10 +126,10 @@ def test_work_is_divided_as_by_the_launcher():
     """276 tokens: five row blocks per head, alternately three and two per consumer. 1024: two per item."""
     launch = Launch("hopper_forward_kernel<HopperSizes<bf16, 64, 96, 4, true> >", 132, 384, (128, 96), 1)
     work = Work.of(launch, Problem("", 3072, 276, 64), 132)
-    assert (work.tiles, work.rounds, work.parts) == (3, 3, 1)
-    assert [work.shares(item) for item in (0, 1)] == [[3, 2], [2, 3]]
+    assert (work.tiles, work.parts) == (3, 1)
+    assert [list(map(len, work.shares(item))) for item in (0, 1)] == [[3, 2], [2, 3]]
     long = Work.of(launch, Problem("", 3072, 1024, 64), 132)
-    assert (long.tiles, long.rounds, long.parts, long.shares(5)) == (11, 1, 8, [1, 1])
+    assert (long.tiles, long.parts, list(map(list, long.shares(5)))) == (11, 8, [[11], [10]])
 
 
 def test_the_model_recognises_the_hopper_kernels(capsys):
@@ -156,16 +156,30 @@ def test_limits_match_the_kernels_page():
     assert rounded == pytest.approx([145, 482, 3092, 579], abs=1)
 
 
+PREDICTIONS = RATES.parents[2] / "results" / "predictions"
+PAGE = RATES.parents[3] / "docs" / "kernels.md"
+
+
+def test_the_documentation_shows_the_recorded_shares_of_a_step():
+    rows = json.loads((PREDICTIONS / "gpu_step_h100.json").read_text())["rows"]
+    shown = re.findall(r"^\| ([\w' ]+) \| ([\d.]+) % \| ([\d.]+) % \|$", PAGE.read_text(), re.MULTILINE)
+    assert len(shown) == 10
+    for name, *shares in shown:
+        of_name = [row for row in rows if row["kernel"].replace("_", " ").startswith(name)]
+        for network, share in zip(("pmf-b/16", "pmf-h/16"), shares, strict=True):
+            recorded = sum(row["share"] for row in of_name if row["network"] == network)
+            assert f"{recorded:.1%}" == f"{share}%", name
+
+
 def test_the_documentation_shows_the_recorded_predictions():
-    root = RATES.parents[3]
     shown = re.findall(
         r"^\| (forward|forward \+ JVP|backward|backward through both) (\d+x\d+) \| ([\d.]+) \| ([\d.]+) \|",
-        (root / "docs/kernels.md").read_text(),
+        PAGE.read_text(),
         re.MULTILINE,
     )
     names = {"forward": "forward", "forward + JVP": "jvp", "backward": "backward"}
     for column, record in ((2, "gpu_model_h100_mma"), (3, "gpu_model_h100")):
-        rows = json.loads((root / f"benchmarks/results/predictions/{record}.json").read_text())["rows"]
+        rows = json.loads((PREDICTIONS / f"{record}.json").read_text())["rows"]
         recorded = {row["problem"]: row["predicted_over_limit"] for row in rows}
         found = {f"{names.get(row[0], 'both')}_{row[1]}": float(row[column]) for row in shown}
         assert found == {name: round(value, 2) for name, value in recorded.items()}

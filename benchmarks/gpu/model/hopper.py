@@ -1,5 +1,5 @@
-"""What the warps of the Hopper kernels do (csrc/cuda/attention/hopper_forward.cuh): two warpgroups compute,
-three warps copy for them, and barriers synchronise them.
+"""What the warps of the Hopper kernels do (csrc/cuda/attention/hopper_forward.cuh): two or three warpgroups
+compute, other warps copy keys, values and queries for them, and barriers synchronise them.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from math import ceil
 
 from . import paths
+from .asynchronous import Gate
 from .machine import Multiprocessor, Rates, Signal, Trace
 from .problems import Launch, Problem, UnexpectedCodeError
 from .sass import Kernel
 
-ROWS, CONSUMERS, GROUP_WARPS = 64, 2, 4
-"""Queries of a row block, warpgroups that compute, warps of each."""
+ROWS, GROUP_WARPS = 64, 4
+"""Queries of a row block; warps of a warpgroup."""
 SEEDS = 2
-ITEMS = 8
-"""Work items to simulate; the first two are not counted. The consumers' shares alternate between items."""
+ITEMS = 9
+"""Work items to simulate; the first three are not counted. Consumers' shares repeat after two or three."""
 
 
 def takes(kernel: str) -> bool:
@@ -29,37 +30,39 @@ def takes(kernel: str) -> bool:
 class Work:
     """How a launch divides the problem, as hopper_forward.cu does."""
 
+    consumers: int
+    """Warpgroups that compute."""
     keys: int
+    """Per tile."""
     slots: int
     tiles: int
     row_blocks: int
-    rounds: int
-    """Row blocks of each consumer in an item."""
     parts: int
-    """Items per head."""
+    """Items per head; 1 if a head is an item of its own."""
 
     @classmethod
     def of(cls, launch: Launch, problem: Problem, processors: int) -> Work:
         sizes = re.search(r"HopperSizes<\w+, (\d+), (\d+), (\d+), ", launch.kernel)
         if sizes is None:
             raise UnexpectedCodeError(f"{launch.kernel}: no sizes of tiles in its name")
-        keys, slots = int(sizes[2]), int(sizes[3])
+        keys, slots, consumers = int(sizes[2]), int(sizes[3]), launch.warps // GROUP_WARPS - 1
         tiles, row_blocks = ceil(problem.tokens / keys), ceil(problem.tokens / ROWS)
         stays = tiles <= slots and problem.heads >= 2 * processors
-        rounds = ceil(row_blocks / CONSUMERS) if stays else 1
-        return cls(keys, slots, tiles, row_blocks, rounds, ceil(row_blocks / (CONSUMERS * rounds)))
+        return cls(consumers, keys, slots, tiles, row_blocks, 1 if stays else ceil(row_blocks / consumers))
 
-    def shares(self, item: int) -> list[int]:
-        """Row blocks of each consumer in a block's item."""
-        left = self.row_blocks - (item % self.parts) * CONSUMERS * self.rounds
-        counts = [(left - (c + item) % CONSUMERS + 1) // CONSUMERS for c in range(CONSUMERS)]
-        return [min(count, self.rounds) for count in counts]
+    def shares(self, item: int) -> list[range]:
+        """Row blocks of each consumer in a block's item. A head's last part is taken to be like others."""
+        each = self.row_blocks if self.parts == 1 else self.consumers
+        first = item % (self.row_blocks // each) * each if each <= self.row_blocks else 0
+        own = range(first, min(first + each, self.row_blocks))
+        return [own[(c + item) % self.consumers :: self.consumers] for c in range(self.consumers)]
 
 
 class Parts:
     """The kernel's parts, each as the path that a warp takes through it."""
 
-    def __init__(self, kernel: Kernel, name: str):
+    def __init__(self, kernel: Kernel, name: str, hidden: int = 0):
+        """`hidden`: groups of eight keys in the last tile that lie past the end; each has a basic block."""
         self.kernel, self.name = kernel, name
         tile, row_block, item = self._nest("wgmma")
         keys, keys_item = self._nest("box", lambda body: kernel.count(body, "arrive") == 2)
@@ -69,7 +72,9 @@ class Parts:
         self.item = self._way(item, {row_block}, loops[item])
         self.first = self._way(row_block, {tile}, loops[row_block])
         self.tile = self._way(tile, {tile}, loops[tile])
-        self.last_tile = self._way(tile, {tile}, loops[tile], hiding=True)
+        hiding = [block for block in sorted(loops[tile]) if paths.hides(kernel.blocks[block])]
+        shown = loops[tile] - set(hiding[hidden:])
+        self.last_tile = self._way(tile, {tile}, shown, hiding=True)
         self.row_block_end = self._way(paths.exit_of(kernel, tile), {row_block}, loops[row_block])
         self.keys_start = self._way(0, {keys_item}, None)
         self.keys_item = self._way(keys_item, {keys}, loops[keys_item])
@@ -94,15 +99,15 @@ class Parts:
 
     def about(self, trace: Trace, expected: str, signals: list[Signal | None]) -> Trace:
         """The trace with its signals; `expected`: the instructions that they belong to, in order."""
-        kinds = {"await": "w", "arrive": "a", "box": "b"}
-        found = "".join(kinds[kind] for kind, *_ in trace.code if kind in kinds)
-        if found != expected:
+        if (found := signalling(trace)) != expected:
             raise UnexpectedCodeError(f"{self.name}: barriers and copies are {found!r}, not {expected!r}")
         return trace.signalling(signals)
 
 
-def boxes(trace: Trace) -> int:
-    return sum(kind == "box" for kind, *_ in trace.code)
+def signalling(trace: Trace) -> str:
+    """Its instructions with signals, in order: w waits, a arrives, b copies a box."""
+    kinds = {"await": "w", "arrive": "a", "box": "b"}
+    return "".join(kinds[kind] for kind, *_ in trace.code if kind in kinds)
 
 
 def programs(
@@ -110,18 +115,26 @@ def programs(
 ) -> tuple[list[list[Trace]], dict[str, int]]:
     """What each warp does, and the arrivals per phase of each barrier. `share`: of the memory rate."""
     a_byte = rates["clock_hz"] / (rates["memory_bytes"] * share)
-    from_l2 = rates["clock_hz"] * rates["processors"] / rates["l2_bytes"]
+    a_byte_from_l2 = rates["clock_hz"] * rates["processors"] / rates["l2_bytes"]
     sides = 2 if problem.tangent else 1
 
-    def row_cycles(first: int, rows: int, readers: int, instructions: int) -> float:
-        """Cycles of a box. Data that one of several readers has read is in the L2 cache for the others."""
-        size = max(0, min(rows, problem.tokens - first)) * problem.width * 2 * sides / instructions
-        return size * max(a_byte / readers, from_l2)
+    def box(gate: Gate, first: int, rows: int, readers: int) -> Signal:
+        """Data that one of several readers has read is in the L2 cache for the others."""
+        size = max(0, min(rows, problem.tokens - first)) * problem.width * 2 * sides / arrivals[gate[0]]
+        return Signal(gate, size * a_byte_from_l2, size * a_byte / readers)
 
-    per_tile, per_row_block = boxes(parts.keys_tile) // 2, boxes(parts.queries_row_block)
+    def copied(gate: Gate, before: int, first: int, rows: int, readers: int) -> list[Signal | None]:
+        """Of a copying warp: it waits for the empty slot, announces the copies and issues them."""
+        empty = Signal((f"{gate[0]} read", before)) if before >= 0 else None
+        return [empty, None, *[box(gate, first, rows, readers)] * arrivals[gate[0]]]
+
+    per_tile, per_row_block = (
+        signalling(trace).count("b") for trace in (parts.keys_tile, parts.queries_row_block)
+    )
+    per_tile //= 2
     arrivals = {"keys": per_tile, "values": per_tile}
-    arrivals |= {f"{name} read": CONSUMERS * GROUP_WARPS for name in ("keys", "values")}
-    for c in range(CONSUMERS):
+    arrivals |= {f"{name} read": work.consumers * GROUP_WARPS for name in ("keys", "values")}
+    for c in range(work.consumers):
         arrivals |= {f"queries {c}": per_row_block, f"queries {c} read": GROUP_WARPS}
 
     def copy_keys() -> Iterator[Trace]:
@@ -130,12 +143,13 @@ def programs(
             yield parts.keys_item
             for j in range(work.tiles):
                 number = item * work.tiles + j
-                cycles = row_cycles(j * work.keys, work.keys, work.parts, per_tile)
-                signals: list[Signal | None] = []
-                for name in ("keys", "values"):
-                    before = number - work.slots
-                    signals += [Signal((f"{name} read", before)) if before >= 0 else None, None]
-                    signals += [Signal((name, number), cycles)] * per_tile
+                signals = [
+                    signal
+                    for name in ("keys", "values")
+                    for signal in copied(
+                        (name, number), number - work.slots, j * work.keys, work.keys, work.parts
+                    )
+                ]
                 yield parts.about(parts.keys_tile, ("wa" + "b" * per_tile) * 2, signals)
 
     def copy_queries(c: int) -> Iterator[Trace]:
@@ -143,11 +157,8 @@ def programs(
         number = 0
         for item in range(ITEMS):
             yield parts.queries_item
-            for r in range(work.shares(item)[c]):
-                row_block = (item % work.parts * work.rounds + r) * CONSUMERS + (c + item) % CONSUMERS
-                empty = Signal((f"queries {c} read", number - 1)) if number else None
-                box = Signal((f"queries {c}", number), row_cycles(row_block * ROWS, ROWS, 1, per_row_block))
-                signals = [empty, None, *[box] * per_row_block]
+            for row_block in work.shares(item)[c]:
+                signals = copied((f"queries {c}", number), number - 1, row_block * ROWS, ROWS, 1)
                 yield parts.about(parts.queries_row_block, "wa" + "b" * per_row_block, signals)
                 number += 1
 
@@ -157,28 +168,30 @@ def programs(
         for item in range(ITEMS):
             yield parts.item
             share = work.shares(item)[c]
-            if share == 0:
+            if not share:
                 raise UnexpectedCodeError(f"{parts.name}: consumers without work are not modelled")
             first, end = item * work.tiles, (item + 1) * work.tiles
-            for r in range(share):
-                last = r + 1 == share
+            for row_block in share:
 
-                def read(name: str, tile: int, last: bool = last) -> Signal | None:
+                def read(name: str, tile: int, last: bool = row_block == share[-1]) -> Signal | None:
                     return Signal((f"{name} read", tile)) if last else None
 
                 queries, queries_read = (Signal((f"queries {c}{what}", number)) for what in ("", " read"))
-                yield parts.about(parts.first, "wwa", [queries, Signal(("keys", first)), read("keys", first)])
+                signals = [queries, Signal(("keys", first)), read("keys", first)]
+                yield parts.about(parts.first, "wwa", signals)
                 for j in range(first + 1, end):
-                    signals = [Signal(("keys", j)), Signal(("values", j - 1))]
-                    signals_read = [read("keys", j), read("values", j - 1)]
-                    trace = parts.last_tile if j + 1 == end else parts.tile
-                    yield parts.about(trace, "wwaa", [*signals, *signals_read])
-                signals = [queries_read, Signal(("values", end - 1))]
-                yield parts.about(parts.row_block_end, "awa", [*signals, read("values", end - 1)])
+                    signals = [Signal(("keys", j)), Signal(("values", j - 1)), read("keys", j)]
+                    if j + 1 < end:
+                        yield parts.about(parts.tile, "wwaa", [*signals, read("values", j - 1)])
+                    else:
+                        signals += [queries_read, read("values", j - 1)]
+                        yield parts.about(parts.last_tile, "wwaaa", signals)
+                j = end - 1
+                yield parts.about(parts.row_block_end, "wa", [Signal(("values", j)), read("values", j)])
                 number += 1
 
-    warps = [list(copy_keys()), *(list(copy_queries(c)) for c in range(CONSUMERS)), []]
-    for c in range(CONSUMERS):
+    warps = [list(copy_keys()), *(list(copy_queries(c)) for c in range(work.consumers)), []]
+    for c in range(work.consumers):
         warps += [list(consume(c))] * GROUP_WARPS
     return warps, arrivals
 
@@ -186,24 +199,28 @@ def programs(
 def predict(kernel: Kernel, launch: Launch, problem: Problem, rates: Rates) -> float:
     """Seconds of one launch: those of the block with the most items."""
     processors = int(rates["processors"])
-    work, parts = Work.of(launch, problem, processors), Parts(kernel, launch.kernel)
+    work = Work.of(launch, problem, processors)
     rounds, rest = divmod(problem.heads * work.parts, processors)
+    parts = Parts(kernel, launch.kernel, (work.tiles * work.keys - problem.tokens + 7) // 8)
+    # The fraction of the stored rows that exist.
+    stored = problem.tokens / (work.row_blocks * ROWS)
 
-    def times(share: float) -> tuple[float, float]:
-        """Cycles to the end of the simulated items, and per item."""
-        traces, arrivals = programs(parts, work, problem, rates, share)
-        stored = problem.tokens / (work.row_blocks * ROWS)  # the fraction of the stored rows that exist
-        to_memory = rates["memory_bytes"] * share / rates["clock_hz"] / stored
+    def times(blocks: int) -> tuple[float, float]:
+        """Cycles to the end of the simulated items, and per item, if so many blocks share the memory rate."""
+        traces, arrivals = programs(parts, work, problem, rates, 1 / blocks)
+        memory = rates["memory_bytes"] / blocks / rates["clock_hz"]
         end = each = 0.0
         for seed in range(SEEDS):
-            machine = Multiprocessor(traces, 1, 1, rates, to_memory, arrivals)
+            machine = Multiprocessor(
+                traces, 1, 1, rates, memory / stored, arrivals, rates["ahead_bytes"] / memory
+            )
             end += machine.ends(seed)[-1] / SEEDS
-            begin, last = (machine.gates.opens["values read", n * work.tiles - 1] for n in (2, ITEMS))
-            each += (last - begin) / (ITEMS - 2) / SEEDS
+            begin, last = (machine.gates.opens["values read", n * work.tiles - 1] for n in (3, ITEMS))
+            each += (last - begin) / (ITEMS - 3) / SEEDS
         return end, each
 
-    end, each = times(1 / processors)
+    end, each = times(processors)
     cycles = end + (rounds - ITEMS) * each
     if rest:  # fewer blocks share the memory rate in the last items
-        cycles += times(1 / rest)[1]
+        cycles += times(rest)[1]
     return cycles / rates["clock_hz"]

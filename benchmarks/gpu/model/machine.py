@@ -28,8 +28,9 @@ class Signal:
     """The phase of an mbarrier that an instruction, or a copy of a box, refers to."""
 
     gate: Gate
-    cycles: float = 0
-    """The copy time of a box."""
+    port: float = 0
+    memory: float = 0
+    """The copy time of a box: cycles of this multiprocessor's share of the L2 rate and of the memory rate."""
 
 
 @dataclass(eq=False)
@@ -147,10 +148,12 @@ class Multiprocessor:
         rates: Rates,
         copy_rate: float,
         arrivals: Mapping[str, int] | None = None,
+        ahead: float = 0,
     ):
-        """`arrivals`: the number of arrivals per phase, by mbarrier name."""
+        """`arrivals`: the number of arrivals per phase, by mbarrier name. `ahead`: how many cycles copies may
+        run ahead of this multiprocessor's share of the memory rate, as others do not all copy at once."""
         self.programs, self.resident, self.count = programs, resident, count
-        self.rates, self.copy_rate = rates, copy_rate
+        self.rates, self.copy_rate, self.ahead = rates, copy_rate, ahead
         self.gates = Gates(arrivals or {}, rates["mbarrier_latency"])
 
     def ends(self, seed: int = 0) -> list[float]:
@@ -182,7 +185,7 @@ class Multiprocessor:
         }
         latency = {name[:-8]: value for name, value in rates.items() if name.endswith("_latency")}
         usual = latency["usual"]
-        memory = channel = 0.0
+        memory = channel = port = 0.0
         now = 0.0
         products, gates = Products(rates, pipes), self.gates
         ended: list[float] = []
@@ -229,7 +232,7 @@ class Multiprocessor:
                         warp.last = max(channel, now + latency["global"])
                         done = now + latency["shared"]
                     elif kind in ("load", "store"):
-                        channel = max(channel, now) + 128 * weight / self.copy_rate
+                        channel = max(channel, now - self.ahead) + 128 * weight / self.copy_rate
                         done = now + latency["shared"]
                         if kind == "load":
                             done = max(channel, now + latency["global"])
@@ -267,8 +270,9 @@ class Multiprocessor:
                         elif kind == "arrive":
                             gates.arrive(signal.gate, now)
                         else:
-                            channel = max(channel, now) + signal.cycles
-                            gates.arrive(signal.gate, max(channel, now + latency["box"]))
+                            channel = max(channel, now - self.ahead) + signal.memory
+                            port = max(port, now) + signal.port
+                            gates.arrive(signal.gate, max(channel, port, now + latency["box"]))
                         warp.signal += 1
                     else:
                         done = now + latency.get(kind, usual)

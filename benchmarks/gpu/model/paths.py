@@ -13,19 +13,19 @@ from .sass import Instruction, Kernel
 Score = tuple[int, ...]
 
 
-HIDING = 32
-"""Only blocks that hide keys have this many selections."""
+def hides(block: list[Instruction]) -> bool:
+    """Whether it sets scores to minus infinity."""
+    return any(each.name == "FSEL" and "-INF" in each.text for each in block)
 
 
 def _score(copying: bool, hiding: bool) -> Callable[[list[Instruction]], Score]:
     def score(block: list[Instruction]) -> Score:
         kinds = [each.kind for each in block]
         copies = kinds.count("copy") * (1 if copying else -1)
-        selections = sum(each.name == "FSEL" for each in block)
         slow = sum(each.kind in ("load", "store") and ".128" not in each.opcode for each in block)
         slow += sum(each.name == "STS" for each in block)
         products = kinds.count("hmma") + kinds.count("wgmma") + kinds.count("box")
-        return products, hiding * (selections // HIDING), copies, -slow, kinds.count("store"), -len(block)
+        return products, hiding * hides(block), copies, -slow, kinds.count("store"), -len(block)
 
     return score
 
