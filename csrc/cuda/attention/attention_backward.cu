@@ -1,6 +1,6 @@
-// Attention's backward on the host: which kernels, how they are cut, and two launches.
+// Host side of attention's backward: kernel selection, launch plans and two launches.
 //
-// The kernels and their mathematics: attention_backward_queries.cuh (ordinary) or
+// The kernels and their mathematics are in attention_backward_queries.cuh (ordinary) or
 // attention_backward_tangents.cuh (through both outputs), then attention_backward_keys.cuh.
 #include <algorithm>
 
@@ -19,7 +19,7 @@ constexpr int kRowsOfWarp = 16;
 constexpr int kMaxWarps = kBackwardMostRows / kRowsOfWarp;
 constexpr int64_t kLargestGrid = 2147483647;
 constexpr float kLog2e = 1.4426950408889634f;
-constexpr int64_t kSharedOverhead = 1024;  // of a block, on top of what it asks for
+constexpr int64_t kSharedOverhead = 1024;  // bytes reserved per block beyond its request
 
 int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
@@ -30,8 +30,8 @@ int64_t shared_bytes(const BackwardKernels& k, int warps, int slots, bool by_key
   return kBackwardPlaceBytes + warps * kRowsOfWarp * row + slots * (k.columns * row + statistics);
 }
 
-// Six warps, or four where that leaves fewer idle rows or there are few; blocks are whole tiles, as
-// every row of a tile of queries must have its statistics.
+// Six warps, or four if that leaves fewer idle rows, or two if there are few rows. Blocks are whole
+// query tiles, as every row of such a tile needs its statistics.
 int preferred_warps(int64_t rows) {
   if (rows <= 2 * kRowsOfWarp) return 2;
   const auto padded = [rows](int warps) {
@@ -40,16 +40,16 @@ int preferred_warps(int64_t rows) {
   return 20 * padded(4) < 19 * padded(kMaxWarps) ? 4 : kMaxWarps;
 }
 
-// Whether blocks of queries cover whole tiles, as every row of a tile must have its statistics: of
-// packed sequences, whatever their lengths.
+// Whether blocks of queries cover whole query tiles, every row of which needs its statistics. For
+// packed sequences this must hold whatever their lengths.
 bool covers_tiles(const BackwardKernels& kernels, int64_t queries, int warps, bool packed) {
   const int64_t rows = warps * kRowsOfWarp;
   if (packed) return rows % kernels.columns == 0;
   return ceil_div(queries, rows) * rows >= ceil_div(queries, kernels.columns) * kernels.columns;
 }
 
-// Of a regular kernel: by the cycle model (benchmarks/gpu_model.py), not measured, three or four
-// blocks on a multiprocessor cover each other's barriers better than two.
+// Warps per block of a regular kernel. By the cycle model (benchmarks/gpu_model.py), not measured,
+// three or four blocks per SM hide each other's barriers better than two.
 int regular_warps(const BackwardKernels& kernels, int64_t rows, bool packed) {
   const int fewest = kernels.warps / 4, more = kernels.warps / 3;
   const auto padded = [&](int warps) {
@@ -59,7 +59,7 @@ int regular_warps(const BackwardKernels& kernels, int64_t rows, bool packed) {
                                                                                        : fewest;
 }
 
-// BackwardKernels::regular, but for the widths.
+// BackwardKernels::regular except for the widths.
 bool is_regular(const AttentionBackwardParams& p) {
   const AttentionShape& s = p.shape;
   if (p.mask.kind != MaskKind::none || p.window.hides() || s.heads != s.key_heads) return false;
@@ -75,18 +75,18 @@ bool is_regular(const AttentionBackwardParams& p) {
                     (queries(p.query_t) && queries(p.grad_t) && keys(p.key_t) && keys(p.value_t)));
 }
 
-// The table of the call's dtype, with tangents or without.
+// The kernel table for the call's dtype, with or without tangents.
 const BackwardKernels* first_kernels(const AttentionBackwardParams& params) {
   const BackwardTable table = params.dtype == DType::bf16  ? attention_backward_bf16()
                               : params.dtype == DType::f16 ? attention_backward_f16()
                               : params.allow_tf32          ? attention_backward_tf32()
                                                            : attention_backward_f32();
-  // Without queries grad_t holds nothing, and gradients of tangents may still be wanted.
+  // Without queries grad_t is empty, but gradients of tangents may still be requested.
   const bool tangent = params.grad_t.data != nullptr || params.shape.queries == 0;
   return tangent ? table.tangent : table.ordinary;
 }
 
-// Whether kernels take a call, regular or not, where blocks may have so much shared memory.
+// Whether the kernels support a call, given the shared memory available to a block.
 bool take(const BackwardKernels& kernels, const AttentionBackwardParams& params, bool regular,
           int64_t shared_limit) {
   const AttentionShape& s = params.shape;
@@ -99,8 +99,8 @@ bool take(const BackwardKernels& kernels, const AttentionBackwardParams& params,
          runs(true);
 }
 
-// The tuned kernels if they take the call, otherwise the model's choice, `kernels`. Their streamed
-// tiles must be those of the model's choice: so no tuning changes a bit of the results.
+// The tuned kernels if they support the call, otherwise the cost model's choice, `kernels`. Both
+// must stream tiles of the same size, so that tuning never changes results, not even bitwise.
 const BackwardKernels& tuned_kernels(const AttentionBackwardParams& params, int64_t shared_limit,
                                      const BackwardKernels& kernels,
                                      const AttentionChoice& choice) {
@@ -112,11 +112,11 @@ const BackwardKernels& tuned_kernels(const AttentionBackwardParams& params, int6
         take(*k, params, regular, shared_limit)) {
       return *k;
     }
-    if (!k->regular && k->width == kAttentionMaxWidth) return kernels;  // the last of the table
+    if (!k->regular && k->width == kAttentionMaxWidth) return kernels;  // end of the table
   }
 }
 
-// Blocks of so many warps with so many slots.
+// A plan with the given warps and ring slots.
 BackwardPlan plan_with(const BackwardKernels& kernels, const AttentionBackwardParams& params,
                        bool by_keys, int warps, int slots) {
   const AttentionShape& s = params.shape;
@@ -141,7 +141,7 @@ BackwardPlan plan_with(const BackwardKernels& kernels, const AttentionBackwardPa
   return plan;
 }
 
-// Whether the kernels and the device have such blocks.
+// Whether the kernels and the device can run the tuned choice.
 bool has_plan(const BackwardKernels& kernels, const AttentionBackwardParams& params, bool by_keys,
               int64_t shared_limit, const AttentionChoice& choice) {
   const int warps = choice.warps, slots = choice.slots;
@@ -171,7 +171,7 @@ BackwardPlan attention_backward_plan(const BackwardKernels& kernels,
   const bool packed = params.sequences.queries != nullptr;
   int warps = kernels.regular ? regular_warps(kernels, rows, packed) : preferred_warps(rows);
   int slots = 3;
-  // A smaller ring first: blocks keep their size, and what they read is read once.
+  // Shrinks the ring before the blocks: smaller blocks would read the streamed tiles more often.
   while (shared_bytes(kernels, warps, slots, by_keys) > shared_limit) {
     const int fewer = warps > 2 ? warps - 2 : 1;
     if (slots > 2) {

@@ -1,15 +1,15 @@
-// What the kernels of attention's backward share: the ring of streamed tiles, products of a warp's
-// sixteen rows with a tile, scores in log-2 units, and the row statistics that one kernel leaves
-// for the next.
+// Shared by the kernels of attention's backward: the ring buffer of streamed tiles, products of a
+// warp's sixteen rows with a tile, scores in log-2 units, and the row statistics that one kernel
+// computes for the next.
 //
-// Every kernel is built alike. A warp owns sixteen rows (queries or keys), which stay in shared
-// memory; tiles of kColumns keys or queries stream past:
+// All kernels have the same structure. A warp owns sixteen rows (queries or keys), which stay in
+// shared memory, while tiles of kColumns keys or queries stream past:
 //
 //   scores     [16][kColumns]   = rows times tile^T
-//   gradients  [16][kOut]      += scores' derivatives (accumulators turned into A fragments) times
-//                                 tile
+//   gradients  [16][kOut]      += derivatives of the scores (accumulators repacked as A fragments)
+//                                 times tile
 //
-// so a gradient is one warp's from beginning to end: no atomics, one fixed order of every sum.
+// Each gradient is computed by a single warp: no atomics, and a fixed summation order.
 #pragma once
 
 #include "cuda/attention/attention_backward_plan.h"
@@ -21,16 +21,16 @@
 namespace pmf::cuda {
 
 constexpr int kWarpRows = 16;
-constexpr int kTunedWidth = 64;  // wider kernels skip what lies past the tensors' own width
+constexpr int kTunedWidth = 64;  // wider kernels skip columns past the tensors' actual width
 
 // Row statistics, one array each: P = weight 2^(s - top) for scores s in log-2 units, c D, and,
-// with tangents, a and r. Of a row that attends nothing, weight is 0 and top infinite.
+// with tangents, a and r. A row that attends nothing has weight 0 and top inf.
 enum Statistic { kTop, kWeight, kD, kA, kR };
 
 template <bool kTangent>
 constexpr int kStatistics = int(kTangent ? kBackwardStatisticsWithTangents : kBackwardStatistics);
 
-// One of the arrays of a head and a sequence.
+// One statistics array of a head and sequence.
 template <bool kTangent>
 __device__ inline float* statistic_of(const BackwardPlan& plan, const AttentionShape& shape,
                                       const Sequence& sequence, int batch, int head, int which) {
@@ -39,13 +39,13 @@ __device__ inline float* statistic_of(const BackwardPlan& plan, const AttentionS
   return plan.statistics + (row * plan.padded_queries + start);
 }
 
-// A row's gradient of lse, or of its tangent; null: zero.
+// The gradient of a row's lse or lse_t; a null pointer means zero.
 __device__ inline float lse_gradient(const void* gradients, int64_t row) {
   return gradients == nullptr ? 0.0f : static_cast<const float*>(gradients)[row];
 }
 
-// The tensors of a head on either side. Ordinary kernels have the first two.
-enum QuerySide { kQ, kG, kQT, kX };  // queries, grad, their tangents, grad_t
+// Tensors of a head on the query and key sides. Ordinary kernels use the first two of each.
+enum QuerySide { kQ, kG, kQT, kX };  // query, grad, query_t, grad_t
 enum KeySide { kK, kV, kKT, kVT };
 
 __device__ inline const ConstView4& query_side(const AttentionBackwardParams& p, int which) {
@@ -55,23 +55,22 @@ __device__ inline const ConstView4& key_side(const AttentionBackwardParams& p, i
   return which == kK ? p.key : which == kV ? p.value : which == kKT ? p.key_t : p.value_t;
 }
 
-// Which part of the work a block does: columns of the gradients, tile of rows, head and batch. It
-// lies in front of the block's tiles and is read from there wherever it is needed: no compiler
-// keeps it in registers throughout the loops, where accumulators need them all.
-// kTensors tensors stream past: of a regular kernel, with their statistics, from here. What the
-// warps found: attention_hidden.cuh.
+// A block's position: gradient column block, row tile, head and batch. It precedes the tiles in
+// shared memory and is read from there on each use: no compiler keeps it in registers throughout
+// the loops, where the accumulators need them all. Regular kernels also keep the kTensors streamed
+// tensors and their statistics here. `found`: see attention_hidden.cuh.
 template <int kTensors>
 struct BlockPlace {
   WholeHead streamed[kTensors];
-  const float* statistics;  // of the queries' head
+  const float* statistics;  // for the head of the queries
   Sequence sequence;
   int column, first, head, batch, key_head;
   uint32_t found[8];
 };
 static_assert(sizeof(BlockPlace<4>) <= kBackwardPlaceBytes, "the plan counts them");
 
-// Of this block, of blocks of `rows` rows of gradients, which are cut into parts of `part` columns.
-// kByKeys: gradients of keys.
+// The position of this block, given `rows` gradient rows per block and column blocks of `part`
+// columns. kByKeys: the gradients are those of keys.
 template <int kTensors, bool kByKeys>
 __device__ inline BlockPlace<kTensors>& place_block(const AttentionBackwardParams& p,
                                                     const BackwardPlan& plan, int part) {
@@ -92,8 +91,8 @@ __device__ inline BlockPlace<kTensors>& place_block(const AttentionBackwardParam
   return *place;
 }
 
-// Sixteen rows of a warp, from shared memory to rows [first, ...) of a gradient's rows from `start`
-// on, 16 bytes at a time where the view allows.
+// Copies a warp's sixteen rows from shared memory to rows [first, ...) of a gradient, counted from
+// row `start`, 16 bytes at a time if the view allows it.
 template <typename T, int kWidth>
 __device__ inline void store_rows(const View4& view, int batch, int head, int start, int first,
                                   int row_count, const SharedTile<T, kWidth>& tile, int tile_row,
@@ -123,10 +122,10 @@ __device__ inline void store_rows(const View4& view, int batch, int head, int st
   }
 }
 
-// ---- the ring of streamed tiles -----------------------------------------------------------------
+// ---- the ring buffer of streamed tiles ----------------------------------------------------------
 
-// Calls issue(i, slot) for each of `count` tiles, some ahead of consume(i, slot). What was loaded
-// before is there as well when the first tile is consumed.
+// Calls issue(i, slot) for each of `count` tiles, ahead of consume(i, slot). Copies started earlier
+// have also landed when the first tile is consumed.
 template <bool kRegular, typename Issue, typename Consume>
 __device__ inline void stream(int count, int slots, const Issue& issue, const Consume& consume) {
   const TileStream tiles = {count, kRegular ? kBackwardRegularSlots : slots};
@@ -135,8 +134,8 @@ __device__ inline void stream(int count, int slots, const Issue& issue, const Co
   tiles.end();
 }
 
-// A block's tiles in shared memory: kTensors of its own, `rows` rows each, and a ring of slots with
-// as many of kColumns rows.
+// A block's tiles in shared memory: kTensors resident ones of `rows` rows each, then a ring whose
+// slots hold kTensors tiles of kColumns rows.
 template <typename T, int kWidth, int kTensors, int kColumns>
 struct BlockTiles {
   using Tile = SharedTile<T, kWidth>;
@@ -151,8 +150,8 @@ struct BlockTiles {
     return {ring() + which * kColumns * kWidth, slot * kTensors * kColumns * kWidth};
   }
 
-  // Tensors [0, kTensors) of one side, rows [first, first + count) of those from `start` on, into
-  // tiles that follow `tile`.
+  // Loads rows [first, first + count), counted from `start`, of all tensors of one side into tiles
+  // that are contiguous from `tile` on.
   template <bool kRegular, typename Views>
   __device__ static void load(const Tile& tile, int count, const Views& views, int batch, int head,
                               int start, int first, int row_count, const AttentionShape& shape) {
@@ -175,7 +174,7 @@ struct BlockTiles {
 
 // ---- products of a warp -------------------------------------------------------------------------
 
-// c += A times columns [k depth, (k + 1) depth) of tile^T.
+// c += A times columns [k depth, (k + 1) depth) of tile^T, for step k.
 template <typename E, bool kSwapped, int kTiles, int kWidth>
 __device__ inline void across_step(float (&c)[kTiles][4], const FragmentA& a,
                                    const SharedTile<typename E::Storage, kWidth>& tile, int k,
@@ -193,8 +192,8 @@ __device__ inline void across_step(float (&c)[kTiles][4], const FragmentA& a,
   }
 }
 
-// How many steps of a product are unrolled: all of a regular kernel's, as far as loads ahead fit
-// the registers in the others.
+// Unroll factor of a product's loop: full in regular kernels; elsewhere as far as registers allow
+// loads ahead of their use.
 template <typename E, bool kRegular, int kTiles, int kWidth>
 constexpr int kUnrolledSteps = kRegular                      ? kWidth / E::kDepth
                                : kWidth == 80 || kTiles <= 2 ? 1
@@ -214,9 +213,9 @@ __device__ inline void multiply_across(float (&c)[kTiles][4],
   }
 }
 
-// A product and its tangent, c += a b^T and ct += at b^T + a bt^T, whose fragments are the same; a
-// tangent without data is zero. kSwapped also exchanges the last two, so that kernels that have A
-// and B in each other's places add up alike.
+// A product and its tangent, c += a b^T and ct += at b^T + a bt^T, from the same fragments; an
+// absent tangent counts as zero. kSwapped also swaps the last two terms, so that kernels with A and
+// B in exchanged roles sum in the same order.
 template <typename E, bool kSwapped, bool kRegular, int kTiles, int kWidth>
 __device__ inline void multiply_across(float (&c)[kTiles][4], float (&ct)[kTiles][4],
                                        const SharedTile<typename E::Storage, kWidth>& a,
@@ -259,7 +258,7 @@ __device__ inline void multiply_across(float (&c)[kTiles][4], float (&ct)[kTiles
   }
 }
 
-// One of the sums out += p times a tile.
+// One term of multiply_down(): out += p times a tile.
 template <int kTiles, int kOutTiles>
 struct DownTerm {
   float (&out)[kOutTiles][4];
@@ -271,8 +270,8 @@ __device__ inline DownTerm<kTiles, kOutTiles> down(float (&out)[kOutTiles][4],
   return {out, p};
 }
 
-// Every term's out += p times columns [column, column + kOut) of the tile, whose fragments are read
-// once; columns past `width` are left out. kFinite: zeros for what is not finite
+// For each term, out += p times columns [column, column + kOut) of the tile, whose fragments are
+// read once; columns past `width` are skipped. kFinite: inf and NaN read as zero
 // (attention_hidden.cuh).
 template <typename E, bool kFinite, bool kRegular, int kWidth, int kTiles, int kOutTiles,
           typename... Terms>
@@ -286,9 +285,9 @@ __device__ inline void multiply_down(const SharedTile<typename E::Storage, kWidt
     if constexpr (kFinite) b[0] = finite<T>(b[0]), b[1] = finite<T>(b[1]);
   };
   if constexpr (sizeof(T) == 4) {
-    // In fp32 a tile's products are added up by themselves: tensor cores cut all terms where the
-    // largest ends, and a thousand keys one by one into large sums would lose more than the
-    // products do.
+    // In fp32, each tile is summed separately first: tensor cores truncate every term to the
+    // exponent of the largest, and adding a thousand keys one by one to large sums would lose more
+    // than the products do.
     const auto add = [&](const auto& term) {
 #pragma unroll
       for (int n = 0; n < kOutTiles; n += 2) {
@@ -334,8 +333,8 @@ __device__ inline void multiply_down(const SharedTile<typename E::Storage, kWidt
   }
 }
 
-// Sums of the rounded rows of p and of q, by the tensor cores: p times a matrix whose even columns
-// are ones, q times one whose odd columns are. sums[2h] and sums[2h + 1] are those of row g + 8h.
+// Row sums of the rounded p and q on the tensor cores: p times a matrix with ones in even columns,
+// q times one with ones in odd columns. sums[2h] and sums[2h + 1] belong to row g + 8h.
 template <typename E>
 __device__ inline void add_row_sums(float (&sums)[4], const FragmentA& p, const FragmentA& q,
                                     int lane) {
@@ -344,7 +343,7 @@ __device__ inline void add_row_sums(float (&sums)[4], const FragmentA& p, const 
   E::template multiply<>(sums, q, E::ones(odd));
 }
 
-// Keys that a block's queries [first, first + plan.rows) see, from a whole tile on.
+// Keys that the block's queries [first, first + plan.rows) see, starting at a tile boundary.
 template <bool kRegular, int kColumns>
 __device__ inline RowRange seen_keys(const BackwardPlan& plan, const Sequence& sequence,
                                      int first) {
@@ -356,15 +355,15 @@ __device__ inline RowRange seen_keys(const BackwardPlan& plan, const Sequence& s
 
 // ---- scores -------------------------------------------------------------------------------------
 
-// Where a lane's accumulator [0][0] lies.
+// The position of a lane's accumulator element [0][0].
 struct ScorePlace {
   int batch, head, query, key;
 };
 
-// Raw scores to log-2 units: c log2(e) S plus mask, -inf where the query may not attend, and zeros
-// there in what hangs on the scores, so that nothing a hidden key holds can reach the result.
-// Accumulator rows are queries, or, kTransposed, keys. `edge`: the tile reaches past the keys or
-// the window. kRegular: there is no mask and no window.
+// Converts raw scores to log-2 units: c log2(e) S plus mask, or -inf where masked. There the
+// `others`, which depend on the scores, become 0, so that the contents of a masked key cannot reach
+// the result. Accumulator rows are queries or, if kTransposed, keys. `edge`: the tile crosses the
+// end of the keys or of the window. kRegular: no mask and no window.
 template <bool kTransposed, bool kRegular, int kTiles, typename... Others>
 __device__ inline void finish_scores(float (&s)[kTiles][4], const AttentionBackwardParams& p,
                                      const BackwardPlan& plan, const Sequence& sequence,
@@ -404,7 +403,7 @@ __device__ inline void finish_scores(float (&s)[kTiles][4], const AttentionBackw
   }
 }
 
-// Zeros in what hangs on probabilities s that are 0.
+// Zeroes `others` wherever the probability s is 0.
 template <int kTiles, typename... Others>
 __device__ inline void forget_hidden(const float (&s)[kTiles][4], Others&... others) {
 #pragma unroll
@@ -416,7 +415,7 @@ __device__ inline void forget_hidden(const float (&s)[kTiles][4], Others&... oth
   }
 }
 
-// Whether row `row` of a tile holds nothing but zeros: what all lanes of a quad are told.
+// Whether a tile row is all zeros; all lanes of a quad get the same answer.
 template <typename T, int kWidth>
 __device__ inline bool zero_row(const SharedTile<T, kWidth>& tile, int row, int lane) {
   uint32_t bits = 0;
@@ -429,8 +428,8 @@ __device__ inline bool zero_row(const SharedTile<T, kWidth>& tile, int row, int 
   return (bits & (sizeof(T) == 2 ? 0x7fff7fffu : 0x7fffffffu)) == 0;
 }
 
-// A warp's rows of a gradient: rounded into its own rows of a tile that nobody reads any more, then
-// stored.
+// Writes a warp's rows of a gradient: rounds them into the warp's own rows of a tile that is no
+// longer needed, then stores them.
 template <typename T, int kWidth, int kOutTiles>
 __device__ inline void write_gradient(const float (&out)[kOutTiles][4],
                                       const SharedTile<T, kWidth>& tile, int tile_row,

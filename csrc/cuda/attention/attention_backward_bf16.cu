@@ -1,4 +1,4 @@
-// Attention's backward for bf16; compiled on its own, as kernels take their time.
+// Attention's backward for bf16, a translation unit of its own to parallelise the build.
 #include "cuda/attention/attention_backward_kernels.cuh"
 
 namespace pmf::cuda {

@@ -1,5 +1,5 @@
-// Attention's backward for fp32: in TF32 where the caller allows, otherwise in full precision by
-// three TF32 products for each (ArithmeticF32).
+// Attention's backward for fp32: TF32 if the caller allows it, otherwise full precision with three
+// TF32 products per fp32 product (ArithmeticF32).
 #include "cuda/attention/attention_backward_kernels.cuh"
 
 namespace pmf::cuda {

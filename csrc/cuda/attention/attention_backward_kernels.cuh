@@ -1,4 +1,4 @@
-// The table of one dtype's kernels: what is compiled, and for which widths.
+// A dtype's table of backward kernels: which widths are compiled.
 #pragma once
 
 #include "cuda/attention/attention_backward_keys.cuh"
@@ -7,7 +7,7 @@
 
 namespace pmf::cuda {
 
-constexpr int kBlockThreads = 192;  // six warps, the most that a plan takes
+constexpr int kBlockThreads = 192;  // six warps, the most that a plan uses
 
 template <typename E, int kWidth, int kOut, int kColumns, int kBlocks, bool kRegular = false>
 constexpr BackwardKernels ordinary_kernels() {
@@ -41,8 +41,8 @@ constexpr BackwardKernels tangent_kernels() {
           attention_backward_keys<E, kWidth, kOutKeys, kColumns, true, kRegular, kBlockThreads, 1>};
 }
 
-// 16-bit types: 64 and 80 tuned; ordinary ones for two blocks an SM, which leaves 168 registers a
-// thread.
+// 16-bit types: 64 and 80 are tuned. Ordinary regular kernels target two blocks per SM, which
+// leaves 168 registers per thread.
 template <typename T>
 BackwardTable table16() {
   using E = Arithmetic16<T>;

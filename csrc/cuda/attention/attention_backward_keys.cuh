@@ -1,4 +1,4 @@
-// Gradients of keys and values, from the row statistics that the kernels of the queries left.
+// Gradients of keys and values, from the row statistics that the query kernels computed.
 //
 //   S^T = c K Q^T   P^T = weight 2^(S^T - top)   B^T = V G^T
 //   grad_value = P^T G                           grad_key = c (P o (B - D))^T Q
@@ -9,22 +9,22 @@
 //   grad_value_t = P^T X                         grad_key_t = c dtS^T Q
 //   c dS = P o (c B' - c D)                      c dtS = P o c A'
 //
-// Tiling: a block of 16 `warps` keys with its K and V in shared memory; the queries of every head
-// of the group stream past in tiles of kColumns, so the sum over the group is a plain loop, and
-// every sum has one fixed order. Scores lie transposed, keys along rows: a warp's own P^T and dS^T
-// are the A operands of its gradients. Bytes: as attention_backward_queries, with keys and queries
-// exchanged, and two gradients written. FLOPs: 4 products (12 with tangents), 2 Nq Nk D each.
-// Shared memory: 40 ldmatrix.x4 for 64 mma per warp and tile at width 64. Bound: shared memory and
-// tensor cores alike.
+// Tiling: a block owns 16 `warps` keys, with their K and V in shared memory; the queries of every
+// head of the group stream past in tiles of kColumns, so that the sum over the group is a plain
+// loop and every sum has a fixed order. Score tiles are transposed, with keys as rows: a warp's own
+// P^T and dS^T are the A operands of its gradients. Bytes: as attention_backward_queries with keys
+// and queries exchanged, and two gradients written. FLOPs: 4 products (12 with tangents), 2 Nq Nk D
+// each. Shared memory: 40 ldmatrix.x4 per 64 mma, per warp and tile at width 64. Bound equally by
+// shared memory and the tensor cores.
 #pragma once
 
 #include "cuda/attention/attention_backward.cuh"
 
 namespace pmf::cuda {
 
-// Which tile of queries comes next: those of every head of the group, head after head.
+// Iterates over the query tiles of each head of the group, one head after another.
 struct QueryTiles {
-  int head, first, end, query;  // of the head: its first query, past its last, and now
+  int head, first, end, query;  // of the current head: first query, end, current query
 
   __device__ void next(int columns) {
     query += columns;
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const bool has_kt = kTangent && (kRegular || p.key_t.data != nullptr);
   const bool has_vt = kTangent && (kRegular || p.value_t.data != nullptr);
 
-  // Shared: the block's own tiles, the ring, then the slots' statistics.
+  // Shared memory layout: the block's own tiles, the ring buffer, then the slots' statistics.
   const Tiles tiles = {reinterpret_cast<T*>(dynamic_shared() + kBackwardPlaceBytes), rows};
   const int slots = kRegular ? kBackwardRegularSlots : plan.slots;
   float* const statistics =
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   clear(dkt);
   clear(dvt);
 
-  // Queries that see any of the block's keys.
+  // The queries that see any of the block's keys.
   RowRange seeing = {0, sequence.queries};
   if constexpr (!kRegular) {
     const int last = (first + rows < all_keys ? first + rows : all_keys) - 1;
@@ -112,13 +112,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
           tile, kColumns, [&](int x) -> const ConstView4& { return query_side(p, x); }, place.batch,
           copied.head, sequence.query, copied.query, sequence.queries, shape);
     }
-    constexpr int kCopies = kColumns * int(sizeof(float)) / kChunkBytes;  // of one statistic
+    constexpr int kCopies = kColumns * int(sizeof(float)) / kChunkBytes;  // copies per statistic
     const auto copy = [&](int c, const float* head) {
       const int which = c / kCopies, part = c % kCopies * 4;
       cp_async_16(statistics + (slot * kStats + which) * kColumns + part,
                   head + (int64_t{which} * plan.padded_queries + (copied.query + part)));
     };
-    if constexpr (kRegular && kWidth <= kTunedWidth) {  // the registers of wider ones are all taken
+    if constexpr (kRegular && kWidth <= kTunedWidth) {  // wider kernels have no register to spare
       static_assert(kStats * kCopies <= kWarpThreads, "one warp copies them all");
       if (thread < kStats * kCopies) copy(thread, place.statistics);
     } else {
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         hides = any_not_finite(tile.at(0, 0), kColumns * kWidth, place.found, thread,
                                int(blockDim.x)) ||
                 hides;
-        __syncthreads();  // before what was found is forgotten
+        __syncthreads();  // before `found` is overwritten
       };
       look(q);
       if (has_g) look(grad);
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const float weight = statistic(kWeight, j, e);
-        // A hidden score's P is 0 whatever the query's statistics are.
+        // A masked score has P = 0 regardless of the query's statistics.
         const bool hidden = !kRegular && (s[j][e] == -INFINITY || weight == 0.0f);
         s[j][e] = exp2_approx(s[j][e] - statistic(kTop, j, e)) * weight;
         if (hidden) s[j][e] = 0.0f;
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       } else {
         forget_hidden(s, b);
       }
-      // What is not finite and not hidden reaches the gradient of the values through P.
+      // An unmasked inf or NaN reaches the gradient of the values through P.
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
 #pragma unroll

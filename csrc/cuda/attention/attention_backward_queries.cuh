@@ -1,39 +1,39 @@
-// Gradient of the queries, ordinary backward, and the row statistics that attention_backward_keys
-// needs.
+// Gradient of the queries for the ordinary backward, and the row statistics that
+// attention_backward_keys needs.
 //
 //   S = c Q K^T   P = softmax(S)   B = G V^T   D = rowsum(P o B)
 //   grad_query = c (P o (B - D)) K
 //
 // This is the tangent of attention with B in place of the scores' tangent and K in place of the
-// values, so one sweep over the keys computes it, D included, as the forward computes its tangent
+// values. So a single sweep over the keys computes it, D included, like the forward's tangent
 // (attention_softmax.cuh): with e = 2^(S - top), and the running mean D of c B as pivot,
 //
 //   H = e o (c B - D)    M += e K    Z += H K    l += rowsum(e)    r += rowsum(H)
 //   grad_query = (Z - (r / l) M) / l
 //
-// where e and H are rounded as the products read them, l and r add what was rounded, and whenever D
-// moves by delta, Z -= delta M and r -= delta l. What rounding leaves in the row sums is so taken
-// out with the row's own mean key M / l. D itself adds unrounded terms: it is exact to fp32,
-// without the forward's outputs. A gradient g of lse adds c g M / l to grad_query, and the keys get
-// c (D - g) for c D.
+// where e and H are rounded as the products read them and l and r sum the rounded values; whenever
+// D moves by delta, Z -= delta M and r -= delta l. The rounding error in the row sums is thus
+// removed along the row's own mean key M / l. D sums unrounded terms: it is exact to fp32 and does
+// not need the forward's outputs. A gradient g of lse adds c g M / l to grad_query, and the keys
+// receive c (D - g) in place of c D.
 //
-// Tiling: a block of 16 `warps` queries with its Q and G in shared memory, K and V streamed in
-// tiles of kColumns keys through a ring of three. Six warps and 32 columns cut 276 into 288 x 288.
-// Bytes: Q, K, V, G read and grad_query written once; K and V once more per block, from L2.
-// FLOPs: 4 products, 2 Nq Nk D each. Shared memory: 32 ldmatrix.x4 of 4 cycles beside 64 mma per
-// warp and tile at width 64. Bound (estimate): shared memory and the tensor cores, about alike.
+// Tiling: a block owns 16 `warps` queries, with their Q and G in shared memory; K and V stream
+// through a three-slot ring in tiles of kColumns keys. Six warps and 32 columns pad 276 x 276 to
+// 288 x 288. Bytes: Q, K, V, G read and grad_query written once; K and V again per block, from L2.
+// FLOPs: 4 products, 2 Nq Nk D each. Shared memory: 32 ldmatrix.x4 of 4 cycles per 64 mma, per warp
+// and tile at width 64. Bound (estimated): about equally by shared memory and the tensor cores.
 #pragma once
 
 #include "cuda/attention/attention_backward.cuh"
 
 namespace pmf::cuda {
 
-// Rows g and g + 8 of a lane.
+// The state of a lane's rows g and g + 8.
 struct MovingMean {
   float top[2] = {-INFINITY, -INFINITY};
   float mass[2] = {0.0f, 0.0f};  // sum e, unrounded
   float mean[2] = {0.0f, 0.0f};  // D
-  float shrink[2], delta[2];     // what the tile did: factor of all sums, then the mean's movement
+  float shrink[2], delta[2];     // set by advance(): the factor of all sums, the change of the mean
 };
 
 // Raises the maximum to that of a tile's scores.
@@ -81,7 +81,7 @@ __device__ inline void advance(MovingMean& state, float (&s)[kTiles][4], float (
   }
 }
 
-// Sums of e times keys, and of H times keys, follow the new maximum and mean.
+// Applies the new maximum and mean to the accumulators m = sum e K and z = sum H K.
 template <int kTiles>
 __device__ inline void follow(const MovingMean& state, float (&m)[kTiles][4],
                               float (&z)[kTiles][4]) {
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
   const int thread = threadIdx.x, warp = thread / kWarpThreads, lane = thread % kWarpThreads;
   const int g = lane >> 2, t = lane & 3;
-  const int own = warp * kWarpRows;  // this warp's rows of the block
+  const int own = warp * kWarpRows;  // this warp's first row within the block
   const int query = first + own;
   const bool idle = query >= sequence.queries;
   const int width = kRegular ? kWidth : int(shape.width);
@@ -136,8 +136,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const float& scale = plan.scale;
 
   MovingMean state;
-  float m[kOutTiles][4], z[kOutTiles][4];  // e K and H K
-  float sums[4] = {};                      // l, r of row g, then of row g + 8
+  float m[kOutTiles][4], z[kOutTiles][4];  // sum e K and sum H K
+  float sums[4] = {};                      // l and r of row g, then of row g + 8
   clear(m);
   clear(z);
 
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   stream<kRegular>(count, plan.slots, issue, consume);
 
   bool nothing[2];
-  float moved[2] = {};  // c times the gradients of lse
+  float moved[2] = {};  // c times the gradient of lse
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int row = query + g + 8 * h;
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       const auto at = statistic_row(shape, place.batch, place.head, sequence, row);
       moved[h] = scale * lse_gradient(p.grad_lse, at);
     }
-    // Without a gradient a query, which may be anything where it is padding, moves nothing.
+    // A query without a gradient may be padding, of arbitrary contents: it contributes nothing.
     if (!kRegular) {
       const bool still = zero_row(tiles.own(kG, own), g + 8 * h, lane);
       nothing[h] = (still && moved[h] == 0.0f) || nothing[h];

@@ -1,27 +1,27 @@
-// Gradients of the queries and their tangents, backward through both outputs of attention with
-// tangents, and the row statistics that attention_backward_keys needs.
+// Gradients of the queries and their tangents for the backward through both outputs of attention
+// with tangents, and the row statistics that attention_backward_keys needs.
 //
 //   S = c Q K^T   P = softmax(S)   tS = tQ K^T + Q tK^T   A = X V^T   B = G V^T + X tV^T
 //   r = rowsum(P o c tS)   a = rowsum(P o A)   D = rowsum(P o (B + (c tS - r) o (A - a)))
 //   c dtS = c P o (A - a)  c dS = c P o (B + (c tS - r) o (A - a) - D)
 //   grad_query = c (dS K + dtS tK)             grad_query_t = c dtS K
 //
-// Two sweeps over the keys. The first finds the statistics: sums about pivots, the row's values at
-// its first key, each lane about its own maximum and merged at the end; the product in D about its
-// pivots too, as mean(tau alpha) - mean(tau) mean(alpha). The second forms the derivatives. Their
-// rows should add up to zero and, rounded, do not: rho, rho_t. What that would multiply is the
-// row's mean key, so grad_query -= rho M + rho_t tM and grad_query_t -= rho_t M with M = P K, tM =
-// P tK.
+// Two sweeps over the keys. The first computes the statistics: sums about pivots (the row's values
+// at its first key), in each lane relative to its own maximum and merged at the end; the product in
+// D too uses its pivots, as mean(tau alpha) - mean(tau) mean(alpha). The second forms the
+// derivatives. Their rows should sum to zero but, rounded, sum to rho and rho_t. That error is
+// along the row's mean key, so grad_query -= rho M + rho_t tM and grad_query_t -= rho_t M, where M
+// = P K and tM = P tK.
 //
-// Right for every width, not tuned: 6 products twice, 5 more, and columns of the gradients beyond
-// kOut in blocks of their own, which compute the scores again.
+// Correct for every width, not tuned: 6 products twice and 5 more. Gradient columns beyond kOut go
+// to further blocks, which recompute the scores.
 #pragma once
 
 #include "cuda/attention/attention_backward.cuh"
 
 namespace pmf::cuda {
 
-// Sums of one row over the keys that a lane has seen.
+// A row's sums over the keys that one lane has seen.
 struct RowMoments {
   float top = -INFINITY, mass = 0.0f;
   float tau = 0.0f, alpha = 0.0f, beta = 0.0f;  // of c tS, A and B + (c tS) A, about pivots
@@ -29,7 +29,7 @@ struct RowMoments {
   __device__ void scale(float factor) {
     mass *= factor, tau *= factor, alpha *= factor, beta *= factor;
   }
-  // Adds up a row's four lanes.
+  // Merges the four lanes of a row.
   __device__ void merge() {
     const float now = quad_max(top);
     scale(exp2_approx(top - (now == -INFINITY ? 0.0f : now)));
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   float tau_pivot[2] = {}, alpha_pivot[2] = {}, beta_pivot[2] = {};
   float d[2], a_mean[2], r_mean[2], weight[2];
 
-  // Scores in log-2 units, tS, A and B of a tile.
+  // Computes a tile's scores in log-2 units, tS, A and B.
   const auto products = [&](int i, int slot, float (&s)[kTiles][4], float (&ts)[kTiles][4],
                             float (&a)[kTiles][4], float (&b)[kTiles][4]) {
     clear(s);
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         s, p, plan, sequence, {place.batch, place.head, query + g, key + 2 * t}, edge, ts, a, b);
   };
 
-  // Whether a tile is nothing to this warp's queries.
+  // Whether this warp's queries see no key of the tile.
   const auto passes = [&](int i) {
     if constexpr (kRegular) return idle;
     return idle || outside(plan.window, query, kWarpRows, seen.begin + i * kColumns, kColumns);
@@ -160,8 +160,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     fresh = false;
   };
 
-  // Of row g + 8 h: those of lse (g) and lse_t (y). Rows of dtS add up to y then, and those of dS
-  // to g, where D becomes D - g and a becomes a - y.
+  // Gradients of lse (g) and lse_t (y) for row g + 8 h. With them, rows of dtS sum to y and those
+  // of dS to g; D becomes D - g and a becomes a - y.
   struct LseGradients {
     float value, tangent;
   };
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       bool nothing = row.mass == 0.0f || at >= sequence.queries;
       const LseGradients lse = lse_gradients(h);
       if (!kRegular) {
-        // Without gradients a query, which may be anything where it is padding, moves nothing.
+        // A query without gradients may be padding, of arbitrary contents: it contributes nothing.
         const bool still = !has_g || zero_row(tiles.own(kG, own), g + 8 * h, lane);
         nothing = (zero_row(tiles.own(kX, own), g + 8 * h, lane) && still && lse.value == 0.0f &&
                    lse.tangent == 0.0f) ||
@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   conclude();
 
   float dq[kOutTiles][4], dqt[kOutTiles][4], mean[kOutTiles][4], mean_t[kOutTiles][4];
-  float sums[4] = {};  // rho, rho_t of row g, then of row g + 8
+  float sums[4] = {};  // rho and rho_t of row g, then of row g + 8
   clear(dq);
   clear(dqt);
   clear(mean);

@@ -1,4 +1,4 @@
-// The tables of tuned plans, one for each device of this process.
+// Tables of tuned plans, one per device of this process.
 #include "cuda/attention/attention_choices.h"
 
 #include <map>
@@ -11,7 +11,7 @@
 namespace pmf::cuda {
 namespace {
 
-// A row as set_attention_choices() gets it.
+// The columns of a row that set_attention_choices() receives.
 enum Column {
   kLaunch,
   kDtype,
@@ -20,10 +20,10 @@ enum Column {
   kQueries,
   kKeys,
   kWidth,
-  kValueWidth,  // the problem
+  kValueWidth,  // up to here: the problem
   kKernel,
   kWarps,
-  kSlots,  // the choice
+  kSlots,  // from kKernel: the choice
 };
 static_assert(kSlots + 1 == kAttentionChoiceColumns, "a row has all columns");
 constexpr int kProblemColumns = kKernel;

@@ -1,5 +1,5 @@
-// Attention's forward on the host: which kernel, how it is cut, and its launch. The kernels and
-// their mathematics: attention_forward.cuh.
+// Host side of attention's forward: kernel selection, launch plan and launch. The kernels and their
+// mathematics are in attention_forward.cuh.
 #include <algorithm>
 #include <cmath>
 
@@ -14,13 +14,13 @@
 namespace pmf::cuda {
 namespace {
 
-constexpr int64_t kSharedOverhead = 1024;  // of a block, on top of what it asks for
+constexpr int64_t kSharedOverhead = 1024;  // bytes reserved per block beyond its request
 constexpr int64_t kLargest = 2147483647;
 constexpr float kLog2e = 1.4426950408889634f;
 
 int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
-// ForwardKernel::regular, but for the widths.
+// ForwardKernel::regular except for the widths.
 bool is_regular(const AttentionParams& p) {
   const AttentionShape& s = p.shape;
   if (p.mask.kind != MaskKind::none || p.window.hides() || p.scale < 0) return false;
@@ -36,7 +36,7 @@ bool is_regular(const AttentionParams& p) {
                     (queries(p.query_t) && keys(p.key_t) && keys(p.value_t) && queries(p.out_t)));
 }
 
-// The table of the call's dtype, with tangents or without.
+// The kernel table for the call's dtype, with or without tangents.
 const ForwardKernel* first_kernel(const AttentionParams& params) {
   const ForwardTable table = params.dtype == DType::bf16  ? attention_forward_bf16()
                              : params.dtype == DType::f16 ? attention_forward_f16()
@@ -45,7 +45,7 @@ const ForwardKernel* first_kernel(const AttentionParams& params) {
   return params.out_t.data != nullptr ? table.tangent : table.plain;
 }
 
-// Whether a kernel takes a call, regular or not, where blocks may have so much shared memory.
+// Whether a kernel supports a call, given the shared memory available to a block.
 bool takes(const ForwardKernel& k, const AttentionParams& params, bool regular,
            int64_t shared_per_block) {
   const AttentionShape& s = params.shape;
@@ -62,7 +62,7 @@ int64_t tiles_of(const ForwardKernel& kernel, const AttentionShape& shape) {
   return std::max<int64_t>(1, ceil_div(shape.keys, kernel.keys));
 }
 
-// Blocks of so many warps with so many slots; warps is 0 if the kernel or the device has no such.
+// A plan with the given warps and slots; its `warps` is 0 if the kernel or device cannot run it.
 ForwardPlan plan_with(const ForwardKernel& kernel, const AttentionParams& params,
                       const DeviceLimits& limits, int warps, int slots) {
   const AttentionShape shape = planned_shape(params.shape, params.sequences);
@@ -95,8 +95,8 @@ ForwardPlan plan_with(const ForwardKernel& kernel, const AttentionParams& params
   return plan;
 }
 
-// Takes the tuned kernel and plan, if there is one for this call. Its tiles of keys must be those
-// of `kernel`, the model's choice: so no tuning changes a bit of the results.
+// Uses the tuned kernel and plan if this call has one. Its key tiles must have the size that the
+// cost model chose (`kernel`), so that tuning never changes results, not even bitwise.
 bool take_tuned(const AttentionParams& params, const DeviceLimits& limits,
                 const ForwardKernel*& kernel, ForwardPlan& plan) {
   const AttentionShape s = planned_shape(params.shape, params.sequences);
@@ -115,7 +115,7 @@ bool take_tuned(const AttentionParams& params, const DeviceLimits& limits,
       plan = tuned;
       return true;
     }
-    if (!k->regular && k->width == kAttentionMaxWidth) return false;  // the last of the table
+    if (!k->regular && k->width == kAttentionMaxWidth) return false;  // end of the table
   }
 }
 
@@ -131,13 +131,13 @@ const ForwardKernel& attention_forward_kernel(const AttentionParams& params,
 
 ForwardPlan attention_forward_plan(const ForwardKernel& kernel, const AttentionParams& params,
                                    const DeviceLimits& limits) {
-  // Judged by the cycle model (benchmarks/gpu_model.py), not measured: a tile of keys is worth its
-  // copy the more queries it meets (a block of half_reuse queries is worth half of an endless one);
-  // blocks cover each other's beginnings, ends and barriers the better the more there are; a ring
-  // of two tiles is worth less than one of three, and one that copies and computes in turns little.
+  // Scored by the cycle model (benchmarks/gpu_model.py), not measured: copying a key tile pays off
+  // the more queries use it (half_reuse queries per block reach half of the limit); more resident
+  // blocks hide more prologue, epilogue and barrier latency; a ring of two slots is worth less than
+  // one of three, and one slot, which alternates copies and computation, much less.
   constexpr double kShortRing = 0.95, kNoRing = 0.5;
   const double half_reuse = kernel.width <= 64 ? 24 : 40;
-  constexpr double kCover[] = {0.62, 0.8, 0.94};  // one block, two, three; then 1
+  constexpr double kCover[] = {0.62, 0.8, 0.94};  // one, two, three blocks per SM; more: 1
   const AttentionShape shape = planned_shape(params.shape, params.sequences);
   const int64_t units = units_of(kernel, shape), tiles = tiles_of(kernel, shape);
 
@@ -164,7 +164,7 @@ ForwardPlan attention_forward_plan(const ForwardKernel& kernel, const AttentionP
 
 const char* attention_forward(const AttentionParams& params, void* stream) {
   const AttentionShape& s = params.shape;
-  constexpr int64_t kLongest = kLargest - 4096;  // a block's rows and a tile's keys may reach past
+  constexpr int64_t kLongest = kLargest - 4096;  // room to round up to whole blocks and tiles
   if (s.queries > kLongest || s.keys > kLongest) return "more than 2^31 queries or keys";
   const DeviceLimits limits = {device_shared_limit(), device_shared_per_processor()};
   if (limits.shared_per_block <= 0 || limits.shared_per_processor <= 0) return kNoLimits;

@@ -1,27 +1,27 @@
-// Flash attention, forward and forward with tangents.
+// FlashAttention-style forward, without and with tangents.
 //
 //   S = c Q K^T + mask   P = softmax(S)   out   = P V
 //   tS = c (tQ K^T + Q tK^T)              out_t = (P o tS) V - rowsum(P o tS) o out + P tV
 //
-// Six products where the forward has two; H V and P tV share one accumulator (the pivot that makes
-// this accurate: attention_softmax.cuh). S and tS are made, turned into P and H, and used as the
-// next products' A operand without leaving the registers.
+// Six products where the plain forward has two; H V and P tV share one accumulator
+// (attention_softmax.cuh explains the pivot that keeps this accurate). S and tS are computed,
+// turned into P and H and used as the A operands of the next products without leaving registers.
 //
-// Tiling. A warp does one unit, 16 queries (32 without tangents, so that every fragment of K and V
-// feeds twice the products), against tiles of 32 keys, or 16 where rows are long. The warps of a
-// block share the tiles: K, tK, V, tV in a ring of three that cp.async fills ahead of them. Queries
-// stay in shared memory: what registers they would take goes to more warps, twelve on a
-// multiprocessor, that cover each other's waiting. Heads' tiles are read again by other blocks of
-// queries, through L2. Of values wider than kOut each block takes kOut columns.
+// Tiling. A warp processes one unit of 16 queries (32 without tangents, so that each K and V
+// fragment feeds twice as many products) against key tiles of 32, or 16 if rows are long. The warps
+// of a block share the tiles of K, tK, V, tV in a three-slot ring filled ahead by cp.async. Queries
+// stay in shared memory: the registers saved allow twelve warps per SM, which hide each other's
+// latency. Other query blocks of the same head re-read its tiles from L2. Each block computes kOut
+// value columns; wider values take several blocks.
 //
-// Regular calls (ForwardKernel::regular) have kernels of their own, without the branches that
-// masks, absent tangents and rows off 16-byte addresses take. Among the rest, what a mask hides may
-// be NaN: attention_hidden.cuh.
+// Regular calls (ForwardKernel::regular) have their own kernels, without the branches for masks,
+// absent tangents and rows that are not 16-byte aligned. In the other kernels, masked elements may
+// be NaN: see attention_hidden.cuh.
 //
-// At 276 tokens both tilings pad to 288, which is 9 tiles of 32 keys and 18 (9) units.
-// Bytes: Q, K, V, out once, with tangents twice as many: 8 x 35 KB a head of 276 x 64 in 16 bits,
-// which is also the bound (estimated: the six products' FLOPs would take three quarters of that
-// time on an H100). Longer sequences are bound by the tensor cores.
+// At 276 tokens both tilings pad to 288, which is 9 key tiles of 32 and 18 (9) units. Bytes: Q, K,
+// V, out once, and twice as much with tangents: 8 x 35 KB per 276 x 64 head in 16 bits. That is
+// also the bound (estimated: the six products' FLOPs would take three quarters of that time on an
+// H100). Longer sequences are bound by the tensor cores.
 #pragma once
 
 #include "cuda/attention/attention_forward_queries.cuh"
@@ -32,7 +32,7 @@ namespace pmf::cuda {
 
 // ---- products -----------------------------------------------------------------------------------
 
-// s += Q K^T and, if kBoth, ts += tQ K^T, whose fragments of K are the same.
+// s += Q K^T and, if kBoth, ts += tQ K^T from the same K fragments.
 template <class C, bool kBoth, int kBlocks, int kTiles>
 __device__ inline void score_products(float (&s)[kBlocks][kTiles][4],
                                       float (&ts)[kBlocks][kTiles][4], const UnitQueries<C>& q,
@@ -65,8 +65,8 @@ __device__ inline void score_products(float (&s)[kBlocks][kTiles][4],
   }
 }
 
-// out += p times the tile and, if kBoth, out_t += p_t times it, as its fragments are the same.
-// kFinite: with zeros for what is not finite.
+// out += p V and, if kBoth, out_t += p_t V from the same V fragments, for a tile V. kFinite: inf
+// and NaN in V read as zero.
 template <class C, bool kBoth, bool kFinite, int kBlocks, int kDepths, int kOutTiles,
           int kTangentTiles>
 __device__ inline void value_products(float (&out)[kBlocks][kOutTiles][4],
@@ -80,9 +80,9 @@ __device__ inline void value_products(float (&out)[kBlocks][kOutTiles][4],
     if constexpr (kFinite) b[0] = finite<typename C::T>(b[0]), b[1] = finite<typename C::T>(b[1]);
   };
   if constexpr (sizeof(typename C::T) == 4) {
-    // In fp32 a tile's products are added up by themselves: tensor cores cut all terms where the
-    // largest ends, and a thousand keys one by one into large sums would lose more than the
-    // products do.
+    // In fp32, each tile is summed separately first: tensor cores truncate every term to the
+    // exponent of the largest, and adding a thousand keys one by one to large sums would lose more
+    // than the products do.
 #pragma unroll
     for (int n = 0; n < kOutTiles; n += 2) {
       if (C::kSkips && 8 * n >= columns) break;
@@ -136,8 +136,8 @@ __device__ inline void value_products(float (&out)[kBlocks][kOutTiles][4],
   }
 }
 
-// What value_products<kFinite> left out and no mask hides: out += q times the tile, where an
-// element that is not finite meets a p > 0.
+// Adds what value_products<kFinite> left out and no mask hides: out += q V wherever an inf or NaN
+// in V meets a p > 0.
 template <class C, int kBlocks, int kDepths, int kOutTiles>
 __device__ inline void add_not_finite(float (&out)[kBlocks][kOutTiles][4],
                                       const FragmentA (&p)[kBlocks][kDepths],
@@ -189,8 +189,8 @@ struct ForwardUnit {
     for (int m = 0; m < kM; ++m) rows[m] = RowState(), clear(o[m]), clear(ot[m]);
   }
 
-  // `place`: the lane's first score; edge: the tile may reach past the keys or the window; hides:
-  // values that are not finite may be hidden.
+  // `place`: the lane's first score. `edge`: the tile may cross the end of the keys or of the
+  // window. `hides`: the values hold an inf or NaN that may be masked.
   __device__ void add_tile(const AttentionParams& p, const ForwardPlan& plan,
                            const Sequence& sequence, typename C::T* ring, int slot,
                            ScorePlace place, bool edge, bool hides, float scale, int column,
@@ -224,7 +224,7 @@ struct ForwardUnit {
 
     constexpr int kDepths = C::kTiles / E::kTilesPerA;
     FragmentA probability[kM][kDepths], h[kM][kDepths];
-    float sums[kM][2][4];  // of P and of H, alike in all columns
+    float sums[kM][2][4];  // row sums of P and H, the same in all columns
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
       clear(sums[m]);
@@ -264,9 +264,9 @@ struct ForwardUnit {
     }
   }
 
-  // Normalises and stores:  out = O / l,  out_t = tO / l - (r / l) out,  lse = ln 2 (m + log2 l),
-  // lse_t = p + r / l. (The pivot p has gone into H.) A row that attended nothing: zeros, and lse
-  // is -inf.
+  // Normalises and stores: out = O / l, out_t = tO / l - (r / l) out, lse = ln 2 (m + log2 l),
+  // lse_t = p + r / l. (H already includes the pivot p.) A row that attended nothing yields zeros,
+  // and lse is -inf.
   __device__ void finish(const AttentionParams& p, const Sequence& sequence, int batch, int head,
                          int first, int column, int lane) {
     constexpr float kLn2 = 0.6931471805599453f;

@@ -1,4 +1,4 @@
-// Attention's forward for bf16; compiled on its own, as kernels take their time.
+// Attention's forward for bf16, a translation unit of its own to parallelise the build.
 #include "cuda/attention/attention_forward_kernels.cuh"
 
 namespace pmf::cuda {

@@ -1,13 +1,13 @@
-// The kernel of attention's forward, and the table of one dtype: what is compiled, for which
-// widths.
+// The kernel of attention's forward, and a dtype's table of instantiations: which widths are
+// compiled.
 #pragma once
 
 #include "cuda/attention/attention_forward.cuh"
 
 namespace pmf::cuda {
 
-// The sign of the scale goes into the queries, exactly, so that the largest raw score is the
-// largest score.
+// The sign bits of a negative scale. Applied to the queries, which is exact, they make the largest
+// raw score the largest score.
 template <typename T>
 __device__ inline uint32_t sign_of(double scale) {
   return scale >= 0 ? 0u : sizeof(T) == 2 ? 0x80008000u : 0x80000000u;
@@ -15,14 +15,14 @@ __device__ inline uint32_t sign_of(double scale) {
 
 enum ForwardTensor { kKey, kKeyT, kValue, kValueT, kForwardTensors };
 
-// What a block reads again for every tile. It lies in front of the block's tiles: no compiler keeps
-// it in registers throughout the loop, where accumulators need them all.
+// What a block re-reads for every tile. It precedes the tiles in shared memory: no compiler keeps
+// it in registers throughout the loop, where the accumulators need them all.
 template <class C>
 struct ForwardPlace {
   std::conditional_t<C::kRegular, WholeHead, HeadView<typename C::T>> streamed[kForwardTensors];
   Sequence sequence;
   int batch, head, column, first;
-  uint32_t found[16];  // by a warp: attention_hidden.cuh
+  uint32_t found[16];  // one element per warp: see attention_hidden.cuh
 };
 
 template <class C>
@@ -35,10 +35,10 @@ __global__ void __launch_bounds__(C::kWarps* kWarpThreads, 1)
   const int value_width = C::kRegular ? C::kOut : int(shape.value_width);
   const int thread = threadIdx.x, warp = thread / kWarpThreads, lane = thread % kWarpThreads;
 
-  // Neighbouring blocks share a head, so that its tiles come from L2.
+  // Neighbouring blocks share a head, so its key and value tiles hit in L2.
   uint32_t index = blockIdx.x;
   const int column = C::kRegular ? 0 : int(plan.by_parts.divide(index)) * C::kOut;
-  const int rows = C::kUnit * int(blockDim.x) / kWarpThreads;  // of the block
+  const int rows = C::kUnit * int(blockDim.x) / kWarpThreads;  // per block
   int block = int(plan.by_row_blocks.divide(index));
   const Sequence sequence = sequence_of<false>(p.sequences, shape, rows, block);
   const int first = block * rows, queries = sequence.queries;
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(C::kWarps* kWarpThreads, 1)
   uint32_t key_head = uint32_t(head);
   plan.by_group.divide(key_head);
 
-  // Shared: the place (see there), each warp's queries and their tangents, the ring.
+  // Shared memory layout: ForwardPlace, each warp's queries and their tangents, the ring buffer.
   static_assert(sizeof(ForwardPlace<C>) <= kForwardPlaceBytes, "the plan counts them");
   ForwardPlace<C>& place = *reinterpret_cast<ForwardPlace<C>*>(dynamic_shared());
   T* const tiles = reinterpret_cast<T*>(dynamic_shared() + kForwardPlaceBytes);
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(C::kWarps* kWarpThreads, 1)
 
   const int query = first + warp * C::kUnit;
   const bool active = query < queries;
-  // Regular kernels of wide rows have no register left for it: their warps read the length again.
+  // Regular kernels for wide rows have no register left for the length: their warps re-read it.
   constexpr bool kReads = C::kRegular && C::kWidth > 64;
   const float scale = fabsf(float(p.scale));
   ForwardUnit<C> unit;
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(C::kWarps* kWarpThreads, 1)
   const auto query_view = streamed_head<C::kRegular, T>(p.query, batch, head, sequence.query);
   unit.q.load(query_view, query, queries, width, lane);
   if constexpr (C::kTangent) {
-    // An absent tangent is read as no rows at all: zeros.
+    // An absent tangent loads as zeros: none of its rows count as valid.
     const bool present = C::kRegular || p.query_t.data != nullptr;
     unit.qt.load(present ? streamed_head<C::kRegular, T>(p.query_t, batch, head, sequence.query)
                          : query_view,
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(C::kWarps* kWarpThreads, 1)
       }
     }
   };
-  __syncthreads();  // the place is there
+  __syncthreads();  // `place` has been written
   stream.begin(issue);
 
   unit.reset();
@@ -163,8 +163,8 @@ constexpr ForwardKernel forward_kernel() {
           attention_forward_kernel<C>};
 }
 
-// 16-bit types: 64, 80 and 128 tuned. Key tiles are the same with and without tangents, so that out
-// is bitwise the same.
+// 16-bit types: 64, 80 and 128 are tuned. Key tiles are the same size with and without tangents,
+// which makes `out` bitwise identical.
 template <typename T>
 ForwardTable forward_table16() {
   using E = Arithmetic16<T>;

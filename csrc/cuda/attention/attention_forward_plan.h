@@ -1,4 +1,4 @@
-// How attention's forward is cut into blocks: host side, for the launcher and for introspection.
+// How attention's forward is divided into thread blocks; host code for launches and introspection.
 #pragma once
 
 #include "cuda/attention/attention_window.h"
@@ -7,52 +7,52 @@
 
 namespace pmf::cuda {
 
-constexpr int kForwardPlaceBytes = 256;  // of a block's shared memory: ForwardPlace
-constexpr int kForwardRegularSlots = 3;  // of the ring of a regular kernel
+constexpr int kForwardPlaceBytes = 256;  // shared memory reserved for ForwardPlace
+constexpr int kForwardRegularSlots = 3;  // ring slots in a regular kernel
 
-// What decides a plan besides the problem.
+// The device properties that a plan depends on.
 struct DeviceLimits {
-  int64_t shared_per_block = 0;      // bytes that a block may ask for
-  int64_t shared_per_processor = 0;  // bytes that blocks on one multiprocessor share
+  int64_t shared_per_block = 0;      // most bytes a block may request
+  int64_t shared_per_processor = 0;  // bytes for all blocks resident on an SM
 };
 
-// One launch. A unit is what a warp does at a time: 16 or 32 queries of one head.
+// One launch. A unit is what a warp processes at a time: 16 or 32 queries of one head.
 struct ForwardPlan {
-  int warps = 0;  // of a block
-  int slots = 0;  // tiles of keys in the ring
+  int warps = 0;  // per block
+  int slots = 0;  // ring slots, each for one key tile
   int shared_bytes = 0;
   int blocks_per_processor = 0;
-  int row_blocks = 0;  // blocks of queries of one head, those left over as well
-  // |scale| log2 e: here, as instructions read it from the constant bank, and no register holds it.
+  int row_blocks = 0;  // query blocks per head, including surplus ones (packed sequences)
+  // |scale| log2 e: a parameter, which instructions read from the constant bank, not a register.
   float factor = 1;
   Window window;
-  // By which a block finds its place: columns of values, blocks of queries, heads, heads a key
-  // head.
+  // Divisors that decompose a block index into value column block, query block, head and batch, and
+  // a head index into the key head.
   Divisor by_parts, by_row_blocks, by_heads, by_group;
-  int64_t blocks = 0;  // of the grid
+  int64_t blocks = 0;  // grid size
 };
 
 using ForwardFunction = void (*)(AttentionParams, ForwardPlan);
 static_assert(sizeof(AttentionParams) + sizeof(ForwardPlan) <= 4096,
               "what a kernel's arguments may take");
 
-// A kernel for all tensors whose queries have up to `width` columns.
+// A kernel for all tensors whose queries have at most `width` columns.
 struct ForwardKernel {
-  int width;  // of tiles of keys
-  int out;    // columns of values that a block takes; wider values are several blocks' work
-  int keys;   // of a tile
-  int unit;   // queries
+  int width;  // columns of a key tile
+  int out;    // value columns per block; wider values take several blocks
+  int keys;   // keys per tile
+  int unit;   // queries per unit
   int element_bytes;
   int sides;  // 1, or 2 with tangents
-  int warps;  // most of a block, and of a multiprocessor: what the registers allow
-  // For regular calls alone: no mask, no window, no negative scale, all tangents present, queries
-  // and values as wide as the tiles, every row whole 16-byte chunks on 16-byte addresses, less than
-  // 2^31 bytes apart.
+  int warps;  // register limit: most warps per block and per SM
+  // For regular calls only: no mask, no window, no negative scale, all tangents present, queries
+  // and values as wide as the tiles, every row made of aligned 16-byte chunks, row strides below
+  // 2^31 bytes.
   bool regular;
   ForwardFunction function;
 };
 
-// Kernels of one dtype, narrowest first: without and with tangents.
+// Kernels of one dtype, narrowest first, without and with tangents.
 struct ForwardTable {
   const ForwardKernel* plain;
   const ForwardKernel* tangent;
@@ -62,11 +62,11 @@ ForwardTable attention_forward_f16();
 ForwardTable attention_forward_tf32();
 ForwardTable attention_forward_f32();
 
-// The one that a call runs on a device whose blocks may have so much shared memory. Not for fp64.
+// The kernel that runs a call, given the shared memory available to a block. Not for fp64.
 const ForwardKernel& attention_forward_kernel(const AttentionParams& params,
                                               int64_t shared_per_block);
 
-// The plan of a kernel on a device; blocks is 0 where there is nothing to compute.
+// A kernel's plan on a device; blocks is 0 if there is nothing to compute.
 ForwardPlan attention_forward_plan(const ForwardKernel& kernel, const AttentionParams& params,
                                    const DeviceLimits& limits);
 

@@ -1,4 +1,4 @@
-// The sizes of a kernel of attention's forward, and the queries of one unit.
+// Compile-time sizes of a forward kernel, and the queries of one unit.
 #pragma once
 
 #include "cuda/attention/attention_forward_plan.h"
@@ -6,36 +6,36 @@
 
 namespace pmf::cuda {
 
-// A kernel's sizes: what ForwardKernel says, and what only the compiler needs. kRegular: see there.
+// The sizes listed in ForwardKernel and those that only the compiler needs. kRegular: see there.
 template <typename Arithmetic, int kWidth_, int kOut_, int kKeys_, int kBlocks_, bool kTangent_,
           int kWarps_, bool kRegular_>
 struct ForwardSizes {
   using E = Arithmetic;
   using T = typename E::Storage;
   static constexpr int kWidth = kWidth_, kOut = kOut_, kKeys = kKeys_;
-  static constexpr int kBlocks = kBlocks_;  // of 16 queries in a unit
+  static constexpr int kBlocks = kBlocks_;  // 16-query blocks per unit
   static constexpr int kUnit = 16 * kBlocks;
   static constexpr bool kTangent = kTangent_, kRegular = kRegular_;
   static constexpr int kSides = kTangent ? 2 : 1;
-  static constexpr int kWarps = kWarps_;  // most of a block: bounds the registers of a thread
-  static constexpr int kSteps = kWidth / E::kDepth;  // of a score product
+  static constexpr int kWarps = kWarps_;  // most warps per block; bounds the registers per thread
+  static constexpr int kSteps = kWidth / E::kDepth;  // K steps of a score product
   static constexpr int kTiles = kKeys / 8, kOutTiles = kOut / 8;
-  // Wide kernels leave out what lies past the tensors' own widths.
+  // Wide kernels skip columns past the tensors' actual widths.
   static constexpr bool kSkips = kWidth > 80 && !kRegular;
   using KeyTile = SharedTile<T, kWidth>;
   using ValueTile = SharedTile<T, kOut>;
-  // A slot of the ring: keys, their tangents, values, their tangents.
+  // A ring slot: keys, their tangents, values, their tangents.
   static constexpr int kKeyElements = kKeys * kWidth, kValueElements = kKeys * kOut;
   static constexpr int kSlotElements = kSides * (kKeyElements + kValueElements);
   // A warp's queries, then their tangents.
   static constexpr int kUnitElements = kUnit * kWidth;
 };
 
-// A unit's queries, or their tangents, in the warp's own part of shared memory.
+// A unit's queries or their tangents, in the warp's own part of shared memory.
 template <class C>
 struct UnitQueries {
   typename C::KeyTile tile;
-  uint32_t sign = 0;  // flips the sign of every element if its bits are set
+  uint32_t sign = 0;  // XORed into each register: the sign bits flip every element's sign
 
   template <class Head>
   __device__ void load(const Head& head, int first, int rows, int width, int lane) const {

@@ -1,22 +1,22 @@
-// What a mask hides does not matter, whatever it holds: 0 times NaN is 0 there.
+// Keeps inf and NaN in masked rows out of the result: where masked, 0 times NaN is 0.
 //
-// A hidden score is -inf and its P exactly 0, but tensor cores multiply that 0 with the row that it
-// hides. So kernels that may hide something look into every tile that they may hide a part of, and
-// where an element is not finite, they multiply zeros in its place. What is not finite and not
-// hidden still comes through: by way of its score, or as an explicit product here.
+// A masked score is -inf and its P exactly 0, but the tensor cores still multiply that 0 by the
+// masked row. So kernels with masks scan every tile that may be partly masked for inf and NaN and
+// multiply zeros in their place. Where they are not masked they still propagate: through the score,
+// or by an explicit product here.
 #pragma once
 
 #include "cuda/attention/attention_tile.cuh"
 
 namespace pmf::cuda {
 
-// All ones in place of each element (two of 16 bits, or one of 32) that is inf or NaN, else zeros.
+// A mask of ones over each element (two of 16 bits, or one of 32) that is inf or NaN, else zeros.
 template <typename T>
 __device__ inline uint32_t not_finite(uint32_t x) {
   if constexpr (sizeof(T) == 4) {
     return (x & 0x7f800000u) == 0x7f800000u ? 0xffffffffu : 0u;
   } else {
-    // One more than the largest exponent carries into the sign's bit.
+    // Adding one to the all-ones exponent carries into the sign bit.
     constexpr bool kHalf = std::is_same_v<T, __half>;
     constexpr uint32_t kExponent = kHalf ? 0x7c007c00u : 0x7f807f80u;
     constexpr uint32_t kOne = kHalf ? 0x04000400u : 0x00800080u;
@@ -24,13 +24,13 @@ __device__ inline uint32_t not_finite(uint32_t x) {
   }
 }
 
-// The fragment with zeros for what is not finite.
+// The fragment with inf and NaN replaced by zeros.
 template <typename T>
 __device__ inline FragmentB finite(const FragmentB& b) {
   return {{b.x[0] & ~not_finite<T>(b.x[0]), b.x[1] & ~not_finite<T>(b.x[1])}};
 }
 
-// Ones where an element is not finite.
+// 1 where an element is inf or NaN, else 0.
 template <class E>
 __device__ inline FragmentB where_not_finite(const FragmentB& b) {
   using T = typename E::Storage;
@@ -38,8 +38,8 @@ __device__ inline FragmentB where_not_finite(const FragmentB& b) {
   return {{ones.x[0] & not_finite<T>(b.x[0]), ones.x[1] & not_finite<T>(b.x[1])}};
 }
 
-// Whether anything in `tiles` tiles that follow one another is not finite. Every thread of the
-// block calls it, behind a barrier; `found` is shared, one element a warp.
+// Whether any of the `elements` elements from `tiles` on is inf or NaN. All threads of the block
+// call this after a barrier; `found` is in shared memory, one element per warp.
 template <typename T>
 __device__ inline bool any_not_finite(const T* tiles, int elements, uint32_t* found, int thread,
                                       int threads) {

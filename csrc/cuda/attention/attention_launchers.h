@@ -1,4 +1,4 @@
-// Launch functions of attention.
+// Launch functions for attention.
 #pragma once
 
 #include "cuda/common/device.h"

@@ -1,4 +1,4 @@
-// Which rows of which sequence a block works on, and which keys its queries see.
+// Maps thread blocks to the rows of packed sequences, and queries to the keys that they see.
 #pragma once
 
 #include "cuda/attention/attention_window.h"
@@ -9,17 +9,17 @@ namespace pmf::cuda {
 
 // ---- packed sequences ---------------------------------------------------------------------------
 
-// Where a sequence begins in the tensors, and how long it is. A sample without neighbours is one.
+// A sequence's position in the tensors and its length. An unpacked sample is a single sequence.
 struct Sequence {
-  int index, query, key;  // its number, its first rows
+  int index, query, key;  // sequence number, its first rows in the tensors
   int queries, keys;
 };
 
-// The sequence that block `block` of a head belongs to; `block` becomes the block's number in it.
-// Blocks have `rows` rows of queries or, kByKeys, of keys.
+// The sequence that block `block` of a head belongs to; `block` becomes its index in the sequence.
+// Blocks cover `rows` query rows or, if kByKeys, key rows.
 //
-// Sequence s has the blocks from offset / rows + s on. They suffice for any length, and bisection
-// finds them without adding up lengths; those left over lie past the sequence's end.
+// Sequence s owns the blocks from offset / rows + s on. That suffices for any length and bisection
+// needs no prefix sums; surplus blocks start past the sequence's end.
 template <bool kByKeys>
 __device__ inline Sequence sequence_of(const AttentionSequences& sequences,
                                        const AttentionShape& shape, int rows, int& block) {
@@ -40,7 +40,7 @@ __device__ inline Sequence sequence_of(const AttentionSequences& sequences,
           int(sequences.keys[first + 1]) - key};
 }
 
-// Where a query's number lies among lse, lse_t and their gradients.
+// The index of a query in lse, lse_t and their gradients.
 __device__ inline int64_t statistic_row(const AttentionShape& shape, int batch, int head,
                                         const Sequence& sequence, int query) {
   return (int64_t(batch) * shape.heads + head) * shape.queries + (sequence.query + query);
@@ -48,8 +48,8 @@ __device__ inline int64_t statistic_row(const AttentionShape& shape, int batch, 
 
 // ---- windows ------------------------------------------------------------------------------------
 
-// Rows [begin, end) of the other side that any of rows [first, last] sees, which reach `before`
-// rows back and `after` ahead; begin is a multiple of `align`.
+// Rows [begin, end) on the other side that rows [first, last] see, with a window of `before` rows
+// back and `after` rows ahead. `begin` is rounded down to a multiple of `align`.
 struct RowRange {
   int begin, end;
 };
@@ -65,12 +65,12 @@ __device__ inline bool hides(const Window& window, int query, int key) {
   return key - query > window.right || query - key > window.left;
 }
 
-// Whether some query of a tile does not see some key of it.
+// Whether some query of a tile does not see some key of the tile.
 __device__ inline bool crosses(const Window& window, int query, int queries, int key, int keys) {
   return key + keys - 1 - query > window.right || query + queries - 1 - key > window.left;
 }
 
-// Whether no query of a tile sees any key of it.
+// Whether no query of a tile sees any key of the tile.
 __device__ inline bool outside(const Window& window, int query, int queries, int key, int keys) {
   return key - (query + queries - 1) > window.right || query - (key + keys - 1) > window.left;
 }

@@ -1,17 +1,17 @@
-// Online softmax of a warp's score tile with its tangent, in the layout that products leave.
+// Online softmax of a warp's score tile and its tangent, in the layout of mma accumulators.
 //
 // Per query, before a tile: m = running maximum of the scores (log-2 units), p = pivot,
 //   l = sum P,   r = sum P (tS - p),   P = 2^(s - m).
-// The tangent of attention does not change when a constant is subtracted from a row of tS. p
-// follows the row's mean tangent, so that H = P o (tS - p) and r stay small and what cancels in
-// (H V) - r O cancels before it is rounded:
+// The tangent of attention is invariant to a constant subtracted from a row of tS. p tracks the
+// row's mean tangent, so H = P o (tS - p) and r stay small, and the cancellation in (H V) - r O
+// happens before rounding:
 //
 //   rescale   a = 2^(m_old - m_new):  l *= a, r *= a            (the caller: O *= a, tO *= a)
 //   delta     = (r + sum P (tS - p)) / (l + sum P)              (unrounded P, this tile included)
 //             p += delta,  r -= delta l                         (the caller: tO -= delta O)
-//   sums      l += sum round(P),  r += sum round(P o (tS - p))  (the very numbers products use)
+//   sums      l += sum round(P),  r += sum round(P o (tS - p))  (the rounded values the mma reads)
 //
-// The last two are products with ones: the tensor cores add up what they multiply.
+// The last two are products with ones: tensor cores sum the very values that they multiply.
 #pragma once
 
 #include "cuda/attention/attention_sequences.cuh"
@@ -19,25 +19,25 @@
 
 namespace pmf::cuda {
 
-// Up to here a score's product with `factor` is rounded by at most 1/4, so it does not matter that
-// fma(s, factor, -m) sees the product as it was before m was rounded.
+// Up to this magnitude, rounding s * factor costs at most 1/4, so it is harmless that m was rounded
+// and the product in fma(s, factor, -m) is not.
 constexpr float kLargestUnrounded = 4194304.0f;
 
-// Of a lane's two rows, g and g + 8, of sixteen.
+// The state of a lane's two rows, g and g + 8, of a 16-row tile.
 struct RowState {
   float top[2] = {-INFINITY, -INFINITY};              // m
   float sum[2] = {}, tangent[2] = {}, pivot[2] = {};  // l, r, p
-  float rescale[2], delta[2];                         // what the caller does to O and tO
+  float rescale[2], delta[2];                         // what the caller applies to O and tO
 };
 
-// Which scores a tile holds: `query` and `key` of a lane's first one.
+// The query and key of a lane's first score in a tile.
 struct ScorePlace {
   int batch, head, query, key;
 };
 
-// Raw scores to log-2 units: c log2(e) S plus mask, -inf where the query may not attend. A tangent
-// that is masked is set to 0, so that nothing a masked key holds can reach the result. kEndOnly:
-// there is nothing but the end of the keys.
+// Converts raw scores to log-2 units: c log2(e) S plus mask, or -inf where masked. Masked tangents
+// become 0, so that the contents of a masked key cannot reach the result. kEndOnly: only keys past
+// the end are masked.
 template <bool kTangent, bool kEndOnly, int kTiles>
 __device__ inline void mask_scores(float (&s)[kTiles][4], float (&ts)[kTiles][4],
                                    const AttentionParams& p, const Window& window,
@@ -64,20 +64,20 @@ __device__ inline void mask_scores(float (&s)[kTiles][4], float (&ts)[kTiles][4]
   }
 }
 
-// Turns scores s into P and, if kTangent, their tangents ts into H. s * factor is in log-2 units,
-// ts * scale is tS. What is left to the caller: l = a l + sum P, as one operation, because out must
-// be bitwise the same with and without tangents; and r += sum H.
+// Turns scores s into P and, if kTangent, their tangents ts into H. s * factor is in log-2 units
+// and ts * scale is tS. The caller still has to compute l = a l + sum P, as one operation because
+// out must be bitwise the same with and without tangents, and r += sum H.
 template <bool kTangent, int kTiles>
 __device__ inline void softmax_tile(RowState& state, float (&s)[kTiles][4], float (&ts)[kTiles][4],
                                     float factor, float scale) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    // fmaxf passes over NaN: m never is, the row's P will be.
+    // fmaxf ignores NaN: m is never NaN, but the row's P will be.
     float top = -INFINITY, row_factor = factor;
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) top = fmaxf(top, fmaxf(s[j][2 * h], s[j][2 * h + 1]));
     top = quad_max(top) * factor;
-    // Scores beyond 4 million (a diverging model): half a spacing of m is then a large exponent.
+    // Scores beyond 4 million (a diverging model): half an ulp of m is a large exponent.
     if (any_lane(fabsf(top) > kLargestUnrounded)) {
       const bool large = fabsf(top) > kLargestUnrounded;
       row_factor = large ? 1.0f : factor;
@@ -87,7 +87,7 @@ __device__ inline void softmax_tile(RowState& state, float (&s)[kTiles][4], floa
       }
     }
     const float now = fmaxf(top, state.top[h]);
-    // A row that has attended nothing yet has m = -inf; 0 in its place keeps -inf - m = -inf.
+    // A row that has attended nothing yet has m = -inf; using 0 instead keeps -inf - m = -inf.
     const float m = now == -INFINITY ? 0.0f : now;
     const float rescale = exp2_approx(state.top[h] - m);
     state.top[h] = now;

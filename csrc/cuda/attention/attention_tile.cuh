@@ -1,17 +1,17 @@
-// Tiles of attention in shared memory, and the fragments that tensor cores read from them.
+// Attention's shared-memory tiles and the tensor-core fragments read from them.
 //
-// A tile is row-major, rows of kWidth elements (zeros beyond the tensor's own width), cut into
-// 16-byte chunks. ldmatrix reads eight rows of one chunk at a time: without conflicts if the eight
-// lie in different banks, so chunk c of row r is stored where chunk c ^ s(r) would be.
+// A tile is row-major with rows of kWidth elements (zero-padded beyond the tensor's width), divided
+// into 16-byte chunks. ldmatrix reads one chunk of eight rows at a time, without bank conflicts if
+// the eight chunks lie in different banks, so chunk c of row r is stored at position c ^ s(r).
 //
 // Fragments of mma m16n8k16 (16-bit) and m16n8k8 (TF32); lane = 4 g + t:
 //
 //   A  [16][k]  rows g, g + 8       C  [16][8]  rows g, g + 8, columns 2t, 2t + 1
 //   B  [k][8]   column g
 //
-// What a warp accumulates (C) becomes the A operand of its next product without leaving its
-// registers: two C tiles are one A of 16-bit elements; one C tile is one A of TF32, if that product
-// takes its rows of B in the order 0, 2, 4, 6, 1, 3, 5, 7, which load_down() does.
+// A warp's accumulators (C) become the A operand of its next product without leaving registers: two
+// C tiles form one 16-bit A fragment; one C tile forms one TF32 A fragment, provided that product
+// reads its rows of B in the order 0, 2, 4, 6, 1, 3, 5, 7, as load_down() does.
 #pragma once
 
 #include "cuda/common/cuda.cuh"
@@ -33,18 +33,18 @@ struct FragmentB {
   uint32_t x[2];
 };
 
-// Products of a 16-bit type.
+// mma on a 16-bit type.
 template <typename T>
 struct Arithmetic16 {
   using Storage = T;
-  static constexpr int kDepth = 16;  // of one product
+  static constexpr int kDepth = 16;  // the K extent of one mma
   static constexpr int kTilesPerA = 2;
 
   __device__ static FragmentA pack_a(const float (*c)[4]) {
     return {{pack2<T>(c[0][0], c[0][1]), pack2<T>(c[0][2], c[0][3]), pack2<T>(c[1][0], c[1][1]),
              pack2<T>(c[1][2], c[1][3])}};
   }
-  // All ones in this lane's column, or all zeros.
+  // 1 in every element of this lane's column if `one`, else 0.
   __device__ static FragmentB ones(bool one) {
     const uint32_t pair = one ? pack2<T>(1.0f, 1.0f) : 0u;
     return {{pair, pair}};
@@ -55,7 +55,7 @@ struct Arithmetic16 {
   }
 };
 
-// fp32 rounded to TF32 (11 bits): where PyTorch's precision setting allows it.
+// fp32 rounded to TF32 (11 significant bits), used if PyTorch's precision setting allows it.
 struct ArithmeticTf32 {
   using Storage = float;
   static constexpr int kDepth = 8;
@@ -80,11 +80,10 @@ struct ArithmeticTf32 {
   }
 };
 
-// Full fp32: every factor is the sum of two TF32 numbers, x = high + low, exact to 2^-22, and of
-// the four products only low low is left out (Markidis et al. 2018).
+// Full fp32 precision: each factor is split into two TF32 numbers, x = high + low, exact to 2^-22.
+// Of the four partial products only low * low is dropped (Markidis et al. 2018).
 struct ArithmeticF32 : ArithmeticTf32 {
-  // kSwapped: A and B have changed places with respect to another kernel that must get the very
-  // same sums.
+  // kSwapped: A and B are exchanged relative to another kernel whose sums must match bitwise.
   template <bool kSwapped = false>
   __device__ static void multiply(float (&c)[4], const FragmentA& a, const FragmentB& b) {
     uint32_t ah[4], al[4], bh[2], bl[2];
@@ -110,7 +109,7 @@ template <typename T, int kWidth>
 struct SharedTile {
   static constexpr int kChunk = kChunkBytes / int(sizeof(T));  // elements
   static constexpr int kChunks = kWidth / kChunk;
-  // Rows differ in banks until kChunks times their distance is a multiple of 8 chunks: 128 bytes.
+  // Rows collide in banks if kChunks times their distance is a multiple of 8 chunks: 128 bytes.
   static constexpr int kSpread = kChunks % 8 == 0   ? 8
                                  : kChunks % 4 == 0 ? 4
                                  : kChunks % 2 == 0 ? 2
@@ -118,18 +117,18 @@ struct SharedTile {
   static_assert(kWidth % kChunk == 0, "rows are whole chunks");
 
   T* data;
-  // Where it starts from there, in elements: what changes from tile to tile in a ring. Apart from
-  // `data`, so that the addresses of fragments are made of it anew, not kept in registers by
-  // dozens.
+  // Offset of the tile from `data`, in elements: the part that changes from tile to tile in a ring
+  // buffer. Kept apart so that the compiler recomputes fragment addresses from it instead of
+  // holding dozens of them in registers.
   int start = 0;
 
   static constexpr int64_t bytes(int rows) { return int64_t(rows) * kWidth * sizeof(T); }
 
-  // Where 16-byte chunk `chunk` of `row` starts.
+  // Offset of 16-byte chunk `chunk` of `row`.
   __device__ static constexpr int offset(int row, int chunk) {
     return row * kWidth + (chunk ^ ((row / (8 / kSpread)) & (kSpread - 1))) * kChunk;
   }
-  // Whether eight rows of any chunk lie in different banks: 128 bytes are eight chunks wide.
+  // Whether each chunk's eight rows lie in different banks; the banks span 128 bytes, eight chunks.
   __device__ static constexpr bool conflict_free() {
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       unsigned banks = 0;
@@ -140,9 +139,9 @@ struct SharedTile {
   }
   __device__ T* at(int row, int chunk) const { return data + start + offset(row, chunk); }
 
-  // at(row + rows, chunk + even) from offset(row, chunk) of chunk 0 or 1, rows a multiple of 8 and
-  // even of 2: lanes differ in the offset, and the rest is constant. Where rows are 128 bytes or
-  // more, a tile's start is a multiple of 128 bytes.
+  // at(row + rows, chunk + even), given offset(row, chunk) with chunk 0 or 1, `rows` a multiple of
+  // 8 and `even` of 2. Only the offset varies between lanes; the rest is constant. If rows are 128
+  // bytes or more, tiles start at multiples of 128 bytes.
   __device__ T* from(int offset, int rows, int even) const {
     static_assert(conflict_free(), "ldmatrix takes one pass");
     if constexpr (kSpread == 8) {
@@ -163,11 +162,11 @@ struct SharedTile {
 
 template <typename T>
 struct HeadView {
-  const T* data;  // null: absent
+  const T* data;  // null if absent
   int64_t row_stride, column_stride;
 };
 
-// From row `row` on.
+// A view of one head, starting at row `row`.
 template <typename T>
 __device__ inline HeadView<T> head_of(const ConstView4& view, int batch, int head, int row) {
   const T* data = static_cast<const T*>(view.data);
@@ -178,7 +177,7 @@ __device__ inline HeadView<T> head_of(const ConstView4& view, int batch, int hea
   return {data, view.stride[2], view.stride[3]};
 }
 
-// Whether rows of `columns` elements are 16-byte chunks on 16-byte addresses.
+// Whether rows of `columns` elements consist of aligned 16-byte chunks.
 template <typename T>
 __device__ inline bool whole_rows(const HeadView<T>& head, int columns) {
   return head.column_stride == 1 && columns % (kChunkBytes / int(sizeof(T))) == 0 &&
@@ -188,9 +187,9 @@ __device__ inline bool whole_rows(const HeadView<T>& head, int columns) {
              0;
 }
 
-// Rows [first, first + rows) of one head into a tile, by all `threads` threads; zeros past the
-// tensor's rows and columns. 16-byte asynchronous copies where the view allows; the caller commits
-// and waits.
+// Loads rows [first, first + rows) of one head into a tile with all `threads` threads, padding with
+// zeros past the tensor's rows and columns. Uses 16-byte asynchronous copies if the view allows
+// them; the caller commits and waits.
 template <typename T, int kWidth>
 __device__ inline void load_rows(const SharedTile<T, kWidth>& tile, int rows,
                                  const HeadView<T>& head, int first, int row_count, int columns,
@@ -217,10 +216,10 @@ __device__ inline void load_rows(const SharedTile<T, kWidth>& tile, int rows,
   }
 }
 
-// One head of a tensor whose rows are whole 16-byte chunks, less than 2^31 bytes apart.
+// One head of a tensor whose rows are aligned 16-byte chunks with a row stride below 2^31 bytes.
 struct WholeHead {
   const char* data;
-  int row_bytes;  // from row to row
+  int row_bytes;  // row stride
 };
 
 template <typename T>
@@ -229,7 +228,7 @@ __device__ inline WholeHead whole_head_of(const ConstView4& view, int batch, int
   return {reinterpret_cast<const char*>(from.data), int(from.row_stride * int64_t(sizeof(T)))};
 }
 
-// What load_whole_rows() reads, or load_rows().
+// The head as load_whole_rows() (kWhole) or load_rows() reads it.
 template <bool kWhole, typename T>
 __device__ inline auto streamed_head(const ConstView4& view, int batch, int head, int row) {
   if constexpr (kWhole) {
@@ -239,9 +238,9 @@ __device__ inline auto streamed_head(const ConstView4& view, int batch, int head
   }
 }
 
-// load_rows() for every kStep-th of several tensors at once, all as wide as their tiles, which
-// follow one another. A thread copies the same chunk of every row that it copies, and one pointer a
-// tensor goes from row to row, so that little is left to compute.
+// load_rows() for every kStep-th of several tensors, all as wide as their tiles, which are
+// contiguous in shared memory. A thread copies the same chunk of each row it handles and advances
+// one pointer per tensor, which leaves little address arithmetic.
 template <int kTensors, int kStep, typename T, int kWidth>
 __device__ inline void load_whole_rows(const SharedTile<T, kWidth>& tile, int rows,
                                        const WholeHead* heads, int first, int row_count, int thread,
@@ -249,7 +248,7 @@ __device__ inline void load_whole_rows(const SharedTile<T, kWidth>& tile, int ro
   using Tile = SharedTile<T, kWidth>;
   const int step = threads / Tile::kChunks, chunk = thread % Tile::kChunks;
   const int start = thread / Tile::kChunks;
-  if (start >= step) return;  // threads that make no whole row
+  if (start >= step) return;  // threads left over after whole rows are assigned
   constexpr int kCopies = (kTensors + kStep - 1) / kStep;
   const char* from[kCopies];
   int moves[kCopies];
@@ -259,7 +258,7 @@ __device__ inline void load_whole_rows(const SharedTile<T, kWidth>& tile, int ro
     from[i] = head.data + (int64_t{first + start} * head.row_bytes + chunk * kChunkBytes);
     moves[i] = step * head.row_bytes;
   }
-  // Rows to come: how many there are, and how many of them exist.
+  // Rows left to fill, and how many of those exist in the tensor.
   int left = rows - start, existing = row_count - first - start;
 #pragma unroll 1
   for (; left > 0; left -= step, existing -= step) {
@@ -272,14 +271,14 @@ __device__ inline void load_whole_rows(const SharedTile<T, kWidth>& tile, int ro
   }
 }
 
-// ---- the ring of streamed tiles -----------------------------------------------------------------
+// ---- the ring buffer of streamed tiles ----------------------------------------------------------
 
-// Tiles pass through `slots` slots of a ring, one to three: issue(i, slot) starts the copies of
-// tile i, some tiles ahead of consume(i, slot). Every thread of the block calls both.
+// Streams tiles through a ring buffer of one to three slots: issue(i, slot) starts the copies of
+// tile i ahead of consume(i, slot). All threads of the block call both.
 struct TileStream {
   int count, slots;
 
-  // What is loaded before is there as well when the first tile is consumed.
+  // Copies started before begin() have also landed when the first tile is consumed.
   template <typename Issue>
   __device__ void begin(const Issue& issue) const {
     for (int i = 0; i < slots - 1; ++i) start(i, i, issue);
@@ -291,9 +290,9 @@ struct TileStream {
     for (int i = 0; i < count; ++i) step(i, slot, issue, consume);
   }
 
-  // Nothing is on its way any more, and the ring is free.
+  // Waits until no copy is in flight and the ring can be reused.
   __device__ void end() const {
-    cp_async_commit();  // of what was loaded before, where no tile followed
+    cp_async_commit();  // copies started before begin(), if there were no tiles
     cp_async_wait<0>();
     __syncthreads();
   }
@@ -314,7 +313,7 @@ struct TileStream {
     } else {
       cp_async_wait<0>();
     }
-    __syncthreads();  // tile i is there, and everyone is done with tile i - 1
+    __syncthreads();  // tile i has landed, and all threads are done with tile i - 1
     if (ahead != 0) start(i + ahead, slot == 0 ? ahead : slot - 1, issue);
     consume(i, slot);
     slot = slot == ahead ? 0 : slot + 1;
@@ -324,7 +323,7 @@ struct TileStream {
 
 // ---- fragments ----------------------------------------------------------------------------------
 
-// A = tile[row .. row + 16][k .. k + depth]; column k in chunks.
+// A = tile[row .. row + 16][k .. k + depth], with column k given in chunks.
 template <typename T, int kWidth>
 __device__ inline FragmentA load_a(const SharedTile<T, kWidth>& tile, int row, int chunk,
                                    int lane) {
@@ -378,7 +377,7 @@ constexpr float kLog2eFloat = 1.4426950408889634f;
 constexpr float kLargestFloat = 3.4028234663852886e38f;
 
 // A mask element in log-2 units. The largest finite values stay finite, so that a row masked with
-// them throughout still averages.
+// nothing else still averages.
 __device__ inline float mask_bias(const AttentionMask& mask, int64_t offset) {
   if (mask.kind == MaskKind::boolean) {
     return static_cast<const uint8_t*>(mask.view.data)[offset] != 0 ? 0.0f : -INFINITY;
@@ -404,7 +403,7 @@ __device__ inline void clear(float (&c)[kTiles][4]) {
   }
 }
 
-// Over the four lanes that hold a row of an accumulator.
+// Reductions over the four lanes that hold a row of an accumulator.
 __device__ inline float quad_sum(float x) {
   x += shuffle_xor(x, 1);
   return x + shuffle_xor(x, 2);
@@ -414,7 +413,7 @@ __device__ inline float quad_max(float x) {
   return fmaxf(x, shuffle_xor(x, 2));
 }
 
-// Lane t of a quad holds w[0..3] of its own; afterwards w[c] is what lane c held as w[t].
+// Transposes across a quad: lane t holds w[0..3]; afterwards w[c] is what lane c held as w[t].
 __device__ inline void transpose_quad(uint32_t (&w)[4], int lane) {
   const bool odd = (lane & 1) != 0, high = (lane & 2) != 0;
 #pragma unroll

@@ -1,12 +1,12 @@
-// What attention's launchers ask of tensors before they choose a kernel.
+// Checks on tensor layout that attention's launchers make before they choose a kernel.
 #pragma once
 
 #include "pmf/common.h"
 
 namespace pmf::cuda {
 
-// Whether a tensor [.., .., rows, width] is read in whole chunks of 16 bytes by 32-bit distances.
-// Strides of dimensions of size 1 do not matter.
+// Whether a tensor [.., .., rows, width] can be read in aligned 16-byte chunks with 32-bit row
+// strides. Strides of dimensions of size 1 are ignored.
 template <class View>
 bool whole_chunks(const View& view, int64_t batch, int64_t heads, int64_t rows, int64_t bytes) {
   constexpr int64_t kChunk = 16, kFar = int64_t{1} << 31;

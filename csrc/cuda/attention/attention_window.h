@@ -1,4 +1,4 @@
-// What the host tells attention's kernels of windows and packed sequences.
+// Host-side preparation of windows and packed sequences for attention's kernels.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 
 namespace pmf::cuda {
 
-// AttentionWindow in 32 bits: differences of two rows fit, sums with a side need not.
+// AttentionWindow in 32 bits. Differences of two rows fit; a row plus a side may overflow.
 struct Window {
   int left = INT32_MAX, right = INT32_MAX;
 
@@ -20,7 +20,7 @@ struct Window {
   static int clamped(int64_t side) { return int(std::clamp<int64_t>(side, -INT32_MAX, INT32_MAX)); }
 };
 
-// One sequence of a call for which blocks are planned: of packed ones, one of mean length.
+// The shape that launches are planned for: a single sequence or, if packed, one of the mean length.
 inline AttentionShape planned_shape(const AttentionShape& shape,
                                     const AttentionSequences& sequences) {
   AttentionShape one = shape;
@@ -32,8 +32,8 @@ inline AttentionShape planned_shape(const AttentionShape& shape,
   return one;
 }
 
-// Blocks of `rows` rows that cover `total` rows of a head: attention_sequences.cuh says where each
-// sequence's begin.
+// The number of thread blocks of `rows` rows that cover the `total` rows of a head. See
+// attention_sequences.cuh for where each packed sequence's blocks begin.
 inline int64_t row_blocks(int64_t total, int64_t rows, const AttentionSequences& sequences) {
   if (sequences.queries == nullptr) return (total + rows - 1) / rows;
   return total == 0 ? 0 : total / rows + sequences.count;
