@@ -1,18 +1,18 @@
-// Adam with decoupled weight decay for many tensors, Nesterov as in optax's adamw(nesterov=True):
+// Adam with decoupled weight decay over many tensors; Nesterov as in optax's adamw(nesterov=True):
 //
 //   m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2
 //   u  = b1 m / (1 - b1^(k+1)) + (1 - b1) g / (1 - b1^k)   (or m / (1 - b1^k))
 //   p <- (1 - lr wd) p - lr u / (sqrt(v / (1 - b2^k)) + eps)
 //
-// Two launches: the step's numbers (optimizer_step.cuh), and all tensors, up to kMaxTensors (then
-// once more). A 16-bit parameter's master weight takes the step and is rounded into it, unless the
-// parameter was changed from outside: then the master starts from it again.
+// Two launches: the step's coefficients (optimizer_step.cuh), then all tensors, at most kMaxTensors
+// per launch. For 16-bit parameters the step updates an fp32 master weight and rounds it into the
+// parameter; if the parameter was changed externally, the master restarts from its value.
 //
-// Tiling: a block takes kBlockElements of one tensor, found by bisection; a thread takes 16-byte
-// vectors, or single elements where a tensor's memory is not aligned.
+// Tiling: a block processes kBlockElements of one tensor, which it finds by bisection; a thread
+// uses 16-byte vectors, or single elements if a tensor's memory is not aligned.
 //
-// Bytes an element: fp32 28 (p, g, m, v read; p, m, v written), 16-bit 30 with the master. Memory
-// is the bound.
+// Bytes per element: fp32 28 (p, g, m, v read; p, m, v written), 16-bit with a master weight 30.
+// Memory bandwidth is the bound.
 #include "cuda/common/vector.cuh"
 #include "cuda/optimizer/optimizer_launchers.h"
 #include "cuda/optimizer/optimizer_step.cuh"
@@ -20,8 +20,8 @@
 namespace pmf::cuda {
 namespace {
 
-constexpr int kThreads = 256, kVectors = 4;  // vectors a thread
-constexpr int kWidth = 4;                    // fp32 elements of a vector
+constexpr int kThreads = 256, kVectors = 4;  // vectors per thread
+constexpr int kWidth = 4;                    // fp32 elements per vector
 constexpr int kBlockElements = kThreads * kVectors * kWidth;
 constexpr int kMaxTensors = 512;
 
@@ -31,7 +31,7 @@ struct Entry {
   bool aligned;
 };
 
-// In the constant bank.
+// A kernel parameter, so it lies in the constant bank.
 struct Table {
   Entry entries[kMaxTensors];
   int count;

@@ -1,12 +1,12 @@
-// All moving averages of all weights in one launch (up to kMaxTensors tensors, then once more):
-// a <- a + w (p - a), computed as torch.lerp does.
+// All moving averages of all weights in one launch (or more, with at most kMaxTensors tensors
+// each): a <- a + w (p - a), computed as torch.lerp does.
 //
-// Tiling: a block takes kBlockElements of one tensor, found by bisection; a thread takes four
-// elements at a time, 16 bytes of each average, or single ones where memory is not aligned.
+// Tiling: a block processes kBlockElements of one tensor, which it finds by bisection; a thread
+// takes four elements at a time, 16 bytes of each average, or one if memory is not aligned.
 //
-// Bytes an element: the parameter once (4, or 2), 8 for each average. Memory is the bound: 131 M
-// parameters in bf16 with three averages, 3.4 GB, would take 1.1 ms at 3.0 TB/s (an estimate; not
-// measured).
+// Bytes per element: the parameter once (4 or 2), plus 8 for each average. Memory bandwidth is the
+// bound: 131 M parameters in bf16 with three averages, 3.4 GB, would take 1.1 ms at 3.0 TB/s (an
+// estimate; not measured).
 #include "pmf/ema.h"
 
 #include "cuda/common/launch.cuh"
@@ -16,8 +16,8 @@
 namespace pmf::cuda {
 namespace {
 
-constexpr int kThreads = 256, kVectors = 4;  // vectors a thread
-constexpr int kWidth = 4;                    // elements of a vector
+constexpr int kThreads = 256, kVectors = 4;  // vectors per thread
+constexpr int kWidth = 4;                    // elements per vector
 constexpr int kBlockElements = kThreads * kVectors * kWidth;
 constexpr int kMaxTensors = 448;
 
@@ -27,7 +27,7 @@ struct Entry {
   bool aligned;
 };
 
-// In the constant bank.
+// A kernel parameter, so it lies in the constant bank.
 struct Table {
   Entry entries[kMaxTensors];
   int count, averages;
@@ -54,7 +54,7 @@ __device__ inline void update(const Table& table, const EmaTensor& t, int64_t at
   }
 }
 
-// This block's elements of a tensor.
+// Updates this block's elements of a tensor.
 template <class T>
 __device__ inline void update_block(const Table& table, const Entry& entry) {
   const int64_t begin = (static_cast<int64_t>(blockIdx.x) - entry.first_block) * kBlockElements;

@@ -1,4 +1,4 @@
-// Launch functions of the optimizer's steps besides Muon's.
+// Launch functions for the optimizers other than Muon.
 #pragma once
 
 #include "cuda/common/device.h"

@@ -1,6 +1,6 @@
-// The numbers of an optimizer's step k, worked out on the device: one thread counts the step up and
-// leaves what StepParams describes, in fp64 until the end. So a captured graph follows the count,
-// and a learning rate and weight decay that live on the device.
+// The coefficients of an optimizer's step k, computed on the device: one thread increments the step
+// and writes what StepParams describes, in fp64 until the final rounding. A captured graph thus
+// follows the step count, and a learning rate and weight decay that live on the device.
 #pragma once
 
 #include "cuda/common/launch.cuh"

@@ -1,14 +1,14 @@
-// Gated residual on CUDA, values, tangents and gradients. The mathematics is in
+// Gated residual on CUDA: values, tangents and gradients. The mathematics is in
 // pmf/gated_residual.h.
 //
-// Tiling, forward: a thread takes one 16-byte slot of every operand at a time (rows.cuh); the gate,
-// the same for neighbouring rows, comes from L1. Backward: a block takes a run of rows; its threads
-// own the columns and add up the gate's gradient in registers on the way (row_sums.cuh).
+// Tiling, forward: a thread processes one 16-byte slot of every operand at a time (rows.cuh); the
+// gate is the same for neighbouring rows and hits in L1. Backward: a block processes a run of rows;
+// its threads own columns and accumulate the gate's gradient in registers (row_sums.cuh).
 //
 // Bytes, in units of one [rows, W] tensor: forward 3 (x, b, y), with tangents 6; backward 3 (Y, b,
-// db), through both 6. There are at most three FMAs for every 3 elements moved, so copy bandwidth
-// is the bound: [256, 276, 768] in bf16 would take 0.11 ms at 3.0 TB/s, 0.22 ms with tangents
-// (estimates; not measured). Sums are in fp32; each result is rounded once, at the store.
+// db), through both outputs 6. With at most three FMAs per 3 elements moved, copy bandwidth is the
+// bound: [256, 276, 768] in bf16 would take 0.11 ms at 3.0 TB/s, 0.22 ms with tangents (estimates;
+// not measured). Sums are in fp32; each result is rounded once, at the store.
 #include "pmf/gated_residual.h"
 
 #include "cuda/rows/row_sums.cuh"
@@ -45,7 +45,7 @@ struct Forward {
 
 constexpr int kThreads = 256;
 
-// Rows first to last of one group, for the columns of this thread.
+// The gate's gradients, summed over rows for the columns of this thread.
 template <class Access, bool kTangent>
 using GateSums = ColumnSums<Access, 1, kTangent ? 2 : 1>;
 
@@ -82,12 +82,12 @@ __device__ inline void backward_rows(const GatedResidualBackwardParams& p, int64
   }
 }
 
-// A group of a single run needs no second stage: its sums are the gradient. Without the 1,
-// nvcc 13.0 keeps to 64 registers on sm_90a and spills.
+// A group with a single run needs no second stage: its sums are the gradient. Without the 1 in
+// __launch_bounds__, nvcc 13.0 limits the kernel to 64 registers on sm_90a and spills.
 template <class Access, bool kTangent>
 __global__ void __launch_bounds__(kThreads, 1)
     backward_kernel(const __grid_constant__ GatedResidualBackwardParams p,
-                    const __grid_constant__ RowSums sums, int64_t rows) {  // rows of a group
+                    const __grid_constant__ RowSums sums, int64_t rows) {  // rows per group
   using T = typename Access::Element;
   constexpr int kKinds = kTangent ? 2 : 1;
   float* const shared = reinterpret_cast<float*>(dynamic_shared());

@@ -1,13 +1,13 @@
-// RMSNorm of rows, with or without a rotation behind it: what rms_norm and rotary_qk_norm share.
+// RMSNorm of rows with an optional rotation after it; shared by rms_norm and rotary_qk_norm.
 //
-// The mathematics is in pmf/rms_norm.h. A team of threads (a power of two within a warp, or a whole
-// block) takes a row and keeps it in registers, one or two slots a thread, between the pass that
-// sums and the pass that writes: every operand is read once. A row beyond that (4096 elements of 16
-// bits, 2048 in the backward) passes in chunks, of which the last stays in registers for the second
-// pass.
+// The mathematics is in pmf/rms_norm.h. A team of threads (a power of two up to a warp, or a whole
+// block) processes a row and keeps it in registers, one or two slots per thread, between the
+// summing and the writing pass: every operand is read once. Longer rows (over 4096 16-bit elements,
+// 2048 in the backward) are processed in chunks, the last of which stays in registers for the
+// second pass.
 //
-// `Turns` gives for a row the orthogonal map that follows the norm: forward(v, column, width)
-// applies it to a slot, backward() its transpose.
+// `Turns` provides, for each row, the orthogonal map applied after the norm: forward(v, column,
+// width) applies it to a slot, backward() applies its transpose.
 #pragma once
 
 #include "cuda/common/ptx.cuh"
@@ -16,11 +16,11 @@
 
 namespace pmf::cuda {
 
-// Slots a thread holds of each operand: more would cost registers and so threads.
+// Slots of each operand held per thread: more would raise register pressure and lower occupancy.
 constexpr int kForwardVectors = 2, kBackwardVectors = 1;
-constexpr int kMaxTeam = 256;     // threads of a row
-constexpr int kSmallBlock = 128;  // threads of a block of several rows
-constexpr int kMaxRowSums = 5;    // numbers a row is summed up to
+constexpr int kMaxTeam = 256;     // threads per row
+constexpr int kSmallBlock = 128;  // threads per block if it processes several rows
+constexpr int kMaxRowSums = 5;    // most sums computed per row
 
 struct NoTurns {
   struct Turn {
@@ -34,21 +34,21 @@ struct NoTurns {
 
 // ---- a team and its row ------------------------------------------------------------------------
 
-// The block for rows of `width`, a thread holding `held` elements of each.
+// The block shape for rows of `width`, if a thread holds `held` elements of each.
 inline dim3 team_block(int64_t width, int held) {
   const int along = team_width((width + held - 1) / held);
   return along < kWarpThreads ? dim3(along, kSmallBlock / along)
                               : dim3(along < kMaxTeam ? along : kMaxTeam);
 }
 
-// Sums over a row, the same bits in all of its threads.
+// Sums over a row, bitwise identical in all of its threads.
 class TeamSums {
  public:
   static constexpr int kSharedBytes = 2 * kMaxTeam / kWarpThreads * kMaxRowSums * sizeof(float);
 
   __device__ explicit TeamSums(float* shared) : shared_(shared) {}
 
-  // All threads of the block.
+  // Must be called by all threads of the block.
   template <int kCount>
   __device__ void operator()(float (&sum)[kCount]) {
     const int along = blockDim.x;
@@ -61,7 +61,7 @@ class TeamSums {
     }
     if (along <= kWarpThreads) return;
     float* const warps = shared_ + turn_ * (kMaxTeam / kWarpThreads * kMaxRowSums);
-    turn_ ^= 1;  // the other half is written next, while slow warps still read this one
+    turn_ ^= 1;  // the next call writes the other half, as slow warps may still read this one
     if (threadIdx.x % kWarpThreads == 0) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) warps[threadIdx.x / kWarpThreads * kMaxRowSums + i] = sum[i];
@@ -80,10 +80,10 @@ class TeamSums {
   int turn_ = 0;
 };
 
-// The columns of this thread in a chunk of a row, kVectors slots a team apart.
+// This thread's columns in a chunk of a row: kVectors slots, spaced a team's width apart.
 template <class Access, int kVectors>
 struct Columns {
-  int64_t first;  // of the chunk
+  int64_t first;  // first column of the chunk
 
   static __device__ int64_t count() {
     return static_cast<int64_t>(blockDim.x) * kVectors * Access::kWidth;
@@ -106,7 +106,7 @@ struct Slots {
   }
 };
 
-// Shared memory of a block: the teams' sums within a row, or the teams' sums over rows at the end.
+// Shared memory per block: for the sums within a row or, afterwards, the sums over rows.
 template <class Sums>
 int64_t norm_shared_bytes(dim3 block) {
   const int64_t sums = Sums::shared_bytes(block);
@@ -115,7 +115,7 @@ int64_t norm_shared_bytes(dim3 block) {
 
 // ---- forward -----------------------------------------------------------------------------------
 
-// y = R (w n), ty = R (w tn + tw n) with tn = g - a n, for every row.
+// For every row: y = R (w n), ty = R (w tn + tw n) with tn = g - a n.
 template <class Access, bool kTangent, class Turns>
 __device__ inline void norm_rows(const RmsNormParams& p, const Turns& turns, int64_t rows,
                                  float* shared) {
@@ -127,7 +127,7 @@ __device__ inline void norm_rows(const RmsNormParams& p, const Turns& turns, int
   const T* const weight = static_cast<const T*>(p.weight);
   const T* const weight_t = static_cast<const T*>(p.weight_t);
   TeamSums add_up(shared);
-  // A team past the last row repeats it: all threads take part in the sums.
+  // A team past the last row repeats that row: the sums need all threads.
   for (int64_t start = static_cast<int64_t>(blockIdx.x) * blockDim.y; start < rows;
        start += static_cast<int64_t>(gridDim.x) * blockDim.y) {
     const int64_t own = start + threadIdx.y;
@@ -191,7 +191,7 @@ __device__ inline void norm_rows(const RmsNormParams& p, const Turns& turns, int
 template <class Access, bool kTangent>
 using WeightSums = ColumnSums<Access, kBackwardVectors, kTangent ? 2 : 1>;
 
-// Where a row's operands begin.
+// Pointers to the first elements of a row's operands.
 template <typename T, bool kTangent>
 struct BackwardRow {
   const T *x, *x_t, *grad, *grad_t;
@@ -206,7 +206,7 @@ struct BackwardRow {
         grad_x_t(kTangent ? row.in<T>(p.grad_x_t) : nullptr) {}
 };
 
-// What a thread holds of a row's operands; turn_back() gives the gradients in it in fp32.
+// A thread's slots of a row's operands; turn_back() maps a gradient back to before the rotation.
 template <class Access, bool kTangent>
 struct BackwardSlots {
   static constexpr int kWidth = Access::kWidth, kVectors = kBackwardVectors;
@@ -234,7 +234,7 @@ struct BackwardSlots {
 template <class Access, bool kTangent>
 using BackwardChunk = typename BackwardSlots<Access, kTangent>::Chunk;
 
-// The coefficients of pmf/rms_norm.h's gradients for one row.
+// A row's coefficients in the gradients of pmf/rms_norm.h.
 struct RowFactors {
   float s, a, b, along;  // along = 3 a b - c - d, or -mean(w Y n) without a tangent
 };
@@ -248,7 +248,7 @@ __device__ inline RowFactors sum_backward_row(
   constexpr int kWidth = Access::kWidth, kVectors = kBackwardVectors;
   const int64_t width = p.shape.width, chunk = Chunk::count();
   const float mean = 1.0f / static_cast<float>(width);
-  // x x, v x, x tx, u x, u tx with u = w T, v = w Y + tw T
+  // products with x and x_t to sum: x x, v x, x tx, u x, u tx with u = w T, v = w Y + tw T
   float sum[kTangent ? kMaxRowSums : 2] = {};
 #pragma unroll 1
   for (Chunk columns{0}; columns.first < width; columns.first += chunk) {
@@ -294,7 +294,7 @@ __device__ inline RowFactors sum_backward_row(
   return f;
 }
 
-// Writes the gradients of x and x_t in one chunk and adds to those of the weights.
+// Writes the gradients of x and x_t for one chunk and accumulates those of the weights.
 template <class Access, bool kTangent, class Turn>
 __device__ inline void write_backward_row(
     const RmsNormBackwardParams& p, const BackwardRow<typename Access::Element, kTangent>& row,
@@ -334,7 +334,7 @@ __device__ inline void write_backward_row(
   }
 }
 
-// One run of rows, its weight gradients to vectors number `run` of the workspace.
+// Processes one run of rows; its weight gradients become vectors number `run` of the workspace.
 template <class Access, bool kTangent, class Turns>
 __device__ inline void norm_rows_backward(const RmsNormBackwardParams& p, const Turns& turns,
                                           const RowSums& sums, int64_t run, int64_t rows,
@@ -361,7 +361,7 @@ __device__ inline void norm_rows_backward(const RmsNormBackwardParams& p, const 
 #pragma unroll 1
     for (Chunk columns{last_column}; columns.first >= 0; columns.first -= chunk) {
       if (columns.first < last_column) slots.load(row, columns, width);
-      if (last_column > 0) {  // sums of several chunks do not fit the registers
+      if (last_column > 0) {  // registers cannot hold the sums of several chunks
         weights.load(start == first ? nullptr : vectors, sums.pitch, columns.first, width);
       }
       write_backward_row<Access, kTangent>(p, row, turn, f, columns, slots, weights);

@@ -1,13 +1,13 @@
-// RMSNorm on CUDA, values, tangents and gradients. The mathematics is in pmf/rms_norm.h, the work
-// on a row in norm.cuh.
+// RMSNorm on CUDA: values, tangents and gradients. The mathematics is in pmf/rms_norm.h, the
+// per-row computation in norm.cuh.
 //
-// Tiling: a team of threads takes a row: 64 for 768 elements of 16 bits. Backward: a block takes a
-// run of rows and adds up the weight's gradient on the way; a second kernel adds the runs.
+// Tiling: a team of threads processes a row: 64 threads for 768 16-bit elements. Backward: a block
+// processes a run of rows and accumulates the weight's gradient; a second kernel sums the runs.
 //
-// Bytes, in units of one [rows, W] tensor: forward 2, with tangent 4; backward 3, through both 6.
-// Copy bandwidth is the bound: [256, 276, 768] in bf16 would take 0.07 ms at 3.0 TB/s, 0.15 ms with
-// the tangent (estimates; not measured). Sums are in fp32; each result is rounded once, at the
-// store.
+// Bytes, in units of one [rows, W] tensor: forward 2, with tangents 4; backward 3, through both
+// outputs 6. Copy bandwidth is the bound: [256, 276, 768] in bf16 would take 0.07 ms at 3.0 TB/s,
+// 0.15 ms with tangents (estimates; not measured). Sums are in fp32; each result is rounded once,
+// at the store.
 #include "pmf/rms_norm.h"
 
 #include "cuda/rows/norm.cuh"
@@ -51,7 +51,7 @@ cudaError_t backward(const RmsNormBackwardParams& p, cudaStream_t stream) {
                                             kTangent ? p.grad_weight_t : nullptr, stream);
 }
 
-// Rows of a vector: what RowOperands asks of weights.
+// A vector as an operand of rows_aligned().
 ConstRows vector(const void* data) {
   ConstRows rows;
   rows.data = data;

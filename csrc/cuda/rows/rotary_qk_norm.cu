@@ -1,13 +1,13 @@
-// Per-head RMSNorm and rotary embedding on CUDA, values, tangents and gradients. The mathematics is
-// in pmf/rotary_qk_norm.h, the norm of a row (one head of one token) in norm.cuh.
+// Per-head RMSNorm and rotary embedding on CUDA: values, tangents and gradients. The mathematics is
+// in pmf/rotary_qk_norm.h; norm.cuh has the norm of a row (one head of one token).
 //
-// Tiling: 4 or 8 threads take a row of 64 or 80 elements of 16 bits, so that a warp takes 8 or 4
-// rows in the order they lie in memory, heads inside tokens or tokens inside heads. Queries and
-// keys go in one launch, blockIdx.y telling them apart. cos and sin [P, D/2] come from cache.
+// Tiling: 4 or 8 threads process a row of 64 or 80 16-bit elements, so a warp processes 8 or 4 rows
+// in memory order, heads within tokens or tokens within heads. Queries and keys share one launch,
+// selected by blockIdx.y. cos and sin [P, D/2] are read from cache.
 //
-// Bytes, in units of query plus key: forward 2, with tangent 4; backward 3, through both 6. Copy
-// bandwidth is the bound: 2 x [256, 12, 276, 64] in bf16 would take 0.15 ms at 3.0 TB/s, 0.29 ms
-// with tangents (estimates; not measured). Sums are in fp32; each result is rounded once.
+// Bytes, in units of query plus key: forward 2, with tangents 4; backward 3, through both outputs
+// 6. Copy bandwidth is the bound: 2 x [256, 12, 276, 64] in bf16 would take 0.15 ms at 3.0 TB/s,
+// 0.29 ms with tangents (estimates; not measured). Sums are in fp32; each result is rounded once.
 #include "pmf/rotary_qk_norm.h"
 
 #include "cuda/rows/norm.cuh"
@@ -19,12 +19,12 @@ namespace {
 
 struct Rotation {
   const float *cos, *sin;  // [P, D/2]
-  int64_t first;           // tokens from here on are rotated
+  int64_t first;           // first token that is rotated
   int64_t pairs;           // D/2
   bool tokens_inside;      // rows are [B, heads, N], else [B, N, heads]
 
   struct Turn {
-    const float *cos, *sin;  // of one token; null: nothing turns
+    const float *cos, *sin;  // for one token; null: no rotation
 
     template <int kWidth>
     __device__ void turn(float (&v)[kWidth], int64_t column, int64_t width, float sign) const {
@@ -68,7 +68,7 @@ RowShape shape_of(const RotaryShape& s, int64_t heads, bool tokens_inside) {
   return shape;
 }
 
-// ConstRows of a ConstView4, Rows of a View4.
+// Converts ConstView4 to ConstRows, and View4 to Rows.
 template <class To, class From>
 To rows_of(const From& view, bool tokens_inside) {
   To rows;
@@ -90,13 +90,13 @@ ConstRows vector(const void* data) {
   return rows;
 }
 
-// A call as the kernels see it: query and key are two calls of rms_norm, each with a rotation.
+// A call as the kernels see it: query and key are two rms_norm calls, each with a rotation.
 template <class Params>
 struct Sides {
   Params norm[2];
   Rotation rotation[2];
   int64_t rows[2];
-  RowSums sums[2];  // of the backward
+  RowSums sums[2];  // backward only
 };
 
 Sides<RmsNormParams> sides_of(const RotaryQkNormParams& p) {

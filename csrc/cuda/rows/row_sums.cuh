@@ -1,9 +1,9 @@
-// Sums over rows, the gradients of weights and gates: two stages whose order is fixed.
+// Sums over rows for the gradients of weights and gates: two stages with a fixed summation order.
 //
-// A block takes a run of rows (RowSums); each of its threads adds up its own columns in registers,
-// then the teams of the block, which walk different rows, add up in shared memory, and the run's
-// vector goes to the workspace: [groups, runs, kinds, pitch] in fp32. A second kernel adds the
-// runs. The workspace is written and read once, at most 1024 vectors against the rows' thousands.
+// A block processes a run of rows (RowSums): each thread accumulates its own columns in registers,
+// then the block's teams, which process different rows, are summed in shared memory, and the run's
+// vector goes to the workspace: [groups, runs, kinds, pitch] in fp32. A second kernel sums the
+// runs. The workspace, at most 1024 vectors for thousands of rows, is written and read once.
 #pragma once
 
 #include "cuda/common/shared.cuh"
@@ -11,8 +11,7 @@
 
 namespace pmf::cuda {
 
-// Threads side by side along a row of `slots` slots: a power of two within a warp, else whole
-// warps.
+// Threads along a row of `slots` slots: a power of two up to a warp, otherwise whole warps.
 inline int team_width(int64_t slots) {
   int along = 1;
   while (along < slots && along < kWarpThreads) along *= 2;
@@ -21,8 +20,8 @@ inline int team_width(int64_t slots) {
              : static_cast<int>((slots + kWarpThreads - 1) / kWarpThreads * kWarpThreads);
 }
 
-// A thread's sums in kVectors slots, blockDim.x slots apart. The block: x along the row, y over
-// rows.
+// A thread's sums over kVectors slots that are blockDim.x slots apart. In the block, x runs along
+// the row and y over rows.
 template <class Access, int kVectors, int kKinds>
 struct ColumnSums {
   static constexpr int kWidth = Access::kWidth;
@@ -32,7 +31,7 @@ struct ColumnSums {
     return block.y == 1 ? 0 : sizeof(ColumnSums) * block.x * block.y;
   }
 
-  // Continues from the vectors of an earlier finish() of this very thread, or from zero (null).
+  // Resumes from the vectors that this thread stored in an earlier finish(), or from zero (null).
   __device__ void load(const float* vectors, int64_t pitch, int64_t first, int64_t width) {
 #pragma unroll
     for (int kind = 0; kind < kKinds; ++kind) {
@@ -48,8 +47,8 @@ struct ColumnSums {
     }
   }
 
-  // put(kind, column, sum over the block) for every column from `first` on. All threads call it;
-  // `shared` is shared_bytes(), free for other uses when this returns.
+  // Calls put(kind, column, sum over the block) for every column from `first` on. All threads call
+  // this; `shared` has shared_bytes() bytes and is free for other uses on return.
   template <class Put>
   __device__ void finish(int64_t first, int64_t width, float* shared, const Put& put) const {
     const int columns = blockDim.x * kVectors * kWidth;
@@ -84,11 +83,11 @@ struct ColumnSums {
 
 // ---- the second stage --------------------------------------------------------------------------
 
-constexpr int kRunLanes = 16;  // threads that share the runs of a column
+constexpr int kRunLanes = 16;  // threads that split the runs of a column
 
 struct AddRuns {
   const float* runs;  // [groups, runs, kinds, pitch]
-  void* out[2];       // [groups, W] of each kind
+  void* out[2];       // [groups, W] for each kind
   int64_t count, pitch, width, column_blocks;
   int kinds;
 };
@@ -116,7 +115,7 @@ __global__ void __launch_bounds__(kWarpThreads* kRunLanes)
   out[group * p.width + column] = from_float<T>(total);
 }
 
-// out[kind][group, i] = sum over the group's runs. The second of `out` may be null: one kind.
+// out[kind][group, i] = sum over the group's runs. `second` is null if there is one kind.
 template <typename T>
 cudaError_t add_runs(const RowSums& sums, int64_t groups, int64_t width, const void* workspace,
                      void* first, void* second, cudaStream_t stream) {

@@ -1,8 +1,8 @@
-// Rows of strided tensors on the GPU: what the elementwise kernels share.
+// Rows of strided tensors on the GPU; shared by the elementwise kernels.
 //
-// A slot is what a thread reads and writes at once, a few neighbouring elements of a row. How it is
-// accessed is a policy: Whole, one 16-byte word, or Pairs, two elements of any alignment, for views
-// whose rows are not aligned and for widths that are no multiple of a word.
+// A slot is what a thread reads and writes at once: a few neighbouring elements of a row. Its
+// access policy is either Whole, one 16-byte word, or Pairs, two elements of any alignment, for
+// views with unaligned rows and widths that are not a multiple of a word.
 #pragma once
 
 #include <initializer_list>
@@ -17,7 +17,7 @@ namespace pmf::cuda {
 
 // ---- slots -------------------------------------------------------------------------------------
 
-// Elements at and past `width` read as zero and are not stored.
+// Elements at or past `width` read as zero and are not stored.
 template <typename T>
 struct Whole {
   using Element = T;
@@ -50,14 +50,14 @@ struct Pairs {
 
 // ---- rows --------------------------------------------------------------------------------------
 
-// a / b for a, b >= 0. A 64-bit division takes five times as long as one of 32 bits.
+// a / b for a, b >= 0. A 64-bit division takes five times as long as a 32-bit one.
 __device__ inline int64_t divide(int64_t a, int64_t b) {
   if (((a | b) >> 32) == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
   return a / b;
 }
 
-// Where a row lies: its index in each leading dimension. With one dimension, the usual case, there
-// is no division.
+// A row's index in each leading dimension. With a single dimension, the usual case, no division is
+// needed.
 struct RowIndex {
   int64_t at[kMaxLeading];
   int leading;
@@ -75,7 +75,7 @@ struct RowIndex {
   }
   __device__ int64_t offset(const int64_t* stride) const {
     int64_t sum = at[0] * stride[0];
-    if (leading > 1) {  // the rest is zero from `leading` on
+    if (leading > 1) {  // `at` is zero from `leading` on
 #pragma unroll
       for (int d = 1; d < kMaxLeading; ++d) sum += at[d] * stride[d];
     }
@@ -91,7 +91,7 @@ struct RowIndex {
   }
 };
 
-// One slot of a row, in every operand.
+// One slot of a row, for every operand.
 template <class Access>
 struct SlotIo {
   static constexpr int kWidth = Access::kWidth;
@@ -118,9 +118,9 @@ struct RowOperand {
   RowOperand(const ConstRows& rows) : data(rows.data), stride(rows.stride) {}
   RowOperand(const Rows& rows) : data(rows.data), stride(rows.stride) {}
 };
-using RowOperands = std::initializer_list<RowOperand>;  // those absent have null data
+using RowOperands = std::initializer_list<RowOperand>;  // absent operands have null data
 
-// Whether every row begins at a multiple of `width` elements that are 16 bytes together.
+// Whether every row of every operand starts at a multiple of `width` elements, which are 16 bytes.
 inline bool rows_aligned(const RowShape& shape, int64_t width, RowOperands operands) {
   bool aligned = shape.width % width == 0;
   for (const RowOperand& operand : operands) {
@@ -135,7 +135,7 @@ struct Type {
   using type = T;
 };
 
-// body(Type<T>{}), which returns a cudaError_t, for the T that `dtype` names.
+// Calls body(Type<T>{}), which returns a cudaError_t, with the T that `dtype` names.
 template <class Body>
 const char* with_type(DType dtype, const Body& body) {
   switch (dtype) {
@@ -151,14 +151,14 @@ const char* with_type(DType dtype, const Body& body) {
   return "float64 has no CUDA kernel: use the plain PyTorch version in pmf.reference";
 }
 
-// ---- every slot by itself ----------------------------------------------------------------------
+// ---- independent slots -------------------------------------------------------------------------
 
 constexpr int kSlotThreads = 256;
 constexpr int64_t kMaxBlocks = 1 << 20;
-constexpr int64_t kMaxBlocksDown = 65535;  // of a grid in y
+constexpr int64_t kMaxBlocksDown = 65535;  // limit of a grid in y
 
-// A thread takes slots a grid apart, numbered row by row, so that a warp reads whole lines whatever
-// the width of a row. Work has run(SlotIo).
+// Grid-stride loop over slots numbered row by row, so that a warp reads whole cache lines whatever
+// the row width. Work provides run(SlotIo).
 template <class Access, class Work>
 __global__ void __launch_bounds__(kSlotThreads)
     slots_kernel(const __grid_constant__ Work work, const __grid_constant__ RowShape shape,
@@ -181,7 +181,7 @@ cudaError_t launch_slots(const Work& work, const RowShape& shape, cudaStream_t s
                 slots);
 }
 
-// RowOperands whose rows all follow one another are one long row: its width need not fit a word.
+// If the rows of all operands are contiguous, they form one row, so `width` need not fit a word.
 template <typename T, class Work>
 cudaError_t for_slots(const Work& work, RowShape shape, RowOperands operands, cudaStream_t stream) {
   bool flat = shape.leading == 1;

@@ -1,4 +1,4 @@
-// Launch functions of the elementwise ops.
+// Launch functions for the elementwise ops.
 #pragma once
 
 #include "cuda/common/device.h"

@@ -1,12 +1,12 @@
-// silu(gate) up on CUDA, values, tangents and gradients. The mathematics is in pmf/swiglu.h.
+// silu(gate) up on CUDA: values, tangents and gradients. The mathematics is in pmf/swiglu.h.
 //
-// Tiling: a thread takes one 16-byte slot of every operand at a time (rows.cuh); contiguous
-// operands are walked as one row, so that a width of 2730 costs what one of 2736 does.
+// Tiling: a thread processes one 16-byte slot of every operand at a time (rows.cuh); contiguous
+// operands are treated as one row, so that a width of 2730 costs as much as one of 2736.
 //
-// Bytes, in units of one [rows, W] tensor: forward 3, with tangent 6; backward 5, through both 10.
-// An element costs one exponential and one division, about 20 instructions for 6 bytes and more:
-// copy bandwidth is the bound. [256, 276, 2048] in bf16 would take 0.29 ms at 3.0 TB/s, 0.58 ms
-// with tangents (estimates; not measured).
+// Bytes, in units of one [rows, W] tensor: forward 3, with tangents 6; backward 5, through both
+// outputs 10. An element costs one exponential and one division, about 20 instructions per 6 or
+// more bytes: copy bandwidth is the bound. [256, 276, 2048] in bf16 would take 0.29 ms at 3.0 TB/s,
+// 0.58 ms with tangents (estimates; not measured).
 //
 // Sums are in fp32 and each result is rounded once, at the store.
 #include "pmf/swiglu.h"
@@ -17,7 +17,7 @@ namespace pmf::cuda {
 namespace {
 
 struct Silu {
-  float g, s, c;  // gate, sigmoid(g), 1 - sigmoid(g): neither cancels
+  float g, s, c;  // gate, sigmoid(g), 1 - sigmoid(g): computed without cancellation
 
   __device__ explicit Silu(float gate) : g(gate) {
     const float e = expf(-fabsf(g)), large = 1.0f / (1.0f + e), small = e * large;
