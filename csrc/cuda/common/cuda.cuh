@@ -1,5 +1,5 @@
-// The CUDA language and its 16-bit types. No other file includes the toolkit's headers, so that the
-// tests can compile the same kernels for the CPU: tests/emulator/include has a file of this name.
+// The CUDA language and its 16-bit types. Only this file includes the toolkit's headers: tests
+// replace it with tests/emulator/include/cuda/common/cuda.cuh to compile the kernels for the CPU.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -14,7 +14,7 @@ namespace pmf::cuda {
 constexpr int kWarpThreads = 32;
 constexpr uint32_t kWholeWarp = 0xffffffffu;
 
-// Promises that an address is a multiple of kBytes; the emulator checks it.
+// Asserts to the compiler that an address is a multiple of kBytes; the emulator checks it.
 template <int kBytes, typename T>
 __device__ inline T* assume_aligned(T* address) {
   return static_cast<T*>(__builtin_assume_aligned(address, kBytes));

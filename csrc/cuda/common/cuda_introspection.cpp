@@ -1,4 +1,4 @@
-// Launch plans of the CUDA ops: their launchers, run dry. Without CUDA in the library, a sentence.
+// Launch plans of the CUDA ops, from dry runs of their launchers; without CUDA, one error sentence.
 #include "pmf/introspection.h"
 
 #if PMF_WITH_CUDA
@@ -12,7 +12,7 @@
 namespace pmf {
 namespace {
 
-// An address that nobody reads, aligned as tensors are.
+// A placeholder address that is never read, aligned as tensors are.
 alignas(128) char anything[1];
 
 template <class View>
@@ -23,13 +23,13 @@ View contiguous(int64_t d1, int64_t d2, int64_t d3) {
   return view;
 }
 
-// Runs launcher(), noting what it launches.
+// Runs launcher() and records its launches.
 template <class Launcher>
 const char* run_dry(const Device& device, NoteLaunch note, void* context,
                     const Launcher& launcher) {
   struct Ended {
     ~Ended() { cuda::dry_run = nullptr; }
-  } ended;  // also where note() throws
+  } ended;  // also if note() throws
   cuda::DryRun dry(device, note, context);
   cuda::dry_run = &dry;
   return launcher();
@@ -69,7 +69,7 @@ const char* dry_attention_backward(const AttentionShape& s, DType dtype, bool ta
 
 constexpr int kTileSide = 2 * cuda::ns::kPad;
 
-// A symmetric product computes the tiles on and below the diagonal, those on it whole.
+// A symmetric product computes the tiles on and below the diagonal, including whole diagonal tiles.
 double product_flops(const cuda::ns::Product& product) {
   double elements = double(product.m) * product.n;
   if (product.symmetric) {
@@ -96,7 +96,7 @@ double newton_schulz_flops(const NewtonSchulzParams& params) {
   return flops;
 }
 
-// The matrices and their results; in Muon's step also the parameters and the momentum.
+// Reads matrices and writes results; a Muon step also moves the parameters and the momentum.
 double newton_schulz_bytes(const NewtonSchulzParams& params) {
   double bytes = 0;
   for (int64_t i = 0; i < params.count; ++i) {
@@ -168,7 +168,7 @@ CudaPlan patch_embed_launches(const PatchSizes& s, Pass pass, const Device& devi
   const double bytes = double(dtype_bytes(s.dtype));
   CudaPlan plan;
   plan.cost.flops = 2 * pairs * weights * (forward ? 1 : 2);
-  // Images, hidden, tokens, weights; backward also writes gradients of images and weights.
+  // Images, hidden, tokens, weights; the backward also writes gradients of images and weights.
   plan.cost.bytes =
       pairs * double(s.features()) * double(dtype_bytes(s.image_dtype)) * (forward ? 1 : 2) +
       (pairs * double(s.narrow + s.wide) + weights * (forward ? 1 : 2)) * bytes;

@@ -1,4 +1,4 @@
-// Which device a launch is for.
+// The device that a launch targets.
 #pragma once
 
 #include "cuda/common/dry_run.h"

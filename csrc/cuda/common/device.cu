@@ -1,4 +1,4 @@
-// Whether the CUDA kernels can run on a device, answered in one sentence.
+// Checks whether the CUDA kernels can run on a device, with one sentence if they cannot.
 #include <cstdio>
 #include <mutex>
 
@@ -12,7 +12,7 @@ constexpr int kMaxDevices = 64;
 constexpr int kSentence = 256;
 constexpr int kOldestMajor = 8;  // sm_80: A100. Older cards lack bf16 and asynchronous copies.
 
-// Kept for the life of the process, as callers hold pointers into it.
+// Kept for the life of the process, because callers hold pointers into it.
 struct Answer {
   std::once_flag asked;
   char text[kSentence] = "";

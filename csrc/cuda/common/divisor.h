@@ -1,6 +1,6 @@
-// Division of block numbers by what the host knows: a multiplication and a shift, where the
-// hardware has no instruction (Granlund and Montgomery, "Division by invariant integers using
-// multiplication", 1994).
+// Division of block indices by values known on the host: a multiplication and a shift, because the
+// hardware has no integer division instruction (Granlund and Montgomery, "Division by invariant
+// integers using multiplication", 1994).
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@ struct Divisor {
     shift = bits - 1;
   }
 
-  // Replaces n, below 2^31, by the quotient and returns the remainder.
+  // Replaces n, below 2^31, with the quotient and returns the remainder.
 #ifdef __CUDACC__
   __device__
 #endif

@@ -1,5 +1,5 @@
-// A dry run: launchers choose and cut as ever, for a device that is described instead of asked, and
-// launches are noted instead of made. So a plan can be read on a machine without a GPU, and cannot
+// A dry run: launchers choose kernels and plans as usual, but for a device that is described, not
+// queried, and launches are recorded, not made. So plans can be inspected without a GPU and cannot
 // differ from what is launched.
 #pragma once
 
@@ -14,7 +14,7 @@ class DryRun {
 
   const Device& device() const { return device_; }
 
-  // Of the next launch: the tile, and the blocks on a multiprocessor that the launcher counts on.
+  // Describes the next launch: its tile, and the number of blocks per SM that the launcher expects.
   void plan(int rows, int columns, int blocks_per_processor) {
     next_.tile_rows = rows;
     next_.tile_columns = columns;
@@ -37,10 +37,10 @@ class DryRun {
   KernelLaunch next_;
 };
 
-// This thread's; null: launches are made.
+// The dry run of this thread; null: launches are real.
 inline thread_local DryRun* dry_run = nullptr;
 
-// For launchers to say: see DryRun::plan.
+// Called by launchers: see DryRun::plan.
 inline void plan_next_launch(int rows, int columns, int blocks_per_processor) {
   if (dry_run != nullptr) dry_run->plan(rows, columns, blocks_per_processor);
 }

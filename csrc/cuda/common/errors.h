@@ -1,15 +1,14 @@
-// Errors of the CUDA runtime: ours are ours to report, and those of others stay theirs.
+// CUDA runtime errors: we report and clear our own, and leave those of other code in place.
 //
-// The runtime keeps a thread's last error until somebody takes it. A call of ours that fails leaves
-// one, which must not wait there for whoever asks next; one that was there before is not ours to
-// take.
+// The runtime keeps a thread's last error until it is fetched. Our failed calls must not leave one
+// for an unrelated later check to find; an error that was pending before is not ours to clear.
 #pragma once
 
 #include <cuda_runtime.h>
 
 namespace pmf::cuda {
 
-// The status of call(), which leaves no error behind that was not there before.
+// Returns the status of call(), without leaving behind an error that was not pending before.
 template <class Call>
 cudaError_t checked(const Call& call) {
   const bool clean = cudaPeekAtLastError() == cudaSuccess;

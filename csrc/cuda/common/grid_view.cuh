@@ -1,7 +1,7 @@
-// Matrices that lie in images: element (row, column) is found by one sum of a row's and a column's
-// offset, each a three-digit number in mixed radix. Patches of an image are such a matrix (row:
-// image, patch row, patch column; column: channel, pixel row, pixel column), and so are tokens
-// behind a prefix, a vector repeated over rows, and any plain matrix: one kernel serves them all.
+// Matrices embedded in images: element (row, column) lies at the sum of a row offset and a column
+// offset, each a three-digit number in mixed radix. This covers the patches of an image (row:
+// image, patch row, patch column; column: channel, pixel row, pixel column), tokens behind a
+// prefix, a vector repeated over rows, and any plain matrix, so one kernel serves them all.
 #pragma once
 
 #include <initializer_list>
@@ -11,9 +11,9 @@
 namespace pmf::cuda {
 
 struct Digits {
-  int64_t count = 0;              // how many rows, or columns, exist
+  int64_t count = 0;              // number of rows or columns
   uint32_t middle = 1, last = 1;  // index = (first * middle + m) * last + l
-  int64_t stride[3] = {0, 0, 0};  // elements, of first, m, l
+  int64_t stride[3] = {0, 0, 0};  // element strides of first, m and l
 
   __device__ int64_t offset(int64_t index) const {
     const uint32_t all = static_cast<uint32_t>(index), rest = all / last;
@@ -23,16 +23,16 @@ struct Digits {
   }
 };
 
-// Indices are below 2^32; csrc/ops checks that.
+// Indices are below 2^32, as csrc/ops checks.
 struct GridView {
   void* data = nullptr;
   Digits row, column;
-  // Columns from a multiple of 16 bytes' worth (of the products' type) on lie together, aligned.
+  // Every 16-byte group of columns (in the product's element type) is contiguous and aligned.
   bool words = false;
-  bool wide = false;  // elements are float whatever the products' type
+  bool wide = false;  // elements are float regardless of the product's type
 };
 
-// The digits of a plain dimension.
+// The digits of an ordinary dimension.
 inline Digits plain_digits(int64_t count, int64_t stride) {
   Digits digits;
   digits.count = count;
@@ -50,7 +50,7 @@ inline Digits grid_digits(int64_t first, int64_t middle, int64_t last, const int
   return digits;
 }
 
-// `chunk`: the elements of the products' type in 16 bytes.
+// `chunk`: the number of elements of the product's type in 16 bytes.
 inline GridView grid_view(const void* data, const Digits& row, const Digits& column, int64_t chunk,
                           bool wide = false) {
   GridView view;

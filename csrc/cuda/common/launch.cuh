@@ -1,4 +1,4 @@
-// Starting kernels, and what the current device offers them.
+// Kernel launches and queries of the current device's limits.
 #pragma once
 
 #include <mutex>
@@ -11,11 +11,11 @@
 
 namespace pmf::cuda {
 
-// A kernel whose blocks have more shared memory than this says that it prefers it to cache, or
-// fewer blocks would fit a multiprocessor (and from 48 KB on not one).
+// Kernels with more shared memory per block than this prefer shared memory over L1: otherwise fewer
+// blocks would fit an SM, and above 48 KB none.
 constexpr int64_t kSharedBesideCache = 8 * 1024;
 
-// 0: the device does not say. Plans that need a number refuse this one.
+// 0 if the device does not report it; plans that need the value refuse to run.
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
   const auto ask = [&] {
@@ -25,8 +25,8 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return checked(ask) == cudaSuccess ? value : 0;
 }
 
-// Lets blocks of the kernel have as much shared memory as the device has for one: once a kernel and
-// device, and never less, as another thread's launch may be under way.
+// Allows a kernel's blocks the device's maximum of shared memory: once per kernel and device, and
+// never less, because another thread's launch may be in progress.
 inline cudaError_t allow_shared(const void* kernel) {
   static std::mutex mutex;
   static std::set<std::pair<const void*, int>> allowed;
@@ -48,7 +48,7 @@ inline cudaError_t allow_shared(const void* kernel) {
   return status;
 }
 
-// By the status of this launch alone: <<<>>> would report what was pending before.
+// Returns the status of this launch alone; <<<>>> would also report errors pending from before.
 template <class... Parameters>
 cudaError_t launch_with(const void* kernel, dim3 grid, dim3 block, int64_t shared_bytes,
                         cudaStream_t stream, const Parameters&... parameters) {
@@ -62,7 +62,7 @@ cudaError_t launch_with(const void* kernel, dim3 grid, dim3 block, int64_t share
   });
 }
 
-// kernel<<<grid, block, shared_bytes, stream>>>(arguments...), or a note of it in a dry run.
+// kernel<<<grid, block, shared_bytes, stream>>>(arguments...); a dry run only records it.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int64_t shared_bytes,
                    cudaStream_t stream, const Arguments&... arguments) {
@@ -75,13 +75,13 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int64_t
                                                   block, shared_bytes, stream, arguments...);
 }
 
-// Bytes of shared memory that one block may ask for: 99 KB on sm_86, 163 on sm_80, 227 on sm_90.
+// Most shared memory a block may request, in bytes: 99 KB on sm_86, 163 on sm_80, 227 on sm_90.
 inline int64_t device_shared_limit() {
   if (dry_run != nullptr) return dry_run->device().shared_per_block;
   return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
-// Bytes that the blocks on one multiprocessor share; each block takes 1 KB more than it asks for.
+// Shared memory per SM, in bytes; each resident block takes 1 KB more than it requests.
 inline int64_t device_shared_per_processor() {
   if (dry_run != nullptr) return dry_run->device().shared_per_processor;
   return device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);

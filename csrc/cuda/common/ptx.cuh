@@ -1,6 +1,6 @@
-// One function for each instruction that C++ has no word for: the tensor cores, asynchronous
-// copies, and what the lanes of a warp do together. Fragments are laid out as in the PTX ISA,
-// section "Matrix instructions"; lane = 4 g + t:
+// One wrapper per PTX instruction without a C++ equivalent: tensor cores, asynchronous copies and
+// warp-level collectives. Fragment layouts follow the PTX ISA, section "Matrix instructions"; lane
+// = 4 g + t:
 //
 //   m16n8k16  a[0] A[g][2t, 2t + 1]      a[1] A[g + 8][2t, ...]     a[2], a[3]: columns + 8
 //             b[0] B[2t, 2t + 1][g]      b[1] B[2t + 8, 2t + 9][g]
@@ -8,7 +8,7 @@
 //             b[0] B[t][g]  b[1] B[t + 4][g]
 //   both      c[0], c[1] C[g][2t, 2t + 1]     c[2], c[3] C[g + 8][2t, 2t + 1]
 //
-// All lanes of a warp must reach the collective ones (ldmatrix, mma, shuffle, ballot) together.
+// All lanes of a warp must execute the collectives (ldmatrix, mma, shuffle, ballot) together.
 #pragma once
 
 #include "cuda/common/cuda.cuh"
@@ -19,10 +19,10 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// ---- ldmatrix: matrices of 8 rows of 16 bytes from shared memory --------------------------------
-// Lane 8 i + r gives the address of row r of matrix i, a multiple of 16. Of 16-bit elements, r[i]
-// of lane 4 g + t gets elements 2t, 2t + 1 of row g; transposed, rows 2t, 2t + 1 of column g. x2
-// reads the addresses of lanes 0 to 15.
+// ---- ldmatrix: loads matrices of 8 rows of 16 bytes from shared memory --------------------------
+// Lane 8 i + r supplies the address of row r of matrix i, a multiple of 16. For 16-bit elements,
+// r[i] of lane 4 g + t receives elements 2t, 2t + 1 of row g or, transposed, rows 2t, 2t + 1 of
+// column g. x2 uses the addresses of lanes 0 to 15.
 
 __device__ inline void ldmatrix_x2(uint32_t (&r)[2], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
@@ -77,7 +77,7 @@ __device__ inline void mma_m16n8k16<__half>(float (&c)[4], const uint32_t (&a)[4
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Operands must come from round_tf32(): of other bits the last 13 are ignored.
+// Operands must come from round_tf32(), because the low 13 bits of their registers are ignored.
 __device__ inline void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4],
                                         const uint32_t (&b)[2]) {
   asm volatile(
@@ -94,10 +94,10 @@ __device__ inline uint32_t round_tf32(float x) {
   return bits;
 }
 
-// ---- cp.async: global to shared memory without registers ----------------------------------------
-// Both addresses must be multiples of 16. Not valid: 16 zeros, and `from` is not read (it must
-// still be some address). The data is there for this thread after cp_async_wait, for others after a
-// barrier that follows it.
+// ---- cp.async: copies from global to shared memory that bypass registers ------------------------
+// Both addresses must be multiples of 16. If not `valid`, writes 16 zero bytes and does not read
+// `from`, which must still be an address. The data is visible to this thread after cp_async_wait,
+// and to others after a subsequent barrier.
 
 __device__ inline void cp_async_16(void* to, const void* from, bool valid = true) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
@@ -105,16 +105,16 @@ __device__ inline void cp_async_16(void* to, const void* from, bool valid = true
                : "memory");
 }
 
-// Closes a group: the copies since the last one, perhaps none.
+// Commits the copies issued since the last commit, perhaps none, as a group.
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits for all groups of this thread but the kPending newest.
+// Waits until at most the kPending newest groups of this thread are in flight.
 template <int kPending>
 __device__ inline void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// ---- approximate functions: about 2 units in the last place; tiny results become 0 --------------
+// ---- approximate functions: about 2 ulp; denormal results flush to 0 ----------------------------
 
 __device__ inline float exp2_approx(float x) {
   float y;
@@ -134,7 +134,7 @@ __device__ inline float rcp_approx(float x) {
   return y;
 }
 
-// ---- two 16-bit numbers in a register; the first is the lower half ------------------------------
+// ---- two 16-bit numbers in a register, the first in the lower half ------------------------------
 
 template <typename T>
 __device__ inline uint32_t pack2(float first, float second);
@@ -151,14 +151,14 @@ __device__ inline uint32_t pack2<__half>(float first, float second) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-// ---- lanes and threads together -----------------------------------------------------------------
+// ---- warp collectives, named barriers and atomics -----------------------------------------------
 
 template <typename T>
 __device__ inline T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(kWholeWarp, value, mask);
 }
 
-// From the lane `distance` above; the last lanes keep their own.
+// Reads from the lane `distance` above; the last lanes keep their own value.
 template <typename T>
 __device__ inline T shuffle_down(T value, int distance) {
   return __shfl_down_sync(kWholeWarp, value, distance);
@@ -169,19 +169,19 @@ __device__ inline T shuffle_idx(T value, int lane) {
   return __shfl_sync(kWholeWarp, value, lane);
 }
 
-// Bit i: what lane i said.
+// Bit i is lane i's `value`.
 __device__ inline uint32_t ballot(bool value) { return __ballot_sync(kWholeWarp, value); }
 
-// Whether any lane says so.
+// Whether `value` holds in any lane.
 __device__ inline bool any_lane(bool value) { return __any_sync(kWholeWarp, value) != 0; }
 
-// A barrier of its own among `threads` threads, whole warps; id 0 is __syncthreads().
+// A named barrier among `threads` threads, a multiple of the warp size; id 0 is __syncthreads().
 __device__ inline void barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Of 32-bit numbers, in global or shared memory. Returns the number before. Orders nothing else:
-// __threadfence() does.
+// Atomic addition of a 32-bit number in global or shared memory; returns the old value. Orders no
+// other memory access: use __threadfence() for that.
 template <typename T>
 __device__ inline T atomic_add(T* address, T value) {
   return atomicAdd(address, value);

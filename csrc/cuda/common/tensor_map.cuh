@@ -1,5 +1,5 @@
-// Tensor maps (matrix_descriptor.cuh), encoded on the host by the driver. It is asked by name, so
-// that the library loads without one.
+// Encodes tensor maps (matrix_descriptor.cuh) on the host through the driver, whose function is
+// looked up by name so that the library loads on machines without a driver.
 #pragma once
 
 #include <cuda.h>
@@ -12,7 +12,7 @@ namespace pmf::cuda {
 
 using EncodeTensorMap = decltype(&cuTensorMapEncodeTiled);
 
-// Null, if there is no driver or an old one.
+// Null if there is no driver or it is too old.
 inline EncodeTensorMap tensor_map_encoder() {
   static const EncodeTensorMap found = [] {
     void* function = nullptr;
@@ -28,9 +28,9 @@ inline EncodeTensorMap tensor_map_encoder() {
   return found;
 }
 
-// A map of 16-bit elements [batch][head][row][column]: sizes and strides (in bytes; columns are
-// contiguous) from the innermost dimension on. Its box: `rows` rows, as wide as the swizzle. False,
-// if the driver cannot: no tensor maps, or no such strides or addresses.
+// Encodes a map of 16-bit elements [batch][head][row][column], with sizes and strides (in bytes;
+// columns are contiguous) from the innermost dimension outwards. The box is `rows` rows, as wide as
+// the swizzle. False if the driver lacks tensor maps or rejects the strides or addresses.
 inline bool encode_tensor_map(TensorMap* map, const void* base, const uint64_t (&sizes)[4],
                               const uint64_t (&stride_bytes)[3], int rows, Swizzle swizzle) {
   const EncodeTensorMap encode = tensor_map_encoder();

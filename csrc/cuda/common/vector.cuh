@@ -1,4 +1,4 @@
-// Vectors of a row in registers: 16-byte global loads and stores, arithmetic in fp32.
+// Vectors of a row in registers: 16-byte global loads and stores, fp32 arithmetic.
 #pragma once
 
 #include "cuda/common/cuda.cuh"
@@ -33,8 +33,8 @@ struct alignas(sizeof(T) * kWidth) Vector {
   __device__ float operator[](int k) const { return to_float(element[k]); }
 };
 
-// One memory instruction moves a word. Plain assignments get split: stores go through __stwb, the
-// default store (st.global.wb) as one instruction.
+// The type of a word moved by one memory instruction. Plain assignments get split, so stores use
+// __stwb, the default store (st.global.wb), as one instruction.
 template <int kBytes>
 struct Word;
 template <>
@@ -54,7 +54,7 @@ struct Word<2> {
   using type = unsigned short;
 };
 
-// The address must be a multiple of the vector's size.
+// The address must be aligned to the vector's size.
 template <typename T, int kWidth>
 __device__ inline Vector<T, kWidth> load_vector(const T* address) {
   using W = typename Word<sizeof(T) * kWidth>::type;
