@@ -14,7 +14,7 @@
 // P o (tS - r) o y.
 //
 // Without X this is the ordinary backward. The kernel recomputes a, D, r and the normalisation of P
-// itself, in full precision: out, out_t and row_t need not be kept for it, only lse.
+// in full precision: the forward only has to keep lse, neither out, out_t nor lse_t.
 #pragma once
 
 #include "pmf/attention.h"
@@ -23,7 +23,7 @@ namespace pmf {
 
 struct AttentionBackwardParams {
   AttentionShape shape;
-  DType dtype = DType::f32;  // of everything but lse and the mask
+  DType dtype = DType::f32;  // dtype of everything except lse and the mask
   double scale = 1.0;        // c, as given to the forward
   AttentionWindow window;
   AttentionSequences sequences;
@@ -34,29 +34,29 @@ struct AttentionBackwardParams {
   ConstView4 key;    // [B, Hk, Nk, D ] dtype
   ConstView4 value;  // [B, Hk, Nk, Dv] dtype
 
-  // Tangents, each shaped as its primal; null means zero at no cost. Read only with grad_t.
+  // Tangents, each shaped like its primal; null means zero, at no cost. Read only with grad_t.
   ConstView4 query_t, key_t, value_t;
 
   ConstView4 grad;    // [B, H, Nq, Dv] dtype; null means zero (not both null)
   ConstView4 grad_t;  // [B, H, Nq, Dv] dtype; null: the ordinary backward
 
-  // The forward's, contiguous [B, H, Nq], fp32 (fp64 for fp64). Any value near the row's maximum
-  // would do: it only sets the exponential's range. -inf: the row attends to nothing.
+  // From the forward: contiguous [B, H, Nq], fp32 (fp64 for fp64). Any value near the row's maximum
+  // would do, as it only sets the exponential's range. -inf: the row attends to nothing.
   const void* lse = nullptr;
-  // Gradients of lse and lse_t, laid out like it; null means zero, and the second is read only with
-  // grad_t.
+  // Gradients of lse and lse_t, with the layout of lse; null means zero. grad_lse_t is read only
+  // with grad_t.
   const void *grad_lse = nullptr, *grad_lse_t = nullptr;
-  int64_t lse_stride = 0;  // elements of these from one head to the next; 0: Nq
+  int64_t lse_stride = 0;  // stride of a head in these three, in elements; 0: Nq
 
   View4 grad_query;  // [B, H,  Nq, D ] dtype
   View4 grad_key;    // [B, Hk, Nk, D ] dtype, summed over the query heads of a group
   View4 grad_value;  // [B, Hk, Nk, Dv] dtype, likewise
 
-  // Written only with grad_t; null: not wanted, and its product is skipped.
+  // Written only with grad_t; null: not requested, and its product is skipped.
   View4 grad_query_t, grad_key_t, grad_value_t;
 
-  // attention_backward_workspace_bytes() bytes of the namespace, aligned to 64; contents
-  // arbitrary.
+  // attention_backward_workspace_bytes() bytes (cpu or cuda), 64-byte aligned, with arbitrary
+  // contents.
   void* workspace = nullptr;
 };
 
@@ -65,8 +65,8 @@ namespace cpu {
 // Scratch memory for `threads` workers: linear in Nk, independent of Nq.
 int64_t attention_backward_workspace_bytes(const AttentionBackwardParams& params, int64_t threads);
 
-// Every gradient in one pass over the heads. Runs on parallel.threads workers (the number the
-// workspace was sized for). Bitwise deterministic for a given number of threads; no atomics on
+// Computes all gradients in one pass over the heads, on parallel.threads workers, the number that
+// the workspace was sized for. Bitwise deterministic for a given number of threads; no atomics on
 // data.
 void attention_backward(const AttentionBackwardParams& params, const ParallelFor& parallel);
 
@@ -74,10 +74,10 @@ void attention_backward(const AttentionBackwardParams& params, const ParallelFor
 
 namespace cuda {
 
-// Query statistics that one kernel passes to the next, [B, H, statistic, rows]: fp32, with rows for
-// the queries of every sequence and for the overhang of their last block. Those of sequence s,
+// Query statistics that one kernel passes to the next, fp32 [B, H, statistic, rows], with rows for
+// the queries of every sequence and for the overhang of its last block. The rows of sequence s,
 // whose first query is q, begin at q / 16 * 16 + s kBackwardOverhang.
-constexpr int64_t kBackwardMostRows = 96;  // of a block
+constexpr int64_t kBackwardMostRows = 96;  // most query rows per block
 constexpr int64_t kBackwardOverhang = kBackwardMostRows + 16;
 constexpr int64_t kBackwardStatistics = 3, kBackwardStatisticsWithTangents = 5;
 

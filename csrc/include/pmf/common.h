@@ -1,5 +1,4 @@
-// Common parts of the kernel contracts: element types, strided views, and access to
-// threads.
+// Common parts of the kernel contracts: element types, strided views and the thread pool.
 //
 // Independent of torch, CUDA and instruction sets. A kernel receives raw pointers, strides
 // and a ParallelFor; it allocates nothing and validates nothing (csrc/ops does both).
@@ -15,14 +14,14 @@ constexpr int64_t dtype_bytes(DType dtype) {
   return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
 }
 
-// A four-dimensional strided tensor, read only. Strides count elements and may be 0 (broadcast) or
-// negative; `data` null means "absent".
+// A read-only four-dimensional strided tensor. Strides count elements and may be 0 (broadcast) or
+// negative; null `data` means "absent".
 struct ConstView4 {
   const void* data = nullptr;
   int64_t stride[4] = {0, 0, 0, 0};
 };
 
-// The same, writable. Strides must then address every element once.
+// Its writable counterpart. Strides must address every element once.
 struct View4 {
   void* data = nullptr;
   int64_t stride[4] = {0, 0, 0, 0};

@@ -1,6 +1,6 @@
 // Exponential moving averages of many tensors, several averages of each: a <- a + w (p - a).
 //
-// CUDA only; on the CPU pmf/optim/ema.py uses PyTorch, average by average.
+// CUDA only; on the CPU, pmf/optim/ema.py uses PyTorch, one average at a time.
 //
 // Bytes per element: the parameter once (4 or 2), 8 per average.
 #pragma once
@@ -9,12 +9,12 @@
 
 namespace pmf {
 
-constexpr int kMaxAverages = 4;  // per launch; csrc/ops splits more into several
+constexpr int kMaxAverages = 4;  // per launch; csrc/ops splits longer lists into several launches
 
 struct EmaTensor {
   const void* parameter = nullptr;     // [size] dtype
   DType dtype = DType::f32;            // f32, bf16, f16
-  float* averages[kMaxAverages] = {};  // [size] each, the first `averages` of them
+  float* averages[kMaxAverages] = {};  // [size] each, EmaParams::averages of them
   int64_t size = 0;
 };
 

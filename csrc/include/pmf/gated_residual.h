@@ -15,7 +15,7 @@
 namespace pmf {
 
 struct GatedResidualParams {
-  DType dtype = DType::f32;  // of every tensor here
+  DType dtype = DType::f32;  // dtype of every tensor here
   RowShape shape;
   ConstRows x, branch, gate;        // [rows, W]; a gate [W] has zero strides
   Rows y;                           // [rows, W]

@@ -1,7 +1,7 @@
-// Optimizer steps on the device: the numbers that change between steps, and Adam.
+// Optimizer steps on the device: the values that change between steps, and Adam.
 //
-// What a captured CUDA graph must follow (the step count, a learning rate that a schedule
-// changes) is read from device memory; everything else is a number here.
+// What a captured CUDA graph must follow (the step count, a scheduled learning rate) is read from
+// device memory; everything else is a plain value here.
 #pragma once
 
 #include "pmf/common.h"
@@ -16,18 +16,18 @@ struct DeviceScalar {
 };
 
 // The factors of step k = *step + 1:
-//   of momentum, of gradient   mu / (1 - mu^(k+1)), (1 - mu) / (1 - mu^k)   Nesterov,
-//   bias-corrected
-//                              mu, 1 - mu                                   Nesterov
-//                              1 / (1 - mu^k) or 1, 0                       neither or no Nesterov
+//   of momentum, of gradient   mu / (1 - mu^(k+1)), (1 - mu) / (1 - mu^k)   Nesterov and correction
+//                              mu, 1 - mu                                   Nesterov only
+//                              1 / (1 - mu^k), 0                            bias correction only
+//                              1, 0                                         neither
 //   decay                      1 - lr wd
-//   lr
+//   lr                         lr
 //   of square                  1 / (1 - beta2^k)
 struct StepParams {
   int64_t* step = nullptr;  // [1] device memory, incremented by the step
   DeviceScalar lr;
   DeviceScalar weight_decay;
-  double momentum = 0;  // mu; Adam's beta1
+  double momentum = 0;  // mu (Adam: beta1)
   double beta2 = 0;     // Adam only
   bool nesterov = true;
   bool bias_correction = true;
@@ -39,7 +39,7 @@ struct AdamTensor {
   const void* gradient = nullptr;  // [size] dtype
   float* momentum = nullptr;       // [size]
   float* square = nullptr;         // [size]
-  float* master = nullptr;         // [size], of a 16-bit parameter
+  float* master = nullptr;         // [size], for 16-bit parameters
   int64_t size = 0;
 };
 

@@ -1,4 +1,4 @@
-// y = w x / sqrt(mean x^2 + eps), with tangents and gradients. Means are over the W of a row.
+// y = w x / sqrt(mean x^2 + eps), with tangents and gradients. Means are over a row of W elements.
 //
 //   s = rsqrt(mean x^2 + eps)   n = s x   g = s tx   a = mean(n g)
 //   forward:    y = w n            ty = w tn + tw n        tn = g - a n
@@ -16,7 +16,7 @@
 namespace pmf {
 
 struct RmsNormParams {
-  DType dtype = DType::f32;  // of every tensor here
+  DType dtype = DType::f32;  // dtype of every tensor here
   RowShape shape;
   double eps = 1e-6;
   ConstRows x;                     // [rows, W]

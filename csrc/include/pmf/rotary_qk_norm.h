@@ -35,7 +35,7 @@ struct RotaryHeadsBackward {
 };
 
 struct RotaryShape {
-  DType dtype = DType::f32;                  // of all but cos and sin
+  DType dtype = DType::f32;                  // dtype of everything except cos and sin
   int64_t batch = 0, tokens = 0, width = 0;  // B, N, D (even)
   int64_t rotated = 0;                       // P <= N
   double eps = 1e-6;
@@ -61,7 +61,7 @@ inline int64_t rotary_table_bytes(const RotaryShape& s) {
   return 4 * (s.rotated + 1) * s.width * (s.dtype == DType::f64 ? 8 : 4);
 }
 
-// On the CPU the sides use it in turn, on a GPU simultaneously.
+// The CPU processes the sides in turn and reuses the memory; a GPU processes them concurrently.
 inline int64_t rotary_workspace_bytes(const RotaryQkNormBackwardParams& p, bool gpu) {
   int64_t largest = 0, all = 0;
   for (const RotaryHeadsBackward& side : p.sides) {

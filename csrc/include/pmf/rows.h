@@ -1,9 +1,8 @@
 // Tensors as rows: common to the elementwise contracts (rms_norm, swiglu, gated_residual).
 //
-// A tensor [..., W] is a set of rows of W contiguous elements; where each row
-// begins follows from one stride per leading dimension. Leading dimensions that can be walked as
-// one are merged before a kernel sees them (csrc/ops/row_binding.h), so that most calls have a
-// single one.
+// A tensor [..., W] is a set of rows of W contiguous elements; one stride per leading dimension
+// gives the start of each row. Leading dimensions that can be traversed as one are merged before a
+// kernel sees them (csrc/ops/row_binding.h), so most calls have a single one.
 #pragma once
 
 #include "pmf/common.h"
@@ -15,7 +14,7 @@ constexpr int kMaxLeading = 6;
 struct RowShape {
   int leading = 0;                 // dimensions in use
   int64_t size[kMaxLeading] = {};  // outermost first
-  int64_t width = 0;               // W, elements of a row
+  int64_t width = 0;               // W, elements per row
 
   int64_t rows() const {
     int64_t product = 1;
@@ -36,13 +35,13 @@ struct Rows {
   int64_t stride[kMaxLeading] = {};
 };
 
-// Sums over rows (the gradient of a weight) take two steps whose order does not depend on
-// the number of threads: runs of rows add up into one vector each, and the vectors are then added
-// in order. The kernel and the code that sizes its workspace both use this plan.
+// Sums over rows (the gradient of a weight) have two stages whose order does not depend on the
+// number of threads: each run of rows is summed into one vector, and the vectors are then added in
+// order. The kernel and the code that sizes its workspace both use this plan.
 struct RowSums {
-  int64_t runs = 0;      // vectors a group needs
-  int64_t run_rows = 1;  // rows of a run; the last one may be shorter
-  int64_t pitch = 0;     // elements from one vector to the next
+  int64_t runs = 0;      // runs per group, one vector each
+  int64_t run_rows = 1;  // rows per run; the last one may be shorter
+  int64_t pitch = 0;     // stride between vectors, in elements
 
   static constexpr int64_t kMaxRuns = 64, kMinRunRows = 16, kPitchStep = 16;
   // A GPU runs about a thousand blocks at once; a run worth a block has some thousand elements.
@@ -50,7 +49,7 @@ struct RowSums {
 
   RowSums(int64_t rows, int64_t width) : RowSums(rows, width, rows, kMaxRuns, kMinRunRows) {}
 
-  // `groups` of `rows` each share the runs.
+  // The runs are divided among `groups` groups of `rows` rows each.
   static RowSums on_gpu(int64_t groups, int64_t rows, int64_t width) {
     return RowSums(rows, width, groups * rows, kGpuRuns, kGpuRunElements / (width + 1) + 1);
   }

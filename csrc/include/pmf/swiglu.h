@@ -14,7 +14,7 @@
 namespace pmf {
 
 struct SwigluParams {
-  DType dtype = DType::f32;  // of every tensor here
+  DType dtype = DType::f32;  // dtype of every tensor here
   RowShape shape;
   ConstRows gate, up;      // [rows, W]
   Rows y;                  // [rows, W]
