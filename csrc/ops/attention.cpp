@@ -13,7 +13,7 @@ void launch(AttentionParams params, const Tensor& like) {
   run(like, "attention", &cpu::attention_forward, PMF_CUDA_KERNEL(attention_forward), params);
 }
 
-// Everything but the tangents; `out` and `lse` are the tensors it points to.
+// The parameters of a call except its tangents; they point to `out` and `lse`.
 struct Forward {
   AttentionParams params;
   Offsets offsets;
@@ -54,8 +54,8 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor va
   return {forward.out, forward.lse};
 }
 
-// Tangents may cover the first n samples only: the rest runs through the plain forward, on the same
-// buffers. Training needs this, where only some samples of a batch have a tangent.
+// Tangents may cover the first n samples only; the rest then runs through the plain forward on the
+// same buffers. Training needs this: only some samples of a batch have a tangent.
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_jvp_forward(
     Tensor query, Tensor key, Tensor value, OptionalTensor query_t, OptionalTensor key_t,
     OptionalTensor value_t, OptionalTensor attn_mask, bool is_causal, double scale,

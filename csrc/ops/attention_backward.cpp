@@ -6,7 +6,7 @@
 namespace pmf {
 namespace {
 
-// Gradients of out (or out_t) as a view, after checks.
+// Checks a gradient of out or out_t and returns its view.
 ConstView4 check_grad(const Tensor& grad, const Tensor& query, const AttentionShape& shape,
                       const char* name) {
   check_value(grad.dim() == 4 && grad.size(0) == shape.batch && grad.size(1) == shape.heads &&
@@ -20,7 +20,7 @@ ConstView4 check_grad(const Tensor& grad, const Tensor& query, const AttentionSh
   return const_view4(grad);
 }
 
-// A gradient of lse or lse_t, contiguous; `kept` holds what the pointer points to.
+// A contiguous gradient of lse or lse_t; `kept` owns the memory that the pointer refers to.
 const void* check_lse_grad(const OptionalTensor& grad, const Tensor& lse, const char* name,
                            Tensor* kept) {
   if (!grad) return nullptr;
@@ -33,7 +33,7 @@ const void* check_lse_grad(const OptionalTensor& grad, const Tensor& lse, const 
   return kept->const_data_ptr();
 }
 
-// Everything that both backwards need; the gradients of query, key and value are allocated.
+// What both backwards share; allocates the gradients of query, key and value.
 struct Backward {
   AttentionBackwardParams params;
   Offsets offsets;
@@ -96,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
   return {backward.grad_query, backward.grad_key, backward.grad_value};
 }
 
-// The gradient of a tangent; a [0] tensor, and no work, for a tangent that was not given.
+// Allocates the gradient of a tangent; for an absent tangent, an empty tensor that costs no work.
 Tensor tangent_grad(const OptionalTensor& tangent, const Tensor& primal, View4* view) {
   if (!tangent) return torch::stable::new_empty(primal, {0});
   const Tensor grad = empty_in_order_of(*tangent, primal.size(2), primal.size(3));

@@ -10,7 +10,7 @@
 
 namespace pmf {
 
-// The view from sample `first` on; `bytes` of an element.
+// The view from sample `first` on; `bytes` is the element size.
 template <class View>
 View from_sample(View view, int64_t first, int64_t bytes) {
   using Bytes = std::conditional_t<std::is_same_v<View, ConstView4>, const char, char>;
@@ -19,9 +19,9 @@ View from_sample(View view, int64_t first, int64_t bytes) {
   return view;
 }
 
-// Uninitialised [B, H, N, D] in the memory order of `like`, so that [B, N, H, D]
-// buffers viewed as [B, H, N, D] give outputs in the same layout without a copy. The rule is one
-// comparison, which pmf/ops repeats for the shapes it gives torch.compile.
+// An uninitialised [B, H, N, D] tensor in the memory order of `like`, so that [B, N, H, D] buffers
+// viewed as [B, H, N, D] get outputs in the same layout without a copy. pmf/ops repeats this
+// comparison for the shapes that it gives to torch.compile.
 inline Tensor empty_in_order_of(const Tensor& like, int64_t tokens, int64_t width) {
   const int64_t batch = like.size(0), heads = like.size(1);
   if (like.stride(2) > like.stride(1)) {
@@ -31,7 +31,7 @@ inline Tensor empty_in_order_of(const Tensor& like, int64_t tokens, int64_t widt
   return torch::stable::new_empty(like, {batch, heads, tokens, width});
 }
 
-// The problem's sizes, after all checks of query, key and value.
+// Checks query, key and value and returns the problem's sizes.
 inline AttentionShape check_attention(const Tensor& query, const Tensor& key, const Tensor& value) {
   for (const auto& [tensor, name] :
        {std::pair(&query, "query"), std::pair(&key, "key"), std::pair(&value, "value")}) {
@@ -126,7 +126,7 @@ inline AttentionWindow window_of(const AttentionOptions& options) {
   return window;
 }
 
-// Offsets of packed sequences as int64 on the CPU, ascending from 0 to the number of rows.
+// Checks that packed offsets ascend from 0 to `rows`; returns them as int64 on the CPU.
 inline Tensor check_offsets(const Tensor& offsets, const char* name, int64_t rows,
                             const Tensor& query) {
   const ScalarType type = offsets.scalar_type();
@@ -152,7 +152,7 @@ inline Tensor check_offsets(const Tensor& offsets, const char* name, int64_t row
   return whole;
 }
 
-// Offsets where the kernels of query's device read them.
+// Copies offsets to memory that the kernels for query's device can read.
 inline Tensor offsets_for(const Tensor& query, const Tensor& offsets) {
   if (!takes_cuda_kernel(query)) return offsets;
   Tensor there = torch::stable::new_empty(query, {offsets.size(0)}, ScalarType::Long);
@@ -160,7 +160,7 @@ inline Tensor offsets_for(const Tensor& query, const Tensor& offsets) {
   return there;
 }
 
-// Sequences, and the tensors that hold their offsets while a kernel runs.
+// The sequences and the tensors that own their offsets while a kernel runs.
 struct Offsets {
   Tensor queries, keys;
   AttentionSequences view;
@@ -185,8 +185,8 @@ struct Offsets {
   }
 };
 
-// A tangent is shaped as its primal, or as its first n samples; `samples` is -1 until the first one
-// determines n. Absent tangents are zero.
+// A tangent is shaped like its primal or like the first n samples of it; `samples` is -1 until the
+// first tangent sets n. Absent tangents are zero.
 inline ConstView4 check_tangent(const OptionalTensor& tangent, const Tensor& primal,
                                 const char* name, int64_t* samples) {
   if (!tangent) return {};

@@ -1,4 +1,4 @@
-// torch.ops.pmf.set_attention_plans: tuned plans for attention on a GPU, instead of the model's.
+// torch.ops.pmf.set_attention_plans: tuned launch plans for attention on a GPU.
 #include "ops/torch_shim.h"
 #if PMF_WITH_CUDA
 #include "cuda/attention/attention_choices.h"
@@ -21,7 +21,7 @@ void set_attention_plans([[maybe_unused]] int64_t device,
 }  // namespace
 }  // namespace pmf
 
-// No tensor decides where this runs.
+// No tensor argument selects a device.
 STABLE_TORCH_LIBRARY_IMPL(pmf, CompositeExplicitAutograd, m) {
   m.impl("set_attention_plans", TORCH_BOX(&pmf::set_attention_plans));
 }

@@ -25,7 +25,7 @@ void check_average(const Tensor& average, const Tensor& parameter, const Tensor&
               shape_of(parameter));
 }
 
-// `averages`: those of all parameters by weights[0], then by weights[1], ...
+// `averages` lists all parameters' averages for weights[0], then those for weights[1], ...
 void ema_update(std::vector<Tensor> averages, std::vector<Tensor> parameters,
                 std::vector<double> weights) {
   const size_t count = parameters.size();

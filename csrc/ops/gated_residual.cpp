@@ -11,13 +11,13 @@ namespace {
 constexpr const char* kOp = "gated_residual";
 
 // The gate is [D], or one vector per leading index: x's leading sizes, then ones, then D. Returns
-// the number of its vectors.
+// the number of vectors.
 int64_t check_gate(const Tensor& gate, const Tensor& branch) {
   check_kind(kOp, "gate", gate, "branch", branch);
   const int64_t dims = branch.dim();
   bool fits =
       (gate.dim() == 1 || gate.dim() == dims) && gate.size(gate.dim() - 1) == branch.size(dims - 1);
-  int64_t groups = 1, shared = 1;  // `shared`: rows of branch per vector, in the dimensions so far
+  int64_t groups = 1, shared = 1;  // `shared`: rows of branch per vector so far
   for (int64_t d = 0; fits && gate.dim() == dims && d < dims - 1; ++d) {
     const int64_t own = gate.size(d), full = branch.size(d);
     fits = own == full ? shared == 1 || full == 1 : own == 1;
@@ -36,7 +36,7 @@ int64_t check_inputs(const Tensor& branch, const Tensor& gate) {
   return check_gate(gate, branch);
 }
 
-// The gate of the first samples: a gate [D], or one shared by all samples, serves any number.
+// The gate for the first samples: a gate [D], or one shared by all samples, serves any number.
 Tensor gate_samples(const Tensor& gate, const Tensor& x, int64_t first, int64_t count) {
   const bool per_sample = gate.dim() > 1 && gate.size(0) == x.size(0) && x.size(0) > 1;
   return per_sample ? samples(gate, first, count) : gate;
@@ -70,7 +70,7 @@ Tensor gated_residual(Tensor x, Tensor branch, Tensor gate) {
   return y.result();
 }
 
-// The samples past the last tangent take the plain kernel.
+// Samples without a tangent go through the plain kernel.
 std::tuple<Tensor, Tensor> gated_residual_jvp(Tensor x, Tensor branch, Tensor gate, Tensor x_t,
                                               Tensor branch_t, OptionalTensor gate_t) {
   check_like(kOp, "branch", branch, "x", x);

@@ -1,5 +1,5 @@
-// Muon's and Adam's steps on CUDA, for lists of parameters that share a device, a dtype and a step
-// count, and Newton-Schulz there. pmf.optim.Muon calls them; on the CPU it is written in PyTorch.
+// Muon and Adam steps on CUDA, for lists of parameters that share a device, a dtype and a step
+// count, and Newton-Schulz on CUDA. pmf.optim.Muon calls them; its CPU path is written in PyTorch.
 #include <map>
 
 #include "cuda/optimizer/optimizer_launchers.h"
@@ -8,7 +8,7 @@
 namespace pmf {
 namespace {
 
-constexpr int64_t kLongestSide = int64_t{1} << 24;  // a tile's 128 rows are addressed in 32 bits
+constexpr int64_t kLongestSide = int64_t{1} << 24;  // 32-bit offsets within a tile's 128 rows
 
 void check_alike(const char* op, const char* name, const Tensor& tensor, const Tensor& first,
                  ScalarType dtype) {
@@ -18,7 +18,7 @@ void check_alike(const char* op, const char* name, const Tensor& tensor, const T
   check_value(tensor.is_contiguous(), op, ": ", name, " must be contiguous");
 }
 
-// The lists have one tensor per parameter.
+// Each list has one tensor per parameter.
 void check_list(const char* op, const char* name, const std::vector<Tensor>& tensors,
                 const std::vector<Tensor>& params, ScalarType dtype) {
   check_value(tensors.size() == params.size(), op, ": ", name, " must be as many as params, got ",
@@ -81,7 +81,7 @@ DType narrow_dtype(const char* op, ScalarType type) {
                                     : DType::bf16;
 }
 
-// Shared by both uses of Newton-Schulz.
+// Shared by Newton-Schulz on its own and the Muon step.
 NewtonSchulzParams settings_of(const char* op, ScalarType elements,
                                const std::vector<double>& coefficients, const std::string& method,
                                ScalarType dtype, bool allow_tf32) {

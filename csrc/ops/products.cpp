@@ -22,7 +22,7 @@ __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise_binary(
 
 // Thread limits of the calling thread. Weak: a PyTorch without MKL or OpenMP lacks them.
 extern "C" {
-__attribute__((weak)) int MKL_Set_Num_Threads_Local(int threads);  // returns what held before
+__attribute__((weak)) int MKL_Set_Num_Threads_Local(int threads);  // returns the previous value
 __attribute__((weak)) int omp_get_max_threads();
 __attribute__((weak)) void omp_set_num_threads(int threads);
 }
@@ -80,8 +80,8 @@ bool prefers_onednn(const Tensor& left, const Tensor& right) {
 
 namespace {
 
-// right [K, N] as oneDNN's linear layer wants it: transposed, and without gaps between rows or
-// columns, for which oneDNN has only its reference loops, a thousand times slower.
+// `right` [K, N] as oneDNN's linear layer needs it: transposed, and without gaps between rows or
+// columns, because oneDNN handles gaps only in its reference loops, a thousand times slower.
 Tensor weight_of(const Tensor& right) {
   const int64_t rows = right.size(0), columns = right.size(1);
   const bool by_rows = right.stride(1) == 1 && right.stride(0) == columns;
@@ -108,7 +108,7 @@ Tensor onednn_add_product(const Tensor& add, const Tensor& left, const Tensor& r
 }
 
 SingleThread::SingleThread() {
-  // PyTorch sets both counts when a thread first queries its own: do that now, not in between.
+  // PyTorch sets both counts when a thread first queries its own: trigger that now, not later.
   torch::stable::get_num_threads();
   if (MKL_Set_Num_Threads_Local != nullptr) mkl_ = MKL_Set_Num_Threads_Local(1);
   if (omp_get_max_threads != nullptr && omp_set_num_threads != nullptr) {
@@ -174,7 +174,7 @@ PMF_IMPLEMENT(m) {
   m.impl("add_product", TORCH_BOX(&pmf::add_product));
 }
 
-// No tensor decides where this runs.
+// No tensor argument selects a device.
 STABLE_TORCH_LIBRARY_IMPL(pmf, CompositeExplicitAutograd, m) {
   m.impl("multiplied_by_pytorch", TORCH_BOX(&pmf::multiplied_by_pytorch));
 }

@@ -30,15 +30,13 @@ bool prefers_onednn(const Tensor& left, const Tensor& right);
 // left [M, K] right [K, N], any strides, plus a contiguous bias [N]; only where prefers_onednn().
 Tensor onednn_product(const Tensor& left, const Tensor& right, const Tensor* bias = nullptr);
 
-// add [M, N] + left [M, K] right [K, N], added before the one rounding; only where
-// prefers_onednn().
+// add [M, N] + left [M, K] right [K, N], rounded once; only if prefers_onednn().
 Tensor onednn_add_product(const Tensor& add, const Tensor& left, const Tensor& right);
 
-// While one of these lives, the libraries stay on the thread that created it. Needed inside a
-// parallel region too: PyTorch switches off MKL's own check for one, so that MKL divides a product
-// there as for torch.get_num_threads() threads (of which it then gets one), by a count that differs
-// from worker to worker; and oneDNN chooses its blocks by OpenMP's count. With either, the order of
-// a sum depends on the number of threads.
+// Keeps the libraries on the current thread while an instance exists. A parallel region needs this
+// too: there PyTorch disables MKL's own check, so MKL splits a product for torch.get_num_threads()
+// threads (and then gets one), a count that differs between workers; oneDNN chooses its blocking by
+// OpenMP's thread count. Either way the order of a sum would depend on the number of threads.
 class SingleThread {
  public:
   SingleThread();

@@ -36,7 +36,7 @@ void launch_backward(RmsNormBackwardParams& p, const Tensor& x) {
   run(x, kOp, &cpu::rms_norm_backward, PMF_CUDA_KERNEL(rms_norm_backward), p);
 }
 
-// weight_t as the kernel wants it: contiguous, zeros where there is none.
+// weight_t as the kernel needs it: contiguous, zeros if absent.
 Tensor tangent_of_weight(const Tensor& weight, const OptionalTensor& weight_t) {
   if (!weight_t) return zeros_vector(weight, weight.size(0));
   check_like(kOp, "weight_t", *weight_t, "weight", weight);
@@ -50,7 +50,7 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps) {
   return y.result();
 }
 
-// The samples past the last tangent take the plain kernel.
+// Samples without a tangent go through the plain kernel.
 std::tuple<Tensor, Tensor> rms_norm_jvp(Tensor x, Tensor weight, Tensor x_t,
                                         OptionalTensor weight_t, double eps) {
   check_inputs(x, weight);

@@ -21,7 +21,7 @@ void check_side(const char* name, const Tensor& x, const char* weight_name, cons
   check_vector(kOp, weight_name, weight, name, x);
 }
 
-// The parts of a call common to query and key, and the tensors that keep them alive.
+// What query and key have in common in a call, and the tensors that keep it alive.
 struct Frame {
   RotaryShape shape;
   Tensor cos, sin;
@@ -76,7 +76,7 @@ void launch(const RotaryQkNormParams& p, const Tensor& query) {
   run(query, kOp, &cpu::rotary_qk_norm, PMF_CUDA_KERNEL(rotary_qk_norm), p);
 }
 
-// Queries or keys of a call; every tensor is readable.
+// The queries or the keys of a call; every tensor is readable.
 RotaryHeads heads(const Tensor& x, const Tensor& weight, const Tensor& y) {
   RotaryHeads side;
   side.heads = x.size(1);
@@ -109,7 +109,7 @@ std::tuple<Tensor, Tensor> rotary_qk_norm(Tensor query, Tensor key, Tensor query
   return {q_out.result(), k_out.result()};
 }
 
-// The samples past the last tangent take the plain kernel.
+// Samples without a tangent go through the plain kernel.
 std::tuple<Tensor, Tensor, Tensor, Tensor> rotary_qk_norm_jvp(
     Tensor query, Tensor key, Tensor query_weight, Tensor key_weight, Tensor cos, Tensor sin,
     Tensor query_t, Tensor key_t, OptionalTensor query_weight_t, OptionalTensor key_weight_t,
@@ -140,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rotary_qk_norm_jvp(
   return {q_out.result(), k_out.result(), q_out_t.result(), k_out_t.result()};
 }
 
-// Queries or keys of a backward: the kernel's inputs, kept alive, and the gradients it writes.
+// The queries or the keys of a backward: the inputs, kept alive, and the gradients to be written.
 struct BackwardSide {
   Tensor x, weight, grad;
   bool has_grad;
@@ -173,7 +173,7 @@ struct BackwardSide {
     side.weight = weight.const_data_ptr();
     if (has_grad) {
       side.grad = const_view4(grad);
-    } else {  // one row of zeros, repeated
+    } else {  // a single row of zeros, repeated
       side.grad.data = grad.const_data_ptr();
     }
     side.grad_x = view4(grad_x.buffer());

@@ -1,4 +1,4 @@
-// Tensors to rows, for the bindings of the elementwise ops (see pmf/rows.h).
+// Binds tensors to rows for the elementwise ops (see pmf/rows.h).
 #pragma once
 
 #include "ops/torch_shim.h"
@@ -12,7 +12,7 @@ inline std::vector<int64_t> sizes_of(const Tensor& t) {
   return std::vector<int64_t>(t.sizes().begin(), t.sizes().end());
 }
 
-// The same dtype and device.
+// Checks that dtype and device match.
 inline void check_kind(const char* op, const char* name, const Tensor& t, const char* like_name,
                        const Tensor& like) {
   check_same_device(like, t, op, like_name, name);
@@ -21,7 +21,7 @@ inline void check_kind(const char* op, const char* name, const Tensor& t, const 
               dtype_name(like.scalar_type()));
 }
 
-// The same dtype, device and shape.
+// Checks that dtype, device and shape match.
 inline void check_like(const char* op, const char* name, const Tensor& t, const char* like_name,
                        const Tensor& like) {
   check_kind(op, name, t, like_name, like);
@@ -29,7 +29,7 @@ inline void check_like(const char* op, const char* name, const Tensor& t, const 
               " ", shape_of(like), ", got ", shape_of(t));
 }
 
-// A vector [W] for an x [..., W].
+// Checks for a vector [W] that goes with an x [..., W].
 inline void check_vector(const char* op, const char* name, const Tensor& t, const char* like_name,
                          const Tensor& like) {
   check_kind(op, name, t, like_name, like);
@@ -38,7 +38,7 @@ inline void check_vector(const char* op, const char* name, const Tensor& t, cons
               ", got ", shape_of(t));
 }
 
-// A tangent of the first samples of x: x's shape, or a smaller first dimension. Returns how many.
+// Checks a tangent of x's first samples (x's shape or a smaller first dimension); returns how many.
 inline int64_t check_tangent(const char* op, const char* name, const Tensor& t,
                              const char* like_name, const Tensor& like) {
   check_kind(op, name, t, like_name, like);
@@ -58,12 +58,12 @@ inline bool has_unit_stride(const Tensor& t) {
   return t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1;
 }
 
-// The tensor itself if its rows are contiguous, else a copy.
+// The tensor itself if its rows are contiguous, otherwise a copy.
 inline Tensor readable(const Tensor& t) {
   return has_unit_stride(t) ? t : torch::stable::contiguous(t);
 }
 
-// The first `count` samples from `first` on, or all.
+// Samples [first, first + count), or `t` itself if these are all.
 inline Tensor samples(const Tensor& t, int64_t first, int64_t count) {
   if (count == t.size(0)) return t;
   Tensor whole = t;
@@ -74,8 +74,8 @@ inline Tensor zeros_vector(const Tensor& like, int64_t width) {
   return torch::stable::new_zeros(like, {width});
 }
 
-// The gradient of a vector shared by all rows of x, to be written by a kernel. For an empty x no
-// kernel runs, and the gradient is already zero.
+// The gradient of a vector shared by all rows of x, to be written by a kernel. If x is empty, no
+// kernel runs and the gradient is zero already.
 inline Tensor gradient_of(const Tensor& vector, const Tensor& x) {
   return x.numel() == 0 ? torch::stable::new_zeros(vector, vector.sizes())
                         : torch::stable::new_empty(vector, vector.sizes());
@@ -91,11 +91,11 @@ inline void check_like(const char* op, const char* name, const OptionalTensor& t
   if (t) check_like(op, name, *t, like_name, like);
 }
 
-// The gradient of an absent weight tangent.
+// The gradient of an absent tangent of the weight.
 inline Tensor no_gradient(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
 
-// A result in the memory layout of `like`. Where that layout has no contiguous rows the kernel
-// writes to a buffer, and result() copies.
+// A result in the memory layout of `like`. If that layout has no contiguous rows, the kernel writes
+// to a buffer and result() copies it.
 class Output {
  public:
   explicit Output(const Tensor& like)
@@ -117,9 +117,9 @@ class Output {
 
 // Binds operands of one shape [..., W] to a kernel's row views. Operands with fewer dimensions, and
 // dimensions of size 1, broadcast; an absent operand leaves its view null. finish() merges
-// neighbouring dimensions that every operand walks with one stride, fills in the views and returns
-// the common shape. Copies that a kernel reads live as long as the binder: keep it until after
-// run().
+// neighbouring dimensions that have a common stride in every operand, fills in the views and
+// returns the common shape. The binder owns the copies that a kernel reads: keep it alive until
+// after run().
 class RowBinder {
  public:
   RowBinder(const char* op, const Tensor& like) : op_(op), sizes_(sizes_of(like)) {}

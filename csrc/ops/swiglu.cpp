@@ -33,7 +33,7 @@ Tensor swiglu(Tensor gate, Tensor up) {
   return y.result();
 }
 
-// The samples past the last tangent take the plain kernel.
+// Samples without a tangent go through the plain kernel.
 std::tuple<Tensor, Tensor> swiglu_jvp(Tensor gate, Tensor up, Tensor gate_t, Tensor up_t) {
   check_inputs(gate, up);
   const int64_t n = check_tangent(kOp, "gate_t", gate_t, "gate", gate), rest = gate.size(0) - n;

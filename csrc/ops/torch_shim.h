@@ -23,7 +23,7 @@
 
 #include "cuda/common/device.h"
 
-// Only libtorch_cuda has it; weak, so that one library also loads into a PyTorch without CUDA.
+// Only libtorch_cuda defines it; weak, so that the library also loads with a PyTorch without CUDA.
 extern "C" __attribute__((weak)) AOTITorchError
 aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 #endif
@@ -44,19 +44,19 @@ std::string sentence(const Parts&... parts) {
   return text.str();
 }
 
-// Python's ValueError.
+// Raises Python's ValueError.
 template <class... Parts>
 void check_value(bool ok, const Parts&... parts) {
   if (!ok) throw std::invalid_argument(sentence(parts...));
 }
 
-// Python's RuntimeError.
+// Raises Python's RuntimeError.
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
   throw std::runtime_error(sentence(parts...));
 }
 
-// "[2, 12, 276, 64]"
+// Formats a shape: "[2, 12, 276, 64]".
 inline std::string shape_of(const Tensor& tensor) {
   std::ostringstream text;
   text << "[";
@@ -84,7 +84,7 @@ inline const char* dtype_name(ScalarType type) {
   }
 }
 
-// The kernels' enum for a tensor's element type; `op` and `name` are for the error.
+// The kernels' enum for a tensor's element type; `op` and `name` appear in the error.
 inline DType dtype_of(const Tensor& tensor, const char* op, const char* name) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
@@ -119,9 +119,9 @@ inline Tensor as_dtype(const Tensor& tensor, ScalarType dtype) {
 #define PMF_CUDA_KERNEL(name) nullptr
 #endif
 
-// Launches a kernel of cuda/*/*_launchers.h on the tensor's device, in PyTorch's current stream:
+// Launches a kernel of cuda/*/*_launchers.h on the tensor's device, on PyTorch's current stream:
 //   run_on_cuda(x, "swiglu", PMF_CUDA_KERNEL(swiglu), params);
-// `Launch` is const char* (*)(const Params&, void* stream), or nullptr's type without a kernel.
+// `Launch` is const char* (*)(const Params&, void* stream), or std::nullptr_t without a kernel.
 template <class Launch, class Params>
 void run_on_cuda(const Tensor& tensor, const char* op, Launch launch, const Params& params) {
 #if PMF_WITH_CUDA
@@ -141,10 +141,10 @@ void run_on_cuda(const Tensor& tensor, const char* op, Launch launch, const Para
 #endif
 }
 
-// Whether these tensors go to the op's CUDA kernel.
+// Whether the op's CUDA kernel handles these tensors.
 inline bool takes_cuda_kernel(const Tensor& tensor) { return tensor.is_cuda(); }
 
-// "cpu", "cuda:0"
+// Formats a device: "cpu", "cuda:0".
 inline std::string device_of(const Tensor& tensor) {
   return tensor.is_cpu() ? "cpu" : sentence("cuda:", tensor.get_device_index());
 }
@@ -157,7 +157,7 @@ inline void check_same_device(const Tensor& first, const Tensor& second, const c
 
 // ---- threads and scratch memory -----------------------------------------------------------------
 
-// PyTorch's own pool, controlled by torch.set_num_threads().
+// PyTorch's own thread pool, controlled by torch.set_num_threads().
 inline ParallelFor torch_parallel() {
   ParallelFor parallel;
   parallel.run = [](void*, int64_t begin, int64_t end, int64_t grain,
@@ -169,7 +169,7 @@ inline ParallelFor torch_parallel() {
   return parallel;
 }
 
-// Runs the kernel for the tensor's device:
+// Runs the kernel on the tensor's device:
 //   run(x, "swiglu", &cpu::swiglu, PMF_CUDA_KERNEL(swiglu), params);
 template <class Cpu, class Launch, class Params>
 void run(const Tensor& tensor, const char* op, Cpu cpu, Launch launch, const Params& params) {
@@ -197,7 +197,7 @@ class Workspace {
 
 }  // namespace pmf
 
-// Registers a file's functions for both devices, with the same checks:
+// Registers a file's functions for both devices, which share the checks:
 //   PMF_IMPLEMENT(m) { m.impl("swiglu", TORCH_BOX(&pmf::swiglu)); }
 #define PMF_IMPLEMENT(m)                                            \
   static void pmf_implement(torch::stable::detail::StableLibrary&); \

@@ -1,4 +1,4 @@
-// Tensors of four dimensions as the views that kernels take.
+// Converts four-dimensional tensors to the views that kernels take.
 #pragma once
 
 #include "ops/torch_shim.h"
