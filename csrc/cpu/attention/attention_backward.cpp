@@ -1,16 +1,16 @@
-// Attention's backward on CPU, ordinary and through both outputs of attention with tangents.
-// Mathematics: pmf/attention_backward.h. One panel: attention_backward_panel.h, whose sweeps and
-// tiles have a file each. This file: packing, and the division of work.
+// Attention's backward on the CPU, ordinary and through both outputs of attention with tangents.
+// The mathematics is in pmf/attention_backward.h, a single panel in attention_backward_panel-inl.h
+// and its includes. This file packs the operands and divides the work.
 //
-// A worker takes one (batch, key head) at a time, packs its keys and values, and walks the panels
-// of all query heads of the group, so that one worker sums grad_key and grad_value in a
-// fixed order, in fp32, and stored once. With T workers the first floor(heads / T) T heads are
-// shared out evenly. Those that remain are split by panels instead, with T / remaining workers per
-// head, each with its own sums, which are then added in order. Results are bitwise the same for
-// the same T, and for sequences packed together or one by one: each is divided as if it were alone.
+// A worker takes one (batch, key head) at a time, packs its keys and values, and processes the
+// panels of all query heads of the group, so it alone sums grad_key and grad_value, in a fixed
+// order and in fp32, and stores them once. With T workers, the first floor(heads / T) T heads are
+// distributed evenly. The remaining heads are split by panels, with T / remaining workers per head
+// that each keep their own sums, which are then added in order. Results are bitwise the same for
+// the same T, and for sequences packed together or separate: each is divided as if it were alone.
 //
 // Memory per worker, in numbers: scores 2 x 96 Nk (4 x 96 Nk with tangents), packed keys and values
-// 2 to 3 Nk D (twice that), sums 2 Nk D (4 Nk D).
+// 2 to 3 Nk D (double with tangents), sums 2 Nk D (4 Nk D).
 #include "pmf/attention_backward.h"
 
 #include "cpu/attention/attention_backward_panel-inl.h"
@@ -44,7 +44,7 @@ class BackwardKernel {
     if (splits_ == 1) whole_ += remaining_, remaining_ = 0;
   }
 
-  // Of one worker.
+  // Workspace per worker.
   int64_t workspace_bytes() const {
     Buffers buffers;
     return carve(buffers, nullptr);
@@ -52,7 +52,7 @@ class BackwardKernel {
 
   int64_t whole_heads() const { return whole_; }
 
-  // Heads [first, last) of the unshared ones.
+  // Runs heads [first, last) of those that a single worker processes.
   void run_heads(int64_t worker, int64_t first, int64_t last) const {
     Buffers w = buffers_of(worker);
     for (int64_t head = first; head < last; ++head) {
@@ -61,7 +61,7 @@ class BackwardKernel {
     }
   }
 
-  // The shared heads, by all workers.
+  // Runs the heads that several workers share.
   void run_shared_heads(const ParallelFor& parallel) {
     if (remaining_ == 0) return;
     parallel(
@@ -156,14 +156,14 @@ class BackwardKernel {
     return w;
   }
 
-  // Every splits_-th panel, to distribute causal panels, whose cost grows, evenly.
+  // Takes every splits_-th panel, which balances causal panels of growing cost.
   void part_of_head(int64_t part) {
     Buffers w = buffers_of(part);
     const int64_t head = whole_ + part / splits_;
     panels(w, head, part % splits_, splits_);
   }
 
-  // One block of keys of a head that several workers shared.
+  // Adds and stores one block of keys of a head that several workers shared.
   void add_parts(int64_t index) {
     const int64_t head = index / blocks(), key = index % blocks() * kKeyBlock;
     const int64_t count = min64(kKeyBlock, sizes_.keys - key);
@@ -185,7 +185,7 @@ class BackwardKernel {
     }
   }
 
-  // Panels first, first + step, ... of the group's query heads, into w's sums and grad_query.
+  // Adds panels first, first + step, ... of the group's query heads to w's sums; writes grad_query.
   void panels(Buffers& w, int64_t head, int64_t first, int64_t step) const {
     const int64_t batch = head / p_.shape.key_heads, key_head = head % p_.shape.key_heads;
     pack_head(w, batch, key_head);
@@ -231,7 +231,7 @@ class BackwardKernel {
     if (hides_) clear_spoiled_head(w);
   }
 
-  // attention_hidden-inl.h
+  // See attention_hidden-inl.h.
   void clear_spoiled_head(Buffers& w) const {
     const Sizes& s = sizes_;
     std::memset(w.spoiled, 0, static_cast<size_t>(s.keys));
@@ -252,8 +252,8 @@ class BackwardKernel {
     depth_rows(w.kt_depth, kKeyTangent);
   }
 
-  // Ignored rows, whatever their contents: those that attend to nothing, and those that are not
-  // finite but have a zero gradient, such as a padded query's. Their lse becomes -inf, the row 0.
+  // Excludes rows, whatever they contain, that attend to nothing, or that are not finite but have a
+  // zero gradient, such as padded queries: sets their lse to -inf and the row to 0.
   void drop_rows(const Buffers& w, const TilePlace& place) const {
     const Sizes& s = sizes_;
     const int64_t head = place.batch * p_.shape.heads + place.head;
@@ -281,7 +281,7 @@ class BackwardKernel {
     }
   }
 
-  // Unit `u` of a panel's row, from its columns.
+  // Unit `u` of a panel row, in the columns layout.
   static Unit& unit_of(Unit* columns, int64_t depth_padded, int64_t row, int64_t u) {
     constexpr int64_t kLanesW = Sizes::kGroupLanes;
     return columns[(row / kLanesW * depth_padded + u) * kLanesW + row % kLanesW];
@@ -335,7 +335,7 @@ class BackwardKernel {
                key);
   }
 
-  // Rows [row, row + count) of the sums to rows [first, first + count) of a gradient.
+  // Writes rows [row, row + count) of the sums to rows [first, first + count) of a gradient.
   void write_rows(const Float* sums, const View4& view, int64_t batch, int64_t head, int64_t first,
                   int64_t count, int64_t padded, int64_t cols, int64_t row = 0) const {
     if (sums == nullptr) return;
@@ -349,12 +349,12 @@ class BackwardKernel {
   bool tangent_;
   bool hides_;  // some query may not attend to some key
   int64_t whole_, remaining_,
-      splits_;  // heads done by one worker each, the others, workers to each
+      splits_;  // heads with one worker each, remaining heads, workers per remaining head
 };
 
-// All problems of a call. First the heads that one worker does alone, of all problems at once,
-// shared out by cost; then, problem by problem, those that several workers share. A problem's heads
-// are divided as if it were alone, so that its sums are, too.
+// All problems of a call. First, the heads that a single worker processes, over all problems,
+// divided by cost; then, problem by problem, the heads that several workers share. A problem's
+// heads are divided as if it were alone, which keeps its sums independent of the other problems.
 template <typename Unit>
 class Backward {
  public:
@@ -385,14 +385,14 @@ class Backward {
     return {problem_of(params_, index), packer_, threads_, worker_bytes_};
   }
 
-  // Up to a factor; windows and causality cost all heads of a problem the same.
+  // Relative cost of a head; windows and causality cost all heads of a problem the same.
   int64_t head_cost(int64_t index) const {
     const AttentionShape shape = problem_of(params_, index).shape;
     const int64_t seen = params_.window.left + params_.window.right;
     return (shape.queries + 1) * (min64(shape.keys, max64(0, seen)) + 1);
   }
 
-  // The heads whose cost starts within the worker's share of the total.
+  // Runs the heads whose cost range begins within the worker's share of the total.
   void share(int64_t worker) const {
     const int64_t begin = cost_ * worker / threads_, end = cost_ * (worker + 1) / threads_;
     int64_t at = 0;
@@ -412,7 +412,7 @@ class Backward {
   int64_t worker_bytes_ = 0, cost_ = 0;
 };
 
-// Calls with(kernel) for the arithmetic of the dtype at this level.
+// Calls with(kernel) with the arithmetic that this level uses for the dtype.
 template <typename With>
 auto with_kernel(const AttentionBackwardParams& params, int64_t threads, With with) {
   if (params.dtype == DType::f64) {

@@ -1,16 +1,15 @@
 // One panel of queries against one head of keys: both sweeps of attention's backward.
 //
-// A panel is kGroups groups of kTileN vectors of queries (96 in fp32 with AVX-512). Its scores
-// against ALL keys are kept, e, B (and tS, A) of [keys][96] each, so that D, a and r are known in
-// full precision before the first derivative is formed, without the two (six) products that
-// computing them beforehand would cost and without rounded outputs from the forward. Memory is
-// linear in Nk.
+// A panel is kGroups groups of kTileN query vectors (96 queries in fp32 with AVX-512). Its scores
+// against ALL keys are kept: e, B (and tS, A), [keys][96] each. D, a and r are thus known in full
+// precision before the first derivative is formed, without the two (six) products that computing
+// them beforehand would cost and without rounded outputs of the forward. Memory is linear in Nk.
 //
 //   sweep 1, per group and kScoreBlock keys
 //     S^T  = K Q^T               B^T = V G^T + tV X^T
 //     tS^T = K tQ^T + tK Q^T     A^T = V X^T
 //
-//   sweep 2, per group: attention_backward_sweeps.h
+//   sweep 2, per group: attention_backward_sweeps-inl.h
 //
 //   sweep 3, per kKeyBlock keys, all groups at once
 //     grad_query[96][D]     += dS K + dtS tK         grad_query_t += dtS K
@@ -20,15 +19,15 @@
 //   at the end
 //     grad_query -= rho K' + rho_t tK'               grad_query_t -= rho_t K'
 //
-// rho, rho_t: row sums of the rounded c dS and c dtS, which should be zero; K', tK': the mean keys
-// of the panel, weighted by P. What rounding left in the sums would otherwise be multiplied by
-// whatever the attended keys have in common. (Plain means of the head are not enough where few keys
-// get most of the weight: 3.7e-3 in bf16 for late sinks, against 2.2e-3.)
+// rho, rho_t: row sums of the rounded c dS and c dtS, which should be zero; K', tK': the panel's
+// mean keys, weighted by P. Otherwise the rounding error in the sums would be multiplied by
+// whatever the attended keys have in common. (The head's plain means are not enough if few keys get
+// most of the weight: 3.7e-3 in bf16 for late sinks, against 2.2e-3.)
 //
 // FLOPs: 2 Nq Nk D for each of 5 products, 15 with tangents. Bytes between L2 and L1 per panel and
 // key, fp32, D = Dv = 64: e and B written and read (96 x 16), K twice and V once (768), grad_key
-// and grad_value read and written (1024): 3.3 KB beside 960 cycles of FMAs. Bound: the FMA units,
-// 64 FLOP a cycle and core in fp32, 128 in bf16.
+// and grad_value read and written (1024): 3.3 KB against 960 cycles of FMAs. Bound: the FMA units,
+// 64 FLOP per cycle and core in fp32, 128 in bf16.
 #pragma once
 
 #include "cpu/attention/attention_backward_sweeps-inl.h"
@@ -53,7 +52,7 @@ struct BackwardSizes {
   int64_t width_padded, value_padded;        // whole vectors of Floats
   int64_t keys_padded;                       // rows of packed keys
   int64_t panel_padded;                      // rows of panel matrices: the window's keys
-  int64_t panels;                            // of one query head
+  int64_t panels;                            // panels per query head
 
   BackwardSizes(const AttentionShape& shape, const AttentionWindow& window)
       : queries(shape.queries),
@@ -72,15 +71,15 @@ struct BackwardSizes {
         panels(ceil_div(queries, kPanel)) {}
 };
 
-// A worker's buffers; null if the call has no such tensor.
+// A worker's buffers; null for tensors that the call does not have.
 template <typename Unit>
 struct BackwardBuffers {
   using Float = Accumulator<Unit>;
-  // A head's keys and values: rows to broadcast from, and the keys again in the form that
-  // grad_query multiplies (the same memory where a unit is one number).
+  // A head's keys and values: rows to broadcast from, and the keys again in the layout that the
+  // grad_query product reads (the same memory if a unit is one number).
   Unit *k, *kt, *v, *vt;     // [keys_padded][depth_padded or value_depth_padded]
   Unit *k_depth, *kt_depth;  // [ceil(keys / kDepth)][width_padded]
-  // A panel's queries and gradients: columns for scores, rows for what keys and values receive.
+  // A panel's queries and gradients: columns for the scores, rows for grad_key and grad_value.
   Unit *q, *qt, *g, *gt;     // [group][depth_padded or value_depth_padded][kGroupLanes]
   Unit *q_depth, *qt_depth;  // [kPanel / kDepth][width_padded]
   Unit *g_depth, *gt_depth;  // [kPanel / kDepth][value_padded]
@@ -88,15 +87,15 @@ struct BackwardBuffers {
   UnitTiles<Unit> tiles;     // kKeyBlock keys of a whole panel
   Float* masses;             // [kKeyBlock rounded up to kLanes][kLanes]
   Float* weights;            // [kKeyBlock rounded up to kLanes]: sums of P over the panel's queries
-  Float *k_mean, *kt_mean;   // [width_padded]: keys so weighted
+  Float *k_mean, *kt_mean;   // [width_padded]: means of the keys with these weights
   Float* bias;               // [kScoreBlock rounded up to kLanes][kGroupLanes]
   Unit* stage;               // [kGroupLanes][the larger depth_padded]
   Float *dq, *dqt;           // [kPanel + kMaxTileRows][width_padded]
   Float *dk, *dkt;           // [keys + kMaxTileRows][width_padded], over all panels of the worker
   Float *dv, *dvt;           // [keys + kMaxTileRows][value_padded]
   Float* lse;                // [kPanel], -inf if a row is ignored; null if nothing is hidden
-  uint8_t* spoiled;          // [keys], of every tensor; likewise
-  bool any_spoiled;          // in this head
+  uint8_t* spoiled;          // [keys], a set of Spoiled flags; null if nothing is hidden
+  bool any_spoiled;          // whether this head has any such key
 };
 
 template <typename Unit>
@@ -112,8 +111,8 @@ class BackwardPanel {
                 const BackwardBuffers<Unit>& buffers)
       : params_(params), sizes_(sizes), w_(buffers), scale_(static_cast<Float>(params.scale)) {}
 
-  // Adds the panel's share to dk, dkt, dv, dvt and leaves dq, dqt. `place` names batch, query head
-  // and queries; the queries are packed already.
+  // Adds the panel's contributions to dk, dkt, dv, dvt and computes dq, dqt. `place` holds the
+  // batch, query head and queries, which are already packed.
   void run(TilePlace place) {
     keys_ = keys_in_window(params_.window, place.query, place.query + place.queries - 1,
                            sizes_.keys, kDepth);
@@ -135,7 +134,7 @@ class BackwardPanel {
     clear(w_.dqt, kPanel * sizes_.width_padded);
     clear(w_.k_mean, sizes_.width_padded);
     clear(w_.kt_mean, sizes_.width_padded);
-    Float mass = 0;  // queries that attend to anything
+    Float mass = 0;  // number of queries that attend to anything
     for (int64_t key = keys_.begin; key < keys_.end; key += kKeyBlock) {
       const int64_t count = min64(kKeyBlock, keys_.end - key);
       clear(w_.masses, round_up(kKeyBlock, Sizes::kStep) * Sizes::kStep);
@@ -174,7 +173,7 @@ class BackwardPanel {
     if (dst != nullptr) std::memset(dst, 0, static_cast<size_t>(count) * sizeof(Float));
   }
 
-  // mean += the block's keys, each times its weight.
+  // mean += the block's keys times their weights.
   void weigh_keys(Float* mean, const Unit* keys, int64_t key, int64_t count) {
     if (mean == nullptr) return;
     for (int64_t x = 0; x < sizes_.width_padded; x += kLanes<Float>) {
@@ -187,8 +186,8 @@ class BackwardPanel {
     }
   }
 
-  // Products round rows up to a register tile. Keys past a causal panel's last one are real, and
-  // their sums must receive nothing.
+  // Products round rows up to a register tile. Keys past the end of a causal panel exist, and their
+  // sums must not change.
   void clear_rows_from(int64_t row) {
     const int64_t stride = w_.tiles.row_stride;
     Unit* const all[] = {w_.tiles.ds_rows, w_.tiles.dts_rows, w_.tiles.p_rows, w_.tiles.w_rows};
@@ -241,7 +240,7 @@ class BackwardPanel {
                                Float(1));
       }
     }
-    // The last unit of a block may reach past the last key.
+    // The block's last unit may extend past the last key.
     for (int64_t key = keys_.end; key % kDepth != 0; ++key) {
       std::memset(tile(group, key).e, 0, kGroupLanes * sizeof(Float));
     }
@@ -252,7 +251,7 @@ class BackwardPanel {
     return w_.lse != nullptr ? w_.lse + group * kGroupLanes : rows_from(params_.lse, place);
   }
 
-  // A row statistic from the place's first query on, or null.
+  // Row statistics from the first query of `place` on, or null.
   const Float* rows_from(const void* data, const TilePlace& place) const {
     const int64_t head = place.batch * params_.shape.heads + place.head;
     return data == nullptr
@@ -260,7 +259,7 @@ class BackwardPanel {
                : static_cast<const Float*>(data) + head * lse_stride(params_) + place.query;
   }
 
-  // NaN if a score comes from a non-finite key or value that was zeroed during packing.
+  // Sets scores to NaN if they come from an inf or NaN key or value that was zeroed during packing.
   template <bool kTangent>
   void restore_spoiled(const BackwardTile<Float>& t, int64_t key, int64_t keys) {
     const auto spoil = [](Float* row) {
@@ -276,7 +275,7 @@ class BackwardPanel {
     }
   }
 
-  // S, B, tS and A of one group and block, raw.
+  // Computes raw S, B, tS and A for one group and block.
   template <bool kTangent>
   void score_products(const BackwardTile<Float>& t, int64_t group, int64_t key, int64_t keys) {
     const int64_t depth = sizes_.depth, depth_padded = sizes_.depth_padded;
@@ -313,7 +312,7 @@ class BackwardPanel {
     }
   }
 
-  // The contribution of a block of keys to the panel's queries.
+  // Adds a key block's contribution to the panel's queries.
   void query_products(int64_t key, int64_t keys, int64_t queries) {
     const int64_t width = sizes_.width_padded;
     const auto by_key = [=](const Unit* pairs, const Unit* rows) {
@@ -333,7 +332,7 @@ class BackwardPanel {
     add_products(w_.dqt, width, queries, dqt);
   }
 
-  // The contribution of the panel's queries to a block of keys and values.
+  // Adds the panel's contribution to a block of keys and values.
   void key_products(int64_t key, int64_t keys, int64_t queries) {
     const int64_t width = sizes_.width_padded, value_width = sizes_.value_padded;
     const auto by_query = [=](const Unit* tile_rows, const Unit* rows, int64_t stride) {
@@ -360,7 +359,7 @@ class BackwardPanel {
     }
   }
 
-  // Rows of dst -= sums (one a lane) times share times mean; nothing where there is no such mean.
+  // Each row of dst -= sums (one per lane) times share times mean; does nothing without a mean.
   void remove(Float* dst, const Vec<Float> (&sums)[kTileN], const Float* mean, Float share,
               int64_t count) {
     if (mean == nullptr) return;
@@ -379,7 +378,7 @@ class BackwardPanel {
   const Sizes& sizes_;
   const BackwardBuffers<Unit>& w_;
   const Float scale_;
-  KeyRange keys_{};  // that any query of the panel attends to
+  KeyRange keys_{};  // those that any query of the panel attends to
 };
 
 }  // namespace pmf::cpu::PMF_LEVEL

@@ -1,7 +1,7 @@
-// The row-wise part of attention's backward: what happens to scores between the matrix products.
+// The row-wise part of attention's backward: operations on scores between the matrix products.
 //
-// Queries lie on the lanes, so every sum over keys runs down a tile, each lane by itself. Three
-// sweeps over a panel, with c = scale, w = 1 / sum e:
+// Queries lie on the lanes, so each lane sums over keys independently, down a tile. There are three
+// sweeps over a panel, with c = scale and w = 1 / sum e:
 //
 //   1   e = 2^(S - lse);  sums of e, e (tS - .), e (A - .)  (without tangents: of e (B - .))
 //
@@ -9,26 +9,21 @@
 //
 //   3   P = e w,  c dS = P (c B' - c D),  c dtS = P c a',  W = P u, rounded to units
 //
-// Accuracy. The rows of dS, dtS and W add up to zero in exact arithmetic. What they add up to
-// instead is multiplied by the mean of the keys (or gradients) in the products that follow. So
+// Accuracy. The rows of dS, dtS and W sum to zero in exact arithmetic. Any error in these sums is
+// multiplied by the mean of the keys (or gradients) in the products that follow. So
 //
-// - P is normalised by the sum of the same e it consists of, not by lse;
-//
-// - every mean is taken about a pivot, the row's value at the first key it sees: pivot + sum e (tS
-// -
-//   pivot) / sum e is as exact as the differences, even where the tS of a row are huge and nearly
-//   equal (and not at a hidden key, which may hold anything);
-//
+// - P is normalised by the sum of the same e that it consists of, not by lse;
+// - every mean is taken about a pivot, the row's value at the first key it sees, because
+//   pivot + sum e (tS - pivot) / sum e is as exact as the differences, even if the tS of a row are
+//   huge and nearly equal (a hidden key, which may hold anything, is never the pivot);
 // - a and D are computed here, in full precision: from outputs stored in bf16 they would be wrong
 //   by 2^-9 of the values' mean;
-//
-// - a sum starts anew in every block of keys: where all terms of a row are equal, each addition to
-//   one long sum would round the same way, and the error grow with the number of keys;
-//
-// - the caller takes the row sums of the rounded c dS and c dtS out of grad_query.
+// - sums restart in every block of keys: if all terms of a row are equal, each addition to a long
+//   sum would round the same way, and the error would grow with the number of keys;
+// - the caller removes the row sums of the rounded c dS and c dtS from grad_query.
 //
 // Per vector of scores: about 16 instructions (33 with tangents) in sweeps 1 and 2 and 12 (20) in
-// sweep 3, beside 5 D / kDepth FMAs of the products (15 D / kDepth), two a cycle.
+// sweep 3, against 5 D / kDepth FMAs in the products (15 D / kDepth), two per cycle.
 #pragma once
 
 #include "cpu/attention/attention_backward_tile-inl.h"
@@ -43,18 +38,18 @@ PMF_INLINE bool any_lane(const Mask& mask) {
   return any;
 }
 
-// Statistics of one group of queries: kTileN vectors of lanes.
+// Statistics of a group of queries, kTileN vectors of lanes each.
 template <typename Float>
 struct BackwardRows {
-  Vec<Float> shift[kTileN];  // lse in log-2 units; inf if the row attends to nothing: e = 0 there
-  Vec<Float> mass[kTileN];   // sum e; then w
+  Vec<Float> shift[kTileN];  // lse in log-2 units; inf (so e = 0) if the row attends to nothing
+  Vec<Float> mass[kTileN];   // sum e, later w
   Vec<Float> r[kTileN], a[kTileN], d[kTileN];
   Vec<Float> r_pivot[kTileN], a_pivot[kTileN], d_pivot[kTileN];
-  Vec<Float> rho[kTileN], rho_t[kTileN];            // row sums of c dS and c dtS as rounded
-  Vec<Float> grad_lse[kTileN], grad_lse_t[kTileN];  // which should be c times these
+  Vec<Float> rho[kTileN], rho_t[kTileN];            // row sums of the rounded c dS and c dtS
+  Vec<Float> grad_lse[kTileN], grad_lse_t[kTileN];  // these times c are the exact row sums
 };
 
-// One group's panel matrices, [keys][kTileN vectors].
+// The matrices of a group in a panel, [keys][kTileN vectors].
 template <typename Float>
 struct BackwardTile {
   Float *e, *ts, *a, *b;  // sweep 1 turns scores into e; sweep 2 ts into u, a into a', b into B'
@@ -66,7 +61,7 @@ struct BackwardTile {
 };
 
 // Reads lse and clears the sums. Lanes past `queries` attend to nothing. Returns whether lse is so
-// large that its own rounding is a large exponent: the caller then calls shift_to_maximum().
+// large that its rounding error is a large exponent; the caller then calls shift_to_maximum().
 template <typename Float>
 inline bool begin_rows(BackwardRows<Float>& rows, const Float* lse, int64_t queries) {
   constexpr int kStep = kLanes<Float>;
@@ -75,11 +70,10 @@ inline bool begin_rows(BackwardRows<Float>& rows, const Float* lse, int64_t quer
   for (int64_t i = 0; i < kTileN * kStep; ++i) {
     shift[i] = kInfinity<Float>;
     if (i >= queries || lse[i] == -kInfinity<Float>) continue;
-    // A row masked with the lowest finite number throughout: its scores are all exactly that
-    // number.
+    // If a row is masked with the lowest finite number only, all its scores are exactly that.
     const bool lowest = lse[i] < Float(-0.99 * kLn2) * kLargest<Float>;
     shift[i] = lowest ? -kLargest<Float> : lse[i] * static_cast<Float>(kLog2e);
-    // A row that sees NaN: its e is NaN there, and 0 for keys hidden by the mask.
+    // A row that sees NaN: its e are NaN, and 0 for masked keys.
     if (lse[i] != lse[i]) shift[i] = Float(0);
     beyond |= __builtin_fabs(shift[i]) > kLargestUnrounded<Float>;
   }
@@ -92,7 +86,7 @@ inline bool begin_rows(BackwardRows<Float>& rows, const Float* lse, int64_t quer
   return beyond;
 }
 
-// Gradients of lse and its tangent (null: zero); a row that attends nothing has none.
+// Reads the gradients of lse and lse_t (null: zero), with zeros for rows that attend to nothing.
 template <typename Float>
 inline void read_gradients(BackwardRows<Float>& rows, const Float* grad_lse,
                            const Float* grad_lse_t, int64_t queries) {
@@ -109,7 +103,7 @@ inline void read_gradients(BackwardRows<Float>& rows, const Float* grad_lse,
   read(rows.grad_lse_t, grad_lse_t);
 }
 
-// The error in the row sums of c dS and c dtS.
+// Subtracts the exact row sums of c dS and c dtS, which leaves their rounding errors.
 template <typename Float>
 inline void leave_rounding(BackwardRows<Float>& rows, Float scale) {
   PMF_UNROLL for (int j = 0; j < kTileN; ++j) {
@@ -118,7 +112,7 @@ inline void leave_rounding(BackwardRows<Float>& rows, Float scale) {
   }
 }
 
-// The maximum of scores already in log-2 units instead of lse, if a row attends to anything.
+// Replaces lse by the maximum of scores in log-2 units, for rows that attend to anything.
 template <typename Float>
 inline void shift_to_maximum(BackwardRows<Float>& rows, const BackwardTile<Float>& tile,
                              int64_t keys) {
@@ -126,12 +120,12 @@ inline void shift_to_maximum(BackwardRows<Float>& rows, const BackwardTile<Float
   PMF_UNROLL for (int j = 0; j < kTileN; ++j) {
     Vec<Float> top = splat(-kInfinity<Float>);
     for (int64_t i = 0; i < keys; ++i) top = max(load(tile.e + (i * kTileN + j) * kStep), top);
-    top = top == -kInfinity<Float> ? Vec<Float>{} : top;  // nothing but NaN
+    top = top == -kInfinity<Float> ? Vec<Float>{} : top;  // only NaN
     rows.shift[j] = rows.shift[j] == kInfinity<Float> ? rows.shift[j] : top;
   }
 }
 
-// Pivots of the rows that saw nothing before this block of keys.
+// Chooses the pivots of rows that had seen nothing before this block of keys.
 template <bool kTangent, typename Float>
 inline void choose_pivots(BackwardRows<Float>& rows, const BackwardTile<Float>& tile,
                           int64_t keys) {
@@ -155,7 +149,7 @@ inline void choose_pivots(BackwardRows<Float>& rows, const BackwardTile<Float>& 
   }
 }
 
-// Sweep 1, one block of keys; s * factor is in log-2 units.
+// Sweep 1 for one block of keys; s * factor is in log-2 units.
 template <bool kTangent, typename Float>
 inline void exponentiate(BackwardRows<Float>& rows, const BackwardTile<Float>& tile, int64_t keys,
                          Float factor) {
@@ -181,8 +175,8 @@ inline void exponentiate(BackwardRows<Float>& rows, const BackwardTile<Float>& t
   }
 }
 
-// Sums become means, and with tangents sweep 2 over all keys: leaves w and D. The gradients of lse
-// and lse_t are what D and a are less by.
+// Turns sums into means and, with tangents, runs sweep 2 over all keys: results in w and D. The
+// gradients of lse and lse_t are subtracted from D and a.
 template <bool kTangent, typename Float>
 inline void center(BackwardRows<Float>& rows, const BackwardTile<Float>& tile, int64_t keys,
                    Float scale) {
@@ -219,17 +213,17 @@ inline void center(BackwardRows<Float>& rows, const BackwardTile<Float>& tile, i
   }
 }
 
-// Where sweep 3 puts a block of keys: rows `row_stride` units apart, pairs `pair_stride`.
+// The output of sweep 3 for a block of keys: strides are in units.
 template <typename Unit>
 struct UnitTiles {
   Unit *ds_rows, *dts_rows, *p_rows, *w_rows;  // [keys][row_stride]
-  Unit *ds_pairs, *dts_pairs;  // [ceil(keys / kDepth)][pair_stride]; else ds_rows, dts_rows
+  Unit *ds_pairs, *dts_pairs;  // [ceil(keys / kDepth)][pair_stride], or alias ds_rows, dts_rows
   int64_t row_stride, pair_stride;
 };
 
-// Sweep 3, one block of keys. masses[key][lane] += P, summed over the group's vectors. Reads keys
-// rounded up to kDepth rows, the last of which has e = 0. With kSpoiled a row may be NaN, and what
-// it does not see is zero all the same.
+// Sweep 3 for one block of keys. masses[key][lane] += P, summed over the group's vectors. Reads
+// keys rounded up to kDepth rows, the excess with e = 0. With kSpoiled a row may contain NaN;
+// elements that it does not see still become zero.
 template <bool kTangent, bool kSpoiled, typename Unit, typename Float = Accumulator<Unit>>
 inline void differentiate(BackwardRows<Float>& rows, const BackwardTile<Float>& tile, int64_t keys,
                           Float scale, const UnitTiles<Unit>& out, Float* masses) {
@@ -280,9 +274,9 @@ inline void differentiate(BackwardRows<Float>& rows, const BackwardTile<Float>& 
   PMF_UNROLL for (int j = 0; j < kTileN; ++j) rows.rho[j] = rho[j], rows.rho_t[j] = rho_t[j];
 }
 
-// Adds up the lanes of `masses`, kLanes keys at a time: weights[key] = sum of masses[key][lane].
-// The transpose turns sums along lanes into sums of vectors. Rounds keys up to kLanes. NaN, of a
-// query whose own gradient shows it, counts as 0: the mean keys serve all queries of a panel.
+// Sums the lanes of `masses`, kLanes keys at a time: weights[key] = sum of masses[key][lane]. The
+// transpose turns sums along lanes into sums of vectors. Rounds keys up to kLanes. NaN counts as 0:
+// it shows in its own query's gradient, but the mean keys serve all queries of a panel.
 template <typename Float>
 inline void sum_lanes(Float* weights, const Float* masses, int64_t keys) {
   constexpr int kStep = kLanes<Float>;

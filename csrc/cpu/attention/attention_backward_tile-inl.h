@@ -1,7 +1,7 @@
-// Tiles of attention's backward: matrix products of any width, and rounding into units.
+// Tiles of attention's backward: matrix products of any width, and rounding to units.
 //
-// Score tiles are S^T[key][lane], queries on the lanes, kTileN vectors wide (attention_mask.h).
-// They feed two kinds of product, which for bf16x2 want their pairs along different directions:
+// Score tiles are S^T[key][lane], queries on the lanes, kTileN vectors wide (attention_mask-inl.h).
+// They feed two kinds of product, which form bf16x2 pairs in different directions:
 //
 //   grad_key^[key][D]    += dS^T Q     depth = queries: pairs of lanes, "rows" of the tile
 //   grad_query[query][D] += dS K       depth = keys: pairs of rows, interleaved lane by lane
@@ -13,7 +13,7 @@
 
 namespace pmf::cpu::PMF_LEVEL {
 
-// One or two products that share an accumulator; a product whose factor is absent is not added.
+// One or two products that share an accumulator; a product with an absent factor is not added.
 template <typename Unit>
 struct ProductList {
   TileProduct<Unit> items[2];
@@ -21,7 +21,7 @@ struct ProductList {
   PMF_INLINE void add(const TileProduct<Unit>& product) { items[count++] = product; }
 };
 
-// out[rows][kTileN vectors] = the products' sum. Rounds rows up to kTileM.
+// out[rows][kTileN vectors] = the sum of the products. Rounds rows up to kTileM.
 template <int kProducts, typename Unit>
 inline void store_product(Accumulator<Unit>* out, int64_t rows,
                           const TileProduct<Unit> (&products)[kProducts]) {
@@ -55,10 +55,10 @@ inline void store_products(Accumulator<Unit>* out, int64_t rows, const ProductLi
   }
 }
 
-// Register tiles for products whose width is that of the tensors: kN vectors, and as many rows as
-// leave registers for kN vectors of B and one broadcast. A width of 64 floats is one tile of 4
-// vectors, 80 is one of 5, 128 two of 4: no tile is left with a single vector, which would load as
-// often as it multiplies.
+// Register tiles for products as wide as the tensors: kN vectors, and as many rows as leave
+// registers for kN vectors of B and one broadcast. A width of 64 floats is one tile of 4 vectors,
+// 80 one of 5, 128 two of 4: no tile has a single vector left, which would need one load per
+// multiplication.
 #if defined(__AVX512F__)
 constexpr int kWideN = 5;
 constexpr int rows_for(int vectors) {
@@ -68,22 +68,22 @@ constexpr int rows_for(int vectors) {
 constexpr int kWideN = kTileN;
 constexpr int rows_for(int) { return 4; }
 #endif
-constexpr int kMaxTileRows = 12;  // of any register tile: padding of everything read as A or C
-// Keys that a tile of dS holds: every rows_for() divides it, so that no block overlaps the next,
-// and P and dS of one block and panel (46 KB in fp32) are still in the L1 cache when they are
-// multiplied.
+constexpr int kMaxTileRows = 12;  // of any register tile; padding of everything read as A or C
+// Keys per tile of dS: a multiple of every rows_for(), so that blocks do not overlap, and small
+// enough that P and dS of one block and panel (46 KB in fp32) are still in the L1 cache when they
+// are multiplied.
 constexpr int64_t kKeyBlock = 60;
 // Keys per step of sweep 1, a multiple of kTileM.
 constexpr int64_t kScoreBlock = 96;
 
-// The number of remaining vectors of a row that the next tile takes.
+// The number of vectors of a row in the next tile, out of `remaining`.
 constexpr int next_vectors(int64_t remaining) {
   if (remaining <= kWideN) return static_cast<int>(remaining);
   if (kWideN < 5) return kWideN;
   return remaining == 6 ? 3 : 4;
 }
 
-// c[rows][kN vectors] += the products' sum.
+// c[rows][kN vectors] += the sum of the products.
 template <int kN, int kProducts, typename Unit>
 inline void add_product(Accumulator<Unit>* c, int64_t c_stride, int64_t rows,
                         const TileProduct<Unit> (&products)[kProducts]) {
@@ -118,8 +118,8 @@ inline void add_list(Accumulator<Unit>* c, int64_t c_stride, int64_t rows,
   }
 }
 
-// c[rows][width] += the products' sum; c_stride is width rounded up to whole vectors. Rounds rows
-// up to a tile: c has kMaxTileRows rows of padding, whose contents mean nothing.
+// c[rows][width] += the sum of the products; c_stride is the width rounded up to whole vectors.
+// Rounds rows up to a tile: c has kMaxTileRows rows of padding with arbitrary contents.
 template <typename Unit>
 inline void add_products(Accumulator<Unit>* c, int64_t c_stride, int64_t rows,
                          ProductList<Unit> list) {
@@ -142,16 +142,16 @@ inline void add_products(Accumulator<Unit>* c, int64_t c_stride, int64_t rows,
   }
 }
 
-// What turns kDepth rows of full-precision numbers into units, in either direction.
+// Converts kDepth rows of full-precision numbers to units, in either direction.
 template <typename Unit>
 struct TileWriter {
-  static constexpr bool kOneTile = true;  // rows and pairs are the same numbers at the same place
-  // A unit's numbers, each times its row's weight, added up.
+  static constexpr bool kOneTile = true;  // rows and pairs are the same numbers in the same memory
+  // sum + the numbers in a unit, each times the weight of its row.
   static PMF_INLINE Vec<Unit> weigh(const Unit* unit, const Unit* weights, Vec<Unit> sum) {
     return fma(load(unit), splat(weights[0]), sum);
   }
   static PMF_INLINE void rows(Unit* dst, int64_t, const Vec<Unit> (&x)[1]) { store(dst, x[0]); }
-  // Returns the sum, along keys, of the numbers as stored.
+  // Returns the sum of the stored numbers along keys.
   static PMF_INLINE Vec<Unit> both(Unit* rows, int64_t, Unit*, const Vec<Unit> (&x)[1]) {
     store(rows, x[0]);
     return x[0];

@@ -1,14 +1,13 @@
-// Flash attention on CPU, forward and forward with tangents (the tile loop: attention_panel.h).
+// Flash attention on the CPU, without and with tangents (tile loop: attention_panel-inl.h).
 //
-// Work is cut into panels of queries, numbered head by head and sequence by sequence. Every worker
-// takes one contiguous run of panels of nearly equal cost, packs the keys and values of a head when
-// it enters it (grouped query heads share the packing), and walks its panels. Nothing is shared
-// between workers and no sum crosses panels, so results are bitwise the same for any number of
-// threads, and for sequences packed together or one by one. A panel reads the tiles of keys in its
-// window alone.
+// Work is divided into panels of queries, numbered head by head and sequence by sequence. Each
+// worker processes one contiguous run of panels of nearly equal cost and packs the keys and values
+// of a head when it reaches it (grouped query heads share the packing). Workers share nothing and
+// no sum crosses panels, so results are bitwise the same for any number of threads, and for
+// sequences packed together or separate. A panel reads only the key tiles within its window.
 //
-// Memory: per worker one packed head, at most 4 Nk D units, and about 100 KB of tiles. Packing
-// reads and writes a head once; each panel of 48 queries then makes 72 FMAs per scalar packed.
+// Memory per worker: one packed head, at most 4 Nk D units, and about 100 KB of tiles. Packing
+// reads and writes a head once; each panel of 48 queries then performs 72 FMAs per packed scalar.
 #include "cpu/attention/attention_panel-inl.h"
 #include "cpu/attention/attention_workspace-inl.h"
 #include "pmf/attention.h"
@@ -16,9 +15,9 @@
 namespace pmf::cpu::PMF_LEVEL {
 namespace {
 
-// Cuts a head's queries into panels of at most kTileN vectors, as equal as can be: a panel of one
-// vector has too few accumulators to hide the latency of an FMA, so one is made only for <= one
-// vector of queries.
+// Divides a head's queries into panels of at most kTileN vectors, as equal as possible: a
+// one-vector panel has too few accumulators to hide the FMA latency, so it is used only if there is
+// at most one vector of queries.
 struct Panels {
   int64_t count, narrow,
       wider;  // the first `wider` panels have narrow + 1 vectors, the rest narrow
@@ -40,7 +39,7 @@ class ForwardKernel {
   static constexpr int64_t kLane = kLanes<Float>;
   static constexpr int64_t kDepth = UnitTraits<Unit>::kDepth;
   static constexpr bool kRounds =
-      kDepth > 1;  // P and H are narrower than scores: their own buffers
+      kDepth > 1;  // P and H are narrower than scores, in buffers of their own
 
  public:
   ForwardKernel(const AttentionParams& params, const Packer<Unit>& packer)
@@ -56,16 +55,16 @@ class ForwardKernel {
     for (int64_t panel = 0; panel < panels_.count; ++panel) head_cost_ += cost(panel);
   }
 
-  // Total; 0 if there is nothing to do.
+  // The total cost; 0 if there is nothing to do.
   int64_t cost() const { return params_.shape.batch * params_.shape.heads * head_cost_; }
 
-  // One worker's scratch memory.
+  // Scratch memory per worker.
   int64_t workspace_bytes() const {
     AttentionBuffers<Unit> unused;
     return place(nullptr, unused);
   }
 
-  // The panels, counted over all heads, whose cost begins in [begin, end).
+  // Runs the panels, counted over all heads, whose cost range begins in [begin, end).
   void run(int64_t begin, int64_t end, char* workspace) const {
     AttentionBuffers<Unit> w;
     place(workspace, w);
@@ -98,7 +97,7 @@ class ForwardKernel {
   bool with_tangent() const { return params_.out_t.data != nullptr; }
   bool has(const ConstView4& tangent) const { return with_tangent() && tangent.data != nullptr; }
 
-  // One worker's buffers from `base` on; returns their bytes.
+  // Lays out one worker's buffers from `base` on; returns their size in bytes.
   int64_t place(char* base, AttentionBuffers<Unit>& w) const {
     const int64_t lanes = kTileN * kLane;
     const int64_t key_units = round_up(params_.shape.keys, kTileM) * depth_;
@@ -159,7 +158,7 @@ class ForwardKernel {
     w.any_spoiled = value || tangent;
   }
 
-  // The sign of the scale goes into the queries, exactly, so that the largest raw score is the
+  // The scale's sign is applied to the queries, which is exact: the largest raw score is then the
   // largest score.
   void pack_queries(Unit* dst, const AttentionBuffers<Unit>& w, int64_t lanes,
                     const ConstView4& view, const TilePlace& place) const {

@@ -1,15 +1,13 @@
-// Values hidden by a mask have no effect: padding is often uninitialised memory.
+// Keeps values hidden by a mask out of the result: padding is often uninitialised memory.
 //
 // A hidden score is -inf and its P exactly 0, but 0 times NaN is NaN, so products with P (or with
-// what is derived from it) must not meet a hidden number that is not finite. Calls that hide
-// anything therefore look through a head's packed keys and values once, whole vectors at a time,
-// and where something is not finite, which is rare,
+// anything derived from it) must not read a hidden number that is inf or NaN. Calls with a mask or
+// window therefore scan a head's packed keys and values once, in whole vectors. Any number that is
+// not finite, which is rare,
 //
-// - zero it in the packed copy and note its key, so that the products stay as they are;
-//
-// - give it back to the queries that see it: the forward adds weight times value where the weight
-// is
-//   not 0 (attention_panel.h), the backward sets the key's scores to NaN before it masks them.
+// - is zeroed in the packed copy, and its key recorded, so that the products need no change;
+// - is restored for the queries that see it: the forward adds weight times value where the weight
+//   is not 0 (attention_panel-inl.h), the backward sets the key's scores to NaN before masking.
 //
 // Cost: one pass over packed memory per head, against 2 Nq FMAs per number; none without a mask.
 #pragma once
@@ -18,10 +16,10 @@
 
 namespace pmf::cpu::PMF_LEVEL {
 
-// Flags for the tensors with a non-finite element in a key's row.
+// Which of a key's rows had an element that is not finite.
 enum Spoiled : uint8_t { kKey = 1, kKeyTangent = 2, kValue = 4, kValueTangent = 8 };
 
-// Whether `count` numbers, whole vectors of them, are finite: x - x is 0, or else NaN.
+// Whether `count` numbers (whole vectors) are finite: x - x is 0 if finite, otherwise NaN.
 template <typename T>
 inline bool all_finite(const T* p, int64_t count) {
   Vec<T> sum = {};
@@ -42,7 +40,7 @@ inline bool all_finite(const bf16x2* p, int64_t count) {
   return finite;
 }
 
-// Read or zero one of the kDepth numbers of a unit.
+// Reads or zeroes one of the kDepth numbers in a unit.
 template <typename T>
 PMF_INLINE T unit_number(const T& unit, int64_t) {
   return unit;
@@ -58,7 +56,7 @@ PMF_INLINE void clear_number(bf16x2& unit, int64_t part) {
   unit.bits &= part == 0 ? 0xffff0000u : 0x0000ffffu;
 }
 
-// A vector of such numbers.
+// The same for a vector of units.
 PMF_INLINE Vec<float> unit_numbers(const float* p, int64_t) { return load(p); }
 PMF_INLINE Vec<double> unit_numbers(const double* p, int64_t) { return load(p); }
 PMF_INLINE Vec<float> unit_numbers(const bf16x2* p, int64_t part) {
@@ -71,8 +69,7 @@ PMF_INLINE bool is_finite(T x) {
   return x - x == T(0);
 }
 
-// Zeroes number `part` of each of `count` units where it is not finite; returns whether any was
-// not.
+// Zeroes number `part` of each of `count` units if it is not finite; returns whether any was not.
 template <typename Unit>
 inline bool clear_spoiled(Unit* units, int64_t count, int64_t part) {
   bool found = false;
@@ -84,7 +81,7 @@ inline bool clear_spoiled(Unit* units, int64_t count, int64_t part) {
   return found;
 }
 
-// Cleans `keys` keys packed as rows of `padded` units, and notes them; returns whether any was.
+// Cleans and records `keys` keys packed as rows of `padded` units; returns whether any changed.
 template <typename Unit>
 inline bool clear_spoiled_rows(Unit* rows, int64_t padded, int64_t keys, uint8_t* spoiled,
                                Spoiled what) {
@@ -97,7 +94,7 @@ inline bool clear_spoiled_rows(Unit* rows, int64_t padded, int64_t keys, uint8_t
   return true;
 }
 
-// The same for keys packed as depth rows, kDepth keys to one.
+// The same for keys packed as depth rows of kDepth keys each.
 template <typename Unit>
 inline bool clear_spoiled_depth_rows(Unit* rows, int64_t padded, int64_t keys, uint8_t* spoiled,
                                      Spoiled what) {

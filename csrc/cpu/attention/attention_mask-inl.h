@@ -1,11 +1,10 @@
-// Masks of one score tile, queries on the lanes: S^T[key][lane].
+// Masks for one score tile, with queries on the lanes: S^T[key][lane].
 //
-// Scores are kept in units of log 2 from here on: s <- s * factor + mask * log2(e), or -inf where a
-// query may not attend. A masked tangent is set to 0, so that nothing a masked key holds can reach
-// the result (values: attention_hidden-inl.h). A mask row runs along keys, a tile's vectors along
-// queries; mask rows are therefore converted into a small square stage and transposed in registers,
-// as queries are. A mask that is the same for all queries (a padding mask) skips that: one scalar
-// per key.
+// From here on scores are in log-2 units: s <- s * factor + mask * log2(e), or -inf where masked.
+// Masked tangents become 0, so that the contents of a masked key cannot reach the result (values:
+// attention_hidden-inl.h). A mask row runs along keys, a tile's vectors along queries, so mask rows
+// are converted into a small square stage and transposed in registers, as queries are. A mask
+// shared by all queries (a padding mask) skips that: it is one scalar per key.
 #pragma once
 
 #include "cpu/attention/attention_pack-inl.h"
@@ -30,8 +29,8 @@ struct TilePlace {
   int64_t key, keys;
 };
 
-// An additive mask value times log2(e); the largest finite values stay finite, so that a row masked
-// with them throughout still averages.
+// An additive mask value times log2(e). The largest finite values stay finite, so that a row masked
+// with nothing else still averages.
 template <typename Float>
 PMF_INLINE Float mask_bias(Float x) {
   const Float y = x * static_cast<Float>(kLog2e);
@@ -49,7 +48,7 @@ inline void mask_row_from(Float* dst, const uint8_t* src, int64_t stride, int64_
   for (int64_t i = 0; i < count; ++i) dst[i] = src[i * stride] != 0 ? Float(0) : -kInfinity<Float>;
 }
 
-// Biases of `count` mask elements, `stride` apart, from element `offset` on.
+// Converts `count` mask elements, `stride` apart, from element `offset` on.
 template <typename Float>
 inline void mask_row(Float* dst, const AttentionMask& mask, int64_t offset, int64_t stride,
                      int64_t count) {
@@ -67,8 +66,8 @@ inline void mask_row(Float* dst, const AttentionMask& mask, int64_t offset, int6
   }
 }
 
-// bias[key][lane] of a tile of kLanesW lanes. Lanes past the queries get 0. `bias` has keys rounded
-// up to kLanes rows.
+// Fills bias[key][lane] for a tile of kLanesW lanes, with 0 in lanes past the queries. `bias` has
+// `keys` rows, rounded up to kLanes.
 template <int kLanesW, typename Float>
 inline void mask_tile(Float* bias, const AttentionMask& mask, const TilePlace& place) {
   constexpr int kN = kLanes<Float>;
@@ -101,7 +100,7 @@ inline void mask_tile(Float* bias, const AttentionMask& mask, const TilePlace& p
   }
 }
 
-// Applies mask and window to the tile of raw scores `s`, and zeroes what is hidden in `others`.
+// Applies mask and window to the tile of raw scores `s`, and zeroes masked elements of `others`.
 template <int kN, int kOthers, typename Float>
 inline void apply_mask(Float* s, Float* const (&others)[kOthers], Float factor,
                        const AttentionMask& mask, const AttentionWindow& window,

@@ -1,17 +1,15 @@
-// Packing for attention: strided tensors of any dtype in, tiles of units out, and results back.
+// Packing for attention: strided tensors of any dtype to tiles of units, and results back.
 //
-// A unit is what one vector lane multiplies in one step (tile_gemm.h): float, double, or bf16x2, a
-// pair of bf16 that are neighbours along the depth of a product. Three layouts are made:
+// A unit is what one vector lane multiplies in one step (tile_gemm-inl.h): a float, a double, or
+// bf16x2, a pair of bf16 that are neighbours along the depth of a product. There are three layouts:
 //
 //   rows        dst[row][u]         keys, read one unit at a time (broadcast)
-//
 //   depth rows  dst[row / 2][col]   values; for bf16x2 pairs of rows, as P V's depth is the keys
+//   columns     dst[u][row]         queries, one row per lane, transposed in registers
 //
-//   columns     dst[u][row]         queries, one row a lane; a transpose in registers
-//
-// All of it is bandwidth: a head's keys and values are packed once per worker and read once for
-// every panel of queries. Packing also makes rows contiguous, which matters by itself: rows 3 KB
-// apart (a [B, N, heads, width] projection) fall into a quarter of the cache's sets.
+// All of this is bound by bandwidth: a head's keys and values are packed once per worker and read
+// once per panel of queries. Packing also makes rows contiguous, which matters in itself: rows 3 KB
+// apart (a [B, N, heads, width] projection) map to a quarter of the cache sets.
 #pragma once
 
 #include "cpu/common/tile_gemm-inl.h"
@@ -36,7 +34,7 @@ PMF_INLINE V shuffle(V a, V b, I mask) {
 #endif
 }
 
-// kLanes<T> vectors as the rows of a square matrix; log2(lanes) perfect shuffles transpose it.
+// Transposes kLanes<T> vectors, the rows of a square matrix, with log2(lanes) perfect shuffles.
 template <typename T>
 PMF_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
   constexpr int kN = kLanes<T>;
@@ -72,7 +70,7 @@ inline void transpose_blocks(T* dst, int64_t dst_stride, const T* src, int64_t s
 
 // ---- Rows ---------------------------------------------------------------------------------------
 
-// One tensor row of `count` elements, `stride` apart, converted and zero padded to `padded` units.
+// Packs a row of `count` elements, `stride` apart: converts, and zero-pads to `padded` units.
 template <typename Element, typename Unit>
 PMF_INLINE void pack_row(Unit* dst, const Element* src, int64_t stride, int64_t count,
                          int64_t padded) {
@@ -95,7 +93,7 @@ PMF_INLINE void pack_row(bf16x2* dst, const bf16* src, int64_t stride, int64_t c
   for (int64_t i = count; i < 2 * padded; ++i) d[i] = bf16{0};
 }
 
-// dst[row][0 .. padded) = units of rows [0, rows); rows up to rows_padded are zero.
+// dst[row][0 .. padded) = units of rows [0, rows); rows from there to rows_padded are zero.
 template <typename Element, typename Unit>
 inline void pack_rows(Unit* dst, int64_t padded, const Element* src, int64_t row_stride,
                       int64_t col_stride, int64_t rows, int64_t cols, int64_t rows_padded) {
@@ -106,7 +104,7 @@ inline void pack_rows(Unit* dst, int64_t padded, const Element* src, int64_t row
               static_cast<size_t>((rows_padded - rows) * padded) * sizeof(Unit));
 }
 
-// The layout from which the product P V reads values: rows, or pairs of rows for bf16x2.
+// The layout in which the product P V reads values: rows, or pairs of rows for bf16x2.
 template <typename Element, typename Unit>
 inline void pack_depth_rows(Unit* dst, int64_t padded, const Element* src, int64_t row_stride,
                             int64_t col_stride, int64_t rows, int64_t cols) {
@@ -137,7 +135,7 @@ inline void pack_depth_rows(bf16x2* dst, int64_t padded, const bf16* src, int64_
 
 // ---- Queries in, results out --------------------------------------------------------------------
 
-// Lane type of a unit as the transpose sees it: bits of the right width.
+// A unit's lane type for the transpose: bits of the same width.
 template <typename Unit>
 using LaneOf = typename UnitTraits<Unit>::Lane;
 
@@ -160,7 +158,7 @@ PMF_INLINE void negate(Unit* p, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = -p[i];
 }
 
-// Rows of results, dtype by dtype: dst[row][col] = stage[row][col], rounded once.
+// Stores rows of results in their dtype: dst[row][col] = stage[row][col], rounded once.
 template <typename Element, typename Float>
 inline void store_rows(Element* dst, int64_t row_stride, int64_t col_stride, const Float* stage,
                        int64_t padded, int64_t rows, int64_t cols) {
@@ -176,7 +174,7 @@ inline void store_rows(Element* dst, int64_t row_stride, int64_t col_stride, con
 
 // ---- The same behind function pointers ----------------------------------------------------------
 
-// A kernel is compiled per unit; which dtype its tensors have only these functions know.
+// Kernels are compiled per unit; only these functions know the dtype of the tensors.
 template <typename Unit>
 struct Packer {
   using Float = Accumulator<Unit>;
@@ -221,7 +219,7 @@ constexpr Packer<Unit> make_packer() {
                       }};
 }
 
-// The functions that fp32 arithmetic needs for each dtype except fp64.
+// The functions for fp32 arithmetic on any dtype except fp64.
 inline Packer<float> float_packer(DType dtype) {
   if (dtype == DType::bf16) return make_packer<bf16, float>();
   if (dtype == DType::f16) return make_packer<f16, float>();

@@ -1,7 +1,7 @@
 // One panel of queries against one head: the tile loop of flash attention with tangents.
 //
-// Queries lie on the vector lanes. A panel is up to kTileN vectors of queries (48 in fp32 with
-// AVX-512), and for every tile of keys (kTileKeys at most)
+// Queries lie on the vector lanes. A panel is up to kTileN query vectors (48 queries in fp32 with
+// AVX-512); for every tile of at most kTileKeys keys it computes
 //
 //   S^T  = K Q^T                 [keys, lanes]   A = K rows, broadcast;  B = Q, packed [D][lanes]
 //   tS^T = K tQ^T + tK Q^T       one accumulator for both
@@ -10,13 +10,13 @@
 //   O^T  = a O^T + V^T P^T       [Dv, lanes]
 //
 // so that nothing is transposed inside the loop, and row maxima, sums and pivots need no horizontal
-// operation. tO goes first because it reads O as it was. The rescaling by a and delta happens as
+// operations. tO comes first because it reads the old O. The rescaling by a and delta happens when
 // the accumulators are loaded.
 //
-// FLOPs: 2 Nq Nk D for each of six products (two without tangents; a product with an absent tangent
-// is not made). Bytes: per tile and panel K, tK, V, tV once from L2 (16 kTileKeys D in fp32, 2 B a
-// cycle at most); S, tS, P, H, Q, tQ, O, tO live in L1 and L2 (100 KB at D = 64). Bound: the FMA
-// units, two vectors a cycle: 64 FLOP a cycle and core in fp32, 128 in bf16.
+// FLOPs: 2 Nq Nk D for each of six products (two without tangents; products with an absent tangent
+// are skipped). Bytes: K, tK, V, tV once from L2 per tile and panel (16 kTileKeys D in fp32, at
+// most 2 B per cycle); S, tS, P, H, Q, tQ, O, tO stay in L1 and L2 (100 KB at D = 64). Bound: the
+// FMA units, two vectors per cycle: 64 FLOP per cycle and core in fp32, 128 in bf16.
 #pragma once
 
 #include "cpu/attention/attention_hidden-inl.h"
@@ -26,7 +26,7 @@ namespace pmf::cpu::PMF_LEVEL {
 
 constexpr int64_t kTileKeys = 64;
 
-// A worker's buffers. Null if the call has no such tensor.
+// A worker's buffers; null for tensors that the call does not have.
 template <typename Unit>
 struct AttentionBuffers {
   using Float = Accumulator<Unit>;
@@ -34,21 +34,21 @@ struct AttentionBuffers {
   Unit *v, *vt;      // [ceil(keys / kDepth)][value_padded]
   Unit *q, *qt;      // [depth rounded up to kLanes][lanes]
   Float *s, *ts;     // [kTileKeys][lanes]
-  Unit *p, *h;       // [kTileKeys / kDepth][lanes]; s and ts where a unit is a Float
+  Unit *p, *h;       // [kTileKeys / kDepth][lanes]; alias s and ts if a unit is a Float
   Float *o, *ot;     // [value_padded][lanes]
   Float* bias;       // [kTileKeys rounded up to kLanes][lanes]
   Unit* stage_in;    // [lanes][depth rounded up]
   Float* stage_out;  // [lanes][value_padded]
-  uint8_t* spoiled;  // [keys], kValue and kValueTangent; null where nothing is hidden
-  bool any_spoiled;  // in this head
+  uint8_t* spoiled;  // [keys], kValue and kValueTangent flags; null if nothing is hidden
+  bool any_spoiled;  // whether this head has any such key
 };
 
-// A panel's sizes, in units for the packed tensors.
+// The sizes of a panel, in units for packed tensors.
 struct PanelShape {
   int64_t depth;         // ceil(D / kDepth)
   int64_t value_rows;    // Dv rounded up to kTileM: rows of O that are computed
-  int64_t value_padded;  // Dv rounded up to kTileM and kLanes: rows of O that exist
-  KeyRange keys;         // that any query of this panel attends
+  int64_t value_padded;  // Dv rounded up to kTileM and kLanes: rows of O that are allocated
+  KeyRange keys;         // those that any query of this panel attends to
 };
 
 template <int kN, typename Unit>
@@ -56,7 +56,7 @@ PMF_INLINE TileProduct<Unit> score_product(const Unit* keys, const Unit* queries
   return {keys, depth, 1, queries, kN * kLanes<Accumulator<Unit>>, depth};
 }
 
-// C[rows, lanes] = sum of products, stored.
+// Stores C[rows, lanes] = sum of products.
 template <int kN, int kProducts, typename Unit, typename Float = Accumulator<Unit>>
 inline void score_tile(Float* dst, int64_t rows, const TileProduct<Unit> (&products)[kProducts]) {
   constexpr int kStep = kLanes<Float>;
@@ -76,7 +76,7 @@ inline void score_tile(Float* dst, int64_t rows, const TileProduct<Unit> (&produ
       });
 }
 
-// dst = rescale * (dst - delta * other) + sum of products; `first`: dst = sum of products.
+// dst = rescale * (dst - delta * other) + sum of products; if `first`, dst = sum of products.
 template <int kN, bool kDelta, int kProducts, typename Unit, typename Float = Accumulator<Unit>>
 inline void output_tile(Float* dst, const Float* other, bool first, const Vec<Float> (&rescale)[kN],
                         const Vec<Float> (&delta)[kN], int64_t rows,
@@ -107,8 +107,8 @@ inline void output_tile(Float* dst, const Float* other, bool first, const Vec<Fl
       });
 }
 
-// o[x][lane] += weight[lane] values[x], for the values that are not finite and the lanes where
-// `seen` is not 0.
+// o[x][lane] += weight[lane] values[x] for the values that are not finite, in lanes with nonzero
+// `seen`.
 template <int kN, typename Unit, typename Float = Accumulator<Unit>>
 inline void add_spoiled_row(Float* o, const Unit* values, int64_t count,
                             const Vec<Float> (&weight)[kN], const Vec<Float> (&seen)[kN]) {
@@ -122,7 +122,7 @@ inline void add_spoiled_row(Float* o, const Unit* values, int64_t count,
   }
 }
 
-// Adds back the values that attention_hidden-inl.h zeroed, for the queries that weight them.
+// Adds back the values that attention_hidden-inl.h zeroed, for queries with a nonzero weight.
 template <int kN, typename Unit>
 __attribute__((noinline)) void add_spoiled(const AttentionParams& params,
                                            const AttentionBuffers<Unit>& w,
@@ -162,7 +162,7 @@ __attribute__((noinline)) void add_spoiled(const AttentionParams& params,
   }
 }
 
-// The tile loop: fills o, ot (unnormalised) and state. `place` names the panel's queries.
+// The tile loop: computes o, ot (unnormalised) and state. `place` gives the panel's queries.
 template <int kN, typename Unit>
 inline void attention_tiles(const AttentionParams& params, const AttentionBuffers<Unit>& buffers,
                             const Packer<Unit>& packer, const PanelShape& shape, TilePlace place,
@@ -176,7 +176,7 @@ inline void attention_tiles(const AttentionParams& params, const AttentionBuffer
   const int64_t rows = shape.value_rows;
   state.reset();
 
-  // Tiles of equal size, so that 276 keys are five tiles of 56 and not four of 64 and one of 20.
+  // Tiles of equal size: 276 keys are five tiles of 56, not four of 64 and one of 20.
   const int64_t begin = shape.keys.begin, end = shape.keys.end;
   const int64_t tiles = ceil_div(end - begin, kTileKeys);
   const int64_t step = tiles == 0 ? 0 : round_up(ceil_div(end - begin, tiles), kTileM);
@@ -230,11 +230,10 @@ inline void attention_tiles(const AttentionParams& params, const AttentionBuffer
   }
 }
 
-// Normalises o and ot (or null) in place and writes the rows' logarithms, and their tangents unless
-// lse_t is null:
+// Normalises o and ot (or null) in place and writes lse and, unless it is null, lse_t:
 //   out = O / l,  out_t = tO / l - (r / l) out,  lse = ln 2 (m + log2 l),  lse_t = p + r / l
-// (r is the remainder after the pivot p, which is already included in H.)
-// A row with l = 0 attended to nothing: it is all zero, and lse is -inf.
+// (r is the remainder after the pivot p, which is already included in H.) A row with l = 0 attended
+// to nothing: its results are zero, and lse is -inf.
 template <int kN, typename Float>
 inline void finish_panel(const RowState<kN, Float>& state, Float* o, Float* ot, int64_t rows,
                          Float* lse, Float* lse_t, int64_t queries) {

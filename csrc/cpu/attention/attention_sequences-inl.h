@@ -1,7 +1,7 @@
-// Packed sequences, one at a time: each is an attention problem of its own, on views of its rows.
+// Packed sequences, one at a time: each is a separate attention problem on views of its rows.
 //
-// The kernels distribute their work over all sequences at once, but the result for one is
-// bit-identical to that for the sequence alone.
+// Work is distributed over all sequences at once, but each result is bit-identical to that of the
+// sequence alone.
 #pragma once
 
 #include "cpu/common/simd-inl.h"
@@ -22,7 +22,7 @@ inline View4 skip_rows(View4 view, int64_t rows, DType dtype) {
   return view;
 }
 
-// A row statistic from row `rows` on.
+// Row statistics, starting at row `rows`.
 inline const void* skip_statistics(const void* data, int64_t rows, DType dtype) {
   if (data == nullptr) return data;
   return static_cast<const char*>(data) + rows * (dtype == DType::f64 ? 8 : 4);
@@ -31,7 +31,7 @@ inline void* skip_statistics(void* data, int64_t rows, DType dtype) {
   return const_cast<void*>(skip_statistics(static_cast<const void*>(data), rows, dtype));
 }
 
-// Elements of lse from one head to the next.
+// The stride of a head in lse, in elements.
 template <typename Params>
 inline int64_t lse_stride(const Params& params) {
   return params.lse_stride == 0 ? params.shape.queries : params.lse_stride;
@@ -62,7 +62,7 @@ inline void skip_to(AttentionBackwardParams& p, int64_t query, int64_t key) {
   p.grad_lse_t = skip_statistics(p.grad_lse_t, query, p.dtype);
 }
 
-// Problems that a call consists of: its sequences, or all samples as one.
+// The number of problems in a call: its sequences, or one that covers all samples.
 template <typename Params>
 inline int64_t problem_count(const Params& params) {
   return params.sequences.queries == nullptr ? 1 : params.sequences.count;
@@ -84,7 +84,7 @@ inline Params problem_of(const Params& params, int64_t index) {
 
 // ---- Windows ------------------------------------------------------------------------------------
 
-// Keys [begin, end) that any of the queries [first, last] sees; begin is a multiple of `align`.
+// Keys [begin, end) that any query in [first, last] sees; `begin` is rounded down to `align`.
 struct KeyRange {
   int64_t begin, end;
 };
@@ -95,7 +95,7 @@ inline KeyRange keys_in_window(const AttentionWindow& window, int64_t first, int
   return {begin / align * align, end};
 }
 
-// Whether the window hides some key of a tile from some query of it.
+// Whether the window hides some key of a tile from some query of the tile.
 template <typename Place>
 inline bool crosses_window(const AttentionWindow& window, const Place& place) {
   return place.key + place.keys - 1 > place.query + window.right ||

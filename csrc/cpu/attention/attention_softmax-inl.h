@@ -1,31 +1,31 @@
-// Online softmax of one score tile with its tangent, queries on the lanes.
+// Online softmax of one score tile and its tangent, with queries on the lanes.
 //
 // Per query (lane), before a tile: m = running maximum of the scores (log-2 units), p = pivot,
 //   l = sum P,   r = sum P (tS - p),   P = 2^(s - m).
-// The tangent of attention does not change when a constant is subtracted from a row of tS. p
-// follows the row's mean tangent, so that H = P o (tS - p) and r stay small and what cancels in (H
-// V) - r O cancels before it is rounded:
+// The tangent of attention is invariant to a constant subtracted from a row of tS. p tracks the
+// row's mean tangent, so H = P o (tS - p) and r stay small, and the cancellation in (H V) - r O
+// happens before rounding:
 //   rescale  a = 2^(m_old - m_new):  l *= a, r *= a                     (the caller rescales O, tO)
 //   delta  = (r + sum P (tS - p)) / (l + sum P)       unrounded P, this tile included
 //   p += delta,  r -= delta l                                           (the caller: tO -= delta O)
-//   l += sum round(P),  r += sum round(P o (tS - p))  the very numbers the products use
-// All sums run along keys, down the tile: every operation is one lane with itself.
+//   l += sum round(P),  r += sum round(P o (tS - p))  the rounded values that the products read
+// All sums run along keys, down the tile, independently in each lane.
 //
 // Cost per vector of scores: 2^x takes 8 instructions with AVX-512, the rest of the three sweeps
-// about 16, beside 6 D / kDepth for the products (192 in bf16 at D = 64). A tile and its tangent,
-// at most 24 KB, stay in the L1 cache from sweep to sweep.
+// about 16, against 6 D / kDepth for the products (192 in bf16 at D = 64). A tile and its tangent,
+// at most 24 KB, stay in the L1 cache between sweeps.
 #pragma once
 
 #include "cpu/attention/attention_mask-inl.h"
 
 namespace pmf::cpu::PMF_LEVEL {
 
-// Up to here a score's product with `factor` is rounded by at most 1/4, so it does not matter that
-// fma(s, factor, -m) sees the product as it was before m was rounded.
+// Up to this magnitude, rounding s * factor costs at most 1/4, so it is harmless that m was rounded
+// and the product in fma(s, factor, -m) is not.
 template <typename Float>
 constexpr Float kLargestUnrounded = sizeof(Float) == 4 ? Float(0x1p22) : Float(0x1p51);
 
-// Whether any lane of any vector is larger in magnitude.
+// Whether any lane of any vector exceeds `limit` in magnitude.
 template <int kN, typename Float>
 PMF_INLINE bool any_beyond(const Vec<Float> (&x)[kN], Float limit) {
   Vec<Float> largest = {};
@@ -37,7 +37,7 @@ PMF_INLINE bool any_beyond(const Vec<Float> (&x)[kN], Float limit) {
   return beyond;
 }
 
-// s *= factor, rounded: one score has one value from here on, whatever it is subtracted from.
+// s *= factor, rounded: from here on every use sees the same value of a score.
 template <int kN, typename Float>
 inline void scale_scores(Float* s, int64_t keys, Float factor) {
   for (int64_t i = 0; i < keys * kN; ++i) {
@@ -45,12 +45,12 @@ inline void scale_scores(Float* s, int64_t keys, Float factor) {
   }
 }
 
-// One panel's row statistics, kN vectors of lanes each.
+// Row statistics of a panel, kN vectors of lanes each.
 template <int kN, typename Float>
 struct RowState {
   Vec<Float> max[kN], sum[kN];        // m, l
   Vec<Float> tangent[kN], pivot[kN];  // r, p
-  // The rescaling that the caller applies to O and tO before adding this tile's products.
+  // How the caller rescales O and tO before adding this tile's products.
   Vec<Float> rescale[kN], delta[kN];
 
   void reset() {
@@ -61,7 +61,7 @@ struct RowState {
   }
 };
 
-// Writes a unit's worth (kDepth rows) of P or H and returns the rounded values' sum.
+// Writes one unit (kDepth rows) of P or H and returns the sum of the rounded values.
 template <typename Unit>
 struct UnitWriter {
   static PMF_INLINE Vec<Unit> write(Unit* dst, const Vec<Unit> (&rows)[1]) {
@@ -87,8 +87,8 @@ struct UnitWriter<bf16x2> {
 #endif
 
 // Turns scores s[key][lane] into p (units, kDepth keys deep) and, if kTangent, tangents ts into h.
-// s * factor is in log-2 units, ts * scale is tS. p may be s and h may be ts where a unit is a
-// Float.
+// s * factor is in log-2 units and ts * scale is tS. p may alias s, and h may alias ts, if a unit
+// is a Float.
 template <int kN, bool kTangent, typename Unit, typename Float = Accumulator<Unit>>
 inline void softmax_tile(RowState<kN, Float>& state, Float* s, Float* ts, Unit* p, Unit* h,
                          int64_t keys, Float factor, Float scale) {
@@ -96,14 +96,14 @@ inline void softmax_tile(RowState<kN, Float>& state, Float* s, Float* ts, Unit* 
   constexpr int kLanesW = kN * kStep;
   constexpr int kDepth = UnitTraits<Unit>::kDepth;
 
-  // Maximum. `max` takes its second argument where a score is NaN: m never is, the row's P will be.
+  // Maximum. If a score is NaN, `max` returns its second argument: m is never NaN, the row's P is.
   Vec<Float> top[kN];
   PMF_UNROLL for (int j = 0; j < kN; ++j) top[j] = splat(-kInfinity<Float>);
   for (int64_t i = 0; i < keys; ++i) {
     PMF_UNROLL for (int j = 0; j < kN; ++j) top[j] = max(load(s + i * kLanesW + j * kStep), top[j]);
   }
   PMF_UNROLL for (int j = 0; j < kN; ++j) top[j] = top[j] * factor;
-  // Scores beyond 4 million (a diverging model): half a spacing of m is then a large exponent.
+  // Scores beyond 4 million (a diverging model): half an ulp of m is a large exponent.
   if (factor != Float(1) && any_beyond(top, kLargestUnrounded<Float>)) {
     scale_scores<kN>(s, keys, factor);
     factor = 1;
@@ -111,14 +111,14 @@ inline void softmax_tile(RowState<kN, Float>& state, Float* s, Float* ts, Unit* 
   Vec<Float> m[kN], sum_p[kN], sum_h[kN];
   PMF_UNROLL for (int j = 0; j < kN; ++j) {
     const Vec<Float> now = max(top[j], state.max[j]);
-    // A row that has attended nothing yet has m = -inf; 0 in its place keeps -inf - m = -inf.
+    // A row that has attended nothing yet has m = -inf; using 0 instead keeps -inf - m = -inf.
     m[j] = now == -kInfinity<Float> ? Vec<Float>{} : now;
     state.rescale[j] = exp2(state.max[j] - m[j]);
     state.max[j] = now;
     sum_p[j] = sum_h[j] = Vec<Float>{};
   }
 
-  // P, unrounded, and the sums that place the pivot.
+  // Unrounded P, and the sums that determine the pivot.
   for (int64_t i = 0; i < keys; ++i) {
     PMF_UNROLL for (int j = 0; j < kN; ++j) {
       const int64_t at = i * kLanesW + j * kStep;
@@ -143,8 +143,8 @@ inline void softmax_tile(RowState<kN, Float>& state, Float* s, Float* ts, Unit* 
     }
   }
 
-  // Round P and H into units; l and r add what was stored. P that is not rounded stays where it is,
-  // and its sum is known: out is then bitwise the same with and without tangents.
+  // Rounds P and H to units; l and r add the stored values. P in full precision stays in place and
+  // its sum is known, so that out is bitwise the same with and without tangents.
   constexpr bool kRounds = kDepth > 1;
   if constexpr (!kRounds) {
     PMF_UNROLL for (int j = 0; j < kN; ++j) sum[j] = fma(state.sum[j], state.rescale[j], sum_p[j]);

@@ -1,4 +1,4 @@
-// The division of the attention kernels' scratch memory.
+// Layout of the attention kernels' scratch memory.
 #pragma once
 
 #include "cpu/common/tile_gemm-inl.h"

@@ -1,4 +1,4 @@
-// Introspection of the library. Compiled once, with the baseline flags.
+// Introspection of the library. Compiled once, for the baseline instruction set.
 #include "pmf/introspection.h"
 
 #include <initializer_list>
@@ -9,8 +9,8 @@
 namespace pmf {
 namespace {
 
-// Tile products per pair of a query and a key: those over the width of queries and keys, and those
-// over the width of values. The formulas are at the top of attention.h and attention_backward.h.
+// Tile products per query-key pair: those over the width of queries and keys, and those over the
+// width of values. The formulas are at the top of attention.h and attention_backward.h.
 struct Products {
   int width, value_width;
 };
@@ -20,7 +20,7 @@ Products products(Pass pass, bool tangent) {
   return tangent ? Products{9, 6} : Products{3, 2};
 }
 
-// Any address: workspace queries only test whether an operand is present.
+// Sets a placeholder address: workspace queries only test whether an operand is present.
 template <class View>
 void present(View& view) {
   static char anything;

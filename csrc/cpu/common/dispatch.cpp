@@ -1,4 +1,4 @@
-// The kernels' instruction-set level. Compiled once, with the baseline flags.
+// Selects the kernels' instruction-set level. Compiled once, for the baseline instruction set.
 #include "cpu/common/dispatch.h"
 
 #include <atomic>
@@ -16,7 +16,7 @@ std::atomic<int> chosen{kUnset};
 
 int detect() {
 #if PMF_X86
-  // __builtin_cpu_supports also asks whether the operating system saves the wide registers.
+  // __builtin_cpu_supports also checks that the operating system saves the wide registers.
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
@@ -36,7 +36,7 @@ int best() {
   return value;
 }
 
-// The level called `name` if this processor has it, else kUnset.
+// The level called `name` if this processor supports it, otherwise kUnset.
 int find(const char* name) {
   for (int i = 0; i < kLevels; ++i) {
     if (std::strcmp(name, kNames[i]) == 0) return i <= best() ? i : kUnset;

@@ -1,9 +1,9 @@
-// One kernel source, several instruction sets, one choice at run time.
+// One kernel source compiled for several instruction sets, selected at run time.
 //
 // CMake compiles every kernel file of csrc/cpu once per level with
 //   -DPMF_LEVEL=portable | avx2 | avx512 | avx512_bf16
-// and that level's machine flags; the file puts all it defines into namespace pmf::cpu::PMF_LEVEL,
-// and so do the headers whose names end in -inl.h. Its last lines name the entry points:
+// and that level's machine flags. All definitions of the file, and those of headers named *-inl.h,
+// are in namespace pmf::cpu::PMF_LEVEL. The file ends by naming its entry points:
 //   PMF_DISPATCH(void, rms_norm, (const RmsNormParams& params, const ParallelFor& parallel),
 //                (params, parallel))
 // which defines pmf::cpu::rms_norm (once, in the portable copy) as a jump to the current level.
@@ -26,15 +26,15 @@ namespace pmf::cpu {
 enum class Level : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
 constexpr int kLevels = PMF_X86 ? 4 : 1;
 
-// The level kernels run at: set_level()'s choice, else the environment variable PMF_CPU_LEVEL, else
-// the best the processor has. A level the processor lacks, or an unknown name, is never chosen.
+// The level that kernels run at: set_level()'s choice, else the environment variable PMF_CPU_LEVEL,
+// else the processor's best. Unsupported levels and unknown names are never chosen.
 Level level();
 
 // The best level this processor (and its operating system) supports.
 Level best_level();
 
-// Returns true and takes effect from the next call if `name` is a level this processor supports; ""
-// or "auto" goes back to the default. False, and nothing changes, otherwise.
+// If `name` is a level that this processor supports, or "" or "auto" for the default, selects it
+// from the next call on and returns true; otherwise changes nothing and returns false.
 bool set_level(const char* name);
 
 const char* level_name(Level level);

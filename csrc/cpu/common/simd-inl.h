@@ -1,12 +1,12 @@
-// Vectors of the current level, written once.
+// SIMD vectors for the current level, written once.
 //
-// GCC and clang vector extensions carry most of it: Vec<float> is as wide as the level's registers
-// (16 bytes portable, 32 AVX2, 64 AVX-512) and + - * / & | << compile to the right instruction.
-// Intrinsics are used only where the language has no operator: fused multiply-add, max, floor, the
-// exponent trick of exp2, and conversions from and to 16-bit floats.
+// GCC and clang vector extensions do most of the work: Vec<float> is as wide as the level's
+// registers (16 bytes portable, 32 AVX2, 64 AVX-512), and + - * / & | << compile to the right
+// instructions. Intrinsics are used only if the language has no operator: fused multiply-add, max,
+// floor, the exponent trick of exp2, and conversions to and from 16-bit floats.
 //
-// Everything lives in the level's namespace and is forced inline, so that no AVX-512 copy of a
-// function can be linked into a portable caller.
+// Everything is in the level's namespace and forced inline, so that no AVX-512 copy of a function
+// can be linked into a portable caller.
 #pragma once
 
 #include <cstdint>
@@ -49,26 +49,25 @@ constexpr bool kHasBf16Dot = false;
 template <typename T, int kBytes = kVecBytes>
 struct VecType {
   typedef T type __attribute__((vector_size(kBytes)));
-  // The same without alignment, for pointers into tensors.
+  // The same type without alignment, for pointers into tensors.
   typedef T unaligned __attribute__((vector_size(kBytes), aligned(alignof(T)), may_alias));
 };
 template <typename T>
 using Vec = typename VecType<T>::type;
-// Lanes as integers, for shuffles.
+// Integer lanes, for shuffles.
 template <typename T>
 using IndexVec = decltype(Vec<T>{} == Vec<T>{});
 template <typename T>
 constexpr int kLanes = kVecBytes / static_cast<int>(sizeof(T));
 
-// 16-bit floats are storage only; arithmetic happens after widening.
+// 16-bit floats are for storage only; arithmetic happens after widening.
 struct bf16 {
   uint16_t bits;
 };
 struct f16 {
   uint16_t bits;
 };
-// Two bf16 that a vdpbf16ps lane multiplies and adds together; the lower half comes first in
-// memory.
+// Two bf16 that one vdpbf16ps lane multiplies and adds; the lower half comes first in memory.
 struct bf16x2 {
   uint32_t bits;
 };
@@ -124,7 +123,7 @@ PMF_INLINE Vec<double> shuffle(Vec<double> a, Vec<double> b) {
 
 // ---- Arithmetic without an operator -------------------------------------------------------------
 
-// a * b + c, rounded once where the level has FMA.
+// a * b + c, rounded once if the level has FMA.
 PMF_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
 #if defined(__AVX512F__)
   return _mm512_fmadd_ps(a, b, c);
@@ -144,7 +143,7 @@ PMF_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
 #endif
 }
 
-// a > b ? a : b: the second argument where either is NaN.
+// a > b ? a : b, so the second argument if either is NaN.
 PMF_INLINE Vec<float> max(Vec<float> a, Vec<float> b) {
 #if defined(__AVX512F__)
   return _mm512_max_ps(a, b);
@@ -164,8 +163,7 @@ PMF_INLINE Vec<double> max(Vec<double> a, Vec<double> b) {
 #endif
 }
 
-// acc + lo(a) lo(b) + hi(a) hi(b) in every lane. Denormals count as zero, as the instruction has
-// it.
+// acc + lo(a) lo(b) + hi(a) hi(b) in every lane. The instruction treats denormals as zero.
 #if defined(__AVX512BF16__)
 PMF_INLINE Vec<float> dot2(Vec<float> acc, Vec<uint32_t> a, Vec<uint32_t> b) {
   return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
@@ -174,8 +172,8 @@ PMF_INLINE Vec<float> dot2(Vec<float> acc, Vec<uint32_t> a, Vec<uint32_t> b) {
 
 // ---- exp2 ---------------------------------------------------------------------------------------
 
-// 2^x for x <= 128, relative error 1e-7 (a minimax polynomial of the fraction, exact at x = 0);
-// results under 2^-126 may be 0; -inf gives 0, NaN stays NaN.
+// 2^x for x <= 128, relative error 1e-7 (a minimax polynomial of the fraction, exact at x = 0).
+// Results below 2^-126 may be 0; -inf gives 0, NaN stays NaN.
 PMF_INLINE Vec<float> exp2(Vec<float> x) {
   constexpr float kC[] = {1.0f,          0.69314704f,   0.24022930f,   0.055485280f,
                           0.0096754517f, 0.0012467845f, 0.00021612919f};
@@ -183,8 +181,8 @@ PMF_INLINE Vec<float> exp2(Vec<float> x) {
   // f = x - floor(x), in one instruction; scalef multiplies by 2^floor(x), also in one.
   const Vec<float> f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 #else
-  // Adding 1.5 * 2^23 leaves an integer in the low bits; x - 1/2 rounds to floor(x) or, where x is
-  // an integer, perhaps to x - 1, whose fraction of 1 the polynomial also takes.
+  // Adding 1.5 * 2^23 leaves an integer in the low bits. x - 1/2 rounds to floor(x) or, if x is an
+  // integer, possibly to x - 1, which gives a fraction of 1 that the polynomial also handles.
   constexpr float kMagic = 12582912.0f;
   x = x < -127.0f ? splat(-127.0f) : x;
   const Vec<float> shifted = (x - 0.5f) + kMagic;
@@ -196,7 +194,7 @@ PMF_INLINE Vec<float> exp2(Vec<float> x) {
   return _mm512_scalef_ps(p, x);
 #else
   const Vec<int32_t> exponent = (Vec<int32_t>)shifted + (127 - 0x4B400000);
-  const Vec<int32_t> flushed = exponent > 0;  // 2^-127 and less: zero
+  const Vec<int32_t> flushed = exponent > 0;  // 2^-127 and below become zero
   return p * (Vec<float>)((exponent << 23) & flushed);
 #endif
 }
@@ -231,7 +229,7 @@ PMF_INLINE Vec<double> exp2(Vec<double> x) {
   return p * (Vec<double>)((exponent << 52) & flushed);
 }
 
-// ---- 16-bit floats, one at a time ---------------------------------------------------------------
+// ---- scalar conversions of 16-bit floats --------------------------------------------------------
 
 PMF_INLINE float to_float(float x) { return x; }
 PMF_INLINE double to_float(double x) { return x; }
@@ -242,8 +240,8 @@ PMF_INLINE float to_float(bf16 x) {
   return y;
 }
 PMF_INLINE float to_float(f16 x) {
-  // Place exponent and mantissa under a float's, then multiply by 2^112 to move the bias from 15 to
-  // 127; denormals come out right by themselves, infinities and NaNs need their exponent back.
+  // Moves exponent and mantissa to a float's position, then multiplies by 2^112 to change the bias
+  // from 15 to 127. Denormals come out right; infinities and NaNs need their exponent restored.
   const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
   float y;
   std::memcpy(&y, &magnitude, sizeof y);
@@ -294,14 +292,14 @@ PMF_INLINE f16 from_float<f16>(float x) {
   return f16{static_cast<uint16_t>(sign | ((bits - 0x38000000u) >> 13))};
 }
 
-// ---- 16-bit floats, a vector at a time ----------------------------------------------------------
+// ---- vector conversions of 16-bit floats --------------------------------------------------------
 
 using VecHalf = VecType<uint16_t, kVecBytes / 2>::type;  // as many 16-bit lanes as Vec<float> has
 using VecHalfUnaligned = VecType<uint16_t, kVecBytes / 2>::unaligned;
 
 PMF_INLINE Vec<float> load_float(const float* p) { return load(p); }
 PMF_INLINE Vec<float> load_float(const bf16* p) {
-  // Widening is one instruction; GCC 12 makes five of __builtin_convertvector.
+  // Widening takes one instruction; GCC 12 emits five for __builtin_convertvector.
 #if defined(__AVX512F__)
   const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return (Vec<float>)((Vec<uint32_t>)_mm512_cvtepu16_epi32(h) << 16);
@@ -325,7 +323,7 @@ PMF_INLINE Vec<float> load_float(const f16* p) {
 #endif
 }
 
-// fp32 to bf16 in the lower half of each lane, nearest even.
+// Rounds fp32 to bf16, to nearest even, in the lower half of each lane.
 PMF_INLINE Vec<uint32_t> round_bf16(Vec<float> x) {
   const Vec<uint32_t> bits = (Vec<uint32_t>)x;
   const Vec<uint32_t> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -353,7 +351,7 @@ PMF_INLINE void store_float(f16* p, Vec<float> v) {
 #endif
 }
 
-// The first n < kLanes elements; lanes past them are zero, memory past them is not touched.
+// The first n < kLanes elements; the other lanes are zero, and memory past n is not accessed.
 template <typename T>
 PMF_INLINE Vec<float> load_float_n(const T* p, int64_t n) {
   alignas(kVecBytes) T buffer[kLanes<float>] = {};

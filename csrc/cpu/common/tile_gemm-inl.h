@@ -1,13 +1,13 @@
-// The matrix product inside a tile: C[rows, kN] = init + sum_p A_p[rows, depth] B_p[depth, kN].
+// The matrix product within a tile: C[rows, kN] = init + sum_p A_p[rows, depth] B_p[depth, kN].
 //
-// One step of the inner loop broadcasts kM elements of A and loads kN vectors of B, and makes kM kN
+// One step of the inner loop broadcasts kM elements of A, loads kN vectors of B and performs kM kN
 // fused multiply-adds into accumulators that stay in registers. With AVX-512 (32 registers; two
-// FMAs and two loads a cycle on the widest cores) 8 x 3 needs 11 loads for 24 FMAs: 5.5 cycles of
-// loads under 12 of arithmetic, and 24 independent chains, two started a cycle, cover an FMA
+// FMAs and two loads per cycle on the widest cores) 8 x 3 needs 11 loads for 24 FMAs: 5.5 cycles of
+// loads against 12 of arithmetic, and 24 independent chains, two started per cycle, hide an FMA
 // latency of 12. With AVX2 (16 registers) 4 x 3 fills them exactly.
 //
 // A is read one element at a time, so it may have any row and depth stride. B is packed: the kN
-// vectors of one depth step lie side by side, steps `b_stride` units apart.
+// vectors of a depth step are contiguous, and steps are `b_stride` units apart.
 //
 // A "unit" is what one lane multiplies in one step: a float, a double, or a pair of bf16 that are
 // neighbours along depth (bf16x2; depth then counts pairs). Accumulation is in Accumulator<Unit>.
@@ -23,7 +23,7 @@ constexpr int kTileM = 8, kTileN = 3;
 #elif defined(__AVX2__)
 constexpr int kTileM = 4, kTileN = 3;
 #else
-constexpr int kTileM = 4, kTileN = 2;  // SSE2 has no FMA: the product needs a register of its own
+constexpr int kTileM = 4, kTileN = 2;  // SSE2 has no FMA: a product needs its own register
 #endif
 
 template <typename Unit>
@@ -57,8 +57,7 @@ struct UnitTraits<bf16x2> {
 template <typename Unit>
 using Accumulator = typename UnitTraits<Unit>::Accumulator;
 
-// One product A B of a sum of products: element (i, k) of A is a[i * row_stride + k *
-// depth_stride].
+// One term A B of a sum of products; element (i, k) of A is a[i * row_stride + k * depth_stride].
 template <typename Unit>
 struct TileProduct {
   const Unit* a;
@@ -88,8 +87,8 @@ PMF_INLINE void accumulate(Vec<Accumulator<Unit>> (&c)[kM][kN], const TileProduc
   }
 }
 
-// Rows in steps of kM; `rows` is rounded up, so A needs kM - 1 readable rows past the last and
-// init and finish see them too.
+// Processes rows in steps of kM; `rows` is rounded up, so A needs kM - 1 readable rows past the
+// last, and init and finish are called for them too.
 //   init(c, row):   c[i][j] = starting value of row + i, vector j
 //   finish(c, row): store them
 template <int kM, int kN, int kProducts, typename Unit, typename Init, typename Finish>

@@ -1,4 +1,4 @@
-// RMSNorm of one row, optionally followed by a rotation: shared by rms_norm and rotary_qk_norm.
+// RMSNorm of one row with an optional rotation after it; shared by rms_norm and rotary_qk_norm.
 //
 // The mathematics is in pmf/rms_norm.h. Each function makes two passes over its row: one for the
 // sums, one for the results. The row is read from memory by the first and from cache by the second.

@@ -1,8 +1,8 @@
-// RMSNorm on the CPU. The mathematics is in pmf/rms_norm.h, the work on a row in norm.h.
+// RMSNorm on the CPU. The mathematics is in pmf/rms_norm.h, the per-row computation in norm-inl.h.
 //
-// In units of one [rows, W] tensor the forward moves 2, its tangent 2 more, the backward 3 or 6;
-// copy bandwidth is the bound. The weight's gradient adds runs of rows into fp32 vectors that stay
-// in the L1 cache, then the runs in order (RowSums): the same bits for any thread count.
+// In units of one [rows, W] tensor, the forward moves 2, its tangent 2 more, the backward 3 or 6;
+// copy bandwidth is the bound. The weight's gradient sums runs of rows into fp32 vectors that stay
+// in the L1 cache, then the runs in order (RowSums): bitwise the same for any number of threads.
 #include "pmf/rms_norm.h"
 
 #include "cpu/rows/norm-inl.h"

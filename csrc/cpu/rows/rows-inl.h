@@ -1,8 +1,8 @@
 // Loops over rows and over the vectors of a row, shared by the elementwise kernels.
 //
-// A kernel writes one lambda for a vector's worth of elements; for_vectors() runs it over a row,
-// the last, incomplete vector included. These kernels are memory-bound: what matters is that
-// every operand is read once per row and that sums have enough independent accumulators.
+// A kernel is one lambda that processes a vector; for_vectors() runs it over a row, including the
+// incomplete last vector. These kernels are memory-bound: what matters is that every operand is
+// read once per row and that sums have enough independent accumulators.
 #pragma once
 
 #include "cpu/common/simd-inl.h"
@@ -12,7 +12,7 @@ namespace pmf::cpu::PMF_LEVEL {
 
 #define PMF_ALWAYS __attribute__((always_inline))
 
-// What T is computed in.
+// The type in which T is computed.
 template <typename T>
 struct AccumulateIn {
   using type = float;
@@ -26,7 +26,7 @@ using Acc = typename AccumulateIn<T>::type;
 template <typename T>
 constexpr int kStep = kLanes<Acc<T>>;  // elements of T per vector
 
-// How many elements of a vector exist: all, or the first n.
+// How many elements a vector has: all, or the first n.
 struct Whole {};
 struct Part {
   int64_t n;
@@ -54,9 +54,9 @@ PMF_INLINE void put(T* p, Vec<Acc<T>> v, Part part) {
   for (int64_t i = 0; i < part.n; ++i) p[i] = buffer[i];
 }
 
-constexpr int kSlots = 4;  // independent accumulators: hides the latency of an FMA
+constexpr int kSlots = 4;  // independent accumulators, to hide the FMA latency
 
-// body(i, part, slot) for i = 0, step, 2 step, ... < width; slot cycles through 0 .. kSlots - 1.
+// Calls body(i, part, slot) for i = 0, step, 2 step, ... < width; slot cycles through [0, kSlots).
 template <typename T, typename Body>
 PMF_INLINE void for_vectors(int64_t width, Body body) {
   constexpr int64_t kBlock = kSlots * kStep<T>;
@@ -68,7 +68,7 @@ PMF_INLINE void for_vectors(int64_t width, Body body) {
   if (i < width) body(i, Part{width - i}, 0);
 }
 
-// The sum of a vector's lanes, by halves: a fixed tree, in registers.
+// Sums a vector's lanes by halves, a fixed tree in registers.
 template <typename A, int kBytes>
 PMF_INLINE A sum_lanes(typename VecType<A, kBytes>::type v) {
   if constexpr (kBytes == sizeof(A)) {
@@ -97,7 +97,7 @@ PMF_INLINE double root(double x) { return __builtin_sqrt(x); }
 
 // ---- Rows ---------------------------------------------------------------------------------------
 
-// The location of row `row`; next() is cheaper than a new cursor.
+// The position of row `row`; next() is cheaper than a new cursor.
 struct Cursor {
   const RowShape& shape;
   int64_t index[kMaxLeading];
@@ -131,7 +131,7 @@ struct Cursor {
 
 // ---- Threads ------------------------------------------------------------------------------------
 
-// body(first, last) on disjoint ranges that cover [0, count).
+// Calls body(first, last) on disjoint ranges that cover [0, count).
 template <typename Body>
 PMF_INLINE void parallel_ranges(const ParallelFor& parallel, int64_t count, int64_t grain,
                                 const Body& body) {
@@ -141,13 +141,13 @@ PMF_INLINE void parallel_ranges(const ParallelFor& parallel, int64_t count, int6
       const_cast<Body*>(&body));
 }
 
-// Rows per thread that justify starting it: about 32 thousand elements.
+// Fewest rows worth a thread: about 32 thousand elements.
 PMF_INLINE int64_t row_grain(int64_t width) {
   constexpr int64_t kElements = 32768;
   return max64(1, kElements / max64(1, width));
 }
 
-// body(cursor) for every row.
+// Calls body(cursor) for every row.
 template <typename Body>
 PMF_INLINE void for_rows(const RowShape& shape, const ParallelFor& parallel, const Body& body) {
   parallel_ranges(parallel, shape.rows(), row_grain(shape.width), [&](int64_t begin, int64_t end) {
@@ -158,14 +158,14 @@ PMF_INLINE void for_rows(const RowShape& shape, const ParallelFor& parallel, con
 
 // ---- Sums over rows -----------------------------------------------------------------------------
 
-// acc += a b, acc being one vector of a run's sums (padded, so whole vectors are always there).
+// acc += a b for one vector of a run's sums, which are padded to whole vectors.
 template <typename A>
 PMF_INLINE void accumulate(A* acc, Vec<A> a, Vec<A> b) {
   store(acc, fma(a, b, load(acc)));
 }
 
-// Calls body(run's first row, last row, its vectors) for every run of every group of `rows` rows,
-// each run having `kinds` zeroed vectors of sums.pitch accumulators next to each other.
+// Calls body(first row, end row, vectors) for every run of every group of `rows` rows. Each run has
+// `kinds` contiguous, zeroed vectors of sums.pitch accumulators.
 template <typename A, typename Body>
 PMF_INLINE void for_runs(const RowSums& sums, int64_t groups, int64_t rows, int kinds,
                          void* workspace, const ParallelFor& parallel, const Body& body) {
@@ -179,7 +179,7 @@ PMF_INLINE void for_runs(const RowSums& sums, int64_t groups, int64_t rows, int 
   });
 }
 
-// out[group, i] = sum over the group's runs, in order, of the vectors of one kind.
+// out[group, i] = the sum over the group's runs, in order, of the vectors of kind `kind`.
 template <typename T>
 PMF_INLINE void add_runs(const RowSums& sums, int64_t groups, int64_t width, int kinds, int kind,
                          const void* workspace, void* out, const ParallelFor& parallel) {
@@ -208,7 +208,7 @@ struct Type {
   using type = T;
 };
 
-// body(Type<T>{}) for the T that `dtype` names.
+// Calls body(Type<T>{}) with the T that `dtype` names.
 template <typename Body>
 PMF_INLINE void with_type(DType dtype, const Body& body) {
   switch (dtype) {

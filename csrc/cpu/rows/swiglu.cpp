@@ -1,8 +1,8 @@
 // silu(gate) up on the CPU. The mathematics is in pmf/swiglu.h.
 //
-// One row at a time, every operand read once. In units of one [rows, W] tensor the forward moves 3,
-// its tangent 3 more, the backward 5 or 10; an element costs one exponential (a polynomial), one
-// division and a few multiplications, which hide behind memory in fp32. Rounded once, at the store.
+// Reads every operand once, row by row. In units of one [rows, W] tensor, the forward moves 3, its
+// tangent 3 more, the backward 5 or 10. An element costs one exponential (a polynomial), one
+// division and a few multiplications, hidden by memory traffic in fp32. Rounded once, at the store.
 #include "pmf/swiglu.h"
 
 #include "cpu/rows/rows-inl.h"
