@@ -1,5 +1,5 @@
-// As much of the CUDA runtime as csrc/cuda/common/device.cu asks: what a device and its driver are,
-// which a test may set (tests/helpers/emulator.py).
+// The subset of the CUDA runtime that csrc/cuda/common/device.cu uses to query a device and its
+// driver, whose properties tests can set (tests/helpers/emulator.py).
 #pragma once
 
 #include "emulator/device.h"

@@ -1,5 +1,5 @@
-// What tests call by ctypes: the order of warps, the number of launches, and memory for kernels
-// that no op calls.
+// The interface for tests, called through ctypes: the order of warps, the number of launches, and
+// memory for kernels that no op calls.
 #include "memory.h"
 #include "sums.h"
 
@@ -21,7 +21,7 @@ PMF_EXPORT void pmf_emulator_tensor_cores(int fraction_bits, int blocks) {
   tensor_cores = {fraction_bits, blocks};
 }
 
-// Another seed is another order of warps and blocks.
+// Each seed gives a different order of warps and blocks.
 PMF_EXPORT void pmf_emulator_seed(uint64_t seed) { machine.seed(seed); }
 
 PMF_EXPORT int64_t pmf_emulator_launches() { return machine.launches; }

@@ -1,4 +1,4 @@
-// The runtime as kernels see it: who they are, what lanes do together, asynchronous copies.
+// The runtime's device functions: thread position, warp collectives, asynchronous copies.
 #include <algorithm>
 #include <cstring>
 #include <mutex>
@@ -11,10 +11,10 @@ namespace {
 
 constexpr int kVectorBytes = 16;
 
-// For messages: where in the kernel this was called from.
+// Records the call's position in the kernel, for messages.
 #define PMF_HERE machine.called_from(__builtin_return_address(0))
 
-// Into which lane of the warp a shuffle looks.
+// The lane that a shuffle reads from.
 int source_lane(Shuffle how, int lane, int amount) {
   switch (how) {
     case Shuffle::exclusive_or:
@@ -35,7 +35,7 @@ Index block_size() { return machine.launch.block; }
 Index grid_size() { return machine.launch.grid; }
 unsigned char* shared_memory() { return memory.shared(); }
 
-// ---- together -----------------------------------------------------------------------------------
+// ---- warp and block collectives -----------------------------------------------------------------
 
 uint64_t shuffle(Shuffle how, uint64_t bits, int amount) {
   PMF_HERE;

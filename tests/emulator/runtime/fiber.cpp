@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <stdexcept>
 
-// What a called function must preserve lies on the stack that is left, its position in *rdi.
+// Saves callee-saved registers on the current stack and its stack pointer in *rdi.
 asm(R"(
 .text
 .globl pmf_switch_stack
@@ -44,7 +44,7 @@ Stacks::~Stacks() { munmap(memory_, bytes_); }
 
 void* Stacks::fresh(int i, void (*entry)()) const {
   constexpr int kSavedRegisters = 6;
-  // After `ret` has taken the entry, the stack looks as if the entry had been called.
+  // After `ret` pops `entry`, the stack looks as if `entry` had been called.
   auto* top = reinterpret_cast<uint64_t*>(lowest(i) + kStackBytes);
   *--top = 0;
   *--top = reinterpret_cast<uint64_t>(entry);

@@ -1,14 +1,14 @@
-// Fibers: stacks that one processor thread switches between. x86-64, System V.
+// Fibers: stacks between which a single host thread switches. x86-64, System V ABI.
 #pragma once
 
 #include <cstddef>
 
 namespace pmf::emulator {
 
-// Saves where this stack is in *from and goes on with `to`, on its own stack.
+// Saves the current stack's position in *from and continues with `to`, on its stack.
 extern "C" void pmf_switch_stack(void** from, void* to);
 
-// Stacks of kStackBytes each, with a page between them that must not be touched.
+// Stacks of kStackBytes each, separated by guard pages.
 class Stacks {
  public:
   static constexpr size_t kStackBytes = 128 * 1024;
@@ -19,7 +19,7 @@ class Stacks {
 
   char* lowest(int i) const { return memory_ + i * kStep + kGuardBytes; }
 
-  // A position from which pmf_switch_stack() enters `entry`, which must never return.
+  // A position at which pmf_switch_stack() enters `entry`, which must never return.
   void* fresh(int i, void (*entry)()) const;
 
  private:

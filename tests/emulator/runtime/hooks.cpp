@@ -1,5 +1,5 @@
-// What g++ -fsanitize=thread calls before every access to memory, without the sanitizer's own
-// runtime.
+// The functions that g++ -fsanitize=thread calls before every memory access, in place of the
+// sanitizer's runtime.
 #include "machine.h"
 #include "memory.h"
 
@@ -10,10 +10,10 @@ using pmf::emulator::check_alignment;
 using pmf::emulator::machine;
 using pmf::emulator::memory;
 
-// `alignment`: what the type that is accessed has, and a device needs.
+// `alignment`: that of the accessed type, which a device requires.
 inline void access(const void* address, size_t bytes, size_t alignment, Access kind,
                    const void* place) {
-  if (machine.lane == nullptr) return;  // the host's own
+  if (machine.lane == nullptr) return;  // an access by the host
   machine.place = place;
   check_alignment(address, alignment, kind == Access::read ? "a load" : "a store");
   memory.access(address, bytes, kind);

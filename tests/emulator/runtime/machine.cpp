@@ -127,7 +127,7 @@ void Machine::arrive(Together kind, int option) {
   lane->waits = true;
 }
 
-// Goes on with a lane that has not yet come to where the others wait.
+// Resumes a lane that has not yet reached the point where the others wait.
 void Machine::next_lane() {
   Warp& w = *warp;
   if (w.done == w.count) return to_host();
@@ -136,7 +136,7 @@ void Machine::next_lane() {
          std::to_string(w.done) + " of " + std::to_string(w.count) + " have ended");
   }
   Lane* const next = runnable(w, static_cast<int>(lane - w.lanes) + 1);
-  if (next == nullptr) return to_host();  // those that are left wait for phases of mbarriers
+  if (next == nullptr) return to_host();  // the remaining lanes wait for phases of mbarriers
   resume(*next);
 }
 
@@ -187,7 +187,7 @@ void Machine::barrier(int id, int threads, bool waits) {
     }
     b = {};
   });
-  while (warp->at_barrier) yield();  // the lane that came last; the others run after it
+  while (warp->at_barrier) yield();  // only the last lane to arrive; the others run after it
 }
 
 // ---- blocks -------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-// The machine: one block at a time, its warps in random order, its threads as fibers.
+// The machine: runs one block at a time, with warps in random order and threads as fibers.
 #pragma once
 
 #include <string>
@@ -10,11 +10,11 @@
 namespace pmf::emulator {
 
 constexpr int kLanes = 32, kMaxThreads = 1024, kMaxWarps = kMaxThreads / kLanes;
-// What others wait for: warps, and the copies that each mbarrier counts, which have numbers of
-// threads as if they were warps.
+// Agents that others wait for: warps, and the copies counted by each mbarrier, which get thread
+// numbers as if they were warps.
 constexpr int kMaxBarriers = 64, kAgents = kMaxWarps + kMaxBarriers;
 
-// What all lanes of a warp do together.
+// Operations that all lanes of a warp execute together.
 enum class Together {
   shuffle,
   ballot,
@@ -31,7 +31,7 @@ enum class Together {
   wgmma_wait,
 };
 
-// A clock of each agent: what it did until then is known.
+// A vector clock: actions of each agent up to this time are known.
 struct Knowledge {
   uint32_t of[kAgents] = {};
 
@@ -40,7 +40,7 @@ struct Knowledge {
   }
 };
 
-// An asynchronous copy that this thread has issued and not waited for.
+// An asynchronous copy that this thread has issued and not yet waited for.
 struct Copy {
   void* to;
   const void* from;
@@ -48,30 +48,30 @@ struct Copy {
   int64_t group;
 };
 
-// Registers, an array on a thread's stack, that belong to a product under way (hopper.h).
+// Registers (an array on a thread's stack) that belong to a pending product (hopper.h).
 struct Held {
   char* begin;
   size_t bytes;
-  bool sums;  // not even to be read
+  bool sums;  // must not be read either
   int chain;
 };
 
 struct Lane {
-  void* stack = nullptr;  // where it goes on
+  void* stack = nullptr;  // where it resumes
   char* lowest = nullptr;
   Index index = {};
-  int number = 0;  // in its block
+  int number = 0;  // index in its block
   bool waits = false, done = false;
-  uint32_t mbarrier = 0, parity = 0;  // what it waits for by itself
+  uint32_t mbarrier = 0, parity = 0;  // mbarrier that this lane alone waits for
   std::vector<Copy> copies;
-  int64_t group = 0;  // of copies, now open
+  int64_t group = 0;  // number of the open group of copies
   std::vector<Held> held;
   uint32_t proxy_fences = 0;
-  // What it has waited for at mbarriers, and the other lanes perhaps not: until they synchronise.
+  // What this lane, but perhaps no other, has waited for at mbarriers, until the warp synchronises.
   bool has_acquired = false;
   Knowledge acquired;
 
-  // Operands of what it waits for, and the result.
+  // Operands of the operation that it waits for, and the result.
   const void* row = nullptr;
   uint64_t bits = 0, result = 0;
   Word4 a = {}, matrices = {};
@@ -80,21 +80,21 @@ struct Lane {
   const uint32_t* factor = nullptr;
 };
 
-// Logical clocks decide what is ordered (Lamport 1978; vector clocks per warp as in Fidge and
-// Mattern 1988). A warp's clock ticks when its lanes synchronise. What another thread of warp v did
-// at clock c comes before what this warp does now if c <= known.of[v].
+// Logical clocks determine what is ordered (Lamport 1978; one vector clock per warp as in Fidge and
+// Mattern 1988). A warp's clock ticks when its lanes synchronise. An action of another thread of
+// warp v at clock c precedes what this warp does now if c <= known.of[v].
 struct Warp {
   Lane* lanes = nullptr;
   int number = 0, count = 0, waiting = 0, done = 0, turn = 0;
   bool at_barrier = false;
   int barrier = 0;
-  int wanted_registers = 0;  // that it waits for
+  int wanted_registers = 0;  // registers per thread that it waits for
   Together kind = {};
   int option = 0, line = 0;
   uint32_t clock = 0;
   Knowledge known;
 
-  // All lanes know now what any of them did or knew.
+  // Shares among all lanes what any of them did or knew.
   void tick() {
     known.of[number] = clock++;
     for (int i = 0; i < count; ++i) {
@@ -103,7 +103,7 @@ struct Warp {
       lanes[i].has_acquired = false;
     }
   }
-  // Whether what an agent did at a clock comes before what a lane does now; null: what all do.
+  // Whether an agent's action at a clock precedes what `lane` does now; null: what all lanes do.
   bool knows(int agent, uint32_t at, const Lane* lane) const {
     if (at <= known.of[agent]) return true;
     const auto knows = [&](const Lane& l) { return l.has_acquired && at <= l.acquired.of[agent]; };
@@ -115,7 +115,7 @@ struct Warp {
   }
 };
 
-// bar.sync and bar.arrive.
+// State of bar.sync and bar.arrive.
 struct NamedBarrier {
   int threads = 0, arrived = 0;
   Knowledge known;
@@ -128,13 +128,13 @@ class Machine {
   const char* run(const Launch& launch);
   void seed(uint64_t value) { random_ = (value + 1) * 0x9e3779b97f4a7c15ull; }
 
-  // Of the thread that runs now; null on the host.
+  // The running thread's; null on the host.
   Lane* lane = nullptr;
   Warp* warp = nullptr;
-  const void* place = nullptr;  // in the kernel: for messages
-  int aligned_line = 0;         // of the PTX instruction that is about to arrive; 0: any
+  const void* place = nullptr;  // position in the kernel, for messages
+  int aligned_line = 0;         // line of the next .aligned PTX instruction to arrive; 0: any
 
-  // A kernel that g++ compiled called the runtime from there; translated ones say it themselves.
+  // Sets the position for kernels compiled by g++; translated kernels set it themselves.
   void called_from(const void* address) {
     if (!launch.translated) place = address;
   }
@@ -142,15 +142,15 @@ class Machine {
   Launch launch = {};
   Index block = {};
   std::string problem;
-  int64_t launches = 0;  // since the process began
+  int64_t launches = 0;  // since the process started
 
-  // Ends the launch. Never returns: no fiber runs again.
+  // Ends the launch and does not return: no fiber runs again.
   [[noreturn]] void fail(const std::string& text);
 
-  // A launch that cannot be made.
+  // Refuses a launch that cannot be made.
   const char* refuse(const std::string& why);
 
-  // Waits until every lane of the warp is here; the last one runs `all`.
+  // Waits until all lanes of the warp have arrived; the last one runs `all`.
   template <class All>
   void together(Together kind, int option, All all) {
     arrive(kind, option);
@@ -177,7 +177,7 @@ class Machine {
 
   void arrive(Together kind, int option);
   void next_lane();
-  // The first lane that can go on, from `first` on; null: none.
+  // The first lane from `first` on that can continue; null: none.
   static Lane* runnable(Warp& w, int first);
   void resume(Lane& next);
   void run_block(int64_t number);
@@ -191,7 +191,7 @@ class Machine {
   std::vector<Lane> lanes_;
   std::vector<Warp> warps_;
   NamedBarrier named_[16];
-  uint32_t first_clock_ = 1;  // of the block: whatever is older lies before it
+  uint32_t first_clock_ = 1;  // the block's first; older clocks precede the block
   uint64_t random_ = 1;
 };
 

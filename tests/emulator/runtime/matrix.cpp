@@ -1,4 +1,4 @@
-// ldmatrix and mma.sync for a whole warp, by the fragment layouts of the PTX ISA ("Matrix
+// ldmatrix and mma.sync for a whole warp, with the fragment layouts of the PTX ISA ("Matrix
 // multiply-accumulate operation using mma instruction", "ldmatrix"); lane = 4 g + t.
 #include <atomic>
 #include <cstring>

@@ -18,7 +18,7 @@ namespace {
 
 constexpr int kLaneBits = 6;
 constexpr uint32_t kLaneMask = (1u << kLaneBits) - 1, kSeveralLanes = kLanes;
-constexpr int kPoison = 0xff;  // a NaN of every floating type
+constexpr int kPoison = 0xff;  // a NaN in every floating-point type
 constexpr size_t kCopyBytes = 16;
 constexpr size_t kGranules = kMostShared / kGranule;
 
@@ -38,7 +38,7 @@ std::string copy_of(uint32_t writer) {
   return " an asynchronous copy of " + by(writer) + " to it has not been waited for";
 }
 
-// Whether what has this stamp comes before what this lane does now, or what its whole warp does.
+// Whether a stamp's action precedes what this lane, or with by_warp its whole warp, does now.
 bool knows(uint32_t stamp, bool by_warp) {
   return machine.warp->knows((stamp & kThreadMask) / kLanes, stamp >> kThreadBits,
                              by_warp ? nullptr : machine.lane);
@@ -76,8 +76,8 @@ void Memory::begin_launch() {
 uint32_t Memory::begin_block(uint32_t clock, int64_t shared_bytes, int warps) {
   block_serial += 1;
   shared_bytes_ = shared_bytes;
-  // Stamps of earlier blocks are older than this block's first clock: nothing to erase, until the
-  // clock runs full or readers are laid out for another number of warps.
+  // Stamps of earlier blocks are older than this block's first clock and need no clearing, unless
+  // the clock may overflow or the readers' layout changes with the number of warps.
   const size_t readers = (shared_bytes + kGranule - 1) / kGranule * warps;
   if (clock > kUnderWay / 2 || warps != warps_ || readers > reader_.size()) {
     warps_ = warps;
@@ -95,7 +95,7 @@ uint32_t Memory::begin_block(uint32_t clock, int64_t shared_bytes, int warps) {
 void Memory::access(const void* address, size_t bytes, Access access) {
   const auto at = reinterpret_cast<uintptr_t>(address);
   const Lane& lane = *machine.lane;
-  if (at - reinterpret_cast<uintptr_t>(lane.lowest) < Stacks::kStackBytes) {  // its own
+  if (at - reinterpret_cast<uintptr_t>(lane.lowest) < Stacks::kStackBytes) {  // its own stack
     if (!lane.held.empty()) hopper.check_registers(lane, at, bytes, access == Access::write);
     return;
   }
@@ -275,7 +275,7 @@ Region* Memory::find(uintptr_t address) {
 Region& Memory::region(uintptr_t begin, size_t bytes) {
   Region* found = find(begin);
   if (found != nullptr && found->begin() == begin && found->end() == begin + bytes) return *found;
-  // Storages do not overlap: what does is older, and its memory was freed and given out again.
+  // Storages do not overlap: an overlapping one is older; its memory was freed and reused.
   const auto overlaps = [&](const std::unique_ptr<Region>& r) {
     return r->begin() < begin + bytes && begin < r->end();
   };
@@ -336,7 +336,7 @@ void Region::check(uintptr_t address, size_t bytes, Access access, bool ordered)
 
 void Region::check_order(uintptr_t address, size_t bytes, Access access) {
   const uint64_t own = block_serial << 32 | stamp();
-  // Whether what `trace` tells of came before what happens now.
+  // Whether the access recorded in `trace` precedes the current one.
   const auto ordered = [&](uint64_t trace) {
     if (trace >> 32 < launch_serial) return true;
     if (trace >> 32 != block_serial) return false;

@@ -1,9 +1,9 @@
-// Shadow memory: what is known of every byte that a kernel may touch, and the check of each access.
+// Shadow memory: the state of every byte that a kernel may access, and checks of each access.
 //
-// Shared memory and the tensors that a kernel writes keep, for each two bytes, who wrote and who
-// read them last; a stamp is a thread and its warp's clock (machine.h). Two accesses to the same
-// place, one of them a write, must be ordered by a barrier; blocks of one launch are ordered by
-// nothing.
+// For every two bytes of shared memory and of tensors written by a kernel, the last writer and
+// readers are recorded; a stamp is a thread and its warp's clock (machine.h). Two accesses to the
+// same place, at least one a write, must be ordered by a barrier; nothing orders the blocks of a
+// launch.
 #pragma once
 
 #include <cstddef>
@@ -17,12 +17,12 @@ namespace pmf::emulator {
 
 constexpr int kThreadBits = 12, kGranule = 2;
 constexpr uint32_t kThreadMask = (1u << kThreadBits) - 1;
-// The clock of a copy under way: later than everything.
+// The clock of a pending copy, later than any other.
 constexpr uint32_t kUnderWay = (1u << (32 - kThreadBits)) - 1;
 
 enum class Access { read, write };
 
-// A piece of global memory: a tensor's storage.
+// A region of global memory: a tensor's storage.
 class Region {
  public:
   Region(uintptr_t begin, size_t bytes);
@@ -30,7 +30,7 @@ class Region {
   uintptr_t begin() const { return begin_; }
   uintptr_t end() const { return begin_ + bytes_; }
 
-  // Elements [address, address + bytes) belong to a tensor.
+  // Declares that bytes [address, address + bytes) belong to a tensor.
   void allow(uintptr_t address, size_t bytes, bool writable, bool initialised);
 
   void check(uintptr_t address, size_t bytes, Access access, bool ordered = true);
@@ -38,18 +38,18 @@ class Region {
  private:
   enum : uint8_t { kReadable = 1, kWritable = 2, kInitialised = 4 };
 
-  // Who touched two bytes last: block << 32 | clock << 10 | thread.
+  // The last accesses to two bytes: block << 32 | clock << kThreadBits | thread.
   struct Trace {
-    uint64_t writer, reader, other_reader;  // the second: of another block than the first
+    uint64_t writer, reader, other_reader;  // other_reader: of another block than reader
   };
 
   void check_order(uintptr_t address, size_t bytes, Access access);
 
   uintptr_t begin_;
   size_t bytes_;
-  // Zeros that cost nothing until they are touched: a tensor may be far larger than what is used of
-  // it.
-  std::unique_ptr<uint8_t[], void (*)(void*)> flags_;  // a byte each
+  // Zero pages that take no memory until touched: a tensor may be far larger than the part that is
+  // used.
+  std::unique_ptr<uint8_t[], void (*)(void*)> flags_;  // one per byte
   std::unique_ptr<Trace[], void (*)(void*)> traces_{nullptr, nullptr};
 };
 
@@ -58,31 +58,31 @@ class Memory {
   Memory();
 
   // ---- tensors, from the host
-  void forget();  // all tensors: between two calls of ops
+  void forget();  // all tensors, between calls of ops
   Region& region(uintptr_t begin, size_t bytes);
   Region* find(uintptr_t address);
 
   // ---- the machine
   void begin_launch();
-  uint32_t begin_block(uint32_t clock, int64_t shared_bytes, int warps);  // the block's first clock
+  uint32_t begin_block(uint32_t clock, int64_t shared_bytes, int warps);  // returns its first clock
   unsigned char* shared() const { return shared_; }
 
   // ---- accesses of the running thread
   void access(const void* address, size_t bytes, Access access);
-  // By the whole warp at once: not even the same thread's own earlier write is seen without a
-  // barrier.
+  // An access by the whole warp at once: a barrier must separate it even from the same thread's own
+  // earlier write.
   void access_by_warp(const void* address, size_t bytes);
-  void atomic(const void* address, size_t bytes);  // races with no other atomic operation
+  void atomic(const void* address, size_t bytes);  // does not race with other atomic operations
   void copy_issued(void* to);
   void copy_landed(void* to);
-  // Of a block that has ended.
+  // For a block that has ended.
   void copy_dropped(void* to, size_t bytes = 16);
 
-  // ---- by the asynchronous proxy (hopper.h)
+  // ---- accesses by the asynchronous proxy (hopper.h)
   void box_issued(unsigned char* to, size_t bytes);
-  // By the copies of an mbarrier's phase, whose thread and clock this stamp has.
+  // `stamp` has the thread and clock of the copies in an mbarrier's phase.
   void box_landed(unsigned char* to, const unsigned char* values, size_t bytes, uint32_t stamp);
-  // A product of the running warp reads from here on, until it is waited for.
+  // A product of the running warp reads from now until it has been waited for.
   void product_begins(const unsigned char* from, size_t bytes);
   void product_ends(const unsigned char* from, size_t bytes);
 
@@ -92,28 +92,28 @@ class Memory {
   void shared_read(size_t first, size_t last, bool by_warp);
   void shared_write(size_t first, size_t last);
 
-  // Room on both sides, so that an address just outside is told from a wild one.
+  // Space on both sides, to tell addresses just out of bounds from wild ones.
   static constexpr size_t kSharedSpace = 512 * 1024, kSharedStart = 128 * 1024;
 
   unsigned char* shared_;
-  uintptr_t shared_begin_;  // of the space
+  uintptr_t shared_begin_;  // start of that space
   int64_t shared_bytes_ = 0;
   int warps_ = 0;
   uint32_t first_clock_ = 1;
-  std::vector<uint32_t> writer_;    // of each granule: clock << kThreadBits | thread
-  std::vector<uint32_t> reader_;    // of each granule and warp: clock << kLaneBits | lane
-  std::vector<uint32_t> fence_;     // the writer's fence.proxy.async that shows it to products
-  std::vector<uint16_t> products_;  // that read each granule now
+  std::vector<uint32_t> writer_;    // per granule: clock << kThreadBits | thread
+  std::vector<uint32_t> reader_;    // per granule and warp: clock << kLaneBits | lane
+  std::vector<uint32_t> fence_;     // fence.proxy.async that makes the write visible to products
+  std::vector<uint16_t> products_;  // number of products reading each granule
   bool has_products_ = false;
 
-  std::vector<std::unique_ptr<Region>> regions_;  // by address, apart from each other
+  std::vector<std::unique_ptr<Region>> regions_;  // by address, without overlaps
   Region* last_ = nullptr;
 };
 
-// Ends the launch unless the address is a multiple of `bytes`; `what` needs it.
+// Ends the launch unless the address is a multiple of `bytes`, as `what` requires.
 void check_alignment(const void* address, size_t bytes, const char* what);
 
 extern Memory memory;
-extern uint64_t block_serial, launch_serial;  // of blocks; the first of this launch
+extern uint64_t block_serial, launch_serial;  // blocks so far; the launch's first
 
 }  // namespace pmf::emulator

@@ -11,7 +11,7 @@ namespace pmf::emulator {
 std::string describe_place(const void* address) {
   Dl_info info = {};
   if (address == nullptr || dladdr(address, &info) == 0) return "place unknown";
-  // The address is where the call returns to: the call is before it.
+  // This is the return address, which lies after the call.
   const auto offset =
       reinterpret_cast<uintptr_t>(address) - reinterpret_cast<uintptr_t>(info.dli_fbase) - 1;
   std::ostringstream command, result;

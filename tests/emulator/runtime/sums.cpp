@@ -12,23 +12,23 @@ namespace {
 constexpr int kLanesOfDouble = 4, kLeastFloat = -126;
 constexpr float kInfinity = __builtin_inff();
 
-// 2^exponent of each of four columns.
+// 2^exponent in each of four columns.
 __m256d power_of_two(__m128i exponent) {
   const __m256i biased =
       _mm256_add_epi64(_mm256_cvtepi32_epi64(exponent), _mm256_set1_epi64x(1023));
   return _mm256_castsi256_pd(_mm256_slli_epi64(biased, 52));
 }
 
-// Toward zero: to nearest, and a unit less where that lies beyond.
+// Rounds toward zero: to nearest, then one unit down if that is larger in magnitude.
 __m128 cut_to_float(__m256d x) {
   const __m256d sign = _mm256_set1_pd(-0.0);
   const __m128 nearest = _mm256_cvtpd_ps(x);
   const __m256d back = _mm256_cvtps_pd(nearest), size = _mm256_andnot_pd(sign, x);
   const __m256d beyond = _mm256_and_pd(
       _mm256_cmp_pd(_mm256_andnot_pd(sign, back), size, _CMP_GT_OQ),
-      _mm256_cmp_pd(size, _mm256_set1_pd(0x1p128), _CMP_LT_OQ));  // what overflows stays infinite
+      _mm256_cmp_pd(size, _mm256_set1_pd(0x1p128), _CMP_LT_OQ));  // overflows stay infinite
   const __m256i less =
-      _mm256_castpd_si256(beyond);  // -1 where true: of each 64 bits the lower half
+      _mm256_castpd_si256(beyond);  // -1 if true; the lower half of each 64 bits is used
   const __m128i units = _mm256_castsi256_si128(
       _mm256_permutevar8x32_epi32(less, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6)));
   return _mm_castsi128_ps(_mm_add_epi32(_mm_castps_si128(nearest), units));
@@ -43,7 +43,7 @@ void add_block(float (&c)[kColumns], const Row& a, const Columns& b, int first, 
     largest = _mm256_max_epi32(
         largest, _mm256_add_epi32(_mm256_load_si256(exponents), _mm256_set1_epi32(a.exponent[k])));
   }
-  // Where there is nothing but zeros, any unit does.
+  // If all terms are zero, any unit will do.
   largest = _mm256_max_epi32(largest, _mm256_set1_epi32(2 * kLeastFloat));
   _mm256_store_si256(reinterpret_cast<__m256i*>(most), largest);
   for (int j = 0; j < kColumns; j += kLanesOfDouble) {
@@ -64,7 +64,7 @@ void add_block(float (&c)[kColumns], const Row& a, const Columns& b, int first, 
   }
 }
 
-// In order, each sum rounded to nearest.
+// Adds in order, rounding each sum to nearest.
 void add_in_order(float (&c)[kColumns], const Row& a, const Columns& b, int depth) {
   for (int j = 0; j < kColumns; ++j) {
     for (int k = 0; k < depth; ++k) {
@@ -97,7 +97,7 @@ void add_products(float (&c)[kColumns], const Row& a, const Columns& b, int dept
   const int step = depth / tensor_cores.blocks;
   for (int k = 0; k < depth; k += step) add_block(c, a, b, k, k + step);
   if (all) return;
-  // Infinities and NaNs are what any order of sums makes of them.
+  // Infinities and NaNs do not depend on the order of the sum.
   add_in_order(plain, a, b, depth);
   for (int j = 0; j < kColumns; ++j) {
     if (!finite[j]) c[j] = plain[j];

@@ -1,9 +1,9 @@
-// What csrc/ops asks PyTorch, answered for the emulator. The linker leads these functions' callers
-// here (ld --wrap=NAME: calls of NAME reach __wrap_NAME, which may call __real_NAME).
+// PyTorch's functions as csrc/ops sees them in the emulator. The linker redirects calls here (ld
+// --wrap=NAME: calls to NAME reach __wrap_NAME, which may call __real_NAME).
 //
-// Tensors on the CPU seem to be on CUDA device 0, or where a test says; and whoever takes a
-// tensor's address tells the emulator of its elements: to read, or to write too. Tensors made by
-// new_empty() are unwritten.
+// CPU tensors appear to be on CUDA device 0, or where a test places them. Taking a tensor's address
+// registers its elements with the emulator, as read-only or writable. Tensors made by new_empty()
+// start unwritten.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
 
@@ -25,13 +25,13 @@ AOTITorchError __real_torch_call_dispatcher(const char*, const char*, StableIVal
 namespace pmf::emulator {
 namespace {
 
-std::vector<uintptr_t> unwritten_storages;  // of this call's new_empty()
+std::vector<uintptr_t> unwritten_storages;  // those of this call's new_empty()
 
-// A tensor's storage, and its elements as runs of bytes that lie together.
+// A tensor's storage, and its elements as contiguous runs of bytes.
 struct Elements {
   uintptr_t storage = 0, first = 0;
   int64_t storage_bytes = 0, run_bytes = 0;
-  std::vector<int64_t> sizes, steps;  // between runs; steps in bytes
+  std::vector<int64_t> sizes, steps;  // count and step in bytes, from run to run
 
   explicit Elements(AtenTensorHandle tensor) {
     const void* data = nullptr;
@@ -92,12 +92,12 @@ void bind(AtenTensorHandle tensor, bool writable) {
       [&](uintptr_t address, size_t bytes) { region.allow(address, bytes, writable, !unwritten); });
 }
 
-// Where a tensor seems to be.
+// The device that a tensor appears to be on.
 struct Place {
   bool on_cuda = true;
   int32_t index = 0;
 };
-std::map<uintptr_t, Place> places;  // by storage, of those that a test has moved
+std::map<uintptr_t, Place> places;  // by storage; only those that a test has placed
 
 Place place_of(AtenTensorHandle tensor) {
   if (places.empty()) return {};
@@ -137,7 +137,7 @@ AOTITorchError __wrap_torch_call_dispatcher(const char* name, const char* overlo
   if (status != AOTI_TORCH_SUCCESS) return status;
   if (op == "aten::new_empty") {
     unwritten_storages.push_back(Elements(handle_of(stack[0])).storage);
-  } else if (op.back() == '_') {  // in place: what it wrote counts as written
+  } else if (op.back() == '_') {  // in place: its elements count as written
     const Elements elements(handle_of(stack[0]));
     elements.for_each_run([&](uintptr_t address, size_t bytes) {
       memory.region(elements.storage, static_cast<size_t>(elements.storage_bytes))
@@ -172,23 +172,23 @@ AOTITorchError __wrap_aoti_torch_get_current_cuda_stream(int32_t, void** stream)
 }
 }
 
-// ---- what tests call by ctypes ------------------------------------------------------------------
+// ---- called by tests through ctypes -------------------------------------------------------------
 
 #define PMF_EXPORT extern "C" __attribute__((visibility("default")))
 
-// A storage to the CPU, or to CUDA device `index`.
+// Places a storage on the CPU or on CUDA device `index`.
 PMF_EXPORT void pmf_emulator_place(const void* storage, bool on_cuda, int32_t index) {
   places[reinterpret_cast<uintptr_t>(storage)] = {on_cuda, index};
 }
 
 PMF_EXPORT void pmf_emulator_forget_places() { places.clear(); }
 
-// Before anything runs on device `index`: it is examined once.
+// Must precede any work on device `index`, whose properties are queried once.
 PMF_EXPORT void pmf_emulator_device(int32_t index, int major, int minor) {
   capabilities[index] = {major, minor};
 }
 
-// 0: no driver.
+// Sets the driver version; 0: no driver.
 PMF_EXPORT void pmf_emulator_driver(int version) { driver_version = version; }
 
 }  // namespace pmf::emulator

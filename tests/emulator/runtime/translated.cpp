@@ -13,9 +13,9 @@ namespace {
 
 constexpr uint32_t kWholeWarp = 0xffffffffu, kLastLane = 31;
 constexpr uint32_t kCopyBytes = 16;
-constexpr unsigned char kPadding = 0xa5;  // between parameters: never read
+constexpr unsigned char kPadding = 0xa5;  // fills gaps between parameters; never read
 
-// For messages: where in the translation, whose lines are those of the PTX (#line).
+// Records the position in the translation, whose line numbers are those of the PTX (#line).
 #define PMF_HERE machine.place = __builtin_return_address(0)
 
 void whole_warp(uint32_t lanes) {
@@ -101,7 +101,7 @@ class Machinery final : public ptx::Device {
     PMF_HERE;
     emulator::mbarrier_arrive(barrier, bytes);
   }
-  // May give up before the phase is over, as a device does after a while.
+  // May return false before the phase completes, as a device may after a time limit.
   bool mbarrier_try_wait(uint32_t barrier, uint32_t parity) const override {
     PMF_HERE;
     if (machine.random(4) == 0) return false;
@@ -202,7 +202,7 @@ const char* run_translated(const void* kernel, Launch launch, const Parameter* p
   return run(launch);
 }
 
-// Null: kernels as g++ compiled them.
+// Null restores the kernels compiled by g++.
 extern "C" __attribute__((visibility("default"))) void pmf_emulator_translate(Translator from) {
   translator = from;
   translations.clear();

@@ -1,4 +1,4 @@
-// Kernels translated from PTX, run in the place of those that g++ compiled.
+// Kernels translated from PTX, run in place of those compiled by g++.
 #pragma once
 
 #include <cstdint>
@@ -7,13 +7,13 @@
 
 namespace pmf::emulator {
 
-// What a test's translator answers (tests/helpers/ptx/backend.py).
+// The result of a test's translator (tests/helpers/ptx/backend.py).
 struct Translation {
   void (*run)(const ptx::Device& device, const unsigned char* parameters) = nullptr;
   char problem[1024] = "";
 };
 
-// `kernel` is the host's function; `bytes`, of `count` numbers, are the sizes of its parameters.
+// `kernel` is the host function; `bytes` are the sizes of its `count` parameters.
 using Translator = void (*)(const void* kernel, const int64_t* bytes, int count,
                             Translation* found);
 

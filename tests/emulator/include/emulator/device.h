@@ -1,4 +1,4 @@
-// The devices that the emulator pretends to have.
+// The devices that the emulator reports.
 #pragma once
 
 namespace pmf::emulator {

@@ -1,4 +1,4 @@
-// bfloat16 and float16: storage and conversion, rounded to nearest even.
+// bfloat16 and float16: storage, and conversion with rounding to nearest even.
 #pragma once
 
 #include <immintrin.h>

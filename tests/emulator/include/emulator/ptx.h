@@ -1,5 +1,5 @@
-// What kernels translated from PTX (tests/helpers/ptx) are made of. Each is a library of its own,
-// loaded when it is first launched; all that it does outside its registers goes through Device.
+// The building blocks of kernels translated from PTX (tests/helpers/ptx). Each kernel is a separate
+// library, loaded on its first launch; it does everything outside its registers through Device.
 #pragma once
 
 #include <cstddef>
@@ -10,8 +10,8 @@
 
 namespace pmf::emulator::ptx {
 
-// The machine, seen from a translated kernel. `line` is an instruction's in the PTX: those that PTX
-// calls .aligned must be reached by all lanes of a warp at the same one.
+// The machine's interface to a translated kernel. `line` is an instruction's line in the PTX: all
+// lanes of a warp must reach an .aligned instruction at the same line.
 class Device {
  public:
   virtual Index thread_index() const = 0;
@@ -62,7 +62,7 @@ inline To bits(From x) {
   return __builtin_bit_cast(To, x);
 }
 
-// As registers are before something is written to them: no number that goes unnoticed.
+// The contents of registers before they are written: values that do not go unnoticed.
 template <typename T>
 constexpr T unwritten() {
   if constexpr (std::is_same_v<T, bool>) {
@@ -74,7 +74,7 @@ constexpr T unwritten() {
   }
 }
 
-// After a wait, in each register that may hold a sum.
+// Called after a wait, for each register that may hold a sum of a pending product.
 inline void settle(const Device& d, float& x) {
   if (held_sum(bits<uint32_t>(x))) x = d.waited_for(x);
 }
@@ -118,14 +118,14 @@ template <typename T>
 inline T shift_left(T x, uint32_t by) {
   return by >= 8 * sizeof(T) ? T(0) : T(x << by);
 }
-// Signed numbers keep their sign.
+// Signed numbers keep their sign (arithmetic shift).
 template <typename T>
 inline T shift_right(T x, uint32_t by) {
   if (by < 8 * sizeof(T)) return T(x >> by);
   return x < 0 ? T(-1) : T(0);
 }
 
-// What the ISA leaves open, division by zero and the quotient beyond the type, is anything here.
+// Division by zero and overflow, which the ISA leaves undefined, return arbitrary values here.
 template <typename T>
 inline T divide(T a, T b) {
   if (b == 0) return T(-1);
@@ -153,7 +153,7 @@ inline uint16_t to_bf16(float x) {
   return x != x ? 0x7fffu : static_cast<uint16_t>((word + 0x7fffu + (word >> 16 & 1u)) >> 16);
 }
 
-// To nearest, ties away from zero: half a unit of the tenth bit is added to the magnitude.
+// Rounds to nearest, ties away from zero: adds half a unit of the tenth bit to the magnitude.
 inline uint32_t to_tf32(float x) {
   const uint32_t word = bits<uint32_t>(x);
   const bool finite = (word & 0x7f800000u) != 0x7f800000u;
@@ -168,8 +168,8 @@ inline int32_t to_s32(float x) {
   return x < -0x1p31f ? INT32_MIN : static_cast<int32_t>(x);
 }
 
-// a b + c rounded down: the sum to nearest, and one lower if that lies above the exact one, of
-// which double holds the product and, in two numbers, the sum (Knuth's two-sum).
+// a b + c rounded down: the nearest float, or the one below if that exceeds the exact result. The
+// product is exact in double, the sum in two doubles (Knuth's two-sum).
 inline float fma_down(float a, float b, float c) {
   const float nearest = __builtin_fmaf(a, b, c);
   const double product = double(a) * b, sum = product + c, back = sum - product;
@@ -178,14 +178,14 @@ inline float fma_down(float a, float b, float c) {
   return above ? __builtin_nextafterf(nearest, -__builtin_inff()) : nearest;
 }
 
-// .approx: exact here; .ftz makes subnormal numbers zeros.
+// .approx functions are exact here; .ftz flushes subnormal numbers to zero.
 inline float flushed(float x) {
   return __builtin_fabsf(x) < 0x1p-126f ? __builtin_copysignf(0.0f, x) : x;
 }
 inline float exp2_approx(float x) { return flushed(__builtin_exp2f(flushed(x))); }
 inline float log2_approx(float x) { return __builtin_log2f(flushed(x)); }
 inline float rcp_approx(float x) { return flushed(1.0f / flushed(x)); }
-// The upper half of the bits; the others are zero.
+// Keeps the upper half of the bits and zeroes the rest.
 inline double rcp_approx(double x) {
   return bits<double>(bits<uint64_t>(1.0 / x) & 0xffffffff00000000ull);
 }

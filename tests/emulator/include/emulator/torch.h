@@ -1,7 +1,7 @@
-// Included before every file of csrc/ops (g++ -include): registers the ops as
-// torch.ops.pmf_emulated, and lets each call begin without tensors that the emulator knows of. What
-// these files ask PyTorch is answered by runtime/tensors.cpp, so that tensors on the CPU seem to be
-// on a GPU.
+// Included before every file of csrc/ops (g++ -include). Registers the ops as
+// torch.ops.pmf_emulated and makes each call start with no tensors known to the emulator. Calls
+// from these files to PyTorch go to runtime/tensors.cpp, which presents CPU tensors as tensors on a
+// GPU.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -26,6 +26,6 @@ void call_op(StableIValue* stack, uint64_t arguments, uint64_t outputs) {
 #undef STABLE_TORCH_LIBRARY_IMPL
 #define STABLE_TORCH_LIBRARY_IMPL(ns, k, m) _STABLE_TORCH_LIBRARY_IMPL(ns##_emulated, k, m, C10_UID)
 
-// A fragment, because it takes the name as it is: STABLE_TORCH_LIBRARY would not expand it.
+// A fragment, because it accepts the expanded name; STABLE_TORCH_LIBRARY would not expand it.
 #undef STABLE_TORCH_LIBRARY
 #define STABLE_TORCH_LIBRARY(ns, m) _STABLE_TORCH_LIBRARY_FRAGMENT(ns##_emulated, m, C10_UID)

@@ -1,5 +1,5 @@
-// The emulator's csrc/cuda/common/cuda.cuh: as much of the CUDA language as the kernels speak, for
-// a host compiler. What CUDA puts into the global namespace is there.
+// The emulator's csrc/cuda/common/cuda.cuh: the subset of CUDA that the kernels use, for a host
+// compiler. As in CUDA, these names are in the global namespace.
 #pragma once
 
 #include <cmath>
@@ -40,7 +40,7 @@ struct alignas(16) uint4 {
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
-// ---- the 16-bit types' functions ----------------------------------------------------------------
+// ---- functions on 16-bit types ------------------------------------------------------------------
 
 using __nv_bfloat16 = pmf::emulator::BFloat16;
 using __half = pmf::emulator::Half;

@@ -15,7 +15,7 @@ inline int64_t device_shared_limit() { return emulator::limits().shared_per_bloc
 inline int64_t device_shared_per_processor() { return emulator::limits().shared_per_processor; }
 inline int device_processors() { return emulator::limits().processors; }
 
-// A kernel and its arguments, as its type declares them.
+// A kernel and its arguments, converted to the parameter types.
 template <class... Parameters>
 struct KernelCall {
   void (*kernel)(Parameters...);

@@ -1,4 +1,4 @@
-// The emulator's csrc/cuda/common/ptx.cuh: the same functions, by calls of the runtime.
+// The emulator's csrc/cuda/common/ptx.cuh: the same functions, implemented by calls to the runtime.
 #pragma once
 
 #include <cstring>
@@ -43,7 +43,7 @@ inline void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32
   multiply<emulator::Element::tf32>(c, a, b);
 }
 
-// To nearest, ties away from zero: half a unit of the tenth bit is added to the magnitude.
+// Rounds to nearest, ties away from zero: adds half a unit of the tenth bit to the magnitude.
 inline uint32_t round_tf32(float x) {
   const uint32_t bits = __float_as_uint(x);
   const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
@@ -61,7 +61,7 @@ inline void cp_async_wait() {
   emulator::wait_for_copies(kPending);
 }
 
-// ---- approximate functions: exact here; .ftz makes subnormal numbers zeros ----------------------
+// ---- approximate functions: exact here; .ftz flushes subnormal numbers to zero ------------------
 
 inline float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
 inline float exp2_approx(float x) { return flushed(std::exp2(flushed(x))); }
@@ -75,7 +75,7 @@ inline uint32_t pack2(float first, float second) {
   return uint32_t{T(second).bits} << 16 | T(first).bits;
 }
 
-// ---- lanes and threads together -----------------------------------------------------------------
+// ---- warp collectives, named barriers and atomics -----------------------------------------------
 
 template <typename T>
 inline T shuffled(emulator::Shuffle how, T value, int amount) {
