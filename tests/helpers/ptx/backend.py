@@ -1,4 +1,4 @@
-"""Kernels translated from PTX, compiled when the emulator first launches them, and cached by their text."""
+"""Kernels translated from PTX, compiled on their first launch in the emulator and cached by their text."""
 
 import ctypes
 import functools
@@ -82,7 +82,7 @@ def running(
     def found(kernel: int, sizes: Any, count: int, result: Any) -> None:  # called by the emulator
         try:
             result.contents.run = answer(kernel, list(sizes[:count]))
-        except Exception as problem:  # said by the launch
+        except Exception as problem:  # reported by the launch
             result.contents.problem = f"the ptx backend: {problem}".encode()[:1023]
 
     callback = _Translator(found)
@@ -178,7 +178,7 @@ def _compiled(module: Module, name: str) -> int:
 
 @functools.cache
 def _toolchain() -> str:
-    """The inputs that affect the result besides the PTX."""
+    """Everything except the PTX that affects the result."""
     files = [
         *sorted(Path(__file__).parent.glob("*.py")),
         *(HEADERS / "emulator" / f for f in ("ptx.h", "runtime.h")),

@@ -79,7 +79,7 @@ def shuffle(s: Scope, i: Instruction) -> str:
     return f"{said} {s.put(out, value, 'u32')}"
 
 
-# Whether a shuffle finds a lane, with all 32 active.
+# The predicate of a shuffle: whether its source lane exists, with all 32 active.
 _INSIDE: dict[str, Callable[[str], str]] = {
     "exclusive_or": lambda distance: "true",
     "index": lambda lane: "true",

@@ -4,7 +4,7 @@ from helpers.ptx.registers import CPP, Scope, size, unsigned
 from helpers.ptx.syntax import Instruction, UnknownInstruction, elements
 
 SPACES = ("param", "global", "shared", "local")
-# Modifiers without effect on the value: caching, and access orders that emulated lanes have anyway.
+# Modifiers that do not affect the value: cache hints, and orderings that emulated lanes have anyway.
 HINTS = {"nc", "ca", "cg", "cs", "wb", "wt", "volatile", "weak"}
 
 
@@ -102,4 +102,4 @@ _CONVERSIONS = {
 }
 """The value and its type, by modifiers and types."""
 for _type in ("f16", "bf16"):
-    CPP.setdefault(_type, "uint16_t")  # as bits
+    CPP.setdefault(_type, "uint16_t")  # stored as bits

@@ -20,7 +20,7 @@ def of_nvcc(*files: Path, first: tuple[Path, ...] = ()) -> tuple[Module, ...]:
 
 @contextmanager
 def planted_at(backend: str, modules: tuple[Module, ...] | None = None) -> Iterator[Planted]:
-    """The kernels at "emulated" or "ptx", the latter optionally from other modules."""
+    """The kernels on backend "emulated" or "ptx", the latter optionally from other modules."""
     planted = Planted()
     with running(planted.path, modules or of_nvcc(*FILES)) if backend == "ptx" else nullcontext():
         yield planted

@@ -42,7 +42,7 @@ _CALL = re.compile(r"call(?:\.uni)? (?:\(([^)]*)\), )?([\w$]+)(?:, \(([^)]*)\))?
 
 
 def translate(module: Module, kernel: str, called: str) -> str:
-    """C++ for the kernel and everything it calls; `called`: the name of the PTX in messages."""
+    """C++ for the kernel and everything it calls; `called` names the PTX in messages."""
     parts: list[str] = []
     written: set[str] = set()
 
