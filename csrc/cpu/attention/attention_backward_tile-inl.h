@@ -68,7 +68,7 @@ constexpr int rows_for(int vectors) {
 constexpr int kWideN = kTileN;
 constexpr int rows_for(int) { return 4; }
 #endif
-constexpr int kMaxTileRows = 12;  // of any register tile; padding of everything read as A or C
+constexpr int kMaxTileRows = 12;  // most rows of a register tile, and rows of padding in A and C
 // Keys per tile of dS: a multiple of every rows_for(), so that blocks do not overlap, and small
 // enough that P and dS of one block and panel (46 KB in fp32) are still in the L1 cache when they
 // are multiplied.

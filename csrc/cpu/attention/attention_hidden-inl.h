@@ -16,7 +16,7 @@
 
 namespace pmf::cpu::PMF_LEVEL {
 
-// Which of a key's rows had an element that is not finite.
+// Flags for a key: which of its rows had an element that is not finite.
 enum Spoiled : uint8_t { kKey = 1, kKeyTangent = 2, kValue = 4, kValueTangent = 8 };
 
 // Whether `count` numbers (whole vectors) are finite: x - x is 0 if finite, otherwise NaN.

@@ -62,7 +62,7 @@ __device__ inline const ConstView4& key_side(const AttentionBackwardParams& p, i
 template <int kTensors>
 struct BlockPlace {
   WholeHead streamed[kTensors];
-  const float* statistics;  // for the head of the queries
+  const float* statistics;  // statistics of the query head
   Sequence sequence;
   int column, first, head, batch, key_head;
   uint32_t found[8];

@@ -24,7 +24,7 @@ namespace pmf::cuda {
 
 // Iterates over the query tiles of each head of the group, one head after another.
 struct QueryTiles {
-  int head, first, end, query;  // of the current head: first query, end, current query
+  int head, first, end, query;  // the head, its first query, its end, the current query
 
   __device__ void next(int columns) {
     query += columns;

@@ -24,7 +24,7 @@ namespace pmf::cuda {
 // A row's sums over the keys that one lane has seen.
 struct RowMoments {
   float top = -INFINITY, mass = 0.0f;
-  float tau = 0.0f, alpha = 0.0f, beta = 0.0f;  // of c tS, A and B + (c tS) A, about pivots
+  float tau = 0.0f, alpha = 0.0f, beta = 0.0f;  // sums of c tS, A, B + (c tS) A about pivots
 
   __device__ void scale(float factor) {
     mass *= factor, tau *= factor, alpha *= factor, beta *= factor;

@@ -27,7 +27,7 @@ PMF_EXPORT bool set_cpu_level(const char* name);
 
 // The cost of one call of an op, computed in advance.
 struct Cost {
-  double flops = 0;             // of the tile products, counting a multiply-add as two
+  double flops = 0;             // FLOPs of the tile products; a multiply-add is two
   double bytes = 0;             // minimum memory traffic: every operand once
   int64_t workspace_bytes = 0;  // scratch memory
 };
