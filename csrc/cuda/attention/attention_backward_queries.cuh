@@ -33,7 +33,8 @@ struct MovingMean {
   float top[2] = {-INFINITY, -INFINITY};
   float mass[2] = {0.0f, 0.0f};  // sum e, unrounded
   float mean[2] = {0.0f, 0.0f};  // D
-  float shrink[2], delta[2];     // set by advance(): the factor of all sums, the change of the mean
+  float shrink[2],
+      delta[2];  // set by raise() and advance(): factor of all sums, change of the mean
 };
 
 // Raises the maximum to that of a tile's scores.
