@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import (
+    TreeSpec,
+    register_pytree_node,
+    tree_flatten,
+    tree_leaves,
+    tree_map_only,
+    tree_unflatten,
+)
 
 from pmf import ops
 
@@ -84,8 +91,7 @@ class Jvp(nn.Module):
         elif compiling:
             from . import _compiled
 
-            what = _compiled.what_it_does(self.network)
-            out, out_t = _compiled.traced(self.network, _compiled.marked((primals, given, constants)), what)
+            out, out_t = _compiled.call(self.network, primals, given, constants)
         else:
             with replace_attribute(), _in_one_sentence(), _freed_early():
                 out, out_t = beside(self.network, primals, given, constants, samples)
@@ -195,6 +201,16 @@ def _by_transform(
     return tree_unflatten(out, out_spec), tree_unflatten(out_t, out_spec)
 
 
+class Constant:
+    """What a graph of torch.compile returns besides tensors, as part of the structure of its output."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+register_pytree_node(Constant, lambda held: ([], held.value), lambda _, value: value)
+
+
 def _pair(primals: Any, tangents: Any) -> tuple[tuple[Any, ...], Directions, int | None]:
     """The primals, the tangents of their leaves, and the number of samples these cover, if not all."""
     if not isinstance(primals, (tuple, list)) or not isinstance(tangents, (tuple, list)):
@@ -278,13 +294,25 @@ def _in_transform(compiling: bool) -> bool:
 
 def _flatten(out: Any) -> tuple[list[Any], TreeSpec]:
     leaves, spec = tree_flatten(out)
+    for y in leaves:
+        if not isinstance(y, Tensor) and (kind := _hides_tensors(y)):
+            raise TypeError(
+                f"Jvp: the network returns tensors in an object of class {kind}, which must be registered by "
+                "torch.utils._pytree.register_pytree_node"
+            )
     if not any(isinstance(y, Tensor) for y in leaves):
-        kind = type(out).__name__
-        raise TypeError(
-            f"Jvp: the network returns no tensor, but {kind}; a custom class must be registered by "
-            "torch.utils._pytree.register_pytree_node"
-        )
+        raise TypeError(f"Jvp: the network returns no tensor, but {type(out).__name__}")
     return leaves, spec
+
+
+def _hides_tensors(value: Any) -> str | None:
+    """The name of a class that holds tensors and that PyTorch does not look into."""
+    held = [*getattr(value, "__dict__", {}).values()]
+    held += [getattr(value, name, None) for name in getattr(type(value), "__slots__", ())]
+    if isinstance(value, (dict, list, tuple, set)):
+        held += value.values() if isinstance(value, dict) else value
+    found = any(isinstance(x, Tensor) for each in held for x in tree_leaves(each))
+    return type(value).__name__ if found else None
 
 
 def _tangent_of(mode: TangentMode, value: Any) -> Tensor | None:

@@ -1,6 +1,7 @@
 """What Jvp does not support: one sentence that names it, never a silent zero."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,8 +67,13 @@ def test_outputs_of_a_class_that_pytorch_does_not_know():
         def __init__(self, y):
             self.y = y
 
-    with pytest.raises(TypeError, match="but Output; .*register_pytree_node"):
-        run(Output)
+    sentence = "in an object of class Output, .*register_pytree_node"
+    for detach in (True, False):
+        for function in (Output, lambda x: (x, Output(x)), lambda x: {"x": x, "more": [Output([x])]}):
+            with pytest.raises(TypeError, match=sentence):
+                run(function, detach_tangent=detach)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=sentence):
+        compiled(Net(lambda x: (x, Output(x))))((X,), (X_T,))
 
 
 def test_nested_tensors_and_other_subclasses():
@@ -285,16 +291,18 @@ def test_a_compiled_network_that_stops_training():
 
 
 def test_a_compiled_network_that_changes_afterwards():
-    """Weights, buffers, plain attributes, and modules of another type."""
+    """Weights, buffers, plain attributes, contents of objects, and modules of another type."""
 
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
             self.factor, self.layer, self.act = 2.0, nn.Linear(4, 4), nn.Tanh()
             self.register_buffer("offset", torch.zeros(4))
+            self.settings = SimpleNamespace(scales=[1.0, 2.0], last={"act": torch.sin})
 
         def forward(self, x):
-            return self.act(self.layer(x) * self.factor + self.offset)
+            y = self.act(self.layer(x) * self.factor + self.offset) * sum(self.settings.scales)
+            return self.settings.last["act"](y)
 
     network = Scaled()
     jvp = compiled(network)
@@ -309,10 +317,55 @@ def test_a_compiled_network_that_changes_afterwards():
     check()
     network.factor = 3.0
     check()
+    for scale in (3.0, 4.0):  # the second could have become a symbol
+        network.settings.scales[1] = scale
+        check()
+    network.settings.last["act"] = torch.cos
+    check()
     network.act = nn.SiLU()
     check()
     network.layer = nn.Linear(4, 4)
     check()
+
+
+def test_a_compiled_network_with_tensors_that_are_not_its_parameters():
+    """The graph kept them as constants: no gradient from a tied weight, old values, an error in inductor."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.hidden = nn.Linear(4, 4), nn.Linear(4, 4), [nn.Linear(4, 4)]
+            self.b.weight = self.a.weight
+            self.mean, self.means = torch.ones(4), {"m": torch.ones(4)}
+
+        def forward(self, x):
+            return self.hidden[0](self.b(self.a(x - self.mean).tanh()) * self.means["m"])
+
+    network = Net()
+    weights = (network.a.weight, network.hidden[0].weight)
+    jvp = compiled(network)
+    for _ in range(2):
+        out, out_t = jvp((X,), (X_T,))
+        assert_close((out, out_t), jvp_math(network, (X,), (X_T,)), 1e-5)
+        found = torch.autograd.grad(out.square().sum(), weights)
+        assert_close(found, torch.autograd.grad(network(X).square().sum(), weights), 1e-5)
+        network.mean, network.means["m"] = torch.zeros(4), torch.full((4,), 2.0)
+
+
+def test_a_compiled_network_with_a_tensor_from_elsewhere():
+    elsewhere = torch.ones(4)
+    with pytest.raises(
+        torch._dynamo.exc.Unsupported, match=r"a tensor \[4\] that it does not hold: register"
+    ):
+        compiled(Net(lambda x: x * elsewhere))((X,), (X_T,))
+    compiled(Net(lambda x: x * torch.tensor([2.0] * 4)))((X,), (X_T,))
+
+
+def test_a_compiled_network_that_returns_more_than_tensors():
+    network = Net(lambda x: {"x": x, "name": "text", "none": None, "type": torch.float16, "number": 3})
+    out, out_t = compiled(network)((X,), (X_T,))
+    assert out["name"] == "text" and out["none"] is None and out["type"] is torch.float16
+    assert out["number"] == 3 and {name for name, t in out_t.items() if t is not None} == {"x"}
 
 
 def test_compiled_batch_norm_updates_its_statistics():
