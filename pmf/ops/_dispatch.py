@@ -50,7 +50,7 @@ def apply(name: str, by_kernel: bool, *args: Any) -> Any:
     """Run a registered KernelFunction, or its reference, hidden from torch.compile."""
     function = functions[name]
     if by_kernel:
-        return function.apply(*args)
+        return function.call(*args)
     found = function.plain(function.Arguments(*args))
     outputs = tuple(found.get(y) for y in function.outputs)
     return outputs[0] if len(outputs) == 1 else outputs

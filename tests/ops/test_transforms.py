@@ -191,15 +191,14 @@ def test_tangent_of_the_gradient_of_one_input(case):
             assert_close(product(ops), product(reference), EXACT)
 
 
-@pytest.mark.parametrize("trained", [False, True])
-def test_a_call_reads_no_signature(trained, monkeypatch):
-    """torch.autograd.Function reads that of `forward` at every call: a third of a small call's time."""
-    x, weight = torch.randn(2, 8, requires_grad=trained), torch.ones(8)
-    monkeypatch.setattr("torch.autograd.function.inspect.signature", None)
-    y = ops.rms_norm(x, weight)
-    assert y.requires_grad == trained
-    if trained:
-        assert torch.autograd.grad(y.sum(), x)[0].isfinite().all()
+def test_a_call_without_derivatives_has_no_bookkeeping(monkeypatch):
+    """That of torch.autograd.Function takes two thirds of a small call's time."""
+    x, weight = torch.randn(2, 8, requires_grad=True), torch.ones(8)
+    monkeypatch.setattr("torch.autograd.Function.apply", None)
+    with torch.no_grad():
+        assert ops.rms_norm(x, weight).isfinite().all()
+    with pytest.raises(TypeError, match="NoneType"):
+        ops.rms_norm(x, weight)
 
 
 def test_vmap_over_one_gate_for_each_sample():
