@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pmf.errors import first_few
 from pmf.sizes import height_and_width, size_in_words
 from pmf.wrappers import by_plain_names
 
@@ -40,7 +41,9 @@ def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     left_over = [key for key in given if key not in names and key not in _IGNORED]
     if missing or left_over:
         problems = [
-            f"{what} {_list(keys)}" for what, keys in (("unknown", left_over), ("missing", missing)) if keys
+            f"{what} {first_few(keys, 5)}"
+            for what, keys in (("unknown", left_over), ("missing", missing))
+            if keys
         ]
         raise ValueError(f"state dict: not a complete Pixel MeanFlow checkpoint: {'; '.join(problems)}")
     renamed = {name: given[key] for key, name in names.items()}
@@ -146,8 +149,3 @@ def _table(name: str) -> str:
 def _depth(names: Iterable[str], stack: str) -> int:
     """The number of blocks in a stack: the highest index plus one."""
     return max((int(m[1]) + 1 for name in names if (m := re.match(rf"{stack}\.(\d+)\.", name))), default=0)
-
-
-def _list(keys: list[str], shown: int = 5) -> str:
-    more = f" and {len(keys) - shown} more" if len(keys) > shown else ""
-    return ", ".join(keys[:shown]) + more

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from pmf import checkpoint
 from pmf.cli.arguments import Commands
 from pmf.devices import find_device
-from pmf.errors import UserError
+from pmf.errors import UserError, first_few
 from pmf.flow.sampler import PRECISIONS, Sampler, sampling_times
 from pmf.interrupts import catch_stop_signals
 from pmf.pictures import ImageGrid, save_png
@@ -244,8 +244,8 @@ def choose_classes(wanted: list[str] | None, names: list[str]) -> list[int]:
             chosen.append(int(word))
         else:
             raise UserError(
-                f"there is no class {word!r}: the model knows {', '.join(names[:10])}"
-                + (f" and {len(names) - 10} more, by number 0 to {len(names) - 1}" if len(names) > 10 else "")
+                f"there is no class {word!r}: the model knows {first_few(names, 10)}"
+                + (f", by number 0 to {len(names) - 1}" if len(names) > 10 else "")
             )
     return list(dict.fromkeys(chosen))
 

@@ -53,7 +53,7 @@ class UPrediction:
         return output_t
 
 
-PREDICTIONS: dict[str, Prediction] = {"u": UPrediction(), "x": XPrediction()}
+PREDICTIONS: dict[str, Prediction] = {"x": XPrediction(), "u": UPrediction()}
 """The predictions by name."""
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pmf import checkpoint
 from pmf.checkpoint import sharded
-from pmf.errors import UserError
+from pmf.errors import UserError, first_few
 from pmf.models import ModelConfig, PixelMeanFlow
 from pmf.pictures import new_figure
 from pmf.training.config import TrainConfig, flag, settings
@@ -97,7 +97,7 @@ def _overview(run: Path, config: TrainConfig, rows: Sequence[Row]) -> list[tuple
         everything = sum(p.numel() for p in network.parameters())
         colour = "grey" if model.channels == 1 else "colour"
         found += [
-            ("classes", ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")),
+            ("classes", first_few(names, 12)),
             ("images", f"{' x '.join(map(str, model.image_shape[1:]))}, {colour}"),
             ("parameters", f"{sampling / 1e6:.2f} M to sample, {everything / 1e6:.2f} M in training"),
         ]

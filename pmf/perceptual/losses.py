@@ -14,14 +14,14 @@ from .weights import WeightFiles
 
 __all__ = ["CHOICES", "CroppedDistances", "FeatureDistance", "build"]
 
-_LPIPS = {
+LPIPS_NETWORKS = {
     "lpips": "vgg",
     "both": "vgg",
     "stlpips": "stlpips-alex",
     "stlpips-vgg": "stlpips-vgg",
     "offline": "stlpips-alex",
 }
-_FEATURES: dict[str, Callable[[WeightFiles], nn.Module]] = {
+FEATURE_NETWORKS: dict[str, Callable[[WeightFiles], nn.Module]] = {
     "convnext": load_convnext,
     "both": load_convnext,
     "lite0": find_lite0,
@@ -95,9 +95,9 @@ def build(
     files = WeightFiles([Path(path) for path in weights], otherwise=" (or train with --perceptual none)")
     networks: list[tuple[float, nn.Module]] = []
     with torch.random.fork_rng(devices=[]):  # networks draw random weights before loading
-        if name in _LPIPS:
-            networks.append((lpips_lambda, load_lpips(_LPIPS[name], files)))
-        if name in _FEATURES:
-            networks.append((convnext_lambda, FeatureDistance(_FEATURES[name](files))))
+        if name in LPIPS_NETWORKS:
+            networks.append((lpips_lambda, load_lpips(LPIPS_NETWORKS[name], files)))
+        if name in FEATURE_NETWORKS:
+            networks.append((convnext_lambda, FeatureDistance(FEATURE_NETWORKS[name](files))))
     files.check_used()
     return CroppedDistances(networks, max_t, size) if networks else None

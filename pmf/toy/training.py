@@ -9,16 +9,15 @@ import torch
 from torch import Tensor
 
 from pmf.defaults import normal
-from pmf.flow import PlaneTimes, Prediction, UPrediction, XPrediction
+from pmf.flow import PlaneTimes, Prediction
 from pmf.flow.path import conditional_velocity, interpolate, over_pixels
+from pmf.flow.prediction import PREDICTIONS
 from pmf.metrics import sliced_wasserstein
 from pmf.toy.network import Mlp
 from pmf.toy.shapes import draw_plane, draw_points
 
 __all__ = ["PREDICTIONS", "Outcome", "Settings", "meanflow_loss", "one_step", "train_and_measure"]
 
-PREDICTIONS: dict[str, Prediction] = {"x": XPrediction(), "u": UPrediction()}
-"""What the network predicts: a data point, or the average velocity."""
 _TIMES = PlaneTimes(uniform_fraction=1.0)
 _ROWS = 1024  # rows of the distance matrix computed at a time
 

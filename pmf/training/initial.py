@@ -7,7 +7,7 @@ import torch
 
 from pmf import checkpoint, models
 from pmf.data.labels import UNLABELLED
-from pmf.errors import UserError
+from pmf.errors import UserError, first_few
 from pmf.wrappers import by_plain_names
 
 _SHOWN = 8  # names listed in full
@@ -51,7 +51,7 @@ def initialise(model: models.PixelMeanFlow, source: Path, class_names: Sequence[
         ("ignored, not in this model", [name for name in given if name not in parameters]),
     ):
         if names:
-            lines.append(f"{what}: {_listed(names)}")
+            lines.append(f"{what}: {first_few(names, _SHOWN)}")
     return lines
 
 
@@ -81,10 +81,13 @@ def _report_classes(here: Sequence[str], there: Sequence[str], rows: list[tuple[
     lines = []
     if new:
         lines.append(
-            f"initialised randomly: {len(new)} of {len(here)} classes, not in the file: {_listed(new)}"
+            f"initialised randomly: {len(new)} of {len(here)} classes, not in the file: "
+            + first_few(new, _SHOWN)
         )
     if unused:
-        lines.append(f"ignored: {len(unused)} of the file's classes, not in the data: {_listed(unused)}")
+        lines.append(
+            f"ignored: {len(unused)} of the file's classes, not in the data: {first_few(unused, _SHOWN)}"
+        )
     return lines
 
 
@@ -99,11 +102,6 @@ def _read(source: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
         raise UserError(f"{source} does not hold a pixel MeanFlow model: {error}") from error
     classes = max(len(weights[_TABLE]) - 1, 0) if _TABLE in weights else 0
     return weights, [str(number) for number in range(classes)]
-
-
-def _listed(names: Sequence[str]) -> str:
-    """The first names, and how many there are beyond them."""
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 def _size(x: torch.Tensor) -> str:

@@ -4,9 +4,8 @@ from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from pmf.errors import UserError
+from pmf.perceptual.losses import FEATURE_NETWORKS, LPIPS_NETWORKS
 from pmf.training.config import TrainConfig, flag
-
-_NO_LPIPS, _NO_FEATURES = ("none", "convnext", "lite0"), ("none", "lpips", "stlpips", "stlpips-vgg")
 
 
 class _Unread(NamedTuple):
@@ -42,13 +41,13 @@ _UNREAD = (
     _Unread(
         ("lpips_lambda",),
         "perceptual",
-        lambda c: c.objective.perceptual in _NO_LPIPS,
+        lambda c: c.objective.perceptual not in LPIPS_NETWORKS,
         "without LPIPS in --perceptual",
     ),
     _Unread(
         ("convnext_lambda",),
         "perceptual",
-        lambda c: c.objective.perceptual in _NO_FEATURES,
+        lambda c: c.objective.perceptual not in FEATURE_NETWORKS,
         "without ConvNeXt or lite0 in --perceptual",
     ),
     _Unread(("ema_half_lives", "sample_ema"), "ema", lambda c: not c.optimizer.ema, "with --no-ema"),

@@ -354,7 +354,7 @@ def test_inconsistent_batches_are_rejected() -> None:
         ({"norm_p": -5.0}, "norm_p must be a finite number, at least 0, got -5.0"),
         ({"norm_eps": 0.0}, "norm_eps must be a finite number, greater than 0"),
         ({"class_dropout": 1.5}, "class_dropout must be a finite number, at least 0 and at most 1"),
-        ({"prediction": "y"}, "prediction must be u or x, or a Prediction, got 'y'"),
+        ({"prediction": "y"}, "prediction must be x or u, or a Prediction, got 'y'"),
         ({"times": "plane"}, "times must be a TimeSampling, got 'plane'"),
         ({"guidance": "none"}, "guidance must be a Guidance, got 'none'"),
         ({"perceptual": "vgg"}, "perceptual must be a Perceptual or empty, got 'vgg'"),

@@ -143,6 +143,7 @@ class Machine {
   Index block = {};
   std::string problem;
   int64_t launches = 0;  // since the process started
+  int64_t products = 0;  // mma instructions executed by all warps since then
 
   // Ends the launch and does not return: no fiber runs again.
   [[noreturn]] void fail(const std::string& text);

@@ -1,6 +1,5 @@
 // ldmatrix and mma.sync for a whole warp, with the fragment layouts of the PTX ISA ("Matrix
 // multiply-accumulate operation using mma instruction", "ldmatrix"); lane = 4 g + t.
-#include <atomic>
 #include <cstring>
 
 #include "emulator/numbers.h"
@@ -98,8 +97,6 @@ void load_warp(int count, bool transposed) {
   }
 }
 
-std::atomic<int64_t> products;  // mma instructions executed, by all warps
-
 void whole_warp(const char* what) {
   if (machine.warp->count != kLanes) machine.fail(std::string(what) + " needs a warp of 32 lanes");
 }
@@ -126,14 +123,10 @@ Float4 multiply(Element element, Float4 c, Word4 a, uint64_t b) {
   Lane* self = machine.lane;
   self->c = c, self->a = a, self->bits = b;
   machine.together(Together::multiply, static_cast<int>(element), [=] {
-    ++products;
+    ++machine.products;
     multiply_warp(element);
   });
   return self->c;
 }
 
 }  // namespace pmf::emulator
-
-extern "C" __attribute__((visibility("default"))) int64_t pmf_emulator_products() {
-  return pmf::emulator::products;
-}
