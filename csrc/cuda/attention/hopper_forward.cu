@@ -1,14 +1,9 @@
-// Attention's forward on Hopper, on the host: tensor maps, how work is cut, the launch. Compiled
-// for sm_90a alone.
+// Attention's forward on Hopper, on the host: the kernels, and what a call needs of them. Compiled
+// only for sm_90a.
 #include "cuda/attention/hopper_forward.h"
 
-#include <algorithm>
-#include <cmath>
-
 #include "cuda/attention/hopper_forward.cuh"
-#include "cuda/attention/hopper_maps.cuh"
-#include "cuda/common/device.h"
-#include "cuda/common/hopper_device.cuh"
+#include "cuda/attention/hopper_launch.cuh"
 
 namespace pmf::cuda {
 namespace {
@@ -43,10 +38,7 @@ const HopperKernel* kernel_of(int64_t width) {
   static const HopperKernel kernels[] = {
       hopper_kernel<T, 64, 96, 4>(), hopper_kernel<T, 80, 48, 6>(), hopper_kernel<T, 96, 48, 4>(),
       hopper_kernel<T, 128, 48, 3>()};
-  for (const HopperKernel& kernel : kernels) {
-    if (kernel.width == width) return &kernel;
-  }
-  return nullptr;
+  return kernel_of_width(kernels, width);
 }
 
 const HopperKernel* kernel_of(const AttentionParams& p) {
@@ -60,13 +52,10 @@ const HopperKernel* kernel_of(const AttentionParams& p) {
 bool hopper_forward(const AttentionParams& params, void* stream, const char*& problem) {
   const AttentionShape& s = params.shape;
   const HopperKernel* const kernel = kernel_of(params);
-  const int64_t all_heads = s.batch * s.heads;
-  constexpr int64_t kMostHeads = 1 << 20;
-  const bool plain_rows = !params.window.hides() && params.sequences.count == 0 &&
-                          (params.lse_stride == 0 || params.lse_stride == s.queries);
-  if (kernel == nullptr || !plain_rows || !device_is_hopper() ||
-      kernel->shared_bytes > device_shared_limit() || params.scale <= 0 || s.queries < 1 ||
-      s.keys < 1 || all_heads < 1 || all_heads > kMostHeads) {
+  // lse may lie in rows of another length only for packed sequences.
+  const bool own_rows = params.lse_stride == 0 || params.lse_stride == s.queries;
+  if (kernel == nullptr || !own_rows || params.scale <= 0 ||
+      !hopper_runs(kernel->shared_bytes, s)) {
     return false;
   }
   const bool tangent = params.out_t.data != nullptr;
@@ -84,28 +73,15 @@ bool hopper_forward(const AttentionParams& params, void* stream, const char*& pr
                    !keys(&p.value_t, params.value_t)))) {
     return false;
   }
-  const int processors = std::max(1, device_processors());
   p.out = params.out, p.out_t = params.out_t;
   p.lse = static_cast<float*>(params.lse), p.lse_t = static_cast<float*>(params.lse_t);
-  p.heads = int(s.heads), p.queries = int(s.queries), p.keys = int(s.keys);
-  p.tiles = (p.keys - 1) / kernel->keys + 1;
-  p.row_blocks = (p.queries - 1) / kRowBlock + 1;
-  // Keys that stay in shared memory are read once, but then a head is one block's work.
-  const bool stays = p.tiles <= kernel->slots && all_heads >= 2 * int64_t{processors};
-  p.rounds = stays ? (p.row_blocks + consumers - 1) / consumers : 1;
-  const int parts = (p.row_blocks - 1) / (consumers * p.rounds) + 1;
-  const int64_t items = all_heads * parts;
-  if (items > INT32_MAX) return false;
-  p.items = int(items);
-  p.by_parts = Divisor(uint32_t(parts));
-  p.by_heads = Divisor(uint32_t(s.heads));
+  p.queries = int(s.queries), p.keys = int(s.keys);
+  if (!cut_into_items(p, s, p.queries, p.keys, kernel->keys, kernel->slots, consumers))
+    return false;
   p.by_group = Divisor(uint32_t(s.heads / s.key_heads));
   p.scale = float(params.scale);
   p.factor = p.scale * kLog2e;
-  plan_next_launch(consumers * kRowBlock, kernel->keys, 1);
-  problem = error_sentence(launch(function, dim3(unsigned(std::min<int64_t>(items, processors))),
-                                  dim3(unsigned((1 + consumers) * kGroupThreads)),
-                                  kernel->shared_bytes, static_cast<cudaStream_t>(stream), p));
+  problem = launch_items(function, p, kernel->keys, consumers, kernel->shared_bytes, stream);
   return true;
 }
 
