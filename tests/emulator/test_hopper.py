@@ -152,7 +152,7 @@ def test_tensors_that_a_map_cannot_describe(planted: Planted, offset: int, row_b
     assert planted.box(tensor, sizes, strides, 8, 128, place, image, elected) == "no such tensor map"
 
 
-STUCK = "(threads that wait for what never comes|a barrier that not all threads reach): .*"
+STUCK = "(threads that wait forever|a barrier that not all threads reach): .*"
 OVERWRITTEN = (
     r"written while a product reads it|written after warp \d read it|read while an asynchronous copy"
 )
@@ -162,19 +162,19 @@ FOUND = {
     "factor_written_before_the_wait": "the registers of A are written while a product reads them",
     "slot_released_before_the_wait": OVERWRITTEN,
     "wrong_parity": STUCK + r"the mbarrier at \d+ \(phase 2, 1 of 1 arrivals and 0 bytes .* parity 0",
-    "parity_of_the_phase_before": STUCK + r"|read and was never written|read while an asynchronous copy|"
-    + r"after (the copy of a box|thread \d+) wrote it, with no barrier between|" + OVERWRITTEN,
+    "parity_of_the_phase_before": STUCK + r"|read but was never written|read while an asynchronous copy|"
+    + r"after (a box copy|thread \d+) wrote it, with no barrier between|" + OVERWRITTEN,
     "bytes_that_never_come": STUCK + r"waits at the mbarrier at \d+ \(phase 0, 0 of 1 arrivals and 16 bytes",
     "arrival_missing": STUCK + r"waits at the mbarrier at \d+ \(phase 0, 1 of 9 arrivals and 0 bytes missing",
     "arrival_too_many": "one arrival too many at the mbarrier|" + STUCK,
-    "barrier_not_initialised": "is used as an mbarrier and was never initialised",
-    "no_fence_of_barriers": "counts a copy's bytes, with no fence after its initialisation",
+    "barrier_not_initialised": "is used as an mbarrier but was never initialised",
+    "no_fence_of_barriers": "is used by a copy with no fence.mbarrier_init after its initialisation",
     "no_fence_between_proxies": r"read by a product after thread \d+ wrote it, with no fence.proxy.async",
-    "no_fence_before_products": "a product on registers that were written with no wgmma.fence since",
-    "descriptor_off_its_alignment": "the descriptor of B begins 128 bytes beyond a multiple of 1024",
-    "products_never_waited_for": r"warp \d has ended without waiting for its products|" + OVERWRITTEN,
-    "copy_never_waited_for": "a block that ends (while a copy of a box|and never waited for the copies)",
-    "too_many_registers": STUCK + "waits for 240 registers a thread, where 0 of the block's are free",
+    "no_fence_before_products": "a product uses registers with no wgmma.fence after they were written",
+    "descriptor_off_its_alignment": "the descriptor of B starts 128 bytes past a multiple of 1024",
+    "products_never_waited_for": r"warp \d ended without waiting for its products|" + OVERWRITTEN,
+    "copy_never_waited_for": "a block ended (while a box copy|without waiting for the copies)",
+    "too_many_registers": STUCK + "waits for 240 registers per thread, but 0 of the block's are free",
     "no_arrival_at_the_block_barrier": STUCK + "warp 4 waits at barrier 1",
 }  # fmt: skip
 # nvcc's registers have no address to watch.

@@ -125,7 +125,7 @@ def test_numbers(planted: Planted) -> None:
 @pytest.mark.parametrize(
     ("grid", "block", "shared", "sentence"),
     [
-        (1, 32, 163 * 1024 + 1, "166913 bytes of shared memory asked for, where a block may have 166912"),
+        (1, 32, 163 * 1024 + 1, "a block with 166913 bytes of shared memory; the limit is 166912"),
         (1, 1025, 0, "a block of 1025 x 1 x 1 threads"),
         (1, 0, 0, "a block of 0 x 1 x 1 threads"),
         (0, 32, 0, "a grid of 0 x 1 x 1 blocks"),

@@ -123,7 +123,7 @@ def test_ptx_aligned_instruction_in_divergent_lanes(tmp_path: Path) -> None:
     probes.write_text(text.replace(once, twice))
     with (
         planted_at("ptx", of_nvcc(probes)) as planted,
-        pytest.raises(AssertionError, match="at mma of lines"),
+        pytest.raises(AssertionError, match="at mma on lines"),
     ):
         instructions.check_mma(planted, "bf16")
 

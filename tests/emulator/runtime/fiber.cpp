@@ -35,7 +35,7 @@ namespace pmf::emulator {
 Stacks::Stacks(int count) : bytes_(count * kStep) {
   void* memory = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED) throw std::runtime_error("emulator: no memory for the threads' stacks");
+  if (memory == MAP_FAILED) throw std::runtime_error("emulator: cannot allocate the thread stacks");
   memory_ = static_cast<char*>(memory);
   for (int i = 0; i < count; ++i) mprotect(memory_ + i * kStep, kGuardBytes, PROT_NONE);
 }

@@ -56,21 +56,21 @@ bool Hopper::waits(Warp& w) {
 
 std::string Hopper::left_over() const {
   if (!copies_.empty()) {
-    return "a block that ends while a copy of a box to shared memory at " +
-           std::to_string(copies_[0].to - kSharedWindow) + " is under way";
+    return "a block ended while a box copy to shared memory at " +
+           std::to_string(copies_[0].to - kSharedWindow) + " was in flight";
   }
   for (const auto& [address, b] : barriers_) {
     if (b.landed) {
-      return "a block that ends and never waited for the copies of " + describe(address);
+      return "a block ended without waiting for the copies counted by " + describe(address);
     }
   }
   for (int w = 0; w < warps_; ++w) {
     if (!products_[w].pending.empty()) {
-      return "warp " + std::to_string(w) + " has ended without waiting for its products";
+      return "warp " + std::to_string(w) + " ended without waiting for its products";
     }
     if (w % kGroup > 0 && products_[w].issued != products_[w - 1].issued) {
       return "warps " + std::to_string(w - 1) + " and " + std::to_string(w) +
-             " of one warpgroup have made " + std::to_string(products_[w - 1].issued) + " and " +
+             " of one warpgroup have issued " + std::to_string(products_[w - 1].issued) + " and " +
              std::to_string(products_[w].issued) + " products";
     }
   }
@@ -86,8 +86,8 @@ void Hopper::set_registers(int count, bool more) {
     machine.fail("setmaxnreg takes 24 to 256 in steps of 8, got " + std::to_string(count));
   }
   if (more ? count < own : count > own) {
-    machine.fail("setmaxnreg from " + std::to_string(own) + (more ? " up" : " down") + " to " +
-                 std::to_string(count));
+    machine.fail(std::string("setmaxnreg.") + (more ? "inc" : "dec") + " cannot go from " +
+                 std::to_string(own) + " to " + std::to_string(count) + " registers");
   }
   if (more) {
     w.wanted_registers = count;
@@ -112,9 +112,11 @@ std::string Hopper::describe(uint32_t barrier) const {
 void Hopper::init(uint32_t barrier, uint32_t arrivals) {
   check_alignment(shared_at(barrier), 8, "an mbarrier");
   memory.access(shared_at(barrier), 8, Access::write);
-  if (arrivals < 1 || arrivals > kMostBytes) machine.fail("an mbarrier of no arrivals");
+  if (arrivals < 1 || arrivals > kMostBytes)
+    machine.fail("an mbarrier must count 1 to 2^20 - 1 arrivals");
   const auto [place, fresh] = barriers_.try_emplace(barrier);
-  if (fresh && barriers_.size() > size_t(kMaxBarriers)) machine.fail("more than 64 mbarriers");
+  if (fresh && barriers_.size() > size_t(kMaxBarriers))
+    machine.fail("a block with more than 64 mbarriers, the emulator's limit");
   const int number = fresh ? int(barriers_.size()) - 1 : place->second.number;
   place->second = {};
   place->second.number = number, place->second.initialiser = machine.lane->number;
@@ -129,7 +131,7 @@ Hopper::Barrier& Hopper::at(uint32_t barrier) {
   const auto found = barriers_.find(barrier);
   if (found == barriers_.end()) {
     machine.fail("shared memory at " + std::to_string(barrier - kSharedWindow) +
-                 " is used as an mbarrier and was never initialised");
+                 " is used as an mbarrier but was never initialised");
   }
   memory.access(shared_at(barrier), 8, Access::read);
   return found->second;
@@ -147,7 +149,7 @@ void Hopper::end_phase(Barrier& b) {
 void Hopper::arrive(uint32_t barrier, uint32_t bytes) {
   Barrier& b = at(barrier);
   b.bytes += bytes;
-  if (b.bytes > kMostBytes) machine.fail(describe(barrier) + " counts fewer than 2^20 bytes");
+  if (b.bytes > kMostBytes) machine.fail(describe(barrier) + " cannot count 2^20 bytes or more");
   if (b.missing == 0) machine.fail("one arrival too many at " + describe(barrier));
   b.missing -= 1;
   // What other lanes did since the warp last synchronised does not come before.
@@ -204,15 +206,16 @@ void inside_of(const BoxMap& map, int32_t place, int64_t& first, int64_t& last) 
 }  // namespace
 
 void Hopper::copy(uint32_t to, const BoxMap& map, uint32_t barrier, const int32_t* place) {
-  if (map.mark != BoxMap::kMark) machine.fail("a tensor map that nobody encoded");
+  if (map.mark != BoxMap::kMark)
+    machine.fail("a box copy with a tensor map that was never encoded");
   if (map.rank != 4) {
-    machine.fail("a copy in 4 dimensions with a map of " + std::to_string(map.rank));
+    machine.fail("a 4-D box copy with a tensor map of rank " + std::to_string(map.rank));
   }
-  check_alignment(shared_at(to), 128, "a copy of a box");
+  check_alignment(shared_at(to), 128, "a box copy");
   const Barrier& b = at(barrier);
   if (!b.visible) {
     machine.fail(describe(barrier) +
-                 " counts a copy's bytes, with no fence after its initialisation");
+                 " is used by a copy with no fence.mbarrier_init after its initialisation");
   }
   int64_t first, last;
   inside_of(map, place[0], first, last);

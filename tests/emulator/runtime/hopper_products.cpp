@@ -28,19 +28,19 @@ void Hopper::pieces(uint64_t descriptor, bool transposed, int first, int rows, c
   const auto mode = uint32_t(descriptor >> 62);
   constexpr uint64_t kUsed = 0xc000000000000000ull | 0x3fff3fff3fffull;
   if (mode == 0 || (descriptor & ~kUsed) != 0) {
-    machine.fail(std::string("the descriptor of ") + name + " has a mode or bits of " +
-                 hex(uint32_t(descriptor >> 32)) + " that the emulator does not know");
+    machine.fail(std::string("the descriptor of ") + name + " has upper bits " +
+                 hex(uint32_t(descriptor >> 32)) + ", which the emulator does not support");
   }
   const uint32_t width = 256 >> mode, repeat = 8 * width;
   const uint32_t beyond = start % repeat;
   // Along a row K may begin at any two chunks; where it runs across rows, at any eight of them.
   if (transposed ? beyond != 0 : beyond >= width || beyond % 32 != 0) {
-    machine.fail(std::string("the descriptor of ") + name + " begins " + std::to_string(beyond) +
-                 " bytes beyond a multiple of " + std::to_string(repeat));
+    machine.fail(std::string("the descriptor of ") + name + " starts " + std::to_string(beyond) +
+                 " bytes past a multiple of " + std::to_string(repeat));
   }
   if (stride % repeat != 0 || (transposed && leading % repeat != 0)) {
     machine.fail(std::string("the descriptor of ") + name +
-                 " has strides that are no multiples of " + std::to_string(repeat));
+                 " has strides that are not multiples of " + std::to_string(repeat));
   }
   if (!transposed) {
     for (int r = first; r < first + rows; ++r) {
@@ -86,19 +86,20 @@ int Hopper::chain_of(Products& p, const Product& product) {
       for (int i = 0; i < count; ++i) same = same && bits(lane, i) == held(number, i);
     }
     if (!same) {
-      machine.fail("the sums of this product overlap those of another one that is under way");
+      machine.fail("the sums of this product overlap those of another one in flight");
     }
     if (chain(p, number).under_way == 0) {
-      machine.fail("sums of a product that has been waited for are used as if it had not");
+      machine.fail("sums are used as if their product, already waited for, were in flight");
     }
     return number;
   }
-  if (!p.fenced) machine.fail("a product on registers that were written with no wgmma.fence since");
+  if (!p.fenced)
+    machine.fail("a product uses registers with no wgmma.fence after they were written");
   Chain fresh = {product.columns, 0, std::vector<float>(size_t(kLanes * count))};
   for (int lane = 0; lane < kLanes; ++lane) {
     for (int i = 0; i < count; ++i) {
       if (is_under_way(bits(lane, i)) || (product.adds && held_sum(bits(lane, i)))) {
-        machine.fail("the sums of this product overlap those of another one that is under way");
+        machine.fail("the sums of this product overlap those of another one in flight");
       }
       fresh.sums[size_t(lane * count + i)] = w.lanes[lane].sums[i];
     }
@@ -122,7 +123,7 @@ void Hopper::multiply(const Product& product, bool holds) {
     const Product& other = group[p.issued];
     if (other.a != product.a || other.b != product.b || other.columns != product.columns ||
         other.adds != product.adds) {
-      machine.fail("the warps of one warpgroup make different products");
+      machine.fail("the warps of one warpgroup issue different products");
     }
   }
   p.issued += 1;

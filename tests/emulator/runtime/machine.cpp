@@ -113,14 +113,14 @@ void Machine::arrive(Together kind, int option) {
   Warp& w = *warp;
   const int line = std::exchange(aligned_line, 0);
   if (w.waiting > 0 && (w.kind != kind || w.option != option)) {
-    fail(std::string("lanes of one warp part ways: one is at ") + together_name(kind) +
+    fail(std::string("lanes of one warp diverge: one is at ") + together_name(kind) +
          " while others are at " + together_name(w.kind) +
-         (w.kind == kind ? " with other options" : ""));
+         (w.kind == kind ? " with different options" : ""));
   }
   if (w.waiting > 0 && w.line != line) {
-    fail(std::string("lanes of one warp are at ") + together_name(kind) + " of lines " +
+    fail(std::string("lanes of one warp are at ") + together_name(kind) + " on lines " +
          std::to_string(w.line) + " and " + std::to_string(line) +
-         " of the PTX, where all must be at the same instruction");
+         " of the PTX, but all must execute the same instruction");
   }
   w.kind = kind, w.option = option, w.line = line;
   w.waiting += 1;
@@ -162,13 +162,13 @@ void Machine::barrier(int id, int threads, bool waits) {
   if (threads % kLanes != 0 && threads != all) {
     fail("barrier_sync() takes whole warps, got " + std::to_string(threads) + " threads");
   }
-  if (id < 0 || id > 15) fail("there are barriers 0 to 15, not " + std::to_string(id));
+  if (id < 0 || id > 15) fail("barriers are numbered 0 to 15, got " + std::to_string(id));
   const Together kind = waits ? Together::barrier : Together::barrier_arrive;
   together(kind, id << 16 | threads, [&] {
     NamedBarrier& b = named_[id];
     if (b.arrived > 0 && b.threads != threads) {
-      fail("barrier " + std::to_string(id) + " is asked to join " + std::to_string(b.threads) +
-           " threads by one warp and " + std::to_string(threads) + " by another");
+      fail("one warp uses barrier " + std::to_string(id) + " for " + std::to_string(b.threads) +
+           " threads and another for " + std::to_string(threads));
     }
     b.threads = threads;
     b.arrived += warp->count;
@@ -177,8 +177,8 @@ void Machine::barrier(int id, int threads, bool waits) {
     warp->at_barrier = waits, warp->barrier = id;
     if (b.arrived < threads) return;
     if (b.arrived > threads) {
-      fail(std::to_string(b.arrived) + " threads come to barrier " + std::to_string(id) + " of " +
-           std::to_string(threads));
+      fail(std::to_string(b.arrived) + " threads arrive at barrier " + std::to_string(id) +
+           ", which expects " + std::to_string(threads));
     }
     for (Warp& w : warps_) {
       if (w.count == 0 || !w.at_barrier || w.barrier != id) continue;
@@ -197,8 +197,7 @@ std::string Machine::stuck() const {
   const bool at_barriers = std::all_of(warps_.begin(), warps_.end(), [](const Warp& w) {
     return w.count == 0 || w.at_barrier || w.done == w.count;
   });
-  out << (at_barriers ? "a barrier that not all threads reach:"
-                      : "threads that wait for what never comes:");
+  out << (at_barriers ? "a barrier that not all threads reach:" : "threads that wait forever:");
   for (const Warp& w : warps_) {
     if (w.count == 0) continue;
     out << (w.number ? ", " : " ") << "warp " << w.number;
@@ -209,7 +208,7 @@ std::string Machine::stuck() const {
                l != w.lanes + w.count) {
       out << " waits at " << hopper.describe(l->mbarrier) << " for parity " << l->parity;
     } else if (w.wanted_registers != 0) {
-      out << " waits for " << w.wanted_registers << " registers a thread, where "
+      out << " waits for " << w.wanted_registers << " registers per thread, but "
           << hopper.free_registers() << " of the block's are free";
     } else {
       out << " has ended";
@@ -306,10 +305,11 @@ const char* Machine::run(const Launch& what) {
   } else if (g.x < 1 || g.y < 1 || g.z < 1 || g.x > 0x7fffffffu || g.y > 65535 || g.z > 65535) {
     out << "a grid of " << g.x << " x " << g.y << " x " << g.z << " blocks";
   } else if (what.shared_bytes < 0 || what.shared_bytes > what.allowed_bytes) {
-    out << what.shared_bytes << " bytes of shared memory asked for, where a block may have "
+    out << "a block with " << what.shared_bytes << " bytes of shared memory; the limit is "
         << what.allowed_bytes;
   } else if (constexpr size_t kMostParameters = 32764; what.call_bytes > kMostParameters) {
-    out << what.call_bytes << " bytes of kernel parameters, of at most " << kMostParameters;
+    out << "a kernel with " << what.call_bytes << " bytes of parameters; the limit is "
+        << kMostParameters;
   }
   if (!out.str().empty()) return refuse("the emulator cannot launch " + out.str());
   memory.begin_launch();

@@ -109,7 +109,7 @@ Word4 load_matrices(const void* row, int count, bool transposed) {
   Lane* self = machine.lane;
   const bool used = self->number % kLanes < count * kMatrixRows;
   if (used && reinterpret_cast<uintptr_t>(row) % kRowBytes != 0) {
-    machine.fail("ldmatrix needs rows at multiples of 16");
+    machine.fail("ldmatrix needs row addresses that are multiples of 16");
   }
   self->row = row;
   machine.together(Together::load_matrices, count << 1 | transposed,

@@ -31,11 +31,11 @@ uint32_t stamp() { return machine.warp->clock << kThreadBits | uint32_t(machine.
 
 std::string by(uint32_t stamp) {
   const uint32_t thread = stamp & kThreadMask;
-  return thread < kMaxThreads ? "thread " + std::to_string(thread) : "the copy of a box";
+  return thread < kMaxThreads ? "thread " + std::to_string(thread) : "a box copy";
 }
 
 std::string copy_of(uint32_t writer) {
-  return " an asynchronous copy of " + by(writer) + " to it has not been waited for";
+  return " an asynchronous copy to it by " + by(writer) + " has not been waited for";
 }
 
 // Whether a stamp's action precedes what this lane, or with by_warp its whole warp, does now.
@@ -54,14 +54,14 @@ void check_alignment(const void* address, size_t bytes, const char* what) {
   const auto rest = reinterpret_cast<uintptr_t>(address) % bytes;
   if (rest != 0) {
     machine.fail(std::string(what) + " needs an address that is a multiple of " +
-                 std::to_string(bytes) + ", got one " + std::to_string(rest) + " beyond");
+                 std::to_string(bytes) + ", got one " + std::to_string(rest) + " bytes past it");
   }
 }
 
 Memory::Memory() : writer_(kGranules, 0), fence_(kGranules, 0), products_(kGranules, 0) {
   void* space = mmap(nullptr, kSharedSpace, PROT_READ | PROT_WRITE,
                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (space == MAP_FAILED) throw std::runtime_error("emulator: no room for shared memory");
+  if (space == MAP_FAILED) throw std::runtime_error("emulator: cannot reserve shared memory");
   shared_begin_ = reinterpret_cast<uintptr_t>(space);
   shared_ = static_cast<unsigned char*>(space) + kSharedStart;
 }
@@ -124,7 +124,7 @@ void Memory::shared_access(uintptr_t address, size_t bytes, Access access, bool 
   const auto offset = static_cast<int64_t>(address - reinterpret_cast<uintptr_t>(shared_));
   if (offset < 0 || offset + static_cast<int64_t>(bytes) > shared_bytes_) {
     machine.fail(bytes_of("shared memory", bytes, access) + " at " + std::to_string(offset) +
-                 ", where the launch asked for " + std::to_string(shared_bytes_) + " bytes");
+                 ", but the launch requested " + std::to_string(shared_bytes_) + " bytes");
   }
   const size_t first = offset / kGranule, last = (offset + bytes - 1) / kGranule;
   access == Access::read ? shared_read(first, last, by_warp) : shared_write(first, last);
@@ -139,7 +139,7 @@ void Memory::shared_read(size_t first, size_t last, bool by_warp) {
     const uint32_t writer = writer_[g], clock = writer >> kThreadBits;
     if (writer != own || by_warp) {
       const bool same = (writer & kThreadMask) == (own & kThreadMask) && !by_warp;
-      if (clock < first_clock_) shared_problem(g, "read and was never written");
+      if (clock < first_clock_) shared_problem(g, "read but was never written");
       if (clock == kUnderWay) shared_problem(g, "read while" + copy_of(writer));
       if (!same && !knows(writer, by_warp)) {
         shared_problem(g, "read after " + by(writer) + " wrote it, with no barrier between");
@@ -197,7 +197,7 @@ void Memory::atomic(const void* address, size_t bytes) {
     const auto offset = static_cast<int64_t>(at - reinterpret_cast<uintptr_t>(shared_));
     if (offset < 0 || offset + static_cast<int64_t>(bytes) > shared_bytes_ ||
         writer_[offset / kGranule] >> kThreadBits < first_clock_) {
-      machine.fail("an atomic operation on shared memory never written, or not asked for");
+      machine.fail("an atomic operation on shared memory that was never written or requested");
     }
     return;
   }
@@ -291,7 +291,7 @@ Region::Region(uintptr_t begin, size_t bytes)
     : begin_(begin),
       bytes_(bytes),
       flags_(static_cast<uint8_t*>(std::calloc(bytes + 1, 1)), &std::free) {
-  if (!flags_) throw std::runtime_error("emulator: no room for what is known of a tensor");
+  if (!flags_) throw std::runtime_error("emulator: out of memory for a tensor's state");
 }
 
 void Region::allow(uintptr_t address, size_t bytes, bool writable, bool initialised) {
@@ -306,7 +306,8 @@ void Region::allow(uintptr_t address, size_t bytes, bool writable, bool initiali
   for (size_t i = 0; i < bytes; ++i) flags[i] |= more;
   if (writable && !traces_) {
     void* traces = std::calloc(bytes_ / kGranule + 2, sizeof(Trace));
-    if (traces == nullptr) throw std::runtime_error("emulator: no room for traces of accesses");
+    if (traces == nullptr)
+      throw std::runtime_error("emulator: out of memory for a tensor's access records");
     traces_ = {static_cast<Trace*>(traces), &std::free};
   }
 }
@@ -322,7 +323,7 @@ void Region::check(uintptr_t address, size_t bytes, Access access, bool ordered)
     if ((all & kReadable) == 0)
       machine.fail(bytes_of("memory outside a tensor's elements", bytes, access));
     if ((all & kInitialised) == 0)
-      machine.fail(bytes_of("global memory never written", bytes, access));
+      machine.fail(bytes_of("uninitialised global memory", bytes, access));
   } else {
     if ((all & kWritable) == 0) {
       machine.fail(

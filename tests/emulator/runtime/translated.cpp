@@ -19,7 +19,7 @@ constexpr unsigned char kPadding = 0xa5;  // fills gaps between parameters; neve
 #define PMF_HERE machine.place = __builtin_return_address(0)
 
 void whole_warp(uint32_t lanes) {
-  if (lanes != kWholeWarp) machine.fail("a mask of lanes that is not the whole warp");
+  if (lanes != kWholeWarp) machine.fail("a lane mask that does not cover the whole warp");
 }
 
 class Machinery final : public ptx::Device {
@@ -39,7 +39,7 @@ class Machinery final : public ptx::Device {
     PMF_HERE;
     if (bytes != kCopyBytes || (source_bytes != kCopyBytes && source_bytes != 0)) {
       machine.fail("cp.async of " + std::to_string(source_bytes) + " of " + std::to_string(bytes) +
-                   " bytes: the emulator knows of 16 or none of 16");
+                   " bytes; the emulator supports 16 or 0 of 16");
     }
     emulator::copy_async(to, from, source_bytes != 0);
   }
@@ -60,7 +60,8 @@ class Machinery final : public ptx::Device {
                    uint32_t lanes) const override {
     PMF_HERE;
     whole_warp(lanes);
-    if (clamp != kLastLane) machine.fail("a shuffle within parts of a warp");
+    if (clamp != kLastLane)
+      machine.fail("a shuffle within parts of a warp, which the emulator does not support");
     if (amount >= uint32_t(kLanes)) {
       machine.fail("a shuffle reads lane " + std::to_string(amount) + " of a warp of 32");
     }
@@ -157,7 +158,7 @@ class Machinery final : public ptx::Device {
   float from_half(uint16_t bits) const override { return Half::from_bits(bits); }
   void trap() const override {
     PMF_HERE;
-    machine.fail("a trap");
+    machine.fail("a trap instruction");
   }
 };
 

@@ -73,7 +73,7 @@ def running(
         if sizes != expected:
             raise TypeError(
                 f"parameters of {where[0]} have {sizes} bytes on the host and {expected} in the PTX: "
-                "rebuild the library; otherwise a type has another layout there"
+                "rebuild the library; if that does not help, a type's layout differs between the two"
             )
         if note is not None:
             note(name)
