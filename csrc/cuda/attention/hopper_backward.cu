@@ -1,5 +1,5 @@
-// Attention's backward on Hopper, on the host: the kernels, and what a call needs of them: two
-// launches. Compiled only for sm_90a.
+// Host side of the Hopper attention backward: chooses the kernels and makes the two launches.
+// Compiled only for sm_90a.
 #include "cuda/attention/hopper_backward.h"
 
 #include "cuda/attention/hopper_backward.cuh"
@@ -30,7 +30,7 @@ constexpr HopperBackwardKernel hopper_backward_kernels() {
           hopper_backward_kernel<Keys>};
 }
 
-// Columns of a tile: as many as leave both scores, both sums and both factors in 240 registers.
+// The tile's columns: the most for which S, B, both factors and both sums fit in 240 registers.
 template <typename T>
 const HopperBackwardKernel* kernels_of(int64_t width) {
   static const HopperBackwardKernel kernels[] = {

@@ -1,25 +1,25 @@
-// Attention's ordinary backward by Hopper's own instructions (hopper.cuh): the mathematics of
-// attention_backward_queries.cuh, which leaves the row statistics, and then that of
+// Attention backward without tangents, with Hopper instructions (hopper.cuh): the mathematics of
+// attention_backward_queries.cuh, which writes the row statistics, then that of
 // attention_backward_keys.cuh.
 //
-// Both are one kernel: a row block of 64 queries (or keys) with their gradients of out (or values)
-// meets tiles of kColumns keys (or queries) that stream past, and every sum is one warp's from
-// beginning to end, in one fixed order: no atomics.
+// Both are instances of one kernel: tiles of kColumns keys and values (or queries and gradients of
+// out) stream past a row block of 64 queries and gradients of out (or keys and values). One warp
+// accumulates each sum from beginning to end, in a fixed order and without atomics.
 //
 //   queries    S = Q K^T    B = G V^T      M += e K         Z += H K
 //   keys       S = K Q^T    B = V G^T      dV += P^T G      dK += dS^T Q
 //
-// Blocks, warps and the ring are the forward's (hopper_forward.cuh), and so is the order in which
-// they compute: the next tile's S and B are queued before the products of this one, which run
-// beside the exponentials. Of the copying warpgroup's warps, one copies tiles, one for each
-// consumer its rows, and, for the keys, one the tile's row statistics.
+// Blocks, warps, the ring and the order of computation are those of hopper_forward.cuh: S and B of
+// the next tile are queued before the products of the current one, which overlap the exponentials.
+// In the copying warpgroup, one warp copies tiles, one warp per consumer copies its rows, and for
+// the keys one more copies the row statistics of each tile.
 //
-// Registers: 64 x kColumns of S and B and of the two factors that they become, 64 x kWidth of two
-// sums: 208 a thread of the 240 that there are at width 64 and 96 columns, 200 at 128 and 48.
-// FLOPs: 4 products each, 2 Nq Nk D a product, in place of the 5 of one kernel that had atomics.
-// Bytes: as the other kernels, 64 rows a pass over the streamed side, or all of a head's rows if
-// its tiles stay. Bound: the tensor cores; at width 64, 768 cycles of them a tile stand beside half
-// as many of exponentials and (estimate) nearly as many of other instructions.
+// Registers: S, B and the two factors that they become take 64 x kColumns each, the two sums 64 x
+// kWidth each: 208 of the 240 registers per thread at width 64 and 96 columns, 200 at 128 and 48.
+// FLOPs: 4 products per kernel, 2 Nq Nk D each; a single kernel with atomics would need 5 in all.
+// Bytes: as in the other kernels, with 64 rows per pass over the streamed side, or all rows of a
+// head if its tiles stay. Bound: the tensor cores; at width 64 a tile takes them 768 cycles, beside
+// half as many for exponentials and (an estimate) nearly as many for other instructions.
 #pragma once
 
 #include "cuda/attention/attention_backward_queries.cuh"
@@ -29,16 +29,16 @@
 namespace pmf::cuda {
 
 constexpr int kBackwardSides = 2;
-constexpr float kLargestKnown = 4194304.0f;  // up to here fp32 numbers are 1/4 apart, or less
+constexpr float kLargestKnown = 4194304.0f;  // below it, fp32 numbers are at most 1/4 apart
 
-// Everything of one of the two launches.
+// The parameters of either launch.
 struct HopperBackward {
   HopperMaps row[kBackwardSides], column[kBackwardSides];  // Q and G, K and V; or K and V, Q and G
-  View4 gradient[2];                                       // of Q; or of V and of K
+  View4 gradient[2];                                       // of Q; or of V and K
   float* statistics;            // attention_backward.cuh: [batch, heads, statistic, padded_queries]
   const float *lse, *grad_lse;  // [batch, heads, queries]; the second may be null
-  int heads, rows, columns;     // of a head: on the own side, and on the streamed one
-  int tiles, row_blocks, rounds, items;  // as HopperForward's
+  int heads, rows, columns;     // rows and columns (the streamed side) per head
+  int tiles, row_blocks, rounds, items;  // as in HopperForward
   int padded_queries;
   Divisor by_parts, by_heads;
   float factor, scale;
@@ -51,14 +51,14 @@ struct HopperBackwardSizes : HopperShape<T, kWidth, kColumns_, kBackwardSides> {
   static constexpr bool kByKeys = kByKeys_;
   static constexpr uint32_t kRowsBytes = Base::Rows::kBytes, kSlotBytes = Base::Tile::kBytes;
   static constexpr uint32_t kStatisticBytes = kByKeys ? kStatistics<false> * kColumns * 4 : 0;
-  // Rows of each consumer, the ring, the slots' statistics, the barriers.
+  // Shared memory: the rows of each consumer, the ring, the statistics of each slot, the barriers.
   static constexpr uint32_t kRing = kConsumers * kRowsBytes;
   static constexpr uint32_t kFigures = kRing + kSlots * kSlotBytes;
   static constexpr uint32_t kBarriers = kFigures + kSlots * kStatisticBytes;
   static constexpr int kSharedBytes = int(kBarriers) + 8 * (2 * kSlots + 2 * kConsumers);
 };
 
-// Where things are in shared memory.
+// Addresses in shared memory.
 template <class C>
 struct HopperBackwardPlaces {
   uint32_t base;
@@ -113,13 +113,13 @@ __device__ inline void copy_row_blocks(const HopperBackward& p, const HopperBack
   }
 }
 
-// One of the statistics of a head's queries.
+// One statistic of all queries of a head.
 __device__ inline float* statistics_of(const HopperBackward& p, const HopperItem& here, int which) {
   const int64_t head = int64_t(here.batch) * p.heads + here.head;
   return p.statistics + (head * kStatistics<false> + which) * p.padded_queries;
 }
 
-// By a whole warp. Past the queries are zeros, no weight among them.
+// Called by a whole warp. Entries past the last query are zero, so their weight is zero.
 template <class C>
 __device__ inline void copy_statistics(const HopperBackward& p, const HopperBackwardPlaces<C>& at) {
   constexpr int kFloats = kChunkBytes / 4, kCopies = C::kColumns / kFloats;  // of one statistic
@@ -145,7 +145,7 @@ __device__ inline void copy_statistics(const HopperBackward& p, const HopperBack
 
 // ---- the consumers ------------------------------------------------------------------------------
 
-// What is left where a block of rows has met all tiles.
+// Stores a row block's gradient after its last tile.
 template <class T, int kOutTiles>
 __device__ inline void store_gradient(const float (&sums)[kOutTiles][4], const View4& view,
                                       const HopperItem& here, int row, int rows, int lane) {
@@ -154,7 +154,7 @@ __device__ inline void store_gradient(const float (&sums)[kOutTiles][4], const V
   store_rows<true>(sums, start, view.stride[2], 1, row, rows, 8 * kOutTiles, lane);
 }
 
-// The registers of 16 of a row block's rows: a warp's.
+// The registers of a warp: 16 rows of the row block.
 template <class C>
 struct HopperBackwardUnit {
   using E = typename C::E;
@@ -163,10 +163,10 @@ struct HopperBackwardUnit {
   float x[C::kOutTiles][4], y[C::kOutTiles][4];  // M and Z, or dV and dK
   FragmentA weights[C::kDepths], derivatives[C::kDepths];
 
-  // Of queries, as in attention_backward_queries.
+  // For queries only, as in attention_backward_queries.
   MovingMean state;
-  float sum[2], residue[2];  // of rows of e and of H, rounded: l and r
-  bool searches;             // for the maximum, which is else taken from lse
+  float sum[2], residue[2];  // of the rounded rows of e and H: l and r
+  bool searches;             // for the maximum; otherwise lse replaces it
 
   __device__ void reset() {
     clear(x);
@@ -174,9 +174,9 @@ struct HopperBackwardUnit {
     state = MovingMean();
     sum[0] = sum[1] = residue[0] = residue[1] = 0.0f;
   }
-  // `row`: the lane's row g. The maximum is lse, which is above it by log(Nk) at most: nothing has
-  // to be scaled again when a tile raises it. Where lse is rounded to more than 1/4, or nothing is
-  // known, it is found tile by tile as in the other kernels.
+  // `row`: row g of the lane. lse, which exceeds the maximum by at most log(Nk), takes its place,
+  // so no tile requires rescaling. If the rounding of lse may exceed 1/4, or lse is not finite, the
+  // maximum is found tile by tile, as in the other kernels.
   __device__ void expect(const HopperBackward& p, const HopperItem& here, int row) {
     const float* const lse = p.lse + (int64_t(here.batch) * p.heads + here.head) * p.rows;
     searches = false;
@@ -190,7 +190,7 @@ struct HopperBackwardUnit {
     if (searches) state.top[0] = state.top[1] = -INFINITY;
   }
 
-  // The compiler leaves them where they are.
+  // Keep the compiler from moving accesses to these registers across (see hold()).
   __device__ void hold_scores() {
     hold(s);
     hold(b);
@@ -217,7 +217,7 @@ struct HopperBackwardUnit {
     }
   }
 
-  // S and B of tile j to e and H, or to P^T and dS^T.
+  // Turns S and B of tile j into e and H, or into P^T and dS^T.
   __device__ void differentiate(const HopperBackward& p, int j, const float* statistics, int lane) {
     const int column = 2 * (lane & 3);
 #pragma unroll
@@ -227,7 +227,7 @@ struct HopperBackwardUnit {
     }
     if constexpr (!C::kByKeys) {
       if (j + 1 == p.tiles) hide(column, p.columns - j * C::kColumns);
-      // Apart, so that the usual way ends before what the caller waits for.
+      // Two calls of advance(), so that the common path can finish before the caller's next wait.
       if (searches) {
         raise(state, s);
         advance(state, s, b, p.scale);
@@ -251,7 +251,7 @@ struct HopperBackwardUnit {
     }
   }
 
-  // The sums, as the tile that comes next needs them; then its factors.
+  // Adapts the sums to the next tile; pack() then converts its factors.
   __device__ void follow_mean() {
     if constexpr (!C::kByKeys) {
       if (searches) {
@@ -270,7 +270,8 @@ struct HopperBackwardUnit {
       }
     }
   }
-  // The sums of a tile's rows are products with ones, in four chains, as each waits for the last.
+  // Sums the tile's rows by products with ones: four chains, as each product waits for its
+  // predecessor.
   __device__ void pack() {
     float l[2][4] = {}, r[2][4] = {};
 #pragma unroll
@@ -291,7 +292,7 @@ struct HopperBackwardUnit {
     }
   }
 
-  // `row`: the lane's row g.
+  // `row`: row g of the lane.
   __device__ void finish(const HopperBackward& p, const HopperItem& here, int row, int lane) {
     using T = typename C::T;
     if constexpr (C::kByKeys) {
@@ -304,7 +305,7 @@ struct HopperBackwardUnit {
   }
 
  private:
-  // Hides the tile's keys from `left` on; `column`: the lane's first one.
+  // Masks the tile's keys from `left` on; `column`: the lane's first column.
   __device__ void hide(int column, int left) {
 #pragma unroll
     for (int n = C::kTiles - 1; n >= 0; --n) {
@@ -318,7 +319,7 @@ struct HopperBackwardUnit {
     }
   }
 
-  // As attention_backward_queries: the row statistics, and Z to the gradient.
+  // As in attention_backward_queries: writes the row statistics and turns Z into the gradient.
   __device__ void finish_queries(const HopperBackward& p, const HopperItem& here, int query,
                                  int lane) {
 #pragma unroll
@@ -442,7 +443,7 @@ __global__ void __launch_bounds__(3 * kGroupThreads, 1)
     mbarrier_init_fence();
   }
   __syncthreads();
-  // The same in all lanes, for the compiler to know.
+  // Uniform across the warp, and the shuffle lets the compiler know.
   const int warp = shuffle_idx(int(threadIdx.x) / kWarpThreads, 0);
   if (warp < 4) {
     registers_down_to<24>();

@@ -1,5 +1,5 @@
-// Attention's forward on Hopper, on the host: the kernels, and what a call needs of them. Compiled
-// only for sm_90a.
+// Host side of the Hopper attention forward: chooses the kernel, cuts the work into items and
+// launches. Compiled only for sm_90a.
 #include "cuda/attention/hopper_forward.h"
 
 #include "cuda/attention/hopper_forward.cuh"
@@ -19,7 +19,7 @@ struct HopperKernel {
   } plain, tangent;
 };
 
-// The tiles are the same with and without tangents, so that out is bitwise the same.
+// Tiles are the same with and without tangents, so that out is bitwise identical.
 template <typename T, int kWidth, int kKeys, int kSlots>
 constexpr HopperKernel hopper_kernel() {
   using Plain = HopperSizes<T, kWidth, kKeys, kSlots, false>;
@@ -32,7 +32,7 @@ constexpr HopperKernel hopper_kernel() {
           {Tangent::kConsumers, hopper_forward_kernel<Tangent>}};
 }
 
-// Keys a tile: as many as leave S, tS, O, tO, P and H in 240 registers.
+// Keys per tile: the most for which S, tS, O, tO, P and H fit in 240 registers.
 template <typename T>
 const HopperKernel* kernel_of(int64_t width) {
   static const HopperKernel kernels[] = {
@@ -52,7 +52,7 @@ const HopperKernel* kernel_of(const AttentionParams& p) {
 bool hopper_forward(const AttentionParams& params, void* stream, const char*& problem) {
   const AttentionShape& s = params.shape;
   const HopperKernel* const kernel = kernel_of(params);
-  // lse may lie in rows of another length only for packed sequences.
+  // lse rows have a different length only for packed sequences.
   const bool own_rows = params.lse_stride == 0 || params.lse_stride == s.queries;
   if (kernel == nullptr || !own_rows || params.scale <= 0 ||
       !hopper_runs(kernel->shared_bytes, s)) {

@@ -1,25 +1,25 @@
-// Attention's forward, with and without tangents, by Hopper's own instructions (hopper.cuh): the
-// mathematics of attention_forward.cuh, the same online softmax and pivot.
+// Attention forward with Hopper instructions (hopper.cuh), with and without tangents: the
+// mathematics of attention_forward.cuh, including its online softmax and pivot.
 //
-// A block has three warpgroups, or four without tangents, and stays on its multiprocessor until all
-// work is done. One gives its registers away and copies: a warp keys and values with their
-// tangents, tile by tile into a ring, and a warp for each consumer its queries. The others, the
-// consumers, take 64 queries each, a row block, against tiles of kKeys keys; their S and tS, P and
-// H, O and tO stay in registers:
+// Blocks are persistent. A block has three warpgroups, or four without tangents. One of them gives
+// up its registers and copies: one warp copies keys and values with their tangents, tile by tile,
+// into a ring; one warp per consumer copies its queries. The other warpgroups, the consumers,
+// process 64 queries each, a row block, against tiles of kKeys keys; their S and tS, P and H, O and
+// tO stay in registers:
 //
 //   S(j + 1), tS(j + 1) = products         queued before P(j) V(j), so that the tensor cores
 //   O, tO += P(j) V(j) ...                 compute while softmax(j + 1) runs
 //
-// The three score products of a tile, and the three value products, have the sums of one of them
-// each, S or tS, O or tO: sums that overlap without being equal would make ptxas wait for every
-// product by itself.
+// Each of a tile's three score products accumulates into exactly S or tS, and each of its three
+// value products into O or tO: if accumulators overlapped without being equal, ptxas would wait for
+// every product separately.
 //
-// An item of work is a head and `rounds` row blocks for each consumer. Where a head's tiles fit the
-// ring, they stay there until the last of its row blocks (276 keys are three tiles); the consumers
-// that get one row block less change from item to item. Else a consumer takes one.
+// An item of work is a head and `rounds` row blocks per consumer. If all tiles of a head fit in the
+// ring, they stay there until its last row block is done (276 keys are three tiles); the consumers
+// that get one row block fewer rotate from item to item. Otherwise a consumer takes one row block.
 //
-// Warps arrive for themselves when their products have been waited for: a slot is empty after four
-// for each consumer.
+// Each warp arrives once it has waited for its own products, so a slot is empty after four arrivals
+// per consumer.
 #pragma once
 
 #include "cuda/attention/attention_forward.cuh"
@@ -28,15 +28,15 @@
 
 namespace pmf::cuda {
 
-// Everything of a launch.
+// The kernel's parameters.
 struct HopperForward {
   HopperMaps query, query_t, key, key_t, value, value_t;
   View4 out, out_t;
   float *lse, *lse_t;  // [batch, heads, queries]; lse_t may be null
   int heads, queries, keys;
-  int tiles, row_blocks, rounds;  // of a head; row blocks of a consumer and item
+  int tiles, row_blocks, rounds;  // per head; rounds: row blocks per consumer and item
   int items;
-  Divisor by_parts, by_heads, by_group;  // items of a head, heads, heads of a key head
+  Divisor by_parts, by_heads, by_group;  // items per head, heads, heads per key head
   float factor, scale;                   // of scores in log-2 units; of their tangents
 };
 
@@ -45,20 +45,20 @@ struct HopperSizes : HopperShape<T, kWidth, kKeys_, kTangent_ ? 2 : 1> {
   using Base = HopperShape<T, kWidth, kKeys_, kTangent_ ? 2 : 1>;
   static constexpr int kKeys = kKeys_, kSlots = kSlots_;
   static constexpr bool kTangent = kTangent_;
-  // Warpgroups that compute, and registers that each of their threads may have.
+  // Warpgroups that compute, and registers per thread of theirs.
   static constexpr int kConsumers = kTangent ? 2 : 3, kRegisters = kTangent ? 240 : 160;
   static constexpr int kThreads = (1 + kConsumers) * kGroupThreads;
-  // Keys or values of a slot, and queries of a consumer, with their tangents.
+  // Keys or values of a slot, and queries of a consumer, each with their tangents.
   static constexpr uint32_t kSideBytes = Base::Tile::kBytes, kSlotBytes = 2 * kSideBytes;
   static constexpr uint32_t kQueryBytes = Base::Rows::kBytes;
-  // Queries of each consumer, the ring, the barriers.
+  // Shared memory: the queries of each consumer, the ring, the barriers.
   static constexpr uint32_t kRing = kConsumers * kQueryBytes;
   static constexpr uint32_t kBarriers = kRing + kSlots * kSlotBytes;
   static constexpr int kBarrierCount = 4 * kSlots + 2 * kConsumers;
   static constexpr int kSharedBytes = int(kBarriers) + 8 * kBarrierCount;
 };
 
-// Where things are in shared memory.
+// Addresses in shared memory.
 template <class C>
 struct HopperPlaces {
   uint32_t base;
@@ -123,7 +123,7 @@ __device__ inline void copy_queries(const HopperForward& p, const HopperPlaces<C
 
 // ---- the consumers ------------------------------------------------------------------------------
 
-// The registers of 16 of a row block's queries: a warp's.
+// The registers of a warp: 16 queries of the row block.
 template <class C>
 struct HopperUnit {
   using E = typename C::E;
@@ -139,7 +139,7 @@ struct HopperUnit {
     clear(ot);
   }
 
-  // The compiler leaves them where they are.
+  // Keep the compiler from moving accesses to these registers across (see hold()).
   __device__ void hold_scores() {
     hold(s);
     if constexpr (C::kTangent) hold(ts);
@@ -175,7 +175,7 @@ struct HopperUnit {
     }
   }
 
-  // Hides the tile's keys from `left` on; `column`: the lane's first one.
+  // Masks the tile's keys from `left` on; `column`: the lane's first column.
   __device__ void hide(int column, int left) {
 #pragma unroll
     for (int j = C::kTiles - 1; j >= 0; --j) {
@@ -189,7 +189,7 @@ struct HopperUnit {
     }
   }
 
-  // O and tO, as the tile that comes next needs them; then its P and H, and their rounded sums.
+  // Rescales O and tO for the next tile; pack() then converts its P and H and sums them as rounded.
   __device__ void rescale() {
 #pragma unroll
     for (int n = 0; n < C::kOutTiles; ++n) {
@@ -220,7 +220,7 @@ struct HopperUnit {
     }
   }
 
-  // As ForwardUnit::finish(). `query`: the lane's row g.
+  // Like ForwardUnit::finish(). `query`: row g of the lane.
   __device__ void finish(const HopperForward& p, const HopperItem& item, int query, int lane) {
     constexpr float kLn2 = 0.6931471805599453f;
     using T = typename C::T;
@@ -361,7 +361,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     mbarrier_init_fence();
   }
   __syncthreads();
-  // The same in all lanes, for the compiler to know.
+  // Uniform across the warp, and the shuffle lets the compiler know.
   const int warp = shuffle_idx(int(threadIdx.x) / kWarpThreads, 0);
   if (warp < 4) {
     registers_down_to<24>();

@@ -1,5 +1,5 @@
-// What the launchers of attention's Hopper kernels have in common: whether a kernel takes a call,
-// tensor maps, how the work is cut, and the launch.
+// Shared by the launchers of the Hopper attention kernels: whether a kernel supports a call, tensor
+// maps, cutting the work into items, and the launch.
 #pragma once
 
 #include <algorithm>
@@ -14,8 +14,9 @@
 
 namespace pmf::cuda {
 
-// A tensor [batch, heads, rows, width] in boxes of so many rows. Strides that no address needs are
-// the row's. False, if a map cannot say so.
+// Encodes the maps of a tensor [batch, heads, rows, width] for boxes of `box_rows` rows. The stride
+// of a dimension of size 1, which affects no address, is replaced with a row's. False if no tensor
+// map can describe the tensor.
 inline bool encode_maps(HopperMaps* maps, const ConstView4& view, int64_t batch, int64_t heads,
                         int64_t rows, int64_t width, int box_rows) {
   const int64_t sizes[] = {width, rows, heads, batch};
@@ -23,7 +24,7 @@ inline bool encode_maps(HopperMaps* maps, const ConstView4& view, int64_t batch,
   for (int d = 0; d < 4; ++d) size[d] = uint64_t(sizes[d]);
   for (int d = 1; d < 4; ++d) {
     const int64_t bytes = 2 * view.stride[3 - d];
-    if (sizes[d] > 1 && bytes <= 0) return false;  // all rows the same one, or backwards
+    if (sizes[d] > 1 && bytes <= 0) return false;  // expanded or reversed
     stride[d - 1] = sizes[d] > 1 ? uint64_t(bytes) : 2 * uint64_t(width);
   }
   if (dry_run != nullptr) return true;
@@ -42,7 +43,7 @@ const Kernel* kernel_of_width(const Kernel (&kernels)[kCount], int64_t width) {
   return nullptr;
 }
 
-// Whether the device runs blocks with so much shared memory, and the problem has work for them.
+// Whether the device supports blocks with `shared_bytes`, and the problem's size suits them.
 inline bool hopper_runs(int shared_bytes, const AttentionShape& s) {
   constexpr int64_t kMostHeads = 1 << 20;
   const int64_t all_heads = s.batch * s.heads;
@@ -50,8 +51,8 @@ inline bool hopper_runs(int shared_bytes, const AttentionShape& s) {
          s.keys >= 1 && all_heads >= 1 && all_heads <= kMostHeads;
 }
 
-// Cuts every head's rows into items, of which a block works on one at a time, against tiles of
-// `tile` columns. False if there are too many.
+// Cuts every head's rows into items, which blocks process one at a time against tiles of `tile`
+// columns. False if there are too many items.
 template <typename Params>
 bool cut_into_items(Params& p, const AttentionShape& s, int rows, int columns, int tile, int slots,
                     int consumers) {
@@ -59,7 +60,7 @@ bool cut_into_items(Params& p, const AttentionShape& s, int rows, int columns, i
   p.heads = int(s.heads);
   p.tiles = (columns - 1) / tile + 1;
   p.row_blocks = (rows - 1) / kRowBlock + 1;
-  // Tiles that stay in shared memory are read once, but then a head is one block's work.
+  // Tiles that stay in shared memory are read only once, but then one block processes a whole head.
   const bool stay = p.tiles <= slots && all_heads >= 2 * int64_t{std::max(1, device_processors())};
   p.rounds = stay ? (p.row_blocks + consumers - 1) / consumers : 1;
   const int parts = (p.row_blocks - 1) / (consumers * p.rounds) + 1;

@@ -1,5 +1,5 @@
-// What the kernels of attention on Hopper have in common: tiles as tensor maps copy them, and the
-// products of a warpgroup's 64 rows with a tile.
+// Shared by the Hopper attention kernels: tiles in the layout that tensor maps copy, and products
+// of a warpgroup's 64 rows with a tile.
 //
 //   across   sums [64][tile's rows] = rows times tile^T
 //   down     sums [64][width] += A, in registers, times tile
@@ -14,13 +14,13 @@ namespace pmf::cuda {
 
 constexpr int kRowBlock = 64, kGroupThreads = 128, kPieceColumns = 64;
 
-// Of one tensor: boxes of 64 columns, and of the 16 or 32 that are left of widths 80 and 96.
+// The maps of one tensor: boxes of 64 columns, and of the 16 or 32 left over at widths 80 and 96.
 struct HopperMaps {
   TensorMap piece, tail;
 };
 
-// Rows of a tensor or of two, its sides: the pieces of the one, of the other, their tails.
-// Multiples of 1024 bytes, where the swizzle begins anew.
+// Rows of one or two tensors, the sides: first the 64-column pieces of each side, then the tails.
+// The size is a multiple of 1024 bytes, the period of the swizzle.
 template <int kRows_, int kPieces, int kTail, int kSides>
 struct HopperTile {
   static constexpr int kRows = kRows_;
@@ -38,8 +38,8 @@ struct HopperTile {
   }
 };
 
-// Rows of kWidth columns, in pieces of 64 and a tail; kColumns of them are a tile that streams past
-// the kRowBlock rows of a consumer.
+// Rows of kWidth elements, in pieces of 64 and a tail. A tile has kColumns of them and streams past
+// a consumer's kRowBlock rows.
 template <typename T_, int kWidth_, int kColumns, int kSides_>
 struct HopperShape {
   using T = T_;
@@ -50,13 +50,13 @@ struct HopperShape {
   static constexpr int kTailTiles = kTail / 8;
   static_assert(kTail == 0 || kTail == 16 || kTail == 32, "as wide as a swizzle");
   static constexpr Swizzle kTailSwizzle = kTail == 16 ? Swizzle::bytes32 : Swizzle::bytes64;
-  static constexpr uint32_t kRowBytes = 2 * kPieceColumns;  // of a piece: the swizzle's
+  static constexpr uint32_t kRowBytes = 2 * kPieceColumns;  // of a piece: as wide as the swizzle
   static constexpr uint32_t kTailRowBytes = 2 * kTail;
   using Tile = HopperTile<kColumns, kPieces, kTail, kSides>;
   using Rows = HopperTile<kRowBlock, kPieces, kTail, kSides>;
 };
 
-// A place in the ring, and the parity of the phase in which it is full.
+// A slot of the ring, and the parity of the phase that ends when it has been filled.
 template <int kSlots>
 struct RingPlace {
   int slot = 0;
@@ -65,7 +65,7 @@ struct RingPlace {
   __device__ RingPlace next() const {
     return slot + 1 == kSlots ? RingPlace{0, parity ^ 1} : RingPlace{slot + 1, parity};
   }
-  // So many places before, no more than there are slots.
+  // The place `count` slots earlier; count <= kSlots.
   __device__ RingPlace before(int count) const {
     return slot < count ? RingPlace{slot + kSlots - count, parity ^ 1}
                         : RingPlace{slot - count, parity};
@@ -75,10 +75,10 @@ struct RingPlace {
 // ---- work ---------------------------------------------------------------------------------------
 
 struct HopperItem {
-  int batch, head, first;  // row block
+  int batch, head, first;  // first row block
 };
 
-// Of a launch's `items`, each a head and `rounds` row blocks for each of C::kConsumers consumers.
+// An item of a launch: a head and `rounds` row blocks for each of C::kConsumers consumers.
 template <class C, class Launch>
 __device__ inline HopperItem hopper_item(const Launch& p, int item) {
   uint32_t index = uint32_t(item);
@@ -87,7 +87,7 @@ __device__ inline HopperItem hopper_item(const Launch& p, int item) {
   return {int(index), head, first};
 }
 
-// The row blocks of consumer `c` in the block's i-th item: first + turn, and so on by turns.
+// Consumer c's row blocks in its block's i-th item: first + turn, and every kConsumers-th after it.
 struct HopperShare {
   int turn, count;
 };
@@ -100,7 +100,7 @@ __device__ inline HopperShare hopper_share(const Launch& p, const HopperItem& it
 
 // ---- copies -------------------------------------------------------------------------------------
 
-// Rows from `row` on, as a Tile; its bytes are announced.
+// Announces the bytes of a Tile and copies its rows, from `row` on.
 template <class C, class Tile>
 __device__ inline void copy_rows(uint32_t to, const HopperMaps& first, const HopperMaps& second,
                                  uint32_t barrier, int row, int head, int batch) {
@@ -122,14 +122,15 @@ __device__ inline void copy_rows(uint32_t to, const HopperMaps& first, const Hop
 
 // ---- products -----------------------------------------------------------------------------------
 
-// Descriptors are one base plus constants: so they take few registers.
+// Descriptors are one base plus compile-time constants, so they take few registers.
 template <class C>
 __device__ inline uint64_t tile_descriptor(uint32_t base, uint32_t row_bytes, Swizzle swizzle) {
   return matrix_descriptor(base, C::Tile::kPieceBytes, 8 * row_bytes, swizzle);
 }
 __device__ constexpr uint64_t further(uint32_t bytes) { return bytes >> 4; }
 
-// A side of the rows and one of the tile: a step of 16 columns is 32 bytes along a row.
+// Multiplies a side of the rows with a side of the tile. Each step of 16 columns is 32 bytes along
+// a row.
 template <class C, int kSideOfRows, int kSideOfTile>
 __device__ inline void wgmma_across(float (&sums)[C::kTiles][4], uint32_t rows, uint32_t tile,
                                     bool adds) {
@@ -157,7 +158,7 @@ __device__ inline void wgmma_across(float (&sums)[C::kTiles][4], uint32_t rows, 
   }
 }
 
-// The i-th 16 columns of A and as many rows of a side of the tile.
+// Multiplies the i-th 16 columns of A with the corresponding rows of a side of the tile.
 template <class C, int kSide>
 __device__ inline void wgmma_down(float (&sums)[C::kOutTiles][4], const FragmentA& a, uint32_t tile,
                                   int i) {

@@ -1,15 +1,15 @@
-// One function for each instruction of sm_90a that C++ has no word for: copies of whole boxes of a
-// tensor (TMA), the barriers in shared memory that count them, and products of a warpgroup (wgmma),
-// four warps with 16 rows each. Shared memory is named by its own 32-bit addresses
-// (shared_address()). Compiled for sm_90a alone.
+// One wrapper per sm_90a instruction without a C++ equivalent: copies of boxes of a tensor (TMA),
+// the barriers in shared memory that track them (mbarrier), and products by a warpgroup (wgmma),
+// four warps with 16 rows each. Addresses in shared memory are 32-bit (shared_address()). Compiled
+// only for sm_90a.
 //
-// wgmma's accumulators, and A in registers, are laid out as mma's (ptx.cuh), m = 16 rows a warp:
+// Accumulators of wgmma, and A in registers, have the layout of mma (ptx.cuh), 16 rows per warp:
 //
 //   d[j]  columns 8 j to 8 j + 7 of the sums        a  16 columns of A
 //
-// Both are the tensor cores' from the product to the wait that covers it. The order is: write
+// The tensor cores own both from the product until the wait that covers it. The order is: write
 // accumulators or A, wgmma_fence(), products, wgmma_commit(), wgmma_wait<>(), read. hold() keeps
-// the compiler from moving their accesses across.
+// the compiler from moving accesses across these points.
 #pragma once
 
 #include "cuda/common/cuda.cuh"
@@ -18,22 +18,22 @@
 
 namespace pmf::cuda {
 
-// The block's shared memory, whose tiles' swizzle begins at multiples of 1024.
+// The block's shared memory, aligned to 1024 bytes, the period of the swizzle.
 __device__ inline unsigned char* swizzled_shared() {
   extern __shared__ __align__(1024) unsigned char swizzled_bytes[];
   return swizzled_bytes;
 }
 
-// ---- mbarrier: eight bytes in shared memory, a multiple of 8 ------------------------------------
-// A phase ends when `arrivals` threads have arrived and as many bytes have come as were announced;
-// the next one begins at once. Waiting for parity 0 is for the end of the first phase, the third
-// and so on, for parity 1 of the second: or of the one before the first, which has ended.
+// ---- mbarrier: eight bytes in shared memory, 8-byte aligned -------------------------------------
+// A phase ends when `arrivals` threads have arrived and all announced bytes have been copied; the
+// next phase begins at once. Waiting for parity 0 waits for the end of the first, third, ... phase;
+// waiting for parity 1 for that of the second, fourth, ..., and returns at once in the first.
 
 __device__ inline void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// By the thread that has initialised barriers: makes them known to copies.
+// Makes the barriers that this thread has initialised visible to copies.
 __device__ inline void mbarrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -42,7 +42,7 @@ __device__ inline void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Arrives and announces bytes that copies bring.
+// Arrives and announces the bytes that copies will transfer.
 __device__ inline void mbarrier_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
@@ -65,13 +65,13 @@ __device__ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
 
 // ---- the asynchronous proxy ---------------------------------------------------------------------
 
-// Makes what this thread has written to shared memory visible to copies and products.
+// Makes this thread's writes to shared memory visible to copies and products.
 __device__ inline void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// Copies the map's box at (column, row, head, batch) to shared memory, a multiple of 128: zeros
-// where it lies outside the tensor. All its bytes count at the barrier when they are there.
+// Copies the map's box at (column, row, head, batch) to `to`, a multiple of 128, with zeros outside
+// the tensor. The barrier counts all bytes of the box as they arrive.
 __device__ inline void copy_box(uint32_t to, const TensorMap* map, uint32_t barrier, int column,
                                 int row, int head, int batch) {
   asm volatile(
@@ -85,18 +85,18 @@ __device__ inline void copy_box(uint32_t to, const TensorMap* map, uint32_t barr
 
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
-// Closes a group: the products since the last one.
+// Commits the products issued since the last commit as a group.
 __device__ inline void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-// Waits for all groups but the kPending newest.
+// Waits until at most the kPending newest groups are in flight.
 template <int kPending>
 __device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// No instruction: what is in these registers here stays in them.
+// Emits no instruction; accesses to these registers do not move across it.
 template <int kCount>
 __device__ inline void hold(float (&x)[kCount][4]) {
 #pragma unroll
@@ -108,8 +108,8 @@ __device__ inline void hold(uint32_t (&x)[4]) {
   asm volatile("" : "+r"(x[0]), "+r"(x[1]), "+r"(x[2]), "+r"(x[3])::"memory");
 }
 
-// d = A B, or d += A B if `adds`: m64 n(8 kTiles) k16, by the whole warpgroup. B by the descriptor
-// of B[n][k], or of B[k][n] if kTransposed; A by that of A[m][k], or in registers.
+// d = A B, or d += A B if `adds`: m64 n(8 kTiles) k16, by the whole warpgroup. B is described as
+// B[n][k], or as B[k][n] if kTransposed; A is described as A[m][k], or is in registers.
 
 // clang-format off
 #define PMF_SUM(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
@@ -130,7 +130,7 @@ __device__ inline void hold(uint32_t (&x)[4]) {
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define PMF_NAMES_16 PMF_NAMES_12 \
   ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-// The operands that follow the sums: a descriptor or registers of A, B's descriptor, `adds`.
+// The operands after the sums: A (a descriptor or registers), the descriptor of B, and `adds`.
 #define PMF_SHARED_6 "%24, %25", "%26"
 #define PMF_SHARED_12 "%48, %49", "%50"
 #define PMF_REGISTERS_2 "{%8, %9, %10, %11}, %12", "%13"
@@ -191,7 +191,8 @@ __device__ inline bool elect_one() {
   return elected != 0;
 }
 
-// Of each of the warpgroup's threads: gives registers back, or waits until it has so many.
+// Set the register count of each of the warpgroup's threads: _down_to releases registers, _up_to
+// waits until enough are free.
 template <int kCount>
 __device__ inline void registers_down_to() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
@@ -201,7 +202,7 @@ __device__ inline void registers_up_to() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
-// Counts this warp at a barrier of `threads` threads without waiting: barrier_sync() does.
+// Arrives at a named barrier among `threads` threads without waiting; see barrier_sync().
 __device__ inline void barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }

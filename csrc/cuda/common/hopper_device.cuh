@@ -5,7 +5,7 @@
 
 namespace pmf::cuda {
 
-// Of compute capability 9.0 and no other: sm_90a's code does not run on what came later.
+// Compute capability 9.0 only: code for sm_90a does not run on later architectures.
 inline bool device_is_hopper() {
   if (dry_run != nullptr) return dry_run->device().major == 9 && dry_run->device().minor == 0;
   return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
