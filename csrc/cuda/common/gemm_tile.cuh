@@ -2,20 +2,20 @@
 //
 //   C[i][j] = sum_k A[i][k] B[k][j],   A [m, k] row by row; B [k, n] row by row, or its transpose
 //
-// Tiling: four warps, two by two, own 64 x 64 of C each, in 4 x 8 fragments of 16 x 8: 128 fp32
-// accumulators a thread, so that every byte read from shared memory feeds 21 FLOPs (16-bit). In
-// full fp32 eight warps own 32 x 64 each, as sums outside the tensor cores take registers, too. The
-// depth passes in slices of 64 bytes (32 elements of 16 bits, 16 of 32), four of them in flight: a
-// slice of A and one of B are 8 KB each, the whole 64 KB, so that two blocks fit an SM of A100 and
-// H100 and one fits an SM with 99 KB.
+// Tiling: four warps, two by two, compute 64 x 64 of C each, in 4 x 8 fragments of 16 x 8: 128 fp32
+// accumulators per thread, so that every byte read from shared memory feeds 21 FLOPs (16-bit). In
+// full fp32, eight warps compute 32 x 64 each, because sums outside the tensor cores also take
+// registers. The depth is processed in slices of 64 bytes (32 16-bit or 16 32-bit elements), four
+// in flight: slices of A and B are 8 KB each, 64 KB in all, so that two blocks fit an SM of an A100
+// or H100 and one fits an SM with 99 KB.
 //
-// Every address in shared memory is a 16-byte chunk whose place within its line is exclusive-or'd
-// with the row, so that the eight rows an ldmatrix reads, and the chunks a warp writes, lie in
-// different banks. The depth must be a multiple of a slice's, rows 16-byte aligned; rows of A and
-// columns of B past the end read as zeros.
+// In shared memory, the position of a 16-byte chunk within its line is exclusive-or'd with the row,
+// so that the eight rows read by an ldmatrix, and the chunks written by a warp, lie in different
+// banks. The depth must be a multiple of a slice, and rows 16-byte aligned; rows of A and columns
+// of B past the end read as zeros.
 //
-// Bound: the tensor cores' rate. A tile of depth k moves 512 k bytes (16-bit) for 32768 k FLOPs, 64
-// FLOPs a byte from L2.
+// Bound: the tensor cores. A tile of depth k moves 512 k bytes (16-bit) for 32768 k FLOPs, 64 FLOPs
+// per byte from L2.
 #pragma once
 
 #include "cuda/common/ptx.cuh"
@@ -23,8 +23,9 @@
 
 namespace pmf::cuda {
 
-// What a thread holds of A [16 kParts, d] and B [d, 64] for one step of depth d: 16 for elements of
-// 16 bits, 8 for 32. Those of C are c[i][j]: rows 16 i and columns 8 j on, of its warp's part.
+// A thread's registers of A [16 kParts, d] and B [d, 64] for one step of depth d: 16 for 16-bit
+// elements, 8 for 32-bit. Those of C are c[i][j], from row 16 i and column 8 j of its warp's part
+// on.
 template <int kParts>
 struct Fragments {
   uint32_t a[kParts][4], b[8][2];
@@ -32,10 +33,10 @@ struct Fragments {
 
 // ---- how elements are stored and multiplied ----------------------------------------------------
 
-// Operands of 16 bits, products exact, sums in fp32.
+// 16-bit operands: exact products, sums in fp32.
 //
-// A Products says how many fragments of 16 rows its warps own one above the other, and how many
-// blocks a multiprocessor's registers are cut for.
+// Each Products type defines kParts, the number of 16-row fragments that a warp computes, and
+// kBlocks, the number of blocks per SM that registers are limited for.
 template <class T>
 struct HalfProducts {
   using Element = T;
@@ -50,7 +51,7 @@ struct HalfProducts {
   }
 };
 
-// Operands of 32 bits that are rounded to TF32 (11 bits of significand) when they are stored.
+// 32-bit operands that are rounded to TF32 (11-bit significand) when they are stored.
 struct Tf32Products {
   using Element = float;
   static constexpr int kParts = 4, kBlocks = 2;
@@ -64,12 +65,12 @@ struct Tf32Products {
   }
 };
 
-// Full fp32 operands, each split into two TF32 numbers of which the product of the small ones,
-// 2^-22 of the whole, is left out: three products for one (Ootomo and Yokota, "Recovering single
-// precision accuracy from Tensor Cores", 2022; theirs is also the sum outside: tensor cores cut
-// every sum where its largest term ends, toward zero, so that hundreds of steps would lose in the
-// same direction. Here a slice's products, 16 deep, are cut, and slices are added up as any fp32
-// sum).
+// Full fp32 operands, each split into a large and a small TF32 number. The product of the small
+// numbers, 2^-22 of the whole, is dropped, which leaves three products (Ootomo and Yokota,
+// "Recovering single precision accuracy from Tensor Cores", 2022). As in their work, sums are
+// accumulated outside the tensor cores, which truncate every sum at the precision of its largest
+// term, so that errors of hundreds of steps would add up in the same direction. Here only the sum
+// within a slice, 16 deep, is truncated; slices are added in ordinary fp32.
 struct SplitTf32Products {
   using Element = float;
   static constexpr int kParts = 2, kBlocks = 1;
@@ -80,8 +81,8 @@ struct SplitTf32Products {
     value = round_tf32(whole);
     return round_tf32(whole - __uint_as_float(value));
   }
-  // Both halves of a slice, which load_a(a, half) and load_b(b, half, j) read, b from column 8 j
-  // on.
+  // Multiplies both halves of a slice, which load_a(a, half) and load_b(b, half, j) load, b from
+  // column 8 j on.
   template <class LoadA, class LoadB>
   static __device__ void multiply_slice(float (&c)[kParts][8][4], const LoadA& load_a,
                                         const LoadB& load_b) {
@@ -126,7 +127,8 @@ struct SplitTf32Products {
   }
 };
 
-// A slice of depth 2 d from what load_a(a, half) and load_b(b, half, j) read, b from column 8 j on.
+// Multiplies a slice of depth 2 d, which load_a(a, half) and load_b(b, half, j) load, b from column
+// 8 j on.
 template <class Products, class LoadA, class LoadB>
 __device__ inline void multiply_slice(float (&c)[Products::kParts][8][4], const LoadA& load_a,
                                       const LoadB& load_b) {
@@ -149,8 +151,8 @@ constexpr int kTile = 128;  // rows and columns of C
 constexpr int kWarpColumns = 64;
 template <int kParts>
 constexpr int kTileThreads = kTile / (16 * kParts) * 2 * kWarpThreads;
-constexpr int kChunkBytes = 16;  // what cp.async and a row of ldmatrix move
-constexpr int kSliceBytes = 64;  // of a row of A: a slice of the depth
+constexpr int kChunkBytes = 16;  // of a cp.async, or of a row of ldmatrix
+constexpr int kSliceBytes = 64;  // of a row of A in one slice of the depth
 constexpr int kStages = 4;       // slices in shared memory
 constexpr int kOperandBytes = kTile * kSliceBytes;
 constexpr int kTileSharedBytes = kStages * 2 * kOperandBytes;
@@ -160,23 +162,24 @@ constexpr int kChunk = kChunkBytes / sizeof(Element);  // elements
 template <class Element>
 constexpr int kDepth = kSliceBytes / sizeof(Element);
 
-// An operand's tile in memory: `rows` of it exist, from `data` on.
+// An operand's tile in memory, from `data` on; only `rows` of it exist.
 template <class Element>
 struct Operand {
   const Element* data;
-  int64_t stride;  // elements from row to row
-  int rows;        // of A, or of B transposed; columns of B as it is
+  int64_t stride;  // elements between rows
+  int rows;        // rows of A or of transposed B; columns of B otherwise
 };
 
 // ---- slices: global to shared memory -----------------------------------------------------------
 
-// Byte offset of a chunk in a slice of A, or of B transposed: 128 rows of four chunks.
+// Byte offset of a chunk in a slice of A or of transposed B: 128 rows of four chunks.
 __device__ inline int row_chunk(int row, int chunk) {
   return row * kSliceBytes + ((chunk ^ (row >> 1 & 3)) * kChunkBytes);
 }
 
-// Byte offset of a chunk in a slice of B as it is: kDepth rows of 128 columns. 32-bit elements are
-// read one by one, four rows by eight columns a warp: two neighbouring chunks of each of four rows.
+// Byte offset of a chunk in a slice of B not transposed: kDepth rows of 128 columns. 32-bit
+// elements are read one by one, four rows by eight columns per warp: two adjacent chunks in each of
+// four rows.
 template <class Element>
 __device__ inline int column_chunk(int row, int chunk) {
   const int turn = sizeof(Element) == 2 ? row & 7 : (row & 3) << 1;
@@ -184,9 +187,9 @@ __device__ inline int column_chunk(int row, int chunk) {
 }
 
 // A thread's part of every slice of an operand: kLoads chunks, a fixed number of rows apart.
-// Offsets are worked out once; a row or column that does not exist is read as zeros, from an
-// address that does. kRows: A, or B transposed, whose slices are columns [k, k + kDepth) of 128
-// rows; else rows [k, k + kDepth) of 128 columns.
+// Offsets are computed once. Rows and columns that do not exist read as zeros, with the address of
+// one that does. kRows, for A or transposed B: slices are columns [k, k + kDepth) of 128 rows;
+// otherwise rows [k, k + kDepth) of 128 columns.
 template <class Element, bool kRows, int kThreads>
 class SliceCopy {
  public:
@@ -234,8 +237,9 @@ class SliceCopy {
 };
 
 // ---- fragments: shared memory to registers -----------------------------------------------------
-// Half a slice, 32 bytes deep: the depth of one mma, 16 elements of 16 bits or 8 of 32. The 8 x 16
-// byte matrices that ldmatrix hands out are the quarters of a fragment for either width.
+// Each loads half a slice, 32 bytes deep: the depth of one mma, 16 16-bit or 8 32-bit elements. For
+// either width, the matrices of 8 rows of 16 bytes that ldmatrix distributes are the quarters of a
+// fragment.
 
 template <int kParts>
 __device__ inline void load_a(uint32_t (&a)[kParts][4], const unsigned char* slice, int half,
@@ -290,7 +294,7 @@ __device__ inline void load_b(uint32_t (&b)[kColumns][2], const unsigned char* s
 
 // ---- the main loop -----------------------------------------------------------------------------
 
-// Where this thread's warp begins within the tile.
+// The first row and column of this thread's warp within the tile.
 template <int kParts = 4>
 __device__ inline int warp_row() {
   return threadIdx.x / kWarpThreads % (8 / kParts) * (16 * kParts);
@@ -300,8 +304,8 @@ __device__ inline int warp_column() {
   return threadIdx.x / (8 / kParts * kWarpThreads) * kWarpColumns;
 }
 
-// c = A B for a tile of depth `depth`. All threads of the block; `shared` is kTileSharedBytes, free
-// for other uses when this returns.
+// c = A B for a tile of depth `depth`. All threads of the block call this; `shared` has
+// kTileSharedBytes bytes and is free for other uses on return.
 template <class Products, bool kTransposed>
 __device__ inline void multiply_tile(float (&c)[Products::kParts][8][4],
                                      const Operand<typename Products::Element>& left,
@@ -318,9 +322,9 @@ __device__ inline void multiply_tile(float (&c)[Products::kParts][8][4],
       copy_left(stage_of(slice));
       copy_right(stage_of(slice) + kOperandBytes);
     }
-    cp_async_commit();  // an empty group past the end keeps the count of those in flight
+    cp_async_commit();  // empty past the end, to keep the number of groups in flight constant
   };
-  // A warp beyond the last row or column only copies.
+  // Warps past the last row or column only copy.
   const int row = warp_row<kParts>(), column = warp_column<kParts>();
   const bool active = row < left.rows && column < right.rows;
   const auto load_left = [&](uint32_t (&a)[kParts][4], int slice, int half) {
@@ -334,8 +338,8 @@ __device__ inline void multiply_tile(float (&c)[Products::kParts][8][4],
       load_b<Element>(b, from, half, column + 8 * j);
     }
   };
-  // This thread's share of the oldest slice in flight has landed; then everyone's has, and everyone
-  // has read what the next copy overwrites.
+  // Waits until the oldest slice in flight has landed for all threads, and all threads have read
+  // the slice that the next copy overwrites.
   const auto arrive = [] {
     cp_async_wait<kStages - 2>();
     __syncthreads();
@@ -351,7 +355,7 @@ __device__ inline void multiply_tile(float (&c)[Products::kParts][8][4],
   }
   for (int slice = 0; slice < kStages - 1; ++slice) copy(slice);
   arrive();
-  if constexpr (sizeof(Element) == 2) {  // the next fragments arrive while these multiply
+  if constexpr (sizeof(Element) == 2) {  // loads the next fragments while these multiply
     Fragments<kParts> first, second;
     const auto load = [&](Fragments<kParts>& fragments, int slice, int half) {
       if (!active) return;
@@ -370,7 +374,7 @@ __device__ inline void multiply_tile(float (&c)[Products::kParts][8][4],
       if (slice + 1 < slices) load(first, slice + 1, 0);
       multiply(second);
     }
-  } else {  // the small parts need the registers
+  } else {  // no double buffering: the small parts need the registers
     for (int slice = 0; slice < slices; ++slice) {
       copy(slice + kStages - 1);
       if (active) {
@@ -386,9 +390,10 @@ __device__ inline void multiply_tile(float (&c)[Products::kParts][8][4],
 
 // ---- the tile in shared memory -----------------------------------------------------------------
 
-// C's 128 x 128 in fp32, 64 KB, over the slices: from here threads read it in whatever order suits
-// the store. Conflict-free: fragments written by pairs; rows by 16 bytes; a row's elements by
-// consecutive lanes; and 8 rows x 4 columns (of one chunk) or 2 x 16 (8 rows apart) by a warp.
+// The 128 x 128 tile of C in fp32, 64 KB, in place of the slices, from which threads read it in any
+// order that suits the store. These accesses have no bank conflicts: fragments written in pairs;
+// rows in units of 16 bytes; elements of a row by consecutive lanes; and 8 rows x 4 columns (of one
+// chunk) or 2 rows (8 apart) x 16 columns by a warp.
 struct StagedTile {
   float* data;
 
@@ -399,7 +404,7 @@ struct StagedTile {
     return data + row * kTile + (((column >> 2) ^ turn) << 2) + (column & 3);
   }
 
-  // All threads, after multiply_tile; then every thread may read every element.
+  // Called by all threads after multiply_tile; on return, every thread may read every element.
   template <int kParts>
   __device__ void store(const float (&c)[kParts][8][4]) const {
     const int lane = threadIdx.x % kWarpThreads;

@@ -1,11 +1,11 @@
-// Newton-Schulz for a list of matrices of mixed shapes, and Muon's whole step. The contract is
-// pmf/newton_schulz.h, the plan newton_schulz_plan.h, the kernels newton_schulz_prologue.cuh and
-// newton_schulz_products.cuh.
+// Newton-Schulz for a list of matrices of mixed shapes, and the complete Muon step. The contract is
+// in pmf/newton_schulz.h, the plan in newton_schulz_plan.h, the kernels in
+// newton_schulz_prologue.cuh and newton_schulz_products.cuh.
 //
-// Launches for a chunk (pMF-B/16's 178 matrices are one, in three buckets; H/16 is five): with Muon
-// one for the step's numbers, two of the prologue, and at five steps 17 waves: 20. Nothing depends
-// on what is in device memory, so all of it can be captured into a graph. Results are
-// deterministic, and a matrix gives the same bits in any list.
+// Launches for a chunk (the 178 matrices of pMF-B/16 are one chunk in three buckets; H/16 is five
+// chunks): with Muon one for the step's coefficients, two for the prologue, and at five steps 17
+// waves: 20. No launch depends on values in device memory, so a graph can capture them all. Results
+// are deterministic, and a matrix gives the same bits in any list.
 #include <cstring>
 
 #include "cuda/newton_schulz/newton_schulz_launchers.h"
@@ -20,7 +20,7 @@ constexpr int64_t kCoefficientBytes = kAlign;
 
 int element_bytes(const NewtonSchulzParams& p) { return p.compute == DType::f32 ? 4 : 2; }
 
-// Bytes of a chunk's strips, and of its operands after them.
+// Sizes in bytes of a chunk's workspace: the strips' partial results, then the operands.
 struct Layout {
   int64_t partials = 0, operands = 0;
 
@@ -33,7 +33,7 @@ struct Layout {
   }
 };
 
-// One chunk's arguments, launch by launch.
+// Launches the kernels of one chunk.
 template <class Products>
 class Runner {
  public:
@@ -101,7 +101,7 @@ class Runner {
                   kPrologueShared, stream_, table);
   }
 
-  // All buckets' products, ending in the same wave.
+  // The products of all buckets, aligned to end in the same wave.
   std::vector<Wave> waves() const {
     std::vector<std::vector<Wave>> each;
     size_t longest = 0;

@@ -1,4 +1,4 @@
-// Launch functions of Newton-Schulz; with params.muon it is a step of Muon.
+// Launch functions of Newton-Schulz; if params.muon is set, of a Muon step.
 #pragma once
 
 #include "cuda/common/device.h"

@@ -1,22 +1,23 @@
-// What Newton-Schulz launches, decided on the host: which matrices go together, where their
-// operands lie in the workspace, and which products each launch computes.
+// The launch plan of Newton-Schulz, made on the host: which matrices are processed together, where
+// their operands lie in the workspace, and which products each launch computes.
 //
-// Matrices of one shape (short side m, long side n) form a bucket, whose operands lie side by side.
-// Sides are padded to kPad with zeros, so that every row is aligned and every depth divides by a
-// tile's; zeros stay zeros through all products. All products that can run together form a wave,
-// one launch. For five steps:
+// Matrices of the same shape (short side m, long side n) form a bucket, whose operands are
+// adjacent. Sides are padded with zeros to multiples of kPad, so that every row is aligned and
+// every depth is a multiple of a slice; zeros stay zeros through all products. All products that
+// can run together form a wave, which is one launch. For five steps:
 //
-//   direct, 15 waves: thrice a step   A = X X^T,  P = a I + b A + c A^2,  X <- P X
-//   Gram, 17 waves, on R = X X^T, which is small, restarted (segment_steps() in the contract says
-//   when) because R squares the condition number:
+//   direct, 15 waves: three per step   A = X X^T,  P = a I + b A + c A^2,  X <- P X
+//   Gram, 17 waves, on the smaller R = X X^T, restarted (see segment_steps() in the contract)
+//   because R squares the condition number:
 //     each segment   R = X X^T;   at its end   X <- Q X
 //     each step      P = a I + b R + c R^2;   Q <- P Q (Q = P in the segment's first);
 //                    T = P R,  R <- T P (not in the segment's last); Q shares T's wave
 //
-// A, P, T and R are symmetric: half their tiles are computed. So is Q but for rounding; mirrored,
-// it loses a factor of two on rank-deficient matrices, and Q P in place of P Q three. FLOPs of five
-// steps: direct 15 m^2 n + 5 m^3, Gram 6 m^2 n + 17 m^3. Buckets that need fewer waves start later,
-// so that all end in the same one, whose epilogue moves the parameters.
+// A, P, T and R are symmetric, so only half of their tiles are computed. Q is symmetric except for
+// rounding, but mirroring it costs a factor of two in accuracy on rank-deficient matrices, and Q P
+// in place of P Q a factor of three. FLOPs of five steps: direct 15 m^2 n + 5 m^3, Gram 6 m^2 n +
+// 17 m^3. Buckets that need fewer waves start later, so that all buckets end in the same wave,
+// whose epilogue updates the parameters.
 #pragma once
 
 #include <algorithm>
@@ -27,24 +28,24 @@
 
 namespace pmf::cuda::ns {
 
-constexpr int kPad = 64;           // elements: a quarter of a tile
+constexpr int kPad = 64;           // elements
 constexpr int64_t kAlign = 128;    // bytes: a line of the L2 cache
-constexpr int kMaxMatrices = 512;  // of a chunk; these three keep launch arguments below 32 KB
-constexpr int kMaxBuckets = 32;    // of a chunk
-constexpr int kMaxProducts = 64;   // of a wave: two a bucket
-constexpr int64_t kMaxElements = 1 << 28;  // of a chunk: bounds the workspace, to some 2 GB
+constexpr int kMaxMatrices = 512;  // per chunk; these three keep launch arguments below 32 KB
+constexpr int kMaxBuckets = 32;    // per chunk
+constexpr int kMaxProducts = 64;   // per wave: two for each bucket
+constexpr int64_t kMaxElements = 1 << 28;  // per chunk: bounds the workspace to about 2 GB
 
 constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-// One product of every matrix of a bucket: out = factor left right + addend left + identity I.
+// One product for every matrix of a bucket: out = factor left right + addend left + identity I.
 struct Product {
   const void* left = nullptr;   // [m, k]
   const void* right = nullptr;  // [n, k] if right_transposed, else [k, n]
-  void* out = nullptr;          // [m, n]; the bucket's matrices follow each other densely
+  void* out = nullptr;          // [m, n]; the bucket's matrices are contiguous
   int m = 0, n = 0, k = 0;      // padded
   float factor = 1, addend = 0, identity = 0;
   int rows = 0, columns = 0;  // of the matrix, without padding
-  int first_matrix = 0;       // the bucket's first, in the chunk's order
+  int first_matrix = 0;       // the first of the bucket, in the chunk's order
   int first_tile = 0;         // of this product in the launch's grid
   bool symmetric = false, right_transposed = false;
 };
@@ -56,8 +57,8 @@ struct Bucket {
   int first, count;  // in the chunk's order
   int64_t padded_m() const { return round_up(m, kPad); }
   int64_t padded_n() const { return round_up(n, kPad); }
-  // Squares beside X and its successor: A, P; or R, T and three that Q, P and the next Q take turns
-  // in.
+  // Square operands besides X and its successor: A, P; or R, T and three buffers among which Q, P
+  // and the next Q rotate.
   int64_t squares() const { return gram ? 5 : 2; }
   int64_t elements() const {
     return count * padded_m() * (2 * padded_n() + squares() * padded_m());
@@ -80,8 +81,8 @@ inline Bucket bucket_of(const NewtonSchulzParams& params, const NewtonSchulzMatr
   return bucket;
 }
 
-// The matrices in chunks that fit the launches' tables and a bounded workspace. The costliest
-// shapes come first, and none of it changes a result's bits.
+// Divides the matrices into chunks that fit the tables of the launches and a bounded workspace. The
+// costliest shapes come first. The division does not affect the bits of any result.
 inline std::vector<Chunk> chunks_of(const NewtonSchulzParams& params) {
   std::vector<int64_t> order(params.count);
   for (int64_t i = 0; i < params.count; ++i) order[i] = i;
@@ -121,7 +122,7 @@ inline std::vector<Chunk> chunks_of(const NewtonSchulzParams& params) {
   return chunks;
 }
 
-// Adds one bucket's products to the waves. `x` is the first of its operands' memory.
+// The waves of one bucket's products. `x` is the start of its operands.
 class Schedule {
  public:
   Schedule(const NewtonSchulzParams& params, const Bucket& bucket, char* x, int element_bytes)
@@ -175,7 +176,7 @@ class Schedule {
           symmetric(t, factor, r);
         }
       }
-      // A segment of one step has had no product since its polynomial, and its wave is still empty.
+      // A segment of one step adds no product after its polynomial, so its wave is still empty.
       if (!waves_.back().products.empty()) next_wave();
       apply(q);
     }
@@ -199,7 +200,7 @@ class Schedule {
     return waves_.back().products.back();
   }
 
-  // out = left right, all three symmetric.
+  // out = left right, where all three are symmetric.
   Product& symmetric(const void* left, const void* right, void* out) {
     Product& product = add(left, right, out, bucket_.padded_m(), bucket_.padded_m());
     product.symmetric = product.right_transposed = true;

@@ -1,19 +1,19 @@
-// The products of Newton-Schulz: one launch computes a wave (newton_schulz_plan.h), every product
-// of every matrix in it, a block a tile of 128 x 128 (gemm_tile.cuh).
+// The products of Newton-Schulz: one launch computes a wave (newton_schulz_plan.h), that is, every
+// product of every matrix in it; each block computes a 128 x 128 tile (gemm_tile.cuh).
 //
 //   product_kernel   out = factor left right + addend left + identity I
-//   update_kernel    a wave's last: target = left right, or p <- (1 - lr wd) p - lr scale left
-//   right
+//   update_kernel    the last wave: target = left right, or
+//                    p <- (1 - lr wd) p - lr scale left right
 //
-// A symmetric product computes the tiles on and below the diagonal and stores each twice, as it is
-// and mirrored, so that its bits are exactly symmetric and `right` may be read as its own
-// transpose. Both stores, and the update of a wide or a tall parameter, read the tile back from
+// A symmetric product computes the tiles on and below the diagonal and stores each twice, as
+// computed and mirrored, so that the result is exactly symmetric and `right` may be read as its own
+// transpose. Both stores, and the update of a wide or tall parameter, read the tile back from
 // shared memory in the order that fills whole sectors of the target.
 //
-// Bytes: operands come from L2 (an X of 768 x 2048 is 3 MB and its tiles run side by side), each
-// result is written once; the update reads and writes p. FLOPs: newton_schulz_plan.h, and a little
-// more, as tiles on the diagonal are computed whole: pMF-B/16's step is 2.6 TFLOP in the direct
-// form and 2.2 as planned. The tensor cores are the bound.
+// Bytes: operands come from L2 (an X of 768 x 2048 is 3 MB and its tiles run concurrently), each
+// result is written once; the update reads and writes p. FLOPs: newton_schulz_plan.h, and a few
+// more because diagonal tiles are computed in full: a step of pMF-B/16 takes 2.6 TFLOP in the
+// direct form and 2.2 as planned. The tensor cores are the bound.
 #pragma once
 
 #include "cuda/common/gemm_tile.cuh"
@@ -23,24 +23,24 @@
 
 namespace pmf::cuda::ns {
 
-// Arguments of a launch, in the constant bank.
+// A kernel parameter, so it lies in the constant bank.
 struct WaveTable {
   Product products[kMaxProducts];
   int count;
 };
 
-// Where the last product goes: elements of a parameter, or of a result.
+// Destination of a matrix's last product: a parameter or a result.
 struct Target {
   void* data;
-  float* master;  // of a 16-bit parameter, or null
+  float* master;  // fp32 weights of a 16-bit parameter, or null
   float scale;
-  bool tall;  // rows and columns exchanged
+  bool tall;  // rows > columns: X is its transpose
 };
 
 struct TargetTable {
   Target targets[kMaxMatrices];
   DType dtype;
-  const float* coefficients;  // decay, lr; null: no parameter, a result
+  const float* coefficients;  // decay, lr; null: targets are results
 };
 
 // The tile that a block computes.
@@ -58,7 +58,7 @@ struct Tile {
     int tile = static_cast<int>(blockIdx.x) - product->first_tile;
     matrix = tile / each;
     tile -= matrix * each;
-    if (product->symmetric) {  // row r of the triangle begins at r (r + 1) / 2
+    if (product->symmetric) {  // row r of the triangle starts at r (r + 1) / 2
       int r = static_cast<int>((sqrtf(8.0f * static_cast<float>(tile) + 1) - 1) / 2);
       while (r * (r + 1) / 2 > tile) --r;
       while ((r + 1) * (r + 2) / 2 <= tile) ++r;
@@ -88,7 +88,7 @@ __device__ inline void multiply(float (&c)[Products::kParts][8][4], const Tile& 
 
 // ---- results that stay in the workspace --------------------------------------------------------
 
-// Stores the staged tile, or mirrored its transpose, at (row, column) of the product's result.
+// Stores the staged tile, or its transpose if kMirrored, in the product's result.
 template <class Products, bool kMirrored>
 __device__ inline void store_tile(const StagedTile& staged, const Tile& tile) {
   using Element = typename Products::Element;
@@ -97,11 +97,11 @@ __device__ inline void store_tile(const StagedTile& staged, const Tile& tile) {
   const int64_t matrix = static_cast<int64_t>(tile.matrix) * p.m * p.n;
   Element* const out = static_cast<Element*>(p.out) + matrix;
   const Element* const left =
-      static_cast<const Element*>(p.left) + matrix;  // n = k where it is read
+      static_cast<const Element*>(p.left) + matrix;  // it is read only where n = k
   const int top = kMirrored ? tile.column : tile.row, side = kMirrored ? tile.row : tile.column;
 #pragma unroll 4
   for (int v = threadIdx.x; v < kTile * kAcross; v += blockDim.x) {
-    // A vector of the result: along a row; mirrored, 16 rows by two vectors a warp.
+    // A warp stores vectors along a row or, if kMirrored, 16 rows by two vectors.
     int row = v / kAcross, column = v % kAcross * kWidth;
     if constexpr (kMirrored) {
       row = v % 16 + v / 32 % (kTile / 16) * 16;
@@ -131,7 +131,7 @@ __device__ inline void store_tile(const StagedTile& staged, const Tile& tile) {
   }
 }
 
-// On the diagonal the tile's own upper half is the mirror of its lower one.
+// Copies the lower half of a tile on the diagonal to its upper half.
 __device__ inline void mirror_within(const StagedTile& staged) {
   const int column = threadIdx.x;
   for (int row = 0; column < kTile && row < column; ++row)
@@ -162,11 +162,11 @@ __global__ void __launch_bounds__(kTileThreads<Products::kParts>, Products::kBlo
   }
 }
 
-// ---- results that leave it ---------------------------------------------------------------------
+// ---- results that leave the workspace ----------------------------------------------------------
 
 // The arithmetic of the last store.
 struct Step {
-  bool moves;  // a parameter; else the result is stored
+  bool moves;  // updates a parameter; otherwise stores the result
   float decay, factor;
 
   __device__ Step(const TargetTable& table, const Target& target)
@@ -177,7 +177,7 @@ struct Step {
   }
 };
 
-// A master weight steps and is rounded into its parameter, which a change from outside overrules.
+// A parameter's value: its master weight, unless the parameter was changed externally.
 template <class T>
 __device__ inline float current(const T* data, const float* master, int64_t at) {
   const float value = to_float(data[at]);
@@ -198,8 +198,8 @@ __device__ inline void update_tile(const StagedTile& staged, const Tile& tile, c
     bool valid[kBatch];
 #pragma unroll
     for (int q = 0; q < kBatch; ++q) {
-      // Of a wide matrix 32 elements of a row; of a tall one 8 rows by 4 columns, and a column of X
-      // is a row there.
+      // A warp updates 32 elements of a row of a wide matrix, or 8 rows by 4 columns of X of a tall
+      // one, whose rows are columns of X.
       const int group = batch * kBatch + q;
       const int row = target.tall ? group % 16 * 8 + lane % 8 : group / 4,
                 column = target.tall ? group / 16 * 4 + lane / 8 : group % 4 * 32 + lane;

@@ -1,24 +1,25 @@
-// The way into Newton-Schulz: X = G / |G|_F in the operands' dtype, the short side first, padded
-// with zeros. As a step of Muon, G is made here:  m <- m + (1 - mu) (g - m),  G = of_momentum m +
-// of_gradient g.
+// The input of Newton-Schulz: X = G / |G|_F in the operands' dtype, transposed if tall and padded
+// with zeros. In a Muon step, G is computed here:
 //
-// Two launches for all matrices of a chunk. `measure` updates the momentum and leaves the largest
-// magnitude and the sum of squares of every strip of G; `normalise` adds a matrix's strips up and
-// writes X. G itself is never stored: both make it from m and g, 8 bytes an element either way.
+//   m <- m + (1 - mu) (g - m),   G = of_momentum m + of_gradient g
 //
-// Tiling: a block takes a strip of X, 64 rows of 512 columns, tile by tile. A 64 x 64 tile is read
-// as it lies in memory and turned, if the matrix is tall, on its way through shared memory; sums
-// are taken from there, in an order that X alone decides. So G and its transpose give the same
-// bits.
+// Two launches process all matrices of a chunk. `measure` updates the momentum and writes the
+// largest magnitude and the sum of squares of every strip of G; `normalise` adds up the strips of
+// each matrix and writes X. G itself is never stored: both kernels compute it from m and g, which
+// costs 8 bytes per element, as storing and reading G would.
 //
-// The scale: with e the exponent of max |G|, X = (G 2^-e) / nu, nu = |G 2^-e|_F. Multiplying by
-// 2^-e is exact, and so are the squares of fp32 numbers in fp64, which neither overflow nor vanish
-// there: the sums need no scale, and G and 2^k G give the same bits. Zero divides by 1; NaN and
-// infinity have e = 0 and come out as NaN.
+// Tiling: a block processes a strip of X, 64 rows of 512 columns, tile by tile. A 64 x 64 tile is
+// read in memory order and, if the matrix is tall, transposed in shared memory. Sums are computed
+// from there, in an order that depends only on X, so G and its transpose give the same bits.
 //
-// Bytes an element, fp32 gradients: measure 12, normalise 8 + an operand's. One FMA and a
-// conversion to fp64 each: memory is the bound (B/16's 174 M elements: 1.3 ms at 3.0 TB/s, an
-// estimate).
+// Scaling: with e the exponent of max |G|, X = (G 2^-e) / nu, nu = |G 2^-e|_F. Multiplying by 2^-e
+// is exact, and so are the squares of fp32 numbers in fp64, which neither overflow nor underflow:
+// the sums need no scaling, and G and 2^k G give the same bits. A zero matrix is divided by 1; with
+// NaN or infinity e is 0 and X is NaN.
+//
+// Bytes per element, with fp32 gradients: measure 12, normalise 8 plus one operand element. Each
+// element takes one FMA and one conversion to fp64, so memory is the bound (the 174 M elements of
+// B/16: 1.3 ms at 3.0 TB/s, an estimate).
 #pragma once
 
 #include "cuda/common/ptx.cuh"
@@ -29,35 +30,35 @@
 
 namespace pmf::cuda::ns {
 
-constexpr int kSquare = 64;     // a tile's rows and columns
-constexpr int kStripTiles = 8;  // tiles of a strip
+constexpr int kSquare = 64;     // rows and columns of a tile
+constexpr int kStripTiles = 8;  // tiles per strip
 constexpr int kStripColumns = kSquare * kStripTiles;
 constexpr int kPrologueThreads = 256;
 constexpr int kPrologueWarps = kPrologueThreads / kWarpThreads;
-constexpr int kTurnStride = kSquare + 1;  // words: columns and rows of a tile both avoid conflicts
+constexpr int kTurnStride = kSquare + 1;  // words: neither rows nor columns have bank conflicts
 constexpr int kPrologueShared = kSquare * kTurnStride * 4 + kPrologueWarps * 16;
 
 struct PrologueMatrix {
   const void* source;
   float* momentum;   // null: the source is G
-  int64_t x_offset;  // elements from the workspace's first operand
+  int64_t x_offset;  // in elements, from `operands`
   int rows, columns;
   int first_block;
 };
 
-// Arguments of both kernels, in the constant bank.
+// The parameter of both kernels, so it lies in the constant bank.
 struct Prologue {
   PrologueMatrix matrices[kMaxMatrices];
   int count;
   float mu_weight;            // 1 - mu
-  void* operands;             // X of the first matrix; `x_offset` counts from here
-  struct Partial* partials;   // a strip's each
-  const float* coefficients;  // of momentum, of gradient; null without Muon
+  void* operands;             // X of the first matrix
+  struct Partial* partials;   // one per strip
+  const float* coefficients;  // optimizer_step.cuh; null without Muon
 };
 
 struct Partial {
   double squares;
-  unsigned largest;  // bits of max |G|, ordered like it, NaN above infinity
+  unsigned largest;  // bits of max |G|, which compare like floats, NaN as the largest
 };
 
 inline int strips(int64_t rows, int64_t columns) {
@@ -66,7 +67,7 @@ inline int strips(int64_t rows, int64_t columns) {
                           (round_up(n, kStripColumns) / kStripColumns));
 }
 
-// This block's matrix: the last whose first block is not past it.
+// This block's matrix, by bisection.
 __device__ inline int matrix_of_block(const Prologue& p) {
   int low = 0, high = p.count;
   while (high - low > 1) {
@@ -76,7 +77,7 @@ __device__ inline int matrix_of_block(const Prologue& p) {
   return low;
 }
 
-// What makes G of momentum and gradient, in registers.
+// Computes G from momentum and gradient.
 struct Update {
   float of_momentum = 0, of_gradient = 1;
 
@@ -90,8 +91,8 @@ struct Update {
   }
 };
 
-// Brings tile (top, left) of X, unscaled, into shared memory; zeros outside the matrix. kMeasure:
-// the momentum takes the gradient in; else it has done so.
+// Loads the tile of X at (top, left), unscaled, to shared memory, with zeros outside the matrix. If
+// kMeasure, also updates the momentum; otherwise it has been updated already.
 template <class T, bool kMeasure>
 __device__ inline void load_tile(float* tile, const Prologue& p, const PrologueMatrix& matrix,
                                  const Update& update, int top, int left) {
@@ -126,7 +127,7 @@ __device__ inline void load_tile(float* tile, const Prologue& p, const PrologueM
   }
 }
 
-// Sum and largest over the block, in a fixed order; in all threads.
+// Sum and maximum over the block, in a fixed order; all threads get the result.
 __device__ inline Partial reduce(Partial mine, unsigned char* shared) {
 #pragma unroll
   for (int distance = kWarpThreads / 2; distance > 0; distance /= 2) {
@@ -149,7 +150,7 @@ __device__ inline Partial reduce(Partial mine, unsigned char* shared) {
   return all;
 }
 
-// Where a block's strip begins.
+// This block's strip of its matrix.
 struct Strip {
   int top, left, padded_n;
 
@@ -186,7 +187,7 @@ __global__ void __launch_bounds__(kPrologueThreads)
   if (threadIdx.x == 0) p.partials[blockIdx.x] = all;
 }
 
-// The scale of a matrix: its two exact factors, whose product is 2^-e and may not be finite, and
+// The scale of a matrix: 2^-e as two exact factors, because it may overflow as a single float, and
 // nu.
 struct Scale {
   float first, second, norm;

@@ -1,14 +1,14 @@
-// Patch embedding on CUDA, values and tangents; the contract is pmf/patch_embed.h.
+// Patch embedding on CUDA, values and tangents. The contract is in pmf/patch_embed.h.
 //
-// In 16 bits both products are one kernel (patch_fused.cuh), hidden staying in shared memory; else,
-// in fp32 or where R is above 256 or memory is not aligned, they are one kernel each
-// (patch_gemm.cuh). Either reads the pixels where they lie: patches never exist in memory, and
-// tokens land behind the prefix. Value and tangent go in the same launches: the map is affine, so
-// the tangent is one more batch of images without the biases.
+// For 16-bit types, one kernel computes both products (patch_fused.cuh) and keeps hidden in shared
+// memory; in fp32, if R > 256, or if memory is not aligned, each product has its own kernel
+// (patch_gemm.cuh). Both read the pixels in place, so patches are never materialised, and write the
+// tokens behind the prefix. Value and tangent share the launches: the map is affine, so the tangent
+// is just another batch of images, without the biases.
 //
-// Bytes: images, tokens and hidden once each (hidden twice by two kernels), the weights from L2.
+// Bytes: images, tokens and hidden once each (hidden twice with two kernels), the weights from L2.
 // [256, 3, 256, 256] in bf16 with p = 16, R = 256, D = 768: 235 MB, 0.08 ms at 3.0 TB/s, and 52
-// GFLOP, 0.06 ms at 800 TFLOP/s (estimates; not measured). fp32 takes three TF32 products for one.
+// GFLOP, 0.06 ms at 800 TFLOP/s (estimates; not measured). fp32 takes three TF32 products each.
 #include "pmf/patch_embed.h"
 
 #include "cuda/patch_embed/patch_fused.cuh"
@@ -18,7 +18,7 @@
 namespace pmf::cuda {
 namespace {
 
-// ---- tokens of the prefix ----------------------------------------------------------------------
+// ---- the prefix --------------------------------------------------------------------------------
 
 struct Prefix {
   ConstRows prefix, position;  // null: zeros
@@ -88,7 +88,7 @@ PatchProduct up_product(const PatchEmbedParams& p) {
 
 // ---- both in one kernel -------------------------------------------------------------------------
 
-// Whether the fused kernel takes a call; the two products take every one.
+// Whether the fused kernel supports a call; the separate kernels support every call.
 template <typename T>
 bool fits_fused(const PatchFused& p) {
   bool fits = sizeof(T) == 2 && p.weight_up.column.count <= kFusedColumns &&
@@ -137,7 +137,7 @@ cudaError_t both_products(const PatchEmbedParams& p, cudaStream_t stream) {
 
 const char* patch_embed(const PatchEmbedParams& p, void* stream) {
   const auto queue = static_cast<cudaStream_t>(stream);
-  if (device_shared_limit() <= 0) return kNoLimits;  // it decides which kernel runs
+  if (device_shared_limit() <= 0) return kNoLimits;  // they decide which kernel runs
   return with_type(p.sizes.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     cudaError_t status = both_products<T>(p, queue);

@@ -1,14 +1,13 @@
-// Gradients of the patch embedding on CUDA; the contract is pmf/patch_embed.h, the mathematics in
-// csrc/ops/patch_embed.cpp.
+// Gradients of the patch embedding on CUDA. The contract is in pmf/patch_embed.h, the mathematics
+// in csrc/ops/patch_embed.cpp.
 //
-// Products on tensor cores (patch_gemm.cuh), value and tangent in the same launches:
+// Products on tensor cores (patch_gemm.cuh), with value and tangent in the same launches:
 //   dh = Y W_up                      dW_up = sum of Y' hidden over runs of rows, then over the runs
 //   dimages = dh W_down, scattered   dW_down = sum of dh' patches, likewise, from the pixels
 // and sums over rows (row_sums.cuh) for the biases and the position.
 //
-// Bytes: Y three times (dh, dW_up, position), hidden and dh three times, the images once, a
-// weight's gradient in fp32 once for each run. Bound: the tensor cores' rate, as the forward's
-// twice over.
+// Bytes: Y three times (dh, dW_up, position), hidden and dh three times, the images once, and the
+// gradient of each weight in fp32 once per run. Bound: the tensor cores; twice the forward's FLOPs.
 #include "cuda/patch_embed/patch_views.cuh"
 #include "cuda/rows/row_sums.cuh"
 #include "pmf/patch_embed.h"
@@ -20,7 +19,7 @@ namespace {
 
 constexpr int kSumThreads = 256, kSumAlong = 64;
 
-// Runs of the rows of [rows, width], each to a vector in fp32.
+// Sums each run of the rows of [rows, width] to an fp32 vector.
 template <class Access>
 __global__ void __launch_bounds__(kSumThreads)
     sum_rows_kernel(const typename Access::Element* in, float* vectors,
@@ -61,7 +60,7 @@ cudaError_t sum_rows(const void* in, void* vectors, const RowSums& sums, int64_t
                  : launch_sum_rows<Pairs<T>>(in, vectors, sums, rows, width, stream);
 }
 
-// `count` vectors of `width` without gaps.
+// The layout of `count` contiguous vectors of `width`.
 RowSums vectors_of(int64_t count, int64_t width) {
   RowSums sums(0, 0);
   sums.runs = count;
@@ -71,7 +70,7 @@ RowSums vectors_of(int64_t count, int64_t width) {
 
 // ---- one call ----------------------------------------------------------------------------------
 
-// The pairs of rows and gradients that exist: value and tangent, either alone, or both.
+// One call. `pairs_` lists the gradients that exist: of the value (0), the tangent (1), or both.
 template <typename T>
 class Backward {
  public:
@@ -123,7 +122,7 @@ class Backward {
     return sum_products(down, s_.narrow, s_.features(), p_.grad_weight_down);
   }
 
-  // out [height, width] = the sum over pairs and rows.
+  // out [height, width] = the sum of left' right over pairs and rows.
   cudaError_t sum_products(PatchProduct& product, int64_t height, int64_t width, void* out) {
     const PatchRuns runs(s_.batch * s_.tokens(), height, width);
     const GridView partial =
@@ -140,7 +139,7 @@ class Backward {
                        out, nullptr, stream_);
   }
 
-  // dimages = dh W_down, every patch to its pixels
+  // dimages = dh W_down, each patch scattered to its pixels
   cudaError_t image_gradients() {
     if (p_.grad_images[pairs_[0]].data == nullptr) return cudaSuccess;
     PatchProduct product;
@@ -152,7 +151,7 @@ class Backward {
     return launch_product<T, true, false>(product, stream_);
   }
 
-  // Of the biases and the position, which only the value has.
+  // The biases and the position contribute only to the value.
   cudaError_t shift_gradients() {
     const int64_t N = s_.tokens(), D = s_.wide, R = s_.narrow, all = (s_.prefix + N) * D;
     RowSums whole = vectors_of(1, all);

@@ -1,4 +1,4 @@
-// Launch functions of patch embedding, and of the read-out of a velocity.
+// Launch functions of the patch embedding and of the velocity read-out.
 #pragma once
 
 #include "cuda/common/device.h"

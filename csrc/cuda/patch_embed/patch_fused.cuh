@@ -1,14 +1,15 @@
-// Both products of the patch embedding in one kernel, for 16-bit types and R up to 256: hidden
-// stays in shared memory between them.
+// Both products of the patch embedding in one kernel, for 16-bit types and R <= 256: hidden stays
+// in shared memory in between.
 //
-// Tiling: 256 threads take 128 patches. First product: 128 x 256 (columns past R are zero), eight
-// warps, two by four, 64 x 64 each; slices of 32 features stream in, pixels and W_down both, three
-// in flight. hidden is rounded, stored for the backward, and laid out in shared memory as the
-// second product's left factor. Second: 128 x 256 columns of the tokens at a time, W_up streaming
-// from L2.
+// Tiling: a block of 256 threads processes 128 patches. The first product is 128 x 256 (columns
+// past R are zero), with eight warps, two by four, computing 64 x 64 each; slices of 32 features of
+// the pixels and of W_down stream in, three in flight. hidden is rounded, stored for the backward,
+// and laid out in shared memory as the left factor of the second product, which computes 256
+// columns of the tokens at a time while W_up streams from L2.
 //
-// Shared memory: hidden 64 KB and three slices of W_up of 16 KB, 112 KB in all; the first product's
-// slices, 72 KB, lie in the same place. A device with less takes the two products one by one.
+// Shared memory: hidden 64 KB and three 16 KB slices of W_up, 112 KB in all; the slices of the
+// first product, 72 KB, share this space. Devices with less run the two products in separate
+// kernels.
 #pragma once
 
 #include "cuda/patch_embed/patch_gemm.cuh"
@@ -16,23 +17,23 @@
 namespace pmf::cuda {
 
 constexpr int kFusedThreads = 256;
-constexpr int kFusedBlocks = 1;     // on a multiprocessor
-constexpr int kFusedColumns = 256;  // of a tile, and the most that R may be
+constexpr int kFusedBlocks = 1;     // per SM
+constexpr int kFusedColumns = 256;  // per tile; also the maximum of R
 constexpr int kFusedStages = 3;
 constexpr int kWeightBytes = kFusedColumns * kSliceBytes;  // a slice of W_down or W_up
 constexpr int kHiddenBytes = kTile * kFusedColumns * 2;
 constexpr int kFusedSharedBytes = kHiddenBytes + kFusedStages * kWeightBytes;
 static_assert(kFusedStages * (kOperandBytes + kWeightBytes) <= kFusedSharedBytes, "they alias");
 
-// Value and tangent: two results of each product. Weights are contiguous, rows 16-byte aligned.
+// Pairs are value and tangent. Weights are contiguous, with rows 16-byte aligned.
 struct PatchFused {
   GridView patches[2], hidden[2], tokens[2];
   GridView weight_down, weight_up;
-  GridView bias_down, bias_up, position;  // of the value; null: nothing
+  GridView bias_down, bias_up, position;  // added to the value only; null: none
   int64_t tiles[2];                       // of 128 patches
 };
 
-// Four lanes of a quad hold a row of a 4 x 4 matrix each; afterwards, a column each.
+// Transposes a 4 x 4 matrix of which each lane of a quad holds a row.
 __device__ inline void transpose_quad(uint32_t (&v)[4]) {
   const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
 #pragma unroll
@@ -49,12 +50,13 @@ __device__ inline void transpose_quad(uint32_t (&v)[4]) {
   }
 }
 
-// hidden's place as the left factor: slices of 32 columns, each 128 rows as load_a wants them.
+// Address of a chunk of hidden as the left factor: slices of 32 columns, 128 rows each, in the
+// layout that load_a reads.
 __device__ inline unsigned char* hidden_chunk(unsigned char* hidden, int row, int column) {
   return hidden + column / 32 * kOperandBytes + row_chunk(row, column % 32 / 8);
 }
 
-// One slice's products of this warp.
+// This warp's products of one slice.
 template <class T>
 __device__ inline void multiply_slice(float (&c)[4][8][4], const unsigned char* left,
                                       const unsigned char* right) {
@@ -67,7 +69,7 @@ __device__ inline void multiply_slice(float (&c)[4][8][4], const unsigned char* 
   }
 }
 
-// hidden = patches W_down' of this block, in registers.
+// hidden = patches W_down' for this block, in registers.
 template <class T>
 __device__ inline void multiply_patches(float (&c)[4][8][4], const GridView& patches,
                                         const GridView& weight, int64_t first_row,
@@ -95,10 +97,10 @@ __device__ inline void multiply_patches(float (&c)[4][8][4], const GridView& pat
     }
   }
   cp_async_wait<0>();
-  __syncthreads();  // hidden takes the slices' place
+  __syncthreads();  // hidden overwrites the slices
 }
 
-// hidden + b_down, rounded, to shared memory and from there to memory.
+// Rounds hidden + b_down to shared memory and stores it from there.
 template <class T>
 __device__ inline void store_hidden(const float (&c)[4][8][4], const GridView& out, const T* bias,
                                     int64_t first_row, unsigned char* hidden) {
@@ -130,7 +132,8 @@ __device__ inline void store_hidden(const float (&c)[4][8][4], const GridView& o
   }
 }
 
-// A tile of the tokens, with the bias and the position (null: nothing), to memory: 16 bytes a lane.
+// Adds the bias and the position (null: none) to a tile of the tokens and stores it, 16 bytes per
+// lane.
 template <class T>
 __device__ inline void store_tokens(const float (&c)[4][8][4], const GridView& out, const T* bias,
                                     const T* position, const Digits& position_row,
@@ -176,7 +179,7 @@ __device__ inline void store_tokens(const float (&c)[4][8][4], const GridView& o
   }
 }
 
-// blockIdx.x: 128 patches of the value, then of the tangent.
+// blockIdx.x selects 128 patches, first of the value, then of the tangent.
 template <class T>
 __global__ void __launch_bounds__(kFusedThreads, kFusedBlocks)
     patch_fused_kernel(const __grid_constant__ PatchFused p) {
@@ -188,7 +191,7 @@ __global__ void __launch_bounds__(kFusedThreads, kFusedBlocks)
   store_hidden<T>(c, p.hidden[pair], pair == 0 ? static_cast<const T*>(p.bias_down.data) : nullptr,
                   first_row, shared);
 
-  // All slices of all column tiles follow one another.
+  // The slices of all column tiles form one pipeline.
   const GridView& out = p.tokens[pair];
   const T* const bias = pair == 0 ? static_cast<const T*>(p.bias_up.data) : nullptr;
   const T* const position = pair == 0 ? static_cast<const T*>(p.position.data) : nullptr;

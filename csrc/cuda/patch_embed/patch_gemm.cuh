@@ -1,13 +1,13 @@
-// Products of matrices that lie in images (grid_view.cuh): 128 x 128 tiles on tensor cores.
+// Products of matrices embedded in images (grid_view.cuh): 128 x 128 tiles on tensor cores.
 //
 //   C[i][j] = sum_k A[i][k] B[k][j]
 //
-// A and B come either way round: kRows, a view whose columns are the depth k (A as it is, B
-// transposed), or not, one whose rows are (A transposed, B as it is). Geometry, swizzles and the
-// staged tile are gemm_tile.cuh's; what differs is the copy, which finds its way through images,
-// and reads elements one by one where 16 bytes do not lie together.
+// A and B may each be transposed: with kRows, the depth k runs along the columns of the view (A not
+// transposed, B transposed); otherwise along its rows (A transposed, B not). Geometry, swizzles and
+// the staged tile are those of gemm_tile.cuh. Only the copy differs: it addresses pixels in images,
+// and reads single elements where 16 bytes are not contiguous.
 //
-// fp32 operands are split into two TF32 numbers each, three products for one (SplitTf32Products).
+// fp32 operands are split into two TF32 numbers, which takes three products (SplitTf32Products).
 #pragma once
 
 #include <type_traits>
@@ -25,7 +25,7 @@ using PatchProducts = std::conditional_t<sizeof(T) == 2, HalfProducts<T>, SplitT
 
 // ---- slices: global to shared memory -----------------------------------------------------------
 
-// `kLoads` chunks of one thread, filled element by element; the elements of a view may be float.
+// An element of a view, whose elements may be float regardless of T.
 template <class T>
 __device__ inline T element_at(const GridView& view, int64_t offset) {
   if (view.wide) return from_float<T>(static_cast<const float*>(view.data)[offset]);
@@ -38,7 +38,8 @@ __device__ inline void store_chunk(unsigned char* place, const Vector<T, kChunk<
       *reinterpret_cast<const uint4*>(&chunk);
 }
 
-// One chunk of a view from element `offset` on: 16 bytes as they are, or 32 of float, rounded.
+// Copies the chunk of a view at element `offset`: 16 bytes as they are, or 32 bytes of float,
+// rounded.
 template <class T>
 __device__ inline void copy_words(unsigned char* place, const GridView& view, int64_t offset,
                                   bool valid) {
@@ -60,8 +61,8 @@ __device__ inline void copy_words(unsigned char* place, const GridView& view, in
   store_chunk<T>(place, chunk);
 }
 
-// A thread's part of every slice of a view (SliceCopy's). kRows: rows `first` to first + kCount and
-// columns of the depth; else rows of the depth, below `end`, and columns `first` to first + kCount.
+// A thread's part of every slice of a view (as SliceCopy). kRows: slices are columns of rows
+// `first` to first + kCount; otherwise rows, below `end`, of columns `first` to first + kCount.
 template <class T, bool kRows, int kThreads = kTileThreads<PatchProducts<T>::kParts>,
           int kCount = kTile>
 class GridCopy {
@@ -80,7 +81,7 @@ class GridCopy {
     }
   }
 
-  // The slice from `depth` on.
+  // Starts copying the slice that begins at `depth`.
   __device__ void operator()(unsigned char* slice, int64_t depth) const {
     if constexpr (kRows) {
       const int64_t column = depth + chunk_ * kChunk<T>;
@@ -119,7 +120,7 @@ class GridCopy {
     const int row = row_ + q * kRowStep;
     return kRows ? row_chunk(row, chunk_) : column_chunk<T>(row, chunk_);
   }
-  // kLoads rows, the same columns.
+  // A chunk of the same columns in each of kLoads rows.
   __device__ void gather_columns(unsigned char* slice, int64_t column) const {
     Vector<T, kChunk<T>> chunks[kLoads] = {};
 #pragma unroll
@@ -155,7 +156,7 @@ class GridCopy {
 
 // ---- fragments ---------------------------------------------------------------------------------
 
-// A from a slice of its transpose: kDepth rows of 128 columns.
+// Loads A from a slice of its transpose: kDepth rows of 128 columns.
 template <class T, int kParts>
 __device__ inline void load_a_transposed(uint32_t (&a)[kParts][4], const unsigned char* slice,
                                          int half, int warp_row) {
@@ -179,21 +180,21 @@ __device__ inline void load_a_transposed(uint32_t (&a)[kParts][4], const unsigne
 
 // ---- the product -------------------------------------------------------------------------------
 
-// Up to two pairs of factors: the value's and the tangent's. Their products are tiles of two
-// results, or, cut into runs of the depth, partial sums of one.
+// Up to two pairs of factors: those of value and tangent. The products are either two results, or
+// partial sums of one result over runs of the depth.
 struct PatchProduct {
   GridView left[2], right[2], out[2];
-  GridView add[2][2];         // to each result, columns side by side; null: nothing
+  GridView add[2][2];         // to each result, with contiguous columns; null: none
   int64_t tiles[2] = {0, 0};  // row tiles of each result
   int64_t column_tiles = 0;
   int64_t runs[2] = {1, 0};  // of each pair's depth
   int64_t run_depth = int64_t{1} << 62;
-  int64_t run_stride = 0;  // elements of out[0] from run to run
+  int64_t run_stride = 0;  // elements of out[0] between runs
 };
 
 constexpr int kHeld = 8;  // neighbouring columns of a row that a thread stores
 
-// kHeld values to elements of type E.
+// Stores kHeld values as elements of type E.
 template <class E>
 __device__ inline void store_values(const GridView& out, int64_t row_offset, int64_t column,
                                     const float (&value)[kHeld]) {
@@ -219,7 +220,7 @@ __device__ inline void store_values(const GridView& out, int64_t row_offset, int
   }
 }
 
-// A tile of the result to memory: 16 threads a row.
+// Stores a tile of the result, 16 threads per row.
 template <class T>
 __device__ inline void store_tile(const GridView& out, const GridView (&add)[2], int64_t run_offset,
                                   int64_t first_row, int64_t first_column, const StagedTile& tile) {
@@ -250,7 +251,7 @@ __device__ inline void store_tile(const GridView& out, const GridView (&add)[2],
   }
 }
 
-// blockIdx.x: tile of the result, columns fastest; blockIdx.y: run.
+// blockIdx.x selects the tile of the result, column tiles fastest; blockIdx.y the run.
 template <class T, bool kLeftRows, bool kRightRows>
 __global__ void __launch_bounds__(kTileThreads<PatchProducts<T>::kParts>, PatchProducts<T>::kBlocks)
     patch_product_kernel(const __grid_constant__ PatchProduct p) {
@@ -274,14 +275,14 @@ __global__ void __launch_bounds__(kTileThreads<PatchProducts<T>::kParts>, PatchP
       copy_left(stage_of(slice), begin + slice * static_cast<int64_t>(kDepth<T>));
       copy_right(stage_of(slice) + kOperandBytes, begin + slice * static_cast<int64_t>(kDepth<T>));
     }
-    cp_async_commit();  // an empty group past the end keeps the count of those in flight
+    cp_async_commit();  // empty past the end, to keep the number of groups in flight constant
   };
   constexpr int kParts = PatchProducts<T>::kParts;
   float c[kParts][8][4] = {};
   for (int slice = 0; slice < kStages - 1; ++slice) copy(slice);
   for (int slice = 0; slice < slices; ++slice) {
     cp_async_wait<kStages - 2>();
-    __syncthreads();  // everyone's share of the slice is there; the slice before is read
+    __syncthreads();  // all copies of the slice have landed; the previous slice has been read
     copy(slice + kStages - 1);
     const unsigned char* const stage = stage_of(slice);
     multiply_slice<PatchProducts<T>>(
@@ -302,7 +303,7 @@ __global__ void __launch_bounds__(kTileThreads<PatchProducts<T>::kParts>, PatchP
         });
   }
   cp_async_wait<0>();
-  __syncthreads();  // the tile takes the slices' place
+  __syncthreads();  // the tile overwrites the slices
   const StagedTile tile(shared);
   tile.store(c);
   const int result = second_result ? 1 : 0;

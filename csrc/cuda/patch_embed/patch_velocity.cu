@@ -1,13 +1,14 @@
-// The read-out on CUDA: tokens to velocities and their tangents, and the tokens' gradients. The
-// mathematics is in pmf/patch_velocity.h.
+// The read-out on CUDA: velocities and their tangents from tokens, and the gradients of the tokens.
+// The mathematics is in pmf/patch_velocity.h.
 //
-// Tiling: a thread takes a few neighbouring pixels in all three channels, 16 bytes of each plane of
-// the image. In the tokens these numbers lie together, three words in another order, which only
-// registers see: no shared memory, no second pass. Where patches have another number of channels,
-// or edges that words do not divide, or memory is not aligned, a thread takes one number.
+// Tiling: a thread processes a few neighbouring pixels in all three channels, 16 bytes of each
+// plane of the image. In the tokens these are three contiguous words in a different order, which
+// the thread permutes in registers: no shared memory, no second pass. If patches do not have three
+// channels, if words do not divide their width, or if memory is not aligned, a thread processes one
+// element.
 //
-// Bytes, in units of one image: forward 3, with tangent 6; backward 2. A number costs one
-// subtraction and two FMAs at most, so copy bandwidth is the bound: [256, 3, 256, 256] in bf16
+// Bytes, in units of one image: forward 3, with tangent 6; backward 2. An element takes at most one
+// subtraction and two FMAs, so copy bandwidth is the bound: [256, 3, 256, 256] in bf16
 // would take 0.10 ms at 3.0 TB/s, 0.20 ms with tangents (estimates; not measured). Each result is
 // rounded once, at the store.
 #include "pmf/patch_velocity.h"
@@ -19,11 +20,11 @@ namespace {
 
 constexpr int kColours = 3;
 
-// Where a thread works: neighbours in a line of pixels, in some channels.
+// A thread's position: neighbouring pixels of a line, in one or more channels.
 struct Place {
   int64_t sample;
   int64_t token, image;  // offsets of the first element
-  int64_t plane;         // from one channel of an image to the next
+  int64_t plane;         // between channels of an image
 
   __device__ Place(const PatchShape& s, int64_t slot, int pixels, int channels) {
     const int64_t width = s.columns * s.patch, height = s.rows * s.patch;
@@ -41,7 +42,7 @@ struct Place {
   }
 };
 
-// The numbers of kPixels pixels in kChannels channels that lie together in a token.
+// The elements of kPixels pixels in kChannels channels, contiguous in a token.
 template <typename T, int kPixels, int kChannels>
 struct Together {
   Vector<T, kPixels> word[kChannels];
@@ -64,7 +65,7 @@ struct Together {
 
 struct Clipped {
   float inverse;  // 1 / s
-  bool moves;     // whether s follows t
+  bool moves;     // whether s depends on t
 
   __device__ Clipped(float t, float floor)
       : inverse(1.0f / (t < floor  ? floor
@@ -73,7 +74,7 @@ struct Clipped {
         moves(t >= floor && t <= 1.0f) {}
 };
 
-// ---- kernels: T of tokens, I of images ----------------------------------------------------------
+// ---- kernels: tokens in T, images in I ----------------------------------------------------------
 
 template <typename T, typename I, int kPixels, int kChannels>
 struct Forward {
@@ -136,7 +137,7 @@ __global__ void __launch_bounds__(kSlotThreads)
   }
 }
 
-// ---- choosing among them (host) -----------------------------------------------------------------
+// ---- choosing the kernel (host) -----------------------------------------------------------------
 
 template <class Work>
 cudaError_t launch_places(const Work& work, int64_t slots, cudaStream_t stream) {
@@ -160,7 +161,7 @@ cudaError_t for_places(const Params& p, std::initializer_list<const void*> memor
                : launch_places(Work<T, I, 1, 1>{p}, numbers, stream);
 }
 
-// body(type of tokens, type of images), the tokens' or float.
+// Calls body(type of tokens, type of images); the latter is that of the tokens or float.
 template <class Params, class Body>
 const char* with_types(const Params& p, const Body& body) {
   return with_type(p.dtype, [&](auto type) {

@@ -1,4 +1,4 @@
-// The matrices of the patch embedding as grid views, and how their products are launched.
+// The matrices of the patch embedding as grid views, and the launch of their products.
 #pragma once
 
 #include "cuda/common/launch.cuh"
@@ -7,7 +7,7 @@
 
 namespace pmf::cuda {
 
-// Of one call, for products in T. Rows are patches: image, patch row, patch column.
+// The views of one call, for products in T. Rows are patches: image, patch row, patch column.
 template <typename T>
 class Views {
  public:
@@ -16,7 +16,7 @@ class Views {
   int pairs() const { return s_.tangents > 0 ? 2 : 1; }
   int64_t images_of(int pair) const { return pair == 0 ? s_.batch : s_.tangents; }
 
-  // [batch N, C p p] of images that lie anywhere.
+  // [batch N, C p p], the patches of images of any strides.
   template <class View4Like>
   GridView patches(const View4Like& images, int pair) const {
     const int64_t* t = images.stride;
@@ -26,7 +26,7 @@ class Views {
         grid_digits(images_of(pair), s_.rows, s_.columns, {t[0], s_.patch * t[2], s_.patch * t[3]}),
         grid_digits(s_.channels, s_.patch, s_.patch, {t[1], t[2], t[3]}), kChunk<T>, wide);
   }
-  // [rows, columns] without gaps.
+  // [rows, columns], contiguous.
   GridView plain(const void* data, int64_t rows, int64_t columns) const {
     return grid_view(data, plain_digits(rows, columns), plain_digits(columns, 1), kChunk<T>);
   }
@@ -45,7 +45,7 @@ class Views {
     const int64_t N = s_.tokens(), D = s_.wide;
     return grid_view(data, grid_digits(s_.batch, 1, N, {0, 0, D}), plain_digits(D, 1), kChunk<T>);
   }
-  // [any, width]: the same row everywhere.
+  // [any, width]: one row, repeated.
   GridView repeated(const void* data, int64_t width) const {
     return grid_view(data, Digits{}, plain_digits(width, 1), kChunk<T>);
   }
@@ -54,7 +54,7 @@ class Views {
   const PatchSizes& s_;
 };
 
-// Result number `pair` is left times right.
+// Sets result number `pair` to left times right.
 inline void set_result(PatchProduct& product, int pair, const GridView& left, const GridView& right,
                        const GridView& out) {
   product.left[pair] = left;
