@@ -158,11 +158,14 @@ def main(argv: list[str] | None = None) -> int:
     names = [problem.name for problem in PROBLEMS]
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(names)} (default: all)")
     parser.add_argument(
-        "--kernels", choices=KERNELS, default="plan", help="plan: as on an H100; mma: the mma.sync kernels"
+        "--kernels",
+        choices=KERNELS,
+        default="plan",
+        help="plan: those that an H100 uses; mma: the mma.sync kernels",
     )
-    parser.add_argument("--step", action="store_true", help="a whole training step instead")
-    parser.add_argument("--rates", type=Path, default=RATES, help="the table of rates, as JSON")
-    parser.add_argument("--out", type=Path, help="a file for the figures, as JSON")
+    parser.add_argument("--step", action="store_true", help="predict a whole training step instead")
+    parser.add_argument("--rates", type=Path, default=RATES, help="JSON file with the table of rates")
+    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     arguments = parser.parse_args(argv)
     if unknown := [name for name in arguments.names if name not in names]:
         parser.error(f"there is no problem {unknown[0]!r}: choose from {', '.join(names)}")

@@ -59,7 +59,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON record")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="write the record to this JSON file"
+    )
     parser.add_argument("--device", type=int, default=0, help="number of the GPU (default: 0)")
     arguments = parser.parse_args(argv)
     if why := problem():

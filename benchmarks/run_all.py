@@ -43,7 +43,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="fewer parts, shapes and dtypes: under two and a half minutes"
     )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="device to test (default: cuda)"
+    )
     return parser.parse_args(argv)
 
 

@@ -196,14 +196,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON record of everything that was timed")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write a record of everything that was timed to this JSON file",
+    )
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="NxD", help="tokens x width")
     parser.add_argument("--dtypes", nargs="+", default=("bfloat16",), choices=plans.DTYPES)
     parser.add_argument("--seconds", type=float, default=0.05, help="time for each plan (default: 0.05)")
     parser.add_argument("--device", type=int, default=0, help="number of the GPU (default: 0)")
     parser.add_argument("--list", action="store_true", help="print the plans that compete, without a GPU")
-    parser.add_argument("--shared-kb", type=int, default=227, help="with --list: of a block (default: 227)")
-    parser.add_argument("--processors", type=int, default=132, help="with --list: of the GPU (default: 132)")
+    parser.add_argument(
+        "--shared-kb", type=int, default=227, help="with --list: KB of shared memory per block (default: 227)"
+    )
+    parser.add_argument(
+        "--processors", type=int, default=132, help="with --list: multiprocessors of the GPU (default: 132)"
+    )
     arguments = parser.parse_args(argv)
     for shape in arguments.shapes:
         tokens, _, width = shape.partition("x")

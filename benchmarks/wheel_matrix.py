@@ -212,9 +212,18 @@ def main() -> int:
     parser.add_argument(
         "--case", action="append", metavar="PYTHON=TORCH", help="e.g. 3.12=2.12.1; may be repeated"
     )
-    parser.add_argument("--python", action="append", default=[], metavar="PATH", help="an interpreter to use")
     parser.add_argument(
-        "--wheels", type=Path, metavar="FOLDER", help="test the wheels in it instead of building"
+        "--python",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="Python interpreter to use; may be repeated",
+    )
+    parser.add_argument(
+        "--wheels",
+        type=Path,
+        metavar="FOLDER",
+        help="test the wheels in this folder instead of building them",
     )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/wheel_matrix.json")
     arguments = parser.parse_args()

@@ -115,8 +115,8 @@ class ModelConfig:
             raise ValueError(f"model: sigma_data must be positive, got {self.sigma_data}")
         if self.prediction == "u" and self.preconditioner != "none":
             raise ValueError(
-                f"model: preconditioner {self.preconditioner} makes images of the network's output: "
-                "it goes with prediction x"
+                f"model: preconditioner {self.preconditioner} turns the network's output into images: "
+                "use it with prediction x"
             )
 
     @property

@@ -38,7 +38,7 @@ inline AttentionShape check_attention(const Tensor& query, const Tensor& key, co
     check_value(tensor->dim() == 4, "attention: ", name, " must be [batch, heads, N, D], got ",
                 shape_of(*tensor));
     check_value(tensor->scalar_type() == query.scalar_type(),
-                "attention: query, key and value must have one dtype, got ",
+                "attention: query, key and value must have the same dtype, got ",
                 dtype_name(query.scalar_type()), " query and ", dtype_name(tensor->scalar_type()),
                 " ", name);
     check_value(tensor->size(3) >= 1 && tensor->size(3) <= kAttentionMaxWidth, "attention: ", name,
@@ -56,18 +56,18 @@ inline AttentionShape check_attention(const Tensor& query, const Tensor& key, co
   shape.width = query.size(3);
   shape.key_heads = key.size(1), shape.keys = key.size(2), shape.value_width = value.size(3);
   check_value(key.size(3) == shape.width,
-              "attention: query and key must have one width, got query ", shape_of(query),
+              "attention: query and key must have the same width, got query ", shape_of(query),
               " and key ", shape_of(key));
   check_value(value.size(2) == shape.keys,
-              "attention: key and value must have one length, got key ", shape_of(key),
+              "attention: key and value must have the same length, got key ", shape_of(key),
               " and value ", shape_of(value));
   check_value(key.size(0) == shape.batch && value.size(0) == shape.batch,
-              "attention: query, key and value must have one batch size, got ", shape_of(query),
-              ", ", shape_of(key), " and ", shape_of(value));
+              "attention: query, key and value must have the same batch size, got ",
+              shape_of(query), ", ", shape_of(key), " and ", shape_of(value));
   check_value(
       value.size(1) == shape.key_heads &&
           (shape.key_heads == 0 ? shape.heads == 0 : shape.heads % shape.key_heads == 0),
-      "attention: key and value must have one number of heads, and it must divide query's, got ",
+      "attention: key and value must have the same number of heads, a divisor of query's, got ",
       shape_of(query), ", ", shape_of(key), " and ", shape_of(value));
   return shape;
 }
@@ -169,13 +169,13 @@ struct Offsets {
     if (!options.cu_seqlens_q && !options.cu_seqlens_k) return;
     check_value(
         options.cu_seqlens_q && options.cu_seqlens_k && !options.mask && shape.batch == 1,
-        "attention_varlen: packed sequences need offsets of queries and keys, one batch, and "
+        "attention_varlen: packed sequences need offsets of queries and keys, a batch of one, and "
         "no attn_mask");
     queries = check_offsets(*options.cu_seqlens_q, "cu_seqlens_q", shape.queries, query);
     keys = check_offsets(*options.cu_seqlens_k, "cu_seqlens_k", shape.keys, query);
     check_value(
         queries.size(0) == keys.size(0),
-        "attention_varlen: cu_seqlens_q and cu_seqlens_k must be of one number of sequences, "
+        "attention_varlen: cu_seqlens_q and cu_seqlens_k must have the same number of sequences, "
         "got ",
         queries.size(0) - 1, " and ", keys.size(0) - 1);
     queries = offsets_for(query, queries), keys = offsets_for(query, keys);

@@ -89,7 +89,7 @@ NewtonSchulzParams settings_of(const char* op, ScalarType elements,
   p.dtype = narrow_dtype(op, elements);
   p.compute = narrow_dtype(op, dtype);
   check_value(!coefficients.empty() && coefficients.size() % 3 == 0, op,
-              ": coefficients must be three numbers for each of one step or more, got ",
+              ": coefficients must be three numbers for each of at least one step, got ",
               coefficients.size());
   p.allow_tf32 = allow_tf32;
   p.method = method_named(method);

@@ -65,8 +65,8 @@ PatchVelocityParams checked(const Tensor& tokens, const Tensor& images, const Te
   p.image_dtype = image_dtype(images, tokens, "images");
   p.shape = shape_of_patches(tokens, images, "images");
   check_value(tokens.size(0) == p.shape.batch, kOp,
-              ": tokens and images must be of one batch, got ", tokens.size(0), " and ",
-              p.shape.batch, " samples");
+              ": tokens and images must have the same batch size, got ", tokens.size(0), " and ",
+              p.shape.batch);
   check_times(t, tokens, p.shape.batch, "t");
   check_value(floor > 0, kOp, ": floor must be positive, got ", floor);
   p.floor = floor;
@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor> patch_velocity_jvp(Tensor tokens, Tensor images, Tens
   PatchVelocityParams p = checked(tokens, images, t, floor);
   p.tangents = check_tangent(kOp, "tokens_t", tokens_t, "tokens", tokens);
   check_value(check_tangent(kOp, "images_t", images_t, "images", images) == p.tangents, kOp,
-              ": tokens_t and images_t must be of the same first samples, got ", tokens_t.size(0),
+              ": tokens_t and images_t must cover the same first samples, got ", tokens_t.size(0),
               " and ", images_t.size(0));
   check_times(t_t, tokens, p.tangents, "t_t");
   const Inputs in(tokens, images, t), in_t(tokens_t, images_t, t_t);

@@ -131,8 +131,9 @@ void check_matrices(const Tensor& left, const Tensor& right, const char* op) {
   check_same_device(left, right, op, "left", "right");
   check_value(left.dim() == 2 && right.dim() == 2 && left.size(1) == right.size(0), op,
               ": needs matrices [M, K] and [K, N], got ", shape_of(left), " and ", shape_of(right));
-  check_value(left.scalar_type() == right.scalar_type(), op, ": needs matrices of one dtype, got ",
-              dtype_name(left.scalar_type()), " and ", dtype_name(right.scalar_type()));
+  check_value(left.scalar_type() == right.scalar_type(), op,
+              ": needs matrices of the same dtype, got ", dtype_name(left.scalar_type()), " and ",
+              dtype_name(right.scalar_type()));
 }
 
 Tensor product(Tensor left, Tensor right) {

@@ -152,7 +152,7 @@ inline std::string device_of(const Tensor& tensor) {
 inline void check_same_device(const Tensor& first, const Tensor& second, const char* op,
                               const char* first_name, const char* second_name) {
   check_value(first.device() == second.device(), op, ": ", first_name, " and ", second_name,
-              " must be on one device, got ", device_of(first), " and ", device_of(second));
+              " must be on the same device, got ", device_of(first), " and ", device_of(second));
 }
 
 // ---- threads and scratch memory -----------------------------------------------------------------

@@ -86,7 +86,7 @@ class Study:
             about = {**self._judge_of(), **about}
             if about != self._judge_of():
                 raise UserError(
-                    f"{path} had other --judge-steps or --data: give another --out, or remove {self.out}"
+                    f"{path} used other --judge-steps or --data: give another --out, or remove {self.out}"
                 )
             judge = Judge.like(self.dataset)
             checkpoint.assign_weights(judge, tensors, path)

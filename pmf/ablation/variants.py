@@ -22,7 +22,7 @@ class Variant:
     def __post_init__(self) -> None:
         if not self.name.strip() or not all(letter.isalnum() or letter in _IN_NAMES for letter in self.name):
             raise UserError(
-                f"a variant's name is letters, digits, spaces and {_IN_NAMES!r}, got {self.name!r}"
+                f"a variant's name may contain letters, digits, spaces and {_IN_NAMES!r}, got {self.name!r}"
             )
         known = {setting.name for _, setting in settings()}
         for name in self.settings:
@@ -47,4 +47,4 @@ def check_names(variants: Sequence[Variant]) -> None:
     stems = [variant.stem for variant in variants]
     for variant in variants:
         if stems.count(variant.stem) > 1:
-            raise UserError(f"two variants are called {variant.name!r} or nearly so: give them other names")
+            raise UserError(f"two variants would share the files of {variant.name!r}: rename one of them")

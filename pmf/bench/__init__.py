@@ -35,7 +35,7 @@ def main(
         "names", nargs="*", metavar="OP", help=f"any of {', '.join(BENCHMARKS)} (default: all)"
     )
     parser.add_argument("--seconds", type=float, default=3.0, help="time per case (default: 3)")
-    parser.add_argument("--device", default="cpu", help="cpu, or cuda, timed with CUDA events (default: cpu)")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda (timed with CUDA events); default: cpu")
     parser.add_argument("--out", type=Path, help="folder for one JSON record per benchmark")
     arguments = parser.parse_args(argv)
     if unknown := [name for name in arguments.names if name not in BENCHMARKS]:

@@ -91,15 +91,15 @@ def _gpu(place: str) -> dict[str, Callable[[], Any]]:
         raise _NothingToCheckError(f"it cannot be used now ({sentence(problem)})") from problem
     if module is not None and not module.build_facts()["has_cuda"]:
         raise _NothingToCheckError(
-            f"{name} has no kernels in this build of pmf: install it with PMF_CUDA=on, which says what "
-            "is missing"
+            f"{name} has no kernels in this build of pmf: reinstall it with PMF_CUDA=on, which reports "
+            "what is missing"
         )
     if capability < OLDEST:
         raise _NothingToCheckError(f"{name} is older than sm_80, which pmf's kernels need")
     if free < LEAST_MEMORY:
         raise _NothingToCheckError(
-            f"{name} has {free / 2**30:.1f} of {total / 2**30:.0f} GiB free, as others use it, and a "
-            f"check needs {LEAST_MEMORY / 2**30:.0f}: run it again when the memory is free"
+            f"{name} has only {free / 2**30:.1f} of {total / 2**30:.0f} GiB free, but a check needs "
+            f"{LEAST_MEMORY / 2**30:.0f} GiB: run it again when other processes have freed theirs"
         )
     checked.forgo_reminder()
     plans.load(torch.cuda.current_device(), name)

@@ -64,7 +64,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"{target} already exists: choose another name")
     for_sampling: bool = arguments.for_sampling
     if for_sampling and target.suffix != ".safetensors":
-        raise UserError("--for-sampling writes .safetensors, as the authors' code trains what it loads")
+        raise UserError(
+            "--for-sampling writes .safetensors only, because the authors' code needs every weight"
+        )
     loaded = checkpoint.load_model(
         arguments.source, arguments.ema, noise_scale=arguments.noise_scale, v_head=not for_sampling
     )
@@ -104,12 +106,12 @@ def _official_bytes(model: models.PixelMeanFlow) -> bytes:
     if not isinstance(config.image_size, int):
         raise UserError(
             f"the authors' code would take this model's {size_in_words(config.image_size)} images for "
-            "squares: write a .safetensors"
+            "squares: write a .safetensors file"
         )
     if config.prediction != "x" or config.preconditioner != "none":
         raise UserError(
             f"the authors' code would misread this model (prediction {config.prediction}, preconditioner "
-            f"{config.preconditioner}): write a .safetensors"
+            f"{config.preconditioner}): write a .safetensors file"
         )
     content = io.BytesIO()
     torch.save(to_official(dict(model.state_dict())), content)

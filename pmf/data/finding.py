@@ -131,7 +131,7 @@ def class_names(labels: Sequence[int], source: str, noted: list[str] | None = No
         )
     if not noted and max(labels) >= _MAX_CLASSES:
         raise UserError(
-            f"{source} has an image of class {max(labels)}, and there may be {_MAX_CLASSES} classes: number "
-            "them from 0 without gaps"
+            f"{source} has an image of class {max(labels)}, but there may be at most {_MAX_CLASSES} classes: "
+            "number them from 0 without gaps"
         )
     return noted or [str(number) for number in range(max(labels) + 1)]

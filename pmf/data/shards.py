@@ -103,8 +103,8 @@ def index_shards(shards: Sequence[Path], left_out: LeftOut) -> tuple[list[Stored
     if unlabelled is not None and labels:
         shard, picture = unlabelled
         raise UserError(
-            f"{shard} has no label {_without_ending(picture.name)}{_LABEL} beside {picture.name}, but others "
-            "have theirs: pack it again"
+            f"{shard} has no label {_without_ending(picture.name)}{_LABEL} beside {picture.name}, but other "
+            "images have one: pack it again"
         )
     return images, None if unlabelled is not None else labels
 

@@ -146,11 +146,11 @@ class MeanFlow:
         taken = {"primals", "tangents", "detach_tangent"} & conditions.keys()
         if taken:
             raise ValueError(
-                f"MeanFlow: a condition cannot be called {min(taken)}, an argument of pmf.Jvp: rename it"
+                f"MeanFlow: a condition cannot be called {min(taken)}, like an argument of pmf.Jvp: rename it"
             )
         if self._tells_omega and (taken := {"omega", "t_min", "t_max"} & conditions.keys()):
             raise ValueError(
-                f"MeanFlow: {type(self.guidance).__name__} gives the network {min(taken)}: leave it out"
+                f"MeanFlow: {type(self.guidance).__name__} supplies {min(taken)}: do not pass it"
             )
 
     def _knows(self, conditions: Mapping[str, Any]) -> bool:
@@ -273,7 +273,7 @@ def sample(
         raise ValueError(f"flow.sample: times must be a list of numbers in [0, 1], got {times!r}")
     times = [float(t) for t in times]
     if len(times) < 2 or not 1 >= times[0] or not times[-1] >= 0:
-        raise ValueError(f"flow.sample: times must be at least two in [0, 1], got {times}")
+        raise ValueError(f"flow.sample: times must be at least two numbers in [0, 1], got {times}")
     if any(not t > r for t, r in zip(times, times[1:], strict=False)):
         raise ValueError(f"flow.sample: times must descend, got {times}")
     z = noise
@@ -378,7 +378,7 @@ def _nulls(null: Mapping[str, Any], conditions: Mapping[str, Any], x: Tensor) ->
         whole = not given.is_floating_point() and not given.is_complex()
         if nothing is None or (whole and torch.as_tensor(nothing).is_floating_point()):
             raise ValueError(
-                f"MeanFlow: the null value of {name} must be of its type {given.dtype}, got {nothing!r}"
+                f"MeanFlow: the null value of {name} must fit its dtype, {given.dtype}, got {nothing!r}"
             )
         found[name] = torch.as_tensor(nothing, dtype=given.dtype, device=given.device).expand(given.shape)
     return found

@@ -184,7 +184,9 @@ def sampling_times(steps: int, times: Sequence[float] | None = None) -> list[flo
     if not all(t > r for t, r in itertools.pairwise(chosen)):
         raise ValueError(f"sample: times must descend, got {chosen}")
     if steps not in (1, len(chosen) - 1):
-        raise ValueError(f"sample: times are {len(chosen) - 1} steps, not {steps}: leave out one of the two")
+        raise ValueError(
+            f"sample: times describe {len(chosen) - 1} steps, not {steps}: give either times or steps"
+        )
     return chosen
 
 

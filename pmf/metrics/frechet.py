@@ -32,7 +32,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     """
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise ValueError(
-            "frechet_distance: both sets must be [N, D] with N > 1 and one D, "
+            "frechet_distance: both sets must be [N, D] with N > 1 and the same D, "
             f"got {list(a.shape)} and {list(b.shape)}"
         )
     a, b = a.double(), b.double()

@@ -23,7 +23,9 @@ class InceptionScore:
         self, images: int, classes: int, splits: int = 10, device: torch.device | str = "cpu"
     ) -> None:
         if not 1 <= splits <= images:
-            raise ValueError(f"inception score: splits must be 1 to the {images} images, got {splits}")
+            raise ValueError(
+                f"inception score: splits must lie between 1 and the {images} images, got {splits}"
+            )
         bounds = np.arange(splits + 1) * images // splits
         part = np.empty(images, dtype=np.int64)
         order = np.random.RandomState(_SHUFFLE_SEED).permutation(images)
@@ -46,7 +48,7 @@ class InceptionScore:
     def score(self) -> tuple[float, float]:
         """Mean and standard deviation over the parts; ValueError if a part is incomplete."""
         if not self.count.all():
-            raise ValueError("inception score: a part of the images was not counted")
+            raise ValueError("inception score: some images were not counted")
         q = self.probability / self.count[:, None]
         scores = (self.negentropy / self.count - torch.xlogy(q, q).sum(1)).exp()
         return float(scores.mean()), float(scores.std(correction=0))

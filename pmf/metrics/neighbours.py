@@ -9,7 +9,7 @@ from torch import Tensor
 def _distances(a: Tensor, b: Tensor, name: str, k: int) -> Tensor:
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(
-            f"{name}: both sets must be [N, D] with one D, got {list(a.shape)} and {list(b.shape)}"
+            f"{name}: both sets must be [N, D] with the same D, got {list(a.shape)} and {list(b.shape)}"
         )
     if not 0 < k < min(len(a), len(b)):
         raise ValueError(f"{name}: k must be at least 1 and below the size of both sets, got {k}")

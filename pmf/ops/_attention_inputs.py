@@ -98,7 +98,7 @@ def make_plan(
             or heads[0][0] % heads[1][0]
         ):
             raise ValueError(
-                "attention: with enable_gqa key and value must have one number of heads, and it must divide "
+                "attention: with enable_gqa key and value must have the same number of heads, a divisor of "
                 f"query's, got query {list(q)}, key {list(k)} and value {list(v)}"
             )
         leading = _broadcast(q[:-3], k[:-3], v[:-3])
@@ -122,16 +122,16 @@ def check_tensors(
             raise ValueError(f"{op}: {name} must be {layout} with 1 <= D <= {MAX_WIDTH}, got {list(x.shape)}")
     shapes = f"got query {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)}"
     if query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"{op}: query and key must have one width, {shapes}")
+        raise ValueError(f"{op}: query and key must have the same width, {shapes}")
     if key.shape[length] != value.shape[length]:
-        raise ValueError(f"{op}: key and value must have one length, {shapes}")
+        raise ValueError(f"{op}: key and value must have the same length, {shapes}")
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(
-            f"{op}: query, key and value must have one dtype, "
+            f"{op}: query, key and value must have the same dtype, "
             f"got {query.dtype}, {key.dtype} and {value.dtype}"
         )
     if not query.dtype.is_floating_point:
-        raise TypeError(f"{op}: query, key and value must be floating, got {query.dtype}")
+        raise TypeError(f"{op}: query, key and value must be floating-point, got {query.dtype}")
 
 
 def _broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...]:

@@ -67,7 +67,7 @@ class _Ragged(NamedTuple):
 def _tokenwise(op: Callable[..., Any], arguments: dict[str, Any], given: Mapping[str, Any]) -> Any:
     name, main = op.__name__, next(iter(given))
     if kind_of(given[main]) != "jagged":
-        raise TypeError(f"{name}: {main} must be a jagged nested tensor where another argument is one")
+        raise TypeError(f"{name}: {main} must be a jagged nested tensor because another argument is")
     x: Any = given[main]
     where = _Ragged.of(x)
     if name.startswith("rms_norm") and where.dim == x.dim() - 1:

@@ -253,7 +253,7 @@ def _raise_unknown(op: str, name: str, x: Any) -> NoReturn:
     if isinstance(x, UninitializedTensorMixin):
         raise TypeError(f"{op}: {name} is a {full}, which has no values yet; run its module once before")
     raise TypeError(
-        f"{op}: {name} is a {full}, an unknown tensor subclass, whose memory need not hold its values; "
+        f"{op}: {name} is a {full}, an unknown tensor subclass, whose memory may not hold its values; "
         f"pass the values as a plain tensor ({name}.as_subclass(torch.Tensor) if it holds them)"
     )
 

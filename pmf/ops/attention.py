@@ -146,7 +146,7 @@ def attention_jvp(
     if fewer and not plan.is_plain:
         raise ValueError(
             "attention_jvp: tangents of only the first samples need query, key and value "
-            "[B, H, N, D] of one batch size"
+            "[B, H, N, D] of the same batch size"
         )
     tangents = (query_t, key_t, value_t) if fewer else plan.fold(query_t, key_t, value_t)
     args = (*plan.fold(query, key, value), *tangents, *Options(plan.mask, is_causal, plan.scale, left, right))

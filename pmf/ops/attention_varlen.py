@@ -136,7 +136,7 @@ def _options(
             )
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
-            "attention_varlen: cu_seqlens_q and cu_seqlens_k must be of one number of sequences, "
+            "attention_varlen: cu_seqlens_q and cu_seqlens_k must have the same number of sequences, "
             f"got {cu_seqlens_q.shape[0] - 1} and {cu_seqlens_k.shape[0] - 1}"
         )
     left, right = sides("attention_varlen", window)

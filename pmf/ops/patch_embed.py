@@ -92,7 +92,7 @@ def patch_embed_jvp(
     if prefix is not None:
         pairs.append(("prefix_t", prefix, prefix_t))
     elif prefix_t is not None:
-        raise ValueError("patch_embed_jvp: prefix_t is given without a prefix")
+        raise ValueError("patch_embed_jvp: prefix_t needs a prefix")
     count = check_tangents(
         "patch_embed_jvp", pairs, detach_tangent, (weight_down, bias_down, weight_up, bias_up, position)
     )

@@ -165,7 +165,7 @@ def _named(params: Any, count: int) -> tuple[list[Named], bool]:
     if isinstance(params, nn.Module) or not isinstance(params, Iterable):
         raise TypeError(
             f"Muon: a group's params must be parameters or (name, parameter) pairs, got "
-            f"{type(params).__name__}: of a module, give module.named_parameters()"
+            f"{type(params).__name__}: for a module, give module.named_parameters()"
         )
     items: list[Any] = [params] if isinstance(params, Tensor) else list(params)
     if not items:

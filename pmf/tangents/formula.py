@@ -57,7 +57,7 @@ def formula(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str,
             if "forward AD" not in str(error):
                 raise
             raise NotImplementedError(
-                f"Jvp: PyTorch has no forward mode for {func}: compute it by other operators"
+                f"Jvp: PyTorch has no forward mode for {func}: compute it with other operators"
             ) from error
         return tree_map(value, out)
 

@@ -273,7 +273,7 @@ def _check_function() -> None:
     # Disabled inside an autograd.Function's forward, whatever torch.no_grad says.
     if not torch._C._is_fwd_grad_enabled() and (name := _foreign_function()) is not None:
         raise RuntimeError(
-            f"Jvp: {name} is an autograd.Function, whose derivative need not be that of its forward: call "
+            f"Jvp: {name} is an autograd.Function, whose derivative may not be that of its forward: call "
             "with detach_tangent=False, which is torch.func.jvp and asks for the Function's jvp"
         )
 

@@ -234,7 +234,7 @@ def _pair(primals: Any, tangents: Any) -> tuple[tuple[Any, ...], Directions, int
         return tuple(primals), given, None
     count = min(fewer)
     if any(t is not None and (t.dim() == 0 or len(t) != count) for t in given):
-        raise ValueError("Jvp: all tangents must be of the same first samples")
+        raise ValueError("Jvp: all tangents must cover the same first samples")
     return tuple(primals), given, count
 
 
@@ -301,7 +301,7 @@ def _flatten(out: Any) -> tuple[list[Any], TreeSpec]:
                 "torch.utils._pytree.register_pytree_node"
             )
     if not any(isinstance(y, Tensor) for y in leaves):
-        raise TypeError(f"Jvp: the network returns no tensor, but {type(out).__name__}")
+        raise TypeError(f"Jvp: the network returns no tensor but {type(out).__name__}: return a tensor")
     return leaves, spec
 
 

@@ -46,7 +46,7 @@ def _count(step: int) -> None:
 def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
     if getattr(_here, "refuses", False):
         raise RuntimeError(
-            f"Jvp: the network runs TorchScript ({self.name}), which loses tangents: use the function or "
-            "module from before torch.jit, or set PYTORCH_JIT=0, with which torch.jit.script changes nothing"
+            f"Jvp: the network runs TorchScript ({self.name}), which loses tangents: use the original "
+            "function or module, or set PYTORCH_JIT=0, which turns torch.jit.script off"
         )
     return _calls[type(self)](self, *args, **kwargs)

@@ -350,7 +350,7 @@ def _check_ranges(config: TrainConfig) -> None:
         raise UserError(f"--warmup-steps must be 0 or more, got {config.optimizer.warmup_steps}")
     if config.optimizer.cooldown and config.optimizer.schedule != "constant":
         raise UserError(
-            f"--cooldown ends a constant schedule, and --schedule is {config.optimizer.schedule}: "
+            f"--cooldown ends a constant schedule, but --schedule is {config.optimizer.schedule}: "
             "leave one of them out (--cooldown 0)"
         )
     half_lives = config.optimizer.ema_half_lives
@@ -364,8 +364,8 @@ def _check_ranges(config: TrainConfig) -> None:
         raise UserError("--sample-interval must be two numbers t_min t_max with 0 <= t_min <= t_max <= 1")
     if config.model.prediction == "u" and config.model.preconditioner not in (None, "none"):
         raise UserError(
-            f"--preconditioner {config.model.preconditioner} makes images of the network's output, but with "
-            "--prediction u the output is a velocity: leave out one of them"
+            f"--preconditioner {config.model.preconditioner} turns the network's output into images, but "
+            "with --prediction u the output is a velocity: leave out one of them"
         )
     if not config.objective.guidance and (config.sampling.sample_omega or 1.0) != 1:
         raise UserError(

@@ -18,7 +18,7 @@ def new_run_folder(parent: Path, name: str) -> Path:
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"cannot make the run folder {folder}: {error.strerror}") from error
+        raise UserError(f"cannot create the run folder {folder}: {error.strerror}") from error
     return folder
 
 

@@ -30,7 +30,9 @@ def initialise(model: models.PixelMeanFlow, source: Path, class_names: Sequence[
     rows = _rows_by_name(class_names, trained_names)
     fitting = [name for name, p in parameters.items() if _fits(name, p, given)]
     if not fitting:
-        raise UserError(f"--init-from {source}: no weight has a name and shape of this model's: give another")
+        raise UserError(
+            f"--init-from {source}: no weight matches this model's names and shapes: give another"
+        )
     with torch.no_grad():
         for name in fitting:
             if name == _TABLE:

@@ -258,7 +258,7 @@ class Gpu:
     [
         (
             {"free": 300 << 20},
-            "Test Card has 0.3 of 80 GiB free, as others use it, and a check needs 4: run it again",
+            "Test Card has only 0.3 of 80 GiB free, but a check needs 4 GiB: run it again",
         ),
         ({"capability": (7, 5)}, "Test Card is older than sm_80"),
     ],

@@ -100,10 +100,10 @@ def test_a_missing_or_damaged_shard_is_named(shards: Path, monkeypatch: pytest.M
     [
         ([("a.txt", b"1")], "contains no image"),
         ([("a.png", encoded(1)), ("b.cls", b"1")], r"labels such as b\.cls, none of which has an image"),
-        ([("a.png", encoded(1)), ("a.cls", b"1000000000000")], "class 1000000000000, and there may be"),
+        ([("a.png", encoded(1)), ("a.cls", b"1000000000000")], "class 1000000000000, but there may be"),
         (
             [("a.png", encoded(1)), ("b.png", encoded(1)), ("b.cls", b"1")],
-            r"no label a\.cls beside a\.png, but others have theirs",
+            r"no label a\.cls beside a\.png, but other images have one",
         ),
         (
             [("1.left.png", encoded(1)), ("1.right.png", encoded(1)), ("1.cls", b"1")],

@@ -59,7 +59,7 @@ def test_tensors_on_two_devices(name: str, device: str) -> None:
             before = emulator.launches()
             with (
                 emulator.elsewhere(x, device=device),
-                pytest.raises((ValueError, RuntimeError), match=r"on one device, got|must be on a GPU"),
+                pytest.raises((ValueError, RuntimeError), match=r"on the same device, got|must be on a GPU"),
             ):
                 function(*tensors)
             assert emulator.launches() == before

@@ -165,7 +165,7 @@ def test_inception_score_of_certain_and_of_uniform_guesses() -> None:
     sure = 1000 * torch.eye(10)[labels]
     assert streamed_score(sure, 1) == pytest.approx((10, 0), abs=1e-9)
     assert streamed_score(torch.zeros(1000, 10), 10) == pytest.approx((1, 0), abs=1e-9)
-    with pytest.raises(ValueError, match="splits must be 1 to the 5 images, got 10"):
+    with pytest.raises(ValueError, match="splits must lie between 1 and the 5 images, got 10"):
         InceptionScore(5, 10)
     with pytest.raises(ValueError, match="not counted"):
         InceptionScore(20, 10).score()

@@ -193,7 +193,7 @@ X = torch.zeros(5, 2, 8)
         ([0, 3, 2, 5], [0, 1, 2, 5], "must ascend"),
         ([0, 4], [0, 5], "end with the number of rows, 5"),
         ([1, 5], [0, 5], "must begin with 0"),
-        ([0, 2, 5], [0, 5], "one number of sequences"),
+        ([0, 2, 5], [0, 5], "the same number of sequences"),
         ([0.0, 5.0], [0, 5], "int32 or int64"),
     ],
 )

@@ -19,9 +19,9 @@ IMAGES, DOWN, UP = zeros(2, 3, 8, 8), zeros(5, 3, 4, 4), zeros(6, 5)
 CASES = {
     "attention: rank": (lambda: ops.attention(zeros(8), Q, Q), "query must be"),
     "attention: width": (lambda: ops.attention(*[zeros(1, 1, 2, 257)] * 3), "D <= 256, got [1, 1, 2, 257]"),
-    "attention: widths differ": (lambda: ops.attention(Q, zeros(2, 4, 5, 7), Q), "one width"),
-    "attention: lengths differ": (lambda: ops.attention(Q, Q, zeros(2, 4, 6, 8)), "one length"),
-    "attention: dtypes differ": (lambda: ops.attention(Q, Q.double(), Q), "one dtype"),
+    "attention: widths differ": (lambda: ops.attention(Q, zeros(2, 4, 5, 7), Q), "the same width"),
+    "attention: lengths differ": (lambda: ops.attention(Q, Q, zeros(2, 4, 6, 8)), "the same length"),
+    "attention: dtypes differ": (lambda: ops.attention(Q, Q.double(), Q), "the same dtype"),
     "attention: scale tensor": (
         lambda: ops.attention(Q, Q, Q, scale=torch.ones(())),
         "scale must be a number, got a",
@@ -30,7 +30,7 @@ CASES = {
         lambda: ops.attention(Q, Q, Q, scale=float("nan")),
         "scale must be a finite number",
     ),
-    "attention: integers": (lambda: ops.attention(*[Q.long()] * 3), "must be floating"),
+    "attention: integers": (lambda: ops.attention(*[Q.long()] * 3), "must be floating-point"),
     "attention: batches differ": (lambda: ops.attention(Q, *[zeros(3, 4, 5, 8)] * 2), "must broadcast"),
     "attention: heads differ": (lambda: ops.attention(Q, *[zeros(2, 2, 5, 8)] * 2), "enable_gqa=True"),
     "attention: odd group": (
@@ -72,7 +72,7 @@ CASES = {
         lambda: ops.patch_embed_jvp(
             IMAGES, DOWN, None, UP, None, None, None, IMAGES, prefix_t=zeros(2, 1, 6)
         ),
-        "without a prefix",
+        "prefix_t needs a prefix",
     ),
 }
 

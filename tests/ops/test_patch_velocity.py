@@ -126,7 +126,7 @@ def test_empty(batch: int) -> None:
         ((2, 4, 13), (2, 3, 4, 4), (2,), "are not .* for patches of images"),
         ((2, 5, 12), (2, 3, 4, 4), (2,), "are not .* for patches of images"),
         ((2, 4, 12), (2, 3, 5, 4), (2,), "are not .* for patches of images"),
-        ((3, 4, 12), (2, 3, 4, 4), (2,), "must be of one batch, got 3 and 2 samples"),
+        ((3, 4, 12), (2, 3, 4, 4), (2,), "must have the same batch size, got 3 and 2"),
         ((2, 4, 12), (2, 3, 4, 4), (3,), r"t must be \[2\], got \[3\]"),
     ],
 )

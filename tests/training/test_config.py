@@ -91,7 +91,7 @@ def test_settings_out_of_range_are_named(setting: str, value: object, sentence: 
         ({"patch_size": 3}, "not a multiple of patch_size"),
         ({"num_heads": 7}, "num_heads"),
         ({"condition_tokens": (1, 1)}, "condition_tokens"),
-        ({"prediction": "u", "preconditioner": "edm"}, "--preconditioner edm makes images .* leave out one"),
+        ({"prediction": "u", "preconditioner": "edm"}, "--preconditioner edm turns .* leave out one"),
         (
             {"guidance": False, "sample_omega": 2.0},
             "--no-guidance trains at omega 1 only",

@@ -45,7 +45,7 @@ def test_warm_up_and_schedules() -> None:
 
 
 def test_a_schedule_and_a_cooldown_conflict(tiny: Tiny) -> None:
-    with pytest.raises(UserError, match="--cooldown ends a constant schedule, and --schedule is cosine"):
+    with pytest.raises(UserError, match="--cooldown ends a constant schedule, but --schedule is cosine"):
         tiny(schedule="cosine", cooldown=0.5)
 
 
@@ -152,7 +152,7 @@ def test_initialising_from_unusable_weights_is_one_sentence(tmp_path: Path, tiny
         prepare(tiny(init_from=str(tmp_path / "nothing.pth")))
     other = {name: torch.zeros(7, 7) for name in prepare(tiny()).model.state_dict()}
     torch.save(other, tmp_path / "other.pth")
-    with pytest.raises(UserError, match="no weight has a name and shape of this model's"):
+    with pytest.raises(UserError, match="no weight matches this model's names and shapes"):
         prepare(tiny(init_from=str(tmp_path / "other.pth")))
 
 
