@@ -48,7 +48,7 @@ PROBLEMS = (
 NETWORKS, BATCH = ("pmf-b/16", "pmf-h/16"), 128
 """For --step: an eighth of the paper's batch."""
 KERNELS = {"plan": (9, 0), "mma": (8, 0)}
-"""The compute capability that decides: an H100's, or one without the Hopper kernels."""
+"""The compute capability to plan for: an H100's, or one without the Hopper kernels."""
 
 
 def planned(plans: Any, problem: Problem, kernels: str) -> list[dict[str, Any]]:
@@ -76,7 +76,7 @@ def seconds_of(
     code: dict[str, Kernel],
     rates: dict[str, float],
 ) -> float:
-    """Of a planned launch."""
+    """The predicted seconds of a planned launch."""
     name = hosts[planned["kernel"]]
     launch = Launch(
         demangled(name),
@@ -92,7 +92,7 @@ def seconds_of(
 def ratios(
     library: Path, plans: Any, chosen: list[Problem], rates: dict[str, float], which: str
 ) -> list[dict[str, Any]]:
-    """A row for each problem; a line is printed for each launch."""
+    """A row for each problem; prints a line for each launch."""
     hosts = host_functions(library)
     launches = {problem: planned(plans, problem, which) for problem in chosen}
     code = kernels(library, {hosts[each["kernel"]] for some in launches.values() for each in some})
@@ -120,7 +120,7 @@ def ratios(
 
 
 def steps(library: Path, plans: Any, rates: dict[str, float], which: str) -> list[dict[str, Any]]:
-    """A row for each kernel of a training step of each network; they are printed."""
+    """A row for each kernel of a training step of each network; also prints them."""
     hosts = host_functions(library)
     known: dict[Problem, float] = {}
 

@@ -1,9 +1,9 @@
-// What one multiprocessor of a GPU does a cycle: rates and latencies of the instructions that the
-// kernels are made of. Prints one JSON object; machine_rates.py builds and runs it.
+// Rates and latencies, per cycle of one multiprocessor, of the instructions that the kernels use.
+// Prints one JSON object; machine_rates.py builds and runs it.
 //
-// Each kernel repeats one instruction kRounds times, in `chains` chains that do not wait for each
-// other, one block on each multiprocessor. Cycles are a multiprocessor's own clock, of the slowest
-// warp of block 0.
+// Each kernel repeats one instruction kRounds times in `chains` independent chains, with one block
+// per multiprocessor. Cycles are those of the multiprocessor's own clock, for the slowest warp of
+// block 0.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -15,7 +15,7 @@
 
 constexpr int kRounds = 4096;
 constexpr int kChains = 8;
-constexpr int kSchedulers = 4;  // of a multiprocessor
+constexpr int kSchedulers = 4;  // per multiprocessor
 constexpr int kWarp = 32;
 
 void check(cudaError_t status) {
@@ -54,7 +54,7 @@ struct Ldmatrix {
 #pragma unroll 4
     for (int i = 0; i < kRounds / kIndependent; ++i)
       for (int c = 0; c < kIndependent; ++c) {
-        uint32_t r0, r1, r2, r3;  // all zero: the next address is this one again
+        uint32_t r0, r1, r2, r3;  // all zero, so the next address is the same
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                      : "=r"(r0), "=r"(r1), "=r"(r2), "=r"(r3)
                      : "r"(place[c]));
@@ -109,7 +109,7 @@ __global__ void repeat(float* out, long long* cycles) {
   if (blockIdx.x == 0) cycles[threadIdx.x] = end - begin;
 }
 
-// Cycles from one instruction of a scheduler to its next, with so many warps each; the clock in Hz.
+// Cycles between instructions of a scheduler with so many warps each; also the clock in Hz.
 template <class Instruction, int kIndependent>
 double cycles_each(int warps_a_scheduler, int processors, double* clock = nullptr) {
   const int threads = kSchedulers * warps_a_scheduler * kWarp;
@@ -141,7 +141,7 @@ double cycles_each(int warps_a_scheduler, int processors, double* clock = nullpt
 }
 
 #if defined(PMF_WGMMA)
-// m64n64k16 by a warpgroup, both operands in shared memory; 2 of them in flight.
+// m64n64k16 by a warpgroup, both operands in shared memory, two in flight.
 __global__ void wgmma(float* out, long long* cycles) {
   extern __shared__ __align__(1024) uint4 zeros[];
   for (int i = threadIdx.x; i < 1024; i += blockDim.x) zeros[i] = uint4{};
@@ -176,7 +176,7 @@ __global__ void wgmma(float* out, long long* cycles) {
   if (blockIdx.x == 0) cycles[threadIdx.x] = end - begin;
 }
 
-// Cycles of a multiprocessor for one m64n64k16, with one and two warpgroups.
+// Cycles per m64n64k16 on a multiprocessor, with one and two warpgroups.
 double wgmma_cycles(int groups, int processors) {
   const int threads = groups * 128;
   float* out;
@@ -198,7 +198,7 @@ double wgmma_cycles(int groups, int processors) {
 }
 #endif
 
-// Bytes a second read and written by a copy of so many bytes, repeated.
+// Bytes per second read and written by repeated copies of `bytes` bytes.
 double copy_rate(size_t bytes, int repeats) {
   void *from, *to;
   check(cudaMalloc(&from, bytes));
@@ -236,7 +236,7 @@ int main() {
     if (warps == 4) std::printf(" \"hmma_cycles\": %.3f,\n \"clock_hz\": %.4g,\n", cycles, clock);
   }
   std::printf(" \"hmma_latency\": %.2f,\n", cycles_each<Mma, 1>(1, processors));
-  // A ldmatrix.x4 is 4 rows of shared memory, and the four schedulers share it.
+  // An ldmatrix.x4 reads 4 rows of shared memory, which the four schedulers share.
   std::printf(" \"shared_row_cycles\": %.3f,\n",
               cycles_each<Ldmatrix, kChains>(4, processors) / kSchedulers / 4);
   std::printf(" \"ldsm_latency\": %.2f,\n", cycles_each<Ldmatrix, 1>(1, processors));

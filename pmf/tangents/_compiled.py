@@ -26,7 +26,7 @@ Path = tuple[tuple[bool, Any], ...]
 
 def call(network: nn.Module, primals: Any, given: Any, constants: dict[str, Any]) -> tuple[Any, Any]:
     """`beside` in a graph whose conditions are guarded."""
-    # A graph node takes every constant but None, for which text stands.
+    # A graph node accepts every constant except None, which text replaces.
     arguments = tree_map(lambda leaf: _NONE if leaf is None else leaf, (primals, given, constants))
     plain, containers, tensors = _held(network)
     what = [each for module in network.modules() for each in _what_it_does(module)]
@@ -46,7 +46,7 @@ def _traced(network: nn.Module, arguments: Any, tensors: dict[Path, Tensor], wha
     try:
         with replace_sdpa(), _replaced(network, tensors), _NothingBakedIn():
             found: Any = beside(network, primals, given, constants)
-    except Exception as error:  # whose text Dynamo replaces by its own
+    except Exception as error:  # Dynamo would replace its text
         if not str(error).startswith("Jvp: "):
             raise
         found = (str(error),)
@@ -54,7 +54,7 @@ def _traced(network: nn.Module, arguments: Any, tensors: dict[Path, Tensor], wha
 
 
 class _NothingBakedIn(TorchDispatchMode):
-    """The graph would keep other tensors as constants, without gradients and with the values of today."""
+    """Rejects tensors that the graph would keep as constants, without gradients and with today's values."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

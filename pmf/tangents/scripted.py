@@ -1,4 +1,4 @@
-"""Refuse TorchScript, in which tangents are right only by chance.
+"""Reject TorchScript, in which tangents are correct only by chance.
 
 From the second call on its executor differentiates and fuses parts of a graph itself, on detached values and
 with kernels that no dispatch mode sees; torch.func.jvp can be wrong, too. No mode sees the call itself, so
@@ -24,7 +24,7 @@ _here = threading.local()
 
 @contextlib.contextmanager
 def without_torchscript() -> Iterator[None]:
-    """Calls of ScriptFunctions and ScriptModules by this thread raise."""
+    """Inside it, calls of ScriptFunctions and ScriptModules by this thread raise."""
     before = getattr(_here, "refuses", False)
     _count(1)
     _here.refuses = True

@@ -1,4 +1,4 @@
-// Sums of one product that are half of another one's: ptxas makes every product wait for the last.
+// The accumulators of one product are half of another's: ptxas serialises the products.
 #include "cuda/common/hopper.cuh"
 
 namespace pmf::planted {

@@ -12,7 +12,7 @@ __global__ void stack_frame(float* x, const int* index) {
   for (int i = 0; i < 64; ++i) x[i] = values[index[threadIdx.x + i] & 15];
 }
 
-// 96 numbers that are all alive at once do not fit 64 registers.
+// 96 live values do not fit in 64 registers.
 __global__ void __launch_bounds__(1024, 1) spills(float* x) {
   float values[96];
 #pragma unroll
@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(1024, 1) spills(float* x) {
   for (int i = 0; i < 96; ++i) x[(95 - i) * 1024 + threadIdx.x] = values[i];
 }
 
-// Shared memory that no launch asks for.
+// Static shared memory, which launches do not request.
 __global__ void __launch_bounds__(256) static_shared(float* x) {
   __shared__ float buffer[10240];
   buffer[threadIdx.x] = x[threadIdx.x];
@@ -30,10 +30,10 @@ __global__ void __launch_bounds__(256) static_shared(float* x) {
   x[threadIdx.x] = buffer[255 - threadIdx.x];
 }
 
-// Numbers one by one.
+// Accesses of 4 bytes.
 __global__ void narrow(const float* x, float* y) { y[threadIdx.x] = 2 * x[threadIdx.x]; }
 
-// As kernels should be.
+// A kernel without faults.
 __global__ void sound(const __nv_bfloat16* x, float* y) {
   unsigned char* const shared = dynamic_shared();
   cp_async_16(shared + 16 * threadIdx.x, x + 8 * threadIdx.x);

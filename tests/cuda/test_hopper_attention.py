@@ -1,4 +1,4 @@
-"""Attention's forward pass on Hopper: results against float64, and the calls that use other kernels."""
+"""The Hopper attention forward: results against float64, and the calls that use other kernels."""
 
 import itertools
 from typing import Any
@@ -16,11 +16,11 @@ pytestmark = pytest.mark.skipif(emulator.why_not() is not None, reason=str(emula
 
 DTYPES = (torch.bfloat16, torch.float16)
 HOPPER_KB = 227
-"""Shared memory with which the emulator poses as an sm_90."""
+"""KB of shared memory that make the emulator an sm_90 device."""
 
 
-def launched_hoppers() -> bool:
-    """Whether the latest launch was of a Hopper kernel: only these fill its shared memory."""
+def launched_hopper() -> bool:
+    """Whether the latest launch was of a Hopper kernel: only these use so much shared memory."""
     return emulator.last_shared_bytes() > 200 * 1024
 
 
@@ -84,7 +84,7 @@ def test_hard_cases(name: str, dtype: torch.dtype) -> None:
 
 
 def test_projections_of_one_tensor() -> None:
-    """[B, N, 3, H, D]: rows far apart, heads side by side."""
+    """[B, N, 3, H, D]: rows far apart, heads adjacent."""
     qkv, qkv_t = torch.randn(2, 2, 100, 3, 2, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
     args = [x.transpose(1, 2) for packed in (qkv, qkv_t) for x in packed.unbind(2)]
     expected = reference.attention_jvp(*(x.double() for x in args))
@@ -157,7 +157,7 @@ def test_irregular_calls_use_other_kernels(name: str) -> None:
     expected = reference.attention_jvp(*exact, **options)
     with at_level("emulated"), emulator.limits(HOPPER_KB, 4):
         found = ops.attention_jvp(*args, **options)
-        assert not launched_hoppers()
+        assert not launched_hopper()
     assert_close(found, expected, tolerance("attention", args[0].dtype) * spread(expected[0]))
 
 
@@ -166,13 +166,13 @@ def test_regular_calls_use_this_kernel() -> None:
         for shared_kb, hopper in ((HOPPER_KB, True), (163, False)):
             with emulator.limits(shared_kb, 4):
                 ops.attention_jvp(*regular())
-                assert launched_hoppers() == hopper
+                assert launched_hopper() == hopper
                 ops.attention(*regular()[:3])
-                assert launched_hoppers() == hopper
+                assert launched_hopper() == hopper
 
 
 def test_plans() -> None:
-    """Blocks stay on their multiprocessor, unless there is less work than that."""
+    """One persistent block per multiprocessor, or fewer if there is less work."""
     if (plans := _library.introspection()) is None:
         pytest.skip("this build has no introspection module")
     sizes = {"batch": 1, "queries": 276, "keys": 276, "width": 64, "value_width": 64}

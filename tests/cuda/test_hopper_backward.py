@@ -1,4 +1,4 @@
-"""Attention's backward on Hopper: gradients against float64, and the calls that other kernels serve."""
+"""The Hopper attention backward: gradients against float64, and the calls that other kernels serve."""
 
 from typing import Any
 
@@ -15,11 +15,11 @@ pytestmark = pytest.mark.skipif(emulator.why_not() is not None, reason=str(emula
 
 BFLOAT16, FLOAT16 = DTYPES = (torch.bfloat16, torch.float16)
 HOPPER_KB = 227
-"""What the emulator takes for an sm_90."""
+"""KB of shared memory that make the emulator an sm_90 device."""
 
 
 def launched_hopper() -> bool:
-    """Whether the newest launch was of a kernel that fills Hopper's shared memory: no other one does."""
+    """Whether the latest launch was of a Hopper kernel: only these use so much shared memory."""
     return emulator.last_shared_bytes() > 200 * 1024
 
 
@@ -90,7 +90,7 @@ def backward(
 
 
 def test_scores_that_a_rounded_lse_cannot_order() -> None:
-    """Of 10^10: fp32 numbers are 1024 apart there. Keys come in pairs, so that every row attends two."""
+    """At 10^10, fp32 numbers are 1024 apart. Keys come in pairs, so every row attends to two."""
     p = problem(Shape(1, 1, 1, 70, 130, 64, 64))
     p = p._replace(query=2e5 * p.query, key=2e5 * p.key[:, :, torch.arange(130) // 2]).to(BFLOAT16)
     expected = gradients(reference, p.to(torch.float64))[1:]  # that of the queries is 0
@@ -139,7 +139,7 @@ def test_other_kernels_serve(name: str) -> None:
 
 
 def test_plans() -> None:
-    """Blocks stay on their multiprocessor, unless there is less work than that."""
+    """One persistent block per multiprocessor, or fewer if there is less work."""
     if (plans := _library.introspection()) is None:
         pytest.skip("this build has no introspection module")
     sizes = {"batch": 1, "queries": 276, "keys": 276, "width": 64, "value_width": 64}

@@ -157,12 +157,12 @@ def test_registers_allow_the_blocks_that_launch_bounds_promise(code: MachineCode
 
 
 def test_the_library_is_small_enough(code: MachineCode, tmp_path: Path) -> None:
-    """A wheel is a zip file, of which this library is nearly all: under 40 MB."""
+    """A wheel, which is a zip file, contains little else: it stays under 40 MB."""
     packed = shutil.make_archive(str(tmp_path / "library"), "zip", code.path.parent, code.path.name)
     assert Path(packed).stat().st_size < 36e6
 
 
-# ---- what ptxas says of Hopper's kernels ---------------------------------------------------------
+# ---- ptxas's log of the Hopper kernels -----------------------------------------------------------
 
 
 def ptxas_log(source: Path) -> str:

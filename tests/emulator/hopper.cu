@@ -1,5 +1,5 @@
-// Hopper's instructions: single ones on operands that a test gives, and a tiny kernel that loads,
-// multiplies and stores, right or with one fault each.
+// Single Hopper instructions on operands supplied by a test, and a tiny kernel that loads,
+// multiplies and stores, correct or with one fault.
 #include <iterator>
 
 #include "cuda/common/hopper.cuh"
@@ -135,7 +135,7 @@ enum Fault {
 
 constexpr int kRows = 64, kKeys = 48, kWidth = 64, kRounds = 4, kSlots = 2;
 constexpr int kABytes = 2 * kRows * kWidth, kBBytes = 2 * kKeys * kWidth;
-constexpr int kSlotBytes = kABytes + 8192;  // B's begins at a multiple of 1024
+constexpr int kSlotBytes = kABytes + 8192;  // B starts at a multiple of 1024
 constexpr int64_t kSharedBytes = kSlots * kSlotBytes + 256;
 
 struct Tiles {
@@ -143,7 +143,7 @@ struct Tiles {
   float* output;   // [2][128][24]: sums of all rounds' products, twice
 };
 
-// A producer warp fills two slots by turns, two warpgroups multiply what is in them.
+// A producer warp fills two slots in turn, and two warpgroups multiply their contents.
 template <Fault kFault>
 __global__ void __launch_bounds__(3 * kGroup, 1) tiles_kernel(const __grid_constant__ Tiles p) {
   unsigned char* const shared = swizzled_shared();
@@ -279,8 +279,8 @@ PMF_DOOR const char* pmf_hopper_product(bool half, int tiles, const uint16_t* im
                          Factors{image, elements, a, b, rows, sums, adds}));
 }
 
-// The box of a tensor [batch][head][row][column] of so many bytes' swizzle, at `place`, innermost
-// first.
+// Copies the box at `place` (innermost first) of a tensor [batch][head][row][column], with the
+// swizzle of `width` bytes.
 PMF_DOOR const char* pmf_hopper_box(const uint16_t* tensor, const uint64_t* sizes,
                                     const uint64_t* strides, int rows, int width, const int* place,
                                     uint16_t* image, int* elected) {

@@ -1,4 +1,4 @@
-// Tiny kernels with one bug each, and their correct twins: what the emulator must tell apart.
+// Tiny kernels with one bug each, and their correct twins, which the emulator must tell apart.
 #include <iterator>
 
 #include "cuda/common/launch.cuh"
@@ -143,7 +143,7 @@ __global__ void global_never_written(Buffers p) {
   p.output[i] += p.input[i];
 }
 
-// The launch asks for kSharedBytes.
+// The launch requests kSharedBytes.
 template <bool kBug>
 __global__ void more_shared_than_asked_for(Buffers p) {
   float* const s = shared_floats();
@@ -152,14 +152,14 @@ __global__ void more_shared_than_asked_for(Buffers p) {
   p.output[first() + thread()] = s[place];
 }
 
-// Every thread reaches some barrier, but not the same ones as often.
+// Half of the threads skip the barrier.
 template <bool kBug>
 __global__ void divergent_barrier(Buffers p) {
   if (!kBug || thread() < 64) __syncthreads();
   p.output[first() + thread()] = p.input[first() + thread()];
 }
 
-// Lanes of one warp part at a barrier.
+// Lanes of one warp diverge at a barrier.
 template <bool kBug>
 __global__ void early_return(Buffers p) {
   const int i = first() + thread();
@@ -194,7 +194,7 @@ template <bool kBug>
 __global__ void named_barrier_too_small(Buffers p) {
   float* const s = shared_floats();
   s[thread()] = p.input[first() + thread()];
-  // Warps 0 and 1 meet, and warps 2 and 3; with the bug each of them goes on alone.
+  // Warps 0 and 1 wait for each other, as do 2 and 3; with the bug, no warp waits for another.
   barrier_sync(1 + thread() / 64, kBug ? 32 : 64);
   p.output[first() + thread()] = s[thread() ^ 32];
 }

@@ -60,7 +60,7 @@ struct Numbers {
   uint32_t* result;  // [32][4]
 };
 
-// What each lane gets of the others', and of its own rounded to TF32.
+// What each lane gets from the others, and its own value rounded to TF32.
 __global__ void lanes_probe(Numbers p) {
   const int lane = static_cast<int>(threadIdx.x);
   const float x = p.x[lane];
@@ -75,8 +75,8 @@ struct Copies {
   float* to;
 };
 
-// What a lane finds where it copied to: after waiting for the first of two groups, of which it
-// copied zeros if it is odd, and after waiting for both. It wrote there before.
+// What a lane finds at the destinations of its copies, after waiting for the first of two groups
+// (zeros if the lane is odd) and after waiting for both. It had written to both before.
 __global__ void copy_probe(Copies p) {
   const int lane = static_cast<int>(threadIdx.x), own = 4 * lane, next = own + 4 * kWarpThreads;
   auto* const s = reinterpret_cast<float*>(dynamic_shared());
@@ -136,7 +136,7 @@ PMF_EXPORT const char* pmf_probe_numbers(const float* x, uint32_t* result) {
   return sentence(launch(&numbers_probe, 1, kWarpThreads, 0, nullptr, Numbers{x, result}));
 }
 
-// Asks for more shared memory, threads or blocks than there are.
+// Requests more shared memory, threads or blocks than a launch may have.
 PMF_EXPORT const char* pmf_probe_launch(unsigned grid, unsigned block, int64_t shared_bytes,
                                         const float* x, uint32_t* result) {
   return sentence(launch(&lanes_probe, grid, block, shared_bytes, nullptr, Numbers{x, result}));

@@ -1,4 +1,4 @@
-"""Hopper's instructions against tables of the PTX ISA, written down here, and a fault of each kind."""
+"""The Hopper instructions against tables of the PTX ISA, reproduced here, and one fault of each kind."""
 
 import re
 from collections.abc import Iterator
@@ -194,7 +194,7 @@ def run(planted: Planted, fault: str, seed: int) -> tuple[str | None, np.ndarray
 
 
 def unguarded(text: str) -> list[str]:
-    """Assembly that touches memory or waits, but lets the compiler move accesses past it."""
+    """Assembly that accesses memory or waits for it, but lets the compiler move accesses past it."""
     found = re.findall(r"asm( volatile)?\((.*?)\);", text, re.DOTALL)
     kinds = r"mbarrier\.|fence\.|cp\.async|commit_group|wait_group|bar\.arrive"
     return [
@@ -203,7 +203,7 @@ def unguarded(text: str) -> list[str]:
 
 
 def test_missing_clobbers_are_caught() -> None:
-    """Visible only in the text: this nvcc moves nothing even without them."""
+    """Checked in the text: this nvcc moves nothing even without them."""
     text = (ROOT / "csrc" / "cuda" / "common" / "hopper.cuh").read_text()
     text = text[: text.index("#define PMF_SUM(")] + text[text.index("#undef PMF_WGMMA") :]
     assert unguarded(text) == []

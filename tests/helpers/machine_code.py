@@ -59,7 +59,7 @@ def tool(name: str) -> str | None:
 
 
 def absent(reason: str) -> NoReturn:
-    """Skip a test that needs CUDA machine code or tools; fail instead in CI that asked for the kernels."""
+    """Skip a test that needs CUDA machine code or tools; fail instead in CI that requires the kernels."""
     if os.environ.get("CI") and os.environ.get("PMF_CUDA") == "on":
         pytest.fail(reason)
     pytest.skip(reason)

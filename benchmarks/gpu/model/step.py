@@ -28,7 +28,7 @@ from .machine import Rates
 from .problems import Problem
 
 Attend = Callable[[Problem], float]
-"""Seconds of attention."""
+"""The seconds that an attention problem takes."""
 
 PRODUCTS = "linear layers"
 OTHERS = "PyTorch's other operators"
@@ -42,7 +42,7 @@ class Call(NamedTuple):
     flops: int
     bytes: int
     attention: tuple[tuple[Problem, float], ...] = ()
-    """Problems with as many queries as keys, and the part of each that there is."""
+    """Problems with as many queries as keys, and the fraction of each that the call computes."""
 
 
 class Recorder(TorchDispatchMode):
@@ -77,11 +77,11 @@ FIRST = {
     "attention_backward": 1,
     "attention_jvp_backward": 2,
 }
-"""Of attention's operators, the argument that is the query; key and value follow."""
+"""The position of the query among the arguments of attention operators; key and value follow."""
 
 
 def problems_of(name: str, args: Any) -> tuple[tuple[Problem, float], ...]:
-    """Samples with tangents and those without are launches of their own."""
+    """The problems of a call: samples with and without tangents are separate launches."""
     query, key, _, *others = args[FIRST[name] :]
     samples, heads, queries, width = query.shape
     backward = "backward" in name

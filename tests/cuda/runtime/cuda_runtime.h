@@ -1,6 +1,5 @@
-// A CUDA runtime of one thread for tests/cuda/test_runtime_errors.py: as much of it as launches and
-// queries ask. Calls named in `failing` fail, and every failure stays pending until somebody takes
-// it.
+// The CUDA runtime of one thread for tests/cuda/test_runtime_errors.py: only what launches and
+// queries need. Calls named in `failing` fail, and every error stays pending until it is fetched.
 #pragma once
 
 #include <cstddef>

@@ -1,5 +1,5 @@
-// Prints what a launch and the question about a device say and leave pending, where the calls named
-// by the arguments fail; "pending" is an error that was there before.
+// Prints the errors that a launch and a device query report and leave pending when the calls named
+// by the arguments fail; "pending" is an error that existed before.
 #include <cstdio>
 
 #include "cuda/common/device.cu"

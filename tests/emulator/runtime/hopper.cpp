@@ -22,7 +22,7 @@ void Hopper::begin_block(int threads, int warps) {
   barriers_.clear();
   for (const BoxCopy& copy : copies_) memory.copy_dropped(shared_at(copy.to), copy.map.bytes());
   copies_.clear();
-  // Numbers of their own, as registers may still hold sums of the blocks before.
+  // Numbers continue, because registers may still hold sums of earlier blocks.
   for (const Products& p : products_) {
     next_chain_ = std::max(next_chain_, p.first_chain + int(p.chains.size()));
   }
@@ -152,7 +152,7 @@ void Hopper::arrive(uint32_t barrier, uint32_t bytes) {
   if (b.bytes > kMostBytes) machine.fail(describe(barrier) + " cannot count 2^20 bytes or more");
   if (b.missing == 0) machine.fail("one arrival too many at " + describe(barrier));
   b.missing -= 1;
-  // What other lanes did since the warp last synchronised does not come before.
+  // Excludes what other lanes did since the warp last synchronised.
   b.now.merge(machine.warp->known);
   if (machine.lane->has_acquired) b.now.merge(machine.lane->acquired);
   end_phase(b);
@@ -177,8 +177,8 @@ void Hopper::wait(uint32_t barrier, uint32_t parity) {
 
 namespace {
 
-// Calls row(offset in the box, address or null, elements inside) for each row of the box: what is
-// outside the tensor has no address.
+// Calls row(offset in the box, address) for each row of the box; the address is 0 outside the
+// tensor.
 template <class Row>
 void rows_of(const BoxMap& map, const int32_t* place, Row row) {
   const uint64_t row_bytes = uint64_t(map.box[0]) * uint32_t(map.element_bytes);
@@ -266,7 +266,7 @@ bool encode_tensor_map(void* to, const void* base, int element_bytes, int rank,
   map.mark = BoxMap::kMark;
   map.rank = rank, map.element_bytes = element_bytes, map.swizzle_bytes = swizzle_bytes;
   map.base = reinterpret_cast<uint64_t>(base);
-  // A row narrower than the swizzle would do on a device, with gaps in shared memory.
+  // A device also accepts rows narrower than the swizzle, with gaps in shared memory.
   bool possible = reinterpret_cast<uintptr_t>(to) % 64 == 0 && map.base % kChunk == 0 &&
                   rank >= 3 && rank <= 5 && box[0] * uint32_t(element_bytes) == swizzle_bytes;
   for (int d = 0; d < rank; ++d) {

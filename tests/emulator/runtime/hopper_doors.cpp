@@ -1,4 +1,4 @@
-// The functions of emulator/runtime.h that Hopper's kernels call, on either backend.
+// The functions of emulator/runtime.h that the Hopper kernels call, on either backend.
 #include <cstring>
 
 #include "hopper.h"

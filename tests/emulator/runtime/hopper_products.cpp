@@ -198,7 +198,7 @@ void Hopper::compute(const Pending& op, Chain& sums) {
   const int count = product.columns / 2;
   for (int row = 0; row < kRows; ++row) {
     for (size_t j = 0; j < b.size(); ++j) {
-      // Columns 2 t and 2 t + 1 of eight are lane 4 g + t's.
+      // Lane 4 g + t holds columns 2 t and 2 t + 1 of eight.
       float c[kColumns];
       const auto place = [&](int column) {
         const int lane = row % 8 * 4 + column / 2;
@@ -246,7 +246,7 @@ float Hopper::waited_for(float x) {
   const int newest = p.first_chain + int(p.chains.size()) - 1;
   const int number = newest - ((newest - int(bits >> kPlaceBits & kChainMask)) & kChainMask);
   const auto place = bits & ((1u << kPlaceBits) - 1);
-  if (number < p.first_chain) return x;  // of old: nobody will use it
+  if (number < p.first_chain) return x;  // too old: it is not used any more
   const Chain& of = chain(p, number);
   if (of.under_way > 0) return x;
   const auto lane = uint32_t(machine.lane->number % kLanes);

@@ -1,4 +1,4 @@
-"""Hopper's instructions: barriers in shared memory, copies of boxes, products of warpgroups."""
+"""Hopper instructions: barriers in shared memory, copies of boxes, products of warpgroups."""
 
 import re
 from collections.abc import Iterable
