@@ -35,7 +35,7 @@ CASES = {
     "attention: heads differ": (lambda: ops.attention(Q, *[zeros(2, 2, 5, 8)] * 2), "enable_gqa=True"),
     "attention: odd group": (
         lambda: ops.attention(Q, *[zeros(2, 3, 5, 8)] * 2, enable_gqa=True),
-        "it must divide query's",
+        "a divisor of query's",
     ),
     "attention: dropout": (lambda: ops.attention(Q, Q, Q, dropout_p=0.1), "dropout_p must be 0"),
     "attention: mask shape": (lambda: ops.attention(Q, Q, Q, zeros(5, 6)), "attn_mask [5, 6] must broadcast"),
