@@ -1,11 +1,12 @@
 """Ablations: variants of a training run on one dataset, with several seeds each, in one table."""
 
 from pmf.ablation.report import judge_orderings, summarise, write_report
-from pmf.ablation.study import Study
+from pmf.ablation.study import CLASSIFIER, Study
 from pmf.ablation.suites import SUITES, Growth, Ordering, Suite
 from pmf.ablation.variants import Variant
 
 __all__ = [
+    "CLASSIFIER",
     "SUITES",
     "Growth",
     "Ordering",

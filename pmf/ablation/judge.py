@@ -1,7 +1,8 @@
 """A small classifier of the real images, whose features and predictions score the samples.
 
 It needs no downloaded weights and works for every labelled dataset. A Frechet distance in its features is not
-FID and is comparable only within one study.
+FID and is comparable only within one study. Where a study compares perceptual losses or has few images, a
+published network (`pmf.evaluation.open_space`) supplies the features and the classifier only the predictions.
 """
 
 import math
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from pmf.data import ImageDataset
 from pmf.defaults import whole_numbers
+from pmf.evaluation import FeatureSpace
 from pmf.metrics import frechet_distance
+from pmf.pictures import to_uint8
 from pmf.sizes import Size, height_and_width
 
 __all__ = ["SMALLEST", "Judge", "Reference", "Split", "train_judge"]
@@ -24,6 +27,7 @@ SMALLEST = 8
 _WIDTH = 64  # feature dimension
 _BATCH, _RATE = 128, 2e-3
 _CHUNK = 1000  # images per batch when judging
+_SPACE_CHUNK = 50  # by a large network
 _PIXELS = 1024  # maximum dimension of the pixel comparison; larger images are averaged down
 
 
@@ -106,25 +110,35 @@ class Reference:
     """Of the judge, on held-out real images."""
     real: dict[str, float]
     """`measure` of other real images; empty if there are none."""
+    space: FeatureSpace | None = None
+    """The features are its, or else the judge's."""
 
     @classmethod
-    def of(cls, judge: Judge, dataset: ImageDataset, split: Split) -> "Reference":
+    def of(
+        cls, judge: Judge, dataset: ImageDataset, split: Split, space: FeatureSpace | None = None
+    ) -> "Reference":
         images, labels = dataset.get(split.unseen)
         accuracy = judge.recognised(judge.features(images), labels)
         images, labels = dataset.get(split.real)
-        reference = cls(judge, labels, judge.features(images), as_pixels(images), accuracy, {})
+        features = judge.features(images) if space is None else _features_in(space, images)
+        reference = cls(judge, labels, features, as_pixels(images), accuracy, {}, space)
         if split.others:
             reference.real.update(reference.measure(*dataset.get(split.others)))
         return reference
 
     def measure(self, images: Tensor, labels: Tensor | None = None) -> dict[str, float]:
         """Scores of samples [N, C, H, W] in [-1, 1] with these labels (default: those of the real images)."""
-        features = self.judge.features(images)
+        own = self.judge.features(images)
+        features = own if self.space is None else _features_in(self.space, images)
         return {
             "frechet": frechet_distance(features, self.features),
             "frechet_pixels": frechet_distance(as_pixels(images), self.pixels),
-            "recognised": self.judge.recognised(features, self.labels if labels is None else labels),
+            "recognised": self.judge.recognised(own, self.labels if labels is None else labels),
         }
+
+
+def _features_in(space: FeatureSpace, images: Tensor) -> Tensor:
+    return torch.cat([space(to_uint8(part))[0].cpu() for part in images.split(_SPACE_CHUNK)])
 
 
 def train_judge(dataset: ImageDataset, split: Split, steps: int, seed: int = 0) -> Judge:

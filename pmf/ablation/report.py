@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pmf.ablation.study import CLASSIFIER
 from pmf.ablation.suites import Growth, Ordering
 from pmf.atomic import write_file
 from pmf.errors import UserError
@@ -96,6 +97,7 @@ def write_report(out: Path, record: Mapping[str, Any]) -> list[Path]:
 def _table(record: Mapping[str, Any]) -> str:
     """The record as a Markdown page."""
     metric = record["metric"]
+    space = metric["features"]
     lines = [
         f"# Ablations on {record['data']}",
         "",
@@ -106,12 +108,12 @@ def _table(record: Mapping[str, Any]) -> str:
         + f"; {record['seconds'] / 60:.1f} minutes for {record['runs']} runs of {record['steps']} steps in "
         f"batches of {record['batch_size']}.",
         "",
-        f"Frechet distance: {metric['samples']} one-step samples against as many real images, in the 64 "
-        "features of a classifier trained on this data (right for "
-        f"{metric['judge_accuracy']:.1%} of held-out images), and in pixels; neither is FID. Recognised: "
-        "samples classified as the requested class. Mean ± standard deviation over the seeds.",
+        f"Frechet distance: {metric['samples']} one-step samples against as many real images, in "
+        f"{_features_of(space)}, and in pixels; neither is FID. Recognised: samples that a classifier of "
+        f"this data (right for {metric['judge_accuracy']:.1%} of held-out images) assigns to the requested "
+        "class. Mean ± standard deviation over the seeds.",
         "",
-        "| variant | Frechet (classifier) | Frechet (pixels) | recognised | seeds | seconds a run |",
+        f"| variant | Frechet ({space}) | Frechet (pixels) | recognised | seeds | seconds a run |",
         "|---|---|---|---|---|---|",
     ]
     for line in record["variants"]:
@@ -125,7 +127,7 @@ def _table(record: Mapping[str, Any]) -> str:
             f"{real['recognised']:.3f} | | |"
         )
     if record["orderings"]:
-        lines += ["", "| claim | Frechet (classifier) | seeds that agree | holds |", "|---|---|---|---|"]
+        lines += ["", f"| claim | Frechet ({space}) | seeds that agree | holds |", "|---|---|---|---|"]
         for one in record["orderings"]:
             agree = f"{one['seeds_that_agree']} of {one['seeds']}"
             lines.append(f"| {one['claim']} | {one['numbers']} | {agree} | {one['holds']} |")
@@ -146,11 +148,18 @@ def _plot(record: Mapping[str, Any]) -> bytes:
         axes.plot(line["frechet"]["each"], [height] * len(line["seeds"]), "o", color=colour, alpha=0.5)
         axes.plot(line["frechet"]["mean"], height, "|", color=colour, markersize=16, markeredgewidth=2)
     axes.axvline(base["frechet"]["mean"], color="tab:orange", linewidth=1, alpha=0.5)
-    axes.set(xscale="log", xlabel="Frechet distance (classifier's features), one step; smaller is better")
+    space = record["metric"]["features"]
+    axes.set(xscale="log", xlabel=f"Frechet distance ({space}) of one-step samples; smaller is better")
     axes.set_yticks(range(len(lines)), [line["variant"] for line in lines])
     axes.set_title(f"{record['data']}, {record['steps']} steps, {len(base['seeds'])} seeds", fontsize=10)
     axes.grid(True, axis="x", which="both", alpha=0.2)
     return png_of(figure)
+
+
+def _features_of(space: str) -> str:
+    if space == CLASSIFIER:
+        return "the 64 features of a classifier trained on this data"
+    return f"the features of `pmf evaluate --features {space}`"
 
 
 def _variants_of(ordering: Ordering | Growth) -> list[str]:

@@ -14,12 +14,16 @@ from pmf.ablation.variants import Variant, check_names
 from pmf.atomic import write_file
 from pmf.data import load_dataset
 from pmf.errors import UserError
+from pmf.evaluation import open_space
 from pmf.models import PixelMeanFlow
 from pmf.pictures import image_grid, save_png
 from pmf.training import TrainConfig, train
 from pmf.training.building import build_objective, model_config
 
-__all__ = ["Study"]
+__all__ = ["CLASSIFIER", "Study"]
+
+CLASSIFIER = "classifier"
+"""The feature space of the classifier that a study trains."""
 
 _SAMPLES = 5000  # per run, if there are at least twice as many real images
 _JUDGE_STEPS = 1000
@@ -34,8 +38,10 @@ class Study:
     again with the same settings skips them. Data, judge, labels and noise of the samples, and number of steps
     are the same for all variants.
 
+    features: the space of the Frechet distance, that of the classifier or one of `pmf evaluate`.
+
     Raises UserError before anything runs if a variant is invalid, two share a name, there are fewer images
-    than samples, or a finished run had other settings.
+    than samples, the feature space lacks its weights, or a finished run had other settings.
     """
 
     def __init__(
@@ -47,6 +53,7 @@ class Study:
         *,
         samples: int | None = None,
         judge_steps: int | None = None,
+        features: str = CLASSIFIER,
     ) -> None:
         check_names(variants)
         if base.run.steps is None or base.run.minutes is not None:
@@ -66,6 +73,13 @@ class Study:
             raise UserError(f"--samples must lie between 2 and the {len(self.dataset)} images, got {samples}")
         if self.judge_steps < 1:
             raise UserError(f"--judge-steps must be 1 or more, got {judge_steps}")
+        self.features = features
+        self.space = None
+        if features != CLASSIFIER:
+            height, width = model.image_shape[1:]
+            self.space = open_space(
+                features, channels=model.channels, size=(height, width), device=torch.device("cpu")
+            )
         self.finished: dict[tuple[str, int], dict[str, Any]] = {}
         for variant, seed in self.runs():
             if self._file(variant, seed).is_file():
@@ -93,7 +107,7 @@ class Study:
         else:
             judge = train_judge(self.dataset, split, self.judge_steps)
             write_file(path, checkpoint.tensors_bytes(judge.state_dict(), self._judge_of()))
-        return Reference.of(judge.eval().requires_grad_(False), self.dataset, split)
+        return Reference.of(judge.eval().requires_grad_(False), self.dataset, split, self.space)
 
     def run(self, variant: Variant, seed: int, reference: Reference) -> dict[str, Any] | None:
         """Train, sample, score and save the result; None if Ctrl-C stopped the training."""
@@ -151,8 +165,8 @@ class Study:
         """What determines the judge's weights, as recorded in its file."""
         return {"steps": self.judge_steps, "data": self.base.data.data}
 
-    def _measure(self) -> dict[str, int]:
-        return {"samples": self.samples, "judge_steps": self.judge_steps}
+    def _measure(self) -> dict[str, int | str]:
+        return {"samples": self.samples, "judge_steps": self.judge_steps, "features": self.features}
 
     def _read(self, variant: Variant, seed: int) -> dict[str, Any]:
         """The result of a finished run; UserError if its file is damaged or the settings differ."""

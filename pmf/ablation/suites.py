@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pmf.ablation.study import CLASSIFIER
 from pmf.ablation.variants import Variant
 
 __all__ = ["SUITES", "Growth", "Ordering", "Suite"]
@@ -35,6 +36,8 @@ class Suite:
     """The base's changes to its preset."""
     variants: tuple[Variant, ...]
     orderings: tuple[Ordering | Growth, ...]
+    features: str = CLASSIFIER
+    """The feature space that judges."""
 
 
 def _paper(
@@ -91,6 +94,8 @@ def _paper(
     return Suite(preset, settings or {}, tuple(variants), tuple(orderings))
 
 
+_OFFLINE = ("stlpips-vgg", "lite0", "offline-vgg")  # judged by a network that is in none of them
+
 SUITES: dict[str, Suite] = {
     "paper": _paper(
         "fashion",
@@ -100,6 +105,16 @@ SUITES: dict[str, Suite] = {
     ),
     "digits": _paper(
         "digits", (2, 4, 8), (1e-3, 3e-3, 7e-3), settings={"patch_size": 8, "steps": 1000, "minutes": None}
+    ),
+    "perceptual": Suite(
+        "emoji",
+        {"steps": 600},
+        (
+            Variant("none"),
+            *(Variant(name, {"perceptual": name, "perceptual_size": 64}) for name in _OFFLINE),
+        ),
+        tuple(Ordering(f"{name} before no perceptual loss", name, "none") for name in _OFFLINE),
+        features="alexnet",
     ),
 }
 """Suites by name. Adam is run at several learning rates, Muon at its preset's only."""

@@ -14,10 +14,20 @@ from typing import Any
 import torch
 
 from pmf import env
-from pmf.ablation import SUITES, Study, Suite, Variant, judge_orderings, summarise, write_report
+from pmf.ablation import (
+    CLASSIFIER,
+    SUITES,
+    Study,
+    Suite,
+    Variant,
+    judge_orderings,
+    summarise,
+    write_report,
+)
 from pmf.cli.arguments import Commands, Parser, add_settings, given_settings
 from pmf.cli.sample import parse_seeds
 from pmf.errors import UserError
+from pmf.evaluation import SPACES
 from pmf.training import PRESETS, TrainConfig, get_preset
 from pmf.version import VERSION
 
@@ -27,11 +37,12 @@ _QUICK = {"steps": 4, "batch_size": 16, "judge_steps": 20, "samples": 64}  # at 
 _DESCRIPTION = """Train variants of a run for the same number of steps and compare their one-step samples.
 
 Every variant is trained with every seed. A classifier, trained on the real images first, scores the samples:
-the Frechet distance in its feature space (not FID; comparable within one table only) and the share of samples
-classified as the requested class. The output folder receives table.md, record.json and plot.png; repeating
-the command skips runs that have finished.
+the Frechet distance in its feature space (not FID; comparable within one table only), or in that of
+--features, and the share of samples classified as the requested class. The output folder receives table.md,
+record.json and plot.png; repeating the command skips runs that have finished.
 
   pmf ablate --suite digits                                   the paper's ablations on the digits
+  pmf ablate --suite perceptual --data package               perceptual losses on emoji, judged by AlexNet
   pmf ablate --suite paper --data /usr/share/datasets/fashion-mnist
   pmf ablate --steps 2000 --variant base= --variant adam=optimizer=adam,adam-lr=0.003 --variant u=prediction=u
 
@@ -56,6 +67,11 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--preset", choices=list(PRESETS), help="base preset (the suite's, or digits)")
     parser.add_argument("--seeds", default="0-2", help="seeds and ranges, e.g. 0-2 (%(default)s)")
     parser.add_argument("--samples", type=int, help="samples per run (5000, or half the real images)")
+    parser.add_argument(
+        "--features",
+        choices=(CLASSIFIER, *SPACES),
+        help="space of the Frechet distance: the classifier's, or one of pmf evaluate (default: the suite's)",
+    )
     parser.add_argument("--judge-steps", type=int, help="training steps of the classifier (1000)")
     parser.add_argument("--out", type=Path, help="output folder (ablation, or ablation-quick)")
     parser.add_argument(
@@ -85,6 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.out,
         samples=arguments.samples,
         judge_steps=arguments.judge_steps,
+        features=arguments.features or (suite.features if suite else CLASSIFIER),
     )
     total, begin = len(variants) * len(seeds), time.perf_counter()
     print(f"{arguments.out}: {len(study.finished)} of {total} runs are finished", flush=True)
@@ -118,7 +135,7 @@ def run(arguments: argparse.Namespace) -> int:
         "steps": config.run.steps,
         "batch_size": config.data.batch_size,
         "metric": {
-            "features": "64 of a classifier trained on the data",
+            "features": study.features,
             "judge_steps": study.judge_steps,
             "judge_accuracy": reference.accuracy,
             "samples": study.samples,

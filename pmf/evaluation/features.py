@@ -12,12 +12,13 @@ from pmf.defaults import factory_defaults, without_autocast
 from pmf.errors import UserError
 from pmf.evaluation.digest import weights_digest
 from pmf.metrics.inception import CLASSES, FEATURES, InceptionV3
-from pmf.perceptual import load_lite0
+from pmf.perceptual import LPIPS, load_lite0, load_lpips
+from pmf.perceptual.weights import WeightFiles
 from pmf.sizes import Size, height_and_width
 
 __all__ = ["SPACES", "FeatureSpace", "open_space"]
 
-_PIXELS_SIDE, _LITE0_SIDE = 32, 224
+_PIXELS_SIDE, _LITE0_SIDE, _ALEXNET_SIDE = 32, 224, 128
 _INCEPTION_FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
 _INCEPTION_URL = (
     f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{_INCEPTION_FILES[0]}"
@@ -112,13 +113,45 @@ class Lite0(_Network):
         super().__init__(load_lite0(weights, option="--weights"), device)
 
     def __call__(self, pixels: Tensor) -> tuple[Tensor, None]:
-        images = pixels.to(self.device, torch.float32) / 127.5 - 1
-        size = (_LITE0_SIDE, _LITE0_SIDE)
-        images = F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
-        return self.evaluate(images), None
+        return self.evaluate(_resized(pixels.to(self.device), _LITE0_SIDE)), None
 
 
-SPACES = ("inception", "lite0", "pixels")
+class AlexNet(_Network):
+    """AlexNet as shift-tolerant LPIPS publishes it on PyPI: 256 features pooled over its last activation.
+
+    Images are resized to 128, on which it costs a third of 224, with torch's antialiased bilinear filter.
+    Source: `pmf.perceptual`.
+    """
+
+    name, title, width, classes = "alexnet", "Frechet distance (alexnet)", 256, None
+
+    def __init__(self, weights: Path | None, device: torch.device) -> None:
+        files = WeightFiles([weights] if weights else [], option="--weights")
+        super().__init__(_LastActivation(load_lpips("stlpips-alex", files)), device)
+
+    def __call__(self, pixels: Tensor) -> tuple[Tensor, None]:
+        return self.evaluate(_resized(pixels.to(self.device), _ALEXNET_SIDE)), None
+
+
+class _LastActivation(nn.Module):
+    def __init__(self, network: LPIPS) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        last: Tensor = self.network.net(self.network.normalised(images))
+        return last.mean((2, 3))
+
+
+def _resized(pixels: Tensor, side: int) -> Tensor:
+    """uint8 images as float32 in [-1, 1] with this side."""
+    return F.interpolate(
+        pixels.float() / 127.5 - 1, (side, side), mode="bilinear", antialias=True, align_corners=False
+    )
+
+
+_NETWORKS = {space.name: space for space in (Inception, Lite0, AlexNet)}
+SPACES = (*_NETWORKS, "pixels")
 
 
 def open_space(
@@ -129,7 +162,7 @@ def open_space(
         if weights is not None:
             raise UserError("--weights needs --features with a network: pixels have none")
         return Pixels(channels, size, device)
-    return (Inception if name == "inception" else Lite0)(weights, device)
+    return _NETWORKS[name](weights, device)
 
 
 def _find_inception(given: Path | None) -> Path:
@@ -144,7 +177,8 @@ def _find_inception(given: Path | None) -> Path:
             return cache / name
     raise UserError(
         f"FID needs the weights {_INCEPTION_FILES[0]}, which are not in {cache}: download {_INCEPTION_URL} "
-        "and give the file with --weights, or use another feature space with --features lite0 or pixels"
+        "and give the file with --weights, or use another feature space with --features "
+        f"{', '.join(SPACES[1:])}"
     )
 
 

@@ -20,15 +20,17 @@ LPIPS_NETWORKS = {
     "stlpips": "stlpips-alex",
     "stlpips-vgg": "stlpips-vgg",
     "offline": "stlpips-alex",
+    "offline-vgg": "stlpips-vgg",
 }
 FEATURE_NETWORKS: dict[str, Callable[[WeightFiles], nn.Module]] = {
     "convnext": load_convnext,
     "both": load_convnext,
     "lite0": find_lite0,
     "offline": find_lite0,
+    "offline-vgg": find_lite0,
 }
-CHOICES = ("none", "lpips", "convnext", "both", "stlpips", "stlpips-vgg", "lite0", "offline")
-"""both: LPIPS-VGG and ConvNeXt, as in the paper. The last four need only PyPI packages."""
+CHOICES = ("none", "lpips", "convnext", "both", "stlpips", "stlpips-vgg", "lite0", "offline", "offline-vgg")
+"""both: LPIPS-VGG and ConvNeXt, as in the paper. The last five need only PyPI packages."""
 
 
 class FeatureDistance(nn.Module):

@@ -97,7 +97,7 @@ class LPIPS(nn.Module):
             self.add_module(f"lin{number}", nn.ModuleDict({"model": nn.ModuleDict({"1": head})}))
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        a, b = ((x.float() - self.shift) / self.scale for x in (a, b))
+        a, b = self.normalised(a), self.normalised(b)
         distance = a.new_zeros(len(a))
         for number, layers in enumerate(self.net):
             a, b = layers(a), layers(b)
@@ -105,6 +105,10 @@ class LPIPS(nn.Module):
             difference = (_unit_length(a) - _unit_length(b)).square().mean((2, 3))
             distance = distance + difference @ weight[0]
         return distance
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """The trunk's input, float32."""
+        return (images.float() - self.shift) / self.scale
 
 
 def _unit_length(x: Tensor) -> Tensor:

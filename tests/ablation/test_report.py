@@ -8,6 +8,7 @@ import torch
 from pmf.ablation import Growth, Ordering, judge_orderings, summarise
 from pmf.ablation.judge import Judge, Reference, Split, as_pixels, train_judge
 from pmf.data import load_digits
+from pmf.evaluation import open_space
 
 
 def rows(**distances: list[float]) -> list[dict[str, object]]:
@@ -67,6 +68,20 @@ def test_the_judge_distinguishes_digits_from_noise() -> None:
     for name in ("frechet", "frechet_pixels"):
         assert reference.real[name] < mirrored[name] < noise[name]
     assert noise["recognised"] < 0.3 < mirrored["recognised"] < reference.real["recognised"]
+
+
+def test_a_published_space_judges_in_place_of_the_classifier() -> None:
+    dataset = load_digits()
+    split = Split.of(dataset, 200)
+    judge = train_judge(dataset, split, 20).eval()
+    space = open_space("pixels", channels=1, size=8, device=torch.device("cpu"))
+    alone, in_space = Reference.of(judge, dataset, split), Reference.of(judge, dataset, split, space)
+    images = dataset.get(split.others)[0].flip(-1)
+    own, its = alone.measure(images), in_space.measure(images)
+    assert its["recognised"] == own["recognised"] and its["frechet"] != own["frechet"]
+    # Pixels are what frechet_pixels compares, but for rounding to 8 bits.
+    assert its["frechet"] == pytest.approx(its["frechet_pixels"], rel=1e-2)
+    assert in_space.real["frechet"] < its["frechet"]
 
 
 def test_the_judge_accepts_any_size_and_pixels_are_averaged_down() -> None:

@@ -46,6 +46,7 @@ def test_two_variants_become_a_table_and_are_not_run_again(
     table = (study / "table.md").read_text()
     assert f"| base | {base['frechet']['mean']:.2f} |" in table
     assert "- adam: optimizer adam, adam_lr 0.01, guidance off, ema off" in table
+    assert "in the 64 features of a classifier" in table and "| variant | Frechet (classifier) |" in table
     assert table in done.stdout
     with Image.open(study / "plot.png") as plot, Image.open(study / "samples" / "adam.png") as grid:
         assert plot.width > 300 and min(grid.size) > 8
@@ -59,6 +60,10 @@ def test_two_variants_become_a_table_and_are_not_run_again(
     assert (study / "table.md").read_text().splitlines()[8:11] == table.splitlines()[8:11]
 
     monkeypatch.chdir(tmp_path)
+    assert main([*words, "--features", "pixels"]) == 2
+    assert "belongs to a run with other settings: give another --out" in capsys.readouterr().err
+    assert main([*words, "--only", "base", "--features", "pixels", "--out", "pixels"]) == 0
+    assert "features of `pmf evaluate --features pixels`, and in pixels" in capsys.readouterr().out
     assert main([*words, "--lr", "0.5"]) == 2
     assert "belongs to a run with other settings: give another --out" in capsys.readouterr().err
     (study / "runs" / "base-seed0.json").write_text("{")
@@ -94,6 +99,8 @@ def test_two_variants_become_a_table_and_are_not_run_again(
         (["--variant", "a=", "--judge-steps", "0"], "--judge-steps must be 1 or more"),
         (["--variants", "none.json"], "--variants none.json cannot be read as JSON"),
         (["--suite", "imagenet"], "invalid choice: 'imagenet'"),
+        (["--variant", "a=", "--features", "inception"], "FID needs the weights"),
+        (["--variant", "a=", "--features", "vgg"], "invalid choice: 'vgg'"),
     ],
 )
 def test_invalid_arguments_stop_before_anything_runs(

