@@ -84,9 +84,11 @@ class Jvp(nn.Module):
             else:
                 given = _completed(primals, given)
         if transformed:
-            # Dynamo traces no locks, and TorchScript only by itself.
-            scripted = contextlib.nullcontext() if compiling else without_torchscript()
-            with replace_sdpa(), scripted:
+            with contextlib.ExitStack() as entered:
+                entered.enter_context(replace_sdpa())
+                if not compiling:  # Dynamo traces no locks, and TorchScript only by itself
+                    entered.enter_context(without_torchscript())
+                    entered.enter_context(_Lstms())
                 out, out_t = _by_transform(self.network, primals, given, constants)
         elif compiling:
             from . import _compiled
@@ -132,9 +134,9 @@ def beside(
 
 
 class _FromAbove(TorchFunctionMode):
-    """What a dispatch mode does not see, or sees only in pieces.
+    """What a dispatch mode does not see, or sees only in pieces or without a derivative.
 
-    Tensor.detach_, RMS normalisation, and attention whose name was imported before it was replaced.
+    Tensor.detach_, RMS normalisation, LSTMs, and attention whose name was imported before it was replaced.
     """
 
     def __init__(self, mode: TangentMode) -> None:
@@ -148,6 +150,8 @@ class _FromAbove(TorchFunctionMode):
             return found
         if func is torchs:
             return attention(*args, **kwargs)
+        if func is torch.lstm:
+            return _lstm(*args, **kwargs)
         out = func(*args, **kwargs)
         if func is torch.Tensor.detach_:
             self.mode.alias(out, None)
@@ -172,6 +176,23 @@ def _rms_norm(
     if eps is None:
         eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
     return ops.rms_norm(input, weight, eps)
+
+
+def _lstm(*args: Any, **kwargs: Any) -> Any:
+    """torch.lstm by elementary operators: oneDNN's, for 16 and 32 bits on the CPU, has no forward mode."""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        return torch.lstm(*args, **kwargs)
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
+class _Lstms(TorchFunctionMode):
+    """The same under torch.func.jvp."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (_lstm if func is torch.lstm else func)(*args, **(kwargs or {}))
 
 
 def _by_transform(

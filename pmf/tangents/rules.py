@@ -397,6 +397,15 @@ def _in_place(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[st
     elif func in _RANDOM:
         func(*args, **kwargs)
         mode.write(x, None)
+    elif func is aten.as_strided_.default:
+        size, stride, offset = (*args[1:], None)[:3]
+        offset = kwargs.get("storage_offset", offset)
+        beyond = 0 if offset is None else offset - x.storage_offset()
+        t = mode.get(x)
+        func(*args, **kwargs)
+        mode.alias(x, None if t is None else t.as_strided(size, stride, t.storage_offset() + beyond))
+    elif torch.Tag.inplace_view in func.tags and func not in _TURNING:
+        return unknown(mode, func, args, kwargs)  # set_ and resize_
     elif func in _TURNING:
         t = mode.get(x)
         func(*args, **kwargs)

@@ -183,7 +183,8 @@ def activations_in_place(x: Tensor) -> Tensor:
 def memory_formats(x: Tensor) -> Tensor:
     image = x.reshape(1, 2, -1, 3).contiguous(memory_format=torch.channels_last) * 2
     y = F.conv2d(image, torch.ones(2, 2, 3, 3, dtype=x.dtype), padding=1)
-    return F.instance_norm(F.max_pool2d(y, 1)).add_(image).flatten().reshape(x.shape)
+    pooled = F.adaptive_avg_pool2d(y, 1)  # of channels_last, restrided in place
+    return (F.instance_norm(F.max_pool2d(y, 1)).add_(image) * pooled).flatten().reshape(x.shape)
 
 
 SPELLED = (

@@ -83,6 +83,21 @@ def test_recurrent_and_normed_weights():
     check(Problem(Net().double(), (torch.randn(2, 5, 4, dtype=torch.float64),)))
 
 
+@pytest.mark.parametrize("detach", [True, False])
+def test_an_lstm_in_float32(detach: bool):
+    """PyTorch's own, by oneDNN, has no forward mode."""
+
+    class Net(nn.LSTM):
+        def forward(self, x):
+            return super().forward(x)[0]
+
+    network, (x, x_t) = Net(4, 5), torch.randn(2, 3, 2, 4).unbind(0)
+    found = pmf.Jvp(network)((x,), (x_t,), detach_tangent=detach)
+    expected = jvp_math(network.double(), (x.double(),), (x_t.double(),))
+    assert_close(found, expected, 1e-6)
+    assert torch._C._get_mkldnn_enabled()
+
+
 def test_batch_norm_in_training_mode():
     """torch.func.jvp rejects the running statistics; a copy without them gives the tangent."""
     network = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU()).double()

@@ -230,6 +230,8 @@ def test_out_arguments_and_lists_in_place():
         run(lambda x: torch.sin(x, out=torch.empty(3, 4)))
     with pytest.raises(NotImplementedError, match="_foreach_mul_"), torch.no_grad():
         run(lambda x: torch._foreach_mul_([x * 1], 2.0))
+    with pytest.raises(NotImplementedError, match="aten.set_.source_Tensor"), torch.no_grad():
+        run(lambda x: (x * 1).set_(torch.ones(3, 4)))
 
 
 @pytest.mark.parametrize(
