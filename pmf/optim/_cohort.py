@@ -11,7 +11,7 @@ from torch import Tensor
 from . import _kernels, _plain
 from ._matrices import layout_of
 
-__all__ = ["Cohort", "State", "States", "cohorts", "gradient", "local", "new_state", "working"]
+__all__ = ["Cohort", "State", "States", "cohorts", "fit", "gradient", "local", "new_state", "working"]
 
 State = dict[str, Any]
 States = dict[Tensor, State]
@@ -61,6 +61,7 @@ def cohorts(group: dict[str, Any], states: States) -> list[Cohort]:
     for p in present:
         if not states[p]:
             states[p].update(new_state(group, p))
+        fit(p, states[p])
     _place_counts(group, present, states)
     together: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
     for p in present:
@@ -94,7 +95,7 @@ def _count(state: State) -> Any:
 
 def new_state(group: dict[str, Any], p: Tensor, owned: bool = True) -> State:
     """A parameter's state before its first step; the momentum of a matrix only if this rank owns it."""
-    dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+    dtype = _dtype_of_state(p)
     state: State = {"step": 0}
     if group["algorithm"] == "adam":
         state["momentum"] = torch.zeros_like(p, dtype=dtype)
@@ -104,6 +105,22 @@ def new_state(group: dict[str, Any], p: Tensor, owned: bool = True) -> State:
     if p.dtype != dtype:
         state["master"] = p.detach().to(dtype)
     return state
+
+
+def fit(p: Tensor, state: State) -> None:
+    """Convert a state to its parameter's dtype and device, which loading or `module.to` may have changed."""
+    dtype = _dtype_of_state(p)
+    if p.dtype == dtype:
+        state.pop("master", None)
+    elif "master" not in state:
+        state["master"] = p.detach().to(dtype)
+    for key, x in state.items():
+        if key != "step" and (x.dtype != dtype or x.device != p.device):
+            state[key] = x.to(p.device, dtype)
+
+
+def _dtype_of_state(p: Tensor) -> torch.dtype:
+    return torch.float64 if p.dtype == torch.float64 else torch.float32
 
 
 def working(p: Tensor, state: State) -> Tensor:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._cohort import State, States, gradient, local, new_state, working
+from ._cohort import State, States, fit, gradient, local, new_state, working
 from ._matrices import layout_of
 from ._plain import adam_step, muon_apply, muon_directions
 
@@ -37,6 +37,7 @@ class SharedSteps:
             for i, p in enumerate(parameters):
                 if not states[p]:
                     states[p].update(new_state(group, p, owned=i in exchange.owned))
+                fit(p, states[p])
 
     def step(self, index: int, group: Group, states: States) -> None:
         """Step the group at this index on all ranks; a gradient of None counts as zero."""

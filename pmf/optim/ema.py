@@ -1,5 +1,7 @@
 """Exponential moving averages of the weights, with half-lives in images."""
 
+import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -38,7 +40,8 @@ class EMA:
     or complex if the parameter is), sharded like it. On a GPU one kernel updates all averages and reads each
     parameter once.
 
-    Raises ValueError if a half-life is not positive or repeated, or if there are no parameters.
+    Raises ValueError if a half-life is not positive or repeated, if a name is, or if there are no parameters;
+    update and swapped_in raise RuntimeError if the module's parameters are no longer these.
 
     Source: Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models" (2024).
     """
@@ -52,7 +55,15 @@ class EMA:
         pairs = list(named)
         if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
             raise TypeError("EMA: give the module, or its named_parameters(): averages are kept by name")
+        for name, times in Counter(name for name, _ in pairs).items():
+            if times > 1:
+                raise ValueError(
+                    f"EMA: two parameters are called {name}, and averages are kept by name: give names that "
+                    "differ"
+                )
         self._parameters = by_plain_names(dict(pairs))
+        self._module = weakref.ref(model) if isinstance(model, nn.Module) else None
+        self._swapped_in = False
         if not self._parameters:
             raise ValueError("EMA: there are no parameters to average")
         for name, p in self._parameters.items():
@@ -78,6 +89,11 @@ class EMA:
         """Update the averages with the current parameters, after a step on `batch_size` images."""
         batch_size = as_plain(batch_size)
         require_number("EMA: batch_size", batch_size, above=0)
+        if self._swapped_in:
+            raise RuntimeError(
+                "EMA: inside swapped_in, update would average the averages: call it afterwards"
+            )
+        self._require_the_same()
         self.updates += 1
         if not self.copies:
             return
@@ -101,17 +117,36 @@ class EMA:
     @contextmanager
     def swapped_in(self, half_life: float) -> Iterator[None]:
         """Temporarily replace the model's parameters with the averages, for sampling."""
-        averages = self.weights(half_life)
+        averages, before = self.weights(half_life), self._swapped_in
+        self._require_the_same()
         with torch.no_grad():
             own = {n: p.clone() for n, p in self._parameters.items()}
             for n, p in self._parameters.items():
                 p.copy_(averages[n])
+        self._swapped_in = True
         try:
             yield
         finally:
+            self._swapped_in = before
             with torch.no_grad():
                 for n, p in self._parameters.items():
                     p.copy_(own[n])
+
+    def _require_the_same(self) -> None:
+        """Raise RuntimeError if the module has a parameter that is not averaged."""
+        module = None if self._module is None else self._module()
+        if module is None or any(hasattr(p, "device_mesh") for p in self._parameters.values()):
+            return  # between passes, fully_shard may show gathered parameters
+        own = {id(p) for p in self._parameters.values()}
+        for name, p in module.named_parameters():
+            if id(p) not in own:
+                raise RuntimeError(
+                    f"EMA: {name} was added or replaced after the EMA was created (loading with assign=True, "
+                    "sharding and parametrizations replace parameters): create it afterwards"
+                )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_module": None}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to continue exactly, in tensors, numbers, lists and dicts."""

@@ -1,5 +1,7 @@
 """Muon for matrices and Adam for everything else, in one torch optimizer."""
 
+import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +11,7 @@ from torch import Tensor
 from pmf.reference.newton_schulz import Coefficients
 from pmf.wrappers import plain_names
 
-from ._cohort import cohorts, new_state
+from ._cohort import cohorts, fit, new_state
 from ._settings import ITERATION, LAYOUT, MUON_PRESETS, check, check_read, dtype_name, plain_counts
 from ._sharing import SharedSteps, fill
 from .routing import ParamsLike, check_tensors, frozen_names, route
@@ -148,6 +150,7 @@ class Muon(torch.optim.Optimizer):
             raise ValueError("Muon: adam_lr is set, but no parameter uses adam: leave it out")
         _check_process_group(process_group)
         self._frozen = frozen_names(params)
+        self._module = weakref.ref(params) if isinstance(params, torch.nn.Module) else None
         self._shared = SharedSteps(process_group)
         self._adam_lr = adam_lr
         super().__init__(groups, defaults)
@@ -169,6 +172,8 @@ class Muon(torch.optim.Optimizer):
             check({**self.defaults, **group, "params": params, "param_names": names})
         for group in groups:
             super().add_param_group(dict(group))
+            added = {name for name, _ in group["params"]}
+            self._frozen = [name for name in self._frozen if name not in added]
 
     def __getstate__(self) -> dict[str, Any]:
         if self._shared.process_group is not None:
@@ -176,6 +181,7 @@ class Muon(torch.optim.Optimizer):
         return {
             **super().__getstate__(),
             "_frozen": self._frozen,
+            "_module": None,
             "_shared": SharedSteps(),
             "_adam_lr": self._adam_lr,
         }
@@ -200,6 +206,7 @@ class Muon(torch.optim.Optimizer):
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 if p.grad is not None and p.grad.layout != torch.strided:
                     raise RuntimeError(f"Muon: the gradient of {name} is sparse; make it dense")
+        self._warn_of_others()
         for index, group in enumerate(self.param_groups):
             if self._shared.takes(group):
                 self._shared.step(index, group, self.state)
@@ -207,6 +214,24 @@ class Muon(torch.optim.Optimizer):
                 for cohort in cohorts(group, self.state):
                     cohort.step()
         return loss
+
+    def _warn_of_others(self) -> None:
+        """Warn once if the module now trains parameters that this optimizer does not step."""
+        module = None if self._module is None else self._module()
+        if module is None:
+            return
+        own = {id(p) for group in self.param_groups for p in group["params"]}
+        if any(hasattr(p, "device_mesh") for group in self.param_groups for p in group["params"]):
+            return  # between passes, fully_shard may show gathered parameters
+        for name, p in module.named_parameters():
+            if p.grad is not None and id(p) not in own:
+                self._module = None
+                warnings.warn(
+                    f"Muon: {name} has a gradient but is not trained: it was frozen, absent or another "
+                    "tensor when the optimizer was created; add it with add_param_group",
+                    stacklevel=5,
+                )
+                return
 
     def state_dict(self) -> dict[str, Any]:
         """The state as numbers and tensors; step counts on a device are read."""
@@ -231,6 +256,10 @@ class Muon(torch.optim.Optimizer):
         saved_groups = [dict(group) for group in state_dict["param_groups"]]
         mine = [(group["algorithm"], plain_names(group["param_names"])) for group in self.param_groups]
         saved = [(g.get("algorithm"), plain_names(g.get("param_names", ()))) for g in saved_groups]
+        if any("algorithm" not in group for group in saved_groups):
+            raise ValueError(
+                "Muon: the saved state is another optimizer's, such as torch.optim.Muon's: start without it"
+            )
         if mine != saved:
             raise ValueError("Muon: the saved state belongs to other parameters or algorithms")
         for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
@@ -256,6 +285,7 @@ class Muon(torch.optim.Optimizer):
                     self.state[p][key] = int(value)
                 elif isinstance(value, Tensor):
                     self.state[p][key] = value.detach().to(p.device, copy=True)
+            fit(p, self.state[p])
 
     def named_state(self) -> dict[str, Tensor]:
         """The live state as "<parameter>/<what>", to be saved or overwritten in place; created if absent.

@@ -50,7 +50,7 @@ def route(params: ParamsLike, defaults: Mapping[str, Any] = LAYOUT, *, before: i
     if isinstance(params, nn.Module):
         named = _plainly_named([(n, p) for n, p in params.named_parameters() if p.requires_grad])
         return _split(named, _of_module(params, defaults["flatten"]), {})
-    if isinstance(params, Tensor) or not isinstance(params, Iterable):
+    if isinstance(params, (Tensor, Mapping)) or not isinstance(params, Iterable):
         got = "one tensor" if isinstance(params, Tensor) else type(params).__name__
         raise TypeError(f"Muon: params must be a module, or a list of parameters, pairs or groups, not {got}")
     items = list(params)

@@ -27,6 +27,36 @@ def test_complex_parameters_and_a_changed_dtype():
         EMA([("w", torch.ones(2, dtype=torch.int64))])
 
 
+@pytest.mark.parametrize("replace", ["assign", "parametrize", "append"])
+def test_parameters_that_were_replaced_or_added_are_named(replace):
+    """Their averages would be those of tensors that nobody trains any more."""
+    model = nn.Sequential(nn.Linear(2, 2))
+    ema = EMA(model, [1.0])
+    ema.update(8)
+    if replace == "assign":
+        model.load_state_dict({name: x.clone() for name, x in model.state_dict().items()}, assign=True)
+    elif replace == "parametrize":
+        nn.utils.parametrizations.weight_norm(model[0])
+    else:
+        model.append(nn.Linear(2, 2))
+    name = {"assign": "0.weight", "parametrize": "0.parametrizations.*", "append": "1.weight"}[replace]
+    with pytest.raises(RuntimeError, match=f"EMA: {name} was added or replaced .* create it afterwards"):
+        ema.update(8)
+    with pytest.raises(RuntimeError, match=name), ema.swapped_in(1.0):
+        pass
+    assert ema.updates == 1
+
+
+def test_an_average_of_the_average_is_refused():
+    ema = EMA(nn.Linear(2, 2), [1.0, 2.0])
+    with ema.swapped_in(1.0):
+        with ema.swapped_in(2.0):
+            pass
+        with pytest.raises(RuntimeError, match="EMA: inside swapped_in, update"):
+            ema.update(8)
+    ema.update(8)
+
+
 def test_decay_is_that_of_the_recipe():
     """0.5^(B / min(H, 0.05 k B)): a ramp at first, then the half-life in images."""
     p = nn.Parameter(torch.zeros(3))
@@ -134,6 +164,8 @@ def test_bad_arguments_are_named():
         EMA(model.parameters())
     with pytest.raises(ValueError, match="no parameters"):
         EMA(nn.ReLU())
+    with pytest.raises(ValueError, match="EMA: two parameters are called weight"):
+        EMA([*model.named_parameters(), *model.named_parameters()])
     with pytest.raises(ValueError, match="no average has half-life 2"):
         ema.weights(2.0)
     for batch_size in (0, math.nan, "8", True):

@@ -235,6 +235,59 @@ def test_a_saved_state_continues_bitwise(dtype):
     assert all(isinstance(x, (Tensor, int)) for entry in state["state"].values() for x in entry.values())
 
 
+@pytest.mark.parametrize("loads", [True, False])
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float64),
+        (torch.bfloat16, torch.float16),
+    ],
+)
+def test_a_state_follows_its_parameters_to_another_dtype(before, after, loads):
+    module = nn.Linear(5, 4).to(before)
+    optimizer = Muon(module, lr=0.1)
+    set_gradients(list(module.parameters()), 0)
+    optimizer.step()
+    momenta = [state["momentum"].clone() for state in optimizer.state.values()]
+    state = copy.deepcopy(optimizer.state_dict())
+    module.zero_grad()
+    module.to(after)
+    if loads:
+        optimizer = Muon(module, lr=0.1)
+        optimizer.load_state_dict(state)
+    wide = torch.float64 if after == torch.float64 else torch.float32
+    expected = copy.deepcopy(module).to(wide)
+    set_gradients(list(module.parameters()), 1)
+    other = Muon(expected, lr=0.1)
+    for p, q, momentum in zip(module.parameters(), expected.parameters(), momenta, strict=True):
+        q.grad = p.grad.to(wide)
+        square = {} if momentum.dim() == 2 else {"square": optimizer.state[p]["square"].to(wide, copy=True)}
+        other.state[q] = {"step": 1, "momentum": momentum.to(wide), **square}
+    other.step()
+    optimizer.step()
+    for p, q in zip(module.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(p, q.to(after))
+        assert ("master" in optimizer.state[p]) == (after.itemsize == 2)
+
+
+def test_a_gradient_that_the_optimizer_does_not_know_is_named_once():
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    module[0].weight.requires_grad_(False)
+    optimizer = Muon(module)
+    for p in module.parameters():
+        p.grad = torch.ones_like(p)
+    module[0].weight.grad = None
+    optimizer.step()
+    module[0].weight.requires_grad_(True).grad = torch.ones(2, 2)
+    with pytest.warns(UserWarning, match="Muon: 0.weight has a gradient but is not trained"):
+        optimizer.step()
+    optimizer.step()
+    optimizer.add_param_group({"params": [("0.weight", module[0].weight)]})
+    assert optimizer.routing()["frozen"] == [] and "0.weight" in optimizer.routing()["muon"]
+
+
 def test_16_bit_parameters_have_float32_masters():
     """Steps far below bfloat16's spacing add up; without a master they would all round to nothing."""
     (p,) = parameters((4, 4), dtype=torch.bfloat16)
@@ -362,6 +415,7 @@ def test_bad_arguments_are_named():
         (lambda: Muon([{"params": p, "compute_dtype": "fp8"}]), "compute_dtype must be a floating dtype"),
         (lambda: Muon(p, lr=torch.ones(2)), "the learning rate must be one number"),
         (lambda: Muon(p).load_state_dict({}), "the saved state has no param_groups"),
+        (lambda: Muon(p).load_state_dict(torch.optim.AdamW(p).state_dict()), "is another optimizer's"),
     ):
         with pytest.raises(ValueError, match=message):
             make()
@@ -369,6 +423,8 @@ def test_bad_arguments_are_named():
         Muon(None)
     with pytest.raises(TypeError, match=r"a group's params must be .* got Linear: .*named_parameters\(\)"):
         Muon([{"params": nn.Linear(2, 2)}])
+    with pytest.raises(TypeError, match="or a list of parameters, pairs or groups, not dict"):
+        Muon({"weight": p[0]})
     with pytest.raises(TypeError, match="not one tensor"):
         Muon(p[0])
     with pytest.raises(TypeError, match="cannot be mixed"):
