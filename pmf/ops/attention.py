@@ -79,7 +79,7 @@ def attention(
     plan = make_plan(query, key, value, attn_mask, scale, enable_gqa)
     args = (*plan.fold(query, key, value), *Options(plan.mask, is_causal, plan.scale, left, right))
     out, lse = (plain if is_differentiable(attn_mask) else call)("attention", *args)
-    out = out.reshape(plan.out_shape)
+    out = out if plan.is_plain else out.reshape(plan.out_shape)
     return (out, lse.reshape(plan.out_shape[:-1])) if return_lse else out
 
 
@@ -160,6 +160,9 @@ def attention_jvp(
     return out, out_t, lse.reshape(rows), lse_t if fewer else lse_t.reshape(rows)
 
 
+_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+
+
 class _Kernel(KernelFunction):
     """The raw ops take an additional argument: whether float32 products may use TF32 on CUDA.
 
@@ -170,6 +173,12 @@ class _Kernel(KernelFunction):
     @classmethod
     def complete(cls, args: Any) -> Any:
         return args if isinstance(args[-1], bool) else (*args, _library.allow_tf32())
+
+    @classmethod
+    def forward(cls, *args: Any) -> Any:
+        # Token-major results are transposed memory: noted as views, they could not be modified in place.
+        with torch._C._ExcludeDispatchKeyGuard(_VIEWS):
+            return super().forward(*args)
 
 
 class _Attention(_Kernel):

@@ -103,6 +103,32 @@ def test_output_keeps_the_memory_order_of_the_query():
     assert ops.attention(*[query.contiguous()] * 3).is_contiguous()
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_outputs_may_be_modified_in_place(grad):
+    """Also token-major ones, which are transposed memory, and packed ones."""
+    cuts = torch.tensor([0, 2, 4], dtype=torch.int32)
+
+    def token_major(x):
+        return ops.attention(*[x.transpose(1, 2)] * 3).transpose(1, 2)
+
+    def with_tangent(x):
+        return ops.attention_jvp(*[x.transpose(1, 2)] * 6)[0]
+
+    def packed(x):
+        return ops.attention_varlen(*[x[0]] * 3, cuts, cuts)
+
+    x, factor = random(2, 4, 3, 8).requires_grad_(grad), random(8).requires_grad_()
+    for function in (token_major, with_tangent, packed):
+        expected = torch.autograd.grad((function(x) * factor.detach()).square().sum(), x) if grad else None
+        found = function(x).mul_(factor)
+        assert_close(found, function(x) * factor, EXACT)
+        if grad:
+            assert_close(torch.autograd.grad(found.square().sum(), x), expected, EXACT)
+    with torch.no_grad():
+        out = ops.attention(*[x.transpose(1, 2)] * 3)
+    assert out.mul_(factor).requires_grad
+
+
 def test_compiled_by_inductor_with_its_gradients():
     inputs = [torch.randn(2, 2, 9, 8, requires_grad=True) for _ in range(6)]
 
