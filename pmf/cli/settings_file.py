@@ -58,6 +58,8 @@ def read_settings_file(path: Path) -> FileSettings:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if (path / "config.json").is_file():
+        raise UserError(f"{path} is a folder: give its {path / 'config.json'}")
     if not path.is_file():
         raise UserError(f"there is no settings file {path}")
     if path.suffix == ".json":

@@ -190,6 +190,8 @@ def _choose(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Path | None, T
     refuse_unread(config, by_hand, replaced=flags)
     if arguments.quick:
         config = quick(config, ranks.size)
+    if out is not None and any(place.is_file() for place in (out, *out.parents)):
+        raise UserError(f"--out {out} is a file, or lies below one: give a folder")
     if out is not None and out.is_dir() and checkpoint.checkpoint_folders(out):
         raise UserError(f"{out} already contains a run: use --resume {out}, or another --out")
     return out, config

@@ -5,12 +5,15 @@
    folder, ``label`` is any string. Images that the file does not list are left out.
 3. ``folder/dataset.json``: ``{"labels": [["<file>", <integer>], ...]}``, as written by the StyleGAN and EDM
    tools; if the list is null, the images have no classes.
-4. An unpacked emoji package, whose ``emoji.json`` names the categories (pmf/data/emoji.py).
-5. Images only, in the folder itself or in one subfolder: they have no classes.
+4. ``folder/metadata.csv`` or ``metadata.jsonl`` with ``file_name`` and ``label``, as Hugging Face's image
+   folders have it; other columns, or a file without labels, are ignored.
+5. An unpacked emoji package, whose ``emoji.json`` names the categories (pmf/data/emoji.py).
+6. Images only, in the folder itself or in one subfolder: they have no classes.
 
 Labels that are all integers are numbered numerically, others in sorted order. Splits such as ``train`` and
 ``val``, side by side above the classes or inside every class, are not classes (pmf/data/splits.py): the first
-split is read. They may lie one folder down, as in ``images/train``, next to other folders.
+split is read. They may lie one folder down, as in ``images/train``, next to other folders. Nor are ``images``
+and, beside it, ``labels`` or ``masks``: the images are read.
 """
 
 import csv
@@ -20,6 +23,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pmf.data.emoji import emoji_by_category, is_emoji_package
 from pmf.data.splits import TRAINING, choose_split, split_of_folder
@@ -31,6 +35,11 @@ __all__ = ["UNLABELLED", "LabelledFiles", "images_by_folder", "listed_images", "
 _log = logging.getLogger(__name__)
 
 _CSV, _JSON = "labels.csv", "dataset.json"  # in any case
+_IMAGES = {"images", "image", "imgs", "img", "jpegimages"}
+_ANNOTATIONS = {
+    "labels", "label", "masks", "mask", "annotations", "annotation", "segmentations", "segmentation",
+    "segmentationclass", "segmentationobject",
+}  # fmt: skip
 UNLABELLED = "0"
 """The name of the single class of images that have none."""
 
@@ -51,13 +60,18 @@ def listed_images(root: Path, left_out: LeftOut) -> LabelledFiles | None:
 
     The file's name may be in capitals. Raises UserError if it is malformed or lists a missing image.
     """
-    readers: dict[str, Callable[[Path], list[tuple[str, str]] | None]] = {_CSV: _read_csv, _JSON: _read_json}
+    readers: dict[str, Callable[[Path], list[tuple[str, str]] | None]] = {
+        _CSV: _read_csv,
+        _JSON: _read_json,
+        "metadata.csv": _read_metadata,
+        "metadata.jsonl": _read_metadata,
+    }
     if is_emoji_package(root):
         readers["emoji.json"] = _read_emoji
     for name, read in readers.items():
         if (source := _list_file(root, name)) is not None:
             if (pairs := read(source)) is None:
-                return None
+                continue
             listed = _check_listed(source, root, pairs)
             if read is not _read_emoji:  # most of a package's images are meant to be left out
                 _report_unlisted(source, root, listed, left_out)
@@ -84,6 +98,13 @@ def images_by_folder(root: Path, images: Sequence[str], left_out: LeftOut) -> La
     loose = [path for path in images if "/" not in path]
     if folders and _are_splits(folders, images):
         return _first_part(root, folders, images, left_out)
+    lower = {name.lower(): name for name in folders}
+    pictures = [lower[name] for name in lower if name in _IMAGES]
+    if len(pictures) == 1 and 1 < len(folders) == len(lower.keys() & (_IMAGES | _ANNOTATIONS)):
+        (chosen,) = pictures
+        others = [path for path in images if not path.startswith(f"{chosen}/")]
+        left_out.add(f"beside the folder {chosen}", others[0], len(others))
+        return images_by_folder(root / chosen, _within(chosen, images), left_out)
     if len(folders) == 1 and not loose and _holds_splits(below := _within(folders[0], images)):
         return images_by_folder(root / folders[0], below, left_out)
     if len(folders) < 2 or _list_file(root, _JSON):  # dataset.json with null labels
@@ -230,6 +251,28 @@ def _read_json(source: Path) -> list[tuple[str, str]] | None:
             raise UserError(f'entry {number} of "labels" in {source} must be ["file", integer], got {shown}')
         pairs.append((entry[0], str(entry[1])))
     return pairs
+
+
+def _read_metadata(source: Path) -> list[tuple[str, str]] | None:
+    """The (file, label) pairs of Hugging Face's metadata, or None if it has no labels."""
+    try:
+        with source.open(newline="", encoding="utf-8-sig") as file:
+            if source.suffix.lower() == ".csv":
+                rows: list[Any] = list(csv.DictReader(file, strict=True))
+            else:
+                rows = [json.loads(line) for line in file if line.strip()]
+    except (OSError, ValueError, csv.Error, RecursionError) as error:
+        raise UserError(f"{source} cannot be read ({error}): repair it, or remove it") from error
+    pairs = []
+    for number, row in enumerate(rows):
+        row = row if isinstance(row, dict) else {}
+        if number == 0 and not {"file_name", "label"} <= row.keys():
+            return None
+        name, label = row.get("file_name"), row.get("label")
+        if not name or not isinstance(name, str) or type(label) not in (str, int) or label == "":
+            raise UserError(f"entry {number} of {source} must have a file_name and a label, text or a number")
+        pairs.append((name, str(label)))
+    return pairs or None
 
 
 def _read_emoji(source: Path) -> list[tuple[str, str]]:

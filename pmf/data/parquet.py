@@ -22,10 +22,10 @@ from pmf.data.walk import LeftOut
 from pmf.errors import UserError
 
 _PICTURES = ("image", "img", "jpg", "png", "webp")  # of several image columns, the first of these is used
-_LABELS = ("label", "labels", "fine_label", "class", "coarse_label")  # the first that exists is used
+_LABELS = ("label", "labels", "fine_label", "class", "coarse_label", "cls")  # the first that exists is used
 _log = logging.getLogger(__name__)
 _NO_LABEL = -1  # Hugging Face's value in test splits
-_VERSION = 3  # of the cache format
+_VERSION = 4  # of the cache format
 
 
 def index_tables(

@@ -1,5 +1,6 @@
 """Feature spaces for comparing images, each with the name under which its distance must be reported."""
 
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -93,8 +94,8 @@ class Inception(_Network):
 
     name, title, width, classes = "inception", "FID", FEATURES, CLASSES
 
-    def __init__(self, weights: Path | None, device: torch.device) -> None:
-        super().__init__(_load_inception(_find_inception(weights)), device)
+    def __init__(self, weights: Path | None, device: torch.device, flags: str = "--") -> None:
+        super().__init__(_load_inception(_find_inception(weights, flags)), device)
 
     def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         features, logits = self.evaluate(pixels)
@@ -109,8 +110,8 @@ class Lite0(_Network):
 
     name, title, width, classes = "lite0", "Frechet distance (lite0)", 1280, None
 
-    def __init__(self, weights: Path | None, device: torch.device) -> None:
-        super().__init__(load_lite0(weights, option="--weights"), device)
+    def __init__(self, weights: Path | None, device: torch.device, flags: str = "--") -> None:
+        super().__init__(load_lite0(weights, option=f"{flags}weights"), device)
 
     def __call__(self, pixels: Tensor) -> tuple[Tensor, None]:
         return self.evaluate(_resized(pixels.to(self.device), _LITE0_SIDE)), None
@@ -125,8 +126,8 @@ class AlexNet(_Network):
 
     name, title, width, classes = "alexnet", "Frechet distance (alexnet)", 256, None
 
-    def __init__(self, weights: Path | None, device: torch.device) -> None:
-        files = WeightFiles([weights] if weights else [], option="--weights")
+    def __init__(self, weights: Path | None, device: torch.device, flags: str = "--") -> None:
+        files = WeightFiles([weights] if weights else [], option=f"{flags}weights")
         super().__init__(_LastActivation(load_lpips("stlpips-alex", files)), device)
 
     def __call__(self, pixels: Tensor) -> tuple[Tensor, None]:
@@ -155,21 +156,31 @@ SPACES = (*_NETWORKS, "pixels")
 
 
 def open_space(
-    name: str, *, channels: int, size: Size, device: torch.device, weights: Path | None = None
+    name: str,
+    *,
+    channels: int,
+    size: Size,
+    device: torch.device,
+    weights: Path | None = None,
+    flags: str = "--",
 ) -> FeatureSpace:
-    """Open the named feature space for images [channels, *size]; UserError if its weights are missing."""
+    """Open the named feature space for images [channels, *size]; UserError if its weights are missing.
+
+    flags: the beginning of the flags that give weights and name, for the text of errors.
+    """
     if name == "pixels":
         if weights is not None:
-            raise UserError("--weights needs --features with a network: pixels have none")
+            raise UserError(f"{flags}weights needs {flags}features with a network: pixels have none")
         return Pixels(channels, size, device)
-    return _NETWORKS[name](weights, device)
+    weights = None if weights is None else Path(os.path.expanduser(weights))
+    return _NETWORKS[name](weights, device, flags)
 
 
-def _find_inception(given: Path | None) -> Path:
+def _find_inception(given: Path | None, flags: str) -> Path:
     """The file with Inception's weights: the one given, otherwise from torch.hub's download cache."""
     if given is not None:
         if not given.is_file():
-            raise UserError(f"--weights {given} does not exist: download it from {_INCEPTION_URL}")
+            raise UserError(f"{flags}weights {given} does not exist: download it from {_INCEPTION_URL}")
         return given
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     for name in _INCEPTION_FILES:
@@ -177,7 +188,7 @@ def _find_inception(given: Path | None) -> Path:
             return cache / name
     raise UserError(
         f"FID needs the weights {_INCEPTION_FILES[0]}, which are not in {cache}: download {_INCEPTION_URL} "
-        "and give the file with --weights, or use another feature space with --features "
+        f"and give the file with {flags}weights, or use another feature space with {flags}features "
         f"{', '.join(SPACES[1:])}"
     )
 

@@ -45,7 +45,12 @@ class Judge:
         channels, *size = image_shape
         self.images, self.folder, self.batch_size, self.ranks = images, folder, batch_size, ranks
         self.space = open_space(
-            features, channels=channels, size=(size[0], size[1]), device=device, weights=weights
+            features,
+            channels=channels,
+            size=(size[0], size[1]),
+            device=device,
+            weights=weights,
+            flags="--evaluate-",
         )
         found = read_statistics(Path(reference), self.space) if reference.endswith(".npz") else None
         if found is None:

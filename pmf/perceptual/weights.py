@@ -1,6 +1,7 @@
 """Weights of the frozen networks: from the user's files, installed packages, or torch hub's cache."""
 
 import importlib.util
+import os
 import pickle
 import zipfile
 from collections.abc import Callable, Sequence
@@ -43,7 +44,7 @@ class WeightFiles:
 
     def __init__(self, given: Sequence[Path] = (), option: str = OPTION, otherwise: str = "") -> None:
         self.option, self.otherwise = option, otherwise
-        self._given = {path: _read(path, option) for path in given}
+        self._given = {path: _read(Path(os.path.expanduser(path)), option) for path in given}
         self._used: set[Path] = set()
 
     def find(self, source: Source, wanted: set[str]) -> tuple[Path, dict[str, Tensor]]:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from pmf.errors import UserError
+from pmf.training.building import model_config
 from pmf.training.config import (
     DataSettings,
     ModelSettings,
@@ -106,6 +107,7 @@ def quick(config: TrainConfig, ranks: int = 1) -> TrainConfig:
 
     Two blocks of width 32, one of them in each head, and at most 8 images per micro-batch.
     """
+    model_config(config, 1)  # raises UserError as the long run would
     most = 8 * ranks * config.data.accumulate
     return config.with_settings(
         steps=2,

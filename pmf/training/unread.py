@@ -50,6 +50,12 @@ _UNREAD = (
         lambda c: c.objective.perceptual not in FEATURE_NETWORKS,
         "without ConvNeXt or lite0 in --perceptual",
     ),
+    _Unread(
+        ("lr",),
+        "adam_lr",
+        lambda c: c.optimizer.optimizer == "adam" and c.optimizer.adam_lr is not None,
+        "with --optimizer adam and an --adam-lr",
+    ),
     _Unread(("ema_half_lives", "sample_ema"), "ema", lambda c: not c.optimizer.ema, "with --no-ema"),
     _Unread(
         ("evaluate_features", "evaluate_weights", "evaluate_images"),

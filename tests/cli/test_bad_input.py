@@ -61,6 +61,22 @@ BAD: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "no width": (lambda p: ["train", "--mlp-width", "0"], "mlp_width must be at least 1"),
     "negative width": (lambda p: ["train", "--bottleneck", "-1"], "bottleneck must be at least 1"),
     "unknown perceptual loss": (lambda p: ["train", "--perceptual", "vgg"], "invalid choice: 'vgg'"),
+    "small network that hides a large one": (
+        lambda p: ["train", "--quick", "--num-heads", "7"],
+        "num_heads",
+    ),
+    "a run folder as settings": (
+        lambda p: ["train", "--config", str(Path(save(p / "config.json", {})).parent)],
+        "config.json",
+    ),
+    "a file as run folder": (
+        lambda p: ["train", "--out", save(p / "file", {}) + "/below"],
+        "file/below is a file, or lies below one: give a folder",
+    ),
+    "weights of a loss in an abbreviated home": (
+        lambda p: ["train", "--perceptual", "lite0", "--perceptual-weights", "~/no.pth"],
+        f"--perceptual-weights {Path.home() / 'no.pth'} does not exist",
+    ),
     "no such weights": (
         lambda p: ["train", "--perceptual", "lite0", "--perceptual-weights", str(p / "no.pth")],
         "no.pth does not exist",

@@ -127,6 +127,11 @@ def test_given_settings_replace_conflicting_preset_settings(
             "--convnext-lambda has no effect without ConvNeXt or lite0",
         ),
         ("--no-ema --sample-ema 10", "--sample-ema has no effect with --no-ema"),
+        ("--no-ema --ema-half-lives 1", "--ema-half-lives has no effect with --no-ema"),
+        (
+            "--optimizer adam --lr .1 --adam-lr .2",
+            "--lr has no effect with --optimizer adam and an --adam-lr: leave it out",
+        ),
         ("--evaluate-images 10", "--evaluate-images has no effect without --evaluate-every"),
     ],
 )

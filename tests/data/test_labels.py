@@ -58,6 +58,23 @@ def test_dataset_json_of_the_edm_tools(folder: Path) -> None:
     assert found.class_names == ["0", "1"] and found.labels == [1, 0]
 
 
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_metadata_of_hugging_faces_image_folders(folder: Path, name: str) -> None:
+    rows = [("dog/a.png", "x, y", "b"), ("cat/c.png", "z", "a")]
+    if name.endswith("csv"):
+        text = "file_name,text,label\n" + "".join(f'{file},"{said}",{label}\n' for file, said, label in rows)
+    else:
+        text = "".join(
+            json.dumps({"file_name": file, "text": said, "label": label}) + "\n" for file, said, label in rows
+        )
+    (folder / name).write_text(text)
+    found = find_images(str(folder))
+    assert [Path(path).name for path in found.images] == ["a.png", "c.png"]
+    assert (list(found.labels), found.class_names) == ([1, 0], ["a", "b"])
+    (folder / name).write_text(text.replace("label", "caption"))  # the folders are classes as without it
+    assert len(find_images(str(folder)).images) == 3
+
+
 def test_images_that_the_list_lacks_are_reported(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The rest was left out without a word."""
     for name, text in (
@@ -106,6 +123,11 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "json": (write("dataset.json", "{"), "cannot be read as JSON"),
     "json list": (write("dataset.json", "[]"), '"labels"'),
     "json entry": (write("dataset.json", '{"labels": [["dog/a.png", "x"]]}'), "entry 0"),
+    "metadata": (
+        write("metadata.jsonl", '{"file_name": "dog/a.png", "label": [1]}'),
+        "entry 0 of .*jsonl must",
+    ),
+    "damaged metadata": (write("metadata.jsonl", "{"), "metadata.jsonl cannot be read"),
     "json bool": (write("dataset.json", '{"labels": [["dog/a.png", true]]}'), "entry 0"),
 }
 

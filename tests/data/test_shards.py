@@ -293,7 +293,7 @@ def test_labels_of_two_kinds_are_named(tables: Path) -> None:
         load_dataset(str(tables), 4, 1)
 
 
-@pytest.mark.parametrize("name", ["Label", "coarse_label", "LABELS"])
+@pytest.mark.parametrize("name", ["Label", "coarse_label", "LABELS", "cls"])
 def test_the_label_column_has_one_of_several_names(tables: Path, name: str) -> None:
     assert levels(write_table(tables, [1, 0], name)) == [(0, 1), (1, 0)]
 

@@ -113,6 +113,24 @@ def test_splits_below_one_folder(tmp_path: Path) -> None:
     assert read(tmp_path)[1] == ["cat", "dog"]
 
 
+@pytest.mark.parametrize("others", [["labels"], ["masks", "Annotations"]])
+def test_pictures_of_labels_are_not_a_class(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, others: list[str]
+) -> None:
+    """images beside labels or masks, with the splits below or above both."""
+    for other in others:
+        write_images(tmp_path, f"a/{other}/train/1.png", f"a/{other}/val/2.png", f"b/train/{other}/1.png")
+    write_images(
+        tmp_path, "a/Images/train/1.png", "a/Images/val/2.png", "b/train/images/1.png", "b/val/2.png"
+    )
+    with caplog.at_level(logging.WARNING, "pmf"):
+        assert read(tmp_path / "a") == (["Images/train/1.png"], ["0"])
+        assert read(tmp_path / "b") == (["train/images/1.png"], ["0"])
+    assert f"left out {2 * len(others)} beside the folder Images ({min(others)}/train/1.png" in caplog.text
+    write_images(tmp_path, "a/cats/3.png")  # then they are classes like any others
+    assert len(read(tmp_path / "a")[1]) == 2 + len(others)
+
+
 def test_splits_within_every_class(tmp_path: Path) -> None:
     write_images(tmp_path, "cat/train/1.png", "cat/test/2.png", "dog/train/3.png", "dog/test/4.png")
     assert read(tmp_path) == (["cat/train/1.png", "dog/train/3.png"], ["cat", "dog"])

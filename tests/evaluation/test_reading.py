@@ -11,7 +11,9 @@ from PIL import Image
 from pmf.errors import UserError
 from pmf.evaluation import Statistics, open_images, open_space, read_statistics, write_statistics
 from pmf.evaluation.features import Pixels
+from pmf.evaluation.judge import Judge
 from pmf.perceptual import EfficientNetLite0
+from pmf.ranks import Ranks
 
 SPACE = Pixels(1, 2, torch.device("cpu"))
 MEAN, COVARIANCE = np.arange(4.0), np.diag([1.0, 2, 3, 4])
@@ -190,3 +192,21 @@ def test_lite0_accepts_grey_images_of_any_size(tmp_path: Path) -> None:
     assert features.shape == (2, space.width) and logits is None and features.std(0).any()
     assert torch.equal(features, space(grey.expand(-1, 3, -1, -1))[0])
     assert space.title == "Frechet distance (lite0)"
+
+
+@pytest.mark.parametrize("features", ["inception", "lite0", "pixels"])
+def test_weights_of_a_judge_are_named_by_its_flag(tmp_path: Path, features: str) -> None:
+    """In an abbreviated home, which shells leave as it is in quotes."""
+    said = "needs" if features == "pixels" else f"{Path.home() / 'no.pth'} does not exist"
+    with pytest.raises(UserError, match=f"^--evaluate-weights {said}"):
+        Judge(
+            "digits",
+            image_shape=(1, 8, 8),
+            features=features,
+            weights=Path("~/no.pth"),
+            images=4,
+            folder=tmp_path,
+            device=torch.device("cpu"),
+            batch_size=4,
+            ranks=Ranks(),
+        )
