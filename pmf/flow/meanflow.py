@@ -90,6 +90,7 @@ class MeanFlow:
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"MeanFlow: x must be a Tensor, got {type(x).__name__}")
+        _check_data(x)
         batch = len(x)
         t, r = self.times.draw(batch, generator)
         omega, t_min, t_max = self.guidance.draw(r == t, generator)
@@ -389,11 +390,15 @@ def _check_choice(name: str, value: Any, known: Any) -> None:
         raise ValueError(f"MeanFlow: {name} must be one of {', '.join(known)}, got {value!r}")
 
 
-def _check(x: Tensor, draws: Draws) -> None:
+def _check_data(x: Tensor) -> None:
     if x.dtype not in (torch.float32, torch.float64) or x.dim() < 2 or len(x) == 0:
         raise ValueError(
             f"MeanFlow: x must be float32 or float64 [B, ...] with B >= 1, got {x.dtype} {list(x.shape)}"
         )
+
+
+def _check(x: Tensor, draws: Draws) -> None:
+    _check_data(x)
     if draws.noise.shape != x.shape or draws.noise.dtype != x.dtype:
         raise ValueError(
             f"MeanFlow: noise must be like x, {x.dtype} {list(x.shape)}, "

@@ -132,6 +132,10 @@ class Objective:
         """
         if not isinstance(images, Tensor):
             raise TypeError(f"objective: images must be a Tensor, got {type(images).__name__}")
+        if not images.is_floating_point() or images.dim() != 4:  # the noise would be rounded to whole numbers
+            raise ValueError(
+                f"objective: images must be float32 [B, C, H, W], got {images.dtype} {list(images.shape)}"
+            )
         batch = len(images)
         t, r = self.times.draw(batch, generator)
         omega, t_min, t_max = self.guidance.draw(r == t, generator)

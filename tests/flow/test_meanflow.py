@@ -276,6 +276,9 @@ def test_inputs_that_do_not_fit():
         objective(lambda z, t, r: (z, z), x, draws)
     with pytest.raises(ValueError, match="x must be float32 or float64"):
         objective(Net(), x.half(), draws)
+    for wrong in ((9 * x).to(torch.uint8), x[0, 0]):  # whose noise would be rounded, or has no batch
+        with pytest.raises(ValueError, match="x must be float32 or float64"):
+            objective.draw(wrong)
     with pytest.raises(ValueError, match="noise must be like x"):
         objective(Net(), x.double(), draws)
     with pytest.raises(ValueError, match=r"t must have shape \[4\], got \[3\]"):

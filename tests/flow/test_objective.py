@@ -325,6 +325,9 @@ def test_inconsistent_batches_are_rejected() -> None:
     for wrong in ((list(images), labels, draws), (images, labels.tolist(), draws), (images, labels, None)):
         with pytest.raises(TypeError, match="objective: (images|labels|draws) must be a"):
             objective(model, *wrong)
+    for image in (images.to(torch.uint8), images[0]):
+        with pytest.raises(ValueError, match=r"objective: images must be float32 \[B, C, H, W\], got"):
+            objective.draw(image, labels)
     with pytest.raises(TypeError, match="the model must be a PixelMeanFlow, got Linear"):
         objective(torch.nn.Linear(2, 2), images, labels, draws)
     with pytest.raises(
