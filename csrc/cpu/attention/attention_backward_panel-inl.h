@@ -220,7 +220,7 @@ class BackwardPanel {
       score_products<kTangent>(t, group, key, place.keys);
       const bool masked =
           params_.mask.kind != MaskKind::none || crosses_window(params_.window, place);
-      if (w_.any_spoiled) restore_spoiled<kTangent>(t, key, place.keys);
+      if (w_.any_spoiled) restore_spoiled<kTangent>(t, place);
       Float* const others[] = {t.b, kTangent ? t.ts : nullptr, kTangent ? t.a : nullptr};
       Float* const none[] = {nullptr};
       if (masked && w_.any_spoiled) {
@@ -260,13 +260,14 @@ class BackwardPanel {
   }
 
   // Sets scores to NaN if they come from an inf or NaN key or value that was zeroed during packing.
+  // Lanes past the queries stay finite: products whose depth is the queries may read them.
   template <bool kTangent>
-  void restore_spoiled(const BackwardTile<Float>& t, int64_t key, int64_t keys) {
-    const auto spoil = [](Float* row) {
-      for (int64_t j = 0; j < kGroupLanes; ++j) row[j] = static_cast<Float>(__builtin_nan(""));
+  void restore_spoiled(const BackwardTile<Float>& t, const TilePlace& place) {
+    const auto spoil = [&](Float* row) {
+      for (int64_t j = 0; j < place.queries; ++j) row[j] = static_cast<Float>(__builtin_nan(""));
     };
-    for (int64_t i = 0; i < keys; ++i) {
-      const uint8_t spoiled = w_.spoiled[key + i];
+    for (int64_t i = 0; i < place.keys; ++i) {
+      const uint8_t spoiled = w_.spoiled[place.key + i];
       const int64_t at = i * kGroupLanes;
       if ((spoiled & kKey) != 0) spoil(t.e + at);
       if ((spoiled & kKeyTangent) != 0) spoil(t.ts + at);
