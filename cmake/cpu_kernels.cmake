@@ -3,23 +3,42 @@
 file(GLOB PMF_CPU_KERNELS CONFIGURE_DEPENDS csrc/cpu/*/*.cpp)
 list(FILTER PMF_CPU_KERNELS EXCLUDE REGEX "/(dispatch|cpu_introspection)\\.cpp$")
 
+# Those with products of bf16, all that level amx_bf16 computes in a way of its own.
+set(PMF_AMX_KERNELS csrc/cpu/attention/attention_forward.cpp csrc/cpu/attention/attention_backward.cpp)
+
 set(PMF_FLAGS_portable "")
 set(PMF_FLAGS_avx2 -mavx2 -mfma -mf16c)
 set(PMF_FLAGS_avx512 -march=x86-64-v4)
 set(PMF_FLAGS_avx512_bf16 -march=x86-64-v4 -mavx512bf16)
+set(PMF_FLAGS_amx_bf16 ${PMF_FLAGS_avx512_bf16} -mamx-tile -mamx-bf16)
 
+set(PMF_AMX 0)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
   set(PMF_CPU_LEVELS portable avx2 avx512 avx512_bf16)
+  # GCC 11, clang 12, and an assembler as new.
+  include(CheckCXXSourceCompiles)
+  set(CMAKE_REQUIRED_FLAGS "-mamx-tile -mamx-bf16")
+  check_cxx_source_compiles("int main() { __asm__ volatile(\"tdpbf16ps %tmm2, %tmm1, %tmm0\"); }" PMF_COMPILES_AMX)
+  unset(CMAKE_REQUIRED_FLAGS)
+  if(PMF_COMPILES_AMX)
+    set(PMF_AMX 1)
+    list(APPEND PMF_CPU_LEVELS amx_bf16)
+  endif()
 else()
   set(PMF_CPU_LEVELS portable)
 endif()
 
 set(PMF_CPU_OBJECTS "")
 foreach(level IN LISTS PMF_CPU_LEVELS)
-  if(PMF_CPU_KERNELS)
-    add_library(pmf_cpu_${level} OBJECT ${PMF_CPU_KERNELS})
+  if(level STREQUAL amx_bf16)
+    set(kernels ${PMF_AMX_KERNELS})
+  else()
+    set(kernels ${PMF_CPU_KERNELS})
+  endif()
+  if(kernels)
+    add_library(pmf_cpu_${level} OBJECT ${kernels})
     target_include_directories(pmf_cpu_${level} PRIVATE csrc/include csrc)
-    target_compile_definitions(pmf_cpu_${level} PRIVATE PMF_LEVEL=${level})
+    target_compile_definitions(pmf_cpu_${level} PRIVATE PMF_LEVEL=${level} PMF_AMX=${PMF_AMX})
     # No exceptions, run-time types or thread-safe statics: a kernel is arithmetic on pointers, and such
     # code would come from inline functions that the linker may take from another level's objects.
     target_compile_options(

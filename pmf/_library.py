@@ -81,7 +81,7 @@ def allow_tf32() -> bool:
 
 
 def cpu_level() -> str:
-    """The instruction-set level of the CPU kernels: portable, avx2, avx512 or avx512_bf16."""
+    """The instruction-set level of the CPU kernels: portable, avx2, avx512, avx512_bf16 or amx_bf16."""
     require()
     return torch.ops.pmf.cpu_level("")
 

@@ -21,7 +21,7 @@ import pmf
 from pmf import _library, env
 
 ROOT = Path(__file__).parents[1]
-LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
+LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 # The functions declared in pmf/introspection.h; everything else is internal.
 EXPORTS = {
     *("build_facts", "cpu_level", "best_cpu_level", "set_cpu_level", "attention_plan"),
@@ -122,6 +122,51 @@ def test_levels_can_be_forced_in_a_running_process() -> None:
         _library.set_cpu_level("auto")
     for result in results:
         torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-6)
+
+
+AMX = pytest.mark.skipif(
+    _library.missing() is not None or _library.cpu_level() != "amx_bf16", reason="no AMX"
+)
+
+
+@AMX
+def test_amx_changes_attention_in_bfloat16_only() -> None:
+    x = torch.randn(1, 2, 70, 64)
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        results = []
+        try:
+            for level in ("avx512_bf16", "amx_bf16"):
+                _library.set_cpu_level(level)
+                q = x.to(dtype)
+                results.append(torch.ops.pmf.attention_forward(q, q, q, None, False, 0.125)[1])
+        finally:
+            _library.set_cpu_level("auto")
+        assert torch.equal(*results) == (dtype != torch.bfloat16)
+
+
+@AMX
+def test_without_permission_for_amx_the_level_below_runs(tmp_path: Path) -> None:
+    """Linux refuses it, for one, to a process with a signal stack too small for the tile registers."""
+    script = (
+        "import ctypes, torch\n"
+        "from pmf import _library\n"
+        "class Stack(ctypes.Structure):\n"
+        "    _fields_ = [('at', ctypes.c_void_p), ('flags', ctypes.c_int), ('size', ctypes.c_size_t)]\n"
+        "memory = ctypes.create_string_buffer(8192)\n"
+        "stack = Stack(ctypes.addressof(memory), 0, len(memory))\n"
+        "assert ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None) == 0\n"
+        "x = torch.ones(1, 1, 3, 8, dtype=torch.bfloat16)\n"
+        "assert torch.equal(torch.ops.pmf.attention_forward(x, x, x, None, False, 1.0)[0], x)\n"
+        "print(_library.cpu_level())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(pmf.__file__).parents[1])},
+    )
+    assert (done.returncode, done.stdout) == (0, "avx512_bf16\n"), done.stderr
 
 
 def test_unknown_level_is_refused_by_name() -> None:

@@ -68,10 +68,10 @@ namespace pmf {
 namespace {
 
 std::string set_and_get_cpu_level(std::string request) {
-  check_value(
-      request.empty() || set_cpu_level(request.c_str()), "cpu_level: '", request,
-      "' is not a level of this processor; use portable, avx2, avx512 or avx512_bf16 up to ",
-      best_cpu_level(), ", or auto");
+  check_value(request.empty() || set_cpu_level(request.c_str()), "cpu_level: '", request,
+              "' is not a level of this processor; use portable, avx2, avx512, avx512_bf16 or "
+              "amx_bf16 up to ",
+              best_cpu_level(), ", or auto");
   return cpu_level();
 }
 

@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "pmf/introspection.h"
+#include "cpu/common/dispatch.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -64,7 +64,7 @@ bool is_float_matrix(const Tensor& x) {
 }  // namespace
 
 ScalarType product_dtype(ScalarType dtype) {
-  const bool multiplies_bf16 = std::strcmp(cpu_level(), "avx512_bf16") == 0;
+  const bool multiplies_bf16 = cpu::level() >= cpu::Level::avx512_bf16;
   const bool narrow =
       dtype == ScalarType::Half || (dtype == ScalarType::BFloat16 && !multiplies_bf16);
   return narrow ? ScalarType::Float : dtype;

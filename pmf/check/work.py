@@ -20,7 +20,7 @@ from .table import Check, checks
 
 __all__ = ["LEAST_MEMORY", "LEVELS", "Row", "main", "sentence"]
 
-LEVELS = ("portable", "avx2", "avx512", "avx512_bf16")
+LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 LEAST_MEMORY = 4 << 30
 """Bytes that a GPU's cases need, with margin: exact results of the largest, PyTorch's cache, CUDA."""
 OLDEST = (8, 0)

@@ -1,6 +1,7 @@
 """Fixtures for the op tests."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,21 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each CPU level of this processor, the emulator, a GPU if there is one, and the built library's PTX."""
     with at_level(request.param):
         yield request.param
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Level amx_bf16 has code of its own only for attention in bfloat16; the rest is that of avx512_bf16."""
+    repeated = [item for item in items if _repeats_the_level_below(item)]
+    config.hook.pytest_deselected(items=repeated)
+    items[:] = [item for item in items if not _repeats_the_level_below(item)]
+
+
+def _repeats_the_level_below(item: pytest.Item) -> bool:
+    if Path(__file__).parent not in item.path.parents or not hasattr(item, "callspec"):
+        return False
+    values = item.callspec.params
+    own_code = "attention" in item.nodeid and values.get("dtype", torch.bfloat16) == torch.bfloat16
+    return values.get("level") == "amx_bf16" and not own_code
 
 
 @pytest.fixture(autouse=True)

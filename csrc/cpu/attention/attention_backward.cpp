@@ -97,9 +97,10 @@ class BackwardKernel {
     arena.take(w.kt, s.keys_padded * s.depth_padded, kt);
     arena.take(w.v, s.keys_padded * s.value_depth_padded);
     arena.take(w.vt, s.keys_padded * s.value_depth_padded, vt);
-    const int64_t key_units = ceil_div(s.keys, kDepth);
-    arena.take(w.k_depth, key_units * s.width_padded, !kOneTile);
-    arena.take(w.kt_depth, key_units * s.width_padded, !kOneTile && kt);
+    arena.take(w.k_depth, s.key_units * s.width_padded, !kOneTile);
+    arena.take(w.kt_depth, s.key_units * s.width_padded, !kOneTile && kt);
+    arena.take(w.k_turned, s.key_units * s.width_padded, kAmx);
+    arena.take(w.kt_turned, s.key_units * s.width_padded, kAmx && kt);
     if (kOneTile) w.k_depth = w.k, w.kt_depth = w.kt;
 
     arena.take(w.q, kGroups * s.depth_padded * kLanesW);
@@ -137,6 +138,7 @@ class BackwardKernel {
     arena.take(w.tiles.dts_pairs, pairs, !kOneTile && tangent_);
     if (kOneTile) w.tiles.ds_pairs = w.tiles.ds_rows, w.tiles.dts_pairs = w.tiles.dts_rows;
 
+    arena.take(w.dq_rows, kPanel * s.width_padded, kAmx);
     const int64_t query_rows = kPanel + kMaxTileRows, key_rows = s.keys + kMaxTileRows;
     arena.take(w.dq, query_rows * s.width_padded);
     arena.take(w.dqt, query_rows * s.width_padded, tangent_ && p_.grad_query_t.data != nullptr);
@@ -158,6 +160,7 @@ class BackwardKernel {
 
   // Takes every splits_-th panel, which balances causal panels of growing cost.
   void part_of_head(int64_t part) {
+    const TileRegisters tiles;
     Buffers w = buffers_of(part);
     const int64_t head = whole_ + part / splits_;
     panels(w, head, part % splits_, splits_);
@@ -199,11 +202,21 @@ class BackwardKernel {
       pack_panel(w, place);
       if (hides_) drop_rows(w, place);
       panel.run(place);
-      write_rows(w.dq, p_.grad_query, batch, place.head, place.query, place.queries,
-                 sizes_.width_padded, sizes_.width);
-      write_rows(w.dqt, p_.grad_query_t, batch, place.head, place.query, place.queries,
-                 sizes_.width_padded, sizes_.width);
+      write_queries(w, w.dq, p_.grad_query, place);
+      write_queries(w, w.dqt, p_.grad_query_t, place);
     }
+  }
+
+  void write_queries(const Buffers& w, const Float* sums, const View4& view,
+                     const TilePlace& place) const {
+    if (sums == nullptr) return;
+    if constexpr (kAmx) {
+      transpose_blocks(w.dq_rows, sizes_.width_padded, sums, Sizes::kPanel, sizes_.width_padded,
+                       Sizes::kPanel);
+      sums = w.dq_rows;
+    }
+    write_rows(sums, view, place.batch, place.head, place.query, place.queries, sizes_.width_padded,
+               sizes_.width);
   }
 
   void pack_head(Buffers& w, int64_t batch, int64_t head) const {
@@ -214,6 +227,7 @@ class BackwardKernel {
     const auto depth = [&](Unit* dst, const ConstView4& view) {
       if (TileWriter<Unit>::kOneTile || dst == nullptr) return;
       packer_.depth_rows(dst, s.width_padded, view, batch, head, s.keys, s.width);
+      clear_units(dst, ceil_div(s.keys, kDepth), s.width_padded);
     };
     rows(w.k, p_.key, s.depth_padded, s.width);
     rows(w.kt, p_.key_t, s.depth_padded, s.width);
@@ -229,6 +243,16 @@ class BackwardKernel {
     clear(w.dv, s.value_padded);
     clear(w.dvt, s.value_padded);
     if (hides_) clear_spoiled_head(w);
+    turn(w.k_turned, w.k_depth);
+    turn(w.kt_turned, w.kt_depth);
+  }
+
+  void turn(Unit* dst, const Unit* src) const {
+    if (dst == nullptr) return;
+    const Sizes& s = sizes_;
+    transpose_blocks(reinterpret_cast<LaneOf<Unit>*>(dst), s.key_units,
+                     reinterpret_cast<const LaneOf<Unit>*>(src), s.width_padded, s.key_units,
+                     s.width_padded);
   }
 
   // See attention_hidden-inl.h.
@@ -316,6 +340,7 @@ class BackwardKernel {
       }
       packer_.depth_rows(rows, width_padded, skip_rows(view, place.query, p_.dtype), place.batch,
                          place.head, place.queries, cols);
+      clear_units(rows, ceil_div(place.queries, kDepth), width_padded);
     };
     const Sizes& s = sizes_;
     pack(w.q, w.q_depth, p_.query, s.width, s.depth_padded, s.width_padded);
@@ -394,6 +419,7 @@ class Backward {
 
   // Runs the heads whose cost range begins within the worker's share of the total.
   void share(int64_t worker) const {
+    const TileRegisters tiles;
     const int64_t begin = cost_ * worker / threads_, end = cost_ * (worker + 1) / threads_;
     int64_t at = 0;
     for (int64_t i = 0; i < problem_count(params_) && at < end; ++i) {
@@ -415,6 +441,9 @@ class Backward {
 // Calls with(kernel) with the arithmetic that this level uses for the dtype.
 template <typename With>
 auto with_kernel(const AttentionBackwardParams& params, int64_t threads, With with) {
+#if defined(__AMX_BF16__)
+  return with(Backward<bf16x2>(params, make_packer<bf16, bf16x2>(), threads));
+#else
   if (params.dtype == DType::f64) {
     return with(Backward<double>(params, make_packer<double, double>(), threads));
   }
@@ -424,6 +453,7 @@ auto with_kernel(const AttentionBackwardParams& params, int64_t threads, With wi
   }
 #endif
   return with(Backward<float>(params, float_packer(params.dtype), threads));
+#endif
 }
 
 }  // namespace
@@ -438,8 +468,8 @@ void attention_backward(const AttentionBackwardParams& params, const ParallelFor
 
 }  // namespace pmf::cpu::PMF_LEVEL
 
-PMF_DISPATCH(int64_t, attention_backward_workspace_bytes,
-             (const AttentionBackwardParams& params, int64_t threads), (params, threads))
-PMF_DISPATCH(void, attention_backward,
-             (const AttentionBackwardParams& params, const ParallelFor& parallel),
-             (params, parallel))
+PMF_DISPATCH_AMX(params.dtype == DType::bf16, int64_t, attention_backward_workspace_bytes,
+                 (const AttentionBackwardParams& params, int64_t threads), (params, threads))
+PMF_DISPATCH_AMX(params.dtype == DType::bf16, void, attention_backward,
+                 (const AttentionBackwardParams& params, const ParallelFor& parallel),
+                 (params, parallel))

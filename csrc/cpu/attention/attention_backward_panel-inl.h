@@ -28,6 +28,10 @@
 // key, fp32, D = Dv = 64: e and B written and read (96 x 16), K twice and V once (768), grad_key
 // and grad_value read and written (1024): 3.3 KB against 960 cycles of FMAs. Bound: the FMA units,
 // 64 FLOP per cycle and core in fp32, 128 in bf16.
+//
+// With AMX (1024 FLOP per cycle) a vector of scores at D = 64 costs 10 cycles of products, 30 with
+// tangents, and its 28 (53) vector instructions at least half as many cycles. grad_query is summed
+// transposed, as K^T dS^T, because A's units must be contiguous along keys.
 #pragma once
 
 #include "cpu/attention/attention_backward_sweeps-inl.h"
@@ -43,6 +47,8 @@ struct BackwardSizes {
   using Float = Accumulator<Unit>;
   static constexpr int64_t kStep = kLanes<Float>;
   static constexpr int64_t kDepth = UnitTraits<Unit>::kDepth;
+  // Windows of keys begin at multiples of this.
+  static constexpr int64_t kKeyStep = kDepthStep * kDepth;
   static constexpr int64_t kGroupLanes = kTileN * kStep;
   static constexpr int64_t kPanel = kGroups * kGroupLanes;  // queries
 
@@ -51,6 +57,7 @@ struct BackwardSizes {
   int64_t depth_padded, value_depth_padded;  // whole vectors of units
   int64_t width_padded, value_padded;        // whole vectors of Floats
   int64_t keys_padded;                       // rows of packed keys
+  int64_t key_units;                         // units that hold the keys, rounded up to kDepthStep
   int64_t panel_padded;                      // rows of panel matrices: the window's keys
   int64_t panels;                            // panels per query head
 
@@ -66,8 +73,9 @@ struct BackwardSizes {
         width_padded(round_up(width, kStep)),
         value_padded(round_up(value_width, kStep)),
         keys_padded(round_up(keys, kDepth) + kMaxTileRows),
-        panel_padded(
-            min64(keys_padded, max64(0, window.left + window.right) + kPanel + 2 * kMaxTileRows)),
+        key_units(round_up(ceil_div(keys, kDepth), kDepthStep)),
+        panel_padded(min64(keys_padded, max64(0, window.left + window.right) + kPanel + kKeyStep +
+                                            2 * kMaxTileRows)),
         panels(ceil_div(queries, kPanel)) {}
 };
 
@@ -77,8 +85,9 @@ struct BackwardBuffers {
   using Float = Accumulator<Unit>;
   // A head's keys and values: rows to broadcast from, and the keys again in the layout that the
   // grad_query product reads (the same memory if a unit is one number).
-  Unit *k, *kt, *v, *vt;     // [keys_padded][depth_padded or value_depth_padded]
-  Unit *k_depth, *kt_depth;  // [ceil(keys / kDepth)][width_padded]
+  Unit *k, *kt, *v, *vt;       // [keys_padded][depth_padded or value_depth_padded]
+  Unit *k_depth, *kt_depth;    // [key_units][width_padded]
+  Unit *k_turned, *kt_turned;  // for AMX: k_depth, kt_depth transposed, [width_padded][key_units]
   // A panel's queries and gradients: columns for the scores, rows for grad_key and grad_value.
   Unit *q, *qt, *g, *gt;     // [group][depth_padded or value_depth_padded][kGroupLanes]
   Unit *q_depth, *qt_depth;  // [kPanel / kDepth][width_padded]
@@ -90,12 +99,13 @@ struct BackwardBuffers {
   Float *k_mean, *kt_mean;   // [width_padded]: means of the keys with these weights
   Float* bias;               // [kScoreBlock rounded up to kLanes][kGroupLanes]
   Unit* stage;               // [kGroupLanes][the larger depth_padded]
-  Float *dq, *dqt;           // [kPanel + kMaxTileRows][width_padded]
-  Float *dk, *dkt;           // [keys + kMaxTileRows][width_padded], over all panels of the worker
-  Float *dv, *dvt;           // [keys + kMaxTileRows][value_padded]
-  Float* lse;                // [kPanel], -inf if a row is ignored; null if nothing is hidden
-  uint8_t* spoiled;          // [keys], a set of Spoiled flags; null if nothing is hidden
-  bool any_spoiled;          // whether this head has any such key
+  Float *dq, *dqt;   // [kPanel + kMaxTileRows][width_padded]; for AMX [width_padded][kPanel]
+  Float* dq_rows;    // for AMX: [kPanel][width_padded]
+  Float *dk, *dkt;   // [keys + kMaxTileRows][width_padded], over all panels of the worker
+  Float *dv, *dvt;   // [keys + kMaxTileRows][value_padded]
+  Float* lse;        // [kPanel], -inf if a row is ignored; null if nothing is hidden
+  uint8_t* spoiled;  // [keys], a set of Spoiled flags; null if nothing is hidden
+  bool any_spoiled;  // whether this head has any such key
 };
 
 template <typename Unit>
@@ -115,7 +125,7 @@ class BackwardPanel {
   // batch, query head and queries, which are already packed.
   void run(TilePlace place) {
     keys_ = keys_in_window(params_.window, place.query, place.query + place.queries - 1,
-                           sizes_.keys, kDepth);
+                           sizes_.keys, Sizes::kKeyStep);
     const bool tangent = w_.gt != nullptr;
     if (tangent) {
       sweep<true>(place);
@@ -134,6 +144,9 @@ class BackwardPanel {
     clear(w_.dqt, kPanel * sizes_.width_padded);
     clear(w_.k_mean, sizes_.width_padded);
     clear(w_.kt_mean, sizes_.width_padded);
+    if constexpr (kAmx) {
+      if (groups < kGroups) clear_second_group();
+    }
     Float mass = 0;  // number of queries that attend to anything
     for (int64_t key = keys_.begin; key < keys_.end; key += kKeyBlock) {
       const int64_t count = min64(kKeyBlock, keys_.end - key);
@@ -151,6 +164,10 @@ class BackwardPanel {
         }
       }
       if (count < kKeyBlock) clear_rows_from(round_up(count, kDepth));
+      if constexpr (kAmx) {
+        clear_units(w_.tiles.ds_pairs, ceil_div(count, kDepth), kPanel);
+        if (kTangent) clear_units(w_.tiles.dts_pairs, ceil_div(count, kDepth), kPanel);
+      }
       query_products(key, count, place.queries);
       key_products(key, count, place.queries);
       sum_lanes(w_.weights, w_.masses, count);
@@ -161,7 +178,7 @@ class BackwardPanel {
     const Float share = mass > 0 ? 1 / mass : Float(0);
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t first = g * kGroupLanes, count = min64(kGroupLanes, place.queries - first);
-      const int64_t at = first * sizes_.width_padded;
+      const int64_t at = kAmx ? first : first * sizes_.width_padded;
       leave_rounding(rows[g], scale_);
       remove(w_.dq + at, rows[g].rho, w_.k_mean, share, count);
       if (kTangent) remove(w_.dq + at, rows[g].rho_t, w_.kt_mean, share, count);
@@ -195,6 +212,20 @@ class BackwardPanel {
       if (rows == nullptr) continue;
       std::memset(static_cast<void*>(rows + row * stride), 0,
                   static_cast<size_t>(kMaxTileRows * stride) * sizeof(Unit));
+    }
+  }
+
+  // Products round queries up to kDepthStep units, past a first group that is alone.
+  void clear_second_group() {
+    constexpr int64_t kBegin = kGroupLanes / kDepth, kStep = kDepthStep;
+    constexpr int64_t kCount = (kBegin + kStep - 1) / kStep * kStep - kBegin;
+    const UnitTiles<Unit>& t = w_.tiles;
+    Unit* const all[] = {t.ds_rows, t.dts_rows, t.p_rows, t.w_rows};
+    for (Unit* rows : all) {
+      if (rows == nullptr) continue;
+      for (int64_t i = 0; i < kKeyBlock + kMaxTileRows; ++i) {
+        std::memset(static_cast<void*>(rows + i * t.row_stride + kBegin), 0, kCount * sizeof(Unit));
+      }
     }
   }
 
@@ -315,22 +346,26 @@ class BackwardPanel {
 
   // Adds a key block's contribution to the panel's queries.
   void query_products(int64_t key, int64_t keys, int64_t queries) {
-    const int64_t width = sizes_.width_padded;
-    const auto by_key = [=](const Unit* pairs, const Unit* rows) {
-      return TileProduct<Unit>{pairs,
-                               1,
-                               w_.tiles.pair_stride,
-                               rows + (key / kDepth) * width,
-                               width,
-                               ceil_div(keys, kDepth)};
-    };
     ProductList<Unit> dq, dqt;
-    dq.add(by_key(w_.tiles.ds_pairs, w_.k_depth));
-    if (w_.kt != nullptr) dq.add(by_key(w_.tiles.dts_pairs, w_.kt_depth));
-    add_products(w_.dq, width, queries, dq);
-    if (w_.dqt == nullptr) return;
-    dqt.add(by_key(w_.tiles.dts_pairs, w_.k_depth));
-    add_products(w_.dqt, width, queries, dqt);
+    dq.add(by_key(w_.tiles.ds_pairs, w_.k_depth, w_.k_turned, key, keys));
+    if (w_.kt != nullptr) {
+      dq.add(by_key(w_.tiles.dts_pairs, w_.kt_depth, w_.kt_turned, key, keys));
+    }
+    dqt.add(by_key(w_.tiles.dts_pairs, w_.k_depth, w_.k_turned, key, keys));
+    const int64_t width = sizes_.width_padded;
+    const int64_t stride = kAmx ? kPanel : width, rows = kAmx ? width : queries;
+    add_products(w_.dq, stride, rows, dq);
+    if (w_.dqt != nullptr) add_products(w_.dqt, stride, rows, dqt);
+  }
+
+  // One product of grad_query, dS K, or with AMX its transpose, K^T dS^T, because A's units must be
+  // contiguous along keys.
+  TileProduct<Unit> by_key(const Unit* pairs, const Unit* rows, const Unit* turned, int64_t key,
+                           int64_t keys) const {
+    const int64_t first = key / kDepth, depth = ceil_div(keys, kDepth);
+    if (kAmx) return {turned + first, sizes_.key_units, 1, pairs, w_.tiles.pair_stride, depth};
+    const int64_t width = sizes_.width_padded;
+    return {pairs, 1, w_.tiles.pair_stride, rows + first * width, width, depth};
   }
 
   // Adds the panel's contribution to a block of keys and values.
@@ -360,16 +395,24 @@ class BackwardPanel {
     }
   }
 
-  // Each row of dst -= sums (one per lane) times share times mean; does nothing without a mean.
+  // Each row of dst (column with AMX) -= sums (one per lane) times share times mean; does nothing
+  // without a mean.
   void remove(Float* dst, const Vec<Float> (&sums)[kTileN], const Float* mean, Float share,
               int64_t count) {
     if (mean == nullptr) return;
+    constexpr int kStep = kLanes<Float>;
     Float sum[kGroupLanes];
-    PMF_UNROLL for (int j = 0; j < kTileN; ++j) {
-      store(sum + j * kLanes<Float>, sums[j] * splat(-share));
+    PMF_UNROLL for (int j = 0; j < kTileN; ++j) { store(sum + j * kStep, sums[j] * splat(-share)); }
+    if constexpr (kAmx) {
+      for (int64_t x = 0; x < sizes_.width_padded; ++x, dst += kPanel) {
+        PMF_UNROLL for (int j = 0; j < kGroupLanes; j += kStep) {
+          store(dst + j, fma(load(sum + j), splat(mean[x]), load(dst + j)));
+        }
+      }
+      return;
     }
     for (int64_t i = 0; i < count; ++i, dst += sizes_.width_padded) {
-      for (int64_t x = 0; x < sizes_.width_padded; x += kLanes<Float>) {
+      for (int64_t x = 0; x < sizes_.width_padded; x += kStep) {
         store(dst + x, fma(splat(sum[i]), load(mean + x), load(dst + x)));
       }
     }

@@ -21,37 +21,15 @@ struct ProductList {
   PMF_INLINE void add(const TileProduct<Unit>& product) { items[count++] = product; }
 };
 
-// out[rows][kTileN vectors] = the sum of the products. Rounds rows up to kTileM.
-template <int kProducts, typename Unit>
-inline void store_product(Accumulator<Unit>* out, int64_t rows,
-                          const TileProduct<Unit> (&products)[kProducts]) {
-  using Float = Accumulator<Unit>;
-  constexpr int kStep = kLanes<Float>;
-  tile_gemm<kTileM, kTileN>(
-      rows, products,
-      [](Vec<Float>(&c)[kTileM][kTileN], int64_t) {
-        PMF_UNROLL for (int i = 0; i < kTileM; ++i) {
-          PMF_UNROLL for (int j = 0; j < kTileN; ++j) c[i][j] = Vec<Float>{};
-        }
-      },
-      [out](Vec<Float>(&c)[kTileM][kTileN], int64_t row) {
-        Float* o = out + row * (kTileN * kStep);
-        PMF_UNROLL for (int i = 0; i < kTileM; ++i) {
-          PMF_UNROLL for (int j = 0; j < kTileN; ++j) {
-            store(o + (i * kTileN + j) * kStep, c[i][j]);
-          }
-        }
-      });
-}
-
+// out[rows][kTileN vectors] = the sum of the products. Rounds rows up to kRowStep.
 template <typename Unit>
 inline void store_products(Accumulator<Unit>* out, int64_t rows, const ProductList<Unit>& list) {
   if (list.count == 2) {
-    store_product<2>(out, rows, list.items);
+    store_product<kTileN>(out, rows, list.items);
   } else if (list.count == 1) {
-    store_product<1>(out, rows, {list.items[0]});
+    store_product<kTileN, 1, Unit>(out, rows, {list.items[0]});
   } else {
-    std::memset(out, 0, static_cast<size_t>(round_up(rows, kTileM) * kTileN * kVecBytes));
+    std::memset(out, 0, static_cast<size_t>(round_up(rows, kRowStep) * kTileN * kVecBytes));
   }
 }
 
@@ -68,12 +46,17 @@ constexpr int rows_for(int vectors) {
 constexpr int kWideN = kTileN;
 constexpr int rows_for(int) { return 4; }
 #endif
-constexpr int kMaxTileRows = 12;  // most rows of a register tile, and rows of padding in A and C
-// Keys per tile of dS: a multiple of every rows_for(), so that blocks do not overlap, and small
-// enough that P and dS of one block and panel (46 KB in fp32) are still in the L1 cache when they
-// are multiplied.
+// Most rows of a register tile, and rows of padding in A and C. Keys per tile of dS: a multiple of
+// every rows_for(), so that blocks do not overlap, and small enough that P and dS of one block and
+// panel (46 KB in fp32) are still in the L1 cache when they are multiplied.
+#if defined(__AMX_BF16__)
+constexpr int kMaxTileRows = kAmxRows;
+constexpr int64_t kKeyBlock = 64;
+#else
+constexpr int kMaxTileRows = 12;
 constexpr int64_t kKeyBlock = 60;
-// Keys per step of sweep 1, a multiple of kTileM.
+#endif
+// Keys per step of sweep 1, a multiple of kRowStep.
 constexpr int64_t kScoreBlock = 96;
 
 // The number of vectors of a row in the next tile, out of `remaining`.
@@ -87,6 +70,11 @@ constexpr int next_vectors(int64_t remaining) {
 template <int kN, int kProducts, typename Unit>
 inline void add_product(Accumulator<Unit>* c, int64_t c_stride, int64_t rows,
                         const TileProduct<Unit> (&products)[kProducts]) {
+#if defined(__AMX_BF16__)
+  for (int64_t row = 0; row < rows; row += kAmxRows) {
+    multiply_tiles<kN, true>(c + row * c_stride, c_stride, row, products);
+  }
+#else
   using Float = Accumulator<Unit>;
   constexpr int kStep = kLanes<Float>;
   constexpr int kM = rows_for(kN);
@@ -106,6 +94,7 @@ inline void add_product(Accumulator<Unit>* c, int64_t c_stride, int64_t rows,
           }
         }
       });
+#endif
 }
 
 template <int kN, typename Unit>

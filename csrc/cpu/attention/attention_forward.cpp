@@ -46,10 +46,11 @@ class ForwardKernel {
       : params_(params),
         packer_(packer),
         panels_(params.shape.queries, kLane),
-        depth_(ceil_div(params.shape.width, kDepth)),
+        depth_(round_up(ceil_div(params.shape.width, kDepth), kDepthStep)),
         depth_padded_(round_up(depth_, kLane)),
         value_rows_(round_up(params.shape.value_width, kTileM)),
         value_padded_(round_up(value_rows_, kLane)),
+        keys_padded_(round_up(params.shape.keys, kKeyStep)),
         hides_(params.window.hides() || params.mask.kind != MaskKind::none) {
     if (params.shape.queries == 0) return;
     for (int64_t panel = 0; panel < panels_.count; ++panel) head_cost_ += cost(panel);
@@ -100,8 +101,9 @@ class ForwardKernel {
   // Lays out one worker's buffers from `base` on; returns their size in bytes.
   int64_t place(char* base, AttentionBuffers<Unit>& w) const {
     const int64_t lanes = kTileN * kLane;
-    const int64_t key_units = round_up(params_.shape.keys, kTileM) * depth_;
-    const int64_t value_units = ceil_div(params_.shape.keys, kDepth) * value_padded_;
+    const int64_t key_units = keys_padded_ * depth_;
+    const int64_t value_units =
+        ceil_div(kAmx ? keys_padded_ : params_.shape.keys, kDepth) * value_padded_;
     const int64_t tile = kTileKeys * lanes;
     const bool scores_t = has(params_.query_t) || has(params_.key_t);
     const bool masked = params_.mask.kind != MaskKind::none;
@@ -133,7 +135,7 @@ class ForwardKernel {
   KeyRange visible_keys(int64_t panel) const {
     const int64_t first = panels_.first_vector(panel) * kLane;
     const int64_t end = min64(first + panels_.vectors(panel) * kLane, params_.shape.queries);
-    return keys_in_window(params_.window, first, end - 1, params_.shape.keys, kTileM);
+    return keys_in_window(params_.window, first, end - 1, params_.shape.keys, kKeyStep);
   }
   int64_t cost(int64_t panel) const {
     const KeyRange keys = visible_keys(panel);
@@ -142,20 +144,43 @@ class ForwardKernel {
 
   void pack_head(AttentionBuffers<Unit>& w, int64_t b, int64_t h) const {
     const AttentionShape& n = params_.shape;
-    const int64_t rows = round_up(n.keys, kTileM);
-    packer_.rows(w.k, depth_, params_.key, b, h, n.keys, n.width, rows);
-    if (w.kt != nullptr) packer_.rows(w.kt, depth_, params_.key_t, b, h, n.keys, n.width, rows);
-    packer_.depth_rows(w.v, value_padded_, params_.value, b, h, n.keys, n.value_width);
-    if (w.vt != nullptr) {
-      packer_.depth_rows(w.vt, value_padded_, params_.value_t, b, h, n.keys, n.value_width);
+    packer_.rows(w.k, depth_, params_.key, b, h, n.keys, n.width, keys_padded_);
+    if (w.kt != nullptr) {
+      packer_.rows(w.kt, depth_, params_.key_t, b, h, n.keys, n.width, keys_padded_);
     }
-    if (!hides_) return;
-    std::memset(w.spoiled, 0, static_cast<size_t>(n.keys));
-    const auto clear = [&](Unit* rows, Spoiled what) {
-      return clear_spoiled_depth_rows(rows, value_padded_, n.keys, w.spoiled, what);
+    if (hides_) std::memset(w.spoiled, 0, static_cast<size_t>(n.keys));
+    w.any_spoiled = pack_values(w.v, w, params_.value, b, h, kValue);
+    if (w.vt != nullptr) {
+      w.any_spoiled |= pack_values(w.vt, w, params_.value_t, b, h, kValueTangent);
+    }
+  }
+
+  // Returns whether any value was not finite and may be hidden.
+  bool pack_values(Unit* dst, const AttentionBuffers<Unit>& w, const ConstView4& view, int64_t b,
+                   int64_t h, Spoiled what) const {
+    const int64_t keys = params_.shape.keys, width = params_.shape.value_width;
+    const auto clear = [&](Unit* rows, int64_t key, int64_t count) {
+      return hides_ && clear_spoiled_depth_rows(rows, value_padded_, count, w.spoiled + key, what);
     };
-    const bool value = clear(w.v, kValue), tangent = clear(w.vt, kValueTangent);
-    w.any_spoiled = value || tangent;
+    if constexpr (!kAmx) {
+      packer_.depth_rows(dst, value_padded_, view, b, h, keys, width);
+      return clear(dst, 0, keys);
+    }
+    // The same, transposed block by block.
+    constexpr int64_t kUnits = kKeyStep / kDepth;
+    Unit* const block = reinterpret_cast<Unit*>(w.stage_out);
+    bool spoiled = false;
+    for (int64_t key = 0; key < keys; key += kKeyStep) {
+      const int64_t count = min64(kKeyStep, keys - key);
+      packer_.depth_rows(block, value_padded_, skip_rows(view, key, params_.dtype), b, h, count,
+                         width);
+      clear_units(block, ceil_div(count, kDepth), value_padded_);
+      spoiled |= clear(block, key, count);
+      transpose_blocks(reinterpret_cast<LaneOf<Unit>*>(dst + key / kDepth), keys_padded_ / kDepth,
+                       reinterpret_cast<const LaneOf<Unit>*>(block), value_padded_, kUnits,
+                       value_padded_);
+    }
+    return spoiled;
   }
 
   // The scale's sign is applied to the queries, which is exact: the largest raw score is then the
@@ -180,7 +205,12 @@ class ForwardKernel {
     constexpr int64_t kLanesW = kN * kLane;
     const int64_t first = panels_.first_vector(panel) * kLane;
     const TilePlace place = {b, h, first, min64(kLanesW, params_.shape.queries - first), 0, 0};
-    const PanelShape shape = {depth_, value_rows_, value_padded_, visible_keys(panel)};
+    const PanelShape shape = {depth_,
+                              value_rows_,
+                              value_padded_,
+                              kAmx ? keys_padded_ / kDepth : 1,
+                              kAmx ? 1 : value_padded_,
+                              visible_keys(panel)};
     pack_queries(w.q, w, kLanesW, params_.query, place);
     if (w.qt != nullptr) pack_queries(w.qt, w, kLanesW, params_.query_t, place);
 
@@ -205,7 +235,7 @@ class ForwardKernel {
   const AttentionParams params_;
   const Packer<Unit>& packer_;
   const Panels panels_;
-  const int64_t depth_, depth_padded_, value_rows_, value_padded_;
+  const int64_t depth_, depth_padded_, value_rows_, value_padded_, keys_padded_;
   const bool hides_;  // some query may not attend to some key
   int64_t head_cost_ = 0;
 };
@@ -240,6 +270,7 @@ class Forward {
   }
 
   void share(int64_t worker) const {
+    const TileRegisters tiles;
     const int64_t begin = cost_ * worker / workers_, end = cost_ * (worker + 1) / workers_;
     char* const workspace = static_cast<char*>(params_.workspace) + worker * bytes_;
     int64_t at = 0;
@@ -259,6 +290,10 @@ class Forward {
 // Calls `use` with the kernel for this dtype at this level.
 template <typename Use>
 PMF_INLINE void with_kernel(const AttentionParams& params, Use use) {
+#if defined(__AMX_BF16__)
+  Forward<bf16x2> kernel(params, make_packer<bf16, bf16x2>());
+  use(kernel);
+#else
   if (params.dtype == DType::f64) {
     Forward<double> kernel(params, make_packer<double, double>());
     use(kernel);
@@ -271,6 +306,7 @@ PMF_INLINE void with_kernel(const AttentionParams& params, Use use) {
     Forward<float> kernel(params, float_packer(params.dtype));
     use(kernel);
   }
+#endif
 }
 
 }  // namespace
@@ -289,7 +325,7 @@ void attention_forward(const AttentionParams& params, const ParallelFor& paralle
 
 }  // namespace pmf::cpu::PMF_LEVEL
 
-PMF_DISPATCH(int64_t, attention_forward_workspace_bytes,
-             (const AttentionParams& params, int64_t threads), (params, threads))
-PMF_DISPATCH(void, attention_forward, (const AttentionParams& params, const ParallelFor& parallel),
-             (params, parallel))
+PMF_DISPATCH_AMX(params.dtype == DType::bf16, int64_t, attention_forward_workspace_bytes,
+                 (const AttentionParams& params, int64_t threads), (params, threads))
+PMF_DISPATCH_AMX(params.dtype == DType::bf16, void, attention_forward,
+                 (const AttentionParams& params, const ParallelFor& parallel), (params, parallel))

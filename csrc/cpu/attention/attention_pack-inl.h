@@ -133,6 +133,14 @@ inline void pack_depth_rows(bf16x2* dst, int64_t padded, const bf16* src, int64_
   }
 }
 
+// Zeroes rows [depth, depth rounded up to kDepthStep) of an operand B.
+template <typename Unit>
+PMF_INLINE void clear_units(Unit* b, int64_t depth, int64_t stride) {
+  const int64_t rows = round_up(depth, kDepthStep) - depth;
+  std::memset(static_cast<void*>(b + depth * stride), 0,
+              static_cast<size_t>(rows * stride) * sizeof(Unit));
+}
+
 // ---- Queries in, results out --------------------------------------------------------------------
 
 // A unit's lane type for the transpose: bits of the same width.

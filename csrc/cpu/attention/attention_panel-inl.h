@@ -17,6 +17,11 @@
 // are skipped). Bytes: K, tK, V, tV once from L2 per tile and panel (16 kTileKeys D in fp32, at
 // most 2 B per cycle); S, tS, P, H, Q, tQ, O, tO stay in L1 and L2 (100 KB at D = 64). Bound: the
 // FMA units, two vectors per cycle: 64 FLOP per cycle and core in fp32, 128 in bf16.
+//
+// With AMX (1024 FLOP per cycle) a vector of scores at D = 64 costs 4 cycles of products, 12 with
+// tangents, 2 (6) of tile stores, about 2 (3) of rescaling, and 8 (14) of softmax, which is then
+// the bound. V is packed transposed, because A's units must be contiguous along keys; sums of a
+// tile are added to O by vectors, together with the rescaling.
 #pragma once
 
 #include "cpu/attention/attention_hidden-inl.h"
@@ -24,14 +29,16 @@
 
 namespace pmf::cpu::PMF_LEVEL {
 
-constexpr int64_t kTileKeys = 64;
+// Tiles begin, and packed keys end, at multiples of kKeyStep keys.
+constexpr int64_t kKeyStep = kAmx ? 2 * kDepthStep : kTileM;
+constexpr int64_t kTileKeys = kAmx ? 96 : 64;
 
 // A worker's buffers; null for tensors that the call does not have.
 template <typename Unit>
 struct AttentionBuffers {
   using Float = Accumulator<Unit>;
-  Unit *k, *kt;      // [keys rounded up to kTileM][depth]
-  Unit *v, *vt;      // [ceil(keys / kDepth)][value_padded]
+  Unit *k, *kt;      // [keys rounded up to kKeyStep][depth]
+  Unit *v, *vt;      // [ceil(keys / kDepth)][value_padded]; for AMX transposed, and padded
   Unit *q, *qt;      // [depth rounded up to kLanes][lanes]
   Float *s, *ts;     // [kTileKeys][lanes]
   Unit *p, *h;       // [kTileKeys / kDepth][lanes]; alias s and ts if a unit is a Float
@@ -45,35 +52,16 @@ struct AttentionBuffers {
 
 // The sizes of a panel, in units for packed tensors.
 struct PanelShape {
-  int64_t depth;         // ceil(D / kDepth)
+  int64_t depth;         // ceil(D / kDepth), rounded up to kDepthStep
   int64_t value_rows;    // Dv rounded up to kTileM: rows of O that are computed
   int64_t value_padded;  // Dv rounded up to kTileM and kLanes: rows of O that are allocated
-  KeyRange keys;         // those that any query of this panel attends to
+  int64_t value_stride, value_depth_stride;  // between neighbouring values, and units along keys
+  KeyRange keys;                             // those that any query of this panel attends to
 };
 
 template <int kN, typename Unit>
 PMF_INLINE TileProduct<Unit> score_product(const Unit* keys, const Unit* queries, int64_t depth) {
   return {keys, depth, 1, queries, kN * kLanes<Accumulator<Unit>>, depth};
-}
-
-// Stores C[rows, lanes] = sum of products.
-template <int kN, int kProducts, typename Unit, typename Float = Accumulator<Unit>>
-inline void score_tile(Float* dst, int64_t rows, const TileProduct<Unit> (&products)[kProducts]) {
-  constexpr int kStep = kLanes<Float>;
-  tile_gemm<kTileM, kN>(
-      rows, products,
-      [](auto& c, int64_t) {
-        PMF_UNROLL for (int i = 0; i < kTileM; ++i) {
-          PMF_UNROLL for (int j = 0; j < kN; ++j) c[i][j] = Vec<Float>{};
-        }
-      },
-      [dst](auto& c, int64_t row) {
-        PMF_UNROLL for (int i = 0; i < kTileM; ++i) {
-          PMF_UNROLL for (int j = 0; j < kN; ++j) {
-            store(dst + ((row + i) * kN + j) * kStep, c[i][j]);
-          }
-        }
-      });
 }
 
 // dst = rescale * (dst - delta * other) + sum of products; if `first`, dst = sum of products.
@@ -179,7 +167,7 @@ inline void attention_tiles(const AttentionParams& params, const AttentionBuffer
   // Tiles of equal size: 276 keys are five tiles of 56, not four of 64 and one of 20.
   const int64_t begin = shape.keys.begin, end = shape.keys.end;
   const int64_t tiles = ceil_div(end - begin, kTileKeys);
-  const int64_t step = tiles == 0 ? 0 : round_up(ceil_div(end - begin, tiles), kTileM);
+  const int64_t step = tiles == 0 ? 0 : round_up(ceil_div(end - begin, tiles), kKeyStep);
   for (int64_t key = begin; key < end; key += step) {
     const bool first = key == begin;
     const int64_t keys = min64(step, end - key);
@@ -188,15 +176,15 @@ inline void attention_tiles(const AttentionParams& params, const AttentionBuffer
 
     const Unit* k = w.k + key * shape.depth;
     const Unit* kt = w.kt == nullptr ? nullptr : w.kt + key * shape.depth;
-    score_tile<kN, 1>(w.s, keys, {score_product<kN>(k, w.q, shape.depth)});
+    store_product<kN, 1>(w.s, keys, {score_product<kN>(k, w.q, shape.depth)});
     if (w.qt != nullptr && w.kt != nullptr) {
-      score_tile<kN, 2>(
+      store_product<kN, 2>(
           w.ts, keys,
           {score_product<kN>(k, w.qt, shape.depth), score_product<kN>(kt, w.q, shape.depth)});
     } else if (w.qt != nullptr) {
-      score_tile<kN, 1>(w.ts, keys, {score_product<kN>(k, w.qt, shape.depth)});
+      store_product<kN, 1>(w.ts, keys, {score_product<kN>(k, w.qt, shape.depth)});
     } else if (w.kt != nullptr) {
-      score_tile<kN, 1>(w.ts, keys, {score_product<kN>(kt, w.q, shape.depth)});
+      store_product<kN, 1>(w.ts, keys, {score_product<kN>(kt, w.q, shape.depth)});
     }
 
     Float factor = scale * static_cast<Float>(kLog2e);
@@ -212,12 +200,16 @@ inline void attention_tiles(const AttentionParams& params, const AttentionBuffer
     }
 
     const int64_t depth = ceil_div(keys, kDepth);
-    const int64_t padded = shape.value_padded;
-    const Unit* v = w.v + key / kDepth * padded;
-    const Unit* vt = w.vt == nullptr ? nullptr : w.vt + key / kDepth * padded;
-    const TileProduct<Unit> v_p = {v, 1, padded, w.p, kLanesW, depth};
-    const TileProduct<Unit> v_h = {v, 1, padded, w.h, kLanesW, depth};
-    const TileProduct<Unit> vt_p = {vt, 1, padded, w.p, kLanesW, depth};
+    if constexpr (kAmx) {
+      clear_units(w.p, depth, kLanesW);
+      if (tangent_scores) clear_units(w.h, depth, kLanesW);
+    }
+    const int64_t stride = shape.value_stride, depth_stride = shape.value_depth_stride;
+    const Unit* v = w.v + key / kDepth * depth_stride;
+    const Unit* vt = w.vt == nullptr ? nullptr : w.vt + key / kDepth * depth_stride;
+    const TileProduct<Unit> v_p = {v, stride, depth_stride, w.p, kLanesW, depth};
+    const TileProduct<Unit> v_h = {v, stride, depth_stride, w.h, kLanesW, depth};
+    const TileProduct<Unit> vt_p = {vt, stride, depth_stride, w.p, kLanesW, depth};
     if (tangent_scores && tangent_values) {
       output_tile<kN, true, 2>(w.ot, w.o, first, state.rescale, state.delta, rows, {v_h, vt_p});
     } else if (tangent_scores) {

@@ -5,14 +5,38 @@
 #include <cstdlib>
 #include <cstring>
 
+#if PMF_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace pmf::cpu {
 namespace {
 
-constexpr const char* kNames[4] = {"portable", "avx2", "avx512", "avx512_bf16"};
+constexpr const char* kNames[5] = {"portable", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
 constexpr int kUnset = -1;
 
 // The level requested by set_level(), or kUnset.
 std::atomic<int> chosen{kUnset};
+
+// Whether the processor has AMX for bf16, and the operating system lets this process use it. Linux
+// saves the 8 KB of tile registers only for processes that asked; old kernels and some sandboxes
+// refuse. The permission holds for all threads, and forked processes.
+bool has_amx() {
+#if PMF_AMX
+  unsigned int a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned int kBf16 = 1u << 22, kTile = 1u << 24, kRegisters = 3u << 17;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kBf16) == 0 || (d & kTile) == 0) {
+    return false;
+  }
+  __asm__("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return (a & kRegisters) == kRegisters && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 int detect() {
 #if PMF_X86
@@ -25,7 +49,8 @@ int detect() {
                       __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
   if (!avx512) return 1;
-  return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+  if (!__builtin_cpu_supports("avx512bf16")) return 2;
+  return has_amx() ? 4 : 3;
 #else
   return 0;
 #endif

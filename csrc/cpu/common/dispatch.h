@@ -8,6 +8,10 @@
 //                (params, parallel))
 // which defines pmf::cpu::rms_norm (once, in the portable copy) as a jump to the current level.
 //
+// The highest level, amx_bf16, differs only in products of bf16: it has copies of the files that
+// compute these, for bf16 only, which name their entry points with PMF_DISPATCH_AMX. Everything
+// else runs there as at avx512_bf16.
+//
 // Kernel files must not use inline functions of the standard library that could be emitted out of
 // line (std::max, containers): the linker keeps one copy of such a function, and it might be the
 // one compiled for AVX-512.
@@ -21,10 +25,14 @@
 #endif
 #endif
 
+#ifndef PMF_AMX  // -DPMF_AMX=1 if the compiler and this build have level amx_bf16
+#define PMF_AMX 0
+#endif
+
 namespace pmf::cpu {
 
-enum class Level : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
-constexpr int kLevels = PMF_X86 ? 4 : 1;
+enum class Level : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx_bf16 = 4 };
+constexpr int kLevels = PMF_AMX ? 5 : PMF_X86 ? 4 : 1;
 
 // The level that kernels run at: set_level()'s choice, else the environment variable PMF_CPU_LEVEL,
 // else the processor's best. Unsupported levels and unknown names are never chosen.
@@ -49,32 +57,48 @@ const char* level_name(Level level);
 #define PMF_LEVEL_INDEX_avx2 1
 #define PMF_LEVEL_INDEX_avx512 2
 #define PMF_LEVEL_INDEX_avx512_bf16 3
+#define PMF_LEVEL_INDEX_amx_bf16 4
 
 #if PMF_CONCAT(PMF_LEVEL_INDEX_, PMF_LEVEL) != 0
 #define PMF_DISPATCH(result, name, parameters, arguments)
 #elif PMF_X86
-#define PMF_DISPATCH(result, name, parameters, arguments)                                     \
-  namespace pmf::cpu {                                                                        \
-  namespace avx2 {                                                                            \
-  result name parameters;                                                                     \
-  }                                                                                           \
-  namespace avx512 {                                                                          \
-  result name parameters;                                                                     \
-  }                                                                                           \
-  namespace avx512_bf16 {                                                                     \
-  result name parameters;                                                                     \
-  }                                                                                           \
-  result name parameters {                                                                    \
-    constexpr decltype(&portable::name) table[kLevels] = {&portable::name, &avx2::name,       \
-                                                          &avx512::name, &avx512_bf16::name}; \
-    return table[static_cast<int>(level())] arguments;                                        \
-  }                                                                                           \
+#define PMF_DISPATCH(result, name, parameters, arguments) \
+  PMF_DISPATCH_UP_TO(&avx512_bf16::name, result, name, parameters, arguments)
+#define PMF_DISPATCH_UP_TO(top, result, name, parameters, arguments)                            \
+  namespace pmf::cpu {                                                                          \
+  namespace avx2 {                                                                              \
+  result name parameters;                                                                       \
+  }                                                                                             \
+  namespace avx512 {                                                                            \
+  result name parameters;                                                                       \
+  }                                                                                             \
+  namespace avx512_bf16 {                                                                       \
+  result name parameters;                                                                       \
+  }                                                                                             \
+  result name parameters {                                                                      \
+    constexpr decltype(&portable::name) table[] = {&portable::name, &avx2::name, &avx512::name, \
+                                                   &avx512_bf16::name};                         \
+    const Level at = level();                                                                   \
+    return (at == Level::amx_bf16 ? top : table[static_cast<int>(at)]) arguments;               \
+  }                                                                                             \
   }
 #else
 #define PMF_DISPATCH(result, name, parameters, arguments)     \
   namespace pmf::cpu {                                        \
   result name parameters { return portable::name arguments; } \
   }
+#endif
+
+#if defined(PMF_DISPATCH_UP_TO) && PMF_AMX
+#define PMF_DISPATCH_AMX(when, result, name, parameters, arguments)                             \
+  namespace pmf::cpu::amx_bf16 {                                                                \
+  result name parameters;                                                                       \
+  }                                                                                             \
+  PMF_DISPATCH_UP_TO(((when) ? &amx_bf16::name : &avx512_bf16::name), result, name, parameters, \
+                     arguments)
+#else
+#define PMF_DISPATCH_AMX(when, result, name, parameters, arguments) \
+  PMF_DISPATCH(result, name, parameters, arguments)
 #endif
 
 #endif  // PMF_LEVEL

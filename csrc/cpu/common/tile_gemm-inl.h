@@ -11,9 +11,15 @@
 //
 // A "unit" is what one lane multiplies in one step: a float, a double, or a pair of bf16 that are
 // neighbours along depth (bf16x2; depth then counts pairs). Accumulation is in Accumulator<Unit>.
+//
+// Level amx_bf16 has units bf16x2 only, and multiplies 16 rows by 16 pairs at a time (amx-inl.h).
+// Both operands already have the layout of its tiles if A's pairs are contiguous; A and B must be
+// padded to kRowStep rows and kDepthStep units. With 3 tiles of C in a row, a step takes 4 loads,
+// 32 cycles, for 3 multiplications, 48 cycles: the multiplications are the bound, and a vector of a
+// product costs 1 cycle per 16 units of depth, and 1 to be stored.
 #pragma once
 
-#include "cpu/common/simd-inl.h"
+#include "cpu/common/amx-inl.h"
 
 namespace pmf::cpu::PMF_LEVEL {
 
@@ -24,6 +30,13 @@ constexpr int kTileM = 8, kTileN = 3;
 constexpr int kTileM = 4, kTileN = 3;
 #else
 constexpr int kTileM = 4, kTileN = 2;  // SSE2 has no FMA: a product needs its own register
+#endif
+
+// Products read rows of A, and units along depth, rounded up to multiples of these.
+#if defined(__AMX_BF16__)
+constexpr int64_t kRowStep = kAmxRows, kDepthStep = kAmxPairs;
+#else
+constexpr int64_t kRowStep = kTileM, kDepthStep = 1;
 #endif
 
 template <typename Unit>
@@ -67,6 +80,40 @@ struct TileProduct {
   int64_t depth;
 };
 
+#if defined(__AMX_BF16__)
+// 16 rows of C, kN vectors wide and c_stride apart: C = sum of the products, or C += it if kAdd.
+template <bool kAdd, int kProducts, int... J>
+PMF_INLINE void multiply_tiles(float* c, int64_t c_stride, int64_t row,
+                               const TileProduct<bf16x2> (&products)[kProducts], Lanes<J...>) {
+  constexpr int kA = 6, kB = 7;
+  constexpr int64_t kUnit = sizeof(bf16x2);
+  static_assert(sizeof...(J) <= kA, "a tile register for every vector");
+  sync_memory();
+  if constexpr (kAdd) {
+    (load_tile<J>(c + J * kAmxColumns, c_stride * kUnit), ...);
+  } else {
+    (zero_tile<J>(), ...);
+  }
+  PMF_UNROLL for (int p = 0; p < kProducts; ++p) {
+    const TileProduct<bf16x2>& product = products[p];
+    const bf16x2* a = product.a + row * product.row_stride;
+    const bf16x2* b = product.b;
+    for (int64_t k = 0; k < product.depth; k += kAmxPairs) {
+      load_tile<kA>(a + k, product.row_stride * kUnit);
+      ((load_tile<kB>(b + J * kAmxColumns, product.b_stride * kUnit), multiply_tile<J, kA, kB>()),
+       ...);
+      b += kAmxPairs * product.b_stride;
+    }
+  }
+  (store_tile<J>(c + J * kAmxColumns, c_stride * kUnit), ...);
+}
+template <int kN, bool kAdd, int kProducts>
+PMF_INLINE void multiply_tiles(float* c, int64_t c_stride, int64_t row,
+                               const TileProduct<bf16x2> (&products)[kProducts]) {
+  multiply_tiles<kAdd>(c, c_stride, row, products, typename CountLanes<kN>::type{});
+}
+#endif
+
 template <int kM, int kN, typename Unit>
 PMF_INLINE void accumulate(Vec<Accumulator<Unit>> (&c)[kM][kN], const TileProduct<Unit>& p,
                            int64_t row) {
@@ -88,18 +135,60 @@ PMF_INLINE void accumulate(Vec<Accumulator<Unit>> (&c)[kM][kN], const TileProduc
 }
 
 // Processes rows in steps of kM; `rows` is rounded up, so A needs kM - 1 readable rows past the
-// last, and init and finish are called for them too.
+// last (kRowStep - 1 with AMX), and init and finish are called for them too.
 //   init(c, row):   c[i][j] = starting value of row + i, vector j
 //   finish(c, row): store them
 template <int kM, int kN, int kProducts, typename Unit, typename Init, typename Finish>
 PMF_INLINE void tile_gemm(int64_t rows, const TileProduct<Unit> (&products)[kProducts], Init init,
                           Finish finish) {
+#if defined(__AMX_BF16__)
+  static_assert(kAmxRows % kM == 0, "");
+  alignas(kVecBytes) float product[kAmxRows * kN * kAmxColumns];
+#endif
   for (int64_t row = 0; row < rows; row += kM) {
     Vec<Accumulator<Unit>> c[kM][kN];
     init(c, row);
+#if defined(__AMX_BF16__)
+    const int64_t inside = row % kAmxRows;
+    if (inside == 0) multiply_tiles<kN, false>(product, kN * kAmxColumns, row, products);
+    PMF_UNROLL for (int i = 0; i < kM; ++i) {
+      PMF_UNROLL for (int j = 0; j < kN; ++j) {
+        c[i][j] += load(product + ((inside + i) * kN + j) * kAmxColumns);
+      }
+    }
+#else
     PMF_UNROLL for (int p = 0; p < kProducts; ++p) accumulate(c, products[p], row);
+#endif
     finish(c, row);
   }
+}
+
+// out[rows][kN vectors] = the sum of the products. Rounds rows up to kRowStep.
+template <int kN, int kProducts, typename Unit>
+inline void store_product(Accumulator<Unit>* out, int64_t rows,
+                          const TileProduct<Unit> (&products)[kProducts]) {
+  using Float = Accumulator<Unit>;
+  constexpr int kStep = kLanes<Float>;
+#if defined(__AMX_BF16__)
+  for (int64_t row = 0; row < rows; row += kAmxRows) {
+    multiply_tiles<kN, false>(out + row * (kN * kStep), kN * kStep, row, products);
+  }
+#else
+  tile_gemm<kTileM, kN>(
+      rows, products,
+      [](auto& c, int64_t) {
+        PMF_UNROLL for (int i = 0; i < kTileM; ++i) {
+          PMF_UNROLL for (int j = 0; j < kN; ++j) c[i][j] = Vec<Float>{};
+        }
+      },
+      [out](auto& c, int64_t row) {
+        PMF_UNROLL for (int i = 0; i < kTileM; ++i) {
+          PMF_UNROLL for (int j = 0; j < kN; ++j) {
+            store(out + ((row + i) * kN + j) * kStep, c[i][j]);
+          }
+        }
+      });
+#endif
 }
 
 }  // namespace pmf::cpu::PMF_LEVEL
