@@ -1,12 +1,13 @@
 """Predict how long the attention kernels of the built library take on a GPU, with a cycle model.
 
-    python benchmarks/gpu_model.py [--kernels plan|mma] [--out FILE] [--rates FILE] [NAME ...]
-    python benchmarks/gpu_model.py --step [--out FILE] [--rates FILE]
+    python benchmarks/gpu_model.py [--kernels mma] [--rate NAME=VALUE] [--rates FILE] [--out FILE] [NAME ...]
+    python benchmarks/gpu_model.py --step [--rate NAME=VALUE] [--rates FILE] [--out FILE]
 
 Nothing runs on a GPU. Each kernel that the library would launch on an H100 is looked up in the library's
 machine code (sm_90a), and the instructions of its hot path run through a model of one multiprocessor: the
 compiler's schedule, pipes, shared memory, copies, barriers. All rates are in gpu/model/rates.json; measured
-ones should replace them. Every figure is a prediction, useful for comparing two builds, not a measurement.
+ones should replace them. `--rate` changes one, to see what depends on it, and can be repeated. Every figure
+is a prediction, useful for comparing two builds, not a measurement.
 
 The last line gives the predicted time over the limit: the larger of the products' time at 800 TFLOP/s and the
 bytes' time at 3.0 TB/s.
@@ -53,8 +54,6 @@ KERNELS = {"plan": (9, 0), "mma": (8, 0)}
 
 def planned(plans: Any, problem: Problem, kernels: str) -> list[dict[str, Any]]:
     """The launches of a problem on an H100, as planned by the library's launchers."""
-    if problem.backward:
-        kernels = "mma"  # the model does not know the Hopper kernels of the backward
     sizes = {"batch": 1, "heads": problem.heads, "key_heads": problem.heads}
     return plans.attention_launches(
         **sizes,
@@ -165,6 +164,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--step", action="store_true", help="predict a whole training step instead")
     parser.add_argument("--rates", type=Path, default=RATES, help="JSON file with the table of rates")
+    parser.add_argument(
+        "--rate",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="use this value instead of the table's; may be repeated",
+    )
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     arguments = parser.parse_args(argv)
     if unknown := [name for name in arguments.names if name not in names]:
@@ -178,6 +184,14 @@ def main(argv: list[str] | None = None) -> int:
         table = json.loads(arguments.rates.read_text())
     except (OSError, ValueError) as error:
         parser.error(f"{arguments.rates} is not a table of rates: {error}")
+    for change in arguments.rate:
+        name, _, value = change.partition("=")
+        if not isinstance(table.get(name, ""), (int, float)):
+            parser.error(f"--rate {change}: there is no rate {name!r} in {arguments.rates}")
+        try:
+            table[name] = float(value)
+        except ValueError:
+            parser.error(f"--rate {change}: {value!r} is no number")
     rates = {name: value for name, value in table.items() if not isinstance(value, str)}
     if arguments.step and arguments.names:
         parser.error("--step takes no NAME: its problems are those of a training step")

@@ -126,21 +126,62 @@ def test_work_is_divided_as_by_the_launcher():
     """276 tokens: five row blocks per head, alternately three and two per consumer. 1024: two per item."""
     launch = Launch("hopper_forward_kernel<HopperSizes<bf16, 64, 96, 4, true> >", 132, 384, (128, 96), 1)
     work = Work.of(launch, Problem("", 3072, 276, 64), 132)
-    assert (work.tiles, work.parts) == (3, 1)
+    assert (work.tiles, work.parts, work.statistics) == (3, 1, False)
     assert [list(map(len, work.shares(item))) for item in (0, 1)] == [[3, 2], [2, 3]]
     long = Work.of(launch, Problem("", 3072, 1024, 64), 132)
     assert (long.tiles, long.parts, list(map(list, long.shares(5)))) == (11, 8, [[11], [10]])
 
 
-def test_the_model_recognises_the_hopper_kernels(capsys):
+def test_only_the_backward_of_keys_has_statistics_with_its_tiles():
+    problem = Problem("", 3072, 276, 64, backward=True)
+    for by_keys in (False, True):
+        sizes = f"HopperBackwardSizes<bf16, 64, 96, 7, {str(by_keys).lower()}>"
+        launch = Launch(f"hopper_backward_kernel<{sizes} >", 132, 384, (128, 96), 1)
+        work = Work.of(launch, problem, 132)
+        assert (work.consumers, work.columns, work.slots, work.statistics) == (2, 96, 7, by_keys)
+
+
+def test_single_elements_are_stored_where_that_is_usual():
+    """Hopper's kernels store row statistics beside whole vectors: a number by each fourth lane."""
+    kernel = listing(
+        ("@P0 BRA `(.L_x_1)", 5),
+        ("STG.E desc[UR4][R2.64], R4", 1),
+        ".L_x_1",
+        ("STG.E.128 desc[UR4][R2.64], R4", 1),
+        ("EXIT", 5),
+    )
+    assert paths.hottest(kernel, 0, set(), range(3), False) == [0, 2]
+    path = paths.hottest(kernel, 0, set(), range(3), False, elements=True)
+    assert path == [0, 1, 2]
+    weights = [weight for kind, *_, weight, _ in Trace(paths.expand(kernel, path)).code if kind == "store"]
+    assert weights == [0.25, 4]
+
+
+@pytest.mark.parametrize("problem", ["forward_276x64", "backward_276x64"])
+def test_the_model_recognises_the_hopper_kernels(capsys, problem):
     """On the built library: its loops, barriers and copies match the model's tables."""
     plans = _library.introspection()
     if plans is None or not plans.build_facts()["has_cuda"]:
         absent("this build of pmf has no CUDA kernels to read")
     if tool("nvdisasm") is None or tool("cuobjdump") is None:
         absent("there is no nvdisasm or no cuobjdump to read machine code with")
-    assert main(["forward_276x64"]) == 0
-    assert "hopper_forward_kernel" in capsys.readouterr().out
+    assert main([problem]) == 0
+    kernel = f"hopper_{problem.split('_')[0]}_kernel"
+    assert all(kernel in line for line in capsys.readouterr().out.splitlines() if "blocks" in line)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("queue=4", "no rate 'queue'"),
+        ("wgmma=4", "no rate 'wgmma'"),
+        ("wgmma_queue=x", "'x' is no number"),
+    ],
+)
+def test_a_rate_that_does_not_exist_is_one_sentence(capsys, change, message):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--rate", change])
+    assert message in capsys.readouterr().err
 
 
 def test_an_unknown_problem_is_one_sentence(capsys, tmp_path):
@@ -172,14 +213,22 @@ def test_the_documentation_shows_the_recorded_shares_of_a_step():
 
 
 def test_the_documentation_shows_the_recorded_predictions():
+    """The columns of its table are records, some of which have another rate."""
+    columns = {
+        "gpu_model_h100_mma": {},
+        "gpu_model_h100": {},
+        "gpu_model_h100_queue_64": {"wgmma_queue": 64},
+        "gpu_model_h100_ahead_0": {"ahead_bytes": 0},
+    }
     shown = re.findall(
-        r"^\| (forward|forward \+ JVP|backward|backward through both) (\d+x\d+) \| ([\d.]+) \| ([\d.]+) \|",
+        r"^\| (forward|forward \+ JVP|backward|backward through both) (\d+x\d+) \|" + r" ([\d.]+) \|" * 4,
         PAGE.read_text(),
         re.MULTILINE,
     )
     names = {"forward": "forward", "forward + JVP": "jvp", "backward": "backward"}
-    for column, record in ((2, "gpu_model_h100_mma"), (3, "gpu_model_h100")):
-        rows = json.loads((PREDICTIONS / f"{record}.json").read_text())["rows"]
-        recorded = {row["problem"]: row["predicted_over_limit"] for row in rows}
+    for column, (record, changed) in enumerate(columns.items(), 2):
+        recorded = json.loads((PREDICTIONS / f"{record}.json").read_text())
+        assert recorded["rates"] == json.loads(RATES.read_text()) | changed
+        expected = {row["problem"]: row["predicted_over_limit"] for row in recorded["rows"]}
         found = {f"{names.get(row[0], 'both')}_{row[1]}": float(row[column]) for row in shown}
-        assert found == {name: round(value, 2) for name, value in recorded.items()}
+        assert found == {name: round(value, 2) for name, value in expected.items()}

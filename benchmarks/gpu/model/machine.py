@@ -73,7 +73,9 @@ def _weight(each: Instruction) -> float:
     if each.kind == "fma" and each.name == "IMAD" and "MOV" not in each.opcode:
         return 2
     if each.kind in ("shared", "load", "store"):
-        return 4 if ".128" in each.opcode else 2 if ".64" in each.opcode else 1
+        # Of single elements in memory, one lane of four has one: a number for each row of a fragment.
+        single = 1 if each.kind == "shared" else 0.25
+        return 4 if ".128" in each.opcode else 2 if ".64" in each.opcode else single
     return 1
 
 
@@ -228,7 +230,7 @@ class Multiprocessor:
                         memory = max(memory, now) + weight * rates["shared_row_cycles"]
                         done = memory + latency[kind]
                     elif kind == "copy":
-                        channel = max(channel, now) + WARP_COPY_BYTES / self.copy_rate
+                        channel = max(channel, now - self.ahead) + WARP_COPY_BYTES / self.copy_rate
                         warp.last = max(channel, now + latency["global"])
                         done = now + latency["shared"]
                     elif kind in ("load", "store"):

@@ -1,7 +1,8 @@
 """The path that a warp takes through a kernel in the usual case: aligned tensors, no mask.
 
 The code does not say which branches are taken. The hot path is the one with the most products, then with the
-most copies (or the fewest, between copies), then without element-by-element accesses, then the shortest.
+most copies (or the fewest, between copies), then without element-by-element accesses, unless these are usual,
+then with the most stores, then the shortest.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ def hides(block: list[Instruction]) -> bool:
     return any(each.name == "FSEL" and "-INF" in each.text for each in block)
 
 
-def _score(copying: bool, hiding: bool) -> Callable[[list[Instruction]], Score]:
+def _score(copying: bool, hiding: bool, elements: bool) -> Callable[[list[Instruction]], Score]:
     def score(block: list[Instruction]) -> Score:
         kinds = [each.kind for each in block]
         copies = kinds.count("copy") * (1 if copying else -1)
         slow = sum(each.kind in ("load", "store") and ".128" not in each.opcode for each in block)
         slow += sum(each.name == "STS" for each in block)
+        slow *= not elements
         products = kinds.count("hmma") + kinds.count("wgmma") + kinds.count("box")
         return products, hiding * hides(block), copies, -slow, kinds.count("store"), -len(block)
 
@@ -31,10 +33,19 @@ def _score(copying: bool, hiding: bool) -> Callable[[list[Instruction]], Score]:
 
 
 def hottest(
-    kernel: Kernel, start: int, ends: set[int], within: Iterable[int], copying: bool, hiding: bool = False
+    kernel: Kernel,
+    start: int,
+    ends: set[int],
+    within: Iterable[int],
+    copying: bool,
+    hiding: bool = False,
+    elements: bool = False,
 ) -> list[int]:
-    """Blocks from start to the one before any of `ends`, or to the kernel's exit if `ends` is empty."""
-    allowed, score = set(within), _score(copying, hiding)
+    """Blocks from start to the one before any of `ends`, or to the kernel's exit if `ends` is empty.
+
+    `elements`: whether single elements are usually loaded and stored too.
+    """
+    allowed, score = set(within), _score(copying, hiding, elements)
     best: dict[int, tuple[Score, int | None] | None] = {}
     order: list[int] = []
     seen = {start}
