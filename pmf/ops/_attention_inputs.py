@@ -1,11 +1,11 @@
 """Arguments of the attention functions: validation, broadcasting, and the kernels' options."""
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pmf.arguments import is_number, is_whole
 from pmf.reference.attention import Window, same_sequence
 
 from ._subclasses import kind_of
@@ -27,13 +27,21 @@ MAX_WIDTH = 256
 def sides(op: str, window: Any) -> tuple[int | None, int | None]:
     """A window's left and right; None means no limit."""
     fits = isinstance(window, (tuple, list)) and len(window) == 2
-    if not fits or any(x is not None and (isinstance(x, (bool, float)) or x < -1) for x in window):
+    if not fits or not all(x is None or (_is_count(x) and x >= -1) for x in window):
         raise ValueError(
             f"{op}: window must be (left, right), numbers of keys from 0 on, or -1 or None for no limit, "
             f"got {window}"
         )
-    left, right = (None if x is None or x == -1 else x for x in window)
+    left, right = (None if x is None or x == -1 or x >= _FAR else x for x in window)
     return left, right
+
+
+_FAR = 1 << 62
+"""Beyond every key."""
+
+
+def _is_count(x: Any) -> bool:
+    return is_whole(x) or isinstance(x, torch.SymInt)
 
 
 def scale_of(op: str, scale: Any, width: int) -> float:
@@ -42,8 +50,8 @@ def scale_of(op: str, scale: Any, width: int) -> float:
         return width**-0.5
     if isinstance(scale, Tensor):
         raise TypeError(f"{op}: scale must be a number, got a tensor: multiply query by it instead")
-    if not torch.compiler.is_compiling() and not math.isfinite(scale):
-        raise ValueError(f"{op}: scale must be a finite number, got {scale}")
+    if not torch.compiler.is_compiling() and not is_number(scale):
+        raise ValueError(f"{op}: scale must be a finite number, got {scale!r}")
     return float(scale)
 
 

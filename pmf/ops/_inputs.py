@@ -1,11 +1,42 @@
 """Argument handling before a kernel: autocast, and absent tangents."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["autocast_matmul", "autocast_widest", "check_tangents", "is_differentiable", "zeros"]
+from pmf.arguments import as_plain, require_number
+
+__all__ = [
+    "autocast_matmul",
+    "autocast_widest",
+    "check_constant",
+    "check_flags",
+    "check_tangents",
+    "is_differentiable",
+    "zeros",
+]
+
+
+def check_constant(op: str, name: str, value: Any) -> None:
+    """Raise unless a value is a number of at least 0: a tensor's gradient and tangent would be lost."""
+    if (type(value) is float and 0 <= value < math.inf) or torch.compiler.is_compiling():
+        return
+    if isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a number, got a tensor")
+    require_number(f"{op}: {name}", value, at_least=0)
+
+
+def check_flags(op: str, **flags: Any) -> None:
+    """Raise TypeError for the first value that is not True or False: any text would count as True."""
+    for name, value in flags.items():
+        if value is True or value is False or isinstance(value, torch.SymBool):
+            continue
+        if not torch.compiler.is_compiling() and (
+            isinstance(value, Tensor) or type(as_plain(value)) is not bool
+        ):
+            raise TypeError(f"{op}: {name} must be True or False, got {value!r}")
 
 
 def autocast_matmul(*tensors: Any) -> tuple[Any, ...]:
@@ -41,6 +72,7 @@ def check_tangents(
     Raises ValueError unless each tangent of (name, value, tangent) has its value's shape, or all tangents
     cover the same first n samples and are detached if autograd would record the op.
     """
+    check_flags(op, detach_tangent=detach_tangent)
     given = [(name, value, tangent) for name, value, tangent in pairs if tangent is not None]
     counts = [tangent.shape[:1] for _, _, tangent in given]  # not a set: torch.compile would specialise on it
     fewer = False

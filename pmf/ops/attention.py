@@ -12,7 +12,7 @@ from pmf.reference.attention import Window
 from ._attention_inputs import Options, causal_bias, make_plan, sides
 from ._autograd import Gradients, JvpFunction, KernelFunction, detached, pick, reference_gradients
 from ._dispatch import call, plain, register
-from ._inputs import autocast_matmul, check_tangents, is_differentiable
+from ._inputs import autocast_matmul, check_flags, check_tangents, is_differentiable
 from ._plain import in_float32
 from ._subclasses import operation
 
@@ -73,6 +73,7 @@ def attention(
     """
     if dropout_p != 0.0:
         raise ValueError(f"attention: dropout_p must be 0, because dropout is not supported, got {dropout_p}")
+    check_flags("attention", is_causal=is_causal, enable_gqa=enable_gqa, return_lse=return_lse)
     attn_mask, is_causal = causal_bias(attn_mask, is_causal, query, key)
     query, key, value = autocast_matmul(query, key, value)
     left, right = sides("attention", window)
@@ -117,6 +118,7 @@ def attention_jvp(
 
     Raises like `attention`. The running pivot that keeps tO accurate was developed for this library.
     """
+    check_flags("attention_jvp", is_causal=is_causal, enable_gqa=enable_gqa, return_lse=return_lse)
     attn_mask, is_causal = causal_bias(attn_mask, is_causal, query, key)
     query, key, value, query_t, key_t, value_t = autocast_matmul(query, key, value, query_t, key_t, value_t)
     count = check_tangents(

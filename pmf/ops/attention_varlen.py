@@ -11,7 +11,7 @@ from pmf import _library
 
 from ._attention_inputs import Options, check_tensors, scale_of, sides
 from ._dispatch import call
-from ._inputs import autocast_matmul, check_tangents
+from ._inputs import autocast_matmul, check_flags, check_tangents
 from ._subclasses import operation
 from .attention import Window
 
@@ -48,6 +48,7 @@ def attention_varlen(
 
     Raises ValueError if shapes, dtypes or offsets do not fit.
     """
+    check_flags("attention_varlen", is_causal=is_causal, enable_gqa=enable_gqa, return_lse=return_lse)
     query, key, value = autocast_matmul(query, key, value)
     options = _options(query, key, value, cu_seqlens_q, cu_seqlens_k, is_causal, scale, enable_gqa, window)
     args = (*map(_four, (query, key, value)), *options)
@@ -79,6 +80,7 @@ def attention_varlen_jvp(
 
     Raises like `attention_varlen`.
     """
+    check_flags("attention_varlen_jvp", is_causal=is_causal, enable_gqa=enable_gqa, return_lse=return_lse)
     given = autocast_matmul(query, key, value, query_t, key_t, value_t)
     query, key, value, query_t, key_t, value_t = given
     options = _options(query, key, value, cu_seqlens_q, cu_seqlens_k, is_causal, scale, enable_gqa, window)

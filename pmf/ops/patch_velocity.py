@@ -9,7 +9,7 @@ from pmf import reference
 
 from ._autograd import Gradients, JvpFunction, KernelFunction, detached, reference_gradients
 from ._dispatch import call, register
-from ._inputs import check_tangents, zeros
+from ._inputs import check_constant, check_tangents, zeros
 from ._plain import in_float32
 from ._subclasses import operation
 
@@ -37,6 +37,7 @@ def patch_velocity(tokens: Tensor, images: Tensor, t: Tensor, floor: float = 0.0
     RuntimeError: use `patch_velocity_jvp`. Source: Lu et al., "One-step Latent-free Image Generation with
     Pixel Mean Flows" (2026).
     """
+    check_constant("patch_velocity", "floor", floor)
     return call("patch_velocity", tokens, images, _times(t, tokens), floor)
 
 
@@ -64,6 +65,7 @@ def patch_velocity_jvp(
 
     Returns (v, tv), tv for n samples. Both outputs are differentiable unless detached.
     """
+    check_constant("patch_velocity_jvp", "floor", floor)
     pairs = [("tokens_t", tokens, tokens_t), ("images_t", images, images_t)]
     count = check_tangents("patch_velocity_jvp", pairs, detach_tangent, (t, t_t))
     if count is None:

@@ -9,7 +9,7 @@ from pmf import reference
 
 from ._autograd import Gradients, JvpFunction, KernelFunction, detached
 from ._dispatch import call, register
-from ._inputs import autocast_widest, check_tangents, zeros
+from ._inputs import autocast_widest, check_constant, check_tangents, zeros
 from ._plain import in_float32
 from ._subclasses import operation
 
@@ -35,6 +35,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     raises RuntimeError: use `rms_norm_jvp`. Source: Zhang and Sennrich, "Root Mean Square Layer
     Normalization" (2019).
     """
+    check_constant("rms_norm", "eps", eps)
     x, weight = autocast_widest(1, x, weight)
     return call("rms_norm", x, weight, eps)
 
@@ -62,6 +63,7 @@ def rms_norm_jvp(
 
     Returns (y, ty), ty for n samples. Both outputs are differentiable unless detached.
     """
+    check_constant("rms_norm_jvp", "eps", eps)
     x, weight, x_t, weight_t = autocast_widest(1, x, weight, x_t, weight_t)
     check_tangents("rms_norm_jvp", [("x_t", x, x_t)], detach_tangent, (weight, weight_t))
     if x_t is None:

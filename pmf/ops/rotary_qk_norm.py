@@ -9,7 +9,7 @@ from pmf import reference
 
 from ._autograd import Gradients, JvpFunction, KernelFunction, detached
 from ._dispatch import call, register
-from ._inputs import autocast_widest, check_tangents, zeros
+from ._inputs import autocast_widest, check_constant, check_tangents, zeros
 from ._plain import in_float32
 from ._subclasses import operation
 
@@ -53,6 +53,7 @@ def rotary_qk_norm(
     raises RuntimeError: use `rotary_qk_norm_jvp`. Source: Su et al., "RoFormer" (2021); per-head norms:
     Henry et al. (2020).
     """
+    check_constant("rotary_qk_norm", "eps", eps)
     query, key, query_weight, key_weight = autocast_widest(2, query, key, query_weight, key_weight)
     return call("rotary_qk_norm", query, key, query_weight, key_weight, cos, sin, eps)
 
@@ -81,6 +82,7 @@ def rotary_qk_norm_jvp(
 
     Returns (query, key, query_t, key_t), the tangents for n samples. All are differentiable unless detached.
     """
+    check_constant("rotary_qk_norm_jvp", "eps", eps)
     query, key, query_weight, key_weight, query_t, key_t = autocast_widest(
         2, query, key, query_weight, key_weight, query_t, key_t
     )

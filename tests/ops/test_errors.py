@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -29,6 +30,39 @@ CASES = {
     "attention: scale nan": (
         lambda: ops.attention(Q, Q, Q, scale=float("nan")),
         "scale must be a finite number",
+    ),
+    "attention: scale text": (lambda: ops.attention(Q, Q, Q, scale=".1"), "a finite number, got '.1'"),
+    "attention: causal": (lambda: ops.attention(Q, Q, Q, is_causal="no"), "is_causal must be True or False"),
+    "attention: causal tensor": (
+        lambda: ops.attention(Q, Q, Q, is_causal=torch.tensor(True)),
+        "is_causal must be True or False",
+    ),
+    "attention_jvp: gqa": (
+        lambda: ops.attention_jvp(Q, Q, Q, Q, Q, Q, enable_gqa="no"),
+        "enable_gqa must be True or False, got 'no'",
+    ),
+    "attention: lse": (lambda: ops.attention(Q, Q, Q, return_lse=1), "return_lse must be True or False"),
+    "attention: window": (lambda: ops.attention(Q, Q, Q, window=("a", 1)), "window must be (left, right)"),
+    "swiglu_jvp: detach": (
+        lambda: ops.swiglu_jvp(X, X, X, X, detach_tangent="no"),
+        "detach_tangent must be True or False",
+    ),
+    "rms_norm: eps tensor": (
+        lambda: ops.rms_norm(X, zeros(4), torch.ones((), requires_grad=True)),
+        "eps must be a number, got a tensor",
+    ),
+    "rms_norm_jvp: eps": (
+        lambda: ops.rms_norm_jvp(X, zeros(4), X, eps=-1.0),
+        "eps must be a finite number, at least 0, got -1.0",
+    ),
+    "rms_norm: no eps": (lambda: ops.rms_norm(X, zeros(4), None), "eps must be a finite number"),
+    "rotary_qk_norm: eps": (
+        lambda: ops.rotary_qk_norm(Q, Q, zeros(8), zeros(8), zeros(5, 4), zeros(5, 4), float("nan")),
+        "eps must be a finite number",
+    ),
+    "patch_velocity: floor": (
+        lambda: ops.patch_velocity(zeros(2, 4, 48), IMAGES, zeros(2), torch.ones(())),
+        "floor must be a number, got a tensor",
     ),
     "attention: integers": (lambda: ops.attention(*[Q.long()] * 3), "must be floating-point"),
     "attention: batches differ": (lambda: ops.attention(Q, *[zeros(3, 4, 5, 8)] * 2), "must broadcast"),
@@ -84,6 +118,13 @@ def test_one_sentence_that_names_the_argument(name):
         call()
     message = str(caught.value)
     assert message.startswith(name.split(":")[0].removesuffix("_jvp")) and "\n" not in message
+
+
+def test_numbers_of_other_types_and_windows_beyond_every_key():
+    flags = {"is_causal": np.bool_(False), "window": (np.int64(1), 1 << 70), "scale": np.float32(0.5)}
+    query = torch.randn(1, 1, 3, 4)
+    found = ops.attention(query, query, query, **flags)
+    assert torch.equal(found, ops.attention(query, query, query, window=(1, None), scale=0.5))
 
 
 def test_fewer_tangents_than_samples_cannot_be_trained_through():
