@@ -1,8 +1,10 @@
 """The training run: budget, log, sample grids, checkpoints, resuming and clean stops."""
 
 import contextlib
+import fcntl
 import json
 import math
+import os
 import resource
 import shutil
 import threading
@@ -129,6 +131,7 @@ class Run:
         try:
             with (
                 self._files(),
+                self._alone(),
                 self._progress_bar() as bar,
                 catch_stop_signals(twice=self.ranks.size == 1) as stop,
             ):
@@ -323,6 +326,35 @@ class Run:
             raise UserError(
                 f"cannot write {name}: {error.strerror or error}; {self._last_checkpoint()}"
             ) from error
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other processes from writing to the run folder; UserError on every rank if one does."""
+        folder = None if self.out is None or not self.ranks.first else self.out
+
+        def lock() -> int | None:
+            if folder is None:
+                return None
+            with self._files():  # on every rank
+                folder.mkdir(parents=True, exist_ok=True)
+                handle = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                os.close(handle)
+                raise UserError(
+                    f"another process trains in {folder}: wait for it, or give another --out"
+                ) from error
+            except OSError:  # a file system without locks
+                pass
+            return handle
+
+        handle = self.ranks.together(lock)
+        try:
+            yield
+        finally:
+            if handle is not None:
+                os.close(handle)
 
     def _progress_bar(self) -> "tqdm[None]":
         return tqdm(

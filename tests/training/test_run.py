@@ -1,7 +1,9 @@
 """Whole runs: bitwise resuming, diverging losses, and the contents of a run folder."""
 
+import fcntl
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -167,6 +169,19 @@ def test_a_changed_precision_reaches_the_optimizer_when_resuming(tmp_path: Path,
     train(tiny(steps=1, precision="bf16"), tmp_path)
     trainer = prepare(resume_config(tmp_path, {"precision": "fp32"}), resume_from=tmp_path)
     assert [group["compute_dtype"] for group in trainer.optimizer.param_groups] == [None, None]
+
+
+def test_a_folder_in_which_another_process_trains(tmp_path: Path, tiny: Tiny) -> None:
+    """Their checkpoints would take turns."""
+    handle = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with pytest.raises(
+        UserError, match=f"another process trains in {tmp_path}: wait for it, or give another"
+    ):
+        train(tiny(steps=1), tmp_path)
+    assert not any(tmp_path.iterdir())
+    os.close(handle)
+    train(tiny(steps=1), tmp_path)
 
 
 def test_a_checkpoint_is_not_a_run_to_resume(tmp_path: Path, tiny: Tiny) -> None:
