@@ -16,16 +16,17 @@ from pmf import _library
 
 STALL = 41
 """The bit of an instruction's upper half where its schedule begins."""
+NO_SCOREBOARDS = 7 << 5 | 7 << 8
 
 
-def listing(*lines: tuple[str, int] | str) -> Kernel:
-    """A kernel as nvdisasm prints it: instructions with their stalls, and labels."""
+def listing(*lines: tuple[str, int] | tuple[str, int, int] | str) -> Kernel:
+    """A kernel as nvdisasm prints it: instructions with their stalls and scoreboards (none), and labels."""
     text, address = ".text._Z1kv:\n", 0
     for line in lines:
         if isinstance(line, str):
             text += f"{line}:\n"
             continue
-        upper = (line[1] | 7 << 5 | 7 << 8) << STALL
+        upper = (line[1] | (line[2] if len(line) > 2 else NO_SCOREBOARDS)) << STALL
         text += f"        /*{address:04x}*/    {line[0]} ;  /* 0x{0:016x} */\n"
         text += f"                 /* 0x{upper:016x} */\n"
         address += 16
@@ -70,6 +71,17 @@ def test_warps_of_a_scheduler_share_its_tensor_core(warps, sharing, over):
     bound = 100 * sharing * RATES_HERE["hmma_cycles"]
     assert bound * 0.95 <= cycles(LOOP, warps) <= bound * over + 100
     assert cycles(LOOP, warps, hmma_cycles=64.0) >= 9 * bound
+
+
+@pytest.mark.parametrize(("scoreboards", "until"), [(7 << 5, 0.02), (7 << 8, 1)])
+def test_a_load_has_its_operands_long_before_its_result(scoreboards, until):
+    """The next instruction waits for the scoreboard that the load frees, or for the one that it sets."""
+    kernel = listing(
+        ("LDG.E R4, [R2.64]", 1, scoreboards), ("IADD3 R2, R2, R4, RZ", 1, NO_SCOREBOARDS | 1 << 11)
+    )
+    ended = Multiprocessor([[Trace(kernel.blocks[0])]], 1, 1, RATES_HERE, 16.0).ends()[-1]
+    waited = ended - RATES_HERE["launch_cycles"]
+    assert waited == pytest.approx(until * RATES_HERE["global_latency"], abs=45)
 
 
 GROUPS_OF_PRODUCTS = listing(

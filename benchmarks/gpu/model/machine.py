@@ -281,7 +281,8 @@ class Multiprocessor:
                     if sets != NO_SCOREBOARD and done > warp.release[sets]:
                         warp.release[sets] = done
                     if frees != NO_SCOREBOARD:
-                        freed = now + (done - now) / 2
+                        # Operands are read long before memory answers.
+                        freed = now + (latency["shared"] if kind == "load" else done - now) / 2
                         if freed > warp.release[frees]:
                             warp.release[frees] = freed
                     warp.ready = now + stall

@@ -50,7 +50,7 @@ bool hopper_backward(const AttentionBackwardParams& params, void* stream, const 
   const AttentionShape& s = params.shape;
   const HopperBackwardKernel* const kernel = kernels_of(params);
   if (kernel == nullptr || s.width != s.value_width || params.grad_t.data != nullptr ||
-      !hopper_runs(kernel->shared_bytes, s)) {
+      params.scale <= 0 || !hopper_runs(kernel->shared_bytes, s)) {
     return false;
   }
   HopperBackward launches[2];

@@ -29,7 +29,9 @@
 namespace pmf::cuda {
 
 constexpr int kBackwardSides = 2;
-constexpr float kLargestKnown = 4194304.0f;  // below it, fp32 numbers are at most 1/4 apart
+// Of |lse| in base 2. The queries' launch does not round scores times the factor, the keys' launch
+// does: up to here, weights differ by at most 2e-4.
+constexpr float kLargestKnown = 4096.0f;
 
 // The parameters of either launch.
 struct HopperBackward {
@@ -165,29 +167,57 @@ struct HopperBackwardUnit {
 
   // For queries only, as in attention_backward_queries.
   MovingMean state;
-  float sum[2], residue[2];  // of the rounded rows of e and H: l and r
-  bool searches;             // for the maximum; otherwise lse replaces it
+  float sums[4];   // of the rounded rows of e and H: l and r of row g, then of row g + 8
+  float known[2];  // lse
+  float moved[2];  // c times the gradient of lse
+  bool searches;   // for the maximum; otherwise lse replaces it
 
   __device__ void reset() {
     clear(x);
     clear(y);
-    state = MovingMean();
-    sum[0] = sum[1] = residue[0] = residue[1] = 0.0f;
+    for (float& each : sums) each = 0.0f;
   }
-  // `row`: row g of the lane. lse, which exceeds the maximum by at most log(Nk), takes its place,
-  // so no tile requires rescaling. If the rounding of lse may exceed 1/4, or lse is not finite, the
-  // maximum is found tile by tile, as in the other kernels.
-  __device__ void expect(const HopperBackward& p, const HopperItem& here, int row) {
+  // `row`: row g of the lane.
+  __device__ void look_up(const HopperBackward& p, const HopperItem& here, int row) {
+    if constexpr (C::kByKeys) return;
     const float* const lse = p.lse + (int64_t(here.batch) * p.heads + here.head) * p.rows;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) known[h] = row + 8 * h < p.rows ? lse[row + 8 * h] : 0.0f;
+  }
+  // lse, which exceeds the maximum by at most log(Nk), takes its place, so no tile requires
+  // rescaling. If lse is large or not finite, the maximum is found tile by tile, as in the other
+  // kernels.
+  __device__ void expect() {
+    if constexpr (C::kByKeys) return;
+    state = MovingMean();
     searches = false;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      state.top[h] = row + 8 * h < p.rows ? kLog2eFloat * lse[row + 8 * h] : 0.0f;
-      state.shrink[h] = 1.0f;
+      state.top[h] = kLog2eFloat * known[h];
       searches = searches || !(fabsf(state.top[h]) <= kLargestKnown);
     }
     searches = any_lane(searches);
     if (searches) state.top[0] = state.top[1] = -INFINITY;
+  }
+
+  // After the last tile, as in attention_backward_queries. `row`: row g of the lane.
+  __device__ void store_statistics(const HopperBackward& p, const HopperItem& here, int row,
+                                   int lane) {
+    if constexpr (C::kByKeys) return;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int query = row + 8 * h;
+      const bool exists = query < p.rows, nothing = state.mass[h] == 0.0f || !exists;
+      moved[h] = 0.0f;
+      if (p.grad_lse != nullptr && exists) {
+        const int64_t head = int64_t(here.batch) * p.heads + here.head;
+        moved[h] = p.scale * p.grad_lse[head * p.rows + query];
+      }
+      if ((lane & 3) != 0) continue;
+      statistics_of(p, here, kTop)[query] = nothing ? INFINITY : state.top[h];
+      statistics_of(p, here, kWeight)[query] = nothing ? 0.0f : rcp_approx(state.mass[h]);
+      statistics_of(p, here, kD)[query] = nothing ? 0.0f : state.mean[h] - moved[h];
+    }
   }
 
   // Keep the compiler from moving accesses to these registers across (see hold()).
@@ -216,26 +246,33 @@ struct HopperBackwardUnit {
       wgmma_down<C, 0>(y, derivatives[i], tile, i);
     }
   }
+  // Sums the tile's rows by products with ones: two chains, as each product waits for its
+  // predecessor.
+  __device__ void add_up(int lane) {
+    if constexpr (C::kByKeys) return;
+    float others[4] = {};
+#pragma unroll
+    for (int i = 0; i < C::kDepths; ++i) {
+      add_row_sums<E>(i % 2 == 0 ? sums : others, weights[i], derivatives[i], lane);
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sums[e] += others[e];
+  }
 
   // Turns S and B of tile j into e and H, or into P^T and dS^T.
   __device__ void differentiate(const HopperBackward& p, int j, const float* statistics, int lane) {
     const int column = 2 * (lane & 3);
-#pragma unroll
-    for (int n = 0; n < C::kTiles; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) s[n][e] *= p.factor;
-    }
     if constexpr (!C::kByKeys) {
       if (j + 1 == p.tiles) hide(column, p.columns - j * C::kColumns);
-      // Two calls of advance(), so that the common path can finish before the caller's next wait.
+      // Two calls of weigh(), so that the common path can finish before the caller's next wait.
       if (searches) {
-        raise(state, s);
-        advance(state, s, b, p.scale);
+        search(p);
       } else {
-        advance(state, s, b, p.scale);
+        weigh(p, [&](float x, int h) { return fmaf(x, p.factor, -state.top[h]); });
       }
       return;
     }
+    multiply_by_factor(p);
     const auto pair = [&](int which, int n) {
       return *reinterpret_cast<const float2*>(statistics + which * C::kColumns + 8 * n + column);
     };
@@ -254,41 +291,22 @@ struct HopperBackwardUnit {
   // Adapts the sums to the next tile; pack() then converts its factors.
   __device__ void follow_mean() {
     if constexpr (!C::kByKeys) {
-      if (searches) {
-        follow(state, x, y);
-      } else {
 #pragma unroll
-        for (int n = 0; n < C::kOutTiles; ++n) {
+      for (int n = 0; n < C::kOutTiles; ++n) {
 #pragma unroll
-          for (int e = 0; e < 4; ++e) y[n][e] = fmaf(-state.delta[e / 2], x[n][e], y[n][e]);
-        }
+        for (int e = 0; e < 4; ++e) y[n][e] = fmaf(-state.delta[e / 2], x[n][e], y[n][e]);
       }
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        sum[h] *= state.shrink[h];
-        residue[h] = fmaf(-state.delta[h], sum[h], residue[h] * state.shrink[h]);
+        sums[2 * h + 1] = fmaf(-state.delta[h], sums[2 * h], sums[2 * h + 1]);
       }
     }
   }
-  // Sums the tile's rows by products with ones: four chains, as each product waits for its
-  // predecessor.
   __device__ void pack() {
-    float l[2][4] = {}, r[2][4] = {};
 #pragma unroll
     for (int i = 0; i < C::kDepths; ++i) {
       weights[i] = E::pack_a(s + 2 * i);
       derivatives[i] = E::pack_a(b + 2 * i);
-      if constexpr (!C::kByKeys) {
-        E::multiply(l[i % 2], weights[i], E::ones(true));
-        E::multiply(r[i % 2], derivatives[i], E::ones(true));
-      }
-    }
-    if constexpr (!C::kByKeys) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        sum[h] += l[0][2 * h] + l[1][2 * h];
-        residue[h] += r[0][2 * h] + r[1][2 * h];
-      }
     }
   }
 
@@ -299,12 +317,75 @@ struct HopperBackwardUnit {
       store_gradient<T>(x, p.gradient[0], here, row, p.rows, lane);
       store_gradient<T>(y, p.gradient[1], here, row, p.rows, lane);
     } else {
-      finish_queries(p, here, row, lane);
+      finish_queries();
       store_gradient<T>(y, p.gradient[0], here, row, p.rows, lane);
     }
   }
 
  private:
+  __device__ void multiply_by_factor(const HopperBackward& p) {
+#pragma unroll
+    for (int n = 0; n < C::kTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[n][e] *= p.factor;
+    }
+  }
+  // As weigh(), but searches for the maximum first; the sums are rescaled once they are complete.
+  __device__ void search(const HopperBackward& p) {
+    wgmma_wait<0>();
+    hold_results();
+    multiply_by_factor(p);
+    raise(state, s);
+    float base[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      base[h] = state.top[h] == -INFINITY ? 0.0f : state.top[h];
+      state.mass[h] *= state.shrink[h];
+      sums[2 * h] *= state.shrink[h], sums[2 * h + 1] *= state.shrink[h];
+#pragma unroll
+      for (int n = 0; n < C::kOutTiles; ++n) {
+#pragma unroll
+        for (int e = 2 * h; e < 2 * h + 2; ++e) {
+          x[n][e] *= state.shrink[h], y[n][e] *= state.shrink[h];
+        }
+      }
+    }
+    weigh(p, [&](float x, int h) { return x - base[h]; });
+  }
+  // Turns S into e, given its exponents, and B into H. D comes from sums of e B: their rounding
+  // errors shift all of a row's H alike, and finish_queries() removes that.
+  template <class Exponent>
+  __device__ void weigh(const HopperBackward& p, Exponent exponent) {
+    float mass[4] = {}, moments[4] = {};
+#pragma unroll
+    for (int n = 0; n < C::kTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        s[n][e] = exp2_approx(exponent(s[n][e], e / 2));
+        mass[e] += s[n][e];
+        moments[e] = fmaf(s[n][e], b[n][e], moments[e]);
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float before = state.mass[h];
+      state.mass[h] = before + quad_sum(mass[2 * h] + mass[2 * h + 1]);
+      const float moment = p.scale * quad_sum(moments[2 * h] + moments[2 * h + 1]);
+      const float mean = state.mass[h] == 0.0f
+                             ? 0.0f
+                             : fmaf(state.mean[h], before, moment) * rcp_approx(state.mass[h]);
+      state.delta[h] = mean - state.mean[h];
+      state.mean[h] = mean;
+    }
+#pragma unroll
+    for (int n = 0; n < C::kTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        b[n][e] = s[n][e] * fmaf(p.scale, b[n][e], -state.mean[e / 2]);
+      }
+    }
+  }
+
   // Masks the tile's keys from `left` on; `column`: the lane's first column.
   __device__ void hide(int column, int left) {
 #pragma unroll
@@ -319,30 +400,17 @@ struct HopperBackwardUnit {
     }
   }
 
-  // As in attention_backward_queries: writes the row statistics and turns Z into the gradient.
-  __device__ void finish_queries(const HopperBackward& p, const HopperItem& here, int query,
-                                 int lane) {
+  // As in attention_backward_queries: turns Z into the gradient.
+  __device__ void finish_queries() {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int row = query + 8 * h;
-      const bool exists = row < p.rows, nothing = state.mass[h] == 0.0f || !exists;
-      float moved = 0.0f;  // c times the gradient of lse
-      if (p.grad_lse != nullptr && exists) {
-        const int64_t head = int64_t(here.batch) * p.heads + here.head;
-        moved = p.scale * p.grad_lse[head * p.rows + row];
-      }
-      if ((lane & 3) == 0) {
-        statistics_of(p, here, kTop)[row] = nothing ? INFINITY : state.top[h];
-        statistics_of(p, here, kWeight)[row] = nothing ? 0.0f : rcp_approx(state.mass[h]);
-        statistics_of(p, here, kD)[row] = nothing ? 0.0f : state.mean[h] - moved;
-      }
-      const float share = sum[h] == 0.0f ? 0.0f : rcp_approx(sum[h]);
-      const float back = fmaf(-residue[h], share, moved);
+      const float l = sums[2 * h], r = sums[2 * h + 1], share = rcp_approx(l);
+      const float back = fmaf(-r, share, moved[h]);
 #pragma unroll
       for (int n = 0; n < C::kOutTiles; ++n) {
 #pragma unroll
         for (int e = 2 * h; e < 2 * h + 2; ++e) {
-          y[n][e] = nothing ? 0.0f : share * fmaf(back, x[n][e], y[n][e]);
+          y[n][e] = l == 0.0f ? 0.0f : share * fmaf(back, x[n][e], y[n][e]);
         }
       }
     }
@@ -375,7 +443,7 @@ __device__ inline void consume(const HopperBackward& p, const HopperBackwardPlac
       const int row = (here.first + share.turn + r * C::kConsumers) * kRowBlock +
                       thread / kWarpThreads * 16 + (lane >> 2);
       unit.reset();
-      if constexpr (!C::kByKeys) unit.expect(p, here, row);
+      unit.look_up(p, here, row);
       mbarrier_wait(at.rows_full(c), rows_parity);
       mbarrier_wait(at.full(place.slot), place.parity);
       unit.hold_scores();
@@ -385,8 +453,8 @@ __device__ inline void consume(const HopperBackward& p, const HopperBackwardPlac
       wgmma_wait<0>();
       unit.hold_scores();
       if (p.tiles == 1) release(at.rows_empty(c));
+      unit.expect();
       unit.differentiate(p, 0, at.statistics(place.slot), lane);
-      unit.follow_mean();
       unit.pack();
 #pragma unroll 1
       for (int j = 1; j < p.tiles; ++j) {
@@ -400,6 +468,7 @@ __device__ inline void consume(const HopperBackward& p, const HopperBackwardPlac
         wgmma_fence();
         unit.multiply_results(at.tile(place.slot));
         wgmma_commit();
+        unit.add_up(lane);
         wgmma_wait<1>();
         unit.hold_scores();
         if (j + 1 == p.tiles) release(at.rows_empty(c));
@@ -417,10 +486,12 @@ __device__ inline void consume(const HopperBackward& p, const HopperBackwardPlac
       wgmma_fence();
       unit.multiply_results(at.tile(place.slot));
       wgmma_commit();
+      unit.add_up(lane);
       wgmma_wait<0>();
       unit.hold_results();
       if (last) release(at.empty(place.slot));
       place = place.next();
+      unit.store_statistics(p, here, row, lane);
       unit.finish(p, here, row, lane);
     }
   }
