@@ -26,7 +26,8 @@ FLOORS = (
     {"check", "models"},
     {"bench", "checkpoint", "flow"},
     {"sampling", "toy", "training"},
-    {"ablation", "evaluation", "pages"},
+    {"evaluation"},
+    {"ablation", "pages"},
     {"cli"},
 )
 TOP = {"__init__", "__main__"}  # the package itself, which re-exports
