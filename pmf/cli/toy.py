@@ -1,4 +1,4 @@
-"""``pmf toy``: why the network predicts images rather than velocities, in a few minutes and one figure."""
+"""``pmf toy``: why the network predicts images rather than velocities, in one figure."""
 
 import argparse
 import dataclasses
@@ -20,7 +20,7 @@ from pmf.cli.arguments import Commands
 from pmf.cli.sample import parse_seeds
 from pmf.errors import UserError
 from pmf.metrics import sliced_wasserstein
-from pmf.toy import PREDICTIONS, SHAPES, Outcome, Settings, draw_points, train_and_measure
+from pmf.toy import PREDICTIONS, SHAPES, Job, Outcome, Settings, draw_points, train_all
 from pmf.toy.picture import Panel, draw_panels
 from pmf.version import VERSION
 
@@ -36,7 +36,7 @@ Lengths are in standard deviations of the data. The last line printed summarises
   pmf toy --out toy --shape checkerboard --dims 2 64 --seeds 0-2
 """
 _FIGURES = ("wasserstein", "off_plane", "to_data")
-_DIMS, _QUICK_DIMS, _QUICK_STEPS, _QUICK_SAMPLES = [2, 8, 16, 512], [2, 512], 200, 4096
+_DIMS, _QUICK_DIMS, _QUICK_STEPS, _QUICK_SAMPLES = [2, 8, 16, 512], [2, 512], 60, 4096
 _LARGEST_DIM = 65536
 
 
@@ -67,7 +67,7 @@ def add_parser(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train all networks in turn, plot, record, and print the results."""
+    """Train all networks, plot, record, and print the results."""
     dims: list[int] = sorted(arguments.dims or (_QUICK_DIMS if arguments.quick else _DIMS))
     if dims[0] < 2 or dims[-1] > _LARGEST_DIM or len(set(dims)) < len(dims):
         raise UserError(f"--dims must be distinct numbers from 2 to {_LARGEST_DIM}, got {dims}")
@@ -85,12 +85,9 @@ def run(arguments: argparse.Namespace) -> int:
     settings = Settings(shape=arguments.shape, steps=steps, num_samples=num_samples)
 
     start = time.perf_counter()
-    jobs = [(seed, dim, prediction) for seed in seeds for dim in dims for prediction in PREDICTIONS]
-    outcomes = []
+    jobs = [Job(seed, dim, prediction) for seed in seeds for dim in dims for prediction in PREDICTIONS]
     with tqdm(total=len(jobs) * steps, unit="step", disable=None) as bar:  # None: only on a terminal
-        for seed, dim, prediction in jobs:
-            bar.set_description(f"{prediction}-prediction, D = {dim}, seed {seed}")
-            outcomes.append(train_and_measure(settings, seed, dim, prediction, on_step=bar.update))
+        outcomes = train_all(settings, jobs, on_steps=lambda done: bar.update(done - bar.n))
     means = _means(outcomes)
     data = _data_panel(settings, seeds)
     record = {
@@ -159,8 +156,8 @@ def _picture(
             panels.append(Panel(points, figures["wasserstein"], figures["off_plane"]))
         rows.append((f"{prediction}-prediction", panels))
     caption = (
-        f"One-step samples of {settings.width}-wide MLPs after {settings.steps} steps, projected back "
-        f"(seed {seeds[0]}). W: sliced Wasserstein distance in the plane. "
+        f"One-step samples of residual MLPs of width {settings.width} after {settings.steps} steps, "
+        f"projected back (seed {seeds[0]}). W: sliced Wasserstein distance in the plane. "
         "Off plane: mean distance from it in D dimensions. Units: standard deviations of the data"
         + (f"; means of {len(seeds)} seeds." if len(seeds) > 1 else ".")
     )

@@ -1,4 +1,4 @@
-"""The toy's network: a multi-layer perceptron that propagates a tangent with its value."""
+"""The toy's network: a residual multi-layer perceptron that propagates a tangent with its value."""
 
 import torch
 import torch.nn.functional as F
@@ -8,40 +8,51 @@ __all__ = ["Mlp"]
 
 
 class Mlp(nn.Module):
-    """ReLU MLP from a point z [B, D, 1, 1] and times t, h = t - r [B] to an output shaped like z.
+    """Residual SiLU MLP from a point z [B, D, 1, 1] and times t, h = t - r [B] to an output shaped like z.
 
-    A point is an image of D channels and one pixel, so that `pmf.flow` applies unchanged.
+        y = enter(embed(z), t, h);    y <- y + layer(silu(y)) for each hidden layer;    leave(silu(y))
+
+    embed is linear, without bias, to `bottleneck` numbers, as in the paper's patch embedding. All that
+    reaches the output passes it: a point in a plane does, noise of more dimensions cannot. A point is an
+    image of D channels and one pixel, so that `pmf.flow` applies unchanged.
     """
 
-    def __init__(self, dim: int, width: int, depth: int) -> None:
-        """A network of `depth` hidden layers of the given width."""
+    def __init__(self, dim: int, width: int, depth: int, bottleneck: int) -> None:
+        """A network with `depth` hidden layers of the given width."""
         super().__init__()
-        inputs = [dim + 2] + [width] * (depth - 1)
-        self.hidden = nn.ModuleList(nn.Linear(size, width) for size in inputs)
-        self.last = nn.Linear(width, dim)
+        self.embed = nn.Linear(dim, bottleneck, bias=False)
+        self.enter = nn.Linear(bottleneck + 2, width)
+        self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.leave = nn.Linear(width, dim)
 
     def forward(self, z: Tensor, t: Tensor, h: Tensor) -> Tensor:
         """The output [B, D, 1, 1]."""
-        value = _row(z, t, h)
+        y = self.enter(self._row(z, t, h))
         for layer in self.hidden:
-            value = F.relu(layer(value))
-        return self.last(value).view_as(z)
+            y = y + layer(F.silu(y))
+        return self.leave(F.silu(y)).view_as(z)
 
     def jvp(self, z: Tensor, t: Tensor, h: Tensor, z_t: Tensor, t_t: Tensor) -> tuple[Tensor, Tensor]:
         """`forward` and its tangent along (z_t, t_t), a constant for autograd; r is fixed, so h_t = t_t.
 
         Tangents belong to the first n samples: z_t [n, D, 1, 1] and t_t [n] give an output tangent for n
-        samples. A Linear layer multiplies the tangent by its weight; a ReLU passes it where the value is
-        positive.
+        samples.
         """
-        value, tangent = _row(z, t, h), _row(z_t, t_t, t_t)
+        y = self.enter(self._row(z, t, h))
+        with torch.no_grad():
+            y_t = F.linear(self._row(z_t, t_t, t_t), self.enter.weight)
         for layer in self.hidden:
-            before = layer(value)
-            tangent = F.linear(tangent, layer.get_parameter("weight").detach()) * (before[: len(tangent)] > 0)
-            value = F.relu(before)
-        output, output_t = self.last(value), F.linear(tangent, self.last.weight.detach())
-        return output.view_as(z), output_t.view_as(z_t)
+            with torch.no_grad():
+                y_t = y_t + F.linear(_silu_tangent(y, y_t), layer.get_parameter("weight"))
+            y = y + layer(F.silu(y))
+        with torch.no_grad():
+            output_t = F.linear(_silu_tangent(y, y_t), self.leave.weight)
+        return self.leave(F.silu(y)).view_as(z), output_t.view_as(z_t)
+
+    def _row(self, z: Tensor, t: Tensor, h: Tensor) -> Tensor:
+        return torch.cat((self.embed(z.flatten(1)), t[:, None], h[:, None]), dim=1)
 
 
-def _row(z: Tensor, t: Tensor, h: Tensor) -> Tensor:
-    return torch.cat((z.flatten(1), t[:, None], h[:, None]), dim=1)
+def _silu_tangent(y: Tensor, y_t: Tensor) -> Tensor:
+    """The tangent of silu at the first samples of y: like its gradient, one factor per element."""
+    return torch.ops.aten.silu_backward(y_t, y[: len(y_t)])

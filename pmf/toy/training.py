@@ -13,6 +13,7 @@ from pmf.flow import PlaneTimes, Prediction
 from pmf.flow.path import conditional_velocity, interpolate, over_pixels
 from pmf.flow.prediction import PREDICTIONS
 from pmf.metrics import sliced_wasserstein
+from pmf.optim import Muon
 from pmf.toy.network import Mlp
 from pmf.toy.shapes import draw_plane, draw_points
 
@@ -27,11 +28,13 @@ class Settings:
     """Settings of a toy experiment; all but dim, prediction and seed are shared by its trainings."""
 
     shape: str = "spiral"
-    steps: int = 4000
+    steps: int = 3500
     batch_size: int = 512
     width: int = 256
-    depth: int = 2
-    learning_rate: float = 1e-3
+    depth: int = 4
+    bottleneck: int = 32
+    learning_rate: float = 1e-2  # of Muon
+    adam_lr: float = 3e-3
     num_samples: int = 16384
 
 
@@ -98,7 +101,9 @@ def one_step(network: Mlp, prediction: Prediction, noise: Tensor) -> Tensor:
 def train_and_measure(
     settings: Settings, seed: int, dim: int, prediction: str, on_step: Callable[[], object] = lambda: None
 ) -> Outcome:
-    """Train a network with Adam and a cosine decay to 0, and measure its samples.
+    """Train a network with Muon and a cosine decay to 0, and measure its samples.
+
+    Muon trains the hidden layers; Adam the layers in and out, whose other dimensions Muon would amplify.
 
     A seed determines all randomness. Both predictions at a dimension use the same plane, points, noise, times
     and initial weights.
@@ -108,8 +113,15 @@ def train_and_measure(
     basis = draw_plane(dim, generator)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = Mlp(dim, settings.width, settings.depth)
-    optimizer = torch.optim.Adam(network.parameters(), lr=settings.learning_rate)
+        network = Mlp(dim, settings.width, settings.depth, settings.bottleneck)
+    hidden = [layer.get_parameter("weight") for layer in network.hidden]
+    others = [parameter for parameter in network.parameters() if all(parameter is not x for x in hidden)]
+    optimizer = Muon(
+        [{"params": hidden, "algorithm": "muon"}, {"params": others, "algorithm": "adam"}],
+        lr=settings.learning_rate,
+        adam_lr=settings.adam_lr,
+        betas=(0.9, 0.999),
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     meaning = PREDICTIONS[prediction]
 

@@ -14,7 +14,7 @@ NAMES = ("u_off_plane_512", "x_off_plane_512", "x_wasserstein_512", "x_wasserste
 
 
 def test_a_quick_toy_shows_the_ordering_and_records_it(tmp_path: Path) -> None:
-    done = run_in(tmp_path, "toy", "--out", "toy", "--quick", "--steps", "100", "--seed", "3")
+    done = run_in(tmp_path, "toy", "--out", "toy", "--quick", "--steps", "30", "--seed", "3")
     assert done.returncode == 0, done.stderr
     last = done.stdout.splitlines()[-1]
     number = r"(\d+\.\d+)"
@@ -25,8 +25,8 @@ def test_a_quick_toy_shows_the_ordering_and_records_it(tmp_path: Path) -> None:
     assert figures["u_wasserstein_2"] < 0.7  # points of standard deviation 1, all of them at 0, would have 1
 
     record = json.loads((tmp_path / "toy" / "toy.json").read_text())
-    assert record["settings"]["steps"] == 100
-    assert record["command"] == "pmf toy --out toy --quick --steps 100 --seed 3"
+    assert record["settings"]["steps"] == 30
+    assert record["command"] == "pmf toy --out toy --quick --steps 30 --seed 3"
     runs = {(run["dim"], run["prediction"]): run for run in record["runs"]}
     assert set(runs) == {(2, "x"), (2, "u"), (512, "x"), (512, "u")}
     assert round(runs[512, "u"]["off_plane"], 4) == figures["u_off_plane_512"]

@@ -7,12 +7,14 @@ from torch import Tensor
 from pmf.toy import (
     PREDICTIONS,
     SHAPES,
+    Job,
     Mlp,
     Settings,
     draw_plane,
     draw_points,
     meanflow_loss,
     one_step,
+    train_all,
     train_and_measure,
 )
 
@@ -22,7 +24,7 @@ BATCH, DIM = 12, 6
 @pytest.fixture
 def network() -> Mlp:
     torch.manual_seed(0)
-    return Mlp(DIM, width=16, depth=3).double()
+    return Mlp(DIM, width=16, depth=3, bottleneck=4).double()
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -100,7 +102,7 @@ def test_a_plane_is_orthonormal() -> None:
 
 
 def test_a_seed_determines_everything_without_the_global_generator() -> None:
-    settings = Settings(steps=2, batch_size=8, width=4, depth=1, num_samples=16)
+    settings = Settings(steps=2, batch_size=8, width=4, depth=1, bottleneck=2, num_samples=16)
     torch.manual_seed(5)
     state = torch.get_rng_state()
     one, same, other = (train_and_measure(settings, seed, 3, "x") for seed in (1, 1, 2))
@@ -108,3 +110,25 @@ def test_a_seed_determines_everything_without_the_global_generator() -> None:
     assert torch.equal(one.points, same.points) and one.wasserstein == same.wasserstein
     assert not torch.equal(one.points, other.points)
     assert one.to_data >= one.off_plane > 0
+
+
+def test_processes_give_what_one_thread_gives_and_stop_when_interrupted() -> None:
+    settings = Settings(steps=2, num_samples=64)
+    jobs = [Job(0, 2, "x"), Job(1, 3, "u")]
+    counts: list[int] = []
+    outcomes = train_all(settings, jobs, on_steps=counts.append)
+    assert counts[-1] == 4
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for job, outcome in zip(jobs, outcomes, strict=True):
+            assert (outcome.seed, outcome.dim, outcome.prediction) == job
+            assert torch.equal(outcome.points, train_and_measure(settings, *job).points)
+    finally:
+        torch.set_num_threads(threads)
+
+    def interrupt(_steps: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # and not after the hours that these steps would take
+        train_all(Settings(steps=10**7), jobs, on_steps=interrupt)
