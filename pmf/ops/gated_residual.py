@@ -80,6 +80,11 @@ def gated_residual_jvp(
     return call(op, x, branch, gate, x_t, branch_t, gate_t)
 
 
+def _has_samples(gate: Tensor | None) -> bool:
+    """Whether there is a gate for each sample; [1, ..., D] and [D] are one for all."""
+    return gate is not None and gate.dim() > 1 and gate.shape[0] != 1
+
+
 class _GatedResidual(KernelFunction):
     op = "gated_residual"
     unsaved = ("x",)
@@ -96,7 +101,7 @@ class _GatedResidual(KernelFunction):
 
     @classmethod
     def batched(cls, args: Any) -> Any:
-        return cls.samples if args.gate.dim() == 1 else (*cls.samples, "gate")
+        return (*cls.samples, "gate") if _has_samples(args.gate) else cls.samples
 
     @classmethod
     def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:
@@ -144,9 +149,8 @@ class _GatedResidualJvp(JvpFunction):
 
     @classmethod
     def batched(cls, args: Any) -> Any:
-        if args.gate.dim() == 1:
-            return cls.samples
-        return (*cls.samples, "gate") if args.gate_t is None else (*cls.samples, "gate", "gate_t")
+        gates = (name for name in ("gate", "gate_t") if _has_samples(getattr(args, name)))
+        return (*cls.samples, *gates)
 
     @classmethod
     def gradient(cls, grads: Any, args: Any, residuals: Any, needed: Any) -> Any:

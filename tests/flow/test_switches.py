@@ -247,7 +247,7 @@ def test_samples_follow_the_models_own_switches(model: PixelMeanFlow, name: str)
         ({"prediction": "eps"}, "prediction must be x or u, got 'eps'"),
         ({"preconditioner": "ddpm"}, "preconditioner must be none, edm or scm, got 'ddpm'"),
         ({"sigma_data": 0.0}, "sigma_data must be positive"),
-        ({"prediction": "u", "preconditioner": "scm"}, "it goes with prediction x"),
+        ({"prediction": "u", "preconditioner": "scm"}, "use it with prediction x"),
     ],
 )
 def test_impossible_models_are_rejected(settings: dict[str, Any], message: str) -> None:

@@ -19,6 +19,7 @@ from helpers.levels import EVERYWHERE
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pmf import kernels
 from pmf.ops import gated_residual, gated_residual_jvp
 
 
@@ -40,6 +41,29 @@ def test_shapes_strides_and_gates(level, dtype, a, b, c, kind, batch, tokens, wi
     x, branch, gate, x_t, branch_t, gate_t = (t.to(dtype) for t in tensors)
     x, branch, branch_t = LAYOUTS[a](x), LAYOUTS[b](branch), LAYOUTS[c](branch_t)
     check(level, "gated_residual", (x, branch, gate), (x_t, branch_t, gate_t), terms=FEW_TERMS)
+
+
+@pytest.mark.parametrize("gate", [(1, 1, 5), (3, 1, 5), (5,)])
+def test_the_reference_in_the_kernels_place_takes_every_gate(
+    gate: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "_references", frozenset({"gated_residual"}))
+    shape = (3, 2, 5)
+    x, b, g, x_t, b_t, g_t = (t.double() for t in normal(shape, shape, gate, shape, shape, gate))
+    check("portable", "gated_residual", (x, b, g), (x_t, b_t, g_t))
+
+
+@pytest.mark.parametrize(
+    ("gate", "dim"), [((1, 1, 5), None), ((5, 1, 5), None), ((3, 1, 1, 5), 0), ((1, 3, 1, 5), 1), ((3, 5), 0)]
+)
+def test_vmap_of_every_gate(gate: tuple[int, ...], dim: int | None) -> None:
+    x, b, x_t, b_t = normal(*[(3, 5, 2, 5)] * 4)
+    g, g_t = normal(gate, gate)
+    y, y_t = torch.vmap(gated_residual_jvp, (0, 0, dim, 0, 0, dim))(x, b, g, x_t, b_t, g_t)
+    for i in range(3):
+        one, one_t = (t if dim is None else t.select(dim, i) for t in (g, g_t))
+        torch.testing.assert_close(y[i], x[i] + one * b[i])
+        torch.testing.assert_close(y_t[i], x_t[i] + one * b_t[i] + one_t * b[i])
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 8), (2, 0, 8), (2, 3, 0), (0,)])
