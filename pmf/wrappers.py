@@ -9,12 +9,20 @@ FullyShardedDataParallel    (FSDP1) inserts "_fsdp_wrapped_module." and flattens
                             except in the names in files
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NoReturn, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["by_plain_names", "exchanges", "plain_names", "refuse_fsdp1_within", "unwrap", "without_ddp"]
+__all__ = [
+    "by_plain_names",
+    "exchanges",
+    "others",
+    "plain_names",
+    "refuse_fsdp1_within",
+    "unwrap",
+    "without_ddp",
+]
 
 DDP = nn.parallel.DistributedDataParallel
 DP = nn.DataParallel
@@ -24,6 +32,18 @@ M = TypeVar("M", bound=nn.Module)
 _COMPILED, _PARALLEL = "_orig_mod", "module."
 _FSDP1 = "FullyShardedDataParallel"
 _WITHIN = (_COMPILED, "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+def others(module: nn.Module, known: Iterable[Tensor]) -> Iterator[tuple[str, nn.Parameter]]:
+    """A module's named parameters that are not among the known; none under fully_shard.
+
+    Between passes, fully_shard may show gathered parameters in place of the sharded ones.
+    """
+    known = list(known)
+    if any(hasattr(p, "device_mesh") for p in known):
+        return
+    own = {id(p) for p in known}
+    yield from ((name, p) for name, p in module.named_parameters() if id(p) not in own)
 
 
 def plain_names(names: Iterable[str]) -> list[str]:

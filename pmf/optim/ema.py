@@ -13,7 +13,7 @@ from pmf import _library, checked, kernels
 from pmf.arguments import are_numbers, as_plain, require_number
 from pmf.ops._dispatch import register_fake
 from pmf.ops._subclasses import require_trainable
-from pmf.wrappers import by_plain_names
+from pmf.wrappers import by_plain_names, others
 
 from ._cohort import local
 from ._sharing import fill
@@ -135,15 +135,13 @@ class EMA:
     def _require_the_same(self) -> None:
         """Raise RuntimeError if the module has a parameter that is not averaged."""
         module = None if self._module is None else self._module()
-        if module is None or any(hasattr(p, "device_mesh") for p in self._parameters.values()):
-            return  # between passes, fully_shard may show gathered parameters
-        own = {id(p) for p in self._parameters.values()}
-        for name, p in module.named_parameters():
-            if id(p) not in own:
-                raise RuntimeError(
-                    f"EMA: {name} was added or replaced after the EMA was created (loading with assign=True, "
-                    "sharding and parametrizations replace parameters): create it afterwards"
-                )
+        if module is None:
+            return
+        for name, _ in others(module, self._parameters.values()):
+            raise RuntimeError(
+                f"EMA: {name} was added or replaced after the EMA was created (loading with assign=True, "
+                "sharding and parametrizations replace parameters): create it afterwards"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_module": None}

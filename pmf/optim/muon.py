@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pmf.reference.newton_schulz import Coefficients
-from pmf.wrappers import plain_names
+from pmf.wrappers import others, plain_names
 
 from ._cohort import cohorts, fit, new_state
 from ._settings import ITERATION, LAYOUT, MUON_PRESETS, check, check_read, dtype_name, plain_counts
@@ -220,11 +220,8 @@ class Muon(torch.optim.Optimizer):
         module = None if self._module is None else self._module()
         if module is None:
             return
-        own = {id(p) for group in self.param_groups for p in group["params"]}
-        if any(hasattr(p, "device_mesh") for group in self.param_groups for p in group["params"]):
-            return  # between passes, fully_shard may show gathered parameters
-        for name, p in module.named_parameters():
-            if p.grad is not None and id(p) not in own:
+        for name, p in others(module, (p for group in self.param_groups for p in group["params"])):
+            if p.grad is not None:
                 self._module = None
                 warnings.warn(
                     f"Muon: {name} has a gradient but is not trained: it was frozen, absent or another "
