@@ -35,6 +35,18 @@ def read(*command: object) -> str:
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
 
 
+def run_script(script: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a process that imports this pmf, unless PYTHONPATH says otherwise."""
+    path = str(Path(pmf.__file__).parents[1])
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": path, **environment},
+    )
+
+
 def symbols(option: str) -> list[tuple[str, str]]:
     """(kind, demangled name) of the library's dynamic symbols."""
     lines = read("nm", "-D", "-C", option, _library.LIBRARY).splitlines()
@@ -159,13 +171,7 @@ def test_without_permission_for_amx_the_level_below_runs(tmp_path: Path) -> None
         "assert torch.equal(torch.ops.pmf.attention_forward(x, x, x, None, False, 1.0)[0], x)\n"
         "print(_library.cpu_level())\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(pmf.__file__).parents[1])},
-    )
+    done = run_script(script, tmp_path)
     assert (done.returncode, done.stdout) == (0, "avx512_bf16\n"), done.stderr
 
 
@@ -179,13 +185,7 @@ def test_unknown_level_is_refused_by_name() -> None:
 )
 def test_environment_variable_sets_the_level(asked: str, expected: str, tmp_path: Path) -> None:
     script = "from pmf import _library; print('level', _library.cpu_level())"
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PMF_CPU_LEVEL": asked, "PYTHONPATH": str(Path(pmf.__file__).parents[1])},
-    )
+    done = run_script(script, tmp_path, PMF_CPU_LEVEL=asked)
     assert done.returncode == 0, done.stderr
     assert expected in done.stdout + done.stderr
 
@@ -286,13 +286,7 @@ def test_missing_library_is_one_sentence_and_import_works(tmp_path: Path) -> Non
         "try: pmf.ops.attention(x, x, x)\n"
         "except RuntimeError as error: print('RAISED', error)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-    )
+    done = run_script(script, tmp_path, PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert re.search(r"RAISED pmf's compiled library is not at .*pip install \.", done.stdout)
     assert re.search(r"cpu kernels +missing", done.stdout)

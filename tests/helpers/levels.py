@@ -17,6 +17,7 @@ from helpers.ptx import backend as ptx
 from torch import Tensor
 
 from pmf import _library
+from pmf.check import work
 
 
 @contextmanager
@@ -86,9 +87,7 @@ def _exists(name: str) -> bool:
         return False
 
 
-CPU_LEVELS = tuple(
-    name for name in ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16") if _exists(name)
-)
+CPU_LEVELS = tuple(name for name in work.LEVELS if _exists(name))
 EMULATED = ("emulated",) if emulator.why_not() is None else ()
 LEVELS = (*CPU_LEVELS, *EMULATED, *(("cuda",) if torch.cuda.is_available() else ()))
 NVCC = ("ptx",) if ptx.why_not() is None and tool("nvcc") is not None else ()

@@ -17,9 +17,12 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Level amx_bf16 has code of its own only for attention in bfloat16; the rest is that of avx512_bf16."""
-    repeated = [item for item in items if _repeats_the_level_below(item)]
+    kept: list[pytest.Item] = []
+    repeated: list[pytest.Item] = []
+    for item in items:
+        (repeated if _repeats_the_level_below(item) else kept).append(item)
     config.hook.pytest_deselected(items=repeated)
-    items[:] = [item for item in items if not _repeats_the_level_below(item)]
+    items[:] = kept
 
 
 def _repeats_the_level_below(item: pytest.Item) -> bool:
