@@ -78,7 +78,7 @@ class Study:
         if features != CLASSIFIER:
             height, width = model.image_shape[1:]
             self.space = open_space(
-                features, channels=model.channels, size=(height, width), device=torch.device("cpu")
+                features, channels=model.channels, size=(height, width), device=torch.device(base.run.device)
             )
         self.finished: dict[tuple[str, int], dict[str, Any]] = {}
         for variant, seed in self.runs():
