@@ -37,6 +37,9 @@ MEANT = {
     r"hopper_backward_kernel<HopperBackwardSizes<__nv_bfloat16, ": (
         r"HGMMA\.64x\d+x16\.F32\.BF16", r"UTMALDG\.4D", r"SYNCS\.PHASECHK", r"STG\.E.*\.128"
     ),
+    r"hopper_product_kernel<__half>": (
+        r"HGMMA\.64x256x16\.F32", r"UTMALDG\.4D", r"SYNCS\.PHASECHK", r"LDSM\.16\.MT88\.4", r"STG\.E.*\.128"
+    ),
 }  # fmt: skip
 HOPPER = r"hopper_\w+kernel<"
 """Kernels for sm_90a only."""

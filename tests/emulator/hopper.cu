@@ -27,7 +27,7 @@ struct Factors {
   bool adds;
 };
 
-template <typename T, int kTiles, bool kInRegisters>
+template <typename T, int kTiles, bool kInRegisters, bool kTransposed = kInRegisters>
 __global__ void product_probe(Factors p) {
   auto* const shared = reinterpret_cast<uint16_t*>(swizzled_shared());
   for (int i = thread(); i < p.elements; i += kGroup) shared[i] = p.image[i];
@@ -48,7 +48,7 @@ __global__ void product_probe(Factors p) {
   if constexpr (kInRegisters) {
     wgmma<T, true>(d, a, p.b + start, p.adds);
   } else {
-    wgmma<T, false>(d, p.a + start, p.b + start, p.adds);
+    wgmma<T, kTransposed>(d, p.a + start, p.b + start, p.adds);
   }
   wgmma_commit();
   wgmma_wait<0>();
@@ -61,7 +61,7 @@ __global__ void product_probe(Factors p) {
 }
 
 template <typename T>
-void (*product_of(int tiles))(Factors) {
+void (*product_of(int tiles, bool transposed))(Factors) {
   switch (tiles) {
     case 2:
       return &product_probe<T, 2, true>;
@@ -73,8 +73,10 @@ void (*product_of(int tiles))(Factors) {
       return &product_probe<T, 8, true>;
     case 12:
       return &product_probe<T, 12, false>;
-    default:
+    case 16:
       return &product_probe<T, 16, true>;
+    default:
+      return transposed ? &product_probe<T, 32, false, true> : &product_probe<T, 32, false>;
   }
 }
 
@@ -271,10 +273,11 @@ TensorMap map_of(const uint16_t* data, uint64_t rows, int box_rows) {
 
 }  // namespace
 
-PMF_DOOR const char* pmf_hopper_product(bool half, int tiles, const uint16_t* image, int elements,
-                                        uint64_t a, uint64_t b, const uint32_t* rows, float* sums,
-                                        bool adds) {
-  const auto kernel = half ? product_of<__half>(tiles) : product_of<__nv_bfloat16>(tiles);
+PMF_DOOR const char* pmf_hopper_product(bool half, int tiles, bool transposed,
+                                        const uint16_t* image, int elements, uint64_t a, uint64_t b,
+                                        const uint32_t* rows, float* sums, bool adds) {
+  const auto kernel =
+      half ? product_of<__half>(tiles, transposed) : product_of<__nv_bfloat16>(tiles, transposed);
   return sentence(launch(kernel, 1, kGroup, 2 * int64_t{elements}, nullptr,
                          Factors{image, elements, a, b, rows, sums, adds}));
 }

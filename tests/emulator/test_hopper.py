@@ -72,7 +72,7 @@ def planted(request: pytest.FixtureRequest) -> Iterator[Planted]:
 @pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("step", range(4))
-@pytest.mark.parametrize("keys", [48, 96])
+@pytest.mark.parametrize("keys", [48, 96, 256])
 def test_product_of_two_tiles(planted: Planted, keys: int, step: int, half: bool, adds: bool) -> None:
     """A[m][k] and B[n][k], 64 columns of K with the 128-byte swizzle: eight rows are 1024 bytes."""
     generator = np.random.default_rng(step)
@@ -80,8 +80,23 @@ def test_product_of_two_tiles(planted: Planted, keys: int, step: int, half: bool
     image = np.concatenate([tile(bits(x, half), 128) for x in (a, b)])
     here = slice(16 * step, 16 * step + 16)
     check(
-        planted, half, adds, image, a[:, here] @ b[:, here].T, None,
+        planted, half, adds, image, a[:, here] @ b[:, here].T, None, False,
         descriptor(32 * step, 16, 1024, 128), descriptor(64 * 128 + 32 * step, 16, 1024, 128),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("step", range(4))
+def test_product_with_a_transposed_tile(planted: Planted, step: int, half: bool, adds: bool) -> None:
+    """A[m][k] as above, B[k][n] in pieces of 64 rows and 64 columns, 16 rows of them for each step."""
+    generator = np.random.default_rng(step)
+    a, b = generator.integers(-8, 9, (64, 64)), generator.integers(-8, 9, (64, 256))
+    image = np.concatenate([tile(bits(x, half), 128) for x in (a, *np.split(b, 4, 1))])
+    here = slice(16 * step, 16 * step + 16)
+    check(
+        planted, half, adds, image, a[:, here] @ b[here], None, True,
+        descriptor(32 * step, 16, 1024, 128), descriptor((64 + 16 * step) * 128, 64 * 128, 1024, 128),
     )  # fmt: skip
 
 
@@ -95,12 +110,12 @@ def test_product_of_registers(planted: Planted, columns: int, width: int, half: 
     pieces = np.split(b, columns // (width // 2), 1)
     image = np.concatenate([tile(bits(piece, half), width) for piece in pieces])
     start, leading, stride = 32 * width, 48 * width, 8 * width  # rows 32 to 47
-    check(planted, half, adds, image, a @ b[32:], a, 0, descriptor(start, leading, stride, width))
+    check(planted, half, adds, image, a @ b[32:], a, True, 0, descriptor(start, leading, stride, width))
 
 
 def check(
     planted: Planted, half: bool, adds: bool, image: np.ndarray, product: np.ndarray,
-    a: np.ndarray | None, a_descriptor: int, b_descriptor: int,
+    a: np.ndarray | None, transposed: bool, a_descriptor: int, b_descriptor: int,
 ) -> None:  # fmt: skip
     columns = product.shape[1]
     rows = np.zeros((128, 4), np.uint32)
@@ -110,7 +125,8 @@ def check(
     before = np.random.default_rng(5).integers(-8, 9, (64, columns))
     sums = np.array([[before[sum_at(t, i)] for i in range(columns // 2)] for t in THREADS], dtype=np.float32)
     planted.begin(0, inputs=[image, rows], outputs=[sums], written=True)
-    said = planted.product(half, columns // 8, image, a_descriptor, b_descriptor, rows, sums, adds)
+    descriptors = a_descriptor, b_descriptor
+    said = planted.product(half, columns // 8, transposed, image, *descriptors, rows, sums, adds)
     assert said is None, said
     expected = product + before if adds else product
     for thread in THREADS:

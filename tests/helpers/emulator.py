@@ -71,6 +71,13 @@ def products() -> int:
     return count()
 
 
+def warpgroup_products() -> int:
+    """The number of wgmma instructions that warps have executed in this process."""
+    count = ctypes.CDLL(str(LIBRARY)).pmf_emulator_warpgroup_products
+    count.restype = ctypes.c_int64
+    return count()
+
+
 def last_shared_bytes() -> int:
     """Shared memory per block that the latest launch of torch.ops.pmf_emulated requested."""
     shared = ctypes.CDLL(str(LIBRARY)).pmf_emulator_last_shared_bytes
@@ -186,6 +193,7 @@ class Planted:
         self,
         half: bool,
         tiles: int,
+        transposed: bool,
         image: np.ndarray,
         a: int,
         b: int,
@@ -196,7 +204,7 @@ class Planted:
         """One wgmma; addresses in the descriptors `a` and `b` are relative to `image`, the shared memory."""
         descriptors = ctypes.c_uint64(a), ctypes.c_uint64(b)
         return self._call(
-            "pmf_hopper_product", half, tiles, image, image.size, *descriptors, rows, sums, adds
+            "pmf_hopper_product", half, tiles, transposed, image, image.size, *descriptors, rows, sums, adds
         )
 
     def box(

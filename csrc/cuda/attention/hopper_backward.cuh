@@ -502,14 +502,13 @@ __global__ void __launch_bounds__(3 * kGroupThreads, 1)
     hopper_backward_kernel(const __grid_constant__ HopperBackward p) {
   const HopperBackwardPlaces<C> at = {shared_address(swizzled_shared())};
   if (threadIdx.x == 0) {
-    constexpr uint32_t kWarpsOfGroup = 4;
     for (int slot = 0; slot < C::kSlots; ++slot) {
       mbarrier_init(at.full(slot), C::kByKeys ? 2 : 1);
-      mbarrier_init(at.empty(slot), C::kConsumers * kWarpsOfGroup);
+      mbarrier_init(at.empty(slot), C::kConsumers * kGroupWarps);
     }
     for (int c = 0; c < C::kConsumers; ++c) {
       mbarrier_init(at.rows_full(c), 1);
-      mbarrier_init(at.rows_empty(c), kWarpsOfGroup);
+      mbarrier_init(at.rows_empty(c), kGroupWarps);
     }
     mbarrier_init_fence();
   }

@@ -347,16 +347,15 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     hopper_forward_kernel(const __grid_constant__ HopperForward p) {
   const HopperPlaces<C> at = {shared_address(swizzled_shared())};
   if (threadIdx.x == 0) {
-    constexpr uint32_t kWarpsOfGroup = 4;
     for (int slot = 0; slot < C::kSlots; ++slot) {
       mbarrier_init(at.keys_full(slot), 1);
       mbarrier_init(at.values_full(slot), 1);
-      mbarrier_init(at.keys_empty(slot), C::kConsumers * kWarpsOfGroup);
-      mbarrier_init(at.values_empty(slot), C::kConsumers * kWarpsOfGroup);
+      mbarrier_init(at.keys_empty(slot), C::kConsumers * kGroupWarps);
+      mbarrier_init(at.values_empty(slot), C::kConsumers * kGroupWarps);
     }
     for (int c = 0; c < C::kConsumers; ++c) {
       mbarrier_init(at.queries_full(c), 1);
-      mbarrier_init(at.queries_empty(c), kWarpsOfGroup);
+      mbarrier_init(at.queries_empty(c), kGroupWarps);
     }
     mbarrier_init_fence();
   }

@@ -8,11 +8,11 @@
 #include <type_traits>
 
 #include "cuda/attention/attention_tile.cuh"
-#include "cuda/common/hopper.cuh"
+#include "cuda/common/hopper_ring.cuh"
 
 namespace pmf::cuda {
 
-constexpr int kRowBlock = 64, kGroupThreads = 128, kPieceColumns = 64;
+constexpr int kRowBlock = 64, kPieceColumns = 64;
 
 // The maps of one tensor: boxes of 64 columns, and of the 16 or 32 left over at widths 80 and 96.
 struct HopperMaps {
@@ -54,22 +54,6 @@ struct HopperShape {
   static constexpr uint32_t kTailRowBytes = 2 * kTail;
   using Tile = HopperTile<kColumns, kPieces, kTail, kSides>;
   using Rows = HopperTile<kRowBlock, kPieces, kTail, kSides>;
-};
-
-// A slot of the ring, and the parity of the phase that ends when it has been filled.
-template <int kSlots>
-struct RingPlace {
-  int slot = 0;
-  uint32_t parity = 0;
-
-  __device__ RingPlace next() const {
-    return slot + 1 == kSlots ? RingPlace{0, parity ^ 1} : RingPlace{slot + 1, parity};
-  }
-  // The place `count` slots earlier; count <= kSlots.
-  __device__ RingPlace before(int count) const {
-    return slot < count ? RingPlace{slot + kSlots - count, parity ^ 1}
-                        : RingPlace{slot - count, parity};
-  }
 };
 
 // ---- work ---------------------------------------------------------------------------------------
@@ -127,7 +111,6 @@ template <class C>
 __device__ inline uint64_t tile_descriptor(uint32_t base, uint32_t row_bytes, Swizzle swizzle) {
   return matrix_descriptor(base, C::Tile::kPieceBytes, 8 * row_bytes, swizzle);
 }
-__device__ constexpr uint64_t further(uint32_t bytes) { return bytes >> 4; }
 
 // Multiplies a side of the rows with a side of the tile. Each step of 16 columns is 32 bytes along
 // a row.

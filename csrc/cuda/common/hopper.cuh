@@ -119,6 +119,10 @@ __device__ inline void hold(uint32_t (&x)[4]) {
 #define PMF_SUMS_8 PMF_SUMS_6, PMF_SUM(6), PMF_SUM(7)
 #define PMF_SUMS_12 PMF_SUMS_8, PMF_SUM(8), PMF_SUM(9), PMF_SUM(10), PMF_SUM(11)
 #define PMF_SUMS_16 PMF_SUMS_12, PMF_SUM(12), PMF_SUM(13), PMF_SUM(14), PMF_SUM(15)
+#define PMF_SUMS_32 PMF_SUMS_16, \
+  PMF_SUM(16), PMF_SUM(17), PMF_SUM(18), PMF_SUM(19), PMF_SUM(20), PMF_SUM(21), PMF_SUM(22), \
+  PMF_SUM(23), PMF_SUM(24), PMF_SUM(25), PMF_SUM(26), PMF_SUM(27), PMF_SUM(28), PMF_SUM(29), \
+  PMF_SUM(30), PMF_SUM(31)
 #define PMF_NAMES_2 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define PMF_NAMES_4 PMF_NAMES_2 \
   ", %8, %9, %10, %11, %12, %13, %14, %15"
@@ -130,9 +134,15 @@ __device__ inline void hold(uint32_t (&x)[4]) {
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define PMF_NAMES_16 PMF_NAMES_12 \
   ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define PMF_NAMES_32 PMF_NAMES_16 \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
+  ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 // The operands after the sums: A (a descriptor or registers), the descriptor of B, and `adds`.
 #define PMF_SHARED_6 "%24, %25", "%26"
 #define PMF_SHARED_12 "%48, %49", "%50"
+#define PMF_SHARED_32 "%128, %129", "%130"
 #define PMF_REGISTERS_2 "{%8, %9, %10, %11}, %12", "%13"
 #define PMF_REGISTERS_4 "{%16, %17, %18, %19}, %20", "%21"
 #define PMF_REGISTERS_8 "{%32, %33, %34, %35}, %36", "%37"
@@ -155,9 +165,15 @@ __device__ inline void hold(uint32_t (&x)[4]) {
 
 template <typename T, bool kTransposed, int kTiles>
 __device__ inline void wgmma(float (&d)[kTiles][4], uint64_t a, uint64_t b, bool adds) {
-  static_assert(!kTransposed && (kTiles == 6 || kTiles == 12), "what the kernels use");
+  static_assert(kTiles == 32 || (!kTransposed && (kTiles == 6 || kTiles == 12)),
+                "what the kernels use");
   PMF_OF_TYPE(6, 48, PMF_SHARED_6, "0, 0", "l"(a))
   PMF_OF_TYPE(12, 96, PMF_SHARED_12, "0, 0", "l"(a))
+  if constexpr (kTransposed) {
+    PMF_OF_TYPE(32, 256, PMF_SHARED_32, "0, 1", "l"(a))
+  } else {
+    PMF_OF_TYPE(32, 256, PMF_SHARED_32, "0, 0", "l"(a))
+  }
 }
 
 template <typename T, bool kTransposed, int kTiles>

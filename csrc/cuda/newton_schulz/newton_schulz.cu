@@ -8,6 +8,7 @@
 // are deterministic, and a matrix gives the same bits in any list.
 #include <cstring>
 
+#include "cuda/newton_schulz/hopper_products.h"
 #include "cuda/newton_schulz/newton_schulz_launchers.h"
 #include "cuda/newton_schulz/newton_schulz_products.cuh"
 #include "cuda/newton_schulz/newton_schulz_prologue.cuh"
@@ -122,20 +123,30 @@ class Runner {
     return together;
   }
 
+  // In the last wave, the results leave the workspace.
   cudaError_t products(const Wave& wave, bool last) {
-    WaveTable table{};
-    int tiles = 0;
+    if (last) return update(wave.products);
+    std::vector<Product> large, others;
     for (const Product& product : wave.products) {
-      const int down = (product.m + kTile - 1) / kTile, across = (product.n + kTile - 1) / kTile;
-      table.products[table.count] = product;
-      table.products[table.count++].first_tile = tiles;
-      tiles += (product.symmetric ? down * (down + 1) / 2 : down * across) * count_of(product);
+      (takes_warpgroups(product, p_.compute) ? large : others).push_back(product);
     }
+    cudaError_t status = cudaSuccess;
+    if (large.empty() || !hopper_products(large, p_.compute, stream_, status)) {
+      return multiply(wave.products);
+    }
+    return status == cudaSuccess && !others.empty() ? multiply(others) : status;
+  }
+
+  cudaError_t multiply(const std::vector<Product>& products) {
+    const auto [table, tiles] = wave_table(products);
     plan_next_launch(kTile, kTile, Products::kBlocks);
-    if (!last) {
-      return launch(product_kernel<Products>, dim3(tiles), dim3(kTileThreads<Products::kParts>),
-                    kTileSharedBytes, stream_, table);
-    }
+    return launch(product_kernel<Products>, dim3(tiles), dim3(kTileThreads<Products::kParts>),
+                  kTileSharedBytes, stream_, table);
+  }
+
+  cudaError_t update(const std::vector<Product>& products) {
+    const auto [table, tiles] = wave_table(products);
+    plan_next_launch(kTile, kTile, Products::kBlocks);
     TargetTable targets{};
     targets.dtype = p_.dtype;
     targets.coefficients = p_.muon == nullptr ? nullptr : coefficients_;
@@ -148,11 +159,17 @@ class Runner {
                   kTileSharedBytes, stream_, table, targets);
   }
 
-  int count_of(const Product& product) const {
-    for (const Bucket& bucket : chunk_.buckets) {
-      if (bucket.first == product.first_matrix) return bucket.count;
+  // The parameter of a launch, and its number of tiles.
+  static std::pair<WaveTable, int> wave_table(const std::vector<Product>& products) {
+    WaveTable table{};
+    int tiles = 0;
+    for (const Product& product : products) {
+      const int down = (product.m + kTile - 1) / kTile, across = (product.n + kTile - 1) / kTile;
+      table.products[table.count] = product;
+      table.products[table.count++].first_tile = tiles;
+      tiles += (product.symmetric ? down * (down + 1) / 2 : down * across) * product.matrices;
     }
-    return 0;
+    return {table, tiles};
   }
 
   const NewtonSchulzParams& p_;

@@ -46,6 +46,7 @@ struct Product {
   float factor = 1, addend = 0, identity = 0;
   int rows = 0, columns = 0;  // of the matrix, without padding
   int first_matrix = 0;       // the first of the bucket, in the chunk's order
+  int matrices = 0;           // in the bucket
   int first_tile = 0;         // of this product in the launch's grid
   bool symmetric = false, right_transposed = false;
 };
@@ -79,6 +80,13 @@ inline Bucket bucket_of(const NewtonSchulzParams& params, const NewtonSchulzMatr
                 0, 0};
   bucket.gram = takes_gram_form(params.method, matrix.rows, matrix.columns);
   return bucket;
+}
+
+// Whether a product is one for warpgroups (hopper_products.h), given 16-bit operands and a device
+// that has them: in smaller matrices, more than half of their tiles of 128 x 256 would be padding.
+inline bool takes_warpgroups(const Product& product, DType compute) {
+  constexpr int kLeast = 192;  // padded
+  return compute != DType::f32 && product.m >= kLeast;
 }
 
 // Divides the matrices into chunks that fit the tables of the launches and a bounded workspace. The
@@ -196,6 +204,7 @@ class Schedule {
     product.rows = static_cast<int>(bucket_.m);
     product.columns = static_cast<int>(bucket_.n);
     product.first_matrix = bucket_.first;
+    product.matrices = bucket_.count;
     waves_.back().products.push_back(product);
     return waves_.back().products.back();
   }

@@ -127,6 +127,7 @@ void Hopper::multiply(const Product& product, bool holds) {
     }
   }
   p.issued += 1;
+  ++machine.warpgroup_products;
   Pending op = {product, chain_of(p, product), p.group, {}};
   for (int lane = 0; lane < kLanes; ++lane) {
     if (product.in_registers) std::memcpy(op.a[lane], w.lanes[lane].factor, sizeof(op.a[lane]));

@@ -142,8 +142,9 @@ class Machine {
   Launch launch = {};
   Index block = {};
   std::string problem;
-  int64_t launches = 0;  // since the process started
-  int64_t products = 0;  // mma instructions executed by all warps since then
+  int64_t launches = 0;            // since the process started
+  int64_t products = 0;            // mma instructions executed by all warps since then
+  int64_t warpgroup_products = 0;  // the same of wgmma
 
   // Ends the launch and does not return: no fiber runs again.
   [[noreturn]] void fail(const std::string& text);
