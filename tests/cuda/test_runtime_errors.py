@@ -30,7 +30,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("failing", "said", "launched"),
     [
         ("", WELL, 1),
-        ("cudaLaunchKernel", ["launch: ours", *WELL[1:]], 0),
+        ("cudaLaunchKernelExC", ["launch: ours", *WELL[1:]], 0),
         ("cudaFuncSetAttribute", ["launch: ours", *WELL[1:]], 0),
         ("cudaGetDevice", ["launch: ours", "device: well", NO_LIMITS], 0),
         (
@@ -56,6 +56,6 @@ def test_anothers_error_is_neither_reported_nor_cleared(program: Path) -> None:
 def test_if_both_fail_an_error_stays_pending(program: Path) -> None:
     """The runtime keeps only one error: other libraries must still see that something failed."""
     found = subprocess.run(
-        [program, "pending", "cudaLaunchKernel"], capture_output=True, text=True, check=True
+        [program, "pending", "cudaLaunchKernelExC"], capture_output=True, text=True, check=True
     )
     assert found.stdout.splitlines()[0] == "launch: ours; pending: ours"

@@ -230,12 +230,85 @@ __global__ void __launch_bounds__(3 * kGroup, 1) tiles_kernel(const __grid_const
   }
 }
 
+// ---- two blocks that copy for each other --------------------------------------------------------
+
+enum ClusterFault {
+  kNoClusterFault,
+  kPeerNotAsked,
+  kPeerForgotten,
+  kNoFirstSync,
+  kNoLastSync,
+  kNoClusterArrival,
+};
+
+// In each block of a cluster, one warp copies half of every slot, to both blocks, and one adds up
+// its elements.
+template <ClusterFault kFault>
+__global__ void cluster_kernel(const __grid_constant__ Tiles p) {
+  const auto* const shared = swizzled_shared();
+  const uint32_t rank = blockIdx.x % 2, start = shared_address(shared);
+  const auto full = [&](int slot) { return start + kSlots * 2 * kABytes + 16 * uint32_t(slot); };
+  const auto empty = [&](int slot) { return full(slot) + 8; };
+  if (thread() == 0) {
+    for (int slot = 0; slot < kSlots; ++slot) {
+      mbarrier_init(full(slot), 1);
+      mbarrier_init(empty(slot), kFault == kPeerNotAsked ? 1 : 2);
+    }
+    mbarrier_init_fence();
+  }
+  if (kFault == kNoFirstSync) {
+    __syncthreads();
+  } else if (kFault != kNoClusterArrival || rank == 0) {
+    cluster_sync();
+  }
+  const int warp = thread() / kWarpThreads, lane = thread() % kWarpThreads;
+  float sum = 0;
+  for (int i = 0; i < kRounds; ++i) {
+    const int slot = i % kSlots;
+    const uint32_t parity = uint32_t(i / kSlots & 1);
+    if (warp == 0 && elect_one()) {
+      mbarrier_wait(empty(slot), parity ^ 1);
+      mbarrier_expect(full(slot), 2 * kABytes);
+      const uint32_t to = start + uint32_t(2 * slot + rank) * kABytes;
+      const int row = (i + int(rank)) % kRounds * kRows;
+      if (kFault == kPeerForgotten && rank == 1) {
+        copy_box(to, &p.a, full(slot), 0, row, 0, 0);
+      } else {
+        copy_box_to_blocks(to, &p.a, full(slot), 0, row, 0, 0, 3);
+      }
+    }
+    if (warp == 0) continue;
+    mbarrier_wait(full(slot), parity);
+    const auto* const elements =
+        reinterpret_cast<const __nv_bfloat16*>(shared + slot * 2 * kABytes);
+    for (int e = lane; e < kABytes; e += kWarpThreads) sum += __bfloat162float(elements[e]);
+    __syncwarp();
+    if (lane < 2 && (kFault != kPeerNotAsked || uint32_t(lane) == rank)) {
+      mbarrier_arrive_in_cluster(peer_address(empty(slot), uint32_t(lane)));
+    }
+  }
+  if (warp == 1) p.output[rank * kWarpThreads + uint32_t(lane)] = sum;
+  __syncwarp();
+  if (kFault != kNoLastSync && kFault != kNoClusterArrival) cluster_sync();
+}
+
 struct PlantedFault {
   const char* name;
   void (*kernel)(Tiles);
 };
 #define PMF_FAULT(name, fault) \
   PlantedFault { #name, &tiles_kernel<fault> }
+#define PMF_CLUSTER_FAULT(name, fault) \
+  PlantedFault { #name, &cluster_kernel<fault> }
+
+const PlantedFault kAllOfClusters[] = {
+    PMF_CLUSTER_FAULT(none, kNoClusterFault),
+    PMF_CLUSTER_FAULT(slot_filled_before_the_peer_has_read_it, kPeerNotAsked),
+    PMF_CLUSTER_FAULT(copy_that_the_peer_does_not_get, kPeerForgotten),
+    PMF_CLUSTER_FAULT(no_barrier_before_the_peers_are_used, kNoFirstSync),
+    PMF_CLUSTER_FAULT(block_that_ends_too_soon, kNoLastSync),
+    PMF_CLUSTER_FAULT(no_arrival_at_the_barrier_of_the_cluster, kNoClusterArrival),
+};
 
 const PlantedFault kAll[] = {
     PMF_FAULT(none, kNone),
@@ -300,6 +373,16 @@ PMF_DOOR const char* pmf_hopper_box(const uint16_t* tensor, const uint64_t* size
 
 PMF_DOOR const char* pmf_hopper_fault_name(int i) {
   return i < static_cast<int>(std::size(kAll)) ? kAll[i].name : nullptr;
+}
+
+PMF_DOOR const char* pmf_hopper_cluster_fault_name(int i) {
+  return i < static_cast<int>(std::size(kAllOfClusters)) ? kAllOfClusters[i].name : nullptr;
+}
+
+PMF_DOOR const char* pmf_hopper_cluster_fault(int i, const uint16_t* a, float* output) {
+  const TensorMap map = map_of(a, kRounds * kRows, kRows);
+  return sentence(launch_clusters(kAllOfClusters[i].kernel, 2, 2, 2 * kWarpThreads,
+                                  kSlots * 2 * kABytes + 256, nullptr, Tiles{map, map, output}));
 }
 
 PMF_DOOR const char* pmf_hopper_fault(int i, const uint16_t* a, const uint16_t* b, float* output) {

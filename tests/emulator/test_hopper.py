@@ -245,6 +245,46 @@ def test_fault_is_found(planted: Planted, request: pytest.FixtureRequest, fault:
     assert said is not None and re.search(FOUND[fault], said), said
 
 
+UNPREPARED = r"never initialised|with no fence.mbarrier_init after its initialisation"
+FOUND_IN_CLUSTERS = {
+    "slot_filled_before_the_peer_has_read_it": OVERWRITTEN
+    + "|written while an asynchronous copy|with no barrier between|one arrival too many|"
+    + STUCK,
+    "copy_that_the_peer_does_not_get": STUCK + r"phase \d, 0 of 1 arrivals and 8192 bytes missing",
+    "no_barrier_before_the_peers_are_used": UNPREPARED,
+    "block_that_ends_too_soon": "of a block that has ended|to a block that has ended",
+    "no_arrival_at_the_barrier_of_the_cluster": STUCK
+    + "waits at barrier 16|with no barrier between|"
+    + UNPREPARED,
+}
+
+
+def run_cluster(planted: Planted, fault: str, seed: int) -> tuple[str | None, np.ndarray, int]:
+    """The emulator's report, each block's sums by lane, and what they add up to."""
+    a = np.random.default_rng(seed).integers(-8, 9, (4, 64, 64))
+    tensor, sums = bits(a, half=False), np.zeros((2, 32), np.float32)
+    planted.begin(seed, inputs=[tensor], outputs=[sums])
+    return planted.cluster(fault, tensor, sums), sums, 2 * int(a.sum())
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_cluster_without_a_fault(planted: Planted, seed: int) -> None:
+    assert set(planted.cluster_faults) == {"none", *FOUND_IN_CLUSTERS}
+    said, sums, expected = run_cluster(planted, "none", seed)
+    assert said is None, said
+    assert (sums.sum(1) == expected).all()
+
+
+@pytest.mark.parametrize("fault", FOUND_IN_CLUSTERS)
+def test_fault_in_a_cluster_is_found(planted: Planted, fault: str) -> None:
+    """It takes an order in which the blocks do not happen to wait for each other."""
+    said = [run_cluster(planted, fault, seed)[0] for seed in range(20)]
+    found = [x for x in said if x is not None]
+    assert len(found) >= 5
+    for x in found:
+        assert re.search(FOUND_IN_CLUSTERS[fault], x), x
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_without_a_fault(planted: Planted, seed: int) -> None:
     said, sums, expected = run(planted, "none", seed)

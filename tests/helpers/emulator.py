@@ -158,6 +158,7 @@ class Planted:
         self._library = ctypes.CDLL(str(self.path))
         self.names = self._names("pmf_planted_name")
         self.hopper_faults = self._names("pmf_hopper_fault_name")
+        self.cluster_faults = self._names("pmf_hopper_cluster_fault_name")
 
     def begin(
         self, seed: int, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray], written: bool = False
@@ -223,6 +224,9 @@ class Planted:
 
     def hopper(self, fault: str, a: np.ndarray, b: np.ndarray, output: np.ndarray) -> str | None:
         return self._call("pmf_hopper_fault", self.hopper_faults.index(fault), a, b, output)
+
+    def cluster(self, fault: str, a: np.ndarray, output: np.ndarray) -> str | None:
+        return self._call("pmf_hopper_cluster_fault", self.cluster_faults.index(fault), a, output)
 
     def launch(self, grid: int, block: int, shared: int, x: np.ndarray, result: np.ndarray) -> str | None:
         return self._call("pmf_probe_launch", grid, block, ctypes.c_int64(shared), x, result)

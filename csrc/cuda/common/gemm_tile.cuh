@@ -390,18 +390,24 @@ __device__ inline void multiply_tile(float (&c)[Products::kParts][8][4],
 
 // ---- the tile in shared memory -----------------------------------------------------------------
 
+// The place of an element of an fp32 tile, whose width is a multiple of 32. These accesses have no
+// bank conflicts: fragments written in pairs; rows in units of 16 bytes; elements of a row by
+// consecutive lanes; and 8 rows x 4 columns (of one chunk) or 2 rows (8 apart) x 16 columns by a
+// warp.
+__device__ inline int staged_place(int row, int column, int width) {
+  const int turn = ((row & 3) << 1 | (row >> 2 & 1)) ^ (row >> 1 & 4);
+  return row * width + (((column >> 2) ^ turn) << 2) + (column & 3);
+}
+
 // The 128 x 128 tile of C in fp32, 64 KB, in place of the slices, from which threads read it in any
-// order that suits the store. These accesses have no bank conflicts: fragments written in pairs;
-// rows in units of 16 bytes; elements of a row by consecutive lanes; and 8 rows x 4 columns (of one
-// chunk) or 2 rows (8 apart) x 16 columns by a warp.
+// order that suits the store.
 struct StagedTile {
   float* data;
 
   __device__ explicit StagedTile(unsigned char* shared) : data(reinterpret_cast<float*>(shared)) {}
 
   __device__ float* at(int row, int column) const {
-    const int turn = ((row & 3) << 1 | (row >> 2 & 1)) ^ (row >> 1 & 4);
-    return data + row * kTile + (((column >> 2) ^ turn) << 2) + (column & 3);
+    return data + staged_place(row, column, kTile);
   }
 
   // Called by all threads after multiply_tile; on return, every thread may read every element.

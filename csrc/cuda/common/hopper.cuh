@@ -48,6 +48,27 @@ __device__ inline void mbarrier_expect(uint32_t barrier, uint32_t bytes) {
                : "memory");
 }
 
+// The address of another block of the cluster that corresponds to `address` in this one.
+__device__ inline uint32_t peer_address(uint32_t address, uint32_t block) {
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
+  return there;
+}
+
+// Arrives at a barrier of any block of the cluster, by its peer_address().
+__device__ inline void mbarrier_arrive_in_cluster(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
+               : "memory");
+}
+
+// A barrier among all threads of the cluster's blocks.
+__device__ inline void cluster_sync() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+}
+
 __device__ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   uint32_t over;
   do {
@@ -78,6 +99,18 @@ __device__ inline void copy_box(uint32_t to, const TensorMap* map, uint32_t barr
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(to),
       "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch)
+      : "memory");
+}
+
+// The same, to the same address in all blocks of the cluster whose bits are set in `blocks`,
+// counted by the barrier at the same address there.
+__device__ inline void copy_box_to_blocks(uint32_t to, const TensorMap* map, uint32_t barrier,
+                                          int column, int row, int head, int batch,
+                                          uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch), "h"(blocks)
       : "memory");
 }
 

@@ -50,29 +50,47 @@ inline cudaError_t allow_shared(const void* kernel) {
 
 // Returns the status of this launch alone; <<<>>> would also report errors pending from before.
 template <class... Parameters>
-cudaError_t launch_with(const void* kernel, dim3 grid, dim3 block, int64_t shared_bytes,
-                        cudaStream_t stream, const Parameters&... parameters) {
+cudaError_t launch_with(const void* kernel, unsigned cluster, dim3 grid, dim3 block,
+                        int64_t shared_bytes, cudaStream_t stream,
+                        const Parameters&... parameters) {
   const void* addresses[] = {&parameters...};
   return checked([&] {
     const cudaError_t status =
         shared_bytes > kSharedBesideCache ? allow_shared(kernel) : cudaSuccess;
     if (status != cudaSuccess) return status;
-    return cudaLaunchKernel(kernel, grid, block, const_cast<void**>(addresses),
-                            static_cast<size_t>(shared_bytes), stream);
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {cluster, 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = cluster > 1;
+    return cudaLaunchKernelExC(&config, kernel, const_cast<void**>(addresses));
   });
 }
 
-// kernel<<<grid, block, shared_bytes, stream>>>(arguments...); a dry run only records it.
+// kernel<<<grid, block, shared_bytes, stream>>>(arguments...) in clusters of `cluster` blocks,
+// adjacent in x; a dry run only records it.
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int64_t shared_bytes,
-                   cudaStream_t stream, const Arguments&... arguments) {
+cudaError_t launch_clusters(void (*kernel)(Parameters...), unsigned cluster, dim3 grid, dim3 block,
+                            int64_t shared_bytes, cudaStream_t stream,
+                            const Arguments&... arguments) {
   if (dry_run != nullptr) {
     dry_run->launch(reinterpret_cast<const void*>(kernel), int64_t(grid.x) * grid.y * grid.z,
                     int64_t(block.x) * block.y * block.z, shared_bytes);
     return cudaSuccess;
   }
-  return launch_with<std::decay_t<Parameters>...>(reinterpret_cast<const void*>(kernel), grid,
-                                                  block, shared_bytes, stream, arguments...);
+  return launch_with<std::decay_t<Parameters>...>(reinterpret_cast<const void*>(kernel), cluster,
+                                                  grid, block, shared_bytes, stream, arguments...);
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int64_t shared_bytes,
+                   cudaStream_t stream, const Arguments&... arguments) {
+  return launch_clusters(kernel, 1, grid, block, shared_bytes, stream, arguments...);
 }
 
 // Most shared memory a block may request, in bytes: 99 KB on sm_86, 163 on sm_80, 227 on sm_90.

@@ -3,6 +3,7 @@
 
 #include "cuda/common/cuda.cuh"
 #include "cuda/newton_schulz/newton_schulz_plan.h"
+#include "cuda/newton_schulz/newton_schulz_updates.cuh"
 
 namespace pmf::cuda::ns {
 
@@ -10,5 +11,8 @@ namespace pmf::cuda::ns {
 // bits, and sets `status`. Returns false if the device or its driver cannot run them.
 bool hopper_products(const std::vector<Product>& products, DType compute, cudaStream_t stream,
                      cudaError_t& status);
+// The same of the last wave.
+bool hopper_updates(const std::vector<Product>& products, const TargetTable& targets, DType compute,
+                    cudaStream_t stream, cudaError_t& status);
 
 }  // namespace pmf::cuda::ns

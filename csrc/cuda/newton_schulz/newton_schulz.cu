@@ -48,7 +48,7 @@ class Runner {
 
   cudaError_t run() {
     cudaError_t status = prologue();
-    const std::vector<Wave> waves = this->waves();
+    const std::vector<Wave> waves = waves_of(p_, chunk_, operands_, sizeof(Element));
     for (size_t w = 0; w < waves.size() && status == cudaSuccess; ++w) {
       status = products(waves[w], w + 1 == waves.size());
     }
@@ -102,51 +102,30 @@ class Runner {
                   kPrologueShared, stream_, table);
   }
 
-  // The products of all buckets, aligned to end in the same wave.
-  std::vector<Wave> waves() const {
-    std::vector<std::vector<Wave>> each;
-    size_t longest = 0;
-    char* x = operands_;
-    for (const Bucket& bucket : chunk_.buckets) {
-      each.push_back(Schedule(p_, bucket, x, sizeof(Element)).waves());
-      longest = std::max(longest, each.back().size());
-      x += bucket.elements() * sizeof(Element);
-    }
-    std::vector<Wave> together(longest);
-    for (const std::vector<Wave>& waves : each) {
-      for (size_t w = 0; w < waves.size(); ++w) {
-        Wave& wave = together[longest - waves.size() + w];
-        wave.products.insert(wave.products.end(), waves[w].products.begin(),
-                             waves[w].products.end());
-      }
-    }
-    return together;
-  }
-
-  // In the last wave, the results leave the workspace.
+  // Large matrices go to the Hopper kernels, if those can run.
   cudaError_t products(const Wave& wave, bool last) {
-    if (last) return update(wave.products);
+    const TargetTable targets = last ? target_table() : TargetTable{};
     std::vector<Product> large, others;
     for (const Product& product : wave.products) {
       (takes_warpgroups(product, p_.compute) ? large : others).push_back(product);
     }
     cudaError_t status = cudaSuccess;
-    if (large.empty() || !hopper_products(large, p_.compute, stream_, status)) {
-      return multiply(wave.products);
-    }
-    return status == cudaSuccess && !others.empty() ? multiply(others) : status;
+    const bool hopper =
+        !large.empty() && (last ? hopper_updates(large, targets, p_.compute, stream_, status)
+                                : hopper_products(large, p_.compute, stream_, status));
+    const std::vector<Product>& rest = hopper ? others : wave.products;
+    if (status != cudaSuccess || rest.empty()) return status;
+    const auto [table, tiles] = wave_table(rest);
+    constexpr int kThreads = kTileThreads<Products::kParts>;
+    plan_next_launch(kTile, kTile, Products::kBlocks);
+    return last ? launch(update_kernel<Products>, dim3(tiles), dim3(kThreads), kTileSharedBytes,
+                         stream_, table, targets)
+                : launch(product_kernel<Products>, dim3(tiles), dim3(kThreads), kTileSharedBytes,
+                         stream_, table);
   }
 
-  cudaError_t multiply(const std::vector<Product>& products) {
-    const auto [table, tiles] = wave_table(products);
-    plan_next_launch(kTile, kTile, Products::kBlocks);
-    return launch(product_kernel<Products>, dim3(tiles), dim3(kTileThreads<Products::kParts>),
-                  kTileSharedBytes, stream_, table);
-  }
-
-  cudaError_t update(const std::vector<Product>& products) {
-    const auto [table, tiles] = wave_table(products);
-    plan_next_launch(kTile, kTile, Products::kBlocks);
+  // Where the results leave the workspace to.
+  TargetTable target_table() const {
     TargetTable targets{};
     targets.dtype = p_.dtype;
     targets.coefficients = p_.muon == nullptr ? nullptr : coefficients_;
@@ -155,8 +134,7 @@ class Runner {
       targets.targets[i] = {matrix.target, matrix.master, static_cast<float>(matrix.scale),
                             matrix.rows > matrix.columns};
     }
-    return launch(update_kernel<Products>, dim3(tiles), dim3(kTileThreads<Products::kParts>),
-                  kTileSharedBytes, stream_, table, targets);
+    return targets;
   }
 
   // The parameter of a launch, and its number of tiles.

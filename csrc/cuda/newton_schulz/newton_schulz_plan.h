@@ -49,6 +49,12 @@ struct Product {
   int matrices = 0;           // in the bucket
   int first_tile = 0;         // of this product in the launch's grid
   bool symmetric = false, right_transposed = false;
+#ifdef __CUDACC__
+  __device__
+#endif
+      bool adds_left() const {
+    return addend != 0 || identity != 0;
+  }
 };
 
 // Matrices of a chunk that share a shape.
@@ -243,5 +249,25 @@ class Schedule {
   char *x_, *next_x_, *square_[kSquares];
   std::vector<Wave> waves_;
 };
+
+// The products of all buckets of a chunk, aligned to end in the same wave.
+inline std::vector<Wave> waves_of(const NewtonSchulzParams& params, const Chunk& chunk, char* x,
+                                  int element_bytes) {
+  std::vector<std::vector<Wave>> each;
+  size_t longest = 0;
+  for (const Bucket& bucket : chunk.buckets) {
+    each.push_back(Schedule(params, bucket, x, element_bytes).waves());
+    longest = std::max(longest, each.back().size());
+    x += bucket.elements() * element_bytes;
+  }
+  std::vector<Wave> together(longest);
+  for (const std::vector<Wave>& waves : each) {
+    for (size_t w = 0; w < waves.size(); ++w) {
+      Wave& wave = together[longest - waves.size() + w];
+      wave.products.insert(wave.products.end(), waves[w].products.begin(), waves[w].products.end());
+    }
+  }
+  return together;
+}
 
 }  // namespace pmf::cuda::ns

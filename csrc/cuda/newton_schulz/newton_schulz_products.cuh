@@ -19,7 +19,7 @@
 #include "cuda/common/gemm_tile.cuh"
 #include "cuda/common/shared.cuh"
 #include "cuda/newton_schulz/newton_schulz_plan.h"
-#include "cuda/optimizer/optimizer_step.cuh"
+#include "cuda/newton_schulz/newton_schulz_updates.cuh"
 
 namespace pmf::cuda::ns {
 
@@ -27,20 +27,6 @@ namespace pmf::cuda::ns {
 struct WaveTable {
   Product products[kMaxProducts];
   int count;
-};
-
-// Destination of a matrix's last product: a parameter or a result.
-struct Target {
-  void* data;
-  float* master;  // fp32 weights of a 16-bit parameter, or null
-  float scale;
-  bool tall;  // rows > columns: X is its transpose
-};
-
-struct TargetTable {
-  Target targets[kMaxMatrices];
-  DType dtype;
-  const float* coefficients;  // decay, lr; null: targets are results
 };
 
 // The tile that a block computes.
@@ -116,7 +102,7 @@ __device__ inline void store_tile(const StagedTile& staged, const Tile& tile) {
       values[q] =
           p.factor * (kMirrored ? *staged.at(column + q, row) : *staged.at(row, column + q));
     }
-    if (p.addend != 0 || p.identity != 0) {
+    if (p.adds_left()) {
       const auto old = load_vector<Element, kWidth>(left + at);
 #pragma unroll
       for (int q = 0; q < kWidth; ++q) {
@@ -162,64 +148,6 @@ __global__ void __launch_bounds__(kTileThreads<Products::kParts>, Products::kBlo
   }
 }
 
-// ---- results that leave the workspace ----------------------------------------------------------
-
-// The arithmetic of the last store.
-struct Step {
-  bool moves;  // updates a parameter; otherwise stores the result
-  float decay, factor;
-
-  __device__ Step(const TargetTable& table, const Target& target)
-      : moves(table.coefficients != nullptr), decay(0), factor(1) {
-    if (!moves) return;
-    decay = table.coefficients[kDecay];
-    factor = -table.coefficients[kLearningRate] * target.scale;
-  }
-};
-
-// A parameter's value: its master weight, unless the parameter was changed externally.
-template <class T>
-__device__ inline float current(const T* data, const float* master, int64_t at) {
-  const float value = to_float(data[at]);
-  if (master == nullptr) return value;
-  return to_float(from_float<T>(master[at])) == value ? master[at] : value;
-}
-
-template <class T>
-__device__ inline void update_tile(const StagedTile& staged, const Tile& tile, const Target& target,
-                                   const Step& step) {
-  const Product& p = *tile.product;
-  T* const data = static_cast<T*>(target.data);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  constexpr int kBatch = 8;  // loads in flight
-  for (int batch = warp; batch < kTile * kTile / 32 / kBatch; batch += blockDim.x / 32) {
-    int64_t at[kBatch];
-    float value[kBatch], old[kBatch];
-    bool valid[kBatch];
-#pragma unroll
-    for (int q = 0; q < kBatch; ++q) {
-      // A warp updates 32 elements of a row of a wide matrix, or 8 rows by 4 columns of X of a tall
-      // one, whose rows are columns of X.
-      const int group = batch * kBatch + q;
-      const int row = target.tall ? group % 16 * 8 + lane % 8 : group / 4,
-                column = target.tall ? group / 16 * 4 + lane / 8 : group % 4 * 32 + lane;
-      const int i = tile.row + row, j = tile.column + column;
-      valid[q] = i < p.rows && j < p.columns;
-      at[q] = target.tall ? static_cast<int64_t>(j) * p.rows + i
-                          : static_cast<int64_t>(i) * p.columns + j;
-      value[q] = *staged.at(row, column);
-      old[q] = valid[q] && step.moves ? current(data, target.master, at[q]) : 0;
-    }
-#pragma unroll
-    for (int q = 0; q < kBatch; ++q) {
-      if (!valid[q]) continue;
-      if (step.moves) value[q] = fmaf(step.factor, value[q], step.decay * old[q]);
-      if (target.master != nullptr) target.master[at[q]] = value[q];
-      data[at[q]] = from_float<T>(value[q]);
-    }
-  }
-}
-
 template <class Products>
 __global__ void __launch_bounds__(kTileThreads<Products::kParts>, Products::kBlocks)
     update_kernel(const __grid_constant__ WaveTable wave,
@@ -229,16 +157,9 @@ __global__ void __launch_bounds__(kTileThreads<Products::kParts>, Products::kBlo
   multiply<Products, false>(c, tile);
   const StagedTile staged(dynamic_shared());
   staged.store(c);
-  const Target& target = table.targets[tile.product->first_matrix + tile.matrix];
-  const Step step(table, target);
-  switch (table.dtype) {
-    case DType::bf16:
-      return update_tile<__nv_bfloat16>(staged, tile, target, step);
-    case DType::f16:
-      return update_tile<__half>(staged, tile, target, step);
-    default:
-      return update_tile<float>(staged, tile, target, step);
-  }
+  const Updates updates(table, *tile.product, tile.matrix);
+  updates.tile<kTile, kTile>([&](int row, int column) { return *staged.at(row, column); }, tile.row,
+                             tile.column, threadIdx.x / kWarpThreads, blockDim.x / kWarpThreads);
 }
 
 }  // namespace pmf::cuda::ns

@@ -30,7 +30,7 @@ int source_lane(Shuffle how, int lane, int amount) {
 }  // namespace
 
 Index thread_index() { return machine.lane->index; }
-Index block_index() { return machine.block; }
+Index block_index() { return machine.warp->block; }
 Index block_size() { return machine.launch.block; }
 Index grid_size() { return machine.launch.grid; }
 unsigned char* shared_memory() { return memory.shared(); }

@@ -18,7 +18,7 @@ constexpr int64_t kMostBytes = (1 << 20) - 1;
 
 // ---- blocks -------------------------------------------------------------------------------------
 
-void Hopper::begin_block(int threads, int warps) {
+void Hopper::begin_cluster(int threads, int warps) {
   barriers_.clear();
   for (const BoxCopy& copy : copies_) memory.copy_dropped(shared_at(copy.to), copy.map.bytes());
   copies_.clear();
@@ -35,7 +35,7 @@ void Hopper::begin_block(int threads, int warps) {
   const int each = std::min(kRegisterFile / std::max(threads, 1) / kRegisterStep * kRegisterStep,
                             kMostRegisters);
   for (int w = 0; w < warps; ++w) registers_[w] = each;
-  free_registers_ = 0;
+  for (int& free : free_registers_) free = 0;
 }
 
 uint32_t Hopper::last_clock() const {
@@ -47,8 +47,8 @@ uint32_t Hopper::last_clock() const {
 bool Hopper::waits(Warp& w) {
   if (w.wanted_registers == 0) return false;
   const int more = (w.wanted_registers - registers_[w.number]) * kLanes;
-  if (more > free_registers_) return true;
-  free_registers_ -= more;
+  if (more > free_registers_[w.rank]) return true;
+  free_registers_[w.rank] -= more;
   registers_[w.number] = w.wanted_registers;
   w.wanted_registers = 0;
   return false;
@@ -57,7 +57,7 @@ bool Hopper::waits(Warp& w) {
 std::string Hopper::left_over() const {
   if (!copies_.empty()) {
     return "a block ended while a box copy to shared memory at " +
-           std::to_string(copies_[0].to - kSharedWindow) + " was in flight";
+           std::to_string(offset_of(copies_[0].to)) + " was in flight";
   }
   for (const auto& [address, b] : barriers_) {
     if (b.landed) {
@@ -92,7 +92,7 @@ void Hopper::set_registers(int count, bool more) {
   if (more) {
     w.wanted_registers = count;
   } else {
-    free_registers_ += (own - count) * kLanes;
+    free_registers_[w.rank] += (own - count) * kLanes;
     own = count;
   }
 }
@@ -100,7 +100,7 @@ void Hopper::set_registers(int count, bool more) {
 // ---- mbarriers ----------------------------------------------------------------------------------
 
 std::string Hopper::describe(uint32_t barrier) const {
-  const std::string name = "the mbarrier at " + std::to_string(barrier - kSharedWindow);
+  const std::string name = "the mbarrier at " + std::to_string(offset_of(barrier));
   const auto found = barriers_.find(barrier);
   if (found == barriers_.end()) return name;
   const Barrier& b = found->second;
@@ -130,10 +130,10 @@ void Hopper::init_fence() {
 Hopper::Barrier& Hopper::at(uint32_t barrier) {
   const auto found = barriers_.find(barrier);
   if (found == barriers_.end()) {
-    machine.fail("shared memory at " + std::to_string(barrier - kSharedWindow) +
+    machine.fail("shared memory at " + std::to_string(offset_of(barrier)) +
                  " is used as an mbarrier but was never initialised");
   }
-  memory.access(shared_at(barrier), 8, Access::read);
+  if (rank_of(barrier) == machine.warp->rank) memory.access(shared_at(barrier), 8, Access::read);
   return found->second;
 }
 
@@ -148,6 +148,9 @@ void Hopper::end_phase(Barrier& b) {
 
 void Hopper::arrive(uint32_t barrier, uint32_t bytes) {
   Barrier& b = at(barrier);
+  if (machine.ended(rank_of(barrier))) {
+    machine.fail("an arrival at " + describe(barrier) + " of a block that has ended");
+  }
   b.bytes += bytes;
   if (b.bytes > kMostBytes) machine.fail(describe(barrier) + " cannot count 2^20 bytes or more");
   if (b.missing == 0) machine.fail("one arrival too many at " + describe(barrier));
@@ -217,6 +220,7 @@ void Hopper::copy(uint32_t to, const BoxMap& map, uint32_t barrier, const int32_
     machine.fail(describe(barrier) +
                  " is used by a copy with no fence.mbarrier_init after its initialisation");
   }
+  if (machine.ended(rank_of(to))) machine.fail("a box copy to a block that has ended");
   int64_t first, last;
   inside_of(map, place[0], first, last);
   rows_of(map, place, [&](uint64_t, uint64_t address) {
@@ -225,7 +229,7 @@ void Hopper::copy(uint32_t to, const BoxMap& map, uint32_t barrier, const int32_
         reinterpret_cast<const char*>(address) + (place[0] + first) * int64_t(map.element_bytes);
     memory.access(from, size_t((last - first) * map.element_bytes), Access::read);
   });
-  memory.box_issued(shared_at(to), map.bytes());
+  memory.box_issued(shared_at(to), map.bytes(), rank_of(to));
   copies_.push_back({map, {place[0], place[1], place[2], place[3], 0}, to, barrier});
 }
 

@@ -38,7 +38,7 @@ static_assert(sizeof(BoxMap) <= 128);
 
 class Hopper {
  public:
-  void begin_block(int threads, int warps);
+  void begin_cluster(int threads_of_block, int warps);
   uint32_t last_clock() const;
 
   // ---- scheduling
@@ -47,7 +47,7 @@ class Hopper {
   void land_one();
   std::string left_over() const;  // of a block that has ended; empty: nothing
   std::string describe(uint32_t barrier) const;
-  int free_registers() const { return free_registers_; }
+  int free_registers(const Warp& w) const { return free_registers_[w.rank]; }
 
   // ---- mbarriers and copies, by one lane
   void init(uint32_t barrier, uint32_t arrivals);
@@ -116,7 +116,7 @@ class Hopper {
   Products products_[kMaxWarps];
   int next_chain_ = 0;                          // of the next block
   std::vector<Product> issued_[kMaxWarps / 4];  // by a warpgroup's warps, all the same
-  int registers_[kMaxWarps] = {}, free_registers_ = 0, warps_ = 0;
+  int registers_[kMaxWarps] = {}, free_registers_[kMostCluster] = {}, warps_ = 0;
 };
 
 extern Hopper hopper;
@@ -130,8 +130,24 @@ inline std::string hex(uint32_t x) {
   return text;
 }
 
+// Addresses in the cluster's shared memory have a block's rank plus one in these bits; without it,
+// they are the running block's.
+constexpr int kRankAt = 24;
+inline uint32_t of_block(uint32_t address, int rank) {
+  return (address & ((1u << kRankAt) - 1)) | uint32_t(rank + 1) << kRankAt;
+}
+inline int rank_of(uint32_t address) {
+  const int rank = int(address >> kRankAt) - 1;
+  return rank < 0 ? machine.warp->rank : rank;
+}
+inline uint32_t in_cluster(uint32_t address) { return of_block(address, rank_of(address)); }
+
+// The byte from the beginning of its block's shared memory, for messages.
+inline uint32_t offset_of(uint32_t address) {
+  return (address & ((1u << kRankAt) - 1)) - kSharedWindow;
+}
 inline unsigned char* shared_at(uint32_t address) {
-  return memory.shared() + (int64_t{address} - kSharedWindow);
+  return memory.shared(rank_of(address)) + int32_t(offset_of(address));
 }
 
 // Bits 4 to 6 of an address, exclusive-or the row in a repeat of eight.

@@ -22,7 +22,7 @@ uint32_t shared_address(const void* generic) {
 
 void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
   PMF_HERE;
-  hopper.init(barrier, arrivals);
+  hopper.init(in_cluster(barrier), arrivals);
 }
 void mbarrier_init_fence() {
   PMF_HERE;
@@ -30,20 +30,40 @@ void mbarrier_init_fence() {
 }
 void mbarrier_arrive(uint32_t barrier, uint32_t bytes) {
   PMF_HERE;
-  hopper.arrive(barrier, bytes);
+  hopper.arrive(in_cluster(barrier), bytes);
 }
 void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   PMF_HERE;
-  hopper.wait(barrier, parity);
+  hopper.wait(in_cluster(barrier), parity);
+}
+uint32_t peer_address(uint32_t address, uint32_t block) {
+  PMF_HERE;
+  if (block >= machine.launch.cluster) {
+    machine.fail("block " + std::to_string(block) + " of a cluster of " +
+                 std::to_string(machine.launch.cluster));
+  }
+  return of_block(address, int(block));
+}
+void cluster_arrive() {
+  PMF_HERE;
+  machine.cluster_arrive();
+}
+void cluster_wait() {
+  PMF_HERE;
+  machine.cluster_wait();
 }
 void fence_proxy_async() { machine.lane->proxy_fences += 1; }
 
-void copy_box(uint32_t to, const void* map, uint32_t barrier, Word4 place) {
+void copy_box(uint32_t to, const void* map, uint32_t barrier, Word4 place, uint32_t blocks) {
   PMF_HERE;
   BoxMap box;
   std::memcpy(&box, map, sizeof(box));
   const int32_t at[] = {int32_t(place[0]), int32_t(place[1]), int32_t(place[2]), int32_t(place[3])};
-  hopper.copy(to, box, barrier, at);
+  if (blocks == 0) blocks = 1u << machine.warp->rank;
+  for (uint32_t block = 0; blocks != 0; ++block, blocks >>= 1) {
+    if ((blocks & 1) == 0) continue;
+    hopper.copy(peer_address(to, block), box, peer_address(barrier, block), at);
+  }
 }
 
 void wgmma(const Product& product, float* sums, const uint32_t* a, bool holds) {

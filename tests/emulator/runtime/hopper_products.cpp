@@ -45,7 +45,9 @@ void Hopper::pieces(uint64_t descriptor, bool transposed, int first, int rows, c
   if (!transposed) {
     for (int r = first; r < first + rows; ++r) {
       const uint32_t row = start + uint32_t(r) / 8 * stride + uint32_t(r) % 8 * width;
-      for (int c = 0; c < 2; ++c) piece(swizzled(row + uint32_t(c) * kChunk, width), r, c);
+      for (int c = 0; c < 2; ++c) {
+        piece(in_cluster(swizzled(row + uint32_t(c) * kChunk, width)), r, c);
+      }
     }
     return;
   }
@@ -55,7 +57,7 @@ void Hopper::pieces(uint64_t descriptor, bool transposed, int first, int rows, c
       const uint32_t place = start + uint32_t(c / chunks_a_piece) * leading +
                              uint32_t(k) / 8 * stride + uint32_t(k) % 8 * width +
                              uint32_t(c % chunks_a_piece) * kChunk;
-      piece(swizzled(place, width), k, c);
+      piece(in_cluster(swizzled(place, width)), k, c);
     }
   }
 }

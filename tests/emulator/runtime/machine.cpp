@@ -45,6 +45,8 @@ const char* together_name(Together kind) {
       return "wgmma.commit_group";
     case Together::wgmma_wait:
       return "wgmma.wait_group";
+    case Together::cluster_arrive:
+      return "barrier.cluster.arrive";
   }
   return "";
 }
@@ -96,6 +98,7 @@ void Machine::fail(const std::string& text) {
   std::ostringstream out;
   out << kFound << text;
   if (lane != nullptr) {
+    const Index block = warp->block;
     out << " (block " << block.x << ", " << block.y << ", " << block.z << "; thread "
         << lane->index.x << ", " << lane->index.y << ", " << lane->index.z << "; "
         << describe_place(place) << ")";
@@ -163,9 +166,34 @@ void Machine::barrier(int id, int threads, bool waits) {
     fail("barrier_sync() takes whole warps, got " + std::to_string(threads) + " threads");
   }
   if (id < 0 || id > 15) fail("barriers are numbered 0 to 15, got " + std::to_string(id));
+  meet(id, threads, waits);
+}
+
+void Machine::cluster_arrive() {
+  together(Together::cluster_arrive, 0, [&] {
+    if (warp->at_cluster_barrier) fail("a warp arrives twice at the cluster's barrier");
+    warp->at_cluster_barrier = true;
+  });
+}
+
+void Machine::cluster_wait() {
+  if (!warp->at_cluster_barrier) fail("a warp waits at the cluster's barrier without arriving");
+  const Index size = launch.block;
+  meet(kClusterBarrier, static_cast<int>(size.x * size.y * size.z * launch.cluster), true);
+  warp->at_cluster_barrier = false;
+}
+
+bool Machine::ended(int rank) const {
+  return std::all_of(warps_.begin(), warps_.end(), [=](const Warp& w) {
+    return w.count == 0 || w.rank != rank || w.done == w.count;
+  });
+}
+
+void Machine::meet(int id, int threads, bool waits) {
+  const bool everywhere = id == kClusterBarrier;
   const Together kind = waits ? Together::barrier : Together::barrier_arrive;
   together(kind, id << 16 | threads, [&] {
-    NamedBarrier& b = named_[id];
+    NamedBarrier& b = named_[everywhere ? 0 : warp->rank][id];
     if (b.arrived > 0 && b.threads != threads) {
       fail("one warp uses barrier " + std::to_string(id) + " for " + std::to_string(b.threads) +
            " threads and another for " + std::to_string(threads));
@@ -182,6 +210,7 @@ void Machine::barrier(int id, int threads, bool waits) {
     }
     for (Warp& w : warps_) {
       if (w.count == 0 || !w.at_barrier || w.barrier != id) continue;
+      if (!everywhere && w.rank != warp->rank) continue;
       w.known.merge(b.known);
       w.at_barrier = false;
     }
@@ -209,7 +238,7 @@ std::string Machine::stuck() const {
       out << " waits at " << hopper.describe(l->mbarrier) << " for parity " << l->parity;
     } else if (w.wanted_registers != 0) {
       out << " waits for " << w.wanted_registers << " registers per thread, but "
-          << hopper.free_registers() << " of the block's are free";
+          << hopper.free_registers(w) << " of the block's are free";
     } else {
       out << " has ended";
     }
@@ -245,11 +274,10 @@ void Machine::run_warps() {
   }
 }
 
-void Machine::run_block(int64_t number) {
+void Machine::run_cluster(int64_t first_block) {
   const Index g = launch.grid, size = launch.block;
-  block = {static_cast<unsigned>(number % g.x), static_cast<unsigned>(number / g.x % g.y),
-           static_cast<unsigned>(number / g.x / g.y)};
-  const int threads = static_cast<int>(size.x * size.y * size.z);
+  const int each = static_cast<int>(size.x * size.y * size.z);
+  const int threads = each * static_cast<int>(launch.cluster);
   const int warps = (threads + kLanes - 1) / kLanes;
   for (Lane& l : lanes_) {
     for (const Copy& copy : l.copies) memory.copy_dropped(copy.to);
@@ -259,12 +287,13 @@ void Machine::run_block(int64_t number) {
     l.proxy_fences = 0;
     l.has_acquired = false;
   }
-  first_clock_ = memory.begin_block(first_clock_, launch.shared_bytes, warps);
+  first_clock_ = memory.begin_cluster(first_clock_, launch.shared_bytes, launch.cluster, warps);
   for (int i = 0; i < threads; ++i) {
     Lane& l = lanes_[i];
     l.stack = stacks_.fresh(i, &thread_entry);
     l.number = i;
-    l.index = {i % size.x, i / size.x % size.y, i / size.x / size.y};
+    const unsigned own = static_cast<unsigned>(i % each);
+    l.index = {own % size.x, own / size.x % size.y, own / size.x / size.y};
     l.waits = l.done = false;
     l.mbarrier = 0;
   }
@@ -273,13 +302,19 @@ void Machine::run_block(int64_t number) {
     w.count = rest < 0 ? 0 : rest < kLanes ? rest : kLanes;
     w.waiting = w.done = 0;
     w.turn = w.count == 0 ? 0 : static_cast<int>(random(static_cast<unsigned>(w.count)));
-    w.at_barrier = false;
+    w.rank = w.number * kLanes / each;
+    const int64_t block = first_block + w.rank;
+    w.block = {static_cast<unsigned>(block % g.x), static_cast<unsigned>(block / g.x % g.y),
+               static_cast<unsigned>(block / g.x / g.y)};
+    w.at_barrier = w.at_cluster_barrier = false;
     w.wanted_registers = 0;
     w.clock = first_clock_;
     for (uint32_t& known : w.known.of) known = first_clock_ - 1;
   }
-  for (NamedBarrier& b : named_) b = {};
-  hopper.begin_block(threads, warps);
+  for (auto& of_block : named_) {
+    for (NamedBarrier& b : of_block) b = {};
+  }
+  hopper.begin_cluster(each, warps);
   run_warps();
   for (const Warp& w : warps_) first_clock_ = first_clock_ > w.clock ? first_clock_ : w.clock + 1;
   const uint32_t phases = hopper.last_clock();
@@ -302,6 +337,10 @@ const char* Machine::run(const Launch& what) {
   std::ostringstream out;
   if (threads < 1 || threads > kMaxThreads || b.z > 64) {
     out << "a block of " << b.x << " x " << b.y << " x " << b.z << " threads";
+  } else if (what.cluster > 1 && (what.cluster > kMostCluster || g.x % what.cluster != 0 ||
+                                  threads % kLanes != 0 || threads * what.cluster > kMaxThreads)) {
+    out << "clusters of " << what.cluster << " blocks of " << threads << " threads in rows of "
+        << g.x;
   } else if (g.x < 1 || g.y < 1 || g.z < 1 || g.x > 0x7fffffffu || g.y > 65535 || g.z > 65535) {
     out << "a grid of " << g.x << " x " << g.y << " x " << g.z << " blocks";
   } else if (what.shared_bytes < 0 || what.shared_bytes > what.allowed_bytes) {
@@ -313,9 +352,12 @@ const char* Machine::run(const Launch& what) {
   }
   if (!out.str().empty()) return refuse("the emulator cannot launch " + out.str());
   memory.begin_launch();
-  const int64_t blocks = int64_t{g.x} * g.y * g.z;
-  const int64_t first = random(static_cast<unsigned>(blocks < 0x7fffffff ? blocks : 0x7fffffff));
-  for (int64_t i = 0; i < blocks && problem.empty(); ++i) run_block((first + i) % blocks);
+  const int64_t clusters = int64_t{g.x} * g.y * g.z / what.cluster;
+  const int64_t first =
+      random(static_cast<unsigned>(clusters < 0x7fffffff ? clusters : 0x7fffffff));
+  for (int64_t i = 0; i < clusters && problem.empty(); ++i) {
+    run_cluster((first + i) % clusters * what.cluster);
+  }
   lane = nullptr;
   return problem.empty() ? nullptr : problem.c_str();
 }

@@ -29,6 +29,7 @@ enum class Together {
   wgmma_fence,
   wgmma_commit,
   wgmma_wait,
+  cluster_arrive,
 };
 
 // A vector clock: actions of each agent up to this time are known.
@@ -86,7 +87,9 @@ struct Lane {
 struct Warp {
   Lane* lanes = nullptr;
   int number = 0, count = 0, waiting = 0, done = 0, turn = 0;
-  bool at_barrier = false;
+  int rank = 0;  // of its block in the cluster
+  Index block = {};
+  bool at_barrier = false, at_cluster_barrier = false;  // the latter: it has arrived
   int barrier = 0;
   int wanted_registers = 0;  // registers per thread that it waits for
   Together kind = {};
@@ -140,7 +143,6 @@ class Machine {
   }
 
   Launch launch = {};
-  Index block = {};
   std::string problem;
   int64_t launches = 0;            // since the process started
   int64_t products = 0;            // mma instructions executed by all warps since then
@@ -167,11 +169,14 @@ class Machine {
   }
 
   void barrier(int id, int threads, bool waits = true);
+  void cluster_arrive();
+  void cluster_wait();
   void yield();
   void wait_for_phase(uint32_t mbarrier, uint32_t parity);
 
   uint32_t first_clock() const { return first_clock_; }
   Warp& warp_number(int w) { return warps_[w]; }
+  bool ended(int rank) const;  // a block of the cluster
   unsigned random(unsigned below);
 
  private:
@@ -182,7 +187,8 @@ class Machine {
   // The first lane from `first` on that can continue; null: none.
   static Lane* runnable(Warp& w, int first);
   void resume(Lane& next);
-  void run_block(int64_t number);
+  void run_cluster(int64_t first_block);
+  void meet(int id, int threads, bool waits);
   void run_warps();
   void to_host();
   std::string stuck() const;
@@ -192,7 +198,8 @@ class Machine {
   void* host_ = nullptr;
   std::vector<Lane> lanes_;
   std::vector<Warp> warps_;
-  NamedBarrier named_[16];
+  static constexpr int kClusterBarrier = 16;
+  NamedBarrier named_[kMostCluster][kClusterBarrier + 1];
   uint32_t first_clock_ = 1;  // the block's first; older clocks precede the block
   uint64_t random_ = 1;
 };

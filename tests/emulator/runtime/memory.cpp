@@ -20,7 +20,7 @@ constexpr int kLaneBits = 6;
 constexpr uint32_t kLaneMask = (1u << kLaneBits) - 1, kSeveralLanes = kLanes;
 constexpr int kPoison = 0xff;  // a NaN in every floating-point type
 constexpr size_t kCopyBytes = 16;
-constexpr size_t kGranules = kMostShared / kGranule;
+constexpr size_t kGranules = kMostCluster * kMostShared / kGranule;
 
 std::string bytes_of(const char* what, size_t bytes, Access access) {
   return std::to_string(bytes) + " bytes of " + what +
@@ -73,12 +73,15 @@ void Memory::begin_launch() {
   last_ = nullptr;
 }
 
-uint32_t Memory::begin_block(uint32_t clock, int64_t shared_bytes, int warps) {
+uint32_t Memory::begin_cluster(uint32_t clock, int64_t shared_bytes, unsigned blocks, int warps) {
+  constexpr int64_t kApart = 1024;  // tiles in shared memory are aligned to this
   block_serial += 1;
   shared_bytes_ = shared_bytes;
+  stride_ = (shared_bytes + kApart - 1) / kApart * kApart;
+  const int64_t all_bytes = (blocks - 1) * stride_ + shared_bytes;
   // Stamps of earlier blocks are older than this block's first clock and need no clearing, unless
   // the clock may overflow or the readers' layout changes with the number of warps.
-  const size_t readers = (shared_bytes + kGranule - 1) / kGranule * warps;
+  const size_t readers = (all_bytes + kGranule - 1) / kGranule * warps;
   if (clock > kUnderWay / 2 || warps != warps_ || readers > reader_.size()) {
     warps_ = warps;
     std::fill(writer_.begin(), writer_.end(), 0);
@@ -88,7 +91,7 @@ uint32_t Memory::begin_block(uint32_t clock, int64_t shared_bytes, int warps) {
   first_clock_ = clock;
   if (has_products_) std::fill(products_.begin(), products_.end(), 0);
   has_products_ = false;
-  std::memset(shared_, kPoison, shared_bytes);
+  std::memset(shared_, kPoison, all_bytes);
   return clock;
 }
 
@@ -99,7 +102,7 @@ void Memory::access(const void* address, size_t bytes, Access access) {
     if (!lane.held.empty()) hopper.check_registers(lane, at, bytes, access == Access::write);
     return;
   }
-  if (is_shared(at)) return shared_access(at, bytes, access, false);
+  if (is_shared(at)) return shared_access(at, bytes, access, false, machine.warp->rank);
   if (at - reinterpret_cast<uintptr_t>(machine.launch.call) < machine.launch.call_bytes) {
     if (access == Access::write) machine.fail("a kernel parameter is written");
     return;
@@ -115,18 +118,19 @@ void Memory::access(const void* address, size_t bytes, Access access) {
 void Memory::access_by_warp(const void* address, size_t bytes) {
   const auto at = reinterpret_cast<uintptr_t>(address);
   if (!is_shared(at)) machine.fail("ldmatrix reads shared memory only");
-  shared_access(at, bytes, Access::read, true);
+  shared_access(at, bytes, Access::read, true, machine.warp->rank);
 }
 
 // ---- shared memory ------------------------------------------------------------------------------
 
-void Memory::shared_access(uintptr_t address, size_t bytes, Access access, bool by_warp) {
-  const auto offset = static_cast<int64_t>(address - reinterpret_cast<uintptr_t>(shared_));
+void Memory::shared_access(uintptr_t address, size_t bytes, Access access, bool by_warp, int rank) {
+  const auto offset = static_cast<int64_t>(address - reinterpret_cast<uintptr_t>(shared(rank)));
   if (offset < 0 || offset + static_cast<int64_t>(bytes) > shared_bytes_) {
     machine.fail(bytes_of("shared memory", bytes, access) + " at " + std::to_string(offset) +
                  ", but the launch requested " + std::to_string(shared_bytes_) + " bytes");
   }
-  const size_t first = offset / kGranule, last = (offset + bytes - 1) / kGranule;
+  const int64_t from = offset + rank * stride_;
+  const size_t first = from / kGranule, last = (from + bytes - 1) / kGranule;
   access == Access::read ? shared_read(first, last, by_warp) : shared_write(first, last);
 }
 
@@ -194,9 +198,9 @@ void Memory::copy_landed(void* to) {
 void Memory::atomic(const void* address, size_t bytes) {
   const auto at = reinterpret_cast<uintptr_t>(address);
   if (is_shared(at)) {
-    const auto offset = static_cast<int64_t>(at - reinterpret_cast<uintptr_t>(shared_));
+    const auto offset = static_cast<int64_t>(at - reinterpret_cast<uintptr_t>(shared()));
     if (offset < 0 || offset + static_cast<int64_t>(bytes) > shared_bytes_ ||
-        writer_[offset / kGranule] >> kThreadBits < first_clock_) {
+        writer_[(shared() - shared_ + offset) / kGranule] >> kThreadBits < first_clock_) {
       machine.fail("an atomic operation on shared memory that was never written or requested");
     }
     return;
@@ -216,8 +220,8 @@ void Memory::copy_dropped(void* to, size_t bytes) {
 
 // ---- the asynchronous proxy ---------------------------------------------------------------------
 
-void Memory::box_issued(unsigned char* to, size_t bytes) {
-  access(to, bytes, Access::write);
+void Memory::box_issued(unsigned char* to, size_t bytes, int rank) {
+  shared_access(reinterpret_cast<uintptr_t>(to), bytes, Access::write, false, rank);
   const size_t first = (to - shared_) / kGranule;
   for (size_t g = first; g < first + bytes / kGranule; ++g) {
     writer_[g] |= kUnderWay << kThreadBits;
@@ -233,7 +237,7 @@ void Memory::box_landed(unsigned char* to, const unsigned char* values, size_t b
 }
 
 void Memory::product_begins(const unsigned char* from, size_t bytes) {
-  shared_access(reinterpret_cast<uintptr_t>(from), bytes, Access::read, true);
+  shared_access(reinterpret_cast<uintptr_t>(from), bytes, Access::read, true, machine.warp->rank);
   has_products_ = true;
   const size_t first = (from - shared_) / kGranule;
   for (size_t g = first; g < first + bytes / kGranule; ++g) {

@@ -64,8 +64,10 @@ class Memory {
 
   // ---- the machine
   void begin_launch();
-  uint32_t begin_block(uint32_t clock, int64_t shared_bytes, int warps);  // returns its first clock
-  unsigned char* shared() const { return shared_; }
+  // Returns its first clock.
+  uint32_t begin_cluster(uint32_t clock, int64_t shared_bytes, unsigned blocks, int warps);
+  unsigned char* shared(int rank) const { return shared_ + rank * stride_; }
+  unsigned char* shared() const { return shared(machine.warp->rank); }  // of the running block
 
   // ---- accesses of the running thread
   void access(const void* address, size_t bytes, Access access);
@@ -79,7 +81,7 @@ class Memory {
   void copy_dropped(void* to, size_t bytes = 16);
 
   // ---- accesses by the asynchronous proxy (hopper.h)
-  void box_issued(unsigned char* to, size_t bytes);
+  void box_issued(unsigned char* to, size_t bytes, int rank);
   // `stamp` has the thread and clock of the copies in an mbarrier's phase.
   void box_landed(unsigned char* to, const unsigned char* values, size_t bytes, uint32_t stamp);
   // A product of the running warp reads from now until it has been waited for.
@@ -88,16 +90,17 @@ class Memory {
 
  private:
   bool is_shared(uintptr_t address) const { return address - shared_begin_ < kSharedSpace; }
-  void shared_access(uintptr_t address, size_t bytes, Access access, bool by_warp);
+  void shared_access(uintptr_t address, size_t bytes, Access access, bool by_warp, int rank);
   void shared_read(size_t first, size_t last, bool by_warp);
   void shared_write(size_t first, size_t last);
 
   // Space on both sides, to tell addresses just out of bounds from wild ones.
-  static constexpr size_t kSharedSpace = 512 * 1024, kSharedStart = 128 * 1024;
+  static constexpr size_t kSharedStart = 128 * 1024;
+  static constexpr size_t kSharedSpace = 2 * kSharedStart + kMostCluster * kMostShared;
 
   unsigned char* shared_;
-  uintptr_t shared_begin_;  // start of that space
-  int64_t shared_bytes_ = 0;
+  uintptr_t shared_begin_;                 // start of that space
+  int64_t shared_bytes_ = 0, stride_ = 0;  // of a block, from one block of a cluster to the next
   int warps_ = 0;
   uint32_t first_clock_ = 1;
   std::vector<uint32_t> writer_;    // per granule: clock << kThreadBits | thread

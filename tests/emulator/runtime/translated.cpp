@@ -110,9 +110,24 @@ class Machinery final : public ptx::Device {
     return true;
   }
   void fence_proxy_async() const override { emulator::fence_proxy_async(); }
-  void copy_box(uint32_t to, const void* map, uint32_t barrier, Word4 place) const override {
+  uint32_t peer_address(uint32_t address, uint32_t block) const override {
     PMF_HERE;
-    emulator::copy_box(to, map, barrier, place);
+    return emulator::peer_address(address, block);
+  }
+  void cluster_arrive(int line) const override {
+    PMF_HERE;
+    machine.aligned_line = line;
+    emulator::cluster_arrive();
+  }
+  void cluster_wait(int line) const override {
+    PMF_HERE;
+    machine.aligned_line = line;
+    emulator::cluster_wait();
+  }
+  void copy_box(uint32_t to, const void* map, uint32_t barrier, Word4 place,
+                uint32_t blocks) const override {
+    PMF_HERE;
+    emulator::copy_box(to, map, barrier, place, blocks);
   }
   void wgmma(int line, const Product& product, float* sums, const uint32_t* a) const override {
     PMF_HERE;

@@ -59,6 +59,8 @@ def copy(s: Scope, i: Instruction) -> str:
 def barrier(s: Scope, i: Instruction) -> str:
     if i.name == "bar.warp.sync":
         return f"d.sync_warp({s.value(i.operands[0], 'u32')});"
+    if i.name in ("barrier.cluster.arrive.release.aligned", "barrier.cluster.wait.acquire.aligned"):
+        return f"d.cluster_{i.parts[2]}({i.line});"
     if i.name not in ("bar.sync", "bar.arrive", "barrier.sync.aligned"):
         raise UnknownInstruction(i.name)
     number, threads = (s.value(x, "u32") for x in (*i.operands, "0")[:2])

@@ -16,7 +16,11 @@ def mbarrier(s: Scope, i: Instruction) -> str:
     if i.name == "mbarrier.try_wait.parity.shared::cta.b64":
         out, place, parity = i.operands
         return s.put(out, f"d.mbarrier_try_wait({_shared(s, place)}, {s.value(parity, 'u32')})", "pred")
-    arrivals = {"mbarrier.arrive.shared::cta.b64": 2, "mbarrier.arrive.expect_tx.shared::cta.b64": 3}
+    arrivals = {
+        "mbarrier.arrive.shared::cta.b64": 2,
+        "mbarrier.arrive.expect_tx.shared::cta.b64": 3,
+        "mbarrier.arrive.release.cluster.shared::cluster.b64": 2,
+    }
     if arrivals.get(i.name) != len(i.operands) or i.operands[0] != "_":
         raise UnknownInstruction(i.name)
     announced = s.value(i.operands[2], "u32") if len(i.operands) == 3 else "0"
@@ -33,14 +37,22 @@ def fence(s: Scope, i: Instruction) -> str:
     return known[i.name]
 
 
-def copy_box(s: Scope, i: Instruction) -> str:
-    to, source, barrier = i.operands
-    found = re.fullmatch(r"\[(%\w+),\s*\{([^}]*)\}\]", source)
-    if i.name != _COPY or found is None:
+def peer_address(s: Scope, i: Instruction) -> str:
+    if i.name != "mapa.shared::cluster.u32":
         raise UnknownInstruction(i.name)
+    out, address, block = i.operands
+    return s.put(out, f"d.peer_address({s.value(address, 'u32')}, {s.value(block, 'u32')})", "u32")
+
+
+def copy_box(s: Scope, i: Instruction) -> str:
+    to, source, barrier, *blocks = i.operands
+    found = re.fullmatch(r"\[(%\w+),\s*\{([^}]*)\}\]", source)
+    if i.name != _COPY + (".multicast::cluster" if blocks else "") or found is None:
+        raise UnknownInstruction(i.name)
+    mask = s.value(blocks[0], "u16") if blocks else "0"
     place = ", ".join(s.value(x.strip(), "u32") for x in found.group(2).split(","))
-    tensor = s.value(found.group(1), "u64")
-    return f"d.copy_box({_shared(s, to)}, (const void*){tensor}, {_shared(s, barrier)}, Word4{{{place}}});"
+    places = f"{_shared(s, to)}, (const void*){s.value(found.group(1), 'u64')}, {_shared(s, barrier)}"
+    return f"d.copy_box({places}, Word4{{{place}}}, {mask});"
 
 
 def wgmma(s: Scope, i: Instruction) -> str:

@@ -31,6 +31,7 @@ RULES: dict[str, Callable[[Scope, Instruction], str]] = {
     "wgmma": hopper.wgmma,
     "elect": hopper.elect,
     "setmaxnreg": hopper.set_registers,
+    "mapa": hopper.peer_address,
     "bra": lambda s, i: f"goto {_label(i.operands[0])};",
     "ret": lambda s, i: "return;",
     "trap": lambda s, i: "d.trap();",

@@ -40,7 +40,11 @@ class Device {
   virtual void mbarrier_arrive(uint32_t barrier, uint32_t bytes) const = 0;
   virtual bool mbarrier_try_wait(uint32_t barrier, uint32_t parity) const = 0;
   virtual void fence_proxy_async() const = 0;
-  virtual void copy_box(uint32_t to, const void* map, uint32_t barrier, Word4 place) const = 0;
+  virtual uint32_t peer_address(uint32_t address, uint32_t block) const = 0;
+  virtual void cluster_arrive(int line) const = 0;
+  virtual void cluster_wait(int line) const = 0;
+  virtual void copy_box(uint32_t to, const void* map, uint32_t barrier, Word4 place,
+                        uint32_t blocks) const = 0;
   virtual void wgmma(int line, const Product& product, float* sums, const uint32_t* a) const = 0;
   virtual void wgmma_fence(int line) const = 0;
   virtual void wgmma_commit(int line) const = 0;

@@ -55,9 +55,14 @@ uint32_t shared_address(const void* generic);
 void mbarrier_init(uint32_t barrier, uint32_t arrivals);
 void mbarrier_init_fence();
 void mbarrier_arrive(uint32_t barrier, uint32_t bytes);  // also announces `bytes` of copies
+// The same address in the shared memory of another block of the cluster.
+uint32_t peer_address(uint32_t address, uint32_t block);
+void cluster_arrive();
+void cluster_wait();
 void mbarrier_wait(uint32_t barrier, uint32_t parity);
 void fence_proxy_async();
-void copy_box(uint32_t to, const void* map, uint32_t barrier, Word4 place);
+// To the blocks of the cluster whose bits are set in `blocks`; 0: to this one.
+void copy_box(uint32_t to, const void* map, uint32_t barrier, Word4 place, uint32_t blocks);
 
 // One wgmma with n columns of sums; A is in registers, or described by `a`.
 struct Product {
@@ -95,6 +100,7 @@ struct Launch {
   void (*thread)(const void* call);     // runs one thread of the kernel
   const void* call;                     // the kernel and its arguments
   size_t call_bytes;
+  unsigned cluster = 1;     // adjacent blocks that form a cluster
   bool translated = false;  // from PTX: the kernel reports its own position
 };
 
@@ -121,5 +127,6 @@ struct Limits {
 };
 const Limits& limits();
 constexpr int64_t kMostShared = 227 * 1024;  // maximum per block on any device
+constexpr unsigned kMostCluster = 2;         // blocks of a cluster
 
 }  // namespace pmf::emulator

@@ -16,6 +16,14 @@ inline void mbarrier_arrive(uint32_t barrier) { emulator::mbarrier_arrive(barrie
 inline void mbarrier_expect(uint32_t barrier, uint32_t bytes) {
   emulator::mbarrier_arrive(barrier, bytes);
 }
+inline uint32_t peer_address(uint32_t address, uint32_t block) {
+  return emulator::peer_address(address, block);
+}
+inline void mbarrier_arrive_in_cluster(uint32_t barrier) { emulator::mbarrier_arrive(barrier, 0); }
+inline void cluster_sync() {
+  emulator::cluster_arrive();
+  emulator::cluster_wait();
+}
 inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   emulator::mbarrier_wait(barrier, parity);
 }
@@ -25,7 +33,13 @@ inline void copy_box(uint32_t to, const TensorMap* map, uint32_t barrier, int co
                      int head, int batch) {
   emulator::copy_box(
       to, map, barrier,
-      emulator::Word4{uint32_t(column), uint32_t(row), uint32_t(head), uint32_t(batch)});
+      emulator::Word4{uint32_t(column), uint32_t(row), uint32_t(head), uint32_t(batch)}, 0);
+}
+inline void copy_box_to_blocks(uint32_t to, const TensorMap* map, uint32_t barrier, int column,
+                               int row, int head, int batch, uint16_t blocks) {
+  emulator::copy_box(
+      to, map, barrier,
+      emulator::Word4{uint32_t(column), uint32_t(row), uint32_t(head), uint32_t(batch)}, blocks);
 }
 
 inline void wgmma_fence() { emulator::wgmma_fence(); }

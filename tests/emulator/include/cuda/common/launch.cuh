@@ -39,8 +39,8 @@ struct KernelCall {
 };
 
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int64_t shared_bytes,
-                   cudaStream_t, const Arguments&... arguments) {
+cudaError_t launch_clusters(void (*kernel)(Parameters...), unsigned cluster, dim3 grid, dim3 block,
+                            int64_t shared_bytes, cudaStream_t, const Arguments&... arguments) {
   using Call = KernelCall<Parameters...>;
   const Call call{kernel, {arguments...}};
   const int64_t allowed =
@@ -51,11 +51,18 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int64_t
                                   allowed,
                                   &Call::thread,
                                   &call,
-                                  sizeof(call)};
+                                  sizeof(call),
+                                  cluster};
   const char* problem = emulator::translating()
                             ? call.run_translated(shape, std::index_sequence_for<Parameters...>())
                             : emulator::run(shape);
   return problem == nullptr ? cudaSuccess : cudaErrorLaunchFailure;
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int64_t shared_bytes,
+                   cudaStream_t stream, const Arguments&... arguments) {
+  return launch_clusters(kernel, 1, grid, block, shared_bytes, stream, arguments...);
 }
 
 }  // namespace pmf::cuda
