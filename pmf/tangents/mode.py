@@ -92,8 +92,13 @@ class TangentMode(TorchDispatchMode):
             return
         if tangent.dtype != x.dtype:
             tangent = tangent.to(x.dtype)
-        if tangent.shape != x.shape or not _same_strides(tangent, x):
-            tangent = torch.empty_like(x).copy_(tangent)
+        fits = tangent.shape == x.shape and _same_strides(tangent, x)
+        if not (fits and self._in_buffer(tangent)):
+            buffer = self.buffer(x)
+            if buffer is not None:
+                tangent = buffer.copy_(tangent)
+            elif not fits:
+                tangent = torch.empty_like(x).copy_(tangent)
         self.alias(x, tangent)
 
     def set_first(self, x: Tensor, tangent: Tensor | None, dim: int) -> None:
@@ -200,18 +205,34 @@ class TangentMode(TorchDispatchMode):
 
         Tangents die long before the values that autograd saves. On malloc's heap, saved values would settle
         in the holes that large tangents leave, and each new tangent would extend the heap; so large tangents
-        take turns in a few buffers.
+        take turns in a few buffers, and operators that allocate their own are copied there at once.
         """
         size = like.numel() * like.element_size()
-        if size < LARGE or type(like) is not Tensor or like.device.type != "cpu" or not like.is_contiguous():
+        if size < LARGE or type(like) is not Tensor or like.device.type != "cpu" or not _is_dense(like):
             return None
-        for storage in self._buffers:
-            if storage.nbytes() == size and torch._C._storage_Use_Count(storage._cdata) == 1:
-                break
-        else:
+        storage = self._idle_buffer(size)
+        if storage is None:
             storage = UntypedStorage(size)
             self._buffers.append(storage)
         return torch.empty(0, dtype=like.dtype).set_(storage, 0, like.size(), like.stride())
+
+    def _idle_buffer(self, size: int) -> UntypedStorage | None:
+        """The smallest idle buffer of size to 2 size bytes; without one, drop those that a new one replaces.
+
+        Tangents of the first samples must fill their storage.
+        """
+        ratio = 2 if self.samples is None else 1
+        idle = [s for s in self._buffers if torch._C._storage_Use_Count(s._cdata) == 1]
+        fitting = [s for s in idle if size <= s.nbytes() <= ratio * size]
+        if fitting:
+            return min(fitting, key=UntypedStorage.nbytes)
+        replaced = {s._cdata for s in idle if s.nbytes() < size < ratio * s.nbytes()}
+        self._buffers = [s for s in self._buffers if s._cdata not in replaced]
+        return None
+
+    def _in_buffer(self, tangent: Tensor) -> bool:
+        address = tangent.untyped_storage()._cdata
+        return any(storage._cdata == address for storage in self._buffers)
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """An operator with its tangent."""
@@ -267,6 +288,11 @@ def _same_strides(a: Tensor, b: Tensor) -> bool:
     if a.stride() == b.stride():
         return True
     return all(s == t or n <= 1 for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether x's elements fill their memory, each once, in any order of dimensions."""
+    return x.is_contiguous() or torch.empty_like(x, device="meta").stride() == x.stride()
 
 
 def _check_function() -> None:

@@ -255,7 +255,7 @@ def _layer_norm(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[
         x, t = x.to(weight.dtype), t.to(weight.dtype)
     mask = [True, False, False]
     t = aten.native_layer_norm_backward(t, x, shape, mean, rstd, None, None, mask)[0]
-    mode.set(out, t if weight is None else t.mul_(weight))
+    mode.set(out, t if weight is None else torch.mul(t, weight, out=mode.buffer(t)))
     return outputs
 
 
