@@ -1,6 +1,6 @@
 """Ablations: variants of a training run on one dataset, with several seeds each, in one table."""
 
-from pmf.ablation.report import judge_orderings, summarise, write_report
+from pmf.ablation.report import decimals, judge_orderings, summarise, write_report
 from pmf.ablation.study import CLASSIFIER, Study
 from pmf.ablation.suites import SUITES, Growth, Ordering, Suite
 from pmf.ablation.variants import Variant
@@ -13,6 +13,7 @@ __all__ = [
     "Study",
     "Suite",
     "Variant",
+    "decimals",
     "judge_orderings",
     "summarise",
     "write_report",

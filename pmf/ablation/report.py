@@ -14,7 +14,7 @@ from pmf.atomic import write_file
 from pmf.errors import UserError
 from pmf.pictures import new_figure, png_of
 
-__all__ = ["judge_orderings", "summarise", "write_report"]
+__all__ = ["decimals", "judge_orderings", "summarise", "write_report"]
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -62,7 +62,8 @@ def judge_orderings(rows: Rows, orderings: Sequence[Ordering | Growth]) -> list[
             good = [better[seed] < worse[seed] for seed in seeds]
             means = [statistics.fmean(side[seed] for seed in seeds) for side in (better, worse)]
             in_mean = means[0] < means[1]
-            numbers = f"{means[0]:.2f} against {means[1]:.2f}"
+            digits = decimals(min(means))
+            numbers = f"{means[0]:.{digits}f} against {means[1]:.{digits}f}"
         verdict = "yes" if in_mean and all(good) else "in the mean" if in_mean else "no"
         judged.append(
             {
@@ -97,7 +98,7 @@ def write_report(out: Path, record: Mapping[str, Any]) -> list[Path]:
 def _table(record: Mapping[str, Any]) -> str:
     """The record as a Markdown page."""
     metric = record["metric"]
-    space = metric["features"]
+    space, digits = metric["features"], decimals(min(line["frechet"]["mean"] for line in record["variants"]))
     lines = [
         f"# Ablations on {record['data']}",
         "",
@@ -117,13 +118,14 @@ def _table(record: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for line in record["variants"]:
+        distance = f"{_spread(line['frechet'], digits)} | {_spread(line['frechet_pixels'], 2)}"
         lines.append(
-            f"| {line['variant']} | {_spread(line['frechet'], 2)} | {_spread(line['frechet_pixels'], 2)} | "
-            f"{_spread(line['recognised'], 3)} | {len(line['seeds'])} | {line['seconds']['mean']:.0f} |"
+            f"| {line['variant']} | {distance} | {_spread(line['recognised'], 3)} | "
+            f"{len(line['seeds'])} | {line['seconds']['mean']:.0f} |"
         )
     if real := metric["real_images"]:
         lines.append(
-            f"| other real images | {real['frechet']:.2f} | {real['frechet_pixels']:.2f} | "
+            f"| other real images | {real['frechet']:.{digits}f} | {real['frechet_pixels']:.2f} | "
             f"{real['recognised']:.3f} | | |"
         )
     if record["orderings"]:
@@ -154,6 +156,11 @@ def _plot(record: Mapping[str, Any]) -> bytes:
     axes.set_title(f"{record['data']}, {record['steps']} steps, {len(base['seeds'])} seeds", fontsize=10)
     axes.grid(True, axis="x", which="both", alpha=0.2)
     return png_of(figure)
+
+
+def decimals(distance: float) -> int:
+    """Digits after the point for a distance: two, or more if that is fewer than three significant ones."""
+    return 2 if distance <= 0 else max(2, 2 - math.floor(math.log10(distance)))
 
 
 def _features_of(space: str) -> str:

@@ -20,6 +20,7 @@ from pmf.ablation import (
     Study,
     Suite,
     Variant,
+    decimals,
     judge_orderings,
     summarise,
     write_report,
@@ -116,8 +117,9 @@ def run(arguments: argparse.Namespace) -> int:
                 f"interrupted: {len(study.finished)} of {total} runs are in {arguments.out}", file=sys.stderr
             )
             return _INTERRUPTED
+        digits = decimals(row["frechet"])
         print(
-            f"{number}/{total} {variant.name}, seed {seed}: Frechet {row['frechet']:.2f}, "
+            f"{number}/{total} {variant.name}, seed {seed}: Frechet {row['frechet']:.{digits}f}, "
             f"recognised {row['recognised']:.3f}, {row['seconds']:.0f} s",
             flush=True,
         )

@@ -44,6 +44,12 @@ def test_an_ordering_holds_in_every_seed_or_in_the_mean_or_not() -> None:
     assert judged[0]["numbers"] == "2.00 against 3.00"
 
 
+def test_small_distances_keep_three_digits() -> None:
+    """A Frechet distance between normalised features is a few thousandths."""
+    (one,) = judge_orderings(rows(a=[0.00554], b=[0.0213]), [Ordering("1", "a", "b")])
+    assert one["numbers"] == "0.00554 against 0.02130"
+
+
 def test_growth_is_that_of_the_ratios() -> None:
     growth = Growth("the more so", (("a", "b"), ("c", "d")))
     (one,) = judge_orderings(rows(a=[1.0, 2.0], b=[2.0, 2.0], c=[1.0, 1.0], d=[3.0, 3.0]), [growth])
