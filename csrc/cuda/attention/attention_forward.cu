@@ -49,6 +49,7 @@ const ForwardKernel* first_kernel(const AttentionParams& params) {
 bool takes(const ForwardKernel& k, const AttentionParams& params, bool regular,
            int64_t shared_per_block) {
   const AttentionShape& s = params.shape;
+  if (shared_per_block < k.least_shared) return false;
   return k.regular ? regular && s.width == k.width && s.value_width == k.width &&
                          attention_forward_plan(k, params, {shared_per_block, 0}).warps > 0
                    : s.width <= k.width;
@@ -177,7 +178,9 @@ const char* attention_forward(const AttentionParams& params, void* stream) {
   ForwardPlan plan;
   if (!take_tuned(params, limits, kernel, plan))
     plan = attention_forward_plan(*kernel, params, limits);
-  plan.factor = std::fabs(float(params.scale)) * kLog2e;
+  plan.scale = std::fabs(float(params.scale));
+  plan.factor = plan.scale * kLog2e;
+  if (params.scale < 0) plan.sign = kernel->element_bytes == 2 ? 0x80008000u : 0x80000000u;
   plan.window = Window(params.window);
   if (plan.blocks == 0) return nullptr;
   if (plan.blocks > kLargest) return "more than 2^31 blocks of queries";

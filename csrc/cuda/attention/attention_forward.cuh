@@ -39,7 +39,14 @@ __device__ inline void score_products(float (&s)[kBlocks][kTiles][4],
                                       const UnitQueries<C>& qt, const typename C::KeyTile& keys,
                                       int width, int lane) {
   using E = typename C::E;
-#pragma unroll(C::kSkips ? 2 : C::kSteps)
+  // In fp16, wide tiles would spill on sm_90; on sm_80, where no device has the shared memory for
+  // them, they would spill this way.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  constexpr bool kShort = C::kKeys > 32 && !C::kTangent && std::is_same_v<typename C::T, __half>;
+#else
+  constexpr bool kShort = false;
+#endif
+#pragma unroll(C::kSkips || kShort ? 2 : C::kSteps)
   for (int k = 0; k < C::kSteps; ++k) {
     if (C::kSkips && k * E::kDepth >= width) break;
     FragmentA a[kBlocks], at[kBlocks];
@@ -76,6 +83,7 @@ __device__ inline void value_products(float (&out)[kBlocks][kOutTiles][4],
                                       const typename C::ValueTile& values, int columns, int lane) {
   using E = typename C::E;
   const auto load = [&](FragmentB(&b)[2], int k, int n) {
+    if constexpr (kFinite) __syncwarp();  // as in add_not_finite
     load_down(b, values, k * E::kDepth, 8 * n, lane);
     if constexpr (kFinite) b[0] = finite<typename C::T>(b[0]), b[1] = finite<typename C::T>(b[1]);
   };
@@ -147,6 +155,7 @@ __device__ inline void add_not_finite(float (&out)[kBlocks][kOutTiles][4],
 #pragma unroll
   for (int n = 0; n < kOutTiles; n += 2) {
     if (C::kSkips && 8 * n >= columns) break;
+    __syncwarp();  // keeps loads from moving ahead, for which registers do not suffice
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m) {
       float met[2][4], product[2][4];
@@ -193,7 +202,7 @@ struct ForwardUnit {
   // window. `hides`: the values hold an inf or NaN that may be masked.
   __device__ void add_tile(const AttentionParams& p, const ForwardPlan& plan,
                            const Sequence& sequence, typename C::T* ring, int slot,
-                           ScorePlace place, bool edge, bool hides, float scale, int column,
+                           ScorePlace place, bool edge, bool hides, const float& scale, int column,
                            int lane) {
     const float& factor = plan.factor;
     const int start = slot * C::kSlotElements;

@@ -6,13 +6,6 @@
 
 namespace pmf::cuda {
 
-// The sign bits of a negative scale. Applied to the queries, which is exact, they make the largest
-// raw score the largest score.
-template <typename T>
-__device__ inline uint32_t sign_of(double scale) {
-  return scale >= 0 ? 0u : sizeof(T) == 2 ? 0x80008000u : 0x80000000u;
-}
-
 enum ForwardTensor { kKey, kKeyT, kValue, kValueT, kForwardTensors };
 
 // What a block re-reads for every tile. It precedes the tiles in shared memory: no compiler keeps
@@ -69,10 +62,11 @@ __global__ void __launch_bounds__(C::kWarps* kWarpThreads, 1)
   const int query = first + warp * C::kUnit;
   const bool active = query < queries;
   // Regular kernels for wide rows have no register left for the length: their warps re-read it.
+  // Those for wide tiles have none left for the scale; elsewhere a register is faster.
   constexpr bool kReads = C::kRegular && C::kWidth > 64;
-  const float scale = fabsf(float(p.scale));
-  ForwardUnit<C> unit;
-  unit.q = {{own}, sign_of<T>(p.scale)}, unit.qt = {{own + C::kUnitElements}, sign_of<T>(p.scale)};
+  const float held = fabsf(float(p.scale));
+  const float& scale = C::kKeys > 32 ? plan.scale : held;
+  ForwardUnit<C> unit{{{own}, plan.sign}, {{own + C::kUnitElements}, plan.sign}};
   const auto query_view = streamed_head<C::kRegular, T>(p.query, batch, head, sequence.query);
   unit.q.load(query_view, query, queries, width, lane);
   if constexpr (C::kTangent) {
@@ -151,34 +145,33 @@ __global__ void __launch_bounds__(C::kWarps* kWarpThreads, 1)
 // ---- tables -------------------------------------------------------------------------------------
 
 template <class C>
-constexpr ForwardKernel forward_kernel() {
-  return {C::kWidth,
-          C::kOut,
-          C::kKeys,
-          C::kUnit,
-          int(sizeof(typename C::T)),
-          C::kSides,
-          C::kWarps,
-          C::kRegular,
-          attention_forward_kernel<C>};
+constexpr ForwardKernel forward_kernel(int64_t least_shared = 0) {
+  return {C::kWidth, C::kOut,   C::kKeys,    C::kUnit,     int(sizeof(typename C::T)),
+          C::kSides, C::kWarps, C::kRegular, least_shared, attention_forward_kernel<C>};
 }
 
-// 16-bit types: 64, 80 and 128 are tuned. Key tiles are the same size with and without tangents,
-// which makes `out` bitwise identical.
+// 16-bit types: 64, 80 and 128 are tuned. On one device, key tiles of a width are the same size in
+// all kernels, which makes `out` bitwise identical with and without tangents, masks and packing.
+// Tiles of 48 keys pay off where two blocks with tangents fit on a multiprocessor.
 template <typename T>
 ForwardTable forward_table16() {
   using E = Arithmetic16<T>;
+  constexpr int64_t kTwoBlocks = 200 * 1024;
   static const ForwardKernel plain[] = {
+      forward_kernel<ForwardSizes<E, 64, 64, 48, 2, false, 12, true>>(kTwoBlocks),
       forward_kernel<ForwardSizes<E, 64, 64, 32, 2, false, 12, true>>(),
       forward_kernel<ForwardSizes<E, 80, 80, 32, 2, false, 12, true>>(),
       forward_kernel<ForwardSizes<E, 128, 128, 32, 2, false, 8, true>>(),
+      forward_kernel<ForwardSizes<E, 64, 64, 48, 2, false, 8, false>>(kTwoBlocks),
       forward_kernel<ForwardSizes<E, 64, 64, 32, 2, false, 8, false>>(),
       forward_kernel<ForwardSizes<E, 128, 128, 32, 2, false, 8, false>>(),
       forward_kernel<ForwardSizes<E, 256, 128, 16, 1, false, 8, false>>()};
   static const ForwardKernel tangent[] = {
+      forward_kernel<ForwardSizes<E, 64, 64, 48, 1, true, 12, true>>(kTwoBlocks),
       forward_kernel<ForwardSizes<E, 64, 64, 32, 1, true, 12, true>>(),
       forward_kernel<ForwardSizes<E, 80, 80, 32, 1, true, 12, true>>(),
       forward_kernel<ForwardSizes<E, 128, 128, 32, 1, true, 8, true>>(),
+      forward_kernel<ForwardSizes<E, 64, 64, 48, 1, true, 8, false>>(kTwoBlocks),
       forward_kernel<ForwardSizes<E, 64, 64, 32, 1, true, 8, false>>(),
       forward_kernel<ForwardSizes<E, 128, 128, 32, 1, true, 8, false>>(),
       forward_kernel<ForwardSizes<E, 256, 64, 16, 1, true, 8, false>>()};

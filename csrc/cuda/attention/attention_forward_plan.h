@@ -23,8 +23,11 @@ struct ForwardPlan {
   int shared_bytes = 0;
   int blocks_per_processor = 0;
   int row_blocks = 0;  // query blocks per head, including surplus ones (packed sequences)
-  // |scale| log2 e: a parameter, which instructions read from the constant bank, not a register.
-  float factor = 1;
+  // Parameters, which instructions read from the constant bank, not from registers: |scale|,
+  // |scale| log2 e, and the sign bits of a negative scale's elements. XORed into the queries, which
+  // is exact, these make the largest raw score the largest score.
+  float scale = 1, factor = 1;
+  uint32_t sign = 0;
   Window window;
   // Divisors that decompose a block index into value column block, query block, head and batch, and
   // a head index into the key head.
@@ -49,6 +52,7 @@ struct ForwardKernel {
   // and values as wide as the tiles, every row made of aligned 16-byte chunks, row strides below
   // 2^31 bytes.
   bool regular;
+  int64_t least_shared;  // bytes of shared memory that a block must be allowed to request
   ForwardFunction function;
 };
 

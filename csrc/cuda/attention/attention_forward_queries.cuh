@@ -35,7 +35,7 @@ struct ForwardSizes {
 template <class C>
 struct UnitQueries {
   typename C::KeyTile tile;
-  uint32_t sign = 0;  // XORed into each register: the sign bits flip every element's sign
+  const uint32_t& sign;  // ForwardPlan::sign
 
   template <class Head>
   __device__ void load(const Head& head, int first, int rows, int width, int lane) const {
