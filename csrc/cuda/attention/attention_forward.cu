@@ -20,10 +20,10 @@ constexpr float kLog2e = 1.4426950408889634f;
 
 int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
-// ForwardKernel::regular except for the widths.
-bool is_regular(const AttentionParams& p) {
+// ForwardKernel::regular except for the widths and windows.
+bool is_regular_or_windowed(const AttentionParams& p) {
   const AttentionShape& s = p.shape;
-  if (p.mask.kind != MaskKind::none || p.window.hides() || p.scale < 0) return false;
+  if (p.mask.kind != MaskKind::none || p.scale < 0) return false;
   const int64_t bytes = dtype_bytes(p.dtype);
   const auto queries = [&](const auto& x) {
     return x.data != nullptr && whole_chunks(x, s.batch, s.heads, s.queries, bytes);
@@ -35,6 +35,8 @@ bool is_regular(const AttentionParams& p) {
   return primal && (p.out_t.data == nullptr ||
                     (queries(p.query_t) && keys(p.key_t) && keys(p.value_t) && queries(p.out_t)));
 }
+
+bool is_regular(const AttentionParams& p) { return !p.window.hides() && is_regular_or_windowed(p); }
 
 // The kernel table for the call's dtype, with or without tangents.
 const ForwardKernel* first_kernel(const AttentionParams& params) {
@@ -170,10 +172,7 @@ const char* attention_forward(const AttentionParams& params, void* stream) {
   const DeviceLimits limits = {device_shared_limit(), device_shared_per_processor()};
   if (limits.shared_per_block <= 0 || limits.shared_per_processor <= 0) return kNoLimits;
   const char* problem = nullptr;
-  if (params.sequences.queries == nullptr && is_regular(params) &&
-      hopper_forward(params, stream, problem)) {
-    return problem;
-  }
+  if (is_regular_or_windowed(params) && hopper_forward(params, stream, problem)) return problem;
   const ForwardKernel* kernel = &attention_forward_kernel(params, limits.shared_per_block);
   ForwardPlan plan;
   if (!take_tuned(params, limits, kernel, plan))

@@ -10,26 +10,36 @@ namespace {
 
 constexpr float kLog2e = 1.4426950408889634f;
 
-struct HopperKernel {
-  int width, keys, slots;
-  int shared_bytes;
+struct HopperVariant {
+  int slots, shared_bytes;
   struct {
     int consumers;
     void (*function)(HopperForward);
   } plain, tangent;
 };
 
-// Tiles are the same with and without tangents, so that out is bitwise identical.
-template <typename T, int kWidth, int kKeys, int kSlots>
-constexpr HopperKernel hopper_kernel() {
-  using Plain = HopperSizes<T, kWidth, kKeys, kSlots, false>;
-  using Tangent = HopperSizes<T, kWidth, kKeys, kSlots, true>;
-  return {kWidth,
-          kKeys,
-          kSlots,
+template <typename T, int kWidth, int kKeys, int kSlots, bool kLimited>
+constexpr HopperVariant hopper_variant() {
+  using Plain = HopperSizes<T, kWidth, kKeys, kSlots, false, kLimited>;
+  using Tangent = HopperSizes<T, kWidth, kKeys, kSlots, true, kLimited>;
+  return {kSlots,
           Tangent::kSharedBytes,
           {Plain::kConsumers, hopper_forward_kernel<Plain>},
           {Tangent::kConsumers, hopper_forward_kernel<Tangent>}};
+}
+
+struct HopperKernel {
+  int width, keys;
+  HopperVariant whole, limited;
+};
+
+// Tiles are the same in all variants, so that out is bitwise identical with and without tangents,
+// and so are results of packed sequences and of one call per sequence. With limits, the consumers'
+// spare tiles take the place of one slot.
+template <typename T, int kWidth, int kKeys, int kSlots>
+constexpr HopperKernel hopper_kernel() {
+  return {kWidth, kKeys, hopper_variant<T, kWidth, kKeys, kSlots, false>(),
+          hopper_variant<T, kWidth, kKeys, kSlots - 1, true>()};
 }
 
 // Keys per tile: the most for which S, tS, O, tO, P and H fit in 240 registers.
@@ -52,15 +62,15 @@ const HopperKernel* kernel_of(const AttentionParams& p) {
 bool hopper_forward(const AttentionParams& params, void* stream, const char*& problem) {
   const AttentionShape& s = params.shape;
   const HopperKernel* const kernel = kernel_of(params);
-  // lse rows have a different length only for packed sequences.
+  const bool limited = params.window.hides() || params.sequences.queries != nullptr;
+  // A head's rows of lse have another length only on a CPU.
   const bool own_rows = params.lse_stride == 0 || params.lse_stride == s.queries;
-  if (kernel == nullptr || !own_rows || params.scale <= 0 ||
-      !hopper_runs(kernel->shared_bytes, s)) {
-    return false;
-  }
+  if (kernel == nullptr || !own_rows || params.scale <= 0) return false;
+  const HopperVariant& variant = limited ? kernel->limited : kernel->whole;
+  if (!hopper_runs(variant.shared_bytes, s)) return false;
   const bool tangent = params.out_t.data != nullptr;
-  const auto [consumers, function] = tangent ? kernel->tangent : kernel->plain;
-  HopperForward p;
+  const auto [consumers, function] = tangent ? variant.tangent : variant.plain;
+  HopperForward p = {};
   const auto queries = [&](HopperMaps* maps, const ConstView4& view) {
     return encode_maps(maps, view, s.batch, s.heads, s.queries, s.width, kRowBlock);
   };
@@ -76,12 +86,16 @@ bool hopper_forward(const AttentionParams& params, void* stream, const char*& pr
   p.out = params.out, p.out_t = params.out_t;
   p.lse = static_cast<float*>(params.lse), p.lse_t = static_cast<float*>(params.lse_t);
   p.queries = int(s.queries), p.keys = int(s.keys);
-  if (!cut_into_items(p, s, p.queries, p.keys, kernel->keys, kernel->slots, consumers))
-    return false;
+  p.sequences = params.sequences;
+  p.window = Window(params.window);
+  const bool cut =
+      limited ? cut_into_parts(p, s, params.sequences, consumers)
+              : cut_into_items(p, s, p.queries, p.keys, kernel->keys, variant.slots, consumers);
+  if (!cut) return false;
   p.by_group = Divisor(uint32_t(s.heads / s.key_heads));
   p.scale = float(params.scale);
   p.factor = p.scale * kLog2e;
-  problem = launch_items(function, p, kernel->keys, consumers, kernel->shared_bytes, stream);
+  problem = launch_items(function, p, kernel->keys, consumers, variant.shared_bytes, stream);
   return true;
 }
 

@@ -20,69 +20,13 @@
 //
 // Each warp arrives once it has waited for its own products, so a slot is empty after four arrivals
 // per consumer.
+//
+// Windows and packed sequences have kernels of their own: see hopper_forward_limits.cuh.
 #pragma once
 
-#include "cuda/attention/attention_forward.cuh"
-#include "cuda/attention/hopper_tile.cuh"
-#include "cuda/common/divisor.h"
+#include "cuda/attention/hopper_forward_limits.cuh"
 
 namespace pmf::cuda {
-
-// The kernel's parameters.
-struct HopperForward {
-  HopperMaps query, query_t, key, key_t, value, value_t;
-  View4 out, out_t;
-  float *lse, *lse_t;  // [batch, heads, queries]; lse_t may be null
-  int heads, queries, keys;
-  int tiles, row_blocks, rounds;  // per head; rounds: row blocks per consumer and item
-  int items;
-  Divisor by_parts, by_heads, by_group;  // items per head, heads, heads per key head
-  float factor, scale;                   // of scores in log-2 units; of their tangents
-};
-
-template <typename T, int kWidth, int kKeys_, int kSlots_, bool kTangent_>
-struct HopperSizes : HopperShape<T, kWidth, kKeys_, kTangent_ ? 2 : 1> {
-  using Base = HopperShape<T, kWidth, kKeys_, kTangent_ ? 2 : 1>;
-  static constexpr int kKeys = kKeys_, kSlots = kSlots_;
-  static constexpr bool kTangent = kTangent_;
-  // Warpgroups that compute, and registers per thread of theirs.
-  static constexpr int kConsumers = kTangent ? 2 : 3, kRegisters = kTangent ? 240 : 160;
-  static constexpr int kThreads = (1 + kConsumers) * kGroupThreads;
-  // Keys or values of a slot, and queries of a consumer, each with their tangents.
-  static constexpr uint32_t kSideBytes = Base::Tile::kBytes, kSlotBytes = 2 * kSideBytes;
-  static constexpr uint32_t kQueryBytes = Base::Rows::kBytes;
-  // Shared memory: the queries of each consumer, the ring, the barriers.
-  static constexpr uint32_t kRing = kConsumers * kQueryBytes;
-  static constexpr uint32_t kBarriers = kRing + kSlots * kSlotBytes;
-  static constexpr int kBarrierCount = 4 * kSlots + 2 * kConsumers;
-  static constexpr int kSharedBytes = int(kBarriers) + 8 * kBarrierCount;
-};
-
-// Addresses in shared memory.
-template <class C>
-struct HopperPlaces {
-  uint32_t base;
-
-  __device__ uint32_t queries(int consumer) const {
-    return base + uint32_t(consumer) * C::kQueryBytes;
-  }
-  __device__ uint32_t keys(int slot) const {
-    return base + C::kRing + uint32_t(slot) * C::kSlotBytes;
-  }
-  __device__ uint32_t values(int slot) const { return keys(slot) + C::kSideBytes; }
-
-  __device__ uint32_t keys_full(int slot) const { return barrier(slot); }
-  __device__ uint32_t values_full(int slot) const { return barrier(C::kSlots + slot); }
-  __device__ uint32_t keys_empty(int slot) const { return barrier(2 * C::kSlots + slot); }
-  __device__ uint32_t values_empty(int slot) const { return barrier(3 * C::kSlots + slot); }
-  __device__ uint32_t queries_full(int c) const { return barrier(4 * C::kSlots + c); }
-  __device__ uint32_t queries_empty(int c) const {
-    return barrier(4 * C::kSlots + C::kConsumers + c);
-  }
-
- private:
-  __device__ uint32_t barrier(int i) const { return base + C::kBarriers + 8 * uint32_t(i); }
-};
 
 // ---- the copying warps --------------------------------------------------------------------------
 
@@ -123,221 +67,40 @@ __device__ inline void copy_queries(const HopperForward& p, const HopperPlaces<C
 
 // ---- the consumers ------------------------------------------------------------------------------
 
-// The registers of a warp: 16 queries of the row block.
+// Only the keys past the end are masked.
 template <class C>
-struct HopperUnit {
-  using E = typename C::E;
+struct HopperEnd {
+  const HopperForward& p;
+  int lane_;
 
-  RowState rows;
-  float s[C::kTiles][4], ts[C::kTiles][4];
-  float o[C::kOutTiles][4], ot[C::kTangent ? C::kOutTiles : 1][4];
-  FragmentA probability[C::kDepths], h[C::kTangent ? C::kDepths : 1];
-
-  __device__ void reset() {
-    rows = RowState();
-    clear(o);
-    clear(ot);
-  }
-
-  // Keep the compiler from moving accesses to these registers across (see hold()).
-  __device__ void hold_scores() {
-    hold(s);
-    if constexpr (C::kTangent) hold(ts);
-  }
-  __device__ void hold_results() {
-    hold(o);
-    if constexpr (C::kTangent) hold(ot);
-#pragma unroll
-    for (int i = 0; i < C::kDepths; ++i) {
-      hold(probability[i].x);
-      if constexpr (C::kTangent) hold(h[i].x);
-    }
-  }
-
-  // S = Q K^T,  tS = Q tK^T + tQ K^T.
-  __device__ void multiply_scores(uint32_t queries, uint32_t keys) {
-    wgmma_across<C, 0, 0>(s, queries, keys, false);
-    if constexpr (C::kTangent) {
-      wgmma_across<C, 0, 1>(ts, queries, keys, false);
-      wgmma_across<C, 1, 0>(ts, queries, keys, true);
-    }
-  }
-
-  // O += P V,  tO += P tV + H V.
-  __device__ void multiply_values(uint32_t values) {
-#pragma unroll
-    for (int i = 0; i < C::kDepths; ++i) {
-      wgmma_down<C, 0>(o, probability[i], values, i);
-      if constexpr (C::kTangent) {
-        wgmma_down<C, 1>(ot, probability[i], values, i);
-        wgmma_down<C, 0>(ot, h[i], values, i);
-      }
-    }
-  }
-
-  // Masks the tile's keys from `left` on; `column`: the lane's first column.
-  __device__ void hide(int column, int left) {
-#pragma unroll
-    for (int j = C::kTiles - 1; j >= 0; --j) {
-      if (8 * j + 8 <= left) break;
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if (8 * j + e % 2 < left - column) continue;
-        s[j][e] = -INFINITY;
-        if constexpr (C::kTangent) ts[j][e] = 0.0f;
-      }
-    }
-  }
-
-  // Rescales O and tO for the next tile; pack() then converts its P and H and sums them as rounded.
-  __device__ void rescale() {
-#pragma unroll
-    for (int n = 0; n < C::kOutTiles; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        o[n][e] *= rows.rescale[e / 2];
-        if constexpr (C::kTangent) {
-          ot[n][e] = fmaf(-rows.delta[e / 2], o[n][e], ot[n][e] * rows.rescale[e / 2]);
-        }
-      }
-    }
-  }
-  __device__ void pack() {
-    float sums[4] = {}, sums_t[4] = {};
-#pragma unroll
-    for (int i = 0; i < C::kDepths; ++i) {
-      probability[i] = E::pack_a(s + 2 * i);
-      E::multiply(sums, probability[i], E::ones(true));
-      if constexpr (C::kTangent) {
-        h[i] = E::pack_a(ts + 2 * i);
-        E::multiply(sums_t, h[i], E::ones(true));
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      rows.sum[r] = fmaf(rows.sum[r], rows.rescale[r], sums[2 * r]);
-      if constexpr (C::kTangent) rows.tangent[r] += sums_t[2 * r];
-    }
-  }
-
-  // Like ForwardUnit::finish(). `query`: row g of the lane.
-  __device__ void finish(const HopperForward& p, const HopperItem& item, int query, int lane) {
-    constexpr float kLn2 = 0.6931471805599453f;
-    using T = typename C::T;
-    const auto start = [&](const View4& view) {
-      return static_cast<T*>(view.data) + int64_t(item.batch) * view.stride[0] +
-             int64_t(item.head) * view.stride[1];
-    };
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float sum = rows.sum[r];
-      const float inverse = sum == 0.0f ? 0.0f : rcp_approx(sum);
-      const float residual = rows.tangent[r] * inverse;
-#pragma unroll
-      for (int n = 0; n < C::kOutTiles; ++n) {
-#pragma unroll
-        for (int e = 2 * r; e < 2 * r + 2; ++e) {
-          o[n][e] *= inverse;
-          if constexpr (C::kTangent) ot[n][e] = fmaf(-residual, o[n][e], ot[n][e] * inverse);
-        }
-      }
-      if ((lane & 3) == 0 && query + 8 * r < p.queries) {
-        const int64_t row = (int64_t(item.batch) * p.heads + item.head) * p.queries + query + 8 * r;
-        p.lse[row] = sum == 0.0f ? -INFINITY : kLn2 * (rows.top[r] + log2_approx(sum));
-        if (C::kTangent && p.lse_t != nullptr) p.lse_t[row] = rows.pivot[r] + residual;
-      }
-    }
-    store_rows<true>(o, start(p.out), p.out.stride[2], 1, query, p.queries, C::kWidth, lane);
-    if constexpr (C::kTangent) {
-      store_rows<true>(ot, start(p.out_t), p.out_t.stride[2], 1, query, p.queries, C::kWidth, lane);
-    }
+  __device__ int lane() const { return lane_; }
+  __device__ int tiles() const { return p.tiles; }
+  __device__ void hide(HopperUnit<C>& unit, int j) const {
+    unit.hide(2 * (lane_ & 3), p.keys - j * C::kKeys);
   }
 };
 
 template <class C>
 __device__ inline void consume(const HopperForward& p, const HopperPlaces<C>& at, int c) {
   const int thread = int(threadIdx.x) % kGroupThreads, lane = thread % kWarpThreads;
-  const auto release = [&](uint32_t barrier) {
-    if (lane == 0) mbarrier_arrive(barrier);
-  };
-  const uint32_t queries = at.queries(c);
   uint32_t query_parity = 0;
   RingPlace<C::kSlots> place;
   HopperUnit<C> unit;
+  const HopperEnd<C> limits = {p, lane};
   int i = 0;
   for (int item = int(blockIdx.x); item < p.items; item += int(gridDim.x), ++i) {
     const HopperItem here = hopper_item<C>(p, item);
     const HopperShare share = hopper_share<C>(p, here, c, i);
-    if (share.count == 0) {
-      for (int j = 0; j < p.tiles; ++j, place = place.next()) {
-        mbarrier_wait(at.keys_full(place.slot), place.parity);
-        release(at.keys_empty(place.slot));
-        mbarrier_wait(at.values_full(place.slot), place.parity);
-        release(at.values_empty(place.slot));
-      }
-    }
+    if (share.count == 0) skip_tiles<C>(at, place, p.tiles, lane);
     for (int r = 0; r < share.count; ++r) {
-      const bool last = r + 1 == share.count;
       if (r > 0) place = place.before(p.tiles);
       unit.reset();
       mbarrier_wait(at.queries_full(c), query_parity);
-      mbarrier_wait(at.keys_full(place.slot), place.parity);
-      unit.hold_scores();
-      wgmma_fence();
-      unit.multiply_scores(queries, at.keys(place.slot));
-      wgmma_commit();
-      wgmma_wait<0>();
-      unit.hold_scores();
-      if (last) release(at.keys_empty(place.slot));
-      const int column = 2 * (lane & 3);
-      if (p.tiles == 1) {
-        release(at.queries_empty(c));
-        unit.hide(column, p.keys);
-      }
-      softmax_tile<C::kTangent>(unit.rows, unit.s, unit.ts, p.factor, p.scale);
-      unit.pack();
-#pragma unroll 1
-      for (int j = 1; j < p.tiles; ++j) {
-        const RingPlace<C::kSlots> next = place.next();
-        mbarrier_wait(at.keys_full(next.slot), next.parity);
-        unit.hold_scores();
-        unit.hold_results();
-        wgmma_fence();
-        unit.multiply_scores(queries, at.keys(next.slot));
-        wgmma_commit();
-        mbarrier_wait(at.values_full(place.slot), place.parity);
-        wgmma_fence();
-        unit.multiply_values(at.values(place.slot));
-        wgmma_commit();
-        wgmma_wait<1>();
-        unit.hold_scores();
-        if (last) release(at.keys_empty(next.slot));
-        if (j + 1 == p.tiles) {
-          release(at.queries_empty(c));
-          unit.hide(column, p.keys - j * C::kKeys);
-        }
-        softmax_tile<C::kTangent>(unit.rows, unit.s, unit.ts, p.factor, p.scale);
-        unit.hold_scores();
-        wgmma_wait<0>();
-        unit.hold_results();
-        if (last) release(at.values_empty(place.slot));
-        unit.rescale();
-        unit.pack();
-        place = next;
-      }
+      add_tiles<C>(p, at, c, unit, limits, place, r + 1 == share.count);
       query_parity ^= 1;
-      mbarrier_wait(at.values_full(place.slot), place.parity);
-      unit.hold_results();
-      wgmma_fence();
-      unit.multiply_values(at.values(place.slot));
-      wgmma_commit();
-      wgmma_wait<0>();
-      unit.hold_results();
-      if (last) release(at.values_empty(place.slot));
-      place = place.next();
       const int query = (here.first + share.turn + r * C::kConsumers) * kRowBlock +
                         thread / kWarpThreads * 16 + (lane >> 2);
-      unit.finish(p, here, query, lane);
+      unit.finish(p, here.batch, here.head, 0, query, p.queries, lane);
     }
   }
 }
@@ -364,12 +127,22 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const int warp = shuffle_idx(int(threadIdx.x) / kWarpThreads, 0);
   if (warp < 4) {
     registers_down_to<24>();
-    if (warp <= C::kConsumers && elect_one()) {
+    if constexpr (C::kLimited) {
+      if (warp == 0) {
+        if (elect_one()) copy_seen_keys_and_values<C>(p, at);
+      } else if (warp <= C::kConsumers) {
+        copy_noted_queries<C>(p, at, warp - 1);
+      }
+    } else if (warp <= C::kConsumers && elect_one()) {
       warp == 0 ? copy_keys_and_values<C>(p, at) : copy_queries<C>(p, at, warp - 1);
     }
   } else {
     registers_up_to<C::kRegisters>();
-    consume<C>(p, at, warp / 4 - 1);
+    if constexpr (C::kLimited) {
+      consume_noted<C>(p, at, warp / 4 - 1);
+    } else {
+      consume<C>(p, at, warp / 4 - 1);
+    }
   }
 }
 

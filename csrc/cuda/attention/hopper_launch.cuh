@@ -51,25 +51,39 @@ inline bool hopper_runs(int shared_bytes, const AttentionShape& s) {
          s.keys >= 1 && all_heads >= 1 && all_heads <= kMostHeads;
 }
 
+// Sets the items: `parts` per head. False if there are too many.
+template <typename Params>
+bool set_items(Params& p, const AttentionShape& s, int64_t parts) {
+  const int64_t items = s.batch * s.heads * parts;
+  if (items > INT32_MAX / 2) return false;  // the loops over items count beyond it
+  p.heads = int(s.heads);
+  p.items = int(items);
+  p.by_parts = Divisor(uint32_t(parts));
+  p.by_heads = Divisor(uint32_t(s.heads));
+  return true;
+}
+
 // Cuts every head's rows into items, which blocks process one at a time against tiles of `tile`
 // columns. False if there are too many items.
 template <typename Params>
 bool cut_into_items(Params& p, const AttentionShape& s, int rows, int columns, int tile, int slots,
                     int consumers) {
   const int64_t all_heads = s.batch * s.heads;
-  p.heads = int(s.heads);
   p.tiles = (columns - 1) / tile + 1;
   p.row_blocks = (rows - 1) / kRowBlock + 1;
   // Tiles that stay in shared memory are read only once, but then one block processes a whole head.
   const bool stay = p.tiles <= slots && all_heads >= 2 * int64_t{std::max(1, device_processors())};
   p.rounds = stay ? (p.row_blocks + consumers - 1) / consumers : 1;
-  const int parts = (p.row_blocks - 1) / (consumers * p.rounds) + 1;
-  const int64_t items = all_heads * parts;
-  if (items > INT32_MAX) return false;
-  p.items = int(items);
-  p.by_parts = Divisor(uint32_t(parts));
-  p.by_heads = Divisor(uint32_t(s.heads));
-  return true;
+  const int64_t parts = (p.row_blocks - 1) / (consumers * p.rounds) + 1;
+  return set_items(p, s, parts);
+}
+
+// The same for windows and packed sequences, which have tiles of their own: one row block per
+// consumer and item. Among the items are surplus ones of packed sequences.
+template <typename Params>
+bool cut_into_parts(Params& p, const AttentionShape& s, const AttentionSequences& sequences,
+                    int consumers) {
+  return set_items(p, s, row_blocks(s.queries, consumers * kRowBlock, sequences));
 }
 
 // One persistent block per multiprocessor, or per item.

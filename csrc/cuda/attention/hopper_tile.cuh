@@ -54,6 +54,23 @@ struct HopperShape {
   static constexpr uint32_t kTailRowBytes = 2 * kTail;
   using Tile = HopperTile<kColumns, kPieces, kTail, kSides>;
   using Rows = HopperTile<kRowBlock, kPieces, kTail, kSides>;
+
+  // The row of a tile that the byte at `offset` belongs to.
+  __device__ static constexpr int row_at(uint32_t offset) {
+    if (kTail == 0 || offset < Tile::kTails) return int(offset / kRowBytes % kColumns);
+    constexpr uint32_t kBytes = kTail == 0 ? 1 : kTailRowBytes;
+    return int((offset - Tile::kTails) / kBytes % kColumns);
+  }
+  // The offset of 16-byte chunk `chunk` of a row of a side.
+  __device__ static constexpr uint32_t chunk_at(int side, int row, int chunk) {
+    constexpr int kWide = kPieces * int(kRowBytes) / kChunkBytes;
+    const bool wide = chunk < kWide;
+    const uint32_t bytes = wide ? kRowBytes : kTailRowBytes, per_row = bytes / kChunkBytes;
+    const uint32_t start = wide ? Tile::piece(side, chunk / 8) : Tile::tail(side);
+    const uint32_t offset =
+        start + uint32_t(row) * bytes + uint32_t(wide ? chunk % 8 : chunk - kWide) * kChunkBytes;
+    return offset ^ ((offset >> 7 & (per_row - 1)) << 4);
+  }
 };
 
 // ---- work ---------------------------------------------------------------------------------------

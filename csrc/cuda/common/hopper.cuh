@@ -140,6 +140,7 @@ __device__ inline void hold(float (&x)[kCount][4]) {
 __device__ inline void hold(uint32_t (&x)[4]) {
   asm volatile("" : "+r"(x[0]), "+r"(x[1]), "+r"(x[2]), "+r"(x[3])::"memory");
 }
+__device__ inline void hold(uint32_t& x) { asm volatile("" : "+r"(x)::"memory"); }
 
 // d = A B, or d += A B if `adds`: m64 n(8 kTiles) k16, by the whole warpgroup. B is described as
 // B[n][k], or as B[k][n] if kTransposed; A is described as A[m][k], or is in registers.
