@@ -89,6 +89,17 @@ def backward(
     return found
 
 
+@pytest.mark.parametrize(
+    ("factor", "dtype"), [(10, BFLOAT16), (100, BFLOAT16), (10, FLOAT16), (100, FLOAT16)]
+)
+def test_rows_that_attend_to_few_keys(factor: float, dtype: torch.dtype) -> None:
+    """Their gradients nearly cancel, unless H is taken about a mean that these keys dominate."""
+    p = problem(Shape(1, 1, 1, 70, 130, 64, 64))
+    p = p._replace(query=factor * p.query, key=p.key[:, :, torch.arange(130) // 2]).to(dtype)
+    expected = gradients(reference, p.to(torch.float64))
+    assert_close(backward(p), expected, tolerance("attention gradient", dtype) * max(map(spread, expected)))
+
+
 @pytest.mark.parametrize("factor", [300, 1000])
 def test_scores_of_thousands(factor: float) -> None:
     """Beyond 4096 the maximum is searched for, as the two launches round scores differently."""
