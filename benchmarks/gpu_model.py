@@ -1,6 +1,7 @@
-"""Predict how long the attention kernels of the built library take on a GPU, with a cycle model.
+"""Predict how long the kernels of the built library take on a GPU, with a cycle model.
 
     python benchmarks/gpu_model.py [--kernels mma] [--rate NAME=VALUE] [--rates FILE] [--out FILE] [NAME ...]
+    python benchmarks/gpu_model.py --muon [--rate NAME=VALUE] [--rates FILE] [--out FILE]
     python benchmarks/gpu_model.py --step [--rate NAME=VALUE] [--rates FILE] [--out FILE]
 
 Nothing runs on a GPU. Each kernel that the library would launch on an H100 is looked up in the library's
@@ -12,8 +13,11 @@ is a prediction, useful for comparing two builds, not a measurement.
 The last line gives the predicted time over the limit: the larger of the products' time at 800 TFLOP/s and the
 bytes' time at 3.0 TB/s.
 
-`--step` predicts a whole training step of pMF-B/16 and pMF-H/16 instead, kernel by kernel: attention by the
-model, linear layers by their operations, everything else by its bytes.
+`--muon` predicts the Muon step of pMF-B/16 and pMF-H/16 instead, product by product, beside that of
+torch.optim.Muon: its products at the rate of linear layers, its other operations by their bytes.
+
+`--step` predicts a whole training step of pMF-B/16 and pMF-H/16 instead, kernel by kernel: attention and Muon
+by the model, linear layers by their operations, everything else by its bytes.
 
 Exit status: 0; 1 if the model does not recognise the machine code; 2 if there is nothing to read.
 """
@@ -21,18 +25,22 @@ Exit status: 0; 1 if the model does not recognise the machine code; 2 if there i
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 from gpu.model import hopper, problems
 from gpu.model.library import ToolMissingError, demangled, host_functions, kernels
+from gpu.model.muon import Multiplier, of_torch
 from gpu.model.problems import Launch, Problem, UnexpectedCodeError
 from gpu.model.sass import Kernel
-from gpu.model.step import step
+from gpu.model.step import MUON_BYTES, step
 
 from pmf import _library
+from pmf.bench.muon import shapes_of
 
 RATES = Path(__file__).parent / "gpu" / "model" / "rates.json"
 PROBLEMS = (
@@ -118,9 +126,59 @@ def ratios(
     return rows
 
 
+def multiplier(library: Path, rates: dict[str, float]) -> Multiplier:
+    hosts = host_functions(library)
+    return Multiplier(hosts, functools.cache(lambda name: kernels(library, {name})[name]), rates)
+
+
+def muon(library: Path, plans: Any, rates: dict[str, float], which: str) -> list[dict[str, Any]]:
+    """A row for each product of a Muon step of each network; also prints them."""
+    multiply = multiplier(library, rates)
+    rows = []
+    for network in NETWORKS:
+        counts, _ = shapes_of(network)
+        shapes = [shape for shape, count in counts.items() for _ in range(count)]
+        plan = plans.newton_schulz_launches(shapes=shapes, muon=True, compute_capability=KERNELS[which])
+        size = MUON_BYTES * sum(math.prod(shape) for shape in shapes) / rates["memory_bytes"]
+        found: dict[tuple[Any, ...], list[float]] = {}
+        for kernel, product, _, seconds in multiply.rows(plan):
+            kind = kernel, product.m, product.n, product.k, product.symmetric, product.adds_left
+            sums = found.setdefault(kind, [0, 0, 0, 0])
+            for i, more in enumerate((1, product.flops(), seconds, product.limit_seconds(rates))):
+                sums[i] += more
+        total = size + sum(seconds for _, _, seconds, _ in found.values())
+        torchs = of_torch(shapes, rates)
+        for (kernel, m, n, k, symmetric, adds), (calls, flops, seconds, limit) in found.items():
+            shape = f"{m}x{n}x{k}{' symmetric' if symmetric else ''}{' + left' if adds else ''}"
+            print(
+                f"{network:9} {kernel:22} {shape:32} {calls:3} launches {seconds * 1e3:6.2f} ms, "
+                f"{flops / seconds / 1e12:4.0f} TFLOP/s, {seconds / limit:.2f} of the limit"
+            )
+            rows.append(
+                {
+                    "network": network,
+                    "kernel": kernel,
+                    "product": shape,
+                    "launches": calls,
+                    "flops": flops,
+                    "predicted_seconds": seconds,
+                    "limit_seconds": limit,
+                }
+            )
+        print(
+            f"{network}: predicted {total * 1e3:.1f} ms, of which {size * 1e3:.1f} for parameters, gradients "
+            f"and momentum; torch.optim.Muon {torchs * 1e3:.1f} ms, {torchs / total:.2f} times as long"
+        )
+        rows.append(
+            {"network": network, "predicted_seconds": total, "memory_seconds": size, "torch_seconds": torchs}
+        )
+    return rows
+
+
 def steps(library: Path, plans: Any, rates: dict[str, float], which: str) -> list[dict[str, Any]]:
     """A row for each kernel of a training step of each network; also prints them."""
     hosts = host_functions(library)
+    multiply = multiplier(library, rates)
     known: dict[Problem, float] = {}
 
     def attend(problem: Problem) -> float:
@@ -132,7 +190,7 @@ def steps(library: Path, plans: Any, rates: dict[str, float], which: str) -> lis
 
     rows = []
     for network in NETWORKS:
-        found = step(network, BATCH, plans, rates, attend)
+        found = step(network, BATCH, plans, rates, attend, multiply.seconds)
         total = sum(seconds for *_, seconds in found)
         print(f"{network}, batch {BATCH}: predicted {total * 1e3:.0f} ms")
         for kernel, calls, seconds in found:
@@ -162,6 +220,7 @@ def main(argv: list[str] | None = None) -> int:
         default="plan",
         help="plan: those that an H100 uses; mma: the mma.sync kernels",
     )
+    parser.add_argument("--muon", action="store_true", help="predict a Muon step instead")
     parser.add_argument("--step", action="store_true", help="predict a whole training step instead")
     parser.add_argument("--rates", type=Path, default=RATES, help="JSON file with the table of rates")
     parser.add_argument(
@@ -193,12 +252,14 @@ def main(argv: list[str] | None = None) -> int:
         except ValueError:
             parser.error(f"--rate {change}: {value!r} is no number")
     rates = {name: value for name, value in table.items() if not isinstance(value, str)}
-    if arguments.step and arguments.names:
-        parser.error("--step takes no NAME: its problems are those of a training step")
+    if (arguments.step or arguments.muon) and arguments.names:
+        parser.error("--step and --muon take no NAME: their problems are those of a training step")
     chosen = [problem for problem in PROBLEMS if not arguments.names or problem.name in arguments.names]
     try:
         library = Path(_library.LIBRARY)
-        if arguments.step:
+        if arguments.muon:
+            rows = muon(library, plans, rates, arguments.kernels)
+        elif arguments.step:
             rows = steps(library, plans, rates, arguments.kernels)
         else:
             rows = ratios(library, plans, chosen, rates, arguments.kernels)
@@ -210,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.out is not None:
         record = {"what": "predictions of a cycle model, not measurements", "rates": table, "rows": rows}
         arguments.out.write_text(json.dumps(record, indent=2) + "\n")
-    if not arguments.step:
+    if not (arguments.step or arguments.muon):
         print("predicted time over the limit (H100; not measured):")
         print(*(f"{row['problem']}={row['predicted_over_limit']:.2f}" for row in rows))
     return 0

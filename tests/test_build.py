@@ -25,7 +25,7 @@ LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 # The functions declared in pmf/introspection.h; everything else is internal.
 EXPORTS = {
     *("build_facts", "cpu_level", "best_cpu_level", "set_cpu_level", "attention_plan"),
-    *("attention_launches", "newton_schulz_launches", "patch_embed_launches"),
+    *("attention_launches", "newton_schulz_launches", "newton_schulz_products", "patch_embed_launches"),
 }
 # The wheels target glibc 2.34 (RHEL 9, Ubuntu 22.04, Debian 12).
 NEWEST_GLIBC = (2, 34)

@@ -95,6 +95,21 @@ void note_launch(void* context, const pmf::KernelLaunch& launch) {
   static_cast<py::list*>(context)->append(result);
 }
 
+void note_product(void* context, const pmf::PlannedProduct& product) {
+  py::dict result;
+  result["wave"] = product.wave;
+  result["m"] = product.m;
+  result["n"] = product.n;
+  result["k"] = product.k;
+  result["matrices"] = product.matrices;
+  result["symmetric"] = product.symmetric;
+  result["right_transposed"] = product.right_transposed;
+  result["adds_left"] = product.adds_left;
+  result["squared"] = product.squared;
+  result["warpgroups"] = product.warpgroups;
+  static_cast<py::list*>(context)->append(result);
+}
+
 // plan(note, context): one of the functions of pmf/introspection.h.
 template <class Plan>
 py::dict launches(const Plan& plan) {
@@ -169,9 +184,13 @@ py::dict newton_schulz_launches(const std::vector<std::pair<int64_t, int64_t>>& 
   params.muon = muon ? &step : nullptr;
   const pmf::Device device =
       device_with(shared_per_block, shared_per_processor, processors, capability);
-  return launches([&](pmf::NoteLaunch note, void* context) {
+  py::dict all = launches([&](pmf::NoteLaunch note, void* context) {
     return pmf::newton_schulz_launches(params, device, note, context);
   });
+  py::list products;
+  pmf::newton_schulz_products(params, note_product, static_cast<void*>(&products));
+  all["products"] = products;
+  return all;
 }
 
 py::dict patch_embed_launches(int64_t batch, int64_t channels, int64_t height, int64_t width,
@@ -226,12 +245,13 @@ PYBIND11_MODULE(_introspection, module) {
              py::arg("width"), py::arg("value_width"), py::arg("dtype") = "bfloat16",
              py::arg("backward") = false, py::arg("tangent") = false, PMF_DEVICE_ARGUMENTS,
              "What one attention call costs and launches on a GPU.");
-  module.def(
-      "newton_schulz_launches", &newton_schulz_launches, py::kw_only(), py::arg("shapes"),
-      py::arg("dtype") = "float32", py::arg("compute_dtype") = "float16",
-      py::arg("method") = "auto", py::arg("steps") = 5, py::arg("muon") = false,
-      PMF_DEVICE_ARGUMENTS,
-      "What Newton-Schulz on matrices of these (rows, columns) costs and launches on a GPU.");
+  module.def("newton_schulz_launches", &newton_schulz_launches, py::kw_only(), py::arg("shapes"),
+             py::arg("dtype") = "float32", py::arg("compute_dtype") = "float16",
+             py::arg("method") = "auto", py::arg("steps") = 5, py::arg("muon") = false,
+             PMF_DEVICE_ARGUMENTS,
+             "What Newton-Schulz on matrices of these (rows, columns) costs and launches on a GPU, "
+             "and the "
+             "products that each wave of it computes.");
   module.def("patch_embed_launches", &patch_embed_launches, py::kw_only(), py::arg("batch"),
              py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("patch"),
              py::arg("narrow"), py::arg("wide"), py::arg("prefix") = 0, py::arg("tangents") = 0,

@@ -2,14 +2,15 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
-from gpu.model import paths
+from gpu.model import paths, products
 from gpu.model.hopper import Work
 from gpu.model.machine import Multiprocessor, Signal, Trace
 from gpu.model.problems import Launch, Problem
 from gpu.model.sass import Kernel, parse
-from gpu_model import PROBLEMS, RATES, main
+from gpu_model import PROBLEMS, RATES, main, multiplier
 from helpers.machine_code import absent, tool
 
 from pmf import _library
@@ -182,6 +183,48 @@ def test_the_model_recognises_the_hopper_kernels(capsys, problem):
     assert all(kernel in line for line in capsys.readouterr().out.splitlines() if "blocks" in line)
 
 
+def test_products_of_a_muon_step_are_assigned_to_its_launches():
+    """In a wave, those of the Hopper kernels come first; a launch without a tile computes none."""
+
+    def product(wave, m, warpgroups):
+        flags = {"symmetric": True, "right_transposed": True, "adds_left": False, "squared": True}
+        return {"wave": wave, "m": m, "n": m, "k": m, "matrices": 1, "warpgroups": warpgroups, **flags}
+
+    launches = [{"tile": tile} for tile in ((0, 0), (128, 256), (128, 128), (128, 256))]
+    given = [product(0, 64, False), product(0, 768, True), product(1, 768, True)]
+    waves = list(products.waves({"products": given, "launches": launches}))
+    assert [launch["tile"] for launch, _ in waves] == [(128, 256), (128, 128), (128, 256)]
+    assert [[each.m for each in own] for _, own in waves] == [[768], [64], [768]]
+    of_mma = [{"tile": (128, 128)}] * 2
+    waves = list(products.waves({"products": given, "launches": of_mma}))
+    assert [[each.m for each in own] for _, own in waves] == [[64, 768], [768]]
+
+
+def test_tiles_of_symmetric_products():
+    """Squares on and below the diagonal; on it, one factor's rows are among the other's columns."""
+    gram = products.Product(1280, 1280, 3456, 7, True, True, False, True, True)
+    tiles = {(tile.mirrored, tile.shares_rows): n for tile, n in gram.tiles(updates=False).items()}
+    assert tiles == {(True, False): 10, (False, True): 5}
+    assert gram.flops() == 2 * 7 * 55 * 128**2 * 3456
+    (tile,) = products.Product(1280, 3456, 1280, 1, False, False, False, False, True).tiles(updates=True)
+    # 90 squares would read their 512 rows or columns each; there are 1280 rows and 3456 columns.
+    assert tile.from_memory == pytest.approx((1280 + 3456) / (5 * 14 * 512))
+
+
+def test_the_model_recognises_the_hopper_products():
+    """On the built library, for every kind of product: its loops, barriers and copies."""
+    plans = _library.introspection()
+    if plans is None or not plans.build_facts()["has_cuda"]:
+        absent("this build of pmf has no CUDA kernels to read")
+    if tool("nvdisasm") is None or tool("cuobjdump") is None:
+        absent("there is no nvdisasm or no cuobjdump to read machine code with")
+    multiply = multiplier(Path(_library.LIBRARY), RATES_HERE)
+    plan = plans.newton_schulz_launches(shapes=[(256, 256), (256, 512)], muon=True)
+    rows = multiply.rows(plan)
+    assert {row.kernel for row in rows} == {"hopper_product_kernel", "hopper_update_kernel"}
+    assert all(row.seconds > row.product.limit_seconds(RATES_HERE) for row in rows)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -222,6 +265,24 @@ def test_the_documentation_shows_the_recorded_shares_of_a_step():
         for network, share in zip(("pmf-b/16", "pmf-h/16"), shares, strict=True):
             recorded = sum(row["share"] for row in of_name if row["network"] == network)
             assert f"{recorded:.1%}" == f"{share}%", name
+
+
+def test_the_documentation_shows_the_recorded_muon_step():
+    record = json.loads((PREDICTIONS / "gpu_muon_h100.json").read_text())
+    assert record["rates"] == json.loads(RATES.read_text())
+    shown = re.findall(r"^\| `([^`]+)` \| ([\d.]+) \| (\d+) \| ([\d.]+) \|$", PAGE.read_text(), re.MULTILINE)
+    rows = [row for row in record["rows"] if row["network"] == "pmf-h/16" and "product" in row]
+    found = [
+        (
+            row["product"] + (", last wave" if "update" in row["kernel"] else ""),
+            f"{row['predicted_seconds'] * 1e3:.2f}",
+            f"{row['flops'] / row['predicted_seconds'] / 1e12:.0f}",
+            f"{row['predicted_seconds'] / row['limit_seconds']:.2f}",
+        )
+        for row in rows
+        if row["predicted_seconds"] > 1e-3
+    ]
+    assert shown == found
 
 
 def test_the_documentation_shows_the_recorded_predictions():

@@ -1,5 +1,5 @@
-"""A training step's time on a GPU, kernel by kernel: attention by the cycle model, linear layers by their
-operations, everything else by its bytes.
+"""A training step's time on a GPU, kernel by kernel: attention and Newton-Schulz by the cycle model, linear
+layers by their operations, everything else by its bytes.
 
 The step is the objective, its backward, the optimizer and three averages of the weights, in bfloat16 as
 `pmf.training` runs them, without perceptual networks. Objective and backward run on meta tensors, and every
@@ -29,6 +29,8 @@ from .problems import Problem
 
 Attend = Callable[[Problem], float]
 """The seconds that an attention problem takes."""
+Multiply = Callable[[dict[str, Any]], float]
+"""The seconds that the products of a planned Muon step take, without reading and writing the parameters."""
 
 PRODUCTS = "linear layers"
 OTHERS = "PyTorch's other operators"
@@ -116,8 +118,14 @@ def seconds_of(call: Call, rates: Rates, attend: Attend) -> float:
     return max(call.flops / rates["gemm_flops"], call.bytes / rates["memory_bytes"])
 
 
-def optimizer(model: pmf.PixelMeanFlow, plans: Any, rates: Rates) -> Iterator[tuple[str, int, float]]:
-    """Muon's products at their rate; what Adam and the averages read and write."""
+MUON_BYTES = 4 * (3 + 2 + 2) + 2
+"""Per element of a parameter in float32: momentum and gradient, read twice, X, and the parameter."""
+
+
+def optimizer(
+    model: pmf.PixelMeanFlow, plans: Any, rates: Rates, multiply: Multiply
+) -> Iterator[tuple[str, int, float]]:
+    """Muon's products by the model; what Muon, Adam and the averages read and write."""
     numbers = sum(parameter.numel() for parameter in model.parameters())
     for group in route(model):
         parameters = [parameter for _, parameter in group["params"]]
@@ -126,8 +134,8 @@ def optimizer(model: pmf.PixelMeanFlow, plans: Any, rates: Rates) -> Iterator[tu
             plan = plans.newton_schulz_launches(
                 shapes=shapes, dtype="float32", compute_dtype="float16", muon=True
             )
-            seconds = plan["flops"] / rates["newton_schulz_flops"] + plan["bytes"] / rates["memory_bytes"]
-            yield "muon", len(plan["launches"]), seconds
+            size = MUON_BYTES * sum(parameter.numel() for parameter in parameters)
+            yield "muon", len(plan["launches"]), multiply(plan) + size / rates["memory_bytes"]
         else:
             # Read the gradient; read and write the weight and both moments.
             size = 4 * 7 * sum(parameter.numel() for parameter in parameters)
@@ -136,7 +144,7 @@ def optimizer(model: pmf.PixelMeanFlow, plans: Any, rates: Rates) -> Iterator[tu
 
 
 def step(
-    name: str, batch_size: int, plans: Any, rates: Rates, attend: Attend
+    name: str, batch_size: int, plans: Any, rates: Rates, attend: Attend, multiply: Multiply
 ) -> list[tuple[str, int, float]]:
     """Of each kernel of a step: its name, calls and seconds; the longest first."""
     calls, model = calls_of(name, batch_size)
@@ -145,4 +153,4 @@ def step(
         before, seconds = found.get(call.kernel, (0, 0.0))
         found[call.kernel] = before + count, seconds + count * seconds_of(call, rates, attend)
     rows = [(kernel, count, seconds) for kernel, (count, seconds) in found.items()]
-    return sorted([*rows, *optimizer(model, plans, rates)], key=lambda row: -row[2])
+    return sorted([*rows, *optimizer(model, plans, rates, multiply)], key=lambda row: -row[2])

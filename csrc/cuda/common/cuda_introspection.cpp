@@ -160,6 +160,21 @@ CudaPlan newton_schulz_launches(const NewtonSchulzParams& params, const Device& 
   return plan;
 }
 
+void newton_schulz_products(const NewtonSchulzParams& params, NoteProduct note, void* context) {
+  int64_t number = 0;
+  for (const cuda::ns::Chunk& chunk : cuda::ns::chunks_of(params)) {
+    for (const cuda::ns::Wave& wave :
+         cuda::ns::waves_of(params, chunk, anything, sizeof(anything))) {
+      for (const cuda::ns::Product& p : wave.products) {
+        note(context,
+             {number, p.m, p.n, p.k, p.matrices, p.symmetric, p.right_transposed, p.adds_left(),
+              p.left == p.right, cuda::ns::takes_warpgroups(p, params.compute)});
+      }
+      ++number;
+    }
+  }
+}
+
 CudaPlan patch_embed_launches(const PatchSizes& s, Pass pass, const Device& device, NoteLaunch note,
                               void* context) {
   const bool forward = pass == Pass::forward;
@@ -194,6 +209,7 @@ CudaPlan attention_launches(const AttentionShape&, DType, Pass, bool, const Devi
 CudaPlan newton_schulz_launches(const NewtonSchulzParams&, const Device&, NoteLaunch, void*) {
   return kNone;
 }
+void newton_schulz_products(const NewtonSchulzParams&, NoteProduct, void*) {}
 CudaPlan patch_embed_launches(const PatchSizes&, Pass, const Device&, NoteLaunch, void*) {
   return kNone;
 }

@@ -73,6 +73,18 @@ PMF_EXPORT CudaPlan attention_launches(const AttentionShape& shape, DType dtype,
 // Pointers in `params` are not dereferenced.
 PMF_EXPORT CudaPlan newton_schulz_launches(const NewtonSchulzParams& params, const Device& device,
                                            NoteLaunch note, void* context);
+// The products of such a call; those of a wave share one or two launches.
+struct PlannedProduct {
+  int64_t wave = 0;
+  int64_t m = 0, n = 0, k = 0;  // padded
+  int64_t matrices = 0;
+  bool symmetric = false, right_transposed = false;
+  bool adds_left = false, squared = false;  // squared: both factors are the same
+  bool warpgroups = false;                  // suits the Hopper kernels
+};
+using NoteProduct = void (*)(void* context, const PlannedProduct& product);
+PMF_EXPORT void newton_schulz_products(const NewtonSchulzParams& params, NoteProduct note,
+                                       void* context);
 // Assumes contiguous tensors, with biases and position.
 PMF_EXPORT CudaPlan patch_embed_launches(const PatchSizes& sizes, Pass pass, const Device& device,
                                          NoteLaunch note, void* context);
