@@ -7,7 +7,7 @@ import pytest
 from helpers.pmf_process import TINY, run_in
 from PIL import Image
 
-from pmf.ablation import SUITES
+from pmf.ablation import SUITES, decimals
 from pmf.cli import main
 
 QUICK = [
@@ -44,7 +44,8 @@ def test_two_variants_become_a_table_and_are_not_run_again(
     assert base["frechet"]["mean"] != adam["frechet"]["mean"]
 
     table = (study / "table.md").read_text()
-    assert f"| base | {base['frechet']['mean']:.2f} |" in table
+    digits = decimals(min(base["frechet"]["mean"], adam["frechet"]["mean"]))
+    assert f"| base | {base['frechet']['mean']:.{digits}f} |" in table
     assert "- adam: optimizer adam, adam_lr 0.01, guidance off, ema off" in table
     assert "in the 64 features of a classifier" in table and "| variant | Frechet (classifier) |" in table
     assert table in done.stdout
