@@ -263,7 +263,7 @@ struct HopperBackwardUnit {
   __device__ void differentiate(const HopperBackward& p, int j, const float* statistics, int lane) {
     const int column = 2 * (lane & 3);
     if constexpr (!C::kByKeys) {
-      if (j + 1 == p.tiles) hide(column, p.columns - j * C::kColumns);
+      if (j + 1 == p.tiles) hide_past<true>(s, b, column, p.columns - j * C::kColumns);
       // Two calls of weigh(), so that the common path can finish before the caller's next wait.
       if (searches) {
         search(p);
@@ -382,20 +382,6 @@ struct HopperBackwardUnit {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         b[n][e] = s[n][e] * fmaf(p.scale, b[n][e], -state.mean[e / 2]);
-      }
-    }
-  }
-
-  // Masks the tile's keys from `left` on; `column`: the lane's first column.
-  __device__ void hide(int column, int left) {
-#pragma unroll
-    for (int n = C::kTiles - 1; n >= 0; --n) {
-      if (8 * n + 8 <= left) break;
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if (8 * n + e % 2 < left - column) continue;
-        s[n][e] = -INFINITY;
-        b[n][e] = 0.0f;
       }
     }
   }

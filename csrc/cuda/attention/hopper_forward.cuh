@@ -31,20 +31,14 @@ namespace pmf::cuda {
 // ---- the copying warps --------------------------------------------------------------------------
 
 template <class C>
-__device__ inline void copy_keys_and_values(const HopperForward& p, const HopperPlaces<C>& at) {
+__device__ inline void copy_tiles(const HopperForward& p, const HopperPlaces<C>& at) {
   RingPlace<C::kSlots> place;
   for (int item = int(blockIdx.x); item < p.items; item += int(gridDim.x)) {
     const HopperItem here = hopper_item<C>(p, item);
     uint32_t head = uint32_t(here.head);
     p.by_group.divide(head);
     for (int j = 0; j < p.tiles; ++j, place = place.next()) {
-      const int row = j * C::kKeys;
-      mbarrier_wait(at.keys_empty(place.slot), place.parity ^ 1);
-      copy_rows<C, typename C::Tile>(at.keys(place.slot), p.key, p.key_t, at.keys_full(place.slot),
-                                     row, int(head), here.batch);
-      mbarrier_wait(at.values_empty(place.slot), place.parity ^ 1);
-      copy_rows<C, typename C::Tile>(at.values(place.slot), p.value, p.value_t,
-                                     at.values_full(place.slot), row, int(head), here.batch);
+      copy_tile(p, at, place, j * C::kKeys, int(head), here.batch);
     }
   }
 }
@@ -76,7 +70,7 @@ struct HopperEnd {
   __device__ int lane() const { return lane_; }
   __device__ int tiles() const { return p.tiles; }
   __device__ void hide(HopperUnit<C>& unit, int j) const {
-    unit.hide(2 * (lane_ & 3), p.keys - j * C::kKeys);
+    hide_past<C::kTangent>(unit.s, unit.ts, 2 * (lane_ & 3), p.keys - j * C::kKeys);
   }
 };
 
@@ -129,12 +123,12 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     registers_down_to<24>();
     if constexpr (C::kLimited) {
       if (warp == 0) {
-        if (elect_one()) copy_seen_keys_and_values<C>(p, at);
+        if (elect_one()) copy_seen_tiles<C>(p, at);
       } else if (warp <= C::kConsumers) {
         copy_noted_queries<C>(p, at, warp - 1);
       }
     } else if (warp <= C::kConsumers && elect_one()) {
-      warp == 0 ? copy_keys_and_values<C>(p, at) : copy_queries<C>(p, at, warp - 1);
+      warp == 0 ? copy_tiles<C>(p, at) : copy_queries<C>(p, at, warp - 1);
     }
   } else {
     registers_up_to<C::kRegisters>();

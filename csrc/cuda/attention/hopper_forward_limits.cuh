@@ -80,8 +80,7 @@ __device__ inline HopperNote note_of(const HopperForward& p, const HopperPart& h
 // ---- the copying warps --------------------------------------------------------------------------
 
 template <class C>
-__device__ inline void copy_seen_keys_and_values(const HopperForward& p,
-                                                 const HopperPlaces<C>& at) {
+__device__ inline void copy_seen_tiles(const HopperForward& p, const HopperPlaces<C>& at) {
   RingPlace<C::kSlots> place;
   HopperPart here;
   for (int i = 0, item; item_of_round(p, i, item); ++i) {
@@ -90,12 +89,7 @@ __device__ inline void copy_seen_keys_and_values(const HopperForward& p,
     p.by_group.divide(head);
     for (int j = 0; j < here.tiles; ++j, place = place.next()) {
       const int row = here.sequence.key + (here.tile + j) * C::kKeys;
-      mbarrier_wait(at.keys_empty(place.slot), place.parity ^ 1);
-      copy_rows<C, typename C::Tile>(at.keys(place.slot), p.key, p.key_t, at.keys_full(place.slot),
-                                     row, int(head), here.batch);
-      mbarrier_wait(at.values_empty(place.slot), place.parity ^ 1);
-      copy_rows<C, typename C::Tile>(at.values(place.slot), p.value, p.value_t,
-                                     at.values_full(place.slot), row, int(head), here.batch);
+      copy_tile(p, at, place, row, int(head), here.batch);
     }
   }
 }
@@ -197,7 +191,7 @@ struct HopperLimits {
     if (thread % kWarpThreads == 0) flags[thread / kWarpThreads] = of_warp;
     meet();
     uint32_t any = 0;
-    for (int warp = 0; warp < C::kGroupWarps; ++warp) any |= flags[warp];
+    for (int warp = 0; warp < kGroupWarps; ++warp) any |= flags[warp];
     meet();
     return any != 0;
   }

@@ -53,7 +53,6 @@ struct HopperSizes : HopperShape<T, kWidth, kKeys_, kTangent_ ? 2 : 1> {
   static constexpr int kBarrierCount = 4 * kSlots + 2 * kConsumers;
   static constexpr uint32_t kNotes = kBarriers + 8 * kBarrierCount;
   static constexpr uint32_t kFlags = kNotes + 2 * kConsumers * sizeof(HopperNote);
-  static constexpr int kGroupWarps = kGroupThreads / kWarpThreads;
   static constexpr int kSharedBytes =
       int(kLimited ? kFlags + 4 * kConsumers * kGroupWarps : kNotes);
 };
@@ -77,7 +76,7 @@ struct HopperPlaces {
     return reinterpret_cast<HopperNote*>(swizzled_shared() + C::kNotes)[2 * consumer + int(parity)];
   }
   __device__ static uint32_t* flags(int consumer) {
-    return reinterpret_cast<uint32_t*>(swizzled_shared() + C::kFlags) + C::kGroupWarps * consumer;
+    return reinterpret_cast<uint32_t*>(swizzled_shared() + C::kFlags) + kGroupWarps * consumer;
   }
 
   __device__ uint32_t keys_full(int slot) const { return barrier(slot); }
@@ -92,6 +91,20 @@ struct HopperPlaces {
  private:
   __device__ uint32_t barrier(int i) const { return base + C::kBarriers + 8 * uint32_t(i); }
 };
+
+// ---- the copying warp ---------------------------------------------------------------------------
+
+// Fills a slot with the keys and values from a row on, as soon as its consumers have released it.
+template <class C>
+__device__ inline void copy_tile(const HopperForward& p, const HopperPlaces<C>& at,
+                                 const RingPlace<C::kSlots>& place, int row, int head, int batch) {
+  mbarrier_wait(at.keys_empty(place.slot), place.parity ^ 1);
+  copy_rows<C, typename C::Tile>(at.keys(place.slot), p.key, p.key_t, at.keys_full(place.slot), row,
+                                 head, batch);
+  mbarrier_wait(at.values_empty(place.slot), place.parity ^ 1);
+  copy_rows<C, typename C::Tile>(at.values(place.slot), p.value, p.value_t,
+                                 at.values_full(place.slot), row, head, batch);
+}
 
 // ---- registers ----------------------------------------------------------------------------------
 
@@ -143,20 +156,6 @@ struct HopperUnit {
       if constexpr (C::kTangent) {
         wgmma_down<C, 1>(ot, probability[i], values, i);
         wgmma_down<C, 0>(ot, h[i], values, i);
-      }
-    }
-  }
-
-  // Masks the tile's keys from `left` on; `column`: the lane's first column.
-  __device__ void hide(int column, int left) {
-#pragma unroll
-    for (int j = C::kTiles - 1; j >= 0; --j) {
-      if (8 * j + 8 <= left) break;
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if (8 * j + e % 2 < left - column) continue;
-        s[j][e] = -INFINITY;
-        if constexpr (C::kTangent) ts[j][e] = 0.0f;
       }
     }
   }
