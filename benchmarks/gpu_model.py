@@ -141,7 +141,7 @@ def muon(library: Path, plans: Any, rates: dict[str, float], which: str) -> list
         plan = plans.newton_schulz_launches(shapes=shapes, muon=True, compute_capability=KERNELS[which])
         size = MUON_BYTES * sum(math.prod(shape) for shape in shapes) / rates["memory_bytes"]
         found: dict[tuple[Any, ...], list[float]] = {}
-        for kernel, product, _, seconds in multiply.rows(plan):
+        for kernel, product, seconds in multiply.rows(plan):
             kind = kernel, product.m, product.n, product.k, product.symmetric, product.adds_left
             sums = found.setdefault(kind, [0, 0, 0, 0])
             for i, more in enumerate((1, product.flops(), seconds, product.limit_seconds(rates))):

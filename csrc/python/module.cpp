@@ -250,8 +250,7 @@ PYBIND11_MODULE(_introspection, module) {
              py::arg("method") = "auto", py::arg("steps") = 5, py::arg("muon") = false,
              PMF_DEVICE_ARGUMENTS,
              "What Newton-Schulz on matrices of these (rows, columns) costs and launches on a GPU, "
-             "and the "
-             "products that each wave of it computes.");
+             "and the products of each wave.");
   module.def("patch_embed_launches", &patch_embed_launches, py::kw_only(), py::arg("batch"),
              py::arg("channels"), py::arg("height"), py::arg("width"), py::arg("patch"),
              py::arg("narrow"), py::arg("wide"), py::arg("prefix") = 0, py::arg("tangents") = 0,

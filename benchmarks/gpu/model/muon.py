@@ -22,7 +22,6 @@ class Row(NamedTuple):
 
     kernel: str
     product: Product
-    updates: bool
     seconds: float
 
 
@@ -42,9 +41,7 @@ class Multiplier:
                 each = products.predict(self.code(mangled), kernel, own, self.rates, self._known)
             else:
                 each = [bound(product, self.rates) for product in own]
-            rows += [
-                Row(kernel, *row) for row in zip(own, ["update" in kernel] * len(own), each, strict=True)
-            ]
+            rows += [Row(kernel, *row) for row in zip(own, each, strict=True)]
         return rows
 
     def seconds(self, plan: dict[str, Any]) -> float:

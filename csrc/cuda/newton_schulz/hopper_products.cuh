@@ -54,9 +54,8 @@ struct HopperWaveOf {
 };
 using HopperWave = HopperWaveOf<kMaxProducts>;
 using HopperLastWave = HopperWaveOf<kMaxBuckets>;  // one product per bucket
-// Kernel parameters fit in 32 KB.
-static_assert(sizeof(HopperWave) < 32 << 10);
-static_assert(sizeof(HopperLastWave) + sizeof(TargetTable) < 32 << 10);
+static_assert(sizeof(HopperWave) <= 32764, "what a launch can pass");
+static_assert(sizeof(HopperLastWave) + sizeof(TargetTable) <= 32764, "what a launch can pass");
 
 // Whether a product stores its box at (row, column), rather than none or only the mirrored one.
 __device__ inline bool stores_box(const Product& p, int row, int column) {
@@ -141,6 +140,9 @@ struct HopperPlaces {
 __device__ inline uint32_t chunk_of_box(int row, int chunk) {
   return uint32_t(row) * kBoxRowBytes + uint32_t((chunk ^ row) & 7) * 16;
 }
+
+// Uniform across the warp, and the shuffle lets the compiler know.
+__device__ inline int warp_of_block() { return shuffle_idx(int(threadIdx.x) / kWarpThreads, 0); }
 
 // ---- the copying warp ---------------------------------------------------------------------------
 
@@ -423,6 +425,31 @@ __device__ inline void consume(const Wave& wave, const HopperPlaces& at, int c,
   }
 }
 
+// Updates the targets with a consumer's results. They pass in fp32 through two buffers in turn.
+__device__ inline void update_targets(const HopperSums& d, const HopperTileOfWave& tile,
+                                      const TargetTable& table, unsigned char* shared, int c) {
+  const Updates updates(table, tile.of->product, tile.matrix);
+  const int lane = int(threadIdx.x) % kWarpThreads, warp = warp_of_block() % kGroupWarps;
+#pragma unroll
+  for (int i = 0; i < kRightBoxes; ++i) {
+    auto* const box = reinterpret_cast<float*>(shared + HopperPlaces::result(c, i % 2 * 2));
+#pragma unroll
+    for (int n = 0; n < kBoxSide / 8; ++n) {
+      const float (&sums)[4] = d[i * kBoxSide / 8 + n];
+      const int row = 16 * warp + lane / 4, column = 8 * n + lane % 4 * 2;
+#pragma unroll
+      for (int q = 0; q < 2; ++q) {
+        *reinterpret_cast<float2*>(box + staged_place(row + 8 * q, column, kBoxSide)) =
+            make_float2(sums[2 * q], sums[2 * q + 1]);
+      }
+    }
+    barrier_sync(1 + c, kGroupThreads);
+    updates.tile<kBoxSide, kBoxSide>(
+        [&](int row, int column) { return box[staged_place(row, column, kBoxSide)]; },
+        tile.row + c * kBoxSide, tile.column + i * kBoxSide, warp, kGroupWarps);
+  }
+}
+
 // ---- the kernels --------------------------------------------------------------------------------
 
 __device__ inline void initialise_barriers(const HopperPlaces& at) {
@@ -440,27 +467,36 @@ __device__ inline void initialise_barriers(const HopperPlaces& at) {
   cluster_sync();
 }
 
-// Uniform across the warp, and the shuffle lets the compiler know.
-__device__ inline int warp_of_block() { return shuffle_idx(int(threadIdx.x) / kWarpThreads, 0); }
+// What both kernels do: store(c) is called by the storing warp of consumer c, multiply(c) by the
+// consumer. kFewer, kMore: registers of a thread in their warpgroups.
+template <int kFewer, int kMore, typename Wave, typename Store, typename Multiply>
+__device__ inline void run_block(const Wave& wave, const HopperPlaces& at, const Store& store,
+                                 const Multiply& multiply) {
+  initialise_barriers(at);
+  const int warp = warp_of_block();
+  if (warp < kGroupWarps) {
+    registers_down_to<kFewer>();
+    if (warp == 0) {
+      if (elect_one()) copy_operands(wave, at);
+      __syncwarp();
+    } else if (warp <= kHopperConsumers) {
+      store(warp - 1);
+    }
+  } else {
+    registers_up_to<kMore>();
+    multiply(warp / kGroupWarps - 1);
+  }
+  // A block must not end while the other one copies to it or arrives at its barriers.
+  cluster_sync();
+}
 
 template <typename T>
 __global__ void __launch_bounds__(kHopperThreads, 1)
     hopper_product_kernel(const __grid_constant__ HopperWave wave) {
   unsigned char* const shared = swizzled_shared();
   const HopperPlaces at = {shared_address(shared)};
-  initialise_barriers(at);
-  const int warp = warp_of_block();
-  if (warp < kGroupWarps) {
-    registers_down_to<56>();
-    if (warp == 0) {
-      if (elect_one()) copy_operands(wave, at);
-      __syncwarp();
-    } else if (warp <= kHopperConsumers) {
-      store_results<T>(wave, at, shared, warp - 1);
-    }
-  } else {
-    registers_up_to<224>();
-    const int c = warp / kGroupWarps - 1;
+  const auto store = [&](int c) { store_results<T>(wave, at, shared, c); };
+  run_block<56, 224>(wave, at, store, [&](int c) {
     uint32_t parity = 1;
     // Saves the boxes that will be added, before their slots are filled again.
     const auto save = [&](const HopperTileOfWave& tile, int left, uint32_t rows) {
@@ -477,9 +513,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
       if (threadIdx.x % kWarpThreads == 0) mbarrier_arrive(at.written(c));
       parity ^= 1;
     });
-  }
-  // A block must not end while the other one copies to it or arrives at its barriers.
-  cluster_sync();
+  });
 }
 
 // The last wave: target = left right, or p <- (1 - lr wd) p - lr scale left right.
@@ -489,43 +523,13 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
                          const __grid_constant__ TargetTable table) {
   unsigned char* const shared = swizzled_shared();
   const HopperPlaces at = {shared_address(shared)};
-  initialise_barriers(at);
-  const int warp = warp_of_block();
-  if (warp < kGroupWarps) {
-    registers_down_to<40>();
-    if (warp == 0) {
-      if (elect_one()) copy_operands(wave, at);
-      __syncwarp();
-    }
-  } else {
-    registers_up_to<232>();
-    const int c = warp / kGroupWarps - 1;
+  const auto store_nothing = [](int) {};
+  run_block<40, 232>(wave, at, store_nothing, [&](int c) {
     const auto nothing = [](const HopperTileOfWave&, int, uint32_t) {};
     consume<T>(wave, at, c, nothing, [&](const HopperSums& d, const HopperTileOfWave& tile) {
-      const Updates updates(table, tile.of->product, tile.matrix);
-      const int lane = int(threadIdx.x) % kWarpThreads, own = warp % kGroupWarps;
-#pragma unroll
-      for (int i = 0; i < kRightBoxes; ++i) {
-        // In fp32, in two buffers in turn.
-        auto* const box = reinterpret_cast<float*>(shared + at.result(c, i % 2 * 2));
-#pragma unroll
-        for (int n = 0; n < kBoxSide / 8; ++n) {
-          const float (&sums)[4] = d[i * kBoxSide / 8 + n];
-          const int row = 16 * own + lane / 4, column = 8 * n + lane % 4 * 2;
-#pragma unroll
-          for (int q = 0; q < 2; ++q) {
-            *reinterpret_cast<float2*>(box + staged_place(row + 8 * q, column, kBoxSide)) =
-                make_float2(sums[2 * q], sums[2 * q + 1]);
-          }
-        }
-        barrier_sync(1 + c, kGroupThreads);
-        updates.tile<kBoxSide, kBoxSide>(
-            [&](int row, int column) { return box[staged_place(row, column, kBoxSide)]; },
-            tile.row + c * kBoxSide, tile.column + i * kBoxSide, own, kGroupWarps);
-      }
+      update_targets(d, tile, table, shared, c);
     });
-  }
-  cluster_sync();
+  });
 }
 
 }  // namespace pmf::cuda::ns
