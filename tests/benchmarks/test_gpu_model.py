@@ -305,3 +305,14 @@ def test_the_documentation_shows_the_recorded_predictions():
         expected = {row["problem"]: row["predicted_over_limit"] for row in recorded["rows"]}
         found = {f"{names.get(row[0], 'both')}_{row[1]}": float(row[column]) for row in shown}
         assert found == {name: round(value, 2) for name, value in expected.items()}
+
+
+def test_the_documentation_shows_what_tiles_of_48_keys_change():
+    text = " ".join(PAGE.read_text().split())
+    before, after = (
+        {row["problem"]: row["predicted_over_limit"] for row in json.loads(path.read_text())["rows"]}
+        for path in (PREDICTIONS / f"gpu_model_h100_mma{of}.json" for of in ("_tiles_of_32", ""))
+    )
+    for problem in ("forward_276x64", "jvp_276x64", "jvp_1024x64"):
+        assert f"from {before[problem]:.2f} to {after[problem]:.2f}" in text
+    assert sum(before[problem] != after[problem] for problem in before) == 3
