@@ -160,7 +160,7 @@ def _plot(record: Mapping[str, Any]) -> bytes:
 
 def decimals(distance: float) -> int:
     """Digits after the point for a distance: two, or more if that is fewer than three significant ones."""
-    return 2 if distance <= 0 else max(2, 2 - math.floor(math.log10(distance)))
+    return max(2, 2 - math.floor(math.log10(distance))) if 0 < distance < math.inf else 2
 
 
 def _features_of(space: str) -> str:

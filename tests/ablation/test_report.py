@@ -48,6 +48,8 @@ def test_small_distances_keep_three_digits() -> None:
     """A Frechet distance between normalised features is a few thousandths."""
     (one,) = judge_orderings(rows(a=[0.00554], b=[0.0213]), [Ordering("1", "a", "b")])
     assert one["numbers"] == "0.00554 against 0.02130"
+    (diverged,) = judge_orderings(rows(a=[math.nan], b=[math.inf]), [Ordering("1", "a", "b")])
+    assert (diverged["numbers"], diverged["holds"]) == ("nan against inf", "no")
 
 
 def test_growth_is_that_of_the_ratios() -> None:
