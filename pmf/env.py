@@ -12,7 +12,7 @@ import torch
 from pmf import _library, checked, kernels
 from pmf.version import VERSION
 
-OPTIONAL = ("scikit-learn", "matplotlib", "tensorboard")
+OPTIONAL = ("scikit-learn", "matplotlib", "tensorboard", "pyarrow", "PyYAML", "gradio")
 OLDEST_CAPABILITY = (8, 0)
 
 

@@ -1,15 +1,21 @@
-"""Stop between two steps of work rather than in the middle of one.
+"""Ctrl-C: stop between two steps of work rather than in the middle of one, and quietly during imports.
 
 A KeyboardInterrupt can be raised anywhere, including where Python discards it (in a destructor or a weakref
 callback), and the program would keep running. An event, once set, is never lost.
 """
 
 import contextlib
+import itertools
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 
-__all__ = ["catch_stop_signals"]
+__all__ = ["INTERRUPTED", "catch_stop_signals", "quiet_imports"]
+
+INTERRUPTED = 130
+"""The exit status that shells report after Ctrl-C."""
 
 
 @contextlib.contextmanager
@@ -36,3 +42,25 @@ def catch_stop_signals(twice: bool = True) -> Iterator[threading.Event]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def quiet_imports() -> Iterator[None]:
+    """While the command ``pmf`` imports its modules, which takes seconds, Ctrl-C ends it without a traceback.
+
+    In any other program an import is interrupted as usual.
+    """
+    alone = threading.current_thread() is threading.main_thread()
+    if not (alone and _is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(INTERRUPTED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _is_command() -> bool:
+    """Whether this process was started as ``pmf`` or ``python -m pmf``."""
+    return os.path.basename(sys.argv[0]) == "pmf" or ("-m", "pmf") in itertools.pairwise(sys.orig_argv)

@@ -3,15 +3,17 @@
 import sys
 from collections.abc import Sequence
 
-from pmf import _library, kernels
-from pmf.cli import ablate, bench, check, convert, demo, env, evaluate, flops, report, sample, toy, train
-from pmf.cli.arguments import Parser
-from pmf.cli.notes import notes_on_stderr
-from pmf.errors import UserError
-from pmf.version import VERSION
+from pmf.interrupts import INTERRUPTED, quiet_imports
 
-_NEED_KERNELS = ("train", "sample", "demo", "evaluate", "ablate", "flops", "bench", "check")
-_INTERRUPTED = 130  # the exit status that shells report after Ctrl-C
+with quiet_imports():
+    from pmf import _library, kernels
+    from pmf.cli import ablate, bench, check, convert, demo, env, evaluate, flops, report, sample, toy, train
+    from pmf.cli.arguments import Parser
+    from pmf.cli.notes import notes_on_stderr
+    from pmf.errors import UserError
+    from pmf.version import VERSION
+
+_NEED_KERNELS = ("train", "sample", "demo", "evaluate", "ablate", "flops", "toy", "bench", "check")
 _DESCRIPTION = """Train Pixel MeanFlow models and sample images from them in one step.
 
   pmf sample digits                sample from the checkpoint that comes with pmf
@@ -48,4 +50,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return _INTERRUPTED
+        return INTERRUPTED

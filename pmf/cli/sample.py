@@ -19,7 +19,7 @@ from pmf.cli.arguments import Commands
 from pmf.devices import find_device
 from pmf.errors import UserError, first_few
 from pmf.flow.sampler import PRECISIONS, Sampler, sampling_times
-from pmf.interrupts import catch_stop_signals
+from pmf.interrupts import INTERRUPTED, catch_stop_signals
 from pmf.pictures import ImageGrid, save_png
 from pmf.sampling import draw_by_seed
 
@@ -34,7 +34,6 @@ loses no image already written. If the grid would be too large, it shows the fir
   pmf sample pMF-B-16.pth --classes 207 --seeds 0-3 --omega 7.5 --interval 0.1 0.8 --out golden-retrievers
   pmf sample pMF-B-16.pth --classes all --seeds 0-49 --out fifty-thousand
 """
-_INTERRUPTED = 130
 _BATCH_ON_CPU, _BATCH_ELSEWHERE = 16, 64  # larger batches do not fit a CPU's caches
 _MAX_NAME = 60  # characters of a class name used in file names
 _GRID_SIDE = 4096  # maximum side of the grid in pixels, unless a single image is larger
@@ -122,7 +121,7 @@ def run(arguments: argparse.Namespace) -> int:
         pass
     if album.written < total:
         print(f"interrupted: {album.written} of {total} images are in {arguments.out}", file=sys.stderr)
-        return _INTERRUPTED
+        return INTERRUPTED
     grid = album.write_grid()
     print(f"{total} images in {sampler.precision} from {source}")
     print(f"grid{album.left_out}: {grid}")

@@ -9,6 +9,7 @@ from helpers.pmf_process import TINY, run_in
 from PIL import Image
 
 import pmf
+from pmf import _library
 from pmf.cli import main
 
 
@@ -194,3 +195,12 @@ def test_dry_run_prints_the_settings_and_trains_nothing(
 def test_env_reports_versions(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["env"]) == 0
     assert torch.__version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", "train sample demo evaluate ablate flops toy bench check".split())
+def test_what_needs_the_library_says_first_that_it_is_missing(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_library, "_error", "the library is elsewhere")
+    assert main([command]) == 2
+    assert capsys.readouterr().err == "error: the library is elsewhere\n"
