@@ -14,7 +14,7 @@ from pmf.nn import Condition
 from pmf.wrappers import exchanges, unwrap, without_ddp
 
 from .draws import Draws
-from .guidance import Guidance, IntervalGuidance
+from .guidance import ClassifierFreeGuidance, Guidance, IntervalGuidance
 from .path import conditional_velocity, interpolate, over_pixels
 from .perceptual import Perceptual
 from .plan import Plan, Scalars, make_plan
@@ -122,6 +122,11 @@ class Objective:
         require_number("objective: norm_eps", self.norm_eps, above=0)
         require_number("objective: class_dropout", self.class_dropout, at_least=0, at_most=1)
         require_number("objective: row_multiple", self.row_multiple, at_least=1)
+        if isinstance(self.guidance, ClassifierFreeGuidance):  # the target above has no kappa
+            raise ValueError(
+                "objective: ClassifierFreeGuidance is a guidance of pmf.flow.MeanFlow: give IntervalGuidance "
+                "or NoGuidance"
+            )
         ReadOut.of(ModelConfig(), self.prediction, self.preconditioner)  # refuses unknown names now
 
     @torch.inference_mode(False)  # autograd rejects inference-mode tensors
@@ -132,6 +137,8 @@ class Objective:
         """
         if not isinstance(images, Tensor):
             raise TypeError(f"objective: images must be a Tensor, got {type(images).__name__}")
+        if not isinstance(labels, Tensor):  # such as the generator, in the second place as in MeanFlow.draw
+            raise TypeError(f"objective: labels must be a Tensor, got {type(labels).__name__}")
         if not images.is_floating_point() or images.dim() != 4:  # the noise would be rounded to whole numbers
             raise ValueError(
                 f"objective: images must be float32 [B, C, H, W], got {images.dtype} {list(images.shape)}"

@@ -328,6 +328,8 @@ def test_inconsistent_batches_are_rejected() -> None:
     for image in (images.to(torch.uint8), images[0]):
         with pytest.raises(ValueError, match=r"objective: images must be float32 \[B, C, H, W\], got"):
             objective.draw(image, labels)
+    with pytest.raises(TypeError, match="labels must be a Tensor, got Generator"):  # as in MeanFlow.draw
+        objective.draw(images, torch.Generator())
     with pytest.raises(TypeError, match="the model must be a PixelMeanFlow, got Linear"):
         objective(torch.nn.Linear(2, 2), images, labels, draws)
     with pytest.raises(
@@ -360,6 +362,10 @@ def test_inconsistent_batches_are_rejected() -> None:
         ({"prediction": "y"}, "prediction must be x or u, or a Prediction, got 'y'"),
         ({"times": "plane"}, "times must be a TimeSampling, got 'plane'"),
         ({"guidance": "none"}, "guidance must be a Guidance, got 'none'"),
+        (
+            {"guidance": ClassifierFreeGuidance(2.0, 0.5)},
+            "ClassifierFreeGuidance is a guidance of",
+        ),
         ({"perceptual": "vgg"}, "perceptual must be a Perceptual or empty, got 'vgg'"),
         ({"v_head": "no"}, "v_head must be true or false, got 'no'"),
         ({"row_multiple": 0}, "row_multiple must be a finite number, at least 1"),
