@@ -87,7 +87,7 @@ def _first_part(paths: list[str], left_out: LeftOut) -> list[str]:
 
 
 def _in_shards(source: str, shards: list[Path], left_out: LeftOut) -> FoundImages:
-    images, labels = index_shards(shards, left_out)
+    images, labels, names = index_shards(shards, left_out)
     if labels is None:
         return _by_folder_in_shards(shards[0], images, left_out)
     parts = [split_of_folder(image.name.removeprefix("./").partition("/")[0]) for image in images]
@@ -95,7 +95,7 @@ def _in_shards(source: str, shards: list[Path], left_out: LeftOut) -> FoundImage
         part, chosen, others = choose_split(range(len(images)), parts.__getitem__)
         _leave(left_out, f"outside the {part} split", [images[i].name for i in others])
         images, labels = [images[i] for i in chosen], [labels[i] for i in chosen]
-    return _numbered(source, images, labels, None)
+    return _numbered(source, images, labels, names)
 
 
 def _by_folder_in_shards(shard: Path, images: list[Stored], left_out: LeftOut) -> FoundImages:

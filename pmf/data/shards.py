@@ -1,13 +1,15 @@
 """WebDataset shards: uncompressed tar files of images, each ``<key>.jpg`` with its class in ``<key>.cls``.
 
-Without ``.cls`` members, classes come from the folders in the shards, if any, by the rules for folders of
-files (pmf/data/finding.py). Keys may contain dots.
+``<key>.json`` may hold it instead, as a number or text under "label", "class" or "cls". Without either,
+classes come from the folders in the shards, if any, by the rules for folders of files (pmf/data/finding.py).
+Keys may contain dots.
 
 The shards are indexed once by reading their headers; images are then read by offset. Shuffling is therefore a
 true permutation of all images, and resuming is exact, as with a folder. (The webdataset package streams
 shards and shuffles within a buffer, whose state a checkpoint would have to contain.)
 """
 
+import json
 import posixpath
 import re
 import tarfile
@@ -16,12 +18,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, product
 from pathlib import Path
+from typing import NamedTuple
 
+from pmf.data.labels import number_labels
 from pmf.data.walk import OTHER_KIND, LeftOut, image_endings, is_hidden
 from pmf.errors import UserError
 
 _LOOKED_AT = 200  # members inspected to decide whether an archive is a shard
-_LABEL = ".cls"
+_NUMBER, _JSON = "cls", "json"  # endings of members that may hold a label
+_IN_JSON = ("label", "class", "cls")  # the first that holds one is used
 _MAX_LINKS = 8  # links followed from one member
 _BLOCK = 512  # size of the zero blocks that end a tar file
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -52,6 +57,13 @@ class Stored:
         return content
 
 
+class _Label(NamedTuple):
+    """An image's class, a number or text, and the member that holds it."""
+
+    value: int | str
+    name: str
+
+
 def named_shards(source: str) -> list[Path]:
     """The tar files given by a name or a pattern such as ``{000000..000063}.tar``.
 
@@ -78,53 +90,72 @@ def _expand(pattern: str) -> list[str]:
     ]
 
 
-def index_shards(shards: Sequence[Path], left_out: LeftOut) -> tuple[list[Stored], list[int] | None]:
-    """Every image of the shards in order, and its label, or None if no image has one.
+def index_shards(
+    shards: Sequence[Path], left_out: LeftOut
+) -> tuple[list[Stored], list[int] | None, list[str] | None]:
+    """Every image of the shards in order, its label (None if no image has one), and the names of text labels.
 
-    Raises UserError for a damaged shard, or if only some of the images have labels.
+    Raises UserError for a damaged shard, if only some of the images have labels, or for labels of two kinds.
     """
     images: list[Stored] = []
-    labels: list[int] = []
+    labels: list[_Label] = []
     unlabelled: tuple[Path, Stored] | None = None
     for shard in shards:
-        pictures, numbers = _index(shard, left_out)
-        pairs = list(_pair(pictures, numbers, shard, left_out))
-        if numbers and not any(key in numbers for _, key in pairs):
+        pictures, found = _index(shard, left_out)
+        pairs = list(_pair(pictures, found, shard, left_out))
+        if found and not any(key in found for _, key in pairs):
             raise UserError(
-                f"{shard} has labels such as {next(iter(numbers))}{_LABEL}, none of which has an image: "
+                f"{shard} has labels such as {next(iter(found.values())).name}, none of which has an image: "
                 "pack it again, with one name for both"
             )
         for picture, key in pairs:
             images.append(picture)
-            if key in numbers:
-                labels.append(numbers[key])
+            if key in found:
+                labels.append(found[key])
             elif unlabelled is None:
                 unlabelled = shard, picture
     if unlabelled is not None and labels:
         shard, picture = unlabelled
         raise UserError(
-            f"{shard} has no label {_without_ending(picture.name)}{_LABEL} beside {picture.name}, but other "
-            "images have one: pack it again"
+            f"{shard} has no label {_without_ending(picture.name)}.{_NUMBER} beside {picture.name}, but "
+            "other images have one: pack it again"
         )
-    return images, None if unlabelled is not None else labels
+    if unlabelled is not None:
+        return images, None, None
+    texts = [label.value for label in labels if isinstance(label.value, str)]
+    if not texts:
+        return images, [int(label.value) for label in labels], None
+    if len(texts) < len(labels):
+        number = next(label for label in labels if not isinstance(label.value, str))
+        raise UserError(
+            f"{shards[0].parent} has labels of two kinds, such as {texts[0]!r} and {number.value} in "
+            f"{number.name}: pack it again, with one kind"
+        )
+    return images, *number_labels(texts)
 
 
 def is_labelled(shard: Path) -> bool:
     """Whether the first members of a tar file look like a labelled WebDataset shard."""
     try:
         with tarfile.open(shard, "r:") as archive:
-            return any(member.name.lower().endswith(_LABEL) for member in islice(archive, _LOOKED_AT))
+            return any(
+                _ending(member.name) == _NUMBER
+                or (_ending(member.name) == _JSON and _in_json(_content(archive, member)) is not None)
+                for member in islice(archive, _LOOKED_AT)
+            )
     except (tarfile.TarError, OSError, EOFError):
         return False
 
 
-def _index(shard: Path, left_out: LeftOut) -> tuple[dict[str, Stored], dict[str, int]]:
+def _index(shard: Path, left_out: LeftOut) -> tuple[dict[str, Stored], dict[str, _Label]]:
     """Images and labels by key: the name up to its last dot. Links to files in the archive are followed.
 
-    A file written twice counts as the last one, as when the archive is unpacked.
+    A file written twice counts as the last one, as when the archive is unpacked. A .cls file precedes a .json
+    file.
     """
     pictures: dict[str, Stored] = {}
-    numbers: dict[str, int] = {}
+    labels: dict[str, _Label] = {}
+    in_json: dict[str, _Label] = {}
     endings = image_endings()
     try:
         with tarfile.open(shard, "r:") as archive:
@@ -134,10 +165,10 @@ def _index(shard: Path, left_out: LeftOut) -> tuple[dict[str, Stored], dict[str,
                 if count > 1:
                     left_out.add("written again later in the shard", path, count - 1)
             for path, member in members.items():
-                key, kind = _without_ending(path), member.name.rpartition(".")[2].lower()
+                key, kind = _without_ending(path), _ending(member.name)
                 if is_hidden(member.name):
                     left_out.add("hidden", member.name)
-                elif kind not in endings and f".{kind}" != _LABEL:
+                elif kind not in endings and kind not in (_NUMBER, _JSON):
                     left_out.add(OTHER_KIND, member.name)
                 elif (file := _followed(member, members)) is None:
                     left_out.add("no file, or a link to none in the archive", member.name)
@@ -148,9 +179,12 @@ def _index(shard: Path, left_out: LeftOut) -> tuple[dict[str, Stored], dict[str,
                             "rename the one that is not to be trained on"
                         )
                     pictures[key] = Stored(shard, file.offset_data, file.size, member.name)
+                elif kind == _NUMBER:
+                    labels[key] = _Label(_number(_content(archive, file), shard, member.name), member.name)
+                elif (value := _in_json(_content(archive, file))) is not None:
+                    in_json[key] = _Label(value, member.name)
                 else:
-                    content = archive.extractfile(file)
-                    numbers[key] = _label(content.read() if content else b"", shard, member.name)
+                    left_out.add("without a label", member.name)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(
             f"the shard {shard} is truncated or not an uncompressed tar file ({error}): copy it again"
@@ -159,7 +193,7 @@ def _index(shard: Path, left_out: LeftOut) -> tuple[dict[str, Stored], dict[str,
         raise UserError(f"the shard {shard} is truncated: copy it again")
     if not pictures:
         raise UserError(f"the shard {shard} contains no image that Pillow can open: leave it out")
-    return pictures, numbers
+    return pictures, in_json | labels
 
 
 def _followed(member: tarfile.TarInfo, members: Mapping[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:
@@ -180,7 +214,7 @@ def _followed(member: tarfile.TarInfo, members: Mapping[str, tarfile.TarInfo]) -
 
 
 def _pair(
-    pictures: dict[str, Stored], numbers: dict[str, int], shard: Path, left_out: LeftOut
+    pictures: dict[str, Stored], labels: dict[str, _Label], shard: Path, left_out: LeftOut
 ) -> Iterator[tuple[Stored, str]]:
     """Every image with its label's key: its own, or its name up to the first dot (``1.left.png``, ``1.cls``).
 
@@ -190,14 +224,14 @@ def _pair(
     for key, picture in pictures.items():
         folder, slash, name = key.rpartition("/")
         short = f"{folder}{slash}{name.partition('.')[0]}"
-        if key in numbers or short not in numbers:
+        if key in labels or short not in labels:
             yield picture, key
         elif short in pictures:
             left_out.add("beside the image of its label", picture.name)
         elif short in sharing:
             raise UserError(
-                f"{shard} has one label {short}{_LABEL} for {sharing[short].name} and {picture.name}: rename "
-                f"the image to train on to match the label"
+                f"{shard} has one label {labels[short].name} for {sharing[short].name} and {picture.name}: "
+                "rename the image to train on to match the label"
             )
         else:
             sharing[short] = picture
@@ -210,7 +244,32 @@ def _without_ending(name: str) -> str:
     return stem if dot and "/" not in ending else name
 
 
-def _label(content: bytes, shard: Path, name: str) -> int:
+def _ending(name: str) -> str:
+    return name.rpartition(".")[2].lower()
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    try:
+        file = archive.extractfile(member)  # None for a folder; links may lead nowhere, or in circles
+    except (KeyError, RecursionError):
+        return b""
+    return file.read() if file else b""
+
+
+def _in_json(content: bytes) -> int | str | None:
+    """The label in an image's metadata; None if there is none, or Hugging Face's -1."""
+    try:
+        about = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    for name in _IN_JSON if isinstance(about, dict) else ():
+        value = about.get(name)
+        if (isinstance(value, str) and value) or (type(value) is int and value >= 0):
+            return value
+    return None
+
+
+def _number(content: bytes, shard: Path, name: str) -> int:
     text = content.decode("utf-8-sig", "replace").strip()
     if not text.isdecimal():
         raise UserError(f"{name} in {shard} must contain a class number, 0 or more, got {text[:20]!r}")

@@ -96,8 +96,40 @@ def test_a_missing_or_damaged_shard_is_named(shards: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
+    ("about", "names", "expected"),
+    [
+        ([{"label": 2, "class": 0}, {"label": 0, "caption": "a cat"}], ["0", "1", "2"], [2, 0]),
+        ([{"class": "dog"}, {"label": -1, "cls": "cat"}], ["cat", "dog"], [1, 0]),
+        ([{"label": "10"}, {"label": "9"}], ["9", "10"], [1, 0]),
+        ([{"caption": "a dog", "label": None}, {"label": True}], ["0"], [0, 0]),
+        ([[1], "x"], ["0"], [0, 0]),
+    ],
+)
+def test_labels_in_json(tmp_path: Path, about: list[Any], names: list[str], expected: list[int]) -> None:
+    members = [
+        (f"{key}.json", json.dumps(content).encode()) for key, content in zip("ab", about, strict=True)
+    ]
+    shard = pack(tmp_path / "s" / "0.tar", [("a.png", encoded(1)), ("b.png", encoded(2)), *members])
+    assert levels(str(shard)) == list(zip((1, 2), expected, strict=True))
+    assert load_dataset(str(shard), 4, 1).class_names == names
+    if len(names) > 1:  # as with .cls, beside images the shard is the dataset
+        (tmp_path / "s" / "c.png").write_bytes(encoded(3))
+        assert len(load_dataset(str(shard.parent), 4, 1)) == 2
+    pack(shard, [("a.png", encoded(1)), members[0], ("a.cls", b"3")])  # which says more clearly what it is
+    assert levels(str(shard)) == [(1, 3)]
+
+
+@pytest.mark.parametrize(
     ("members", "sentence"),
     [
+        (
+            [("a.png", encoded(1)), ("a.cls", b"0"), ("b.png", encoded(1)), ("b.json", b'{"label": "cat"}')],
+            "has labels of two kinds, such as 'cat' and 0 in a.cls",
+        ),
+        (
+            [("a.png", encoded(1)), ("a.json", b"{}"), ("b.png", encoded(1)), ("b.json", b'{"label": 0}')],
+            r"no label a\.cls beside a\.png, but other images have one",
+        ),
         ([("a.txt", b"1")], "contains no image"),
         ([("a.png", encoded(1)), ("b.cls", b"1")], r"labels such as b\.cls, none of which has an image"),
         ([("a.png", encoded(1)), ("a.cls", b"1000000000000")], "class 1000000000000, but there may be"),
