@@ -46,9 +46,9 @@ class InceptionScore:
         self.probability.index_add_(0, part, p)
 
     def score(self) -> tuple[float, float]:
-        """Mean and standard deviation over the parts; ValueError if a part is incomplete."""
-        if not self.count.all():
-            raise ValueError("inception score: some images were not counted")
+        """Mean and standard deviation over the parts; ValueError unless every image was counted once."""
+        if not torch.equal(self.count.cpu(), self._part.bincount(minlength=len(self.count)).double()):
+            raise ValueError("inception score: some images were not counted, or more than once")
         q = self.probability / self.count[:, None]
         scores = (self.negentropy / self.count - torch.xlogy(q, q).sum(1)).exp()
         return float(scores.mean()), float(scores.std(correction=0))

@@ -13,6 +13,8 @@ def _distances(a: Tensor, b: Tensor, name: str, k: int) -> Tensor:
         )
     if not 0 < k < min(len(a), len(b)):
         raise ValueError(f"{name}: k must be at least 1 and below the size of both sets, got {k}")
+    if not (a.isfinite().all() and b.isfinite().all()):  # nothing is near NaN: the score would be low
+        raise ValueError(f"{name}: the features must be finite")
     # The matmul formulation loses small distances to cancellation.
     return torch.cdist(a.double(), b.double(), compute_mode="donot_use_mm_for_euclid_dist")
 
@@ -33,7 +35,7 @@ def recall(real: Tensor, samples: Tensor, k: int = 3) -> float:
         k: which neighbour sets the radius.
 
     Raises:
-        ValueError: if the shapes do not fit or k is out of range.
+        ValueError: if the shapes do not fit, k is out of range or a value is not finite.
 
     Source: Kynkaanniemi et al. 2019, "Improved Precision and Recall Metric for Assessing Generative Models".
     """
@@ -51,7 +53,7 @@ def coverage(real: Tensor, samples: Tensor, k: int = 3) -> float:
         k: which neighbour sets the radius.
 
     Raises:
-        ValueError: if the shapes do not fit or k is out of range.
+        ValueError: if the shapes do not fit, k is out of range or a value is not finite.
 
     Source: Naeem et al. 2020, "Reliable Fidelity and Diversity Metrics for Generative Models".
     """

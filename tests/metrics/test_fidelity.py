@@ -169,3 +169,8 @@ def test_inception_score_of_certain_and_of_uniform_guesses() -> None:
         InceptionScore(5, 10)
     with pytest.raises(ValueError, match="not counted"):
         InceptionScore(20, 10).score()
+    for indices in (torch.arange(19), torch.tensor([*range(20), 5])):  # no part is empty
+        score = InceptionScore(20, 10)
+        score.add(torch.zeros(len(indices), 10), indices)
+        with pytest.raises(ValueError, match="not counted, or more than once"):
+            score.score()

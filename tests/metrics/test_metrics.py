@@ -46,6 +46,10 @@ def test_bad_arguments_are_named(metric):
         metric(torch.zeros(10, 3), torch.zeros(10, 4))
     with pytest.raises(ValueError, match=f"{metric.__name__}: k must be"):
         metric(torch.zeros(10, 3), torch.zeros(10, 3), k=10)
+    broken = torch.eye(10).index_fill(0, torch.tensor([4]), float("nan"))
+    for pair in ((broken, torch.eye(10)), (torch.eye(10), broken)):
+        with pytest.raises(ValueError, match=f"{metric.__name__}: the features must be finite"):
+            metric(*pair)
 
 
 def test_frechet_refuses_bad_features():
