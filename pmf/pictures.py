@@ -18,15 +18,19 @@ _GRID_GREY = 128  # grey level of gaps and empty cells
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Convert images around [-1, 1] to uint8: round(255 clip((x + 1) / 2, 0, 1)); NaN becomes 0."""
+    """Convert images around [-1, 1] to uint8: round(255 clip((x + 1) / 2, 0, 1)); NaN becomes 0.
+
+    Images that are uint8 already are returned as they are.
+    """
+    if images.dtype == torch.uint8:
+        return images
     unit = ((images.detach().to(torch.float32) + 1) / 2).nan_to_num(nan=0.0).clamp(0, 1)
     return (255 * unit).round().to(torch.uint8)
 
 
 def encode_png(image: torch.Tensor) -> bytes:
     """An image [C, H, W], float around [-1, 1] or uint8, with C = 1 or 3, as a PNG."""
-    pixels = image if image.dtype == torch.uint8 else to_uint8(image)
-    array = pixels.permute(1, 2, 0).cpu().numpy()
+    array = to_uint8(image).permute(1, 2, 0).cpu().numpy()
     content = io.BytesIO()
     Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(content, format="PNG")
     return content.getvalue()
@@ -52,8 +56,7 @@ class ImageGrid:
     def put(self, row: int, column: int, image: torch.Tensor) -> None:
         """Place an image, float around [-1, 1] or uint8, in its cell."""
         top, left = row * self._row_step, column * self._column_step
-        pixels = image if image.dtype == torch.uint8 else to_uint8(image)
-        self._pixels[:, top : top + self._height, left : left + self._width] = pixels
+        self._pixels[:, top : top + self._height, left : left + self._width] = to_uint8(image)
 
     def picture(self) -> torch.Tensor:
         """The grid so far, uint8 [C, height, width]."""
@@ -62,7 +65,7 @@ class ImageGrid:
 
 
 def image_grid(images: torch.Tensor, columns: int) -> torch.Tensor:
-    """Images [N, C, H, W] in rows of ``columns``, row by row, as an `ImageGrid` picture."""
+    """An `ImageGrid` picture of images [N, C, H, W], float around [-1, 1] or uint8, row by row."""
     grid = ImageGrid(-(-len(images) // columns), columns, images.shape[1:])
     for index, image in enumerate(to_uint8(images)):
         grid.put(*divmod(index, columns), image)

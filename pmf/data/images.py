@@ -30,8 +30,8 @@ _MODES = {1: "L", 3: "RGB"}  # Pillow's modes for 8-bit images of 1 or 3 channel
 
 
 def to_float(pixels: torch.Tensor) -> torch.Tensor:
-    """Convert uint8 pixels to float32 in [-1, 1]: x / 127.5 - 1."""
-    return pixels.to(torch.float32) / 127.5 - 1
+    """Convert uint8 pixels to float32 in [-1, 1]: x / 127.5 - 1. Floating pixels are returned as they are."""
+    return pixels if pixels.is_floating_point() else pixels.to(torch.float32) / 127.5 - 1
 
 
 def centre_crop(image: Image.Image, size: Size) -> Image.Image:

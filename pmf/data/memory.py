@@ -34,4 +34,4 @@ class MemoryImages:
 
     def get(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         pixels, labels = self.read(indices)
-        return (to_float(pixels) if pixels.dtype == torch.uint8 else pixels), labels
+        return to_float(pixels), labels

@@ -146,8 +146,7 @@ class Trainer:
     def _backward(self, images: torch.Tensor, labels: torch.Tensor, draws: flow.Draws) -> torch.Tensor:
         """Accumulate the gradients of one micro-batch; returns its losses in the order of `COLUMNS`."""
         images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
-        if images.dtype == torch.uint8:
-            images = to_float(images)
+        images = to_float(images)
         draws = draws._replace(noise=draws.noise.to(self.device, non_blocking=True))
         with compiling() if self.config.run.compile else contextlib.nullcontext():
             terms = self.objective(self.network, images, labels, draws)

@@ -28,6 +28,14 @@ def test_to_uint8_clips_rounds_and_survives_nan() -> None:
     assert to_uint8(images).tolist() == [0, 0, 128, 255, 255, 255, 0]  # 127.5 rounds to even: 128
 
 
+def test_converted_images_are_not_converted_again() -> None:
+    """Bytes, as datasets read them, became a white grid; floats became black."""
+    pixels = torch.tensor([[[[0, 100], [200, 255]]]], dtype=torch.uint8)
+    assert torch.equal(to_uint8(pixels), pixels)
+    assert torch.equal(image_grid(pixels, 1), image_grid(to_float(pixels), 1))
+    assert torch.equal(to_float(to_float(pixels)), to_float(pixels))
+
+
 def test_centre_crop_halves_by_box_filter_and_takes_the_middle() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (20, 48), dtype=np.uint8)
     cropped = np.asarray(centre_crop(Image.fromarray(pixels), 10)).astype(float)
