@@ -52,6 +52,8 @@ class LoadedModel:
     model: models.PixelMeanFlow
     class_names: list[str]
     path: Path
+    part: str | None = None
+    """Which weights of a sharded checkpoint, whose path is its header: "weights" or "ema-<H>"."""
 
 
 def load_checkpoint(
@@ -81,7 +83,9 @@ def load_model(
         path = BUILT_IN.get(str(path), path)
     file = _choose_file(path, ema)
     if file.parent.name == sharded.SHARDS:
-        return _load_sharded(file.parent.parent, file.name, v_head)
+        loaded = _load_sharded(file.parent.parent, file.name, v_head)
+        _check_noise_scale(noise_scale, loaded.model.config, loaded.path)
+        return loaded
     if file.suffix == ".safetensors":
         tensors, header = read_tensors(file, skip=() if v_head else _V_HEAD)
         try:
@@ -90,6 +94,7 @@ def load_model(
             raise UserError(
                 f"{file} has no valid model configuration ({error}): use another checkpoint"
             ) from error
+        _check_noise_scale(noise_scale, config, file)
     else:
         try:
             official = by_plain_names(read_official(file))
@@ -108,6 +113,13 @@ def load_model(
     model = _empty_model(config)
     assign_weights(model, tensors, file)
     return LoadedModel(model.eval(), class_names, file)
+
+
+def _check_noise_scale(given: float | None, config: models.ModelConfig, file: Path) -> None:
+    if given not in (None, config.noise_scale):
+        raise UserError(
+            f"--noise-scale is {given:g}, but {file} records {config.noise_scale:g}: leave it out"
+        )
 
 
 def _empty_model(config: models.ModelConfig) -> models.PixelMeanFlow:
@@ -130,7 +142,7 @@ def _load_sharded(folder: Path, part: str, v_head: bool) -> LoadedModel:
     model = _empty_model(config)
     weights = {f"{part}/{name}": parameter.detach() for name, parameter in model.named_parameters()}
     sharded.load_into(folder, weights, alone=True)
-    return LoadedModel(model.eval(), class_names, folder / sharded.HEADER)
+    return LoadedModel(model.eval(), class_names, folder / sharded.HEADER, part)
 
 
 def assign_weights(model: torch.nn.Module, tensors: Tensors, source: Path) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -183,7 +184,7 @@ def _evaluate(arguments: argparse.Namespace, task: _Task, ranks: Ranks) -> int:
         return 0
     figures = _figures(space, found, reference, sums)
     record = {
-        "command": " ".join(["pmf", *sys.argv[1:]]),
+        "command": shlex.join(["pmf", *sys.argv[1:]]),
         "title": space.title,
         **figures,
         **describe(source, space, batch_size),
@@ -249,7 +250,7 @@ def _open_source(arguments: argparse.Namespace, device: torch.device) -> ImageSo
         raise UserError(str(error).splitlines()[0]) from error
     return Samples(
         sampler,
-        {"checkpoint": str(loaded.path), "sha256": file_digest(loaded.path)},
+        {"checkpoint": str(loaded.path), "part": loaded.part, "sha256": file_digest(loaded.path)},
         classes,
         _QUICK if arguments.quick else arguments.num_images or 50_000,
         seed=arguments.seed,

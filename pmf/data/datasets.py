@@ -119,7 +119,8 @@ def load_dataset(source: str | os.PathLike[str], image_size: Size, channels: int
                 f"{_COLOURS[channels]} images were requested: use --image-size {size_in_words(found)} "
                 "--channels 1"
             )
-        return MemoryImages(images, labels, class_names(labels.tolist(), source))
+        checksum = zlib.crc32(labels.numpy().data, zlib.crc32(images.numpy().data))
+        return MemoryImages(images, labels, class_names(labels.tolist(), source), f"{checksum:08x}")
     files = find_images(source)
     fingerprint = _fingerprint(files, source)
     folder = FolderImages(files.images, files.labels, files.class_names, image_size, channels, fingerprint)

@@ -81,7 +81,7 @@ class Samples:
         return {
             **self.model,
             "images": self.count,
-            "classes": self.classes if len(self.classes) < config.num_classes else "all",
+            "classes": "all" if self.classes == list(range(config.num_classes)) else self.classes,
             "seed": self.seed,
             "times": sampling_times(self.steps, self.times),
             "omega": config.sample_omega if self.omega is None else self.omega,
@@ -209,7 +209,7 @@ class _Array:
     def __init__(self, path: Path, channels: int | None, size: Size | None) -> None:
         self.path = path
         try:
-            self.pixels = _map_member(path, "arr_0")
+            self.pixels, self.checksum = _map_member(path, "arr_0")
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"{path} contains no image array arr_0 ({error}): copy it again") from error
         found = self.pixels.shape
@@ -230,18 +230,19 @@ class _Array:
         return len(self.pixels)
 
     def identity(self) -> dict[str, Any]:
-        return {"source": str(self.path), "images": len(self), "shape": list(self.shape)}
+        about = {"images": len(self), "checksum": f"{self.checksum:08x}", "shape": list(self.shape)}
+        return {"source": str(self.path), **about}
 
     def read(self, indices: Sequence[int]) -> Tensor:
         return torch.from_numpy(np.array(self.pixels[list(indices)])).permute(0, 3, 1, 2)
 
 
-def _map_member(path: Path, name: str) -> np.ndarray:
-    """An array in a .npz file, memory-mapped if it is stored uncompressed."""
+def _map_member(path: Path, name: str) -> tuple[np.ndarray, int]:
+    """An array in a .npz file, memory-mapped if it is stored uncompressed, and the checksum noted there."""
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         member = archive.getinfo(f"{name}.npy")
         if member.compress_type != zipfile.ZIP_STORED:
-            return np.load(path, allow_pickle=False)[name]
+            return np.load(path, allow_pickle=False)[name], member.CRC
         file.seek(member.header_offset)
         lengths = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
         file.seek(sum(lengths), 1)
@@ -252,8 +253,8 @@ def _map_member(path: Path, name: str) -> np.ndarray:
         }
         shape, is_fortran, dtype = read_header[version](file)
         if is_fortran or dtype.hasobject:
-            return np.load(path, allow_pickle=False)[name]
-        return np.memmap(path, dtype, "r", file.tell(), shape)
+            return np.load(path, allow_pickle=False)[name], member.CRC
+        return np.memmap(path, dtype, "r", file.tell(), shape), member.CRC
 
 
 class _DataSet:
@@ -267,7 +268,8 @@ class _DataSet:
         return len(self.data)
 
     def identity(self) -> dict[str, Any]:
-        return {"source": self.name, "images": len(self), "shape": list(self.shape)}
+        about = {"images": len(self), "shape": list(self.shape)}
+        return {"source": self.name, **about, "checksum": getattr(self.data, "fingerprint", None)}
 
     def read(self, indices: Sequence[int]) -> Tensor:
         return to_uint8(self.data.get(indices)[0])

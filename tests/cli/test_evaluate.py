@@ -1,5 +1,6 @@
 """``pmf evaluate`` from a checkpoint to its scores, and bad arguments for it and ``pmf sample``."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -7,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from pmf import checkpoint, flow, metrics, models, sample
+from pmf.checkpoint import sharded
 from pmf.cli import evaluate, main
 from pmf.data import load_digits, read_image, to_uint8
 
@@ -65,6 +68,31 @@ def test_the_distance_is_that_of_the_samples(
     words = ["evaluate", str(weights), *PIXELS[:3], "d.npz", "--num-images", "45", "--seed", "5"]
     assert main(words) == 0
     assert result(tmp_path / "evaluation")["frechet_distance"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_sums_of_other_images_or_weights_are_not_used(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both had the name, number and shape of those counted before, and got their score."""
+    monkeypatch.chdir(tmp_path)
+    words = ["evaluate", "--images", "a.npz", *PIXELS, "--out", "a"]
+    for level in (1, 2):
+        np.savez("a.npz", arr_0=np.full((3, 8, 8, 1), level, np.uint8))
+        assert main(words) == (0 if level == 1 else 2)
+    assert "its checksum is" in capsys.readouterr().err
+
+    model = checkpoint.load_checkpoint(weights)
+    header = {"model": dataclasses.asdict(model.config), "class_names": list("0123456789"), "half_lives": [1]}
+    tensors = {f"{part}/{name}": x for name, x in model.state_dict().items() for part in ("weights", "ema-1")}
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        sharded.save(tmp_path / "shared", tensors, header, b"{}")
+    finally:
+        dist.destroy_process_group()
+    words = ["evaluate", "shared", *PIXELS, "--num-images", "12", "--out", "b", "--ema"]
+    assert main([*words, "1"]) == 0 and result(tmp_path / "b")["evaluated"]["part"] == "ema-1"
+    assert main([*words, "none"]) == 2
+    assert "its part is ema-1, now it is weights" in capsys.readouterr().err
 
 
 def test_saved_samples_are_the_counted_ones(weights: Path, tmp_path: Path) -> None:

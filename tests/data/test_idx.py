@@ -27,6 +27,8 @@ def test_images_and_labels_are_those_of_the_files(tmp_path: Path, end: str) -> N
     expected = torch.tensor([list(range(108, 144)), list(range(36))]).reshape(2, 1, 6, 6) / 127.5 - 1
     assert torch.equal(images, expected) and labels.tolist() == [2, 2]
     assert (len(dataset), dataset.class_names) == (4, ["0", "1", "2"])
+    write(tmp_path, HEADER[3] + PIXELS, HEADER[1] + bytes([2, 0, 2, 1]), end)
+    assert load_dataset(source, 6, 1).fingerprint != dataset.fingerprint
 
 
 @pytest.mark.parametrize(

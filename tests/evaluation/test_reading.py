@@ -1,6 +1,7 @@
 """Reference statistics, images and weights in the formats in use, and unusable ones."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,10 @@ import torch
 from PIL import Image
 
 from pmf.errors import UserError
-from pmf.evaluation import Statistics, open_images, open_space, read_statistics, write_statistics
+from pmf.evaluation import Samples, Statistics, open_images, open_space, read_statistics, write_statistics
 from pmf.evaluation.features import Pixels
 from pmf.evaluation.judge import Judge
+from pmf.models import ModelConfig
 from pmf.perceptual import EfficientNetLite0
 from pmf.ranks import Ranks
 
@@ -192,6 +194,14 @@ def test_lite0_accepts_grey_images_of_any_size(tmp_path: Path) -> None:
     assert features.shape == (2, space.width) and logits is None and features.std(0).any()
     assert torch.equal(features, space(grey.expand(-1, 3, -1, -1))[0])
     assert space.title == "Frechet distance (lite0)"
+
+
+def test_all_classes_in_another_order_are_other_samples() -> None:
+    """Image i has the class of its place: their sums were taken for those of the usual order."""
+    config = ModelConfig(num_classes=3)
+    sampler: Any = SimpleNamespace(network=SimpleNamespace(config=config), precision="fp32")
+    usual, turned, one = (Samples(sampler, {}, classes, 9) for classes in ([0, 1, 2], [2, 1, 0], [1]))
+    assert [x.identity()["classes"] for x in (usual, turned, one)] == ["all", [2, 1, 0], [1]]
 
 
 @pytest.mark.parametrize("features", ["inception", "lite0", "pixels"])
