@@ -62,6 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if target.exists():
         raise UserError(f"{target} already exists: choose another name")
+    if arguments.class_names is not None and target.suffix != ".safetensors":
+        raise UserError("--class-names are stored in .safetensors only: leave them out")
     for_sampling: bool = arguments.for_sampling
     if for_sampling and target.suffix != ".safetensors":
         raise UserError(

@@ -67,6 +67,10 @@ def test_impossible_conversions_are_rejected(
     model = models.create_model("digits", hidden_size=16, depth=2, head_depth=1, num_heads=2, prediction="u")
     content = checkpoint.weights_bytes(dict(model.named_parameters()), model.config, list("abcdefghij"))
     Path(ours).write_bytes(content)
+    assert main(["convert", ours, str(tmp_path / "u.pth"), "--class-names", str(names)]) == 2
+    assert "--class-names are stored in .safetensors only" in capsys.readouterr().err
+    assert main(["convert", ours, str(tmp_path / "u.safetensors"), "--noise-scale", "2"]) == 2
+    assert "--noise-scale is 2, but" in (said := capsys.readouterr().err) and "records 1: leave it" in said
     assert main(["convert", ours, str(tmp_path / "u.pth")]) == 2
     assert "would misread this model (prediction u," in capsys.readouterr().err
     torch.save({**official, "net.extra": torch.zeros(1)}, theirs)
