@@ -11,6 +11,7 @@ from pmf.cli.arguments import Commands, add_settings, given_settings
 from pmf.cli.settings_file import read_settings_file
 from pmf.errors import UserError
 from pmf.evaluation import Judge
+from pmf.interrupts import INTERRUPTED
 from pmf.ranks import Ranks, joined_ranks
 from pmf.training import (
     PRESETS,
@@ -25,7 +26,6 @@ from pmf.training import (
     resume_config,
 )
 
-_INTERRUPTED = 130
 _JUDGED_AT_ONCE = 64
 _DESCRIPTION = """Train a model and save a grid of samples, each from one network evaluation.
 
@@ -40,12 +40,12 @@ contains config.json, log.jsonl, loss.png, samples/*.png, samples.png and checkp
 
 --data accepts a folder with one subfolder per class; a folder with labels.csv, whose first row is file,label
 and whose other rows are an image and its class; a folder with dataset.json as written by the StyleGAN and EDM
-tools; WebDataset shards (.tar with <key>.jpg|png|... and <key>.cls); or parquet files as written by Hugging
-Face (pip install pyarrow). Images without classes, such as a flat folder, train an unconditional model. If
-there are several splits (train, val, test), the first is used. Every format that Pillow opens is read, links
-are followed, and a note reports what was skipped. Images are centre-cropped and rotated according to EXIF,
-never mirrored. Ctrl-C finishes the step, saves a checkpoint and stops. A run can be resumed on any number of
-ranks.
+tools; WebDataset shards (.tar with <key>.jpg|png|... and <key>.cls or .json); or parquet files as written by
+Hugging Face (pip install pyarrow). Images without classes, such as a flat folder, train an unconditional
+model. If there are several splits (train, val, test), the first is used. Every format that Pillow opens is
+read, links are followed, and a note reports what was skipped. Images are centre-cropped and rotated according
+to EXIF, never mirrored. Ctrl-C finishes the step, saves a checkpoint and stops. A run can be resumed on any
+number of ranks.
 """
 
 
@@ -124,7 +124,7 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> int:
     if result.interrupted:
         told(f"stopped at step {result.step}; checkpoint: {saved}")
         told(f"continue with: pmf train --resume {out}", file=sys.stderr)
-        return _INTERRUPTED
+        return INTERRUPTED
     told(f"trained {result.step} steps in {result.seconds / 60:.1f} minutes; checkpoint: {saved}")
     told(f"one-step samples: {result.picture}")
     return 0
@@ -178,7 +178,7 @@ def _choose(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Path | None, T
             raise UserError("--resume uses the run's own folder and settings: leave out --preset and --out")
         if "init_from" in overrides:
             raise UserError("--resume continues from the run's own weights: leave out --init-from")
-        config = resume_config(arguments.resume, overrides)
+        config = resume_config(arguments.resume, _in_its_place(overrides))
         refuse_unread(config, overrides)
         if arguments.quick:
             done = checkpoint.step_of(checkpoint.newest_checkpoint(arguments.resume))

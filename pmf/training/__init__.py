@@ -5,7 +5,7 @@ from pmf.training.folders import new_run_folder, resume_config
 from pmf.training.loop import Run, TrainResult, prepare, train
 from pmf.training.presets import PRESETS, get_preset, quick
 from pmf.training.trainer import Trainer
-from pmf.training.unread import refuse_unread
+from pmf.training.unread import refuse_unread, why_unread
 
 __all__ = [
     "PRESETS",
@@ -20,4 +20,5 @@ __all__ = [
     "refuse_unread",
     "resume_config",
     "train",
+    "why_unread",
 ]

@@ -134,6 +134,11 @@ class OptimizerSettings:
     )
     ema: bool = _setting(True, "keep weight averages; otherwise samples use the current weights")
 
+    @property
+    def main_rate(self) -> str:
+        """The setting that holds the learning rate of the matrices: ``lr`` or ``adam_lr``."""
+        return "adam_lr" if self.optimizer == "adam" and self.adam_lr is not None else "lr"
+
 
 @dataclass(frozen=True)
 class RunSettings:
@@ -193,7 +198,7 @@ class EvaluationSettings:
         None, "statistics or images to compare with, as for pmf evaluate --reference"
     )
     evaluate_features: str = _setting(
-        "inception", "feature space of pmf evaluate", ("inception", "lite0", "pixels")
+        "inception", "feature space of pmf evaluate", ("inception", "lite0", "alexnet", "pixels")
     )
     evaluate_weights: str | None = _setting(None, "weights of the feature network")
     evaluate_images: int = _setting(5000, "samples per evaluation")

@@ -61,8 +61,12 @@ def train(
         before, bit-identical to a run without the stop.
     dataset: used instead of the one named by ``config.data``.
 
+    Nothing is evaluated: give `Run` a judge (`pmf.evaluation.Judge`) for that, as ``pmf train`` does.
+
     Raises UserError for unusable settings or data, a non-finite loss, or a full disk.
     """
+    if config.evaluation.evaluate_every is not None:
+        raise UserError("train() does not evaluate: leave out evaluate_every, or use the command pmf train")
     trainer = prepare(config, resume_from=out if resume else None, dataset=dataset)
     return Run(trainer, out, progress).run()
 
@@ -284,7 +288,7 @@ class Run:
                 trainer.stream.position,
                 trainer.seconds,
                 losses=means,
-                lr=self.config.optimizer.lr * self.rate,
+                lr=self._full_rate * self.rate,
                 images_per_second=images / seconds if seconds > 0 else 0.0,
                 waiting_for_data=min(1.0, self.waited / seconds) if seconds > 0 else 0.0,
                 memory_mib=peak_memory(trainer.device) / 2**20,
@@ -292,17 +296,23 @@ class Run:
         self.waited = 0.0
         self.shown = f", loss_u {means['loss_u']:.4f}, loss_v {means['loss_v']:.4f}"
 
+    @property
+    def _full_rate(self) -> float:
+        """The learning rate of the matrices before warm-up and decay."""
+        rate: float = getattr(self.config.optimizer, self.config.optimizer.main_rate)
+        return rate
+
     def _refuse_broken_weights(self) -> None:
         for name, weight in self.trainer.weights().items():
             if not optim.local(weight).isfinite().all():
                 raise self._diverged(f"the weights {name} are no longer finite at step {self.trainer.step}")
 
     def _diverged(self, what: str) -> UserError:
-        lr = self.config.optimizer.lr
+        rate, name = self._full_rate, flag(self.config.optimizer.main_rate)
         clip = "" if self.config.optimizer.clip_grad_norm else " or --clip-grad-norm 1"
-        advice = f"train again with a learning rate below --lr {lr:g}{clip}"
+        advice = f"train again with a learning rate below {name} {rate:g}{clip}"
         if self.out is not None and checkpoint.checkpoint_folders(self.out):
-            advice = f"continue with pmf train --resume {self.out} --lr {lr / 2:g}{clip}"
+            advice = f"continue with pmf train --resume {self.out} {name} {rate / 2:g}{clip}"
         return UserError(f"{what}; {self._last_checkpoint()}; {advice}")
 
     def _last_checkpoint(self) -> str:

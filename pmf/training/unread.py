@@ -53,7 +53,7 @@ _UNREAD = (
     _Unread(
         ("lr",),
         "adam_lr",
-        lambda c: c.optimizer.optimizer == "adam" and c.optimizer.adam_lr is not None,
+        lambda c: c.optimizer.main_rate == "adam_lr",
         "with --optimizer adam and an --adam-lr",
     ),
     _Unread(("ema_half_lives", "sample_ema"), "ema", lambda c: not c.optimizer.ema, "with --no-ema"),
@@ -72,7 +72,14 @@ def refuse_unread(config: TrainConfig, given: Collection[str], replaced: Collect
     given: names that the user set for this run; presets and saved runs may hold values that wait for their
     switch. replaced: names set by what takes precedence: a flag may switch off what a file sets.
     """
+    for name in given:
+        if (why := why_unread(config, name, replaced)) is not None:
+            raise UserError(f"{why}: leave it out, or change that")
+
+
+def why_unread(config: TrainConfig, name: str, replaced: Collection[str] = ()) -> str | None:
+    """Why a setting has no effect, as the beginning of a sentence; None if something reads it."""
     for names, switch, is_off, when in _UNREAD:
-        for name in names:
-            if name in given and switch not in replaced and is_off(config):
-                raise UserError(f"{flag(name)} has no effect {when}: leave it out, or change that")
+        if name in names and switch not in replaced and is_off(config):
+            return f"{flag(name)} has no effect {when}"
+    return None

@@ -199,6 +199,21 @@ def test_the_best_checkpoint_of_the_curve_is_kept(tmp_path: Path, capsys: pytest
     assert 'best.json must hold the numbers "step" and "frechet_distance"' in capsys.readouterr().err
 
 
+def test_steps_replace_the_minutes_of_a_resumed_run_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that its minutes had ended did not train a step more."""
+    pytest.importorskip("yaml")
+    words = ["train", "--config", str(written(tmp_path)), "--minutes", "1e-6", "--out", str(tmp_path / "run")]
+    assert pmf.cli.main(words) == 0
+    capsys.readouterr()
+    resumed = ["train", "--resume", str(tmp_path / "run"), "--dry-run"]
+    for flags, budget in (([], (4, 1e-6)), (["--steps", "9"], (9, None)), (["--minutes", "2"], (4, 2.0))):
+        assert pmf.cli.main([*resumed, *flags]) == 0
+        run = json.loads(capsys.readouterr().out)["run"]
+        assert (run["steps"], run["minutes"]) == budget
+
+
 def test_an_evaluation_needs_a_reference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert pmf.cli.main(["train", "--evaluate-every", "5", "--out", str(tmp_path / "run")]) == 2
     assert "--evaluate-every and --evaluate-reference need each other" in capsys.readouterr().err

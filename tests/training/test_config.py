@@ -7,6 +7,7 @@ import pytest
 
 from pmf import models
 from pmf.errors import UserError
+from pmf.evaluation import SPACES
 from pmf.flow import LineTimes, NoGuidance
 from pmf.training import PRESETS, TrainConfig, get_preset, quick
 from pmf.training.building import build_objective, build_optimizer, model_config
@@ -18,6 +19,12 @@ from pmf.training.loop import learning_rate_factor
 def test_names_are_unique_across_groups() -> None:
     names = [setting.name for _, setting in settings()]
     assert len(names) == len(set(names))
+
+
+def test_training_offers_every_feature_space() -> None:
+    """A lower layer than evaluation, it has a list of its own."""
+    (setting,) = (setting for _, setting in settings() if setting.name == "evaluate_features")
+    assert setting.metadata["choices"] == SPACES
 
 
 @pytest.mark.parametrize("name", PRESETS)

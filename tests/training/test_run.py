@@ -312,3 +312,9 @@ def test_checkpointing_and_padded_rows_change_no_loss(tmp_path: Path, tiny: Tiny
     for plain, saving in zip(*rows, strict=True):
         assert saving == pytest.approx(plain, rel=1e-4)
     assert prepare(tiny(checkpointing="blocks", precision="bf16")).computing.checkpointing == "blocks"
+
+
+def test_a_run_that_would_not_evaluate_is_refused(tiny: Tiny) -> None:
+    """Only the command has a judge: the settings had no effect in Python."""
+    with pytest.raises(UserError, match=r"train\(\) does not evaluate: leave out evaluate_every"):
+        train(tiny(evaluate_every=1, evaluate_reference="digits", evaluate_features="pixels"))

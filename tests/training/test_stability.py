@@ -63,6 +63,14 @@ def test_the_log_records_norms_losses_and_speed(tmp_path: Path, tiny: Tiny) -> N
         assert 0 <= row["waiting_for_data"] <= 1 and row["memory_mib"] > 50
 
 
+def test_adams_own_rate_is_the_one_reported(tmp_path: Path, tiny: Tiny) -> None:
+    """The log and the advice named Muon's, which does not run."""
+    train(tiny(steps=1, log_every=1, cooldown=0.0, optimizer="adam", adam_lr=0.03), tmp_path)
+    assert json.loads((tmp_path / "log.jsonl").read_text())["lr"] == 0.03
+    with pytest.raises(UserError, match=r"learning rate below --adam-lr 1e\+30"):
+        train(tiny(steps=4, log_every=1, cooldown=0.0, optimizer="adam", adam_lr=1e30))
+
+
 def test_without_clipping_the_norm_is_that_of_the_step_logged(tiny: Tiny) -> None:
     trainer = prepare(tiny(log_every=2))
     first, second = trainer.train_step()[-1], trainer.train_step()[-1]
