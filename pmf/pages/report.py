@@ -172,7 +172,7 @@ def _figure(path: Path, caption: str, side: int, kind: str = "") -> str:
             if max(image.size) > side:
                 image.thumbnail((side, side), Image.Resampling.BOX)
             image.save(content, format="PNG")
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError) as error:  # whatever Pillow raises for damaged files
         return _missing(f"{path.name} cannot be read ({error}).")
     source = "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
     picture = f'<img src="{source}" alt="{caption}">'

@@ -1,8 +1,11 @@
 """``pmf report``: one self-contained file about a finished or unfinished run, which it does not modify."""
 
+import io
 import json
 import re
 import shutil
+import struct
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -114,9 +117,14 @@ def test_what_an_unfinished_run_lacks_is_reported(run: Path, tmp_path: Path) -> 
     log.unlink()
     (run / "samples").mkdir()
     (run / "samples" / "00000002.png").write_bytes(b"not a picture")
+    whole, text = io.BytesIO(), b"zTXt" + b"a\0\1"  # compressed in a way that does not exist: SyntaxError
+    Image.new("L", (8, 8)).save(whole, format="PNG")
+    after = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
+    (run / "samples" / "00000004.png").write_bytes(whole.getvalue()[:-12] + after + whole.getvalue()[-12:])
     assert main(["report", str(run), "--out", str(out)]) == 0
     text = text_of(out.read_text())
     assert "Not finished: 0% done at step 0" in text and "00000002.png cannot be read" in text
+    assert "00000004.png cannot be read" in text
     assert "The log is empty: its first entry is at step 1." in text
 
 
