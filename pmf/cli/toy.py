@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import json
 import platform
+import shlex
 import sys
 import time
 from itertools import chain
@@ -91,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
     means = _means(outcomes)
     data = _data_panel(settings, seeds)
     record = {
-        "command": " ".join(["pmf", *sys.argv[1:]]),
+        "command": shlex.join(["pmf", *sys.argv[1:]]),
         "device": env.cpu_name(),
         "threads": torch.get_num_threads(),
         "versions": {"pmf": VERSION, "torch": torch.__version__, "python": platform.python_version()},
