@@ -3,7 +3,7 @@
 from pmf.ablation.report import decimals, judge_orderings, summarise, write_report
 from pmf.ablation.study import CLASSIFIER, Study
 from pmf.ablation.suites import SUITES, Growth, Ordering, Suite
-from pmf.ablation.variants import Variant
+from pmf.ablation.variants import Variant, why_unread_in_studies
 
 __all__ = [
     "CLASSIFIER",
@@ -16,5 +16,6 @@ __all__ = [
     "decimals",
     "judge_orderings",
     "summarise",
+    "why_unread_in_studies",
     "write_report",
 ]

@@ -79,23 +79,24 @@ class Judge(nn.Module):
 class Split(NamedTuple):
     """Indices into a dataset, in an order drawn once."""
 
-    unseen: list[int]
-    """A tenth, at most 5000, held out from training the judge to measure its accuracy."""
     seen: list[int]
+    """The judge's training images."""
+    unseen: list[int]
+    """Held out from them to measure the judge's accuracy: a tenth, at most 5000, and all of `others`."""
     real: list[int]
     """The reference images for samples."""
     others: list[int]
-    """An equal number of other images, if available: the score of perfect samples."""
+    """An equal number of unseen images, if available: the score of perfect samples."""
 
     @classmethod
     def of(cls, dataset: ImageDataset, samples: int, seed: int = 0) -> "Split":
         order = torch.randperm(
             len(dataset), generator=torch.Generator("cpu").manual_seed(seed), device="cpu"
         ).tolist()
-        held_out = min(max(1, len(order) // 10), 5000)
-        others = order[samples : 2 * samples]
-        others = others if len(others) == samples else []
-        return cls(order[:held_out], order[held_out:], order[:samples], others)
+        num_others = samples if 2 * samples <= len(order) else 0
+        held_out = max(1, min(len(order) // 10, 5000), num_others)
+        unseen = order[-held_out:]
+        return cls(order[:-held_out], unseen, order[:samples], unseen[:num_others])
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Reference:
     accuracy: float
     """Of the judge, on held-out real images."""
     real: dict[str, float]
-    """`measure` of other real images; empty if there are none."""
+    """`measure` of other real images, which the judge has not seen; empty if there are none."""
     space: FeatureSpace | None = None
     """The features are its, or else the judge's."""
 

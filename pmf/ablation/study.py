@@ -13,11 +13,12 @@ from pmf.ablation.judge import SMALLEST, Judge, Reference, Split, train_judge
 from pmf.ablation.variants import Variant, check_names
 from pmf.atomic import write_file
 from pmf.data import load_dataset
+from pmf.devices import find_device
 from pmf.errors import UserError
-from pmf.evaluation import open_space
+from pmf.evaluation import SPACES, open_space
 from pmf.models import PixelMeanFlow
 from pmf.pictures import image_grid, save_png
-from pmf.training import TrainConfig, train
+from pmf.training import TrainConfig, refuse_unread, train
 from pmf.training.building import build_objective, model_config
 
 __all__ = ["CLASSIFIER", "Study"]
@@ -60,6 +61,7 @@ class Study:
             raise UserError("variants are compared at equal steps: give --steps, not --minutes")
         self.base, self.variants, self.seeds, self.out = base, list(variants), list(seeds), out
         self.judge_steps = _JUDGE_STEPS if judge_steps is None else judge_steps
+        device = find_device(base.run.device)
         self.configs = {variant.name: self._config_of(variant) for variant in variants}
         model = model_config(base, num_classes=1)
         if min(model.image_shape[1:]) < SMALLEST:
@@ -68,18 +70,22 @@ class Study:
                 "give a larger --image-size"
             )
         self.dataset = load_dataset(base.data.data, model.image_size, model.channels)
+        if features == CLASSIFIER and len(self.dataset.class_names) < 2:
+            raise UserError(
+                f"the images of {base.data.data} have no classes that a classifier could learn: give "
+                f"--features, one of {', '.join(SPACES)}"
+            )
         self.samples = min(_SAMPLES, len(self.dataset) // 2) if samples is None else samples
         if not 2 <= self.samples <= len(self.dataset):
             raise UserError(f"--samples must lie between 2 and the {len(self.dataset)} images, got {samples}")
         if self.judge_steps < 1:
             raise UserError(f"--judge-steps must be 1 or more, got {judge_steps}")
+        self.split = Split.of(self.dataset, self.samples)
         self.features = features
         self.space = None
         if features != CLASSIFIER:
             height, width = model.image_shape[1:]
-            self.space = open_space(
-                features, channels=model.channels, size=(height, width), device=torch.device(base.run.device)
-            )
+            self.space = open_space(features, channels=model.channels, size=(height, width), device=device)
         self.finished: dict[tuple[str, int], dict[str, Any]] = {}
         for variant, seed in self.runs():
             if self._file(variant, seed).is_file():
@@ -94,13 +100,13 @@ class Study:
     def prepare(self) -> Reference:
         """The judge, trained or loaded from the folder, with the reference for samples."""
         path = self.out / "judge.safetensors"
-        split = Split.of(self.dataset, self.samples)
+        split = self.split
         if path.is_file():
             tensors, about = checkpoint.read_tensors(path)
-            about = {**self._judge_of(), **about}
             if about != self._judge_of():
                 raise UserError(
-                    f"{path} used other --judge-steps or --data: give another --out, or remove {self.out}"
+                    f"{path} used other --judge-steps, --samples or images: give another --out, or remove "
+                    f"{self.out}"
                 )
             judge = Judge.like(self.dataset)
             checkpoint.assign_weights(judge, tensors, path)
@@ -139,6 +145,7 @@ class Study:
         """The variant's settings, checked by building its network and objective configuration."""
         try:
             config = self.base.with_settings(**variant.settings)
+            refuse_unread(config, variant.settings)
             build_objective(config, model_config(config, num_classes=2).noise_scale)
         except (UserError, ValueError) as error:
             raise UserError(f"variant {variant.name!r}: {error}") from error
@@ -163,10 +170,13 @@ class Study:
 
     def _judge_of(self) -> dict[str, Any]:
         """What determines the judge's weights, as recorded in its file."""
-        return {"steps": self.judge_steps, "data": self.base.data.data}
+        fingerprint = getattr(self.dataset, "fingerprint", None)
+        images = {"data": self.base.data.data, "images": len(self.dataset), "fingerprint": fingerprint}
+        shape = list(self.dataset.get([0])[0].shape[1:])
+        return {"steps": self.judge_steps, **images, "shape": shape, "trained_on": len(self.split.seen)}
 
-    def _measure(self) -> dict[str, int | str]:
-        return {"samples": self.samples, "judge_steps": self.judge_steps, "features": self.features}
+    def _measure(self) -> dict[str, Any]:
+        return {"samples": self.samples, "features": self.features, "judge": self._judge_of()}
 
     def _read(self, variant: Variant, seed: int) -> dict[str, Any]:
         """The result of a finished run; UserError if its file is damaged or the settings differ."""

@@ -1,14 +1,15 @@
 """Variants of a run: a name, and the settings that differ from the base."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from pmf.errors import UserError
-from pmf.training.config import flag, settings
+from pmf.training.config import EvaluationSettings, flag, settings
 
 # Settings shared by all variants of a study, so that scores are comparable.
 SHARED = ("data", "image_size", "channels", "steps", "minutes", "seed", "device")
+_OF_FOLDERS = ("checkpoint_every", "keep_checkpoints", "sample_every")
 _IN_NAMES = " .,-_/+="
 
 
@@ -33,11 +34,23 @@ class Variant:
                     f"variant {self.name!r} changes {flag(name)}, which all variants share: "
                     "set it for the whole study"
                 )
+            if why := why_unread_in_studies(name):
+                raise UserError(f"variant {self.name!r}: {why}")
 
     @property
     def stem(self) -> str:
         """The prefix of its file names."""
         return "".join(letter if letter.isalnum() else "-" for letter in self.name)
+
+
+def why_unread_in_studies(name: str) -> str | None:
+    """What to say about a setting that has no effect in a study; None for the others.
+
+    A study keeps scores instead of run folders, and has its own measure.
+    """
+    if name in _OF_FOLDERS or name in {setting.name for setting in fields(EvaluationSettings)}:
+        return f"{flag(name)} has no effect in a study, which keeps no run folders: leave it out"
+    return None
 
 
 def check_names(variants: Sequence[Variant]) -> None:

@@ -23,16 +23,17 @@ from pmf.ablation import (
     decimals,
     judge_orderings,
     summarise,
+    why_unread_in_studies,
     write_report,
 )
 from pmf.cli.arguments import Commands, Parser, add_settings, given_settings
 from pmf.cli.sample import parse_seeds
 from pmf.errors import UserError
 from pmf.evaluation import SPACES
-from pmf.training import PRESETS, TrainConfig, get_preset
+from pmf.interrupts import INTERRUPTED
+from pmf.training import PRESETS, TrainConfig, get_preset, why_unread
 from pmf.version import VERSION
 
-_INTERRUPTED = 130
 _QUICK_NETWORK = {"hidden_size": 32, "num_heads": 2}
 _QUICK = {"steps": 4, "batch_size": 16, "judge_steps": 20, "samples": 64}  # at most
 _DESCRIPTION = """Train variants of a run for the same number of steps and compare their one-step samples.
@@ -104,6 +105,10 @@ def run(arguments: argparse.Namespace) -> int:
         judge_steps=arguments.judge_steps,
         features=arguments.features or (suite.features if suite else CLASSIFIER),
     )
+    for name in given_settings(arguments):
+        reasons = [why_unread(variant, name) for variant in study.configs.values()]
+        if all(reasons):
+            raise UserError(f"{reasons[0]}, as in every variant: leave it out, or change that")
     total, begin = len(variants) * len(seeds), time.perf_counter()
     print(f"{arguments.out}: {len(study.finished)} of {total} runs are finished", flush=True)
     reference = study.prepare()
@@ -116,7 +121,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(
                 f"interrupted: {len(study.finished)} of {total} runs are in {arguments.out}", file=sys.stderr
             )
-            return _INTERRUPTED
+            return INTERRUPTED
         digits = decimals(row["frechet"])
         print(
             f"{number}/{total} {variant.name}, seed {seed}: Frechet {row['frechet']:.{digits}f}, "
@@ -188,6 +193,9 @@ def _base(arguments: argparse.Namespace, suite: Suite | None) -> TrainConfig:
     given = given_settings(arguments)
     if "seed" in given:
         raise UserError("--seed is for a single run: use --seeds for a study")
+    for name in given:
+        if why := why_unread_in_studies(name):
+            raise UserError(why)
     if suite is not None and arguments.preset in (None, suite.preset):
         given = {**suite.settings, **given}
     if "steps" in given and "minutes" not in given:

@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from pmf.ablation import Study, Variant
+from pmf.ablation.judge import Split
+from pmf.data import MemoryImages
 from pmf.errors import UserError
 from pmf.training import get_preset
 
@@ -15,5 +18,15 @@ def test_a_judge_of_other_data_is_rejected(tmp_path: Path) -> None:
     expected = study.prepare().accuracy
     assert study.prepare().accuracy == expected  # read from the folder
     study.base = base.with_settings(data="elsewhere")
-    with pytest.raises(UserError, match="other --judge-steps or --data"):
+    with pytest.raises(UserError, match="other --judge-steps, --samples or images"):
         study.prepare()
+
+
+@pytest.mark.parametrize(("images", "samples"), [(100, 50), (100, 20), (100, 8), (100, 60), (3, 2)])
+def test_the_judge_has_not_seen_the_other_real_images(images: int, samples: int) -> None:
+    """One that was trained on them recognised all, which is no measure of perfect samples."""
+    split = Split.of(MemoryImages(torch.zeros(images, 1, 8, 8), torch.zeros(images), ["0"]), samples)
+    assert sorted(split.seen + split.unseen) == list(range(images))
+    assert set(split.others) <= set(split.unseen) and not set(split.others) & set(split.real)
+    assert len(split.real) == samples and len(split.others) == (samples if 2 * samples <= images else 0)
+    assert len(split.unseen) == max(len(split.others), images // 10, 1)

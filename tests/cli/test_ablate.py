@@ -98,6 +98,20 @@ def test_two_variants_become_a_table_and_are_not_run_again(
             "--samples must lie between 2 and the 1797 images, got 1",
         ),
         (["--variant", "a=", "--judge-steps", "0"], "--judge-steps must be 1 or more"),
+        (
+            ["--variant", "a=lpips-lambda=0.1"],
+            "variant 'a': --lpips-lambda has no effect without LPIPS in --perceptual",
+        ),
+        (
+            ["--variant", "a=", "--variant", "b=no-ema", "--norm-p", "0", "--norm-eps", "1"],
+            "--norm-eps has no effect with --norm-p 0, as in every variant: leave it out",
+        ),
+        (["--variant", "a=sample-every=1"], "variant 'a': --sample-every has no effect in a study"),
+        (["--variant", "a=", "--evaluate-images", "9"], "--evaluate-images has no effect in a study"),
+        (
+            ["--variant", "a=", "--features", "pixels", "--device", "abacus"],
+            "--device 'abacus' is not a torch device",
+        ),
         (["--variants", "none.json"], "--variants none.json cannot be read as JSON"),
         (["--suite", "imagenet"], "invalid choice: 'imagenet'"),
         (["--variant", "a=", "--features", "inception"], "FID needs the weights"),
@@ -116,6 +130,20 @@ def test_invalid_arguments_stop_before_anything_runs(
     error = capsys.readouterr().err
     assert error.startswith("error: ") and sentence in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_images_without_classes_need_another_judge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A classifier of one class learns nothing, and recognises everything."""
+    monkeypatch.chdir(tmp_path)
+    Path("flat").mkdir()
+    for number in range(4):
+        Image.new("L", (8, 8), 60 * number).save(f"flat/{number}.png")
+    words = ["ablate", "--quick", "--variant", "a=", *TINY, "--data", "flat", "--samples", "2"]
+    assert main(words) == 2
+    assert "the images of flat have no classes that a classifier could learn" in capsys.readouterr().err
+    assert main([*words, "--features", "pixels"]) == 0
 
 
 def test_variants_from_a_file(
