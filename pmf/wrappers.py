@@ -19,6 +19,7 @@ __all__ = [
     "exchanges",
     "others",
     "plain_names",
+    "refuse_data_parallel",
     "refuse_fsdp1_within",
     "unwrap",
     "without_ddp",
@@ -71,15 +72,25 @@ def unwrap(model: M) -> M:
     """
     inner: Any = model
     while isinstance(inner, (DDP, DP)) or _COMPILED in inner._modules:
-        if isinstance(inner, DP) and len(inner.device_ids) > 1:
-            raise TypeError(
-                f"the model is in DataParallel on {len(inner.device_ids)} devices, which cannot split "
-                "samples with tangents; use DistributedDataParallel, or pass model.module"
-            )
+        refuse_data_parallel(inner, "the model")
         inner = inner._modules[_COMPILED] if _COMPILED in inner._modules else inner.module
     if _has_base(inner, _FSDP1):
         _refuse_fsdp1("the model")
     return inner
+
+
+def refuse_data_parallel(module: nn.Module, what: str) -> None:
+    """Raise TypeError if a module is DataParallel on several devices, or one of its copies there."""
+    if getattr(module, "_is_replica", False):
+        where = "several devices"
+    elif isinstance(module, DP) and len(module.device_ids) > 1:
+        where = f"{len(module.device_ids)} devices"
+    else:
+        return
+    raise TypeError(
+        f"{what} is in DataParallel on {where}, which cannot split samples with tangents; use "
+        "DistributedDataParallel, or pass model.module"
+    )
 
 
 def refuse_fsdp1_within(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from torch.utils._pytree import (
 )
 
 from pmf import ops
+from pmf.wrappers import refuse_data_parallel
 
 from .mode import DIFFERENTIATES, TangentMode, is_active
 from .scripted import without_torchscript
@@ -66,6 +67,8 @@ class Jvp(nn.Module):
         super().__init__()
         if not isinstance(network, nn.Module):
             raise TypeError(f"Jvp: network must be a torch.nn.Module, got {type(network).__name__}")
+        for name, module in network.named_modules():  # whose threads would know no tangents
+            refuse_data_parallel(module, f"Jvp: the network's {name}" if name else "Jvp: the network")
         self.network = network
 
     def forward(
@@ -76,6 +79,7 @@ class Jvp(nn.Module):
         transformed = not detach_tangent or _in_transform(compiling)
         samples = None
         if count is not None:
+            refuse_data_parallel(self, "Jvp: with tangents of the first samples, this module")
             batches = _batches(primals, given)
             if count == 0:
                 given = [None] * len(given)

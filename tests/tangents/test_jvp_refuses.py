@@ -388,3 +388,19 @@ def test_a_jvp_of_a_compiled_network():
     tangents = network.tangents()
     found = pmf.Jvp(torch.compile(network.network, backend="aot_eager"))(network.primals, tangents)
     assert_close(found, jvp_math(network.network, network.primals, tangents), 1e-5)
+
+
+def test_data_parallel_on_several_devices() -> None:
+    """Its threads know no tangents, and its copies hold other samples than the first."""
+    inside = nn.Sequential(nn.Linear(4, 4), nn.DataParallel(nn.Linear(4, 4)))
+    pmf.Jvp(inside)  # on one device, or none, it calls the module itself
+    inside[1].device_ids = [0, 1]
+    with pytest.raises(TypeError, match=r"the network's 1 is in DataParallel on 2 devices"):
+        pmf.Jvp(inside)
+    with pytest.raises(TypeError, match=r"the network's 1 is in DataParallel on 2 devices"):
+        pmf.flow.MeanFlow()(inside, X, pmf.flow.MeanFlow().draw(X))
+    copy = pmf.Jvp(nn.Linear(4, 4))._replicate_for_data_parallel()
+    expected = X_T @ copy.network.weight.T  # every copy has the tangents of its samples
+    torch.testing.assert_close(copy((X,), (X_T,))[1], expected)
+    with pytest.raises(TypeError, match="with tangents of the first samples, this module is in DataParallel"):
+        copy((X,), (X_T[:1],))
