@@ -116,15 +116,23 @@ class Study:
         return Reference.of(judge.eval().requires_grad_(False), self.dataset, split, self.space)
 
     def run(self, variant: Variant, seed: int, reference: Reference) -> dict[str, Any] | None:
-        """Train, sample, score and save the result; None if Ctrl-C stopped the training."""
+        """Train, sample, score and save the result; None if Ctrl-C stopped the training.
+
+        Raises UserError naming the variant if it diverges.
+        """
         config = self.configs[variant.name].with_settings(seed=seed)
         begin = time.perf_counter()
-        result = train(config, dataset=self.dataset)
-        if result.interrupted:
-            return None
-        trained = time.perf_counter()
-        images = self._draw(result.model, reference.labels, seed)
-        figures = reference.measure(images)
+        try:
+            result = train(config, dataset=self.dataset)
+            if result.interrupted:
+                return None
+            trained = time.perf_counter()
+            images = self._draw(result.model, reference.labels, seed)
+            figures = reference.measure(images)
+        except (UserError, ValueError) as error:
+            raise UserError(
+                f"variant {variant.name!r}, seed {seed}: {error}; --only runs the others"
+            ) from error
         row = {
             "variant": variant.name,
             "seed": seed,

@@ -22,6 +22,16 @@ def test_a_judge_of_other_data_is_rejected(tmp_path: Path) -> None:
         study.prepare()
 
 
+def test_a_variant_that_diverges_is_named(tmp_path: Path) -> None:
+    base = get_preset("digits", steps=3, minutes=None, hidden_size=16, num_heads=2, batch_size=8)
+    study = Study(base, [Variant("fast", {"lr": 1e30})], [4], tmp_path, samples=16, judge_steps=1)
+    reference = study.prepare()
+    with pytest.raises(UserError, match=r"variant 'fast', seed 4: the loss became .*; --only runs the"):
+        study.run(study.variants[0], 4, reference)
+    with pytest.raises(ValueError, match="finite"):  # as samples of its weights may become
+        reference.measure(torch.full((16, 1, 8, 8), torch.nan))
+
+
 @pytest.mark.parametrize(("images", "samples"), [(100, 50), (100, 20), (100, 8), (100, 60), (3, 2)])
 def test_the_judge_has_not_seen_the_other_real_images(images: int, samples: int) -> None:
     """One that was trained on them recognised all, which is no measure of perfect samples."""
