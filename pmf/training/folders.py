@@ -29,7 +29,7 @@ def resume_config(run: Path, overrides: dict[str, Any]) -> TrainConfig:
         raise UserError(f"{run} is a checkpoint, not a run: give the run folder that contains checkpoints/")
     saved = TrainConfig.from_json(checkpoint.read_json(folder / "config.json"))
     config = saved.with_settings(**overrides)
-    fixed = {"data": saved.data.data, **dataclasses.asdict(saved.model)}
+    fixed = {"data": saved.data.data, "seed": saved.run.seed, **dataclasses.asdict(saved.model)}
     fixed |= {name: getattr(saved.optimizer, name) for name in ("optimizer", "ema", "ema_half_lives")}
     for name, value in fixed.items():
         if name in overrides and overrides[name] != value:

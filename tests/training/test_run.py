@@ -162,6 +162,8 @@ def test_shape_settings_cannot_change_when_resuming(tmp_path: Path, tiny: Tiny) 
     train(tiny(steps=1), tmp_path)
     with pytest.raises(UserError, match="--hidden-size 16, which cannot change when resuming"):
         resume_config(tmp_path, {"hidden_size": 32})
+    with pytest.raises(UserError, match="--seed 0, which cannot change"):  # it would change the order only
+        resume_config(tmp_path, {"seed": 1})
     assert resume_config(tmp_path, {"lr": 5e-4}).optimizer.lr == 5e-4
 
 
