@@ -1,7 +1,9 @@
 """``pmf train``: train a model from a preset and overrides."""
 
 import argparse
+import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -95,6 +97,7 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> int:
             print(json.dumps(config.to_json(), indent=2))
         return 0
     trainer = prepare(config, resume_from=arguments.resume, ranks=ranks)
+    made = None
     if out is None:  # created last, so that bad settings or data leave no folder behind
         made = ranks.together(lambda: new_run_folder(Path("runs"), config.preset) if ranks.first else None)
         out = ranks.from_first(made)
@@ -118,7 +121,13 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> int:
             told(line, flush=True)
     if trainer.config.follows_the_clock:
         told("the learning rate depends on elapsed time (--minutes): a resumed run is not bit-reproducible")
-    evaluate = ranks.together(lambda: _judge(trainer, out))
+    try:
+        evaluate = ranks.together(lambda: _judge(trainer, out))
+    except UserError:
+        if made is not None:
+            with contextlib.suppress(OSError):  # as one that is not empty raises
+                os.removedirs(made)
+        raise
     result = Run(trainer, out, True, evaluate).run()
     saved = checkpoint.step_folder(out, result.step)
     if result.interrupted:

@@ -214,7 +214,14 @@ def test_steps_replace_the_minutes_of_a_resumed_run_too(
         assert (run["steps"], run["minutes"]) == budget
 
 
-def test_an_evaluation_needs_a_reference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_evaluation_needs_a_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert pmf.cli.main(["train", "--evaluate-every", "5", "--out", str(tmp_path / "run")]) == 2
     assert "--evaluate-every and --evaluate-reference need each other" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "--evaluate-every", "5", "--evaluate-reference", "no", "--evaluate-features", "pixels"]
+    assert pmf.cli.main(words) == 2
+    assert "there are no images no: give a folder" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
