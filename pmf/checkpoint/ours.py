@@ -88,12 +88,7 @@ def load_model(
         return loaded
     if file.suffix == ".safetensors":
         tensors, header = read_tensors(file, skip=() if v_head else _V_HEAD)
-        try:
-            config, class_names = models.ModelConfig(**header["model"]), list(header["class_names"])
-        except (TypeError, KeyError, ValueError) as error:
-            raise UserError(
-                f"{file} has no valid model configuration ({error}): use another checkpoint"
-            ) from error
+        config, class_names = described_model(header, file)
         _check_noise_scale(noise_scale, config, file)
     else:
         try:
@@ -115,6 +110,16 @@ def load_model(
     return LoadedModel(model.eval(), class_names, file)
 
 
+def described_model(header: Mapping[str, Any], source: Path) -> tuple[models.ModelConfig, list[str]]:
+    """The model configuration and class names in a checkpoint's header; UserError if they are invalid."""
+    try:
+        return models.ModelConfig(**header["model"]), list(map(str, header["class_names"]))
+    except (TypeError, KeyError, ValueError) as error:
+        raise UserError(
+            f"{source} has no valid model configuration ({error}): use another checkpoint"
+        ) from error
+
+
 def _check_noise_scale(given: float | None, config: models.ModelConfig, file: Path) -> None:
     if given not in (None, config.noise_scale):
         raise UserError(
@@ -130,13 +135,7 @@ def _empty_model(config: models.ModelConfig) -> models.PixelMeanFlow:
 
 def _load_sharded(folder: Path, part: str, v_head: bool) -> LoadedModel:
     """Load one set of weights from a sharded checkpoint."""
-    header = sharded.read_header(folder)
-    try:
-        config, class_names = models.ModelConfig(**header["model"]), list(header["class_names"])
-    except (TypeError, KeyError, ValueError) as error:
-        raise UserError(
-            f"{folder} has no valid model configuration ({error}): use another checkpoint"
-        ) from error
+    config, class_names = described_model(sharded.read_header(folder), folder)
     if not v_head:
         config = dataclasses.replace(config, v_head=False)
     model = _empty_model(config)

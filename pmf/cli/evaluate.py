@@ -14,7 +14,7 @@ from tqdm import tqdm
 from pmf import checkpoint
 from pmf.atomic import write_file
 from pmf.cli.arguments import Commands, word_by
-from pmf.cli.sample import choose_classes
+from pmf.cli.sample import BATCH_SIZE_HELP, choose_batch_size, choose_classes
 from pmf.devices import find_device
 from pmf.errors import UserError
 from pmf.evaluation import (
@@ -52,7 +52,6 @@ folder of images, an .npz of images (arr_0), or a dataset such as digits.
 Feature sums are saved to --out about once a minute: the same command, on any number of processes, resumes
 where it stopped. Results are written to --out/result.json. Samples are not stored unless --keep is given.
 """
-_BATCH_ON_CPU, _BATCH_ELSEWHERE = 16, 64
 _QUICK = 20  # images in a --quick run
 _SAMPLING: dict[str, Any] = {"classes": None, "seed": 0, "keep": None, "ema": None, "steps": 1, "times": None}
 _SAMPLING |= {"omega": None, "interval": None, "precision": "auto"}
@@ -114,12 +113,7 @@ def add_parser(commands: Commands) -> None:
         "--interval", nargs=2, type=float, metavar=("MIN", "MAX"), help="guidance interval (the model's)"
     )
     sampling.add_argument("--precision", choices=PRECISIONS, help="as for pmf sample")
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        metavar="N",
-        help=f"images per batch ({_BATCH_ON_CPU} on a CPU, otherwise {_BATCH_ELSEWHERE})",
-    )
+    parser.add_argument("--batch-size", type=int, metavar="N", help=BATCH_SIZE_HELP)
     parser.add_argument("--device", default="cpu", help="torch device (%(default)s)")
     parser.set_defaults(run=run, **_SAMPLING)
 
@@ -156,7 +150,7 @@ class _Task(NamedTuple):
 def _prepare(arguments: argparse.Namespace, ranks: Ranks) -> _Task:
     """Open all inputs, so that errors appear before any image is generated."""
     device = find_device(ranks.device(arguments.device))
-    batch_size = arguments.batch_size or (_BATCH_ON_CPU if device.type == "cpu" else _BATCH_ELSEWHERE)
+    batch_size = choose_batch_size(arguments.batch_size, device)
     source = _open_source(arguments, device)
     channels, *size = source.shape
     space = open_space(

@@ -35,6 +35,7 @@ loses no image already written. If the grid would be too large, it shows the fir
   pmf sample pMF-B-16.pth --classes all --seeds 0-49 --out fifty-thousand
 """
 _BATCH_ON_CPU, _BATCH_ELSEWHERE = 16, 64  # larger batches do not fit a CPU's caches
+BATCH_SIZE_HELP = f"images per batch ({_BATCH_ON_CPU} on a CPU, otherwise {_BATCH_ELSEWHERE})"
 _MAX_NAME = 60  # characters of a class name used in file names
 _GRID_SIDE = 4096  # maximum side of the grid in pixels, unless a single image is larger
 _WRITERS = 8  # maximum number of threads that compress and write
@@ -62,12 +63,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--interval", nargs=2, type=float, metavar=("MIN", "MAX"), help="guidance interval (the model's)"
     )
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        metavar="N",
-        help=f"images per batch ({_BATCH_ON_CPU} on a CPU, otherwise {_BATCH_ELSEWHERE})",
-    )
+    parser.add_argument("--batch-size", type=int, metavar="N", help=BATCH_SIZE_HELP)
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,
@@ -91,9 +87,7 @@ class _Job(NamedTuple):
 def run(arguments: argparse.Namespace) -> int:
     """Sample batch by batch, write the images, and report where they are."""
     device = find_device(arguments.device)
-    batch_size = arguments.batch_size
-    if batch_size is None:
-        batch_size = _BATCH_ON_CPU if device.type == "cpu" else _BATCH_ELSEWHERE
+    batch_size = choose_batch_size(arguments.batch_size, device)
     if arguments.steps < 1 or batch_size < 1:
         raise UserError("--steps and --batch-size must be 1 or more")
     try:
@@ -210,6 +204,13 @@ class _Album:
             raise UserError(
                 f"cannot write to {self.folder}: {error.strerror or error} (after {self.written} images)"
             ) from error
+
+
+def choose_batch_size(given: int | None, device: torch.device) -> int:
+    """The number of images sampled at once on a device, unless it is given."""
+    if given is not None:
+        return given
+    return _BATCH_ON_CPU if device.type == "cpu" else _BATCH_ELSEWHERE
 
 
 def parse_seeds(text: str) -> list[range]:

@@ -112,10 +112,7 @@ def _model_of(folder: Path) -> tuple[ModelConfig, list[str]]:
         header = sharded.read_header(folder)
     else:
         _, header = checkpoint.read_tensors(folder / "weights.safetensors", skip=("",))  # no tensor
-    try:
-        return ModelConfig(**header["model"]), list(map(str, header["class_names"]))
-    except (TypeError, KeyError, ValueError) as error:
-        raise UserError(f"{folder} has no valid model configuration ({error}): remove it") from error
+    return checkpoint.described_model(header, folder)
 
 
 def _speed(rows: Sequence[Row]) -> list[tuple[str, str]]:
