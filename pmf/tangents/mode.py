@@ -13,13 +13,15 @@ What the mode cannot see raises: calls of PyTorch's autograd by the network itse
 no tangents, and third-party autograd.Functions, whose derivative may differ from that of their forward.
 """
 
+import functools
 import sys
 import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage
-from torch._ops import HigherOrderOperator
+from torch._C._dynamo import eval_frame as _eval_frame
+from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
@@ -46,45 +48,42 @@ def is_active() -> bool:
 
 
 class TangentMode(TorchDispatchMode):
-    """The tangents of all values while the mode is active; rules use `value`, `get`, `set` and `write`.
-
-    samples: (n, B) if tangents cover the first n of B samples (`samples`).
-    """
+    """The tangents of all values while the mode is active; rules use `value`, `get`, `set` and `write`."""
 
     supports_higher_order_operators = True
 
-    def __init__(self, samples: tuple[int, int] | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.samples = samples
         self._of: dict[int, tuple[weakref.ref[Tensor], Tensor | None]] = {}
         self._shadows: dict[int, tuple[StorageWeakRef, Tensor]] = {}
-        self._buffers: list[UntypedStorage] = []
+        self._buffers: dict[int, UntypedStorage] = {}
         self._graph_task = torch._C._current_graph_task_id()
-        from .rules import rule_of  # which imports this module
-        from .samples import by_sample
+        from .rules import rules  # which imports this module
 
-        self.rule_of, self._by_sample = rule_of, by_sample
+        self._rules = rules
 
     @staticmethod
     def value(func: Any, *args: Any, **kwargs: Any) -> Any:
-        """What an operator returns, computed once; rules for its tangent also run on the first samples."""
+        """What an operator returns, computed once; rules also run where it already exists (`samples`)."""
         return func(*args, **kwargs)
 
-    def get(self, x: Any) -> Tensor | None:
-        """The tangent of a value, for all samples; None means zero."""
-        if not isinstance(x, Tensor):
-            return None
-        t = self.stored(x)
-        return t if self.samples is None or t is None or t.shape == x.shape else self._complete(x, t)
-
-    def stored(self, x: Tensor) -> Tensor | None:
-        """The tangent of a value, perhaps for the first samples only."""
+    def stored(self, x: Any) -> Tensor | None:
+        """The tangent of a value, in `FirstSamples` perhaps only that of these; None means zero."""
         entry = self._of.get(id(x))
         if entry is not None and entry[0]() is x:
             return entry[1]
-        if self._shadows and (found := self._shadows.get(x.untyped_storage()._cdata)) is not None:
-            return found[1].as_strided(x.size(), x.stride(), x.storage_offset())
+        if self._shadows and isinstance(x, Tensor):
+            found = self._shadows.get(x.untyped_storage()._cdata)
+            if found is not None:
+                return found[1].as_strided(x.size(), x.stride(), x.storage_offset())
         return None
+
+    get = stored
+    """The tangent of a value, for all samples."""
+
+    def both(self, x: Any, y: Any) -> tuple[Tensor | None, Tensor | None]:
+        """The tangents of two values, for the same samples."""
+        return self.get(x), self.get(y)
 
     def set(self, x: Tensor, tangent: Tensor | None) -> None:
         """Set the tangent of a new value, in its dtype, sizes and strides."""
@@ -92,95 +91,22 @@ class TangentMode(TorchDispatchMode):
             return
         if tangent.dtype != x.dtype:
             tangent = tangent.to(x.dtype)
-        fits = tangent.shape == x.shape and _same_strides(tangent, x)
-        if not (fits and self._in_buffer(tangent)):
-            buffer = self.buffer(x)
-            if buffer is not None:
-                tangent = buffer.copy_(tangent)
-            elif not fits:
-                tangent = torch.empty_like(x).copy_(tangent)
+        fits = tangent.shape == x.shape and same_strides(tangent, x)
+        buffer = None if fits and tangent.untyped_storage()._cdata in self._buffers else self.buffer(x)
+        if buffer is not None:
+            tangent = buffer.copy_(tangent)
+        elif not fits:
+            tangent = torch.empty_like(x).copy_(tangent)
         self.alias(x, tangent)
-
-    def set_first(self, x: Tensor, tangent: Tensor | None, dim: int) -> None:
-        """Set the tangent of a new value's first samples, in dimension dim.
-
-        It is completed if samples are not outermost in the value's memory.
-        """
-        if tangent is None or not (x.is_floating_point() or x.is_complex()):
-            return
-        tangent = tangent.to(x.dtype)
-        reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-        if x.is_complex() or reach + 1 != x.numel() or x.shape[dim] * x.stride(dim) != x.numel():
-            whole = torch.zeros_like(x)
-            whole.narrow(dim, 0, tangent.shape[dim]).copy_(tangent)
-            self.alias(x, whole)
-            return
-        held = tangent.untyped_storage().nbytes() // tangent.element_size()
-        if not _same_strides(tangent, x) or tangent.storage_offset() != 0 or held != tangent.numel():
-            tangent = torch.empty_strided(tangent.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(
-                tangent
-            )
-        self.alias(x, tangent)
-
-    def same_view(self, x: Tensor, t: Tensor, view: Tensor) -> Tensor | None:
-        """The view of a tangent for the first samples.
-
-        None if it does not show the same part of every sample, along one dimension.
-        """
-        assert self.samples is not None
-        count, batch = self.samples
-        if view.dtype != x.dtype:
-            return None
-        sample = t.untyped_storage().nbytes() // t.element_size() // count
-        offset = t.storage_offset() + view.storage_offset() - x.storage_offset()
-        for d, (size, stride) in enumerate(zip(view.shape, view.stride(), strict=True)):
-            if size % batch == 0 and size * stride == batch * sample:
-                sizes = [n // batch if i == d else n for i, n in enumerate(view.shape)]
-                reach = sum((n - 1) * s for n, s in zip(sizes, view.stride(), strict=True) if n > 0)
-                if 0 <= offset and offset + reach < sample and view.numel() > 0:
-                    sizes[d] *= count
-                    return t.as_strided(sizes, view.stride(), offset)
-        return None
-
-    def share(self, size: int) -> int:
-        """The size of the first samples, in a dimension that holds all."""
-        assert self.samples is not None
-        count, batch = self.samples
-        return size // batch * count
-
-    def _complete(self, x: Tensor, t: Tensor) -> Tensor:
-        """Extend the tangent of the first samples to all, and with it those of all views of its memory."""
-        assert self.samples is not None
-        count, batch = self.samples
-        storage = t.untyped_storage()
-        held = storage.nbytes() // t.element_size()
-        whole = t.new_zeros(held // count * batch)
-        whole[:held] = t.as_strided((held,), (1,), 0)
-        for key, (reference, other) in list(self._of.items()):
-            y = reference()
-            if y is not None and other is not None and other.untyped_storage()._cdata == storage._cdata:
-                view = whole.as_strided(y.size(), y.stride(), other.storage_offset())
-                self._of[key] = reference, view
-        found = self.stored(x)
-        assert found is not None
-        return found
 
     def alias(self, x: Tensor, tangent: Tensor | None) -> None:
         """Give a view of a value the same view of its tangent; None keeps it zero despite a shadow."""
-        key, of = id(x), self._of
-
-        def forget(reference: Any) -> None:
-            if (entry := of.get(key)) is not None and entry[0] is reference:
-                del of[key]
-
-        of[key] = (weakref.ref(x, forget), tangent)
+        # The reference calls pop(key, itself) when x dies, before another value can have its id.
+        self._of[id(x)] = (weakref.ref(x, functools.partial(self._of.pop, id(x))), tangent)
 
     def write(self, x: Tensor, by: Tensor | None) -> None:
         """Record that x has been overwritten in place by a value; None is a constant."""
-        if self.samples is not None and (first := self.both_first(x, by)) is not None:
-            first[0].copy_(first[1])
-            return
-        here, tangent = self.get(x), self.get(by)
+        here, tangent = self.both(x, by)
         if here is not None:
             here.zero_() if tangent is None else here.copy_(tangent)
         elif tangent is not None and (x.is_floating_point() or x.is_complex()):
@@ -192,14 +118,6 @@ class TangentMode(TorchDispatchMode):
             self._of.pop(id(x), None)
             shadow.as_strided(x.size(), x.stride(), x.storage_offset()).copy_(tangent)
 
-    def both_first(self, x: Tensor, y: Any) -> tuple[Tensor, Tensor] | None:
-        """The tangents of two values of equal shape, if both cover the same first samples only."""
-        if not isinstance(y, Tensor) or x.shape != y.shape:
-            return None
-        t_x, t_y = self.stored(x), self.stored(y)
-        fits = t_x is not None and t_y is not None and t_x.shape == t_y.shape != x.shape
-        return (t_x, t_y) if fits else None  # type: ignore[return-value]
-
     def buffer(self, like: Tensor) -> Tensor | None:
         """Memory for the tangent of a value, if it is large; None leaves that to PyTorch.
 
@@ -207,58 +125,57 @@ class TangentMode(TorchDispatchMode):
         in the holes that large tangents leave, and each new tangent would extend the heap; so large tangents
         take turns in a few buffers, and operators that allocate their own are copied there at once.
         """
-        size = like.numel() * like.element_size()
-        if size < LARGE or type(like) is not Tensor or like.device.type != "cpu" or not _is_dense(like):
+        if type(like) is not Tensor or (size := like.numel() * like.element_size()) < LARGE:
+            return None
+        if like.device.type != "cpu" or not _is_dense(like):
             return None
         storage = self._idle_buffer(size)
         if storage is None:
             storage = UntypedStorage(size)
-            self._buffers.append(storage)
+            self._buffers[storage._cdata] = storage
         return torch.empty(0, dtype=like.dtype).set_(storage, 0, like.size(), like.stride())
 
     def _idle_buffer(self, size: int) -> UntypedStorage | None:
-        """The smallest idle buffer of size to 2 size bytes; without one, drop those that a new one replaces.
-
-        Tangents of the first samples must fill their storage.
-        """
-        ratio = 2 if self.samples is None else 1
-        idle = [s for s in self._buffers if torch._C._storage_Use_Count(s._cdata) == 1]
-        fitting = [s for s in idle if size <= s.nbytes() <= ratio * size]
-        if fitting:
-            return min(fitting, key=UntypedStorage.nbytes)
-        replaced = {s._cdata for s in idle if s.nbytes() < size < ratio * s.nbytes()}
-        self._buffers = [s for s in self._buffers if s._cdata not in replaced]
-        return None
-
-    def _in_buffer(self, tangent: Tensor) -> bool:
-        address = tangent.untyped_storage()._cdata
-        return any(storage._cdata == address for storage in self._buffers)
+        """The smallest idle buffer of up to 2 size bytes; without one, drop those that a new one replaces."""
+        idle = [s for s in self._buffers.values() if torch._C._storage_Use_Count(s._cdata) == 1]
+        best = None
+        for storage in idle:
+            if size <= storage.nbytes() <= (2 * size if best is None else best.nbytes()):
+                best = storage
+        if best is None:
+            for storage in idle:
+                if storage.nbytes() < size < 2 * storage.nbytes():
+                    del self._buffers[storage._cdata]
+        return best
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """An operator with its tangent."""
-        if self.samples is not None and not any(x.is_complex() for x in tensors_of(args)):
-            found = self._by_sample(self, func, args, kwargs)
-            if found is not NotImplemented:
-                return found
-        return self.rule_of(func)(self, func, args, kwargs)
+        return self._rules[func](self, func, args, kwargs)
 
     @property
     def has_shadows(self) -> bool:
         return bool(self._shadows)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # PyTorch's way, a wrapper, is four calls per operator; ours, below, is none
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch._C._current_graph_task_id() != self._graph_task:
             raise RuntimeError(DIFFERENTIATES)
-        tensors = tensors_of((*args, *kwargs.values()) if kwargs else args)
-        if all(self.stored(x) is None for x in tensors):
+        known = lazy = False
+        for x in tensors_of((*args, *kwargs.values()) if kwargs else args):
+            known = known or self.stored(x) is not None
+            lazy = lazy or x.is_complex() or x.is_neg()
+        if not known:
             return func(*args, **kwargs)
-        if isinstance(func, HigherOrderOperator):
+        if not isinstance(func, OpOverload):
             raise NotImplementedError(
                 f"Jvp: {func.name()} is a higher-order operator and has no tangents: use ordinary operators"
             )
-        _check_function()
-        lazy = any(x.is_complex() or x.is_neg() for x in tensors)
+        if not torch._C._is_fwd_grad_enabled():
+            _check_function()
         if not lazy and not torch._C._is_any_autocast_enabled():
             return self.run(func, args, kwargs)
         include, exclude = (
@@ -273,6 +190,13 @@ class TangentMode(TorchDispatchMode):
             return self.run(func, args, kwargs)
 
 
+# Inside a compiled part of the network Dynamo is active here: it is to compile neither this nor its callees.
+_skip = _eval_frame._FrameAction.SKIP
+_eval_frame.set_code_exec_strategy(
+    TangentMode.__torch_dispatch__.__code__, _eval_frame._FrameExecStrategy(_skip, _skip)
+)
+
+
 def tensors_of(values: Any) -> list[Tensor]:
     """The tensors among an operator's arguments, which may be lists."""
     found: list[Tensor] = []
@@ -284,7 +208,8 @@ def tensors_of(values: Any) -> list[Tensor]:
     return found
 
 
-def _same_strides(a: Tensor, b: Tensor) -> bool:
+def same_strides(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape have the same strides where these matter."""
     if a.stride() == b.stride():
         return True
     return all(s == t or n <= 1 for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
@@ -296,8 +221,8 @@ def _is_dense(x: Tensor) -> bool:
 
 
 def _check_function() -> None:
-    # Disabled inside an autograd.Function's forward, whatever torch.no_grad says.
-    if not torch._C._is_fwd_grad_enabled() and (name := _foreign_function()) is not None:
+    """Forward mode is disabled inside an autograd.Function's forward, whatever torch.no_grad says."""
+    if (name := _foreign_function()) is not None:
         raise RuntimeError(
             f"Jvp: {name} is an autograd.Function, whose derivative may not be that of its forward: call "
             "with detach_tangent=False, which is torch.func.jvp and asks for the Function's jvp"

@@ -21,6 +21,7 @@ from pmf import ops
 from pmf.wrappers import refuse_data_parallel
 
 from .mode import DIFFERENTIATES, TangentMode, is_active
+from .samples import FirstSamples
 from .scripted import without_torchscript
 from .sdpa import attention, is_plain, replace_attribute, replace_sdpa, torchs
 
@@ -83,8 +84,8 @@ class Jvp(nn.Module):
             batches = _batches(primals, given)
             if count == 0:
                 given = [None] * len(given)
-            elif len(batches) == 1 and not (transformed or compiling):
-                samples = count, batches.pop()
+            elif not (transformed or compiling) and all(batch == batches[0] for batch in batches):
+                samples = count, batches[0]
             else:
                 given = _completed(primals, given)
         if transformed:
@@ -120,16 +121,16 @@ def beside(
         raise RuntimeError(
             "Jvp: the network of a Jvp calls another Jvp; use torch.func.jvp for higher derivatives"
         )
-    mode = TangentMode(samples)
+    mode = TangentMode() if samples is None else FirstSamples(*samples)
     leaves, spec = tree_flatten(tuple(primals))
     for i, t in enumerate(given):
         if t is not None:
             # A separate tensor: the same one may be passed twice, or also be a constant.
             leaves[i] = leaves[i].view_as(leaves[i])
-            if t.shape == leaves[i].shape:
-                mode.alias(leaves[i], torch.empty_like(leaves[i]).copy_(t.detach()))
-            else:
+            if isinstance(mode, FirstSamples):
                 mode.set_first(leaves[i], t.detach().clone(), 0)
+            else:
+                mode.alias(leaves[i], torch.empty_like(leaves[i]).copy_(t.detach()))
     with mode, _FromAbove(mode), without_torchscript():
         out = network(*tree_unflatten(leaves, spec), **constants)
     out_leaves, out_spec = _flatten(out)
@@ -254,19 +255,19 @@ def _pair(primals: Any, tangents: Any) -> tuple[tuple[Any, ...], Directions, int
             _check(i, value, direction)
         given += t
     leaves, _ = tree_flatten(tuple(primals))
-    fewer = {len(t) for x, t in zip(leaves, given, strict=True) if t is not None and t.shape != x.shape}
+    fewer = [len(t) for x, t in zip(leaves, given, strict=True) if t is not None and t.shape != x.shape]
     if not fewer:
         return tuple(primals), given, None
-    count = min(fewer)
+    count = fewer[0]  # a set would make torch.compile fix it
     if any(t is not None and (t.dim() == 0 or len(t) != count) for t in given):
         raise ValueError("Jvp: all tangents must cover the same first samples")
     return tuple(primals), given, count
 
 
-def _batches(primals: Sequence[Any], given: Directions) -> set[int]:
-    """The first dimensions of all primals with tangents."""
+def _batches(primals: Sequence[Any], given: Directions) -> list[int]:
+    """The first dimension of each primal with a tangent."""
     leaves, _ = tree_flatten(tuple(primals))
-    return {len(x) for x, t in zip(leaves, given, strict=True) if t is not None}
+    return [len(x) for x, t in zip(leaves, given, strict=True) if t is not None]
 
 
 def _completed(primals: Sequence[Any], given: Directions) -> Directions:

@@ -18,20 +18,21 @@ from pmf.ops._products import product
 from .formula import formula, unknown
 from .mode import TangentMode
 
-__all__ = ["rule_of"]
+__all__ = ["rules"]
 
 Rule = Callable[[TangentMode, Any, Sequence[Any], dict[str, Any]], Any]
 aten = torch.ops.aten
 
-_rules: dict[Any, Rule] = {}
+
+class _Rules(dict[Any, Rule]):
+    """The rule for each operator's tangents."""
+
+    def __missing__(self, func: Any) -> Rule:
+        rule = self[func] = _find(func)
+        return rule
 
 
-def rule_of(func: Any) -> Rule:
-    """The rule for an operator's tangents, cached."""
-    found = _rules.get(func)
-    if found is None:
-        found = _rules[func] = _find(func)
-    return found
+rules = _Rules()
 
 
 def _find(func: Any) -> Rule:
@@ -55,7 +56,7 @@ def _find(func: Any) -> Rule:
 
 def _rule(*overloads: Any) -> Callable[[Rule], Rule]:
     def register(function: Rule) -> Rule:
-        _rules.update(dict.fromkeys(overloads, function))
+        rules.update(dict.fromkeys(overloads, function))
         return function
 
     return register
@@ -413,10 +414,9 @@ def _in_place(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[st
         mode.alias(x, t)
     elif func in _LINEAR_IN_PLACE and mode.stored(x) is not None:
         func(*args, **kwargs)
-        if mode.samples is not None and (first := mode.both_first(x, args[1])) is not None:
-            func(*first, **kwargs)
-        elif (t_b := mode.get(args[1])) is not None:
-            func(mode.get(x), t_b, **kwargs)
+        t, t_b = mode.both(x, args[1])
+        if t_b is not None:
+            func(t, t_b, **kwargs)
     else:
         pure = getattr(getattr(aten, func._opname.removesuffix("_"), None), func._overloadname, None)
         if pure is None or not func._opname.endswith("_"):

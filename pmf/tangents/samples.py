@@ -3,7 +3,7 @@
 Such a tangent is smaller than its value in one dimension, where it covers the first n of the B equal parts of
 the value's. Its memory is that of n samples, with the value's strides: the samples are outermost in memory.
 An operator that treats all samples alike and independently runs once for the values, and its rule runs on the
-first n samples of the arguments. For any other operator, or if samples are not outermost, `TangentMode.get`
+first n samples of the arguments. For any other operator, or if samples are not outermost, `FirstSamples.get`
 pads tangents with zeros, and the network continues with tangents for all.
 """
 
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from . import rules
-from .mode import TangentMode, tensors_of
+from .mode import TangentMode, same_strides, tensors_of
 
-__all__ = ["by_sample"]
+__all__ = ["FirstSamples"]
 
 aten = torch.ops.aten
 
@@ -28,47 +28,147 @@ Plan = tuple[Named, tuple[int | None, ...]] | None
 """The arguments for the first samples, and the dimension of samples in each result; None if that fails."""
 
 
-def by_sample(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """The operator with tangents for the first samples; NotImplemented if it needs complete ones."""
-    dims: Samples = {}
-    for x in tensors_of((*args, *kwargs.values())):
-        if (t := mode.stored(x)) is not None:
-            if t.shape == x.shape:
+class FirstSamples(TangentMode):
+    """Tangents of the first count of batch samples, where these lie outermost in memory, else of all."""
+
+    def __init__(self, count: int, batch: int) -> None:
+        super().__init__()
+        self.count, self.batch = count, batch
+
+    def get(self, x: Any) -> Tensor | None:
+        t = self.stored(x)
+        return t if t is None or (dim := _dimension(x, t)) is None else self._complete(x, t, dim)
+
+    def both(self, x: Any, y: Any) -> tuple[Tensor | None, Tensor | None]:
+        t_x, t_y = self.stored(x), self.stored(y)
+        alike = t_x is not None and t_y is not None and x.shape == y.shape and t_x.shape == t_y.shape
+        return (t_x, t_y) if t_y is None or alike else super().both(x, y)
+
+    def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        found = self._by_sample(func, args, kwargs)
+        return super().run(func, args, kwargs) if found is NotImplemented else found
+
+    def _by_sample(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """The operator with tangents for the first samples; NotImplemented if it needs complete ones."""
+        dims: Samples = {}
+        for x in tensors_of((*args, *kwargs.values()) if kwargs else args):
+            if x.is_complex():
                 return NotImplemented
-            dims[id(x)] = _dimension(x, t)
-    if not dims:
-        return NotImplemented
-    if func is aten._unsafe_view.default or mode.rule_of(func) is rules._view:
-        return _view(mode, func, args, kwargs)
-    if (plan := _plan_of(func)) is None:
-        return NotImplemented
-    names = [argument.name for argument in func._schema.arguments]
-    named = dict(zip(names, args, strict=False)) | kwargs
-    first = _First(mode, dims)
-    if plan is _natively:
-        if any(dim != 0 for dim in dims.values()) or id(named.get("attn_mask")) in dims:
+            if (t := self.stored(x)) is not None:
+                if (dim := _dimension(x, t)) is None:
+                    return NotImplemented
+                dims[id(x)] = dim
+        if not dims:
             return NotImplemented
-        if named.get("cu_seqlens_k") is not None:
+        rule = self._rules[func]
+        if func is aten._unsafe_view.default or rule is rules._view:
+            return self._view(func, args, kwargs, dims)
+        plan, names = _plans[func]
+        if plan is None:
             return NotImplemented
-        first.takes_whole = True
-        out = first.rule(func, args, kwargs)
-        for value in out if isinstance(out, tuple) else (out,):
-            mode.set_first(value, first.get(value), 0)
+        first: Any = _First(self, dims)
+        named = dict(zip(names, args, strict=False)) | kwargs
+        if plan is _natively:
+            if any(dim != 0 for dim in dims.values()) or id(named.get("attn_mask")) in dims:
+                return NotImplemented
+            if named.get("cu_seqlens_k") is not None:
+                return NotImplemented
+            first.takes_whole = True
+            out = rule(first, func, args, kwargs)
+            for value in out if isinstance(out, tuple) else (out,):
+                self.set_first(value, first.get(value), 0)
+            return out
+        made = plan(first, named)
+        if made is None:
+            return NotImplemented
+        named, places = made
+        out = func(*args, **kwargs)
+        values = out if isinstance(out, tuple) else (out,)
+        first.value_is([x if d is None else first.narrow(x, d) for x, d in zip(values, places, strict=True)])
+        given = [named[name] for name in names[: len(args)]]
+        found = rule(first, func, given, {name: named[name] for name in kwargs})
+        found = found if isinstance(found, tuple) else (found,)
+        for value, sub, d in zip(values, found, places, strict=True):
+            if d is not None:
+                self.set_first(value, first.get(sub), d)
         return out
-    made = plan(first, named)
-    if made is None:
-        return NotImplemented
-    named, places = made
-    out = func(*args, **kwargs)
-    values = out if isinstance(out, tuple) else (out,)
-    first.value_is(tuple(x if d is None else first.narrow(x, d) for x, d in zip(values, places, strict=True)))
-    rest = {name: named[name] for name in kwargs}
-    found = first.rule(func, [named[name] for name in names[: len(args)]], rest)
-    found = found if isinstance(found, tuple) else (found,)
-    for value, sub, d in zip(values, found, places, strict=True):
-        if d is not None:
-            mode.set_first(value, first.get(sub), d)
-    return out
+
+    def _view(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], dims: Samples) -> Any:
+        """A view: the same view of the tangent's memory, if it shows the same part of every sample."""
+        x = args[0]
+        t = self.stored(x)
+        out = func(*args, **kwargs)
+        assert t is not None
+        views = [out] if isinstance(out, Tensor) else list(out)
+        sample = self._sample(x, dims[id(x)])
+        first = [self._same_view(x, t, sample, y) for y in views]
+        if any(y is None for y in first):
+            return NotImplemented
+        for y, y_t in zip(views, first, strict=True):
+            self.alias(y, y_t)
+        return out
+
+    def _sample(self, x: Tensor, dim: int) -> int:
+        """How many elements lie between two samples of a value that has them in this dimension."""
+        return x.shape[dim] * x.stride(dim) // self.batch
+
+    def _same_view(self, x: Tensor, t: Tensor, sample: int, view: Tensor) -> Tensor | None:
+        """The view of a tangent for the first samples.
+
+        None if it does not show the same part of every sample, along one dimension.
+        """
+        if view.dtype != x.dtype:
+            return None
+        offset = t.storage_offset() + view.storage_offset() - x.storage_offset()
+        shape, strides = view.shape, view.stride()
+        for d, size in enumerate(shape):
+            if size * strides[d] == self.batch * sample and size % self.batch == 0:
+                sizes = [*shape[:d], size // self.batch, *shape[d + 1 :]]
+                if 0 <= offset and offset + _reach(sizes, strides) < sample and view.numel() > 0:
+                    sizes[d] *= self.count
+                    return t.as_strided(sizes, strides, offset)
+        return None
+
+    def set_first(self, x: Tensor, tangent: Tensor | None, dim: int) -> None:
+        """Set the tangent of a new value's first samples, in dimension dim.
+
+        It is completed if samples are not outermost in the value's memory.
+        """
+        if tangent is None or not (x.is_floating_point() or x.is_complex()):
+            return
+        if tangent.dtype != x.dtype:
+            tangent = tangent.to(x.dtype)
+        shape, strides = list(x.shape), x.stride()
+        dense = x.is_contiguous() or _reach(shape, strides) + 1 == x.numel()
+        outermost = dense and shape[dim] * strides[dim] == x.numel() and not x.is_complex()
+        shape[dim] = self.share(shape[dim])
+        if not outermost:
+            whole = torch.zeros_like(x)
+            whole.narrow(dim, 0, shape[dim]).copy_(tangent)
+            self.alias(x, whole)
+            return
+        fits = list(tangent.shape) == shape and same_strides(tangent, x)
+        if not fits or tangent.storage_offset() != 0:
+            tangent = torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device).copy_(tangent)
+        self.alias(x, tangent)
+
+    def share(self, size: int) -> int:
+        """The size of the first samples, in a dimension that holds all."""
+        return size // self.batch * self.count
+
+    def _complete(self, x: Tensor, t: Tensor, dim: int) -> Tensor:
+        """Extend the tangent of the first samples to all, and with it those of all views of its memory."""
+        sample, storage = self._sample(x, dim), t.untyped_storage()
+        whole, held = t.new_zeros(self.batch * sample), self.count * sample
+        whole[:held] = t.as_strided((held,), (1,), 0)
+        for key, (reference, other) in list(self._of.items()):
+            y = reference()
+            if y is not None and other is not None and other.untyped_storage()._cdata == storage._cdata:
+                view = whole.as_strided(y.size(), y.stride(), other.storage_offset())
+                self._of[key] = reference, view
+        found = self.stored(x)
+        assert found is not None
+        return found
 
 
 class _First:
@@ -77,13 +177,9 @@ class _First:
     has_shadows = False
     takes_whole = False
 
-    def __init__(self, mode: TangentMode, dims: Samples) -> None:
+    def __init__(self, mode: FirstSamples, dims: Samples) -> None:
         self.mode, self.dims = mode, dims
         self._of: dict[int, tuple[Tensor, Tensor | None]] = {}
-
-    def rule(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        seen: Any = self
-        return self.mode.rule_of(func)(seen, func, args, kwargs)
 
     def get(self, x: Any) -> Tensor | None:
         if (entry := self._of.get(id(x))) is not None:
@@ -102,8 +198,8 @@ class _First:
         """The value for the first samples, which already exists."""
         return func(*args, **kwargs) if self.takes_whole else self._value
 
-    def value_is(self, values: tuple[Any, ...]) -> None:
-        self._value = values[0] if len(values) == 1 else values
+    def value_is(self, values: Sequence[Any]) -> None:
+        self._value = values[0] if len(values) == 1 else tuple(values)
 
     def narrow(self, x: Tensor, dim: int) -> Tensor:
         """The first samples of x, whose dimension dim holds samples."""
@@ -113,23 +209,17 @@ class _First:
         return part
 
 
-def _dimension(x: Tensor, t: Tensor) -> int:
-    return next(d for d, (n, all_of) in enumerate(zip(t.shape, x.shape, strict=True)) if n != all_of)
+def _dimension(x: Tensor, t: Tensor) -> int | None:
+    """The dimension in which a value is larger than its tangent, if any."""
+    for d, n in enumerate(t.shape):
+        if n != x.shape[d]:
+            return d
+    return None
 
 
-def _view(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """A view: the same view of the tangent's memory, if it shows the same part of every sample."""
-    x = args[0]
-    t = mode.stored(x)
-    out = func(*args, **kwargs)
-    assert t is not None
-    views = [out] if isinstance(out, Tensor) else list(out)
-    first = [mode.same_view(x, t, y) for y in views]
-    if any(y is None for y in first):
-        return NotImplemented
-    for y, y_t in zip(views, first, strict=True):
-        mode.alias(y, y_t)
-    return out
+def _reach(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """How far the last element of a tensor is from its first."""
+    return sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True) if n > 0)
 
 
 Planner = Callable[[_First, Named], Plan]
@@ -297,19 +387,24 @@ _PLANS: dict[Any, Planner] = {
 }
 
 
-def _plan_of(func: Any) -> Planner | None:
-    if func in _PLANS:
-        return _PLANS[func]
+class _Plans(dict[Any, tuple[Planner | None, list[str]]]):
+    """Each operator's plan, and the names of its arguments."""
+
+    def __missing__(self, func: Any) -> tuple[Planner | None, list[str]]:
+        names = [argument.name for argument in func._schema.arguments]
+        found = self[func] = _PLANS.get(func, _other_plan(func)), names
+        return found
+
+
+_plans = _Plans()
+
+
+def _other_plan(func: Any) -> Planner | None:
     name = func._schema.name
     if name in ("pmf::attention_forward", "pmf::rms_norm", "pmf::swiglu", "pmf::gated_residual"):
-        plan: Any = _natively
-    elif name == "pmf::product":
-        plan = _rows_of("left", "right")
-    elif name == "pmf::add_product":
-        plan = _rows_of("left", "right")
-    elif torch.Tag.pointwise in func.tags and not func._schema.is_mutable and len(func._schema.returns) == 1:
-        plan = _pointwise
-    else:
-        plan = None
-    _PLANS[func] = plan
-    return plan
+        return _natively
+    if name in ("pmf::product", "pmf::add_product"):
+        return _rows_of("left", "right")
+    if torch.Tag.pointwise in func.tags and not func._schema.is_mutable and len(func._schema.returns) == 1:
+        return _pointwise
+    return None

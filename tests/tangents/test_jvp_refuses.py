@@ -384,10 +384,13 @@ def test_two_compiled_networks_of_one_shape():
 
 
 def test_a_jvp_of_a_compiled_network():
+    """Whose compiler, active wherever the network runs, must not compile the tangents' Python code."""
+    torch._dynamo.utils.counters.clear()
     network = NETWORKS["ViT"](torch.float32)
     tangents = network.tangents()
     found = pmf.Jvp(torch.compile(network.network, backend="aot_eager"))(network.primals, tangents)
     assert_close(found, jvp_math(network.network, network.primals, tangents), 1e-5)
+    assert not torch._dynamo.utils.counters["frames"]
 
 
 def test_data_parallel_on_several_devices() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import pmf
-from pmf.tangents.mode import TangentMode
+from pmf.tangents.samples import FirstSamples
 
 EXACT = 1e-10
 DOUBLE = torch.float64
@@ -22,13 +22,13 @@ DOUBLE = torch.float64
 def completions(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The values whose tangents were completed for all samples."""
     found: list[Any] = []
-    complete = TangentMode._complete
+    complete = FirstSamples._complete
 
-    def noted(self: TangentMode, x: Tensor, t: Tensor) -> Tensor:
+    def noted(self: FirstSamples, x: Tensor, *rest: Any) -> Tensor:
         found.append(x.shape)
-        return complete(self, x, t)
+        return complete(self, x, *rest)
 
-    monkeypatch.setattr(TangentMode, "_complete", noted)
+    monkeypatch.setattr(FirstSamples, "_complete", noted)
     return found
 
 
@@ -36,7 +36,7 @@ def padded(t: Tensor, batch: int) -> Tensor:
     return torch.cat((t, t.new_zeros(batch - len(t), *t.shape[1:])))
 
 
-def check(problem: Problem, count: int, mixes: bool = False) -> None:
+def check(problem: Problem, count: int, mixes: bool = False, jvp: Any = None) -> None:
     """Against torch.func.jvp of the first samples, or of all with zero tangents if samples mix."""
     network, primals, constants = problem
     first = tuple(t[:count] for t in problem.tangents())
@@ -46,7 +46,8 @@ def check(problem: Problem, count: int, mixes: bool = False) -> None:
     else:
         some = {k: x[:count] if len(x) == len(primals[0]) else x for k, x in constants.items()}
         wanted_t = jvp_math(network, tuple(x[:count] for x in primals), first, **some)[1]
-    out, out_t = pmf.Jvp(network)(primals, first, **constants)
+    jvp = pmf.Jvp(network) if jvp is None else jvp
+    out, out_t = jvp(primals, first, **constants)
     wanted = network(*primals, **constants)
     assert_close(out, wanted, EXACT)
     assert wanted_t.abs().sum() > 0
@@ -125,7 +126,12 @@ def matrices(x: Tensor) -> Tensor:
     return (y @ y.mT @ torch.ones(2, 5, dtype=x.dtype)).roll(1, -1).flip(2).cumsum(1)
 
 
-APART = (residual_in_place, rotary_by_halves, statistics, matrices)
+def broadcast(x: Tensor) -> Tensor:
+    constant = torch.arange(12, dtype=x.dtype).view(2, 6).expand(len(x), 2, 6)
+    return ((constant + x[:, None]) * (constant - x[:, None]).sin()).flatten(1)
+
+
+APART = (residual_in_place, rotary_by_halves, statistics, matrices, broadcast)
 
 
 @pytest.mark.parametrize("count", [1, 4])
@@ -198,24 +204,27 @@ def test_primals_of_several_batches_and_outputs_without_one():
     assert_close(sum_t, x[0].sum(), 1e-6)
 
 
+def products(counter: FlopCounterMode) -> int:
+    """Attention's tangent shares the scores, and so costs less than another value."""
+    kinds = counter.get_flop_counts()["Global"].items()
+    return sum(n for kind, n in kinds if "attention" not in str(kind))
+
+
+def products_of_values(problem: Problem) -> int:
+    with FlopCounterMode(display=False) as counter, pmf.replace_sdpa():
+        problem.network(*problem.primals, **problem.constants)
+    return products(counter)
+
+
 @pytest.mark.parametrize("name", ["ViT", "DiT", "U-Net", "points"])
 def test_products_are_computed_only_for_samples_with_a_tangent(name: str):
     """Counted: every product once for the values, and once more for each sample with a tangent."""
     problem = NETWORKS[name](torch.float32)
     batch, tangents = len(problem.primals[0]), problem.tangents()
-
-    def flops(count: int) -> int:
-        with FlopCounterMode(display=False) as counter, pmf.replace_sdpa():
-            if count == 0:
-                problem.network(*problem.primals)
-            else:
-                pmf.Jvp(problem.network)(problem.primals, tuple(t[:count] for t in tangents))
-        # Attention's tangent shares the scores, and so costs less than another value.
-        kinds = counter.get_flop_counts()["Global"].items()
-        return sum(n for kind, n in kinds if "attention" not in str(kind))
-
     for count in range(1, batch + 1):
-        assert flops(count) * batch == flops(0) * (batch + count)
+        with FlopCounterMode(display=False) as counter:
+            pmf.Jvp(problem.network)(problem.primals, tuple(t[:count] for t in tangents))
+        assert products(counter) * batch == products_of_values(problem) * (batch + count)
 
 
 def test_completed_under_torch_compile_and_transforms():
