@@ -24,10 +24,12 @@ Path = tuple[tuple[bool, Any], ...]
 """Steps from a network to what it holds: (True, an attribute's name) or (False, an item's key)."""
 
 
-def call(network: nn.Module, primals: Any, given: Any, constants: dict[str, Any]) -> tuple[Any, Any]:
+def call(
+    network: nn.Module, primals: Any, given: Any, constants: dict[str, Any], samples: tuple[int, int] | None
+) -> tuple[Any, Any]:
     """`beside` in a graph whose conditions are guarded."""
     # A graph node accepts every constant except None, which text replaces.
-    arguments = tree_map(lambda leaf: _NONE if leaf is None else leaf, (primals, given, constants))
+    arguments = tree_map(lambda leaf: _NONE if leaf is None else leaf, (primals, given, constants, samples))
     plain, containers, tensors = _held(network)
     what = [each for module in network.modules() for each in _what_it_does(module)]
     what += [_plain(_at(network, path)) for path in plain]
@@ -42,10 +44,10 @@ def call(network: nn.Module, primals: Any, given: Any, constants: dict[str, Any]
 def _traced(network: nn.Module, arguments: Any, tensors: dict[Path, Tensor], what: Any) -> Any:
     """The eager pass as one graph node, whose operators AOTAutograd traces."""
     del what  # guarded by the caller
-    primals, given, constants = tree_map(_unmarked, arguments)
+    primals, given, constants, samples = tree_map(_unmarked, arguments)
     try:
         with replace_sdpa(), _replaced(network, tensors), _NothingBakedIn():
-            found: Any = beside(network, primals, given, constants)
+            found: Any = beside(network, primals, given, constants, samples)
     except Exception as error:  # Dynamo would replace its text
         if not str(error).startswith("Jvp: "):
             raise

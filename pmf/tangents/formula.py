@@ -29,8 +29,9 @@ def formula(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str,
         t = mode.get(x)
         if t is None:
             return x.detach()
-        if 0 in t.stride() and t.untyped_storage().nbytes() != x.untyped_storage().nbytes():
-            x, t = x.contiguous(), t.contiguous()  # make_dual would copy t into memory that overlaps like x's
+        if t.untyped_storage().nbytes() != x.untyped_storage().nbytes():
+            # make_dual would copy t into memory like x's, and fail if elements share it or sizes are dynamic.
+            x, t = x.clone(), t.clone()
         given.append(t.untyped_storage()._cdata)
         return forward_ad.make_dual(x.detach(), t)
 

@@ -44,7 +44,7 @@ class Jvp(nn.Module):
         primals: the network's positional arguments; pytrees of tensors, other leaves are passed through.
         tangents: their tangents, in their shapes and dtypes; None is zero, for a tensor or a whole argument.
             If the first dimension of all primals is the batch, they may cover only the first n samples, and
-            cost only theirs as long as the network treats samples independently (not under torch.compile).
+            cost only theirs as long as the network treats samples independently.
         detach_tangent: the tangent is a constant for autograd and for transforms around the call: it saves
             nothing, and backward costs the same as for the network alone. False is torch.func.jvp within
             `replace_sdpa`, differentiable throughout.
@@ -84,7 +84,7 @@ class Jvp(nn.Module):
             batches = _batches(primals, given)
             if count == 0:
                 given = [None] * len(given)
-            elif not (transformed or compiling) and all(batch == batches[0] for batch in batches):
+            elif not transformed and all(batch == batches[0] for batch in batches):
                 samples = count, batches[0]
             else:
                 given = _completed(primals, given)
@@ -98,7 +98,7 @@ class Jvp(nn.Module):
         elif compiling:
             from . import _compiled
 
-            out, out_t = _compiled.call(self.network, primals, given, constants)
+            out, out_t = _compiled.call(self.network, primals, given, constants, samples)
         else:
             with replace_attribute(), _in_one_sentence(), _freed_early():
                 out, out_t = beside(self.network, primals, given, constants, samples)

@@ -227,10 +227,54 @@ def test_products_are_computed_only_for_samples_with_a_tangent(name: str):
         assert products(counter) * batch == products_of_values(problem) * (batch + count)
 
 
-def test_completed_under_torch_compile_and_transforms():
+class Counted:
+    """A backend that counts the products of the graphs' forward passes as they run."""
+
+    def __init__(self) -> None:
+        self.counter, self.graphs = FlopCounterMode(display=False), 0
+
+    def __call__(self, graph: Any, inputs: Any) -> Any:
+        from torch._dynamo.backends.common import aot_autograd
+        from torch._functorch.aot_autograd import make_boxed_func
+
+        def forward(graph: Any, _: Any) -> Any:
+            def run(*x: Any) -> Any:
+                with self.counter:
+                    return torch.fx.Interpreter(graph).run(*x)  # without the hooks of modules
+
+            self.graphs += 1
+            return make_boxed_func(run)
+
+        return aot_autograd(fw_compiler=forward, bw_compiler=lambda graph, _: make_boxed_func(graph))(
+            graph, inputs
+        )
+
+
+def with_batch(problem: Problem, batch: int) -> Problem:
+    primals = (torch.randn(batch, *x.shape[1:], dtype=x.dtype) for x in problem.primals)
+    return problem._replace(primals=tuple(primals))
+
+
+@pytest.mark.parametrize(("name", "dynamic"), [("ViT", False), ("DiT", True)])
+def test_compiled(name: str, dynamic: bool):
+    """No products for samples without a tangent; one dynamic graph for any number of samples."""
+    problem, backend = NETWORKS[name](DOUBLE), Counted()
+    jvp = torch.compile(pmf.Jvp(problem.network), fullgraph=True, dynamic=dynamic, backend=backend)
+    for batch, count in ((7, 4), (9, 2))[: 1 + dynamic]:
+        some = with_batch(problem, batch)
+        check(some, count, jvp=jvp)
+        assert products(backend.counter) * batch == products_of_values(some) * (batch + count)
+    assert backend.graphs == 1
+
+
+def test_compiled_where_samples_are_not_outermost():
+    problem = NETWORKS["encoder"](DOUBLE)
+    jvp = torch.compile(pmf.Jvp(problem.network), fullgraph=True, backend="aot_eager")
+    check(problem, 1, jvp=jvp)
+
+
+def test_completed_under_transforms():
     problem = NETWORKS["ViT"](DOUBLE)
     t = problem.tangents()[0][:1]
     wanted = pmf.Jvp(problem.network)(problem.primals, (t,))
-    jvp = torch.compile(pmf.Jvp(problem.network), fullgraph=True, backend="aot_eager")
-    assert_close(jvp(problem.primals, (t,)), wanted, EXACT)
     assert_close(pmf.Jvp(problem.network)(problem.primals, (t,), False), wanted, EXACT)

@@ -126,6 +126,13 @@ def problem_of(make: Callable[..., Problem], load: Callable[[str], Any]) -> Prob
     return problem
 
 
+def gradient(network: torch.nn.Module, out: Tensor) -> Tensor:
+    """The gradient of all weights as one vector; for some, such as key biases, it is only rounding."""
+    loss = (out * torch.arange(out.numel()).view_as(out).cos()).sum()
+    grads = torch.autograd.grad(loss, list(network.parameters()), allow_unused=True)
+    return torch.cat([g.flatten() for g in grads if g is not None])
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("make", NETWORKS)
 def test_replaced_attention_has_the_tangents_of_math_attention(make, load) -> None:
@@ -142,13 +149,23 @@ def test_replaced_attention_has_the_tangents_of_math_attention(make, load) -> No
     limit = 1e-6 if make is transformers_llama else EXACT  # its norms compute in float32
     assert_close(found, expected, limit)
 
-    def gradient(out: Tensor) -> Tensor:
-        """The gradient of all weights as one vector; for some, such as key biases, it is only rounding."""
-        loss = (out * torch.arange(out.numel()).view_as(out).cos()).sum()
-        grads = torch.autograd.grad(loss, list(network.parameters()), allow_unused=True)
-        return torch.cat([g.flatten() for g in grads if g is not None])
+    assert_close(gradient(network, found[0]), gradient(network, expected[0]), limit)
 
-    assert_close(gradient(found[0]), gradient(expected[0]), limit)
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", (timm_vit,))
+def test_compiled_tangents_of_the_first_samples(make, load) -> None:
+    network, primals, constants = problem_of(make, load)
+    again = torch.tensor([0, 1, 0, 1, 0])
+    primals = tuple(double(5, *x.shape[1:]) for x in primals)
+    constants = {k: x[again] if isinstance(x, Tensor) else x for k, x in constants.items()}
+    tangents = tuple(torch.randn_like(x[:2]) for x in primals)
+    out, out_t = pmf.Jvp(network)(primals, tangents, **constants)
+    jvp = torch.compile(pmf.Jvp(network), fullgraph=True, backend="aot_eager")
+    found, found_t = jvp(primals, tangents, **constants)
+    assert out_t.abs().sum() > 0
+    assert_close((found, found_t), (out, out_t), EXACT)
+    assert_close(gradient(network, found), gradient(network, out), EXACT)
 
 
 def test_op_db_samples() -> None:
