@@ -153,7 +153,7 @@ def test_replaced_attention_has_the_tangents_of_math_attention(make, load) -> No
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("make", (timm_vit,))
+@pytest.mark.parametrize("make", (timm_vit, diffusers_dit))
 def test_compiled_tangents_of_the_first_samples(make, load) -> None:
     network, primals, constants = problem_of(make, load)
     again = torch.tensor([0, 1, 0, 1, 0])
