@@ -154,6 +154,18 @@ def test_only_the_backward_of_keys_has_statistics_with_its_tiles():
         assert (work.consumers, work.columns, work.slots, work.statistics) == (2, 96, 7, by_keys)
 
 
+def test_heads_in_shared_memory_are_divided_evenly():
+    """Three row blocks of queries and two of keys for one consumer, two and three for the other."""
+    problem = Problem("", 3072, 276, 64, backward=True)
+    launch = Launch("hopper_backward_heads_kernel<HopperHeadSizes<bf16, 64, 96, 3> >", 132, 384, (128, 96), 1)
+    work = Work.of(launch, problem, 132)
+    assert (work.columns, work.slots, work.tiles, work.parts, work.hidden(problem)) == (96, 3, 3, 1, 2)
+    assert [[list(each) for each in work.shares(by_keys)] for by_keys in (False, True)] == [
+        [[0, 2, 4], [1, 3]],
+        [[1, 3], [0, 2, 4]],
+    ]
+
+
 def test_single_elements_are_stored_where_that_is_usual():
     """Hopper's kernels store row statistics beside whole vectors: a number by each fourth lane."""
     kernel = listing(
@@ -179,7 +191,7 @@ def test_the_model_recognises_the_hopper_kernels(capsys, problem):
     if tool("nvdisasm") is None or tool("cuobjdump") is None:
         absent("there is no nvdisasm or no cuobjdump to read machine code with")
     assert main([problem]) == 0
-    kernel = f"hopper_{problem.split('_')[0]}_kernel"
+    kernel = f"hopper_{problem.split('_')[0]}_{'heads_' * ('backward' in problem)}kernel"
     assert all(kernel in line for line in capsys.readouterr().out.splitlines() if "blocks" in line)
 
 

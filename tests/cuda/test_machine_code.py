@@ -34,7 +34,7 @@ MEANT = {
     r"hopper_forward_kernel<HopperSizes<__nv_bfloat16, ": (
         r"HGMMA\.64x\d+x16\.F32\.BF16", r"UTMALDG\.4D", r"SYNCS\.PHASECHK", r"STG\.E.*\.128"
     ),
-    r"hopper_backward_kernel<HopperBackwardSizes<__nv_bfloat16, ": (
+    r"hopper_backward_(kernel<HopperBackwardSizes|heads_kernel<HopperHeadSizes)<__nv_bfloat16, ": (
         r"HGMMA\.64x\d+x16\.F32\.BF16", r"UTMALDG\.4D", r"SYNCS\.PHASECHK", r"STG\.E.*\.128"
     ),
     r"hopper_product_kernel<__half>": (

@@ -1,5 +1,5 @@
-"""What the warps of the Hopper kernels do (csrc/cuda/attention/hopper_{forward,backward}.cuh): two or three
-warpgroups compute, other warps copy rows and tiles for them, and barriers synchronise them.
+"""What the warps of the Hopper kernels do (csrc/cuda/attention/hopper_{forward,backward,backward_heads}.cuh):
+two or three warpgroups compute, other warps copy rows and tiles for them, and barriers synchronise them.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import ceil
+from typing import Any
 
 from . import paths
 from .asynchronous import Gate
@@ -23,7 +24,7 @@ ITEMS = 9
 
 
 def takes(kernel: str) -> bool:
-    return re.search("hopper_(forward|backward)_kernel", kernel) is not None
+    return re.search("hopper_(forward|backward|backward_heads)_kernel", kernel) is not None
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,19 @@ class Work:
 
     @classmethod
     def of(cls, launch: Launch, problem: Problem, processors: int) -> Work:
-        sizes = re.search(r"Sizes<\w+, (\d+), (\d+), (\d+), (true|false)", launch.kernel)
+        sizes = re.search(r"Sizes<\w+, (\d+), (\d+), (\d+)(, true|, false|)>", launch.kernel)
         if sizes is None:
             raise UnexpectedCodeError(f"{launch.kernel}: no sizes of tiles in its name")
         columns, slots, consumers = int(sizes[2]), int(sizes[3]), launch.warps // GROUP_WARPS - 1
         tiles, row_blocks = ceil(problem.tokens / columns), ceil(problem.tokens / ROWS)
         stays = tiles <= slots and problem.heads >= 2 * processors
         parts = 1 if stays else ceil(row_blocks / consumers)
-        by_keys = problem.backward and sizes[4] == "true"
+        by_keys = problem.backward and sizes[4] == ", true"
         return cls(consumers, columns, slots, by_keys, tiles, row_blocks, parts)
+
+    def hidden(self, problem: Problem) -> int:
+        """Groups of eight columns in the last tile that lie past the end; the last one may do so in part."""
+        return (self.tiles * self.columns - problem.tokens + 7) // 8
 
     def shares(self, item: int) -> list[range]:
         """Row blocks of each consumer in a block's item. A head's last part is taken to be like others."""
@@ -63,38 +68,30 @@ class Work:
 
 
 class Parts:
-    """The kernel's parts, each as the path that a warp takes through it."""
+    """Parts of a kernel, each as the path that a warp takes through it."""
 
-    def __init__(self, kernel: Kernel, name: str, work: Work, problem: Problem):
+    def __init__(self, kernel: Kernel, name: str):
         self.kernel, self.name = kernel, name
-        tile, row_block, item = self._nest("wgmma")
-        loops = kernel.loops
-        self.start = self._way(0, {item}, None)
-        self.item = self._way(item, {row_block}, loops[item])
-        self.first = self._way(row_block, {tile}, loops[row_block])
-        self.tile = self._way(tile, {tile}, loops[tile])
-        # Groups of eight keys in the last tile that lie past the end: each has a basic block.
-        hidden = (work.tiles * work.columns - problem.tokens + 7) // 8
-        hiding = [block for block in sorted(loops[tile]) if paths.hides(kernel.blocks[block])]
-        shown = loops[tile] - set(hiding[hidden:])
-        self.last_tile = self._way(tile, {tile}, shown, hiding=True)
-        self.row_block_end = self._way(paths.exit_of(kernel, tile), {row_block}, loops[row_block])
-        row_bytes = 2 * problem.width * sides(problem)
-        self.tile_copy = self._copy(self._nest("box", self._announces(work.columns * row_bytes)))
-        self.rows_copy = self._copy(self._nest("box", self._announces(ROWS * row_bytes)))
-        if work.statistics:
-            self.statistics_copy = self._copy(self._nest("copy"))
 
-    def _nest(self, kind: str, which: Callable[[set[int]], bool] = lambda body: True) -> list[int]:
-        """The innermost loop with such instructions and the loops around it, from the inside out."""
+    def _nests(self, kind: str, which: Callable[[set[int]], bool] = lambda body: True) -> list[list[int]]:
+        """The innermost loops with such instructions, each with the loops around it, from the inside out."""
         kernel = self.kernel
         able = {head: body for head, body in kernel.loops.items() if kernel.count(body, kind)}
         inner = [h for h in able if not any(o != h and o in able[h] for o in able)]
         nests = [sorted((h for h in able if i in able[h]), key=lambda h: len(able[h])) for i in inner]
-        nests = [nest for nest in nests if which(able[nest[-1]])]
+        return [nest for nest in nests if which(able[nest[-1]])]
+
+    def _nest(self, kind: str, which: Callable[[set[int]], bool] = lambda body: True) -> list[int]:
+        nests = self._nests(kind, which)
         if len(nests) != 1:
             raise UnexpectedCodeError(f"{self.name}: {len(nests)} innermost loops with {kind}, not one")
         return nests[0]
+
+    def _last_tile(self, tile: int, hidden: int) -> Trace:
+        """A tile whose last columns lie past the end. Each group of eight has a basic block that hides it."""
+        loops = self.kernel.loops
+        hiding = [block for block in sorted(loops[tile]) if paths.hides(self.kernel.blocks[block])]
+        return self._way(tile, {tile}, loops[tile] - set(hiding[hidden:]), hiding=True)
 
     def _announces(self, size: int) -> Callable[[set[int]], bool]:
         """Whether the constant is there that announces so many bytes to an mbarrier."""
@@ -130,6 +127,61 @@ class Parts:
         return trace.signalling(signals)
 
 
+class RingParts(Parts):
+    """Of a kernel whose tiles pass through a ring."""
+
+    def __init__(self, kernel: Kernel, name: str, work: Work, problem: Problem):
+        super().__init__(kernel, name)
+        tile, row_block, item = self._nest("wgmma")
+        loops = kernel.loops
+        self.start = self._way(0, {item}, None)
+        self.item = self._way(item, {row_block}, loops[item])
+        self.first = self._way(row_block, {tile}, loops[row_block])
+        self.tile = self._way(tile, {tile}, loops[tile])
+        self.last_tile = self._last_tile(tile, work.hidden(problem))
+        self.row_block_end = self._way(paths.exit_of(kernel, tile), {row_block}, loops[row_block])
+        row_bytes = 2 * problem.width * sides(problem)
+        self.tile_copy = self._copy(self._nest("box", self._announces(work.columns * row_bytes)))
+        self.rows_copy = self._copy(self._nest("box", self._announces(ROWS * row_bytes)))
+        if work.statistics:
+            self.statistics_copy = self._copy(self._nest("copy"))
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The parts of one pass over row blocks, of queries or of keys."""
+
+    begin: Trace
+    tile: Trace
+    last_tile: Trace
+    end: Trace
+
+
+class HeadParts(Parts):
+    """Of a kernel that keeps whole heads in shared memory."""
+
+    def __init__(self, kernel: Kernel, name: str, work: Work, problem: Problem):
+        super().__init__(kernel, name)
+        nests = sorted(self._nests("wgmma"), key=lambda nest: -kernel.count(kernel.loops[nest[0]], "hmma"))
+        if len(nests) != 2:
+            raise UnexpectedCodeError(f"{name}: {len(nests)} innermost loops with wgmma, not two")
+        (_, queries, item), (_, keys, _) = nests
+        loops = kernel.loops
+        self.start = self._way(0, {item}, None)
+        self.item = self._way(item, {queries}, loops[item])
+        self.between = self._way(paths.exit_of(kernel, queries), {keys}, loops[item])
+        self.passes = [
+            Pass(
+                self._way(row_block, {tile}, loops[row_block]),
+                self._way(tile, {tile}, loops[tile]),
+                self._last_tile(tile, hidden),
+                self._way(paths.exit_of(kernel, tile), {row_block}, loops[row_block]),
+            )
+            for (tile, row_block, _), hidden in zip(nests, (work.hidden(problem), 0), strict=True)
+        ]
+        self.copy = self._copy(self._nests("box")[0])
+
+
 def sides(problem: Problem) -> int:
     """Tensors in a copy: with their tangents, or queries with their gradients and keys with values."""
     return 2 if problem.tangent or problem.backward else 1
@@ -147,16 +199,43 @@ class Programs:
     streams: tuple[str, ...]
     """What is copied for each tile, in this order; released one after the other."""
 
-    def __init__(self, parts: Parts, work: Work, problem: Problem, rates: Rates, share: float):
+    def __init__(self, work: Work, problem: Problem, rates: Rates, share: float):
         """`share`: of the memory rate."""
-        self.parts, self.work, self.problem = parts, work, problem
+        self.work, self.problem = work, problem
         self.a_byte = rates["clock_hz"] / (rates["memory_bytes"] * share)
         self.a_byte_from_l2 = rates["clock_hz"] * rates["processors"] / rates["l2_bytes"]
+
+    def arrivals(self) -> dict[str, int]:
+        """Per phase of each barrier."""
+        raise NotImplementedError
+
+    def warps(self) -> list[list[Trace]]:
+        raise NotImplementedError
+
+    def _copied(
+        self, gate: Gate, before: int, first: int, rows: int, boxes: int, waits_for: str = ""
+    ) -> list[Signal | None]:
+        """Of a copying warp: it waits for the empty slot, announces the boxes and issues them. Data that one
+        of several readers has read is in the L2 cache for the others. `waits_for`: by default the same."""
+        readers = 1 if gate[0].startswith("rows") else self.work.parts
+        size = max(0, min(rows, self.problem.tokens - first)) * self.problem.width * 2 * sides(self.problem)
+        box = Signal(gate, size / boxes * self.a_byte_from_l2, size / boxes * self.a_byte / readers)
+        return [self._emptied(waits_for or gate[0], before), None, *[box] * boxes]
+
+    def _emptied(self, name: str, before: int) -> Signal | None:
+        return Signal((f"{name} read", before)) if before >= 0 else None
+
+
+class Ring(Programs):
+    """Tiles pass through a ring."""
+
+    def __init__(self, parts: RingParts, work: Work, problem: Problem, rates: Rates, share: float):
+        super().__init__(work, problem, rates, share)
+        self.parts = parts
         self.tile_boxes = signalling(parts.tile_copy[-1]).count("b") // len(self.streams)
         self.row_boxes = signalling(parts.rows_copy[-1]).count("b")
 
     def arrivals(self) -> dict[str, int]:
-        """Per phase of each barrier."""
         arrivals = {}
         for name in self.streams:
             arrivals[name] = self.tile_boxes + self.work.statistics
@@ -174,17 +253,6 @@ class Programs:
         for c in consumers:
             warps += [list(self.consume(c))] * GROUP_WARPS
         return warps
-
-    def _copied(self, gate: Gate, before: int, first: int, rows: int, boxes: int) -> list[Signal | None]:
-        """Of a copying warp: it waits for the empty slot, announces the boxes and issues them. Data that one
-        of several readers has read is in the L2 cache for the others."""
-        readers = 1 if gate[0].startswith("rows") else self.work.parts
-        size = max(0, min(rows, self.problem.tokens - first)) * self.problem.width * 2 * sides(self.problem)
-        box = Signal(gate, size / boxes * self.a_byte_from_l2, size / boxes * self.a_byte / readers)
-        return [self._emptied(gate[0], before), None, *[box] * boxes]
-
-    def _emptied(self, name: str, before: int) -> Signal | None:
-        return Signal((f"{name} read", before)) if before >= 0 else None
 
     def copy_tiles(self) -> Iterator[Trace]:
         work, (start, item_start, copy) = self.work, self.parts.tile_copy
@@ -249,7 +317,7 @@ def read(name: str, tile: int, last: bool) -> Signal | None:
     return Signal((f"{name} read", tile)) if last else None
 
 
-class Forward(Programs):
+class Forward(Ring):
     streams = "keys", "values"
 
     def row_block(self, tiles: range, rows: Signal, rows_read: Signal, last: bool) -> Iterator[Trace]:
@@ -265,7 +333,7 @@ class Forward(Programs):
         yield parts.about(parts.row_block_end, "wa", [full("values", end), read("values", end, last)])
 
 
-class Backward(Programs):
+class Backward(Ring):
     streams = ("tiles",)
 
     def row_block(self, tiles: range, rows: Signal, rows_read: Signal, last: bool) -> Iterator[Trace]:
@@ -277,18 +345,122 @@ class Backward(Programs):
         yield parts.about(parts.row_block_end, "a", [read("tiles", end, last)])
 
 
+class BackwardHeads(Programs):
+    """Queries and keys of a whole head stay in shared memory, for row blocks of queries, then of keys."""
+
+    streams = "keys", "queries"
+
+    def __init__(self, parts: HeadParts, work: Work, problem: Problem, rates: Rates, share: float):
+        super().__init__(work, problem, rates, share)
+        self.parts = parts
+
+    def arrivals(self) -> dict[str, int]:
+        arrivals: dict[str, int] = {}
+        for name in self.streams:
+            arrivals |= {name: sides(self.problem), f"{name} read": self.work.consumers * GROUP_WARPS}
+        for j in range(self.work.tiles):
+            blocks = sum(j in self.tiles_of(r) for r in range(self.work.row_blocks))
+            arrivals[f"stored {j}"] = blocks * GROUP_WARPS
+        return arrivals
+
+    def warps(self) -> list[list[Trace]]:
+        warps = [list(self.copy_heads())]
+        for c in range(self.work.consumers):
+            warps += [list(self.consume(c))] * GROUP_WARPS
+        return warps
+
+    def tiles_of(self, row_block: int) -> range:
+        """The tiles that a row block's rows belong to."""
+        first = row_block * ROWS // self.work.columns
+        return range(first, min(((row_block + 1) * ROWS - 1) // self.work.columns + 1, self.work.tiles))
+
+    def copy_heads(self) -> Iterator[Trace]:
+        (start, item_start, copy), boxes, work = self.parts.copy, sides(self.problem), self.work
+        # Keys replace the queries of two heads before, queries the keys of the head before.
+        replaced = {"keys": ("queries", 2), "queries": ("keys", 1)}
+        yield start
+        for item in range(ITEMS):
+            yield item_start
+            for name, (old, heads) in replaced.items():
+                for j in range(work.tiles):
+                    signals = self._copied(
+                        (name, item * work.tiles + j),
+                        (item - heads) * work.tiles + j,
+                        j * work.columns,
+                        work.columns,
+                        boxes,
+                        old,
+                    )
+                    yield self.parts.about(copy, "wa" + "b" * boxes, signals)
+
+    def consume(self, c: int) -> Iterator[Trace]:
+        parts = self.parts
+        # The item, whether the pass is that over keys, the row block, whether it is the pass's last.
+        blocks = [
+            (item, by_keys, r, r == share[-1])
+            for item in range(ITEMS)
+            for by_keys in (False, True)
+            for share in [self.work.shares(by_keys)[c]]
+            for r in share
+        ]
+        yield parts.about(parts.start, "www", self.begin(*blocks[0][:3]))
+        before = None
+        for block, following in zip(blocks, [*blocks[1:], blocks[-1]], strict=True):
+            if before != block[:2]:
+                yield parts.between if block[1] else parts.item
+                before = block[:2]
+            yield from self.row_block(*block, self.begin(*following[:3]))
+
+    def begin(self, item: int, by_keys: bool, r: int) -> list[Signal | None]:
+        """Waits for a row block and its first tile."""
+        own, other = self.streams if by_keys else self.streams[::-1]
+        first, tiles = min(r * ROWS, self.work.tiles * self.work.columns - ROWS), item * self.work.tiles
+        ends = first // self.work.columns, (first + ROWS - 1) // self.work.columns
+        return [*(full(own, tiles + end) for end in ends), full(other, tiles)]
+
+    def row_block(
+        self, item: int, by_keys: bool, r: int, last: bool, following: list[Signal | None]
+    ) -> Iterator[Trace]:
+        """`last`: whether it is the consumer's last one of this pass; `following`: waits for the next one."""
+        mine, about, tiles = self.parts.passes[by_keys], self.parts.about, self.work.tiles
+        stream, released, begin = "queries" if by_keys else "keys", last and by_keys, item * tiles
+        stored: list[Signal | None] = [Signal((f"stored {j}", item)) for j in range(tiles)]
+        signals: list[Signal | None]
+        yield about(mine.begin, "w" * by_keys, stored[:by_keys])
+        for j in range(1, tiles):
+            signals = [full(stream, begin + j)]
+            if by_keys:
+                signals += [stored[j], read(stream, begin + j - 1, released)]
+            yield about(mine.last_tile if j == tiles - 1 else mine.tile, "wwa" if by_keys else "w", signals)
+        signals = []
+        for j in range(tiles):
+            end = (j + 1) * self.work.columns
+            if by_keys:  # rows before those of the next row block are free
+                before, after = (r * ROWS if r > 1 else 0), (r + 2) * ROWS
+                signals.append(read("keys", begin + j, before < end and (last or end <= after)))
+            else:
+                signals.append(stored[j] if j in self.tiles_of(r) else None)
+        # Arrivals for tiles that a slot has room for, but a head does not need.
+        signals += [None] * (signalling(mine.end).index("w") - tiles) + following
+        if by_keys:
+            signals.append(read(stream, begin + tiles - 1, released))
+        yield about(mine.end, "a" * signalling(mine.end).index("w") + "www" + "a" * by_keys, signals)
+
+
 def predict(kernel: Kernel, launch: Launch, problem: Problem, rates: Rates) -> float:
     """Seconds of one launch: those of the block with the most items."""
     processors = int(rates["processors"])
     work = Work.of(launch, problem, processors)
     rounds, rest = divmod(problem.heads * work.parts, processors)
-    parts = Parts(kernel, launch.kernel, work, problem)
+    parts: Any
+    kind: Any = BackwardHeads if "heads" in launch.kernel else Backward if problem.backward else Forward
+    parts = (HeadParts if kind is BackwardHeads else RingParts)(kernel, launch.kernel, work, problem)
     # The fraction of the stored rows that exist.
     stored = problem.tokens / (work.row_blocks * ROWS)
 
     def times(blocks: int) -> tuple[float, float]:
         """Cycles to the end of the simulated items, and per item, if so many blocks share the memory rate."""
-        programs = (Backward if problem.backward else Forward)(parts, work, problem, rates, 1 / blocks)
+        programs = kind(parts, work, problem, rates, 1 / blocks)
         memory = rates["memory_bytes"] / blocks / rates["clock_hz"]
         ahead = rates["ahead_bytes"] / memory
         released = f"{programs.streams[-1]} read"

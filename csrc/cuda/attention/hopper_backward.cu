@@ -1,8 +1,8 @@
-// Host side of the Hopper attention backward: chooses the kernels and makes the two launches.
+// Host side of the Hopper attention backward: chooses the kernels and makes the launch, or both.
 // Compiled only for sm_90a.
 #include "cuda/attention/hopper_backward.h"
 
-#include "cuda/attention/hopper_backward.cuh"
+#include "cuda/attention/hopper_backward_heads.cuh"
 #include "cuda/attention/hopper_launch.cuh"
 
 namespace pmf::cuda {
@@ -44,6 +44,46 @@ const HopperBackwardKernel* kernels_of(const AttentionBackwardParams& p) {
   return p.dtype == DType::f16 ? kernels_of<__half>(p.shape.width) : nullptr;
 }
 
+// Whole heads in shared memory: self-attention of width 64, with enough heads for all blocks.
+template <typename T>
+using HeadSizes = HopperHeadSizes<T, 64, 96, 3>;
+
+template <class C>
+bool backward_of_heads(const AttentionBackwardParams& params, void* stream, const char*& problem) {
+  const AttentionShape& s = params.shape;
+  // Each consumer needs row blocks of its own.
+  const bool fits = s.width == C::kWidth && s.queries == s.keys &&
+                    s.queries > kRowBlock * (C::kConsumers - 1) && s.queries <= C::kMostRows;
+  if (!fits || s.batch * s.heads < 2 * int64_t{std::max(1, device_processors())} ||
+      !hopper_runs(C::kSharedBytes, s)) {
+    return false;
+  }
+  HopperBackwardHeads p;
+  const ConstView4* const queries[] = {&params.query, &params.grad};
+  const ConstView4* const keys[] = {&params.key, &params.value};
+  for (int side = 0; side < kBackwardSides; ++side) {
+    for (const bool by_keys : {false, true}) {
+      if (!encode_maps(by_keys ? &p.keys[side] : &p.queries[side],
+                       by_keys ? *keys[side] : *queries[side], s.batch, s.heads, s.keys, s.width,
+                       C::kColumns)) {
+        return false;
+      }
+    }
+  }
+  p.grad_query = params.grad_query, p.grad_key = params.grad_key, p.grad_value = params.grad_value;
+  p.lse = static_cast<const float*>(params.lse);
+  p.grad_lse = static_cast<const float*>(params.grad_lse);
+  p.heads = int(s.heads), p.rows = int(s.keys);
+  p.tiles = (p.rows - 1) / C::kColumns + 1, p.row_blocks = (p.rows - 1) / kRowBlock + 1;
+  p.items = int(s.batch * s.heads);
+  p.by_heads = Divisor(uint32_t(s.heads));
+  p.scale = float(params.scale);
+  p.factor = float(params.scale * kLog2e);
+  problem = launch_items(hopper_backward_heads_kernel<C>, p, C::kColumns, C::kConsumers,
+                         C::kSharedBytes, stream);
+  return true;
+}
+
 }  // namespace
 
 bool hopper_backward(const AttentionBackwardParams& params, void* stream, const char*& problem) {
@@ -52,6 +92,11 @@ bool hopper_backward(const AttentionBackwardParams& params, void* stream, const 
   if (kernel == nullptr || s.width != s.value_width || params.grad_t.data != nullptr ||
       params.scale <= 0 || !hopper_runs(kernel->shared_bytes, s)) {
     return false;
+  }
+  if (params.dtype == DType::bf16
+          ? backward_of_heads<HeadSizes<__nv_bfloat16>>(params, stream, problem)
+          : backward_of_heads<HeadSizes<__half>>(params, stream, problem)) {
+    return true;
   }
   HopperBackward launches[2];
   const int consumers = kernel->consumers;

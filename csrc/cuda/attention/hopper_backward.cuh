@@ -1,6 +1,6 @@
 // Attention backward without tangents, with Hopper instructions (hopper.cuh): the mathematics of
 // attention_backward_queries.cuh, which writes the row statistics, then that of
-// attention_backward_keys.cuh.
+// attention_backward_keys.cuh. hopper_backward_heads.cuh has both passes in one launch.
 //
 // Both are instances of one kernel: tiles of kColumns keys and values (or queries and gradients of
 // out) stream past a row block of 64 queries and gradients of out (or keys and values). One warp
@@ -29,9 +29,9 @@
 namespace pmf::cuda {
 
 constexpr int kBackwardSides = 2;
-// Of |lse| in base 2. The queries' launch does not round scores times the factor, the keys' launch
-// does: up to here, weights differ by at most 2e-4.
-constexpr float kLargestKnown = 4096.0f;
+// Of |lse| in base 2: up to here, rounding moves it by at most 1/16, and no exponential is large.
+constexpr float kLargestKnown = 1048576.0f;
+constexpr float kLeastMass = 1e-37f;  // in place of zero, as a divisor
 
 // The parameters of either launch.
 struct HopperBackward {
@@ -121,7 +121,8 @@ __device__ inline float* statistics_of(const HopperBackward& p, const HopperItem
   return p.statistics + (head * kStatistics<false> + which) * p.padded_queries;
 }
 
-// Called by a whole warp. Entries past the last query are zero, so their weight is zero.
+// Called by a whole warp. Entries past the last query are zero; any finite number would do, as
+// their rows of Q and G are zero.
 template <class C>
 __device__ inline void copy_statistics(const HopperBackward& p, const HopperBackwardPlaces<C>& at) {
   constexpr int kFloats = kChunkBytes / 4, kCopies = C::kColumns / kFloats;  // of one statistic
@@ -156,7 +157,18 @@ __device__ inline void store_gradient(const float (&sums)[kOutTiles][4], const V
   store_rows<true>(sums, start, view.stride[2], 1, row, rows, 8 * kOutTiles, lane);
 }
 
-// The registers of a warp: 16 rows of the row block.
+// What is known of a warp's queries beforehand, a number per lane: lanes 4 g and 4 g + 1 have lse
+// of rows g and g + 8, the next two its gradient (zero if there is none). `row`: row g of the lane.
+template <class Launch>
+__device__ inline float known(const Launch& p, const HopperItem& here, int row, int rows,
+                              int lane) {
+  const float* const from = (lane & 2) == 0 ? p.lse : p.grad_lse;
+  const int own = row + 8 * (lane & 1);
+  const int64_t first = (int64_t(here.batch) * p.heads + here.head) * rows;
+  return from != nullptr && own < rows ? from[first + own] : 0.0f;
+}
+
+// The registers of a warp: 16 rows of the row block. kByKeys: whether they are keys.
 template <class C>
 struct HopperBackwardUnit {
   using E = typename C::E;
@@ -167,56 +179,56 @@ struct HopperBackwardUnit {
 
   // For queries only, as in attention_backward_queries.
   MovingMean state;
-  float sums[4];   // of the rounded rows of e and H: l and r of row g, then of row g + 8
-  float known[2];  // lse
-  float moved[2];  // c times the gradient of lse
-  bool searches;   // for the maximum; otherwise lse replaces it
+  float mass[2], moment[2];  // of the tile, this lane's sums of e and H, unrounded
+  float l[4], r[4];          // sums of the rounded rows of e and H: [0] of row g, [2] of row g + 8
+  float given;               // known()
+  bool searches;  // for the maximum, so that state.top is one of S; otherwise lse replaces it
 
-  __device__ void reset() {
-    clear(x);
-    clear(y);
-    for (float& each : sums) each = 0.0f;
-  }
-  // `row`: row g of the lane.
-  __device__ void look_up(const HopperBackward& p, const HopperItem& here, int row) {
-    if constexpr (C::kByKeys) return;
-    const float* const lse = p.lse + (int64_t(here.batch) * p.heads + here.head) * p.rows;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) known[h] = row + 8 * h < p.rows ? lse[row + 8 * h] : 0.0f;
-  }
   // lse, which exceeds the maximum by at most log(Nk), takes its place, so no tile requires
   // rescaling. If lse is large or not finite, the maximum is found tile by tile, as in the other
   // kernels.
-  __device__ void expect() {
-    if constexpr (C::kByKeys) return;
+  __device__ void expect(float known, int lane) {
+    given = known;
     state = MovingMean();
     searches = false;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      state.top[h] = kLog2eFloat * known[h];
+      state.top[h] = kLog2eFloat * shuffle_idx(given, (lane & ~3) + h);
       searches = searches || !(fabsf(state.top[h]) <= kLargestKnown);
     }
     searches = any_lane(searches);
     if (searches) state.top[0] = state.top[1] = -INFINITY;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) l[e] = r[e] = 0.0f;
+  }
+  // Adds up the rows of the packed tile.
+  __device__ void add_up() {
+    const FragmentB ones = E::ones(true);
+#pragma unroll
+    for (int i = 0; i < C::kDepths; ++i) {
+      E::multiply(l, weights[i], ones);
+      E::multiply(r, derivatives[i], ones);
+    }
   }
 
-  // After the last tile, as in attention_backward_queries. `row`: row g of the lane.
-  __device__ void store_statistics(const HopperBackward& p, const HopperItem& here, int row,
-                                   int lane) {
-    if constexpr (C::kByKeys) return;
+  // After the last tile, the statistics of the lane's rows, `stride` apart. Here, kWeight is the
+  // logarithm of the weight: P = 2^((S factor - top) + weight), of which the first difference loses
+  // nothing where P matters, however large the scores are. `row`: row g of the lane, of `rows`.
+  template <class Launch>
+  __device__ void store_statistics(const Launch& p, float* statistics, int stride, int row,
+                                   int rows, int lane) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int query = row + 8 * h;
-      const bool exists = query < p.rows, nothing = state.mass[h] == 0.0f || !exists;
-      moved[h] = 0.0f;
-      if (p.grad_lse != nullptr && exists) {
-        const int64_t head = int64_t(here.batch) * p.heads + here.head;
-        moved[h] = p.scale * p.grad_lse[head * p.rows + query];
-      }
+      const float moved = p.scale * shuffle_idx(given, (lane & ~3) + 2 + h);
       if ((lane & 3) != 0) continue;
-      statistics_of(p, here, kTop)[query] = nothing ? INFINITY : state.top[h];
-      statistics_of(p, here, kWeight)[query] = nothing ? 0.0f : rcp_approx(state.mass[h]);
-      statistics_of(p, here, kD)[query] = nothing ? 0.0f : state.mean[h] - moved[h];
+      const int query = row + 8 * h;
+      const bool nothing = state.mass[h] == 0.0f || query >= rows;
+      const float top = searches ? p.factor * state.top[h] : state.top[h];
+      const float rounded_off = searches ? fmaf(p.factor, state.top[h], -top) : 0.0f;
+      float* const to = statistics + query;
+      to[kTop * stride] = nothing ? INFINITY : top;
+      to[kWeight * stride] = nothing ? 0.0f : -rounded_off - log2_approx(state.mass[h]);
+      to[kD * stride] = nothing ? 0.0f : state.mean[h] - moved;
     }
   }
 
@@ -239,42 +251,35 @@ struct HopperBackwardUnit {
     wgmma_across<C, 0, 0>(s, rows, tile, false);
     wgmma_across<C, 1, 1>(b, rows, tile, false);
   }
-  __device__ void multiply_results(uint32_t tile) {
+  // The first tile's results overwrite those of the row block before.
+  template <bool kByKeys>
+  __device__ void multiply_results(uint32_t tile, bool is_first) {
 #pragma unroll
     for (int i = 0; i < C::kDepths; ++i) {
-      wgmma_down<C, C::kByKeys ? 1 : 0>(x, weights[i], tile, i);
-      wgmma_down<C, 0>(y, derivatives[i], tile, i);
+      wgmma_down<C, kByKeys ? 1 : 0>(x, weights[i], tile, i, !is_first || i > 0);
+      wgmma_down<C, 0>(y, derivatives[i], tile, i, !is_first || i > 0);
     }
-  }
-  // Sums the tile's rows by products with ones: two chains, as each product waits for its
-  // predecessor.
-  __device__ void add_up(int lane) {
-    if constexpr (C::kByKeys) return;
-    float others[4] = {};
-#pragma unroll
-    for (int i = 0; i < C::kDepths; ++i) {
-      add_row_sums<E>(i % 2 == 0 ? sums : others, weights[i], derivatives[i], lane);
-    }
-#pragma unroll
-    for (int e = 0; e < 4; ++e) sums[e] += others[e];
   }
 
-  // Turns S and B of tile j into e and H, or into P^T and dS^T.
-  __device__ void differentiate(const HopperBackward& p, int j, const float* statistics, int lane) {
+  // Turns S and B of a tile into e and H, or into P^T and dS^T. kFirst: whether it is the row
+  // block's first tile; `left`: the columns from this tile on; `statistics`: of the tile's queries,
+  // `stride` apart.
+  template <bool kByKeys, bool kFirst, class Launch>
+  __device__ void differentiate(const Launch& p, int left, const float* statistics, int stride,
+                                int lane) {
     const int column = 2 * (lane & 3);
-    if constexpr (!C::kByKeys) {
-      if (j + 1 == p.tiles) hide_past<true>(s, b, column, p.columns - j * C::kColumns);
+    if constexpr (!kByKeys) {
+      if (left < C::kColumns) hide_past<true>(s, b, column, left);
       // Two calls of weigh(), so that the common path can finish before the caller's next wait.
       if (searches) {
-        search(p);
+        search<kFirst>(p);
       } else {
         weigh(p, [&](float x, int h) { return fmaf(x, p.factor, -state.top[h]); });
       }
       return;
     }
-    multiply_by_factor(p);
     const auto pair = [&](int which, int n) {
-      return *reinterpret_cast<const float2*>(statistics + which * C::kColumns + 8 * n + column);
+      return *reinterpret_cast<const float2*>(statistics + which * stride + 8 * n + column);
     };
 #pragma unroll
     for (int n = 0; n < C::kTiles; ++n) {
@@ -282,25 +287,37 @@ struct HopperBackwardUnit {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const bool odd = e % 2 == 1;
-        s[n][e] = exp2_approx(s[n][e] - (odd ? top.y : top.x)) * (odd ? weight.y : weight.x);
+        const float exponent = fmaf(s[n][e], p.factor, -(odd ? top.y : top.x));
+        s[n][e] = exp2_approx(exponent + (odd ? weight.y : weight.x));
         b[n][e] = s[n][e] * fmaf(p.scale, b[n][e], -(odd ? mean.y : mean.x));
       }
     }
   }
 
-  // Adapts the sums to the next tile; pack() then converts its factors.
-  __device__ void follow_mean() {
-    if constexpr (!C::kByKeys) {
+  // Moves the mean to that of all tiles so far, and H with it.
+  __device__ void move_mean() {
 #pragma unroll
-      for (int n = 0; n < C::kOutTiles; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) y[n][e] = fmaf(-state.delta[e / 2], x[n][e], y[n][e]);
-      }
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        sums[2 * h + 1] = fmaf(-state.delta[h], sums[2 * h], sums[2 * h + 1]);
-      }
+    for (int h = 0; h < 2; ++h) {
+      state.mass[h] += quad_sum(mass[h]);
+      state.delta[h] = quad_sum(moment[h]) * rcp_approx(fmaxf(state.mass[h], kLeastMass));
+      state.mean[h] += state.delta[h];
     }
+#pragma unroll
+    for (int n = 0; n < C::kTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) b[n][e] = fmaf(-state.delta[e / 2], s[n][e], b[n][e]);
+    }
+  }
+  // Moves the sums over the tiles before. If there are none, x and y are without meaning, and the
+  // first tile's results will overwrite them.
+  __device__ void move_sums() {
+#pragma unroll
+    for (int n = 0; n < C::kOutTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) y[n][e] = fmaf(-state.delta[e / 2], x[n][e], y[n][e]);
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) r[e] = fmaf(-state.delta[e / 2], l[e], r[e]);
   }
   __device__ void pack() {
 #pragma unroll
@@ -310,94 +327,65 @@ struct HopperBackwardUnit {
     }
   }
 
-  // `row`: row g of the lane.
-  __device__ void finish(const HopperBackward& p, const HopperItem& here, int row, int lane) {
-    using T = typename C::T;
-    if constexpr (C::kByKeys) {
-      store_gradient<T>(x, p.gradient[0], here, row, p.rows, lane);
-      store_gradient<T>(y, p.gradient[1], here, row, p.rows, lane);
-    } else {
-      finish_queries();
-      store_gradient<T>(y, p.gradient[0], here, row, p.rows, lane);
+  // As in attention_backward_queries: turns Z into the gradient.
+  template <class Launch>
+  __device__ void finish_queries(const Launch& p, int lane) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float moved = p.scale * shuffle_idx(given, (lane & ~3) + 2 + h);
+      const float share = rcp_approx(l[2 * h]), back = fmaf(-r[2 * h], share, moved);
+#pragma unroll
+      for (int n = 0; n < C::kOutTiles; ++n) {
+#pragma unroll
+        for (int e = 2 * h; e < 2 * h + 2; ++e) {
+          y[n][e] = l[2 * h] == 0.0f ? 0.0f : share * fmaf(back, x[n][e], y[n][e]);
+        }
+      }
     }
   }
 
  private:
-  __device__ void multiply_by_factor(const HopperBackward& p) {
-#pragma unroll
-    for (int n = 0; n < C::kTiles; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) s[n][e] *= p.factor;
+  // As weigh(), but raises the maximum of S first, and with it the sums so far.
+  template <bool kFirst, class Launch>
+  __device__ void search(const Launch& p) {
+    if (!kFirst) {
+      wgmma_wait<0>();
+      hold_results();
     }
-  }
-  // As weigh(), but searches for the maximum first; the sums are rescaled once they are complete.
-  __device__ void search(const HopperBackward& p) {
-    wgmma_wait<0>();
-    hold_results();
-    multiply_by_factor(p);
+    const float before[2] = {state.top[0], state.top[1]};
     raise(state, s);
     float base[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       base[h] = state.top[h] == -INFINITY ? 0.0f : state.top[h];
-      state.mass[h] *= state.shrink[h];
-      sums[2 * h] *= state.shrink[h], sums[2 * h + 1] *= state.shrink[h];
+      if constexpr (kFirst) continue;
+      const float shrink = exp2_approx(p.factor * (before[h] - base[h]));
+      state.mass[h] *= shrink;
+      l[2 * h] *= shrink, r[2 * h] *= shrink;
 #pragma unroll
       for (int n = 0; n < C::kOutTiles; ++n) {
 #pragma unroll
-        for (int e = 2 * h; e < 2 * h + 2; ++e) {
-          x[n][e] *= state.shrink[h], y[n][e] *= state.shrink[h];
-        }
+        for (int e = 2 * h; e < 2 * h + 2; ++e) x[n][e] *= shrink, y[n][e] *= shrink;
       }
     }
-    weigh(p, [&](float x, int h) { return x - base[h]; });
+    weigh(p, [&](float x, int h) { return p.factor * (x - base[h]); });
   }
-  // Turns S into e, given its exponents, and B into H. D comes from sums of e B: their rounding
-  // errors shift all of a row's H alike, and finish_queries() removes that.
-  template <class Exponent>
-  __device__ void weigh(const HopperBackward& p, Exponent exponent) {
-    float mass[4] = {}, moments[4] = {};
+  // Turns S into e, given its exponents, and B into H about the mean of the tiles before, as that
+  // of this one is known only at the end.
+  template <class Launch, class Exponent>
+  __device__ void weigh(const Launch& p, Exponent exponent) {
+    mass[0] = mass[1] = moment[0] = moment[1] = 0.0f;
 #pragma unroll
     for (int n = 0; n < C::kTiles; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         s[n][e] = exp2_approx(exponent(s[n][e], e / 2));
-        mass[e] += s[n][e];
-        moments[e] = fmaf(s[n][e], b[n][e], moments[e]);
-      }
-    }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float before = state.mass[h];
-      state.mass[h] = before + quad_sum(mass[2 * h] + mass[2 * h + 1]);
-      const float moment = p.scale * quad_sum(moments[2 * h] + moments[2 * h + 1]);
-      const float mean = state.mass[h] == 0.0f
-                             ? 0.0f
-                             : fmaf(state.mean[h], before, moment) * rcp_approx(state.mass[h]);
-      state.delta[h] = mean - state.mean[h];
-      state.mean[h] = mean;
-    }
-#pragma unroll
-    for (int n = 0; n < C::kTiles; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
         b[n][e] = s[n][e] * fmaf(p.scale, b[n][e], -state.mean[e / 2]);
       }
-    }
-  }
-
-  // As in attention_backward_queries: turns Z into the gradient.
-  __device__ void finish_queries() {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float l = sums[2 * h], r = sums[2 * h + 1], share = rcp_approx(l);
-      const float back = fmaf(-r, share, moved[h]);
-#pragma unroll
-      for (int n = 0; n < C::kOutTiles; ++n) {
-#pragma unroll
-        for (int e = 2 * h; e < 2 * h + 2; ++e) {
-          y[n][e] = l == 0.0f ? 0.0f : share * fmaf(back, x[n][e], y[n][e]);
-        }
+      for (int h = 0; h < 2; ++h) {  // in pairs, for shorter chains
+        mass[h] += s[n][2 * h] + s[n][2 * h + 1];
+        moment[h] += b[n][2 * h] + b[n][2 * h + 1];
       }
     }
   }
@@ -409,6 +397,9 @@ __device__ inline void consume(const HopperBackward& p, const HopperBackwardPlac
   const auto release = [&](uint32_t barrier) {
     if (lane == 0) mbarrier_arrive(barrier);
   };
+  using T = typename C::T;
+  constexpr bool kByKeys = C::kByKeys;
+  constexpr int kStride = C::kColumns;
   const uint32_t rows = at.rows(c);
   uint32_t rows_parity = 0;
   RingPlace<C::kSlots> place;
@@ -428,8 +419,7 @@ __device__ inline void consume(const HopperBackward& p, const HopperBackwardPlac
       if (r > 0) place = place.before(p.tiles);
       const int row = (here.first + share.turn + r * C::kConsumers) * kRowBlock +
                       thread / kWarpThreads * 16 + (lane >> 2);
-      unit.reset();
-      unit.look_up(p, here, row);
+      const float given = kByKeys ? 0.0f : known(p, here, row, p.rows, lane);
       mbarrier_wait(at.rows_full(c), rows_parity);
       mbarrier_wait(at.full(place.slot), place.parity);
       unit.hold_scores();
@@ -439,46 +429,57 @@ __device__ inline void consume(const HopperBackward& p, const HopperBackwardPlac
       wgmma_wait<0>();
       unit.hold_scores();
       if (p.tiles == 1) release(at.rows_empty(c));
-      unit.expect();
-      unit.differentiate(p, 0, at.statistics(place.slot), lane);
+      if constexpr (!kByKeys) unit.expect(given, lane);
+      unit.template differentiate<kByKeys, true>(p, p.columns, at.statistics(place.slot), kStride,
+                                                 lane);
+      if constexpr (!kByKeys) unit.move_mean();
       unit.pack();
 #pragma unroll 1
       for (int j = 1; j < p.tiles; ++j) {
         const RingPlace<C::kSlots> next = place.next();
         mbarrier_wait(at.full(next.slot), next.parity);
         unit.hold_scores();
-        unit.hold_results();
         wgmma_fence();
         unit.multiply_scores(rows, at.tile(next.slot));
         wgmma_commit();
+        unit.hold_results();
+        if constexpr (!kByKeys) unit.add_up();
         wgmma_fence();
-        unit.multiply_results(at.tile(place.slot));
+        unit.template multiply_results<kByKeys>(at.tile(place.slot), j == 1);
         wgmma_commit();
-        unit.add_up(lane);
         wgmma_wait<1>();
         unit.hold_scores();
         if (j + 1 == p.tiles) release(at.rows_empty(c));
-        unit.differentiate(p, j, at.statistics(next.slot), lane);
+        unit.template differentiate<kByKeys, false>(p, p.columns - j * C::kColumns,
+                                                    at.statistics(next.slot), kStride, lane);
         unit.hold_scores();
         wgmma_wait<0>();
         unit.hold_results();
         if (last) release(at.empty(place.slot));
-        unit.follow_mean();
+        if constexpr (!kByKeys) {
+          unit.move_mean();
+          unit.move_sums();
+        }
         unit.pack();
         place = next;
       }
       rows_parity ^= 1;
       unit.hold_results();
+      if constexpr (!kByKeys) unit.add_up();
       wgmma_fence();
-      unit.multiply_results(at.tile(place.slot));
+      unit.template multiply_results<kByKeys>(at.tile(place.slot), p.tiles == 1);
       wgmma_commit();
-      unit.add_up(lane);
       wgmma_wait<0>();
       unit.hold_results();
       if (last) release(at.empty(place.slot));
       place = place.next();
-      unit.store_statistics(p, here, row, lane);
-      unit.finish(p, here, row, lane);
+      if constexpr (kByKeys) {
+        store_gradient<T>(unit.x, p.gradient[0], here, row, p.rows, lane);
+      } else {
+        unit.store_statistics(p, statistics_of(p, here, 0), p.padded_queries, row, p.rows, lane);
+        unit.finish_queries(p, lane);
+      }
+      store_gradient<T>(unit.y, p.gradient[C::kByKeys], here, row, p.rows, lane);
     }
   }
 }

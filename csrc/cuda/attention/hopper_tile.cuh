@@ -158,22 +158,23 @@ __device__ inline void wgmma_across(float (&sums)[C::kTiles][4], uint32_t rows, 
   }
 }
 
-// Multiplies the i-th 16 columns of A with the corresponding rows of a side of the tile.
+// Multiplies the i-th 16 columns of A with the corresponding rows of a side of the tile. If not
+// `adds`, overwrites the sums.
 template <class C, int kSide>
 __device__ inline void wgmma_down(float (&sums)[C::kOutTiles][4], const FragmentA& a, uint32_t tile,
-                                  int i) {
+                                  int i, bool adds = true) {
   using Tile = typename C::Tile;
   constexpr int kWhole = C::kOutTiles - C::kTailTiles;
   const uint32_t rows = 16 * uint32_t(i);
   wgmma<typename C::T, true>(reinterpret_cast<float (&)[kWhole][4]>(sums), a.x,
                              tile_descriptor<C>(tile, C::kRowBytes, Swizzle::bytes128) +
                                  further(Tile::piece(kSide, 0) + C::kRowBytes * rows),
-                             true);
+                             adds);
   if constexpr (C::kTail > 0) {
     wgmma<typename C::T, true>(reinterpret_cast<float (&)[C::kTailTiles][4]>(sums[kWhole]), a.x,
                                tile_descriptor<C>(tile, C::kTailRowBytes, C::kTailSwizzle) +
                                    further(Tile::tail(kSide) + C::kTailRowBytes * rows),
-                               true);
+                               adds);
   }
 }
 
