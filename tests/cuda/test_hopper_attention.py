@@ -50,6 +50,7 @@ SHAPES = (
     Shape(1, 1, 1, 130, 1000, 64, 64),
     Shape(1, 2, 2, 276, 276, 80, 80),
     Shape(1, 2, 1, 100, 289, 80, 80),
+    Shape(1, 5, 5, 40, 276, 80, 80),  # one row block: every second head, a consumer has none
     Shape(1, 3, 3, 70, 191, 96, 96),
     Shape(1, 1, 1, 64, 193, 96, 96),
     Shape(1, 3, 3, 66, 144, 128, 128),

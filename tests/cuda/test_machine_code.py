@@ -32,7 +32,7 @@ MEANT = {
     r"places_kernel<Forward<__nv_bfloat16, __nv_bfloat16, 8, 3>": WIDE,
     # Products of a warpgroup, copies by tensor map, barriers that count bytes.
     r"hopper_forward_kernel<HopperSizes<__nv_bfloat16, ": (
-        r"HGMMA\.64x\d+x16\.F32\.BF16", r"UTMALDG\.4D", r"SYNCS\.PHASECHK", r"STG\.E.*\.128"
+        r"HGMMA\.64x\d+x16\.F32\.BF16", r"UTMALDG\.4D", r"SYNCS\.PHASECHK", r"STG\.E\.64"
     ),
     r"hopper_backward_(kernel<HopperBackwardSizes|heads_kernel<HopperHeadSizes)<__nv_bfloat16, ": (
         r"HGMMA\.64x\d+x16\.F32\.BF16", r"UTMALDG\.4D", r"SYNCS\.PHASECHK", r"STG\.E.*\.128"

@@ -46,7 +46,7 @@ __global__ void product_probe(Factors p) {
   hold(a);
   wgmma_fence();
   if constexpr (kInRegisters) {
-    wgmma<T, true>(d, a, p.b + start, p.adds);
+    wgmma<T, kTransposed>(d, a, p.b + start, p.adds);
   } else {
     wgmma<T, kTransposed>(d, p.a + start, p.b + start, p.adds);
   }
@@ -61,16 +61,18 @@ __global__ void product_probe(Factors p) {
 }
 
 template <typename T>
-void (*product_of(int tiles, bool transposed))(Factors) {
+void (*product_of(int tiles, bool in_registers, bool transposed))(Factors) {
   switch (tiles) {
     case 2:
       return &product_probe<T, 2, true>;
     case 4:
       return &product_probe<T, 4, true>;
     case 6:
-      return &product_probe<T, 6, false>;
+      return in_registers ? &product_probe<T, 6, true, false> : &product_probe<T, 6, false>;
     case 8:
       return &product_probe<T, 8, true>;
+    case 10:
+      return &product_probe<T, 10, true>;
     case 12:
       return &product_probe<T, 12, false>;
     case 16:
@@ -349,8 +351,9 @@ TensorMap map_of(const uint16_t* data, uint64_t rows, int box_rows) {
 PMF_DOOR const char* pmf_hopper_product(bool half, int tiles, bool transposed,
                                         const uint16_t* image, int elements, uint64_t a, uint64_t b,
                                         const uint32_t* rows, float* sums, bool adds) {
-  const auto kernel =
-      half ? product_of<__half>(tiles, transposed) : product_of<__nv_bfloat16>(tiles, transposed);
+  const bool in_registers = a == 0;
+  const auto kernel = half ? product_of<__half>(tiles, in_registers, transposed)
+                           : product_of<__nv_bfloat16>(tiles, in_registers, transposed);
   return sentence(launch(kernel, 1, kGroup, 2 * int64_t{elements}, nullptr,
                          Factors{image, elements, a, b, rows, sums, adds}));
 }

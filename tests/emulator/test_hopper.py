@@ -102,7 +102,7 @@ def test_product_with_a_transposed_tile(planted: Planted, step: int, half: bool,
 
 @pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize(("columns", "width"), [(64, 128), (128, 128), (32, 64), (16, 32)])
+@pytest.mark.parametrize(("columns", "width"), [(64, 128), (128, 128), (32, 64), (16, 32), (80, 32)])
 def test_product_of_registers(planted: Planted, columns: int, width: int, half: bool, adds: bool) -> None:
     """B[k][n] in pieces of 64, 32 or 16 columns, 48 rows each: K runs across rows."""
     generator = np.random.default_rng(columns)
@@ -111,6 +111,18 @@ def test_product_of_registers(planted: Planted, columns: int, width: int, half: 
     image = np.concatenate([tile(bits(piece, half), width) for piece in pieces])
     start, leading, stride = 32 * width, 48 * width, 8 * width  # rows 32 to 47
     check(planted, half, adds, image, a @ b[32:], a, True, 0, descriptor(start, leading, stride, width))
+
+
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("step", range(4))
+def test_product_of_registers_and_a_tile(planted: Planted, step: int, half: bool, adds: bool) -> None:
+    """B[n][k] of 48 rows, as in test_product_of_two_tiles()."""
+    generator = np.random.default_rng(step)
+    a, b = generator.integers(-8, 9, (64, 16)), generator.integers(-8, 9, (48, 64))
+    image = tile(bits(b, half), 128)
+    product = a @ b[:, 16 * step : 16 * step + 16].T
+    check(planted, half, adds, image, product, a, False, 0, descriptor(32 * step, 16, 1024, 128))
 
 
 def check(

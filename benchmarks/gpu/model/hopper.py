@@ -45,14 +45,14 @@ class Work:
 
     @classmethod
     def of(cls, launch: Launch, problem: Problem, processors: int) -> Work:
-        sizes = re.search(r"Sizes<\w+, (\d+), (\d+), (\d+)(, true|, false|)>", launch.kernel)
+        sizes = re.search(r"Sizes<\w+, (\d+), (\d+), (\d+)(?:, (true|false))?\b", launch.kernel)
         if sizes is None:
             raise UnexpectedCodeError(f"{launch.kernel}: no sizes of tiles in its name")
         columns, slots, consumers = int(sizes[2]), int(sizes[3]), launch.warps // GROUP_WARPS - 1
         tiles, row_blocks = ceil(problem.tokens / columns), ceil(problem.tokens / ROWS)
         stays = tiles <= slots and problem.heads >= 2 * processors
         parts = 1 if stays else ceil(row_blocks / consumers)
-        by_keys = problem.backward and sizes[4] == ", true"
+        by_keys = problem.backward and sizes[4] == "true"
         return cls(consumers, columns, slots, by_keys, tiles, row_blocks, parts)
 
     def hidden(self, problem: Problem) -> int:
@@ -232,13 +232,14 @@ class Ring(Programs):
     def __init__(self, parts: RingParts, work: Work, problem: Problem, rates: Rates, share: float):
         super().__init__(work, problem, rates, share)
         self.parts = parts
-        self.tile_boxes = signalling(parts.tile_copy[-1]).count("b") // len(self.streams)
+        each = signalling(parts.tile_copy[-1]).split("wa")[1:]
+        self.tile_boxes = dict(zip(self.streams, map(len, each), strict=True))
         self.row_boxes = signalling(parts.rows_copy[-1]).count("b")
 
     def arrivals(self) -> dict[str, int]:
         arrivals = {}
         for name in self.streams:
-            arrivals[name] = self.tile_boxes + self.work.statistics
+            arrivals[name] = self.tile_boxes[name] + self.work.statistics
             arrivals[f"{name} read"] = self.work.consumers * GROUP_WARPS
         for c in range(self.work.consumers):
             arrivals |= {f"rows {c}": self.row_boxes, f"rows {c} read": GROUP_WARPS}
@@ -264,9 +265,14 @@ class Ring(Programs):
                 signals: list[Signal | None] = []
                 for name in self.streams:
                     signals += self._copied(
-                        (name, number), number - work.slots, j * work.columns, work.columns, self.tile_boxes
+                        (name, number),
+                        number - work.slots,
+                        j * work.columns,
+                        work.columns,
+                        self.tile_boxes[name],
                     )
-                yield self.parts.about(copy, ("wa" + "b" * self.tile_boxes) * len(self.streams), signals)
+                expected = "".join("wa" + "b" * boxes for boxes in self.tile_boxes.values())
+                yield self.parts.about(copy, expected, signals)
 
     def copy_statistics(self) -> Iterator[Trace]:
         work, (start, item_start, copy) = self.work, self.parts.statistics_copy
@@ -320,17 +326,39 @@ def read(name: str, tile: int, last: bool) -> Signal | None:
 class Forward(Ring):
     streams = "keys", "values"
 
+    def consume(self, c: int) -> Iterator[Trace]:
+        """Results are stored after the next row block's first products have been queued; after the last row
+        block, products that nobody reads. The softmax that follows them here is not there."""
+        self.values_read: Signal | None = None
+        yield from super().consume(c)
+        yield from self.first(None, None, None, None)
+
+    def first(
+        self, rows: Signal | None, rows_read: Signal | None, keys: Signal | None, keys_read: Signal | None
+    ) -> Iterator[Trace]:
+        if self.loads_rows:
+            signals = [rows, rows_read, keys, self.values_read, keys_read]
+            yield self.parts.about(self.parts.first, "wawaa", signals)
+        else:
+            yield self.parts.about(self.parts.first, "wwaa", [rows, keys, self.values_read, keys_read])
+
+    @property
+    def loads_rows(self) -> bool:
+        """Whether queries are loaded into registers, which releases them at once."""
+        return signalling(self.parts.first).startswith("wa")
+
     def row_block(self, tiles: range, rows: Signal, rows_read: Signal, last: bool) -> Iterator[Trace]:
         parts, first, end = self.parts, tiles[0], tiles[-1]
-        yield parts.about(parts.first, "wwa", [rows, full("keys", first), read("keys", first, last)])
+        yield from self.first(rows, rows_read, full("keys", first), read("keys", first, last))
         for j in tiles[1:]:
-            before = [full("keys", j), full("values", j - 1), read("keys", j, last)]
-            if j < end:
-                yield parts.about(parts.tile, "wwaa", [*before, read("values", j - 1, last)])
-            else:
-                signals = [*before, rows_read, read("values", j - 1, last)]
-                yield parts.about(parts.last_tile, "wwaaa", signals)
-        yield parts.about(parts.row_block_end, "wa", [full("values", end), read("values", end, last)])
+            signals = [full("keys", j), full("values", j - 1), read("keys", j, last)]
+            if j == end and not self.loads_rows:
+                signals.append(rows_read)
+            signals.append(read("values", j - 1, last))
+            trace = parts.tile if j < end else parts.last_tile
+            yield parts.about(trace, "ww" + "a" * (len(signals) - 2), signals)
+        yield parts.about(parts.row_block_end, "w", [full("values", end)])
+        self.values_read = read("values", end, last)
 
 
 class Backward(Ring):

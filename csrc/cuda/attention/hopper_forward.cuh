@@ -14,6 +14,9 @@
 // value products into O or tO: if accumulators overlapped without being equal, ptxas would wait for
 // every product separately.
 //
+// A row block's results are divided and stored while the tensor cores compute the next one's first
+// scores. At width 80, where tiles are small, queries are multiplied from registers.
+//
 // An item of work is a head and `rounds` row blocks per consumer. If all tiles of a head fit in the
 // ring, they stay there until its last row block is done (276 keys are three tiles); the consumers
 // that get one row block fewer rotate from item to item. Otherwise a consumer takes one row block.
@@ -65,37 +68,70 @@ __device__ inline void copy_queries(const HopperForward& p, const HopperPlaces<C
 template <class C>
 struct HopperEnd {
   const HopperForward& p;
-  int lane_;
 
-  __device__ int lane() const { return lane_; }
+  __device__ int lane() const { return int(threadIdx.x % kWarpThreads); }
   __device__ int tiles() const { return p.tiles; }
   __device__ void hide(HopperUnit<C>& unit, int j) const {
-    hide_past<C::kTangent>(unit.s, unit.ts, 2 * (lane_ & 3), p.keys - j * C::kKeys);
+    const int column = 2 * int(thread_of_group() & 3);
+    hide_past<C::kTangent>(unit.s, unit.ts, column, p.keys - j * C::kKeys);
   }
 };
 
+// After the last row block, its queries are multiplied once more, with its last tile, and nobody
+// reads the result: if these products were conditional, ptxas would wait for every one. The wait
+// for those queries is for their phase, which is over.
 template <class C>
 __device__ inline void consume(const HopperForward& p, const HopperPlaces<C>& at, int c) {
-  const int thread = int(threadIdx.x) % kGroupThreads, lane = thread % kWarpThreads;
+  const int lane = int(threadIdx.x) % kWarpThreads;
   uint32_t query_parity = 0;
   RingPlace<C::kSlots> place;
   HopperUnit<C> unit;
-  const HopperEnd<C> limits = {p, lane};
-  int i = 0;
-  for (int item = int(blockIdx.x); item < p.items; item += int(gridDim.x), ++i) {
-    const HopperItem here = hopper_item<C>(p, item);
-    const HopperShare share = hopper_share<C>(p, here, c, i);
-    if (share.count == 0) skip_tiles<C>(at, place, p.tiles, lane);
-    for (int r = 0; r < share.count; ++r) {
-      if (r > 0) place = place.before(p.tiles);
-      unit.reset();
-      mbarrier_wait(at.queries_full(c), query_parity);
-      add_tiles<C>(p, at, c, unit, limits, place, r + 1 == share.count);
-      query_parity ^= 1;
-      const int query = (here.first + share.turn + r * C::kConsumers) * kRowBlock +
-                        thread / kWarpThreads * 16 + (lane >> 2);
-      unit.finish(p, here.batch, here.head, 0, query, p.queries, lane);
+  const HopperEnd<C> limits = {p};
+  HopperItem done;    // of the row block before
+  int row = -1;       // its number
+  bool last = false;  // whether the values of its last tile, before `place`, are to be released
+  for (int item = int(blockIdx.x), turn = c;; item += int(gridDim.x)) {
+    const bool any = item < p.items;
+    const HopperItem here = hopper_item<C>(p, any ? item : 0);
+    int next = here.first + turn;
+    turn = turn + 1 == C::kConsumers ? 0 : turn + 1;
+    if (any && next >= p.row_blocks) {  // it has no row block
+      end_tiles<C, 0>(at, unit, place, last, lane);
+      last = false;
+      skip_tiles<C>(at, place, p.tiles, lane);
+      continue;
     }
+    if (!any && row < 0) {  // it never had one
+      wgmma_wait<0>();
+      return;
+    }
+    do {
+      const RingPlace<C::kSlots> from = any ? place : place.before(1);
+      mbarrier_wait(at.queries_full(c), query_parity ^ uint32_t(!any));
+      if constexpr (C::kOwnQueries) {
+        unit.load_queries(swizzled_shared() + c * C::kQueryBytes, int(thread_of_group()));
+        __syncwarp();
+        if (any) release(at.queries_empty(c), lane);
+      }
+      mbarrier_wait(at.keys_full(from.slot), from.parity);
+      begin_tiles<C>(at, unit, at.queries(c), from);
+      end_tiles<C, 1>(at, unit, place, last, lane);
+      if (row >= 0) {
+        const uint32_t thread = thread_of_group();
+        const int query = row * kRowBlock + int(thread / kWarpThreads * 16 + thread % 32 / 4);
+        unit.finish(p, done.batch, done.head, 0, query, p.queries, int(thread % kWarpThreads));
+      }
+      if (!any) {
+        wgmma_wait<0>();
+        return;
+      }
+      unit.reset();
+      last = p.rounds == 1 || next + C::kConsumers >= p.row_blocks;
+      add_tiles<C>(p, at, c, unit, limits, place, last);
+      query_parity ^= 1;
+      if (!last) place = place.before(p.tiles);
+      done = here, row = next, next += C::kConsumers;
+    } while (!last);
   }
 }
 

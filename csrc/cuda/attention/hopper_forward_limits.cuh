@@ -279,7 +279,10 @@ __device__ inline void consume_noted(const HopperForward& p, const HopperPlaces<
     unit.reset();
     if (note.tiles > 0) {
       const HopperLimits<C> limits = {p, at, note, c};
+      mbarrier_wait(at.keys_full(place.slot), place.parity);
+      begin_tiles<C>(at, unit, at.queries(c), place);
       add_tiles<C>(p, at, c, unit, limits, place, true);
+      end_tiles<C, 0>(at, unit, place, true, limits.lane());
     } else {
       __syncwarp();  // all lanes have read the note
       release(at.queries_empty(c), int(threadIdx.x % kWarpThreads));

@@ -42,6 +42,9 @@ struct HopperSizes : HopperShape<T, kWidth, kKeys_, kTangent_ ? 2 : 1> {
   // Warpgroups that compute, and registers per thread of theirs.
   static constexpr int kConsumers = kTangent ? 2 : 3, kRegisters = kTangent ? 240 : 160;
   static constexpr int kThreads = (1 + kConsumers) * kGroupThreads;
+  // Whether queries are multiplied from registers. From shared memory, a product with 48 keys waits
+  // for it; only here are there registers to spare.
+  static constexpr bool kOwnQueries = kTangent && !kLimited && kWidth == 80;
   // Keys or values of a slot, and queries of a consumer, each with their tangents.
   static constexpr uint32_t kSideBytes = Base::Tile::kBytes, kSlotBytes = 2 * kSideBytes;
   static constexpr uint32_t kQueryBytes = Base::Rows::kBytes;
@@ -102,8 +105,8 @@ __device__ inline void copy_tile(const HopperForward& p, const HopperPlaces<C>& 
   copy_rows<C, typename C::Tile>(at.keys(place.slot), p.key, p.key_t, at.keys_full(place.slot), row,
                                  head, batch);
   mbarrier_wait(at.values_empty(place.slot), place.parity ^ 1);
-  copy_rows<C, typename C::Tile>(at.values(place.slot), p.value, p.value_t,
-                                 at.values_full(place.slot), row, head, batch);
+  copy_values<C>(at.values(place.slot), p.value, p.value_t, at.values_full(place.slot), row, head,
+                 batch);
 }
 
 // ---- registers ----------------------------------------------------------------------------------
@@ -117,6 +120,9 @@ struct HopperUnit {
   float s[C::kTiles][4], ts[C::kTiles][4];
   float o[C::kOutTiles][4], ot[C::kTangent ? C::kOutTiles : 1][4];
   FragmentA probability[C::kDepths], h[C::kTangent ? C::kDepths : 1];
+  // If C::kOwnQueries: the queries and their tangents.
+  static constexpr int kSteps = C::kOwnQueries ? C::kWidth / 16 : 1;
+  FragmentA query[kSteps], query_t[kSteps];
 
   __device__ void reset() {
     rows = RowState();
@@ -129,6 +135,12 @@ struct HopperUnit {
     hold(s);
     if constexpr (C::kTangent) hold(ts);
   }
+  __device__ void hold_queries() {
+    if constexpr (C::kOwnQueries) {
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) hold(query[i].x), hold(query_t[i].x);
+    }
+  }
   __device__ void hold_results() {
     hold(o);
     if constexpr (C::kTangent) hold(ot);
@@ -139,8 +151,20 @@ struct HopperUnit {
     }
   }
 
+  // `rows`: where the queries are in shared memory.
+  __device__ void load_queries(const unsigned char* rows, int thread) {
+    load_rows<C, 0>(query, rows, thread);
+    load_rows<C, 1>(query_t, rows, thread);
+  }
+
   // S = Q K^T,  tS = Q tK^T + tQ K^T.
   __device__ void multiply_scores(uint32_t queries, uint32_t keys) {
+    if constexpr (C::kOwnQueries) {
+      wgmma_across<C, 0>(s, query, keys, false);
+      wgmma_across<C, 1>(ts, query, keys, false);
+      wgmma_across<C, 0>(ts, query_t, keys, true);
+      return;
+    }
     wgmma_across<C, 0, 0>(s, queries, keys, false);
     if constexpr (C::kTangent) {
       wgmma_across<C, 0, 1>(ts, queries, keys, false);
@@ -152,10 +176,10 @@ struct HopperUnit {
   __device__ void multiply_values(uint32_t values) {
 #pragma unroll
     for (int i = 0; i < C::kDepths; ++i) {
-      wgmma_down<C, 0>(o, probability[i], values, i);
+      wgmma_values<C, 0>(o, probability[i], values, i);
       if constexpr (C::kTangent) {
-        wgmma_down<C, 1>(ot, probability[i], values, i);
-        wgmma_down<C, 0>(ot, h[i], values, i);
+        wgmma_values<C, 1>(ot, probability[i], values, i);
+        wgmma_values<C, 0>(ot, h[i], values, i);
       }
     }
   }
@@ -242,10 +266,9 @@ struct HopperUnit {
         if (C::kTangent && p.lse_t != nullptr) p.lse_t[row] = rows.pivot[r] + residual;
       }
     }
-    store_rows<true>(o, at_start(p.out), p.out.stride[2], 1, query, queries, C::kWidth, lane);
+    store_sums(o, at_start(p.out), p.out.stride[2], query, queries, lane);
     if constexpr (C::kTangent) {
-      store_rows<true>(ot, at_start(p.out_t), p.out_t.stride[2], 1, query, queries, C::kWidth,
-                       lane);
+      store_sums(ot, at_start(p.out_t), p.out_t.stride[2], query, queries, lane);
     }
   }
 };
@@ -257,8 +280,20 @@ __device__ inline void release(uint32_t barrier, int lane) {
   if (lane == 0) mbarrier_arrive(barrier);
 }
 
-// The row block whose queries consumer c has, with `unit` reset, against the tiles from `place` on;
-// moves `place` past them. `last`: releases them.
+// Queues a row block's products with its first tile, at `place`. `rows`: its queries.
+template <class C>
+__device__ inline void begin_tiles(const HopperPlaces<C>& at, HopperUnit<C>& unit, uint32_t rows,
+                                   const RingPlace<C::kSlots>& place) {
+  unit.hold_scores();
+  unit.hold_queries();
+  wgmma_fence();
+  unit.multiply_scores(rows, at.keys(place.slot));
+  wgmma_commit();
+}
+
+// The row block whose queries consumer c has, with `unit` reset and begin_tiles() done, against the
+// tiles from `place` on; moves `place` past them. The products with the last one's values are
+// queued: end_tiles() waits for them. `last`: releases the tiles.
 //
 //   limits.lane()                  the thread's lane
 //   limits.tiles()                 the number of tiles, at least one
@@ -273,16 +308,11 @@ __device__ inline void add_tiles(const HopperForward& p, const HopperPlaces<C>& 
   uint32_t queries = at.queries(c);
   const auto hide = [&](int j) {
     if (j + 1 == limits.tiles()) {
-      release(at.queries_empty(c), limits.lane());
+      if (!C::kOwnQueries) release(at.queries_empty(c), limits.lane());
       if (!C::kLimited) limits.hide(unit, j);
     }
     if (C::kLimited) limits.hide(unit, j);
   };
-  mbarrier_wait(at.keys_full(place.slot), place.parity);
-  unit.hold_scores();
-  wgmma_fence();
-  unit.multiply_scores(queries, at.keys(place.slot));
-  wgmma_commit();
   wgmma_wait<0>();
   unit.hold_scores();
   if (last) release(at.keys_empty(place.slot), limits.lane());
@@ -299,7 +329,7 @@ __device__ inline void add_tiles(const HopperForward& p, const HopperPlaces<C>& 
     const RingPlace<C::kSlots> next = place.next();
     mbarrier_wait(at.keys_full(next.slot), next.parity);
     // Registers are scarce: one for this address instead of several for what depends on it.
-    if constexpr (C::kLimited) hold(queries);
+    if constexpr (C::kLimited || C::kWidth == 128) hold(queries);
     unit.hold_scores();
     unit.hold_results();
     wgmma_fence();
@@ -327,10 +357,17 @@ __device__ inline void add_tiles(const HopperForward& p, const HopperPlaces<C>& 
   wgmma_fence();
   unit.multiply_values(C::kLimited ? values : at.values(place.slot));
   wgmma_commit();
-  wgmma_wait<0>();
-  unit.hold_results();
-  if (last) release(at.values_empty(place.slot), limits.lane());
   place = place.next();
+}
+
+// Waits for all but the kQueued newest groups of products. `last`: releases the tile before
+// `place`.
+template <class C, int kQueued>
+__device__ inline void end_tiles(const HopperPlaces<C>& at, HopperUnit<C>& unit,
+                                 const RingPlace<C::kSlots>& place, bool last, int lane) {
+  wgmma_wait<kQueued>();
+  unit.hold_results();
+  if (last) release(at.values_empty(place.before(1).slot), lane);
 }
 
 // Releases `tiles` tiles that the consumer does not need, once they have arrived.

@@ -55,20 +55,31 @@ struct HopperShape {
   using Tile = HopperTile<kColumns, kPieces, kTail, kSides>;
   using Rows = HopperTile<kRowBlock, kPieces, kTail, kSides>;
 
-  // The row of a tile that the byte at `offset` belongs to.
+  // Whether the forward's values are stored as panels of 16 columns: one product then covers all
+  // columns, but one of 16 columns alone takes as long as one of 32.
+  static constexpr bool kPanels = kTail == 16;
+  static constexpr uint32_t kPanelBytes = kColumns * kTailRowBytes;
+  __device__ static constexpr uint32_t panel(int side, int i) {
+    return uint32_t(side * kWidth / 16 + i) * kPanelBytes;
+  }
+
+  // The row of a tile of the forward's values that the byte at `offset` belongs to.
   __device__ static constexpr int row_at(uint32_t offset) {
+    if (kPanels) return int(offset / 32 % kColumns);
     if (kTail == 0 || offset < Tile::kTails) return int(offset / kRowBytes % kColumns);
     constexpr uint32_t kBytes = kTail == 0 ? 1 : kTailRowBytes;
     return int((offset - Tile::kTails) / kBytes % kColumns);
   }
-  // The offset of 16-byte chunk `chunk` of a row of a side.
+  // The offset in it of 16-byte chunk `chunk` of a row of a side.
   __device__ static constexpr uint32_t chunk_at(int side, int row, int chunk) {
-    constexpr int kWide = kPieces * int(kRowBytes) / kChunkBytes;
+    constexpr int kWide = kPanels ? 0 : kPieces * int(kRowBytes) / kChunkBytes;
     const bool wide = chunk < kWide;
     const uint32_t bytes = wide ? kRowBytes : kTailRowBytes, per_row = bytes / kChunkBytes;
-    const uint32_t start = wide ? Tile::piece(side, chunk / 8) : Tile::tail(side);
-    const uint32_t offset =
-        start + uint32_t(row) * bytes + uint32_t(wide ? chunk % 8 : chunk - kWide) * kChunkBytes;
+    const uint32_t start = kPanels ? panel(side, chunk / 2)
+                           : wide  ? Tile::piece(side, chunk / 8)
+                                   : Tile::tail(side);
+    const int column = kPanels ? chunk % 2 : wide ? chunk % 8 : chunk - kWide;
+    const uint32_t offset = start + uint32_t(row) * bytes + uint32_t(column) * kChunkBytes;
     return offset ^ ((offset >> 7 & (per_row - 1)) << 4);
   }
 };
@@ -121,6 +132,25 @@ __device__ inline void copy_rows(uint32_t to, const HopperMaps& first, const Hop
   }
 }
 
+// The same for a tile of the forward's values.
+template <class C>
+__device__ inline void copy_values(uint32_t to, const HopperMaps& first, const HopperMaps& second,
+                                   uint32_t barrier, int row, int head, int batch) {
+  if constexpr (C::kPanels) {
+    mbarrier_expect(barrier, C::Tile::kCopied);
+#pragma unroll
+    for (int side = 0; side < C::kSides; ++side) {
+#pragma unroll
+      for (int i = 0; i < C::kWidth / 16; ++i) {
+        copy_box(to + C::panel(side, i), side == 0 ? &first.tail : &second.tail, barrier, 16 * i,
+                 row, head, batch);
+      }
+    }
+  } else {
+    copy_rows<C, typename C::Tile>(to, first, second, barrier, row, head, batch);
+  }
+}
+
 // ---- products -----------------------------------------------------------------------------------
 
 // Descriptors are one base plus compile-time constants, so they take few registers.
@@ -158,6 +188,46 @@ __device__ inline void wgmma_across(float (&sums)[C::kTiles][4], uint32_t rows, 
   }
 }
 
+// The same with the rows in registers.
+template <class C, int kSideOfTile>
+__device__ inline void wgmma_across(float (&sums)[C::kTiles][4],
+                                    const FragmentA (&rows)[C::kWidth / 16], uint32_t tile,
+                                    bool adds) {
+  using Tile = typename C::Tile;
+  const uint64_t b =
+      tile_descriptor<C>(tile + Tile::piece(kSideOfTile, 0), C::kRowBytes, Swizzle::bytes128);
+#pragma unroll
+  for (int i = 0; i < 4 * C::kPieces; ++i) {
+    wgmma<typename C::T, false>(
+        sums, rows[i].x, b + further(Tile::piece(0, i / 4) + uint32_t(i) % 4 * 32), adds || i > 0);
+  }
+#pragma unroll
+  for (int i = 0; i < C::kTail / 16; ++i) {
+    wgmma<typename C::T, false>(sums, rows[4 * C::kPieces + i].x,
+                                tile_descriptor<C>(tile, C::kTailRowBytes, C::kTailSwizzle) +
+                                    further(Tile::tail(kSideOfTile) + uint32_t(i) * 32),
+                                true);
+  }
+}
+
+// Loads a side of the rows, in shared memory, into the registers of a warpgroup.
+template <class C, int kSide>
+__device__ inline void load_rows(FragmentA (&to)[C::kWidth / 16], const unsigned char* rows,
+                                 int thread) {
+  using Rows = typename C::Rows;
+  const uint32_t lane = uint32_t(thread) % kWarpThreads;
+  const uint32_t row = uint32_t(thread) / kWarpThreads * 16 + lane % 16, half = lane / 16;
+#pragma unroll
+  for (int i = 0; i < C::kWidth / 16; ++i) {
+    const int piece = i / 4;
+    const bool tail = piece == C::kPieces;
+    const uint32_t bytes = tail ? C::kTailRowBytes : C::kRowBytes;
+    const uint32_t offset = row * bytes + uint32_t(i % 4) * 32 + half * kChunkBytes;
+    const uint32_t swizzled = offset ^ ((offset >> 7 & (bytes / kChunkBytes - 1)) << 4);
+    ldmatrix_x4(to[i].x, rows + (tail ? Rows::tail(kSide) : Rows::piece(kSide, piece)) + swizzled);
+  }
+}
+
 // Multiplies the i-th 16 columns of A with the corresponding rows of a side of the tile. If not
 // `adds`, overwrites the sums.
 template <class C, int kSide>
@@ -178,6 +248,22 @@ __device__ inline void wgmma_down(float (&sums)[C::kOutTiles][4], const Fragment
   }
 }
 
+// The same for a tile of the forward's values.
+template <class C, int kSide>
+__device__ inline void wgmma_values(float (&sums)[C::kOutTiles][4], const FragmentA& a,
+                                    uint32_t tile, int i) {
+  if constexpr (C::kPanels) {
+    const uint32_t rows = 16 * uint32_t(i);
+    wgmma<typename C::T, true>(
+        sums, a.x,
+        matrix_descriptor(tile, C::kPanelBytes, 8 * C::kTailRowBytes, C::kTailSwizzle) +
+            further(C::panel(kSide, 0) + C::kTailRowBytes * rows),
+        true);
+  } else {
+    wgmma_down<C, kSide>(sums, a, tile, i);
+  }
+}
+
 // Hides a tile's columns from `left` on: their scores s become -inf and, if kBoth, what belongs to
 // them in x zero. `column`: the lane's first column.
 template <bool kBoth, int kTiles>
@@ -191,6 +277,32 @@ __device__ inline void hide_past(float (&s)[kTiles][4], float (&x)[kTiles][4], i
       if (8 * j + e % 2 < left - column) continue;
       s[j][e] = -INFINITY;
       if constexpr (kBoth) x[j][e] = 0.0f;
+    }
+  }
+}
+
+// Stores sixteen rows of sums, where neighbouring lanes exchange pairs so that a quad writes 32
+// contiguous bytes of a row. `to`: the head's first row; `first`: the lane's row g, of `rows`.
+template <typename T, int kOutTiles>
+__device__ inline void store_sums(const float (&sums)[kOutTiles][4], T* to, int64_t row_stride,
+                                  int first, int rows, int lane) {
+  static_assert(sizeof(T) == 2 && kOutTiles % 2 == 0, "pairs of 8-column tiles");
+  const bool odd = (lane & 1) != 0;
+  to += first * row_stride + 8 * (lane & 1) + 2 * (lane & 2);
+#pragma unroll
+  for (int h = 0; h < 2; ++h, to += 8 * row_stride) {
+    uint2 w[kOutTiles / 2];
+#pragma unroll
+    for (int n = 0; n < kOutTiles; n += 2) {
+      const uint32_t even_tile = pack2<T>(sums[n][2 * h], sums[n][2 * h + 1]);
+      const uint32_t odd_tile = pack2<T>(sums[n + 1][2 * h], sums[n + 1][2 * h + 1]);
+      const uint32_t other = shuffle_xor(odd ? even_tile : odd_tile, 1);
+      w[n / 2] = {odd ? other : even_tile, odd ? odd_tile : other};
+    }
+    if (first + 8 * h >= rows) continue;
+#pragma unroll
+    for (int i = 0; i < kOutTiles / 2; ++i) {
+      __stwb(assume_aligned<8>(reinterpret_cast<uint2*>(to + 16 * i)), w[i]);
     }
   }
 }

@@ -151,7 +151,8 @@ __device__ inline void hold(uint32_t& x) { asm volatile("" : "+r"(x)::"memory");
 #define PMF_SUMS_4 PMF_SUMS_2, PMF_SUM(2), PMF_SUM(3)
 #define PMF_SUMS_6 PMF_SUMS_4, PMF_SUM(4), PMF_SUM(5)
 #define PMF_SUMS_8 PMF_SUMS_6, PMF_SUM(6), PMF_SUM(7)
-#define PMF_SUMS_12 PMF_SUMS_8, PMF_SUM(8), PMF_SUM(9), PMF_SUM(10), PMF_SUM(11)
+#define PMF_SUMS_10 PMF_SUMS_8, PMF_SUM(8), PMF_SUM(9)
+#define PMF_SUMS_12 PMF_SUMS_10, PMF_SUM(10), PMF_SUM(11)
 #define PMF_SUMS_16 PMF_SUMS_12, PMF_SUM(12), PMF_SUM(13), PMF_SUM(14), PMF_SUM(15)
 #define PMF_SUMS_32 PMF_SUMS_16, \
   PMF_SUM(16), PMF_SUM(17), PMF_SUM(18), PMF_SUM(19), PMF_SUM(20), PMF_SUM(21), PMF_SUM(22), \
@@ -164,8 +165,10 @@ __device__ inline void hold(uint32_t& x) { asm volatile("" : "+r"(x)::"memory");
   ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define PMF_NAMES_8 PMF_NAMES_6 \
   ", %24, %25, %26, %27, %28, %29, %30, %31"
-#define PMF_NAMES_12 PMF_NAMES_8 \
-  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define PMF_NAMES_10 PMF_NAMES_8 \
+  ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define PMF_NAMES_12 PMF_NAMES_10 \
+  ", %40, %41, %42, %43, %44, %45, %46, %47"
 #define PMF_NAMES_16 PMF_NAMES_12 \
   ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define PMF_NAMES_32 PMF_NAMES_16 \
@@ -179,7 +182,9 @@ __device__ inline void hold(uint32_t& x) { asm volatile("" : "+r"(x)::"memory");
 #define PMF_SHARED_32 "%128, %129", "%130"
 #define PMF_REGISTERS_2 "{%8, %9, %10, %11}, %12", "%13"
 #define PMF_REGISTERS_4 "{%16, %17, %18, %19}, %20", "%21"
+#define PMF_REGISTERS_6 "{%24, %25, %26, %27}, %28", "%29"
 #define PMF_REGISTERS_8 "{%32, %33, %34, %35}, %36", "%37"
+#define PMF_REGISTERS_10 "{%40, %41, %42, %43}, %44", "%45"
 #define PMF_REGISTERS_16 "{%64, %65, %66, %67}, %68", "%69"
 #define PMF_WGMMA(tiles, n, type, factors, adds_at, options, ...)                              \
   asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, " adds_at ", 0;\n"                     \
@@ -212,12 +217,16 @@ __device__ inline void wgmma(float (&d)[kTiles][4], uint64_t a, uint64_t b, bool
 
 template <typename T, bool kTransposed, int kTiles>
 __device__ inline void wgmma(float (&d)[kTiles][4], const uint32_t (&a)[4], uint64_t b, bool adds) {
-  static_assert(kTransposed && (kTiles == 2 || kTiles == 4 || kTiles == 8 || kTiles == 16),
+  static_assert(kTransposed
+                    ? kTiles == 2 || kTiles == 4 || kTiles == 8 || kTiles == 10 || kTiles == 16
+                    : kTiles == 6,
                 "what the kernels use");
 #define PMF_A "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
+  PMF_OF_TYPE(6, 48, PMF_REGISTERS_6, "0", PMF_A)
   PMF_OF_TYPE(2, 16, PMF_REGISTERS_2, "1", PMF_A)
   PMF_OF_TYPE(4, 32, PMF_REGISTERS_4, "1", PMF_A)
   PMF_OF_TYPE(8, 64, PMF_REGISTERS_8, "1", PMF_A)
+  PMF_OF_TYPE(10, 80, PMF_REGISTERS_10, "1", PMF_A)
   PMF_OF_TYPE(16, 128, PMF_REGISTERS_16, "1", PMF_A)
 #undef PMF_A
 }
