@@ -101,9 +101,9 @@ class LPIPS(nn.Module):
         distance = a.new_zeros(len(a))
         for number, layers in enumerate(self.net):
             a, b = layers(a), layers(b)
-            weight = self.get_parameter(f"lin{number}.model.1.weight")[:, :, 0, 0]
+            weight = self.get_parameter(f"lin{number}.model.1.weight")[0, :, 0, 0]
             difference = (_unit_length(a) - _unit_length(b)).square().mean((2, 3))
-            distance = distance + difference @ weight[0]
+            distance = distance + (difference * weight).sum(1)  # not a product, which autocast would round
         return distance
 
     def normalised(self, images: Tensor) -> Tensor:
@@ -112,6 +112,7 @@ class LPIPS(nn.Module):
 
 
 def _unit_length(x: Tensor) -> Tensor:
+    x = x.float()  # bfloat16 under autocast
     # Unlike sqrt(sum(x^2)), vector_norm has a finite gradient, 0, where ReLU output is all zero.
     return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + _LENGTH_EPS)
 

@@ -56,6 +56,7 @@ def build_objective(config: TrainConfig, noise_scale: float) -> flow.Objective:
             max_t=settings.perceptual_max_t,
             size=settings.perceptual_size,
             weights=settings.perceptual_weights,
+            compute_dtype=torch.bfloat16 if config.run.precision == "bf16" else torch.float32,
         ),
     )
 

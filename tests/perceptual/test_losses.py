@@ -1,5 +1,6 @@
 """Perceptual losses as used in training: crops, weighting, gradients, weight files, and a run."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,48 @@ def test_the_objective_compares_x_pred_of_late_samples() -> None:
     torch.testing.assert_close(terms.loss_perceptual, 0.4 * distances.sum() / len(images))
 
 
+@pytest.mark.parametrize(
+    "distance",
+    [
+        lambda: LPIPS("stlpips-vgg"),
+        lambda: FeatureDistance(nn.Sequential(nn.Conv2d(3, 16, 3, 2), nn.ReLU(), nn.Flatten())),
+    ],
+    ids=["lpips", "features"],
+)
+def test_networks_that_compute_in_bfloat16(distance: Callable[[], nn.Module]) -> None:
+    """Convolutions in bfloat16, the comparison of features in float32: distances and gradients stay close."""
+    torch.manual_seed(0)
+    x = torch.rand(4, 3, 32, 32) * 2 - 1
+    x_pred = (x + 0.3 * torch.randn_like(x)).requires_grad_()
+    network = distance()
+    seen = []
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    boxes = torch.tensor([[0, 0, 32, 32]] * 4)
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        seen.clear()
+        perceptual = CroppedDistances([(0.4, network)], size=32, compute_dtype=dtype)
+        ((_, distances),) = perceptual(x_pred, x, boxes)
+        assert set(seen) == {dtype} and distances.dtype == torch.float32
+        results.append((distances.detach(), *torch.autograd.grad(distances.sum(), x_pred)))
+    (exact, gradient), (rounded, rounded_gradient) = results
+    torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0)
+    assert not torch.equal(rounded, exact)
+    assert (rounded_gradient - gradient).norm() < 0.1 * gradient.norm()
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_run_in_bf16_compares_in_bf16(
+    lite0: tuple[EfficientNetLite0, Path], precision: str, dtype: torch.dtype
+) -> None:
+    settings = {"perceptual": "lite0", "perceptual_size": 32, "perceptual_weights": (str(lite0[1]),)}
+    config = get_preset("digits", **(TINY | settings | {"precision": precision}))
+    perceptual = build_objective(config, noise_scale=1.0).perceptual
+    assert isinstance(perceptual, CroppedDistances) and perceptual.compute_dtype == dtype
+
+
 def test_incomparable_images_are_rejected() -> None:
     perceptual = CroppedDistances([])
     with pytest.raises(ValueError, match="draws.crop is missing"):
@@ -80,6 +123,8 @@ def test_incomparable_images_are_rejected() -> None:
         perceptual(torch.zeros(1, 2, 8, 8), torch.zeros(1, 2, 8, 8), torch.tensor([[0, 0, 8, 8]]))
     with pytest.raises(ValueError, match="must be one of none, lpips"):
         build("vgg")
+    with pytest.raises(ValueError, match="compute_dtype must be float32 or bfloat16, got torch.float16"):
+        CroppedDistances([], compute_dtype=torch.float16)
 
 
 def test_other_draws_do_not_change() -> None:
