@@ -173,7 +173,7 @@ CONFIGS: dict[str, ModelConfig] = {
     "emoji": ModelConfig(
         num_classes=9,
         image_size=32,
-        patch_size=8,
+        patch_size=4,
         hidden_size=256,
         depth=6,
         head_depth=3,

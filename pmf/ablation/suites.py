@@ -98,8 +98,11 @@ _OFFLINE = ("stlpips-vgg", "lite0", "offline-vgg")  # judged by a network that i
 
 # The preset's network would spend most of a study's hours; so would perceptual networks on larger crops.
 _SMALLER_EMOJI = {
+    "perceptual": "none",
+    "minutes": None,
     "steps": 600,
     "batch_size": 64,
+    "patch_size": 8,
     "hidden_size": 192,
     "num_heads": 3,
     "depth": 4,

@@ -49,8 +49,8 @@ class CroppedDistances:
 
     networks are (weight, distance) pairs with distance(a, b) -> [B] for images [B, 3, size, size] in [-1, 1];
     every crop is resized to size (224, on which the networks were trained, as in the paper). Greyscale images
-    are repeated over three channels. The networks are frozen and hold float32 weights; compute_dtype is that of
-    their convolutions and products, float32 or, under autocast, bfloat16.
+    are repeated over three channels. The networks are frozen, with float32 weights; compute_dtype is that of
+    their convolutions and products: float32 or, by autocast, bfloat16.
     """
 
     def __init__(

@@ -154,8 +154,8 @@ class RunSettings:
     seed: int = _setting(0, "seed of the weights, the data order and all random draws")
     precision: str = _setting(
         "auto",
-        "bf16: compute in bfloat16, perceptual losses included, with float32 master weights; auto: bf16 where it "
-        "runs natively",
+        "bf16: compute in bfloat16, perceptual losses too, with float32 master weights; auto: bf16 where "
+        "it runs natively",
         ("auto", "fp32", "bf16"),
     )
     compile: bool = _setting(False, "compile the network with torch.compile (the first steps are slow)")

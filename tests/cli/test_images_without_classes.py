@@ -26,7 +26,8 @@ def test_train_resume_sample_evaluate(
     write_photos(tmp_path / "flat")
     # The emoji preset has guidance in training and sampling: without classes it must be disabled.
     size = ["--image-size", "8x16", "--patch-size", "4"]
-    words = ["train", "--preset", "emoji", "--data", "flat", *size, *TINY, "--out", "run"]
+    preset = ["--preset", "emoji", "--perceptual", "none"]
+    words = ["train", *preset, "--data", "flat", *size, *TINY, "--out", "run"]
     done = run_in(tmp_path, *words, "--steps", "2")
     assert done.returncode == 0, done.stderr
     assert "6 images without classes" in done.stdout
