@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage
-from torch._C._dynamo import eval_frame as _eval_frame
+from torch._C._dynamo import eval_frame
 from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
@@ -45,6 +45,13 @@ LARGE = 1 << 20
 def is_active() -> bool:
     """Whether this thread is inside a network whose tangents are being computed."""
     return any(isinstance(mode, TangentMode) for mode in _get_current_dispatch_mode_stack())
+
+
+# Inside a compiled part of the network Dynamo is active, and is to compile neither the mode nor its callees.
+# PyTorch wraps __torch_dispatch__ for that, four calls per operator; to mark its code once takes none.
+_MARKS_CODE = all(
+    hasattr(eval_frame, name) for name in ("set_code_exec_strategy", "_FrameExecStrategy", "_FrameAction")
+)
 
 
 class TangentMode(TorchDispatchMode):
@@ -158,7 +165,7 @@ class TangentMode(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # PyTorch's way, a wrapper, is four calls per operator; ours, below, is none
+        return not _MARKS_CODE
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -190,11 +197,11 @@ class TangentMode(TorchDispatchMode):
             return self.run(func, args, kwargs)
 
 
-# Inside a compiled part of the network Dynamo is active here: it is to compile neither this nor its callees.
-_skip = _eval_frame._FrameAction.SKIP
-_eval_frame.set_code_exec_strategy(
-    TangentMode.__torch_dispatch__.__code__, _eval_frame._FrameExecStrategy(_skip, _skip)
-)
+if _MARKS_CODE:
+    _skip = eval_frame._FrameAction.SKIP
+    eval_frame.set_code_exec_strategy(
+        TangentMode.__torch_dispatch__.__code__, eval_frame._FrameExecStrategy(_skip, _skip)
+    )
 
 
 def tensors_of(values: Any) -> list[Tensor]:

@@ -1,8 +1,10 @@
 """Jvp: values, tangents and gradients equal torch.func.jvp through math attention."""
 
 import copy
+import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -461,3 +463,21 @@ def test_rms_norm_stays_pytorchs_where_ours_would_differ():
         assert_close(pmf.Jvp(bare)((x,), (x_t,)), jvp_math(bare, (x,), (x_t,)), 1e-5)
     assert not ours.called
     assert_close((out.detach(), out_t), jvp_math(network, (x,), (x_t,)), 1e-5)
+
+
+def test_a_pytorch_that_cannot_mark_code_for_dynamo(tmp_path: Path):
+    """Its own wrapper then keeps Dynamo out of the mode, inside compiled parts of a network."""
+    program = """
+import torch, torch._dynamo
+del torch._C._dynamo.eval_frame.set_code_exec_strategy  # a private name
+import pmf
+from pmf.tangents.mode import TangentMode
+inner = torch.nn.Linear(3, 3)
+x, t = torch.randn(2, 4, 3)
+network = torch.nn.Sequential(torch.compile(inner, backend="eager"), torch.nn.Tanh())
+out, out_t = pmf.Jvp(network)((x,), (t,))
+torch.testing.assert_close(out_t, (1 - out**2) * (t @ inner.weight.T))
+assert hasattr(TangentMode.__torch_dispatch__, "__wrapped__")
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
