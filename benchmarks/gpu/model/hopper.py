@@ -5,6 +5,7 @@ two or three warpgroups compute, other warps copy rows and tiles for them, and b
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import ceil
@@ -193,7 +194,7 @@ def signalling(trace: Trace) -> str:
     return "".join(kinds[kind] for kind, *_ in trace.code if kind in kinds)
 
 
-class Programs:
+class Programs(ABC):
     """What each warp does."""
 
     streams: tuple[str, ...]
@@ -205,12 +206,13 @@ class Programs:
         self.a_byte = rates["clock_hz"] / (rates["memory_bytes"] * share)
         self.a_byte_from_l2 = rates["clock_hz"] * rates["processors"] / rates["l2_bytes"]
 
+    @abstractmethod
     def arrivals(self) -> dict[str, int]:
         """Per phase of each barrier."""
-        raise NotImplementedError
 
+    @abstractmethod
     def warps(self) -> list[list[Trace]]:
-        raise NotImplementedError
+        """What each warp does."""
 
     def _copied(
         self, gate: Gate, before: int, first: int, rows: int, boxes: int, waits_for: str = ""
@@ -310,9 +312,9 @@ class Ring(Programs):
                 yield from self.row_block(tiles, rows, rows_read, row_block == share[-1])
                 number += 1
 
+    @abstractmethod
     def row_block(self, tiles: range, rows: Signal, rows_read: Signal, last: bool) -> Iterator[Trace]:
         """`last`: whether the tiles are not needed again."""
-        raise NotImplementedError
 
 
 def full(name: str, tile: int) -> Signal:
