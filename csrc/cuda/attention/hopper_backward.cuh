@@ -269,7 +269,7 @@ struct HopperBackwardUnit {
                                 int lane) {
     const int column = 2 * (lane & 3);
     if constexpr (!kByKeys) {
-      if (left < C::kColumns) hide_past<true>(s, b, column, left);
+      if (left < C::kColumns) hide_past(s, column, left);
       // Two calls of weigh(), so that the common path can finish before the caller's next wait.
       if (searches) {
         search<kFirst>(p);

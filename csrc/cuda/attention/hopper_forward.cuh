@@ -73,7 +73,7 @@ struct HopperEnd {
   __device__ int tiles() const { return p.tiles; }
   __device__ void hide(HopperUnit<C>& unit, int j) const {
     const int column = 2 * int(thread_of_group() & 3);
-    hide_past<C::kTangent>(unit.s, unit.ts, column, p.keys - j * C::kKeys);
+    hide_past(unit.s, column, p.keys - j * C::kKeys);
   }
 };
 

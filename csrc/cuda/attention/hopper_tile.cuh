@@ -264,11 +264,10 @@ __device__ inline void wgmma_values(float (&sums)[C::kOutTiles][4], const Fragme
   }
 }
 
-// Hides a tile's columns from `left` on: their scores s become -inf and, if kBoth, what belongs to
-// them in x zero. `column`: the lane's first column.
-template <bool kBoth, int kTiles>
-__device__ inline void hide_past(float (&s)[kTiles][4], float (&x)[kTiles][4], int column,
-                                 int left) {
+// Hides a tile's columns from `left` on: their scores become -inf. All else that belongs to them is
+// zero, since copies fill rows past the end with zeros. `column`: the lane's first column.
+template <int kTiles>
+__device__ inline void hide_past(float (&s)[kTiles][4], int column, int left) {
 #pragma unroll
   for (int j = kTiles - 1; j >= 0; --j) {
     if (8 * j + 8 <= left) break;
@@ -276,7 +275,6 @@ __device__ inline void hide_past(float (&s)[kTiles][4], float (&x)[kTiles][4], i
     for (int e = 0; e < 4; ++e) {
       if (8 * j + e % 2 < left - column) continue;
       s[j][e] = -INFINITY;
-      if constexpr (kBoth) x[j][e] = 0.0f;
     }
   }
 }
