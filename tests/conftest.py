@@ -6,6 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
+# Before PyTorch is imported, and for the processes that tests start: by default OpenMP's threads spin while
+# they wait for work, and several test processes then lose most of their time to each other.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 
 @pytest.fixture(autouse=True)
 def _fresh_dynamo() -> Iterator[None]:
