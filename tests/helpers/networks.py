@@ -64,7 +64,7 @@ class ViT(nn.Module):
         self.token = nn.Parameter(torch.randn(1, 1, width))
         self.position = nn.Parameter(torch.randn(1, 5, width))
         self.blocks = nn.ModuleList(
-            Block(width, heads, imported_before if i % 2 else None) for i in range(depth)
+            Block(width, heads, None if i % 2 else imported_before) for i in range(depth)
         )
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 6)
 
@@ -156,10 +156,18 @@ class Points(nn.Module):
         return self.last(F.normalize(x, dim=-1))
 
 
-def encoder(dtype: torch.dtype, training: bool = True) -> Problem:
+def vit(dtype: torch.dtype, depth: int = 2) -> Problem:
+    return Problem(ViT(depth=depth).to(dtype), (torch.randn(3, 3, 8, 8, dtype=dtype),))
+
+
+def dit(dtype: torch.dtype, depth: int = 2) -> Problem:
+    return Problem(DiT(depth=depth).to(dtype), (torch.randn(3, 6, 16, dtype=dtype), *times(dtype)))
+
+
+def encoder(dtype: torch.dtype, training: bool = True, depth: int = 2) -> Problem:
     """nn.TransformerEncoder, the last keys of the second sample being padding."""
     layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
-    network = nn.TransformerEncoder(layer, 2).to(dtype).train(training)
+    network = nn.TransformerEncoder(layer, depth).to(dtype).train(training)
     padding = torch.zeros(2, 7, dtype=torch.bool)
     padding[1, 4:] = True
     return Problem(network, (torch.randn(2, 7, 16, dtype=dtype),), {"src_key_padding_mask": padding})
@@ -183,8 +191,8 @@ def times(dtype: torch.dtype, batch: int = 3) -> tuple[Tensor, Tensor]:
 
 
 NETWORKS: dict[str, Callable[[torch.dtype], Problem]] = {
-    "ViT": lambda dtype: Problem(ViT().to(dtype), (torch.randn(3, 3, 8, 8, dtype=dtype),)),
-    "DiT": lambda dtype: Problem(DiT().to(dtype), (torch.randn(3, 6, 16, dtype=dtype), *times(dtype))),
+    "ViT": vit,
+    "DiT": dit,
     "encoder": encoder,
     "encoder, eval": lambda dtype: encoder(dtype, training=False),
     "transformer": transformer,

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from helpers.jvp import EXACT, check, gradients
-from helpers.networks import NETWORKS, DiT, Problem, ViT, encoder, jvp_math
+from helpers.networks import NETWORKS, DiT, Problem, ViT, dit, encoder, jvp_math, vit
 from helpers.tolerance import assert_close
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -33,10 +33,10 @@ def test_networks_in_float32(name: str):
     check(NETWORKS[name](torch.float32), limit=1e-5)
 
 
-@pytest.mark.parametrize("name", ["DiT", "encoder"])
+@pytest.mark.parametrize("make", [dit, encoder])
 @pytest.mark.parametrize("detach", [True, False])
-def test_compiled(name: str, detach: bool):
-    problem = NETWORKS[name](torch.float64)
+def test_compiled(make, detach: bool):
+    problem = make(torch.float64, depth=1)
     if not detach:
         pytest.xfail("PyTorch cannot compile torch.func.jvp through a LayerNorm")
     check(problem, jvp=torch.compile(pmf.Jvp(problem.network), fullgraph=True, backend="aot_eager"))
@@ -60,7 +60,7 @@ def test_compiled_with_none_as_tangent_primal_and_constant():
 
 
 def test_compiled_by_inductor():
-    problem = NETWORKS["ViT"](torch.float64)
+    problem = vit(torch.float64, depth=1)
     check(problem, jvp=torch.compile(pmf.Jvp(problem.network), fullgraph=True))
 
 

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.networks import NETWORKS, Problem, jvp_math
+from helpers.networks import NETWORKS, Block, Problem, encoder, jvp_math
+from helpers.products import Counted, products
 from helpers.spelled import SPELLED, Spelled, complex_numbers
 from helpers.tolerance import assert_close
 from torch import Tensor, nn
@@ -204,12 +205,6 @@ def test_primals_of_several_batches_and_outputs_without_one():
     assert_close(sum_t, x[0].sum(), 1e-6)
 
 
-def products(counter: FlopCounterMode) -> int:
-    """Attention's tangent shares the scores, and so costs less than another value."""
-    kinds = counter.get_flop_counts()["Global"].items()
-    return sum(n for kind, n in kinds if "attention" not in str(kind))
-
-
 def products_of_values(problem: Problem) -> int:
     with FlopCounterMode(display=False) as counter, pmf.replace_sdpa():
         problem.network(*problem.primals, **problem.constants)
@@ -227,40 +222,17 @@ def test_products_are_computed_only_for_samples_with_a_tangent(name: str):
         assert products(counter) * batch == products_of_values(problem) * (batch + count)
 
 
-class Counted:
-    """A backend that counts the products of the graphs' forward passes as they run."""
-
-    def __init__(self) -> None:
-        self.counter, self.graphs = FlopCounterMode(display=False), 0
-
-    def __call__(self, graph: Any, inputs: Any) -> Any:
-        from torch._dynamo.backends.common import aot_autograd
-        from torch._functorch.aot_autograd import make_boxed_func
-
-        def forward(graph: Any, _: Any) -> Any:
-            def run(*x: Any) -> Any:
-                with self.counter:
-                    return torch.fx.Interpreter(graph).run(*x)  # without the hooks of modules
-
-            self.graphs += 1
-            return make_boxed_func(run)
-
-        return aot_autograd(fw_compiler=forward, bw_compiler=lambda graph, _: make_boxed_func(graph))(
-            graph, inputs
-        )
-
-
 def with_batch(problem: Problem, batch: int) -> Problem:
     primals = (torch.randn(batch, *x.shape[1:], dtype=x.dtype) for x in problem.primals)
     return problem._replace(primals=tuple(primals))
 
 
-@pytest.mark.parametrize(("name", "dynamic"), [("ViT", False), ("DiT", True)])
-def test_compiled(name: str, dynamic: bool):
+def test_compiled():
     """No products for samples without a tangent; one dynamic graph for any number of samples."""
-    problem, backend = NETWORKS[name](DOUBLE), Counted()
-    jvp = torch.compile(pmf.Jvp(problem.network), fullgraph=True, dynamic=dynamic, backend=backend)
-    for batch, count in ((7, 4), (9, 2))[: 1 + dynamic]:
+    block = Block(16, 2).to(DOUBLE)
+    problem, backend = Problem(block, (torch.randn(3, 6, 16, dtype=DOUBLE),)), Counted()
+    jvp = torch.compile(pmf.Jvp(problem.network), fullgraph=True, dynamic=True, backend=backend)
+    for batch, count in ((7, 4), (9, 2)):
         some = with_batch(problem, batch)
         check(some, count, jvp=jvp)
         assert products(backend.counter) * batch == products_of_values(some) * (batch + count)
@@ -268,7 +240,7 @@ def test_compiled(name: str, dynamic: bool):
 
 
 def test_compiled_where_samples_are_not_outermost():
-    problem = NETWORKS["encoder"](DOUBLE)
+    problem = encoder(DOUBLE, depth=1)
     jvp = torch.compile(pmf.Jvp(problem.network), fullgraph=True, backend="aot_eager")
     check(problem, 1, jvp=jvp)
 

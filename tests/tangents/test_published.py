@@ -43,7 +43,7 @@ def timm_vit(load: Callable[[str], Any]) -> Problem:
 
 def diffusers_dit(load: Callable[[str], Any]) -> Problem:
     network = load("diffusers").DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=2, sample_size=8,
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=1, sample_size=8,
         norm_num_groups=1, num_embeds_ada_norm=10, patch_size=2, dropout=0.0,
     )  # fmt: skip
     constants = {"timestep": torch.tensor([3, 7]), "class_labels": torch.tensor([1, 2]), "return_dict": False}
