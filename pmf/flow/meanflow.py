@@ -58,7 +58,7 @@ class MeanFlow:
     not matter and is zero in the Terms. Samples are reordered, so that those have no tangent, and batches
     joined, so that one call comes before, only where nothing else can depend on the order: the network is a
     module that stores nothing per sample, `null` names every condition except numbers and text, and
-    torch.compile does not see the call.
+    torch.compile does not see this call, but perhaps the network's.
     """
 
     prediction: Literal["u", "x"] = "u"
@@ -229,7 +229,8 @@ class MeanFlow:
         """
         jvp = network if _is_jvp(network) else Jvp(_as_module(network))
         count, order = len(z), None
-        if known and flow_matching.any() and not (_is_compiled(network) or _stores_samples(network, len(z))):
+        apart = known and not (torch.compiler.is_compiling() or _stores_samples(network, len(z)))
+        if apart and flow_matching.any():
             order = torch.argsort(flow_matching.to(torch.uint8), stable=True).to(z.device)
             count -= int(flow_matching.sum())
             z, t, r, v = (x[order] for x in (z, t, r, v))
@@ -308,17 +309,6 @@ def _is_jvp(network: Any) -> bool:
     return isinstance(network, Jvp)
 
 
-def _is_compiled(network: Any) -> bool:
-    """Whether torch.compile sees the call, and would compile for every number of tangents."""
-    while isinstance(network, nn.Module):
-        if hasattr(network, "_orig_mod") or network._compiled_call_impl is not None:
-            return True
-        if isinstance(network, Jvp):
-            break
-        network = getattr(network, "module", None)
-    return torch.compiler.is_compiling()
-
-
 def _stores_samples(network: Any, batch: int) -> bool:
     """Whether a module has something with `batch` entries among its attributes and buffers."""
     stored: list[Any] = []
@@ -327,8 +317,8 @@ def _stores_samples(network: Any, batch: int) -> bool:
         stored += module._buffers.values()
     for value in stored:
         plain = isinstance(value, (list, tuple, dict, Tensor)) or hasattr(value, "shape")
-        inside = value if plain else list(getattr(value, "__dict__", {}).values())
-        for part in (inside, *tree_leaves(inside)):
+        held = [value] if plain else list(getattr(value, "__dict__", {}).values())
+        for part in (*held, *tree_leaves(held)):
             size = getattr(part, "shape", (len(part),) if isinstance(part, (list, tuple)) else ())
             if tuple(size[:1]) == (batch,):
                 return True

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 from helpers.networks import DiT, jvp_math
+from helpers.products import Counted, products
 from helpers.tolerance import assert_close
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import pmf
 from pmf.flow import (
@@ -186,7 +188,7 @@ def test_the_network_is_called_as_often_for_any_draws(direction: Any, guidance: 
 @pytest.mark.parametrize("wrap", ["module", "Jvp", "compiled Jvp", "compiled", "wrapped", "function"])
 def test_modules_wrappers_and_functions(wrap: str):
     torch.manual_seed(0)
-    net = DiT().double()
+    net = DiT(depth=1).double()
     x = torch.randn(4, 6, 16, dtype=torch.float64)
     objective = MeanFlow(direction="network")
     draws = objective.draw(x, torch.Generator().manual_seed(1))
@@ -304,9 +306,9 @@ def test_inputs_that_do_not_fit():
 
 
 @pytest.mark.parametrize("named", [True, False])
-@pytest.mark.parametrize("wrap", ["module", "compiled Jvp"])
+@pytest.mark.parametrize("wrap", ["module", "compiled Jvp", "compiled"])
 def test_only_samples_that_need_a_tangent_have_one(named: bool, wrap: str, monkeypatch):
-    """In eager mode, if it is known which conditions are per sample."""
+    """If it is known which conditions are per sample."""
     torch.manual_seed(0)
     net, counts = Net(6).double(), []
     objective = MeanFlow(times=PlaneTimes(data_proportion=0.75), null={"label": NULL} if named else None)
@@ -319,12 +321,35 @@ def test_only_samples_that_need_a_tangent_have_one(named: bool, wrap: str, monke
         return forward(self, primals, tangents, *args, **constants)
 
     monkeypatch.setattr(pmf.Jvp, "forward", counted)
-    network = net if wrap == "module" else torch.compile(pmf.Jvp(net), backend="eager")
+    network = {
+        "module": lambda: net,
+        "compiled Jvp": lambda: torch.compile(pmf.Jvp(net), backend="eager"),
+        "compiled": lambda: torch.compile(net, backend="eager"),
+    }[wrap]()
     terms = objective(network, x, draws, label=label)
-    assert counts[-1] == ([2, 2, None] if named and wrap == "module" else [8, 8, None])
+    assert counts[-1] == ([2, 2, None] if named else [8, 8, None])
     expected = written_out(objective, net, x, draws, label)
     assert_close(terms.u, expected["u"].detach(), EXACT)
     assert_close(terms.du_dt, expected["du_dt"].detach(), EXACT)
+
+
+def test_a_compiled_network_multiplies_only_samples_with_a_tangent():
+    """Counted, in one graph for all draws; loss and gradients are the eager ones."""
+    torch.manual_seed(0)
+    net, backend = Net(6).double(), Counted()
+    jvp = torch.compile(pmf.Jvp(net), fullgraph=True, backend=backend)
+    objective = MeanFlow(times=PlaneTimes(data_proportion=0.75), null={"label": NULL})
+    x, label, weights = torch.randn(8, 6).double(), torch.arange(8) % NULL, list(net.parameters())
+    for seed in range(2):
+        draws = objective.draw(x, torch.Generator().manual_seed(seed))
+        terms, expected = (objective(network, x, draws, label=label) for network in (jvp, net))
+        assert_close([terms.u, terms.du_dt], [expected.u, expected.du_dt], EXACT)
+        grads = torch.autograd.grad(terms.loss, weights)
+        assert_close(grads, torch.autograd.grad(expected.loss, weights), EXACT)
+    with FlopCounterMode(display=False) as value:
+        net(x, draws.t, draws.r, label)
+    assert products(backend.counter) * 8 == products(value) * (8 + 2)
+    assert backend.graphs == 1
 
 
 class Holder(nn.Module):
