@@ -26,7 +26,8 @@ NAMES = (
 
 def parse(text: str) -> frozenset[str]:
     """The names that use their references. Raises UserError for an unknown mode or name."""
-    mode, colon, names = text.strip().partition(":")
+    mode, colon, names = text.partition(":")
+    mode = mode.strip()
     if mode in ("", "auto") and not colon:
         return frozenset()
     if mode != "reference":
@@ -40,7 +41,8 @@ def parse(text: str) -> frozenset[str]:
     for name in asked:
         if name not in NAMES:
             raise UserError(
-                f"PMF_KERNELS={text} names {name!r}, which is not an op: choose from {', '.join(NAMES)}"
+                f"PMF_KERNELS={text} names {name!r}, which has no kernels of its own: choose from "
+                f"{', '.join(NAMES)}"
             )
     return frozenset(asked)
 
