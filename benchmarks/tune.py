@@ -5,12 +5,13 @@
 
 All competing plans are compiled into the library. Each is checked against float64 and timed with
 triton.testing.do_bench in every pass (forward, with tangents, and both backwards); the fastest are written to
-a table in the cache folder, which launchers on that GPU model read from the next process on. A plan replaces
-the model's choice only if it is at least 2 % faster. Without a table the model decides. Where the Hopper
-kernels run (16-bit forward passes on sm_90) there are no competing plans. --list needs no GPU: it prints the
-plans that would compete.
+a table in the cache folder, which launchers on that GPU model read from the next process on. Plans for other
+problems stay in the table. A plan replaces the model's choice only if it is at least 2 % faster. Without a
+table the model decides. The Hopper kernels (16-bit calls on sm_90) have no competing plans. --list needs no
+GPU: it prints the plans that would compete.
 
-Exit status: 0; 1 if a plan was wrong (it is left out); 2 if there is no such device.
+Exit status: 0; 1 if a plan was wrong (it is left out) or memory ran out; 2 if there is no such device or the
+table cannot be written.
 """
 
 from __future__ import annotations
@@ -61,6 +62,12 @@ class Problem(NamedTuple):
     def plan(self, launch: str, kernel: int, warps: int, slots: int) -> Plan:
         sizes = self.tokens, self.tokens, self.width, self.width
         return Plan(launch, self.dtype, False, self.tangent, *sizes, kernel, warps, slots)
+
+    def has(self, plan: Plan) -> bool:
+        """Whether a plan is for one of this problem's launches."""
+        return plan == self.plan(plan.launch, plan.kernel, plan.warps, plan.slots) and (
+            plan.launch in self.launches
+        )
 
 
 class Limits(NamedTuple):
@@ -244,26 +251,62 @@ def main(argv: list[str] | None = None) -> int:
         facts.multi_processor_count,
         (facts.major, facts.minor),
     )
-    started = time.monotonic()
-    best: list[Plan] = []
-    rows: list[dict[str, Any]] = []
     path = plans.table_file(facts.name)
+    if why := unwritable(path, facts.name):  # now rather than after minutes of measuring
+        print(why, file=sys.stderr)
+        if arguments.out is None:
+            return 2
+        path = None
+    rows, short = tune_all(arguments, facts.name, device, limits, path)
+    wrong = [row for row in rows if not row["right"]]
+    for row in wrong:
+        print(f"wrong, and left out: {row['plan']}, {row['error']:.3g} times its limit", file=sys.stderr)
+    for problem in short:
+        print(f"not tuned, as memory ran out: {problem}", file=sys.stderr)
+    return 1 if wrong or short else 0
+
+
+def unwritable(path: Path | None, gpu: str) -> str | None:
+    """Why the table of a GPU model cannot be written, in one sentence; None if it can."""
+    if path is None:
+        return "there is no home folder for the table of plans: set XDG_CACHE_HOME"
+    try:
+        plans.write(path, plans.record(gpu, plans.read(gpu)[0]))
+    except OSError as error:
+        return f"the table of plans cannot be written: {error}"
+    return None
+
+
+def tune_one(
+    problem: Problem, device: torch.device, limits: Limits, seconds: float
+) -> tuple[list[Plan], list[dict[str, Any]]]:
+    timed = functools.partial(milliseconds, run(problem, device), seconds)
+    return tune(problem, device.index, limits, check(problem, device), timed)
+
+
+def tune_all(
+    arguments: argparse.Namespace, gpu: str, device: torch.device, limits: Limits, path: Path | None
+) -> tuple[list[dict[str, Any]], list[Problem]]:
+    """Tune every problem and write its plans; returns a row per plan, and the problems without memory."""
+    started = time.monotonic()
+    known = plans.read(gpu)[0]
+    rows: list[dict[str, Any]] = []
+    short = []
     for problem in problems(arguments.shapes, arguments.dtypes):
-        timed = functools.partial(milliseconds, run(problem, device), arguments.seconds)
-        won, tried = tune(problem, arguments.device, limits, check(problem, device), timed)
-        best, rows = best + won, rows + tried
-        table = plans.record(facts.name, best, seconds=time.monotonic() - started, versions=versions())
+        torch.cuda.empty_cache()
+        try:
+            won, tried = tune_one(problem, device, limits, arguments.seconds)
+        except torch.cuda.OutOfMemoryError:
+            short.append(problem)
+            continue
+        known, rows = [plan for plan in known if not problem.has(plan)] + won, rows + tried
+        table = plans.record(gpu, known, seconds=time.monotonic() - started, versions=versions())
         if path is not None:  # after every problem, so that an interruption keeps what was found
             plans.write(path, table)
         if arguments.out is not None:
             write_record(arguments.out, {**table, "tried": rows})
-        del timed
-        torch.cuda.empty_cache()
-    wrong = [row for row in rows if not row["right"]]
-    print(f"{len(best)} plans replace the model's, in {path}")
-    for row in wrong:
-        print(f"wrong, and left out: {row['plan']}, {row['error']:.3g} times its limit", file=sys.stderr)
-    return 1 if wrong else 0
+    print(f"{len(known)} plans replace the model's, in {path or arguments.out}")
+    return rows, short
 
 
 def milliseconds(call: Callable[[], Any], seconds: float) -> float:

@@ -5,6 +5,7 @@ Without a table, or with one for another card or library, the library's own mode
 """
 
 import json
+import operator
 import os
 import re
 import warnings
@@ -38,8 +39,11 @@ class Plan(NamedTuple):
     slots: int
 
     def numbers(self) -> list[int]:
-        """The row that the library reads."""
-        return [LAUNCHES.index(self.launch), DTYPES.index(self.dtype), *map(int, self[2:])]
+        """The row that the library reads; raises ValueError or TypeError for values that cannot be in one."""
+        row = [LAUNCHES.index(self.launch), DTYPES.index(self.dtype), *map(operator.index, self[2:])]
+        if not all(0 <= number < 2**31 for number in row):
+            raise ValueError(f"{self} has numbers that are negative or too large")
+        return row
 
 
 def cache_folder() -> Path | None:

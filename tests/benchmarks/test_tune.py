@@ -4,6 +4,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from pmf.plans import Plan
 LARGE, A100 = Limits(227 * 1024, 228 * 1024, 132, (10, 0)), Limits(163 * 1024, 164 * 1024, 4, (8, 0))
 PROBLEMS = [Problem(276, 64, "bfloat16", *kind) for kind in tune.PASSES.values()]
 NAMES = list(tune.PASSES)
+PLAN = PROBLEMS[0].plan("forward", 0, 4, 3)
 module = _library.introspection()
 
 pytestmark = pytest.mark.skipif(
@@ -187,6 +189,10 @@ def test_without_a_table_there_is_no_warning() -> None:
         ({"device": "Other Card"}, "holds plans for Other Card, not for this Test Card"),
         ({"plans": [{"kernel": 1}]}, "is not a table of plans"),
         ({"plans": 3}, "is not a table of plans"),
+        *(
+            ({"plans": [{**PLAN._asdict(), "kernel": kernel}]}, "is not a table of plans")
+            for kernel in (float("inf"), 2**70, -1, 1.5)
+        ),
     ],
 )
 def test_a_table_for_something_else_is_rejected(table: Path, change: dict[str, Any], sentence: str) -> None:
@@ -219,6 +225,67 @@ def test_without_a_gpu_it_says_so(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert tune.main([]) == 2
     assert capsys.readouterr().err.startswith("torch finds no such CUDA device")
+
+
+@pytest.fixture
+def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An imaginary GPU, on which every plan is correct and twice as fast as the model's choice."""
+    facts = {
+        "name": "Test Card", "shared_memory_per_block_optin": LARGE.shared_per_block,
+        "shared_memory_per_multiprocessor": LARGE.shared_per_processor,
+        "multi_processor_count": LARGE.processors, "major": 10, "minor": 0,
+    }  # fmt: skip
+    for name, answer in {
+        "device_count": 1, "set_device": None, "get_device_properties": SimpleNamespace(**facts)
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tune, "run", lambda problem, device: None)
+    monkeypatch.setattr(tune, "check", lambda problem, device: lambda: 0.5)
+    monkeypatch.setattr(tune, "competitors", lambda problem, launch, *_: [problem.plan(launch, 0, 4, 3)])
+    used: list[list[Plan]] = [[]]
+    monkeypatch.setattr(plans, "use", lambda device, chosen: used.append(chosen))
+    monkeypatch.setattr(tune, "milliseconds", lambda call, seconds: 1.0 / (1 + len(used[-1])))
+
+
+def test_plans_of_other_problems_stay_in_the_table(card: None) -> None:
+    assert tune.main(["--shapes", "276x64"]) == 0
+    first, _ = plans.read("Test Card")
+    assert [plan.launch for plan in first] == ["forward", "forward", *plans.LAUNCHES[1:] * 2]
+    assert tune.main(["--shapes", "100x80", "276x64"]) == 0
+    both, _ = plans.read("Test Card")
+    assert len(both) == 2 * len(first) and both[len(first) :] == first
+
+
+def test_a_table_that_cannot_be_written_is_one_sentence(
+    card: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is measured; a record of the measurements is still made where one is asked for."""
+    (tmp_path / "cache").write_text("a file")
+    assert tune.main(["--shapes", "276x64"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and len(printed.err.splitlines()) == 1
+    assert printed.err.startswith("the table of plans cannot be written: ")
+    assert tune.main(["--shapes", "276x64", "--out", str(tmp_path / "out.json")]) == 0
+    assert len(json.loads((tmp_path / "out.json").read_text())["plans"]) == 6
+
+
+def test_a_problem_without_memory_keeps_its_plans(
+    card: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tune.main(["--shapes", "276x64"])
+    before = plans.read("Test Card")
+
+    def run(problem: Problem, device: torch.device) -> None:
+        if problem.backward:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    monkeypatch.setattr(tune, "run", run)
+    capsys.readouterr()
+    assert tune.main(["--shapes", "276x64"]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and all(line.startswith("not tuned, as memory ran out: ") for line in said)
+    assert sorted(plans.read("Test Card")[0]) == sorted(before[0])
 
 
 @pytest.mark.parametrize("shape", ["276", "x64", "276x300", "0x64"])
