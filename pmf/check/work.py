@@ -123,11 +123,12 @@ def _rows(check: Check, device: torch.device, columns: dict[str, Callable[[], An
             set_up()
             measure = check.prepare(device) if measure is None else measure
             row["errors"] = measure()
-        except torch.cuda.OutOfMemoryError:
-            row["not_checked"] = "memory ran out"
-            torch.cuda.empty_cache()
         except Exception as problem:  # an op may raise anything, and the others must still be checked
-            row["failed"] = sentence(problem)
+            if is_out_of_memory(problem):
+                row["not_checked"] = "memory ran out"
+                torch.cuda.empty_cache()
+            else:
+                row["failed"] = sentence(problem)
             if device.type == "cuda" and not _is_alive():
                 row["lost"] = True
         rows.append(row)
@@ -140,6 +141,13 @@ def _is_alive() -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def is_out_of_memory(problem: Exception) -> bool:
+    """Whether too little memory was left for PyTorch's allocator, a CUDA library or the CPU."""
+    says = "out of memory", "ALLOC_FAILED", "can't allocate memory"
+    is_error = isinstance(problem, RuntimeError) and any(text in str(problem) for text in says)
+    return is_error or isinstance(problem, (torch.cuda.OutOfMemoryError, MemoryError))
 
 
 def sentence(problem: BaseException) -> str:

@@ -1,6 +1,7 @@
 """``pmf check``: test every op on this machine."""
 
 import argparse
+import os
 from pathlib import Path
 
 from pmf.cli.arguments import Commands
@@ -35,8 +36,20 @@ def run(arguments: argparse.Namespace) -> int:
     for name in arguments.families:
         if name not in FAMILIES:
             raise UserError(f"there is no op {name!r} to check: choose from {', '.join(FAMILIES)}")
-    if arguments.out is not None and arguments.out.is_dir():
-        raise UserError(f"--out {arguments.out} is a folder: name a file")
+    if arguments.out is not None:
+        _check_writable(arguments.out)
     places = report.find_places(arguments.device)
     size = "tiny" if arguments.quick else ""
     return report.run(places, tuple(arguments.families), size, arguments.out)
+
+
+def _check_writable(out: Path) -> None:
+    """Raise UserError now rather than after the check."""
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder: name a file")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(out.parent, os.W_OK):
+            raise PermissionError(f"{out.parent} is read-only")
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error}") from error

@@ -223,6 +223,7 @@ def test_a_process_that_cannot_start_is_one_sentence(
         (["swish"], "there is no op 'swish' to check: choose from attention, "),
         (["--device", "tpu"], "--device tpu does not exist; available: "),
         (["--out", "."], "--out . is a folder: name a file"),
+        (["--out", f"{__file__}/a.json"], f"--out {__file__}/a.json cannot be written: "),
     ],
 )
 def test_invalid_arguments(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -285,11 +286,24 @@ def a_check(measure: Any) -> Any:
     return checks("tiny", ("swiglu",))[0]._replace(prepare=lambda device: measure)
 
 
-def test_running_out_of_memory_is_unchecked_not_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "problem",
+    [
+        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        MemoryError(),
+    ],
+    ids=lambda problem: str(problem)[:24],
+)
+def test_running_out_of_memory_is_unchecked_not_wrong(
+    problem: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Gpu(monkeypatch)
 
     def measure() -> None:
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        raise problem
 
     (row,) = work._rows(a_check(measure), torch.device("cuda", 0), {"Test Card": lambda: None})
     assert row["not_checked"] == "memory ran out" and "failed" not in row
