@@ -134,7 +134,6 @@ enum Fault {
   kNotWaited,
   kCopyNotWaited,
   kTooManyRegisters,
-  kNoBarrierArrival,
 };
 
 constexpr int kRows = 64, kKeys = 48, kWidth = 64, kRounds = 4, kSlots = 2;
@@ -171,7 +170,6 @@ __global__ void __launch_bounds__(3 * kGroup, 1) tiles_kernel(const __grid_const
   __syncthreads();
   if (thread() < kGroup) {
     if (kFault != kTooManyRegisters) registers_down_to<24>();
-    if (kFault != kNoBarrierArrival) barrier_arrive(1, 3 * kGroup);
     if (thread() / kWarpThreads == 0 && elect_one()) {
       for (int i = 0; i < kRounds; ++i) {
         const int slot = i % kSlots;
@@ -195,7 +193,6 @@ __global__ void __launch_bounds__(3 * kGroup, 1) tiles_kernel(const __grid_const
     return;
   }
   registers_up_to<240>();
-  barrier_sync(1, 3 * kGroup);
   float d[6][4] = {};
   uint32_t factor[4] = {};
   float e[2][4] = {};
@@ -331,7 +328,6 @@ const PlantedFault kAll[] = {
     PMF_FAULT(products_never_waited_for, kNotWaited),
     PMF_FAULT(copy_never_waited_for, kCopyNotWaited),
     PMF_FAULT(too_many_registers, kTooManyRegisters),
-    PMF_FAULT(no_arrival_at_the_block_barrier, kNoBarrierArrival),
 };
 
 const char* sentence(cudaError_t status) {

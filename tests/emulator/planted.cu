@@ -259,21 +259,6 @@ __global__ void missing_barrier_for_global(Buffers p) {
   p.output[first() + thread() + kBlocks * kThreads] = p.output[first() + kThreads - 1 - thread()];
 }
 
-// Threads count together.
-template <bool kBug>
-__global__ void counting_without_atomics(Buffers p) {
-  auto* const count = reinterpret_cast<uint32_t*>(dynamic_shared());
-  if (thread() == 0) *count = 0;
-  __syncthreads();
-  if constexpr (kBug) {
-    *count += 1;
-  } else {
-    atomic_add(count, 1u);
-  }
-  __syncthreads();
-  p.output[first() + thread()] = static_cast<float>(*count);
-}
-
 // ---- by name ------------------------------------------------------------------------------------
 
 struct Planted {
@@ -313,7 +298,6 @@ const Planted kAll[] = {
     PMF_PLANTED(blocks_write_one_place),
     PMF_PLANTED(blocks_read_what_others_write),
     PMF_PLANTED(missing_barrier_for_global),
-    PMF_PLANTED(counting_without_atomics),
 };
 
 }  // namespace

@@ -50,7 +50,7 @@ __global__ void ldmatrix_probe(Rows p) {
   if constexpr (kCount == 4) {
     kTransposed ? ldmatrix_x4_trans(r, row) : ldmatrix_x4(r, row);
   } else {
-    kTransposed ? ldmatrix_x2_trans(r, row) : ldmatrix_x2(r, row);
+    ldmatrix_x2(r, row);
   }
   for (int i = 0; i < kCount; ++i) p.result[4 * lane + i] = r[i];
 }
@@ -65,8 +65,8 @@ __global__ void lanes_probe(Numbers p) {
   const int lane = static_cast<int>(threadIdx.x);
   const float x = p.x[lane];
   p.result[4 * lane] = __float_as_uint(shuffle_xor(x, 5));
-  p.result[4 * lane + 1] = __float_as_uint(shuffle_down(x, 3));
-  p.result[4 * lane + 2] = ballot(x > 0.0f);
+  p.result[4 * lane + 1] = __float_as_uint(shuffle_idx(x, (lane + 3) % kWarpThreads));
+  p.result[4 * lane + 2] = any_lane(lane == 5 && x > 0.0f);
   p.result[4 * lane + 3] = round_tf32(x);
 }
 
@@ -116,9 +116,9 @@ PMF_EXPORT const char* pmf_probe_mma(int kind, const uint32_t* a, const uint32_t
 
 PMF_EXPORT const char* pmf_probe_ldmatrix(int count, bool transposed, const uint16_t* elements,
                                           const int* of_lane, uint32_t* result) {
-  const auto kernel = count == 4
-                          ? (transposed ? &ldmatrix_probe<4, true> : &ldmatrix_probe<4, false>)
-                          : (transposed ? &ldmatrix_probe<2, true> : &ldmatrix_probe<2, false>);
+  const auto kernel = count == 2   ? &ldmatrix_probe<2, false>
+                      : transposed ? &ldmatrix_probe<4, true>
+                                   : &ldmatrix_probe<4, false>;
   return sentence(launch(kernel, 1, kWarpThreads, kRows * kRowElements * sizeof(uint16_t), nullptr,
                          Rows{elements, of_lane, result}));
 }

@@ -203,7 +203,6 @@ FOUND = {
     "products_never_waited_for": r"warp \d ended without waiting for its products|" + OVERWRITTEN,
     "copy_never_waited_for": "a block ended (while a box copy|without waiting for the copies)",
     "too_many_registers": STUCK + "waits for 240 registers per thread, but 0 of the block's are free",
-    "no_arrival_at_the_block_barrier": STUCK + "warp 4 waits at barrier 1",
 }  # fmt: skip
 # nvcc's registers have no address to watch.
 UNSEEN = {"ptx": {"factor_written_before_the_wait"}}
@@ -224,7 +223,7 @@ def run(planted: Planted, fault: str, seed: int) -> tuple[str | None, np.ndarray
 def unguarded(text: str) -> list[str]:
     """Assembly that accesses memory or waits for it, but lets the compiler move accesses past it."""
     found = re.findall(r"asm( volatile)?\((.*?)\);", text, re.DOTALL)
-    kinds = r"mbarrier\.|fence\.|cp\.async|commit_group|wait_group|bar\.arrive"
+    kinds = r"mbarrier\.|fence\.|cp\.async|commit_group|wait_group"
     return [
         body for volatile, body in found if re.search(kinds, body) and not (volatile and '"memory"' in body)
     ]

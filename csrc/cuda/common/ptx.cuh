@@ -8,7 +8,7 @@
 //             b[0] B[t][g]  b[1] B[t + 4][g]
 //   both      c[0], c[1] C[g][2t, 2t + 1]     c[2], c[3] C[g + 8][2t, 2t + 1]
 //
-// All lanes of a warp must execute the collectives (ldmatrix, mma, shuffle, ballot) together.
+// All lanes of a warp must execute the collectives (ldmatrix, mma, shuffles, any_lane) together.
 #pragma once
 
 #include "cuda/common/cuda.cuh"
@@ -34,13 +34,6 @@ __device__ inline void ldmatrix_x2(uint32_t (&r)[2], const void* row) {
 __device__ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
-               : "memory");
-}
-
-__device__ inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-               : "=r"(r[0]), "=r"(r[1])
                : "r"(shared_address(row))
                : "memory");
 }
@@ -151,17 +144,11 @@ __device__ inline uint32_t pack2<__half>(float first, float second) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-// ---- warp collectives, named barriers and atomics -----------------------------------------------
+// ---- warp collectives and named barriers --------------------------------------------------------
 
 template <typename T>
 __device__ inline T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(kWholeWarp, value, mask);
-}
-
-// Reads from the lane `distance` above; the last lanes keep their own value.
-template <typename T>
-__device__ inline T shuffle_down(T value, int distance) {
-  return __shfl_down_sync(kWholeWarp, value, distance);
 }
 
 template <typename T>
@@ -169,22 +156,12 @@ __device__ inline T shuffle_idx(T value, int lane) {
   return __shfl_sync(kWholeWarp, value, lane);
 }
 
-// Bit i is lane i's `value`.
-__device__ inline uint32_t ballot(bool value) { return __ballot_sync(kWholeWarp, value); }
-
 // Whether `value` holds in any lane.
 __device__ inline bool any_lane(bool value) { return __any_sync(kWholeWarp, value) != 0; }
 
 // A named barrier among `threads` threads, a multiple of the warp size; id 0 is __syncthreads().
 __device__ inline void barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-// Atomic addition of a 32-bit number in global or shared memory; returns the old value. Orders no
-// other memory access: use __threadfence() for that.
-template <typename T>
-__device__ inline T atomic_add(T* address, T value) {
-  return atomicAdd(address, value);
 }
 
 }  // namespace pmf::cuda

@@ -19,8 +19,6 @@ int source_lane(Shuffle how, int lane, int amount) {
   switch (how) {
     case Shuffle::exclusive_or:
       return lane ^ amount;
-    case Shuffle::down:
-      return lane + amount < kLanes ? lane + amount : lane;
     case Shuffle::index:
       return amount;
   }
@@ -83,17 +81,6 @@ void check_aligned(const void* address, int bytes) {
   PMF_HERE;
   if (machine.lane != nullptr) check_alignment(address, bytes, "a vector");
 }
-
-uint32_t atomic_load(const void* address) {
-  PMF_HERE;
-  uint32_t bits;
-  check_alignment(address, sizeof(bits), "an atomic operation");
-  memory.atomic(address, sizeof(bits));
-  std::memcpy(&bits, address, sizeof(bits));
-  return bits;
-}
-
-void atomic_store(void* address, uint32_t bits) { std::memcpy(address, &bits, sizeof(bits)); }
 
 void copy_async(void* to, const void* from, bool valid) {
   PMF_HERE;

@@ -101,9 +101,4 @@ void set_registers(int count, bool more) {
   while (machine.warp->wanted_registers != 0) machine.yield();
 }
 
-void barrier_arrive(int barrier, int threads) {
-  PMF_HERE;
-  machine.barrier(barrier, threads, false);
-}
-
 }  // namespace pmf::emulator

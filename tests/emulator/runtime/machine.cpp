@@ -27,8 +27,6 @@ const char* together_name(Together kind) {
       return "__syncwarp()";
     case Together::barrier:
       return "a block barrier";
-    case Together::barrier_arrive:
-      return "an arrival at a block barrier";
     case Together::load_matrices:
       return "ldmatrix";
     case Together::multiply:
@@ -159,14 +157,14 @@ void Machine::wait_for_phase(uint32_t mbarrier, uint32_t parity) {
   self->mbarrier = 0;
 }
 
-void Machine::barrier(int id, int threads, bool waits) {
+void Machine::barrier(int id, int threads) {
   const int all = static_cast<int>(launch.block.x * launch.block.y * launch.block.z);
   if (threads == 0) threads = all;
   if (threads % kLanes != 0 && threads != all) {
     fail("barrier_sync() takes whole warps, got " + std::to_string(threads) + " threads");
   }
   if (id < 0 || id > 15) fail("barriers are numbered 0 to 15, got " + std::to_string(id));
-  meet(id, threads, waits);
+  meet(id, threads);
 }
 
 void Machine::cluster_arrive() {
@@ -179,7 +177,7 @@ void Machine::cluster_arrive() {
 void Machine::cluster_wait() {
   if (!warp->at_cluster_barrier) fail("a warp waits at the cluster's barrier without arriving");
   const Index size = launch.block;
-  meet(kClusterBarrier, static_cast<int>(size.x * size.y * size.z * launch.cluster), true);
+  meet(kClusterBarrier, static_cast<int>(size.x * size.y * size.z * launch.cluster));
   warp->at_cluster_barrier = false;
 }
 
@@ -189,10 +187,9 @@ bool Machine::ended(int rank) const {
   });
 }
 
-void Machine::meet(int id, int threads, bool waits) {
+void Machine::meet(int id, int threads) {
   const bool everywhere = id == kClusterBarrier;
-  const Together kind = waits ? Together::barrier : Together::barrier_arrive;
-  together(kind, id << 16 | threads, [&] {
+  together(Together::barrier, id << 16 | threads, [&] {
     NamedBarrier& b = named_[everywhere ? 0 : warp->rank][id];
     if (b.arrived > 0 && b.threads != threads) {
       fail("one warp uses barrier " + std::to_string(id) + " for " + std::to_string(b.threads) +
@@ -202,7 +199,7 @@ void Machine::meet(int id, int threads, bool waits) {
     b.arrived += warp->count;
     warp->tick();
     b.known.merge(warp->known);
-    warp->at_barrier = waits, warp->barrier = id;
+    warp->at_barrier = true, warp->barrier = id;
     if (b.arrived < threads) return;
     if (b.arrived > threads) {
       fail(std::to_string(b.arrived) + " threads arrive at barrier " + std::to_string(id) +

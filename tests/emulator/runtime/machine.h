@@ -20,7 +20,6 @@ enum class Together {
   ballot,
   sync_warp,
   barrier,
-  barrier_arrive,
   load_matrices,
   multiply,
   elect,
@@ -118,7 +117,7 @@ struct Warp {
   }
 };
 
-// State of bar.sync and bar.arrive.
+// State of bar.sync.
 struct NamedBarrier {
   int threads = 0, arrived = 0;
   Knowledge known;
@@ -168,7 +167,7 @@ class Machine {
     }
   }
 
-  void barrier(int id, int threads, bool waits = true);
+  void barrier(int id, int threads);
   void cluster_arrive();
   void cluster_wait();
   void yield();
@@ -188,7 +187,7 @@ class Machine {
   static Lane* runnable(Warp& w, int first);
   void resume(Lane& next);
   void run_cluster(int64_t first_block);
-  void meet(int id, int threads, bool waits);
+  void meet(int id, int threads);
   void run_warps();
   void to_host();
   std::string stuck() const;

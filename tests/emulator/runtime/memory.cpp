@@ -195,24 +195,6 @@ void Memory::copy_landed(void* to) {
   std::fill_n(&writer_[first], kCopyBytes / kGranule, stamp());
 }
 
-void Memory::atomic(const void* address, size_t bytes) {
-  const auto at = reinterpret_cast<uintptr_t>(address);
-  if (is_shared(at)) {
-    const auto offset = static_cast<int64_t>(at - reinterpret_cast<uintptr_t>(shared()));
-    if (offset < 0 || offset + static_cast<int64_t>(bytes) > shared_bytes_ ||
-        writer_[(shared() - shared_ + offset) / kGranule] >> kThreadBits < first_clock_) {
-      machine.fail("an atomic operation on shared memory that was never written or requested");
-    }
-    return;
-  }
-  Region* region = find(at);
-  if (region == nullptr) {
-    machine.fail(bytes_of("memory that belongs to no tensor of this call", bytes, Access::write));
-  }
-  region->check(at, bytes, Access::read, false);
-  region->check(at, bytes, Access::write, false);
-}
-
 void Memory::copy_dropped(void* to, size_t bytes) {
   const size_t first = (static_cast<unsigned char*>(to) - shared_) / kGranule;
   std::fill_n(&writer_[first], bytes / kGranule, 0);
@@ -316,7 +298,7 @@ void Region::allow(uintptr_t address, size_t bytes, bool writable, bool initiali
   }
 }
 
-void Region::check(uintptr_t address, size_t bytes, Access access, bool ordered) {
+void Region::check(uintptr_t address, size_t bytes, Access access) {
   if (address + bytes > end()) {
     machine.fail(bytes_of("memory beyond a tensor's end", bytes, access));
   }
@@ -336,7 +318,7 @@ void Region::check(uintptr_t address, size_t bytes, Access access, bool ordered)
     }
     for (size_t i = 0; i < bytes; ++i) flags[i] |= kInitialised;
   }
-  if (traces_ && ordered) check_order(address, bytes, access);
+  if (traces_) check_order(address, bytes, access);
 }
 
 void Region::check_order(uintptr_t address, size_t bytes, Access access) {

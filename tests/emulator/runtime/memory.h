@@ -33,7 +33,7 @@ class Region {
   // Declares that bytes [address, address + bytes) belong to a tensor.
   void allow(uintptr_t address, size_t bytes, bool writable, bool initialised);
 
-  void check(uintptr_t address, size_t bytes, Access access, bool ordered = true);
+  void check(uintptr_t address, size_t bytes, Access access);
 
  private:
   enum : uint8_t { kReadable = 1, kWritable = 2, kInitialised = 4 };
@@ -74,7 +74,6 @@ class Memory {
   // An access by the whole warp at once: a barrier must separate it even from the same thread's own
   // earlier write.
   void access_by_warp(const void* address, size_t bytes);
-  void atomic(const void* address, size_t bytes);  // does not race with other atomic operations
   void copy_issued(void* to);
   void copy_landed(void* to);
   // For a block that has ended.

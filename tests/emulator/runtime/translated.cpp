@@ -48,13 +48,6 @@ class Machinery final : public ptx::Device {
     PMF_HERE;
     emulator::wait_for_copies(pending);
   }
-  uint32_t atomic_load(const void* address) const override {
-    PMF_HERE;
-    return emulator::atomic_load(address);
-  }
-  void atomic_store(void* address, uint32_t bits) const override {
-    emulator::atomic_store(address, bits);
-  }
 
   uint32_t shuffle(Shuffle how, uint32_t bits, uint32_t amount, uint32_t clamp,
                    uint32_t lanes) const override {
@@ -162,11 +155,6 @@ class Machinery final : public ptx::Device {
     PMF_HERE;
     machine.aligned_line = line;
     emulator::set_registers(count, more);
-  }
-  void barrier_arrive(int line, uint32_t id, uint32_t threads) const override {
-    PMF_HERE;
-    machine.aligned_line = line;
-    machine.barrier(static_cast<int>(id), static_cast<int>(threads), false);
   }
 
   uint16_t to_half(float x) const override { return Half(x).bits; }

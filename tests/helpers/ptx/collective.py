@@ -1,7 +1,5 @@
 """Instructions executed by several threads, and asynchronous copies."""
 
-from collections.abc import Callable
-
 from helpers.ptx import hopper
 from helpers.ptx.registers import Scope
 from helpers.ptx.syntax import Instruction, UnknownInstruction, elements
@@ -11,7 +9,7 @@ MMA = {
     "m16n8k16.row.col.f32.f16.f16.f32": "f16",
     "m16n8k8.row.col.f32.tf32.tf32.f32": "tf32",
 }
-SHUFFLES = {"bfly": "exclusive_or", "down": "down", "idx": "index"}
+SHUFFLES = {"bfly": "exclusive_or", "idx": "index"}
 
 
 def multiply(s: Scope, i: Instruction) -> str:
@@ -61,10 +59,10 @@ def barrier(s: Scope, i: Instruction) -> str:
         return f"d.sync_warp({s.value(i.operands[0], 'u32')});"
     if i.name in ("barrier.cluster.arrive.release.aligned", "barrier.cluster.wait.acquire.aligned"):
         return f"d.cluster_{i.parts[2]}({i.line});"
-    if i.name not in ("bar.sync", "bar.arrive", "barrier.sync.aligned"):
+    if i.name not in ("bar.sync", "barrier.sync.aligned"):
         raise UnknownInstruction(i.name)
     number, threads = (s.value(x, "u32") for x in (*i.operands, "0")[:2])
-    return f"d.barrier{'_arrive' if i.name == 'bar.arrive' else ''}({i.line}, {number}, {threads});"
+    return f"d.barrier({i.line}, {number}, {threads});"
 
 
 def shuffle(s: Scope, i: Instruction) -> str:
@@ -73,45 +71,12 @@ def shuffle(s: Scope, i: Instruction) -> str:
         raise UnknownInstruction(i.name)
     out, _, inside = i.operands[0].partition("|")
     value = f"d.shuffle(Shuffle::{how}, {', '.join(s.value(x, 'u32') for x in i.operands[1:])})"
-    said = (
-        ""
-        if not inside or inside == "_"
-        else s.put(inside, _INSIDE[how](s.value(i.operands[2], "u32")), "pred")
-    )
+    said = s.put(inside or "_", "true", "pred")  # the source lane exists, as all 32 are active
     return f"{said} {s.put(out, value, 'u32')}"
 
 
-# The predicate of a shuffle: whether its source lane exists, with all 32 active.
-_INSIDE: dict[str, Callable[[str], str]] = {
-    "exclusive_or": lambda distance: "true",
-    "index": lambda lane: "true",
-    "down": lambda distance: f"(d.thread_index().x & 31) + {distance} < 32",
-}
-
-
 def vote(s: Scope, i: Instruction) -> str:
-    if i.name not in ("vote.sync.ballot.b32", "vote.sync.any.pred"):
+    if i.name != "vote.sync.any.pred":
         raise UnknownInstruction(i.name)
     out, value, lanes = i.operands
-    said = f"d.ballot({s.value(value, 'pred')}, {s.value(lanes, 'u32')})"
-    return s.put(out, f"{said} != 0", "pred") if i.type == "pred" else s.put(out, said, "u32")
-
-
-def atomic(s: Scope, i: Instruction) -> str:
-    *_, operation, t = i.parts
-    if operation != "add" or t not in ("u32", "s32", "f32"):
-        raise UnknownInstruction(i.name)
-    out, place, value = i.operands if i.parts[0] == "atom" else ("_", *i.operands)
-    space = next((part for part in i.parts if part in ("global", "shared")), "generic")
-    # Nothing can interrupt between the load and the store.
-    return (
-        f"unsigned char* const place = {s.address(place, space)}; "
-        f"const uint32_t word = d.atomic_load(place); "
-        f"d.atomic_store(place, {_sum(s, value, t)}); {s.put(out, 'word', 'u32')}"
-    )
-
-
-def _sum(s: Scope, value: str, t: str) -> str:
-    if t == "f32":
-        return f"bits<uint32_t>(bits<float>(word) + {s.value(value, t)})"
-    return f"word + {s.value(value, 'u32')}"
+    return s.put(out, f"d.ballot({s.value(value, 'pred')}, {s.value(lanes, 'u32')}) != 0", "pred")

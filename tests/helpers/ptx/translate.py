@@ -24,8 +24,6 @@ RULES: dict[str, Callable[[Scope, Instruction], str]] = {
     "barrier": collective.barrier,
     "shfl": collective.shuffle,
     "vote": collective.vote,
-    "atom": collective.atomic,
-    "red": collective.atomic,
     "mbarrier": hopper.mbarrier,
     "fence": hopper.fence,
     "wgmma": hopper.wgmma,

@@ -24,8 +24,6 @@ class Device {
   virtual void copy(void* to, const void* from, uint32_t bytes, uint32_t source_bytes) const = 0;
   virtual void commit_copies() const = 0;
   virtual void wait_for_copies(int pending) const = 0;
-  virtual uint32_t atomic_load(const void* address) const = 0;
-  virtual void atomic_store(void* address, uint32_t bits) const = 0;
 
   virtual uint32_t shuffle(Shuffle how, uint32_t bits, uint32_t amount, uint32_t clamp,
                            uint32_t lanes) const = 0;
@@ -52,7 +50,6 @@ class Device {
   virtual float waited_for(float x) const = 0;
   virtual bool elect_one(uint32_t lanes) const = 0;
   virtual void set_registers(int line, int count, bool more) const = 0;
-  virtual void barrier_arrive(int line, uint32_t id, uint32_t threads) const = 0;
 
   virtual uint16_t to_half(float x) const = 0;
   virtual float from_half(uint16_t bits) const = 0;

@@ -26,7 +26,7 @@ __attribute__((const)) unsigned char* shared_memory();
 
 // ---- warp and block collectives -----------------------------------------------------------------
 
-enum class Shuffle { exclusive_or, down, index };
+enum class Shuffle { exclusive_or, index };
 enum class Element { bf16, f16, tf32 };
 
 uint64_t shuffle(Shuffle how, uint64_t bits, int amount);
@@ -42,8 +42,6 @@ void copy_async(void* to, const void* from, bool valid);
 void commit_copies();
 void wait_for_copies(int pending);
 void check_aligned(const void* address, int bytes);
-uint32_t atomic_load(const void* address);  // atomic together with the atomic_store() that follows
-void atomic_store(void* address, uint32_t bits);
 
 // ---- Hopper (runtime/hopper.h), with addresses in the shared state space ------------------------
 
@@ -84,7 +82,6 @@ inline bool held_sum(uint32_t bits) { return (bits & kHeldSum) == kHeldSum; }
 
 bool elect_one();
 void set_registers(int count, bool more);
-void barrier_arrive(int barrier, int threads);
 
 // Encodes a tensor map: sizes and a box of up to five dimensions, the first one contiguous. False
 // if a driver would reject it.

@@ -74,6 +74,5 @@ template <int kCount>
 inline void registers_up_to() {
   emulator::set_registers(kCount, true);
 }
-inline void barrier_arrive(int id, int threads) { emulator::barrier_arrive(id, threads); }
 
 }  // namespace pmf::cuda

@@ -19,7 +19,6 @@ inline void load_matrices(uint32_t (&r)[kCount], const void* row) {
 
 inline void ldmatrix_x2(uint32_t (&r)[2], const void* row) { load_matrices<2, false>(r, row); }
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) { load_matrices<4, false>(r, row); }
-inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) { load_matrices<2, true>(r, row); }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) { load_matrices<4, true>(r, row); }
 
 // ---- mma ----------------------------------------------------------------------------------------
@@ -75,7 +74,7 @@ inline uint32_t pack2(float first, float second) {
   return uint32_t{T(second).bits} << 16 | T(first).bits;
 }
 
-// ---- warp collectives, named barriers and atomics -----------------------------------------------
+// ---- warp collectives and named barriers --------------------------------------------------------
 
 template <typename T>
 inline T shuffled(emulator::Shuffle how, T value, int amount) {
@@ -90,25 +89,12 @@ inline T shuffle_xor(T value, int mask) {
   return shuffled(emulator::Shuffle::exclusive_or, value, mask);
 }
 template <typename T>
-inline T shuffle_down(T value, int distance) {
-  return shuffled(emulator::Shuffle::down, value, distance);
-}
-template <typename T>
 inline T shuffle_idx(T value, int lane) {
   return shuffled(emulator::Shuffle::index, value, lane);
 }
 
 inline bool any_lane(bool value) { return emulator::ballot(value) != 0; }
 
-inline uint32_t ballot(bool value) { return emulator::ballot(value); }
 inline void barrier_sync(int id, int threads) { emulator::sync_threads(id, threads); }
-
-template <typename T>
-inline T atomic_add(T* address, T value) {
-  static_assert(sizeof(T) == 4);
-  const T before = __builtin_bit_cast(T, emulator::atomic_load(address));
-  emulator::atomic_store(address, __builtin_bit_cast(uint32_t, before + value));
-  return before;
-}
 
 }  // namespace pmf::cuda
