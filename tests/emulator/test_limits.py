@@ -1,12 +1,13 @@
 """Every kernel family under other devices' plans: 99, 163 and 227 KB per block, 4 and 132 processors."""
 
 import itertools
+import os
 
 import pytest
 import torch
 from helpers import emulator
 from helpers.attention import Shape, gradients, gradients_of_both, shaped
-from helpers.levels import at_level
+from helpers.levels import PTX, at_level
 from helpers.ops import CASES
 from helpers.tolerance import assert_close, spread, tolerance
 
@@ -45,11 +46,26 @@ def test_optimizer(shared_kb: int, processors: int) -> None:
     assert_close(average, mean, tolerance("elementwise", torch.float32))
 
 
-@pytest.mark.parametrize(("shared_kb", "processors"), DEVICES)
+@pytest.mark.parametrize("shared_kb", [99, 163])
+def test_patch_embed_in_16_bits(shared_kb: int) -> None:
+    """One kernel for both products where its 112 KB fit, apart from the prefix; else one for each."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (2, 3, 16, 16), (32, 3, 4, 4), (32,), (48, 32), (48,), (21, 48), (2, 5, 48)
+    args = [torch.randn(shape, generator=generator).to(BF16) for shape in shapes]
+    before = emulator.launches()
+    with at_level("emulated"), emulator.limits(shared_kb, 4):
+        found = ops.patch_embed(*args)
+    assert emulator.launches() - before == (2 if shared_kb > 112 else 3)
+    assert_close(found, reference.patch_embed(*(x.double() for x in args)), tolerance("gemm", BF16))
+
+
+@pytest.mark.parametrize(
+    ("shared_kb", "processors", "hopper"), [*((*device, None) for device in DEVICES), (227, 132, False)]
+)
 @pytest.mark.parametrize("width", [64, 80, 128])
-def test_attention(width: int, shared_kb: int, processors: int) -> None:
+def test_attention(width: int, shared_kb: int, processors: int, hopper: bool | None) -> None:
     p, values, plain, both = shaped(Shape(1, 2, 1, 80, 130, width, width), BF16)
-    with at_level("emulated"), emulator.limits(shared_kb, processors):
+    with at_level("emulated"), emulator.limits(shared_kb, processors, hopper):
         found = ops.attention_jvp(*p[:6])
         grads, grads_of_both = gradients(ops, p), gradients_of_both(ops, p)
     assert_close(found, values, tolerance("attention", BF16) * spread(values[0]))
@@ -58,20 +74,30 @@ def test_attention(width: int, shared_kb: int, processors: int) -> None:
     assert_close(grads_of_both, both, limit)
 
 
+@pytest.mark.parametrize("backend", ["emulated", *(PTX if os.environ.get("PMF_PTX") == "all" else ())])
 @pytest.mark.parametrize("tangent", [False, True])
-@pytest.mark.parametrize(("width", "tokens"), [(64, 276), (80, 276), (128, 200)])
-def test_plans_of_an_h100(width: int, tokens: int, tangent: bool) -> None:
-    """Blocks that take part of a head's queries and read all of its keys, several on a multiprocessor."""
+@pytest.mark.parametrize(
+    ("width", "tokens", "masked"), [(64, 276, False), (80, 276, False), (128, 200, False), (64, 150, True)]
+)
+def test_plans_without_hopper(width: int, tokens: int, masked: bool, tangent: bool, backend: str) -> None:
+    """With an H100's shared memory, tiles of 48 keys at width 64 and several blocks a multiprocessor: the
+    mma.sync kernels of a newer GPU, and on an H100 those of masks."""
     heads, shared_kb, processors = 4, 227, 132
-    if (plans := _library.introspection()) is not None:
+    if (plans := _library.introspection()) is not None and not masked:
         (planned,) = plans.attention_launches(
             batch=1, heads=heads, key_heads=heads, queries=tokens, keys=tokens, width=width,
             value_width=width, tangent=tangent, shared_per_block=shared_kb * 1024,
-            shared_per_processor=(shared_kb + 1) * 1024, processors=processors,
+            shared_per_processor=(shared_kb + 1) * 1024, processors=processors, compute_capability=(10, 0),
         )["launches"]  # fmt: skip
-        assert planned["blocks"] > heads
+        assert planned["blocks"] > heads and planned["tile"][1] == (48 if width == 64 else 32)
         assert planned["threads"] * planned["blocks_per_processor"] >= 32 * (12 if width <= 80 else 8)
     p, values, *_ = shaped(Shape(1, heads, heads, tokens, tokens, width, width), BF16)
-    with at_level("emulated"), emulator.limits(shared_kb, processors):
-        found = ops.attention_jvp(*p[:6]) if tangent else (ops.attention(*p[:3]),)
+    mask = torch.ones(tokens, tokens, dtype=torch.bool) if masked else None
+    before = emulator.warpgroup_products()
+    with at_level(backend), emulator.limits(shared_kb, processors, hopper=masked):
+        if tangent:
+            found = ops.attention_jvp(*p[:6], attn_mask=mask)
+        else:
+            found = (ops.attention(*p[:3], attn_mask=mask),)
+    assert emulator.warpgroup_products() == before
     assert_close(found, values[: len(found)], tolerance("attention", BF16))

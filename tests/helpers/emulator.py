@@ -119,19 +119,23 @@ def hardware(index: int, *, capability: tuple[int, int] = (9, 0), driver: int = 
 
 
 @contextmanager
-def limits(shared_kb: int, processors: int) -> Iterator[None]:
-    """Set the KB of shared memory per block, 1 KB more per multiprocessor, and the processor count."""
+def limits(shared_kb: int, processors: int, hopper: bool | None = None) -> Iterator[None]:
+    """Set the KB of shared memory per block, 1 KB more per multiprocessor, and the processor count.
+
+    hopper: whether the device is an sm_90; by default, if it has an H100's shared memory.
+    """
     namespace()
     machine = ctypes.CDLL(str(LIBRARY))
 
-    def let(kb: int, count: int) -> None:
-        machine.pmf_emulator_limits(ctypes.c_int64(kb * 1024), ctypes.c_int64((kb + 1) * 1024), count)
+    def let(kb: int, count: int, hopper: bool) -> None:
+        memory = ctypes.c_int64(kb * 1024), ctypes.c_int64((kb + 1) * 1024)
+        machine.pmf_emulator_limits(*memory, count, ctypes.c_bool(hopper))
 
-    let(shared_kb, processors)
+    let(shared_kb, processors, shared_kb == 227 if hopper is None else hopper)
     try:
         yield
     finally:
-        let(163, 4)
+        let(163, 4, False)
 
 
 @contextmanager

@@ -13,8 +13,8 @@ Limits now;
 const Limits& limits() { return now; }
 
 PMF_EXPORT void pmf_emulator_limits(int64_t shared_per_block, int64_t shared_per_processor,
-                                    int processors) {
-  now = {shared_per_block, shared_per_processor, processors};
+                                    int processors, bool hopper) {
+  now = {shared_per_block, shared_per_processor, processors, hopper};
 }
 
 PMF_EXPORT void pmf_emulator_tensor_cores(int fraction_bits, int blocks) {

@@ -121,6 +121,7 @@ struct Limits {
   int64_t shared_per_block = 163 * 1024;
   int64_t shared_per_processor = 164 * 1024;  // for all blocks on an SM
   int processors = 4;
+  bool hopper = false;  // sm_90: has the instructions of cuda/common/hopper.cuh
 };
 const Limits& limits();
 constexpr int64_t kMostShared = 227 * 1024;  // maximum per block on any device

@@ -5,8 +5,6 @@
 
 namespace pmf::cuda {
 
-constexpr int64_t kHopperShared = 227 * 1024;
-
-inline bool device_is_hopper() { return device_shared_limit() >= kHopperShared; }
+inline bool device_is_hopper() { return emulator::limits().hopper; }
 
 }  // namespace pmf::cuda
