@@ -1,13 +1,13 @@
 """The Hopper instructions against tables of the PTX ISA, reproduced here, and one fault of each kind."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 from helpers.emulator import ROOT, SOURCE, Planted
 from helpers.levels import EMULATED, NVCC
-from helpers.ptx.modules import of_source
+from helpers.ptx.modules import Module, of_source
 from helpers.ptx.planted import CSRC, planted_at
 
 THREADS = range(128)
@@ -62,11 +62,13 @@ def bits(x: np.ndarray, half: bool) -> np.ndarray:
 
 @pytest.fixture(scope="module", params=(*EMULATED, *NVCC))
 def planted(request: pytest.FixtureRequest) -> Iterator[Planted]:
-    modules = None
-    if request.param == "ptx":
-        modules = (of_source(SOURCE / "hopper.cu", CSRC, "compute_90a"),)
+    modules = (of_nvcc(),) if request.param == "ptx" else None
     with planted_at(request.param, modules) as found:
         yield found
+
+
+def of_nvcc() -> Module:
+    return of_source(SOURCE / "hopper.cu", CSRC, "compute_90a")
 
 
 @pytest.mark.parametrize("adds", [False, True])
@@ -301,3 +303,73 @@ def test_without_a_fault(planted: Planted, seed: int) -> None:
     said, sums, expected = run(planted, "none", seed)
     assert said is None, said
     assert (sums == expected).all()
+
+
+# ---- the assembly itself
+
+
+def check_products(planted: Planted) -> None:
+    test_product_of_two_tiles(planted, 48, 1, False, True)
+    test_product_of_registers_and_a_tile(planted, 1, False, True)
+    test_product_of_registers(planted, 32, 64, False, True)
+
+
+def check_copy(planted: Planted) -> None:
+    test_copy_of_a_box(planted, (16, 61, 2, 1), 128)
+
+
+def check_pipeline(planted: Planted) -> None:
+    test_without_a_fault(planted, 0)
+
+
+def check_cluster(planted: Planted) -> None:
+    for seed in range(4):
+        test_cluster_without_a_fault(planted, seed)
+
+
+Check = Callable[[Planted], None]
+WAIT, ARRIVAL = r"wgmma\.wait_group\.sync\.aligned ", r"mbarrier\.arrive\.shared::cta\.b64 _, \[%\w+\];"
+EXPECT = r"mbarrier\.arrive\.expect_tx(\.shared::cta\.b64 _, \[%\w+\]), %\w+"
+# What hopper.cuh's assembly is taken for, what is wrong instead, and who sees it.
+ASSEMBLY: dict[str, tuple[str, str, Check]] = {
+    "registers of A exchanged": (r"(m64n48k16[^;]*\}, \{%\w+, )(%\w+), (%\w+)", r"\1\3, \2", check_products),
+    "sums exchanged": (r"(m64n48k16\S+ \{%\w+, )(%\w+), (%\w+)", r"\1\3, \2", check_products),
+    "sums that are not added to": (r"setp\.ne\.b32 adds", "setp.eq.b32 adds", check_products),
+    "not transposed": (r"(m64n32k16[^;]*adds, 1, 1, )1", r"\g<1>0", check_products),
+    "the other type": (r"f32\.bf16\.bf16", "f32.f16.f16", check_products),
+    "A and B exchanged": (r"(m64n48k16[^;]*\}, )(%rd\d+), (%rd\d+)", r"\1\3, \2", check_products),
+    "no group": (r"wgmma\.commit_group\.sync\.aligned;", "", check_products),
+    "one group too few waited for": (WAIT + "0", "wgmma.wait_group.sync.aligned 1", check_products),
+    "no fence of registers": (r"wgmma\.fence\.sync\.aligned;", "", check_products),
+    "no fence between proxies": (r"fence\.proxy\.async\.shared::cta;", "", check_products),
+    "no fence of barriers": (r"fence\.mbarrier_init\.release\.cluster;", "", check_copy),
+    "head and batch exchanged": (r"(\{%\w+, %\w+, )(%\w+), (%\w+)\}\], \[", r"\1\3, \2}], [", check_copy),
+    "bytes not announced": (EXPECT, r"mbarrier.arrive\1", check_copy),
+    "a wait that is always over": (r"1, 0, over", "1, 1, over", check_copy),
+    "every lane elected": (r"1, 0, elected", "1, 1, elected", check_copy),
+    "a parity ignored": (r"(try_wait\S+ over, \[%\w+\], )%\w+", r"\g<1>0", check_pipeline),
+    "no arrival": (ARRIVAL, "", check_pipeline),
+    "registers not released": (r"setmaxnreg\.dec", "setmaxnreg.inc", check_pipeline),
+    "a copy to one block only": (r"\.multicast::cluster( \[[^;]*), %\w+;", r"\1;", check_cluster),
+    "its own barrier for the peer's": (r"mapa\S+ (%\w+), (%\w+), %\w+", r"mov.b32 \1, \2", check_cluster),
+    "no wait for the cluster": (r"barrier\.cluster\.wait\.acquire\.aligned;", "", check_cluster),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(not NVCC, reason="needs nvcc")
+@pytest.mark.parametrize("name", ASSEMBLY)
+def test_fault_in_the_assembly_is_caught(name: str) -> None:
+    """Planted in the PTX, where nvcc leaves assembly as it is written."""
+    pattern, wrong, check = ASSEMBLY[name]
+    text, count = re.subn(pattern, wrong, of_nvcc().text)
+    assert count > 0, f"plant the fault '{name}' anew: hopper.cuh has changed"
+    with planted_at("ptx", (Module(text),)) as planted, pytest.raises(AssertionError) as caught:
+        check(planted)
+    assert "the ptx backend" not in str(caught.value)  # it has run
+
+
+@pytest.mark.skipif(not NVCC, reason="needs nvcc")
+def test_the_assembly_without_a_fault_passes() -> None:
+    with planted_at("ptx", (of_nvcc(),)) as planted:
+        for check in (check_products, check_copy, check_pipeline, check_cluster):
+            check(planted)

@@ -89,8 +89,9 @@ def test_ptx_fault_is_caught(tmp_path: Path, name: str) -> None:
     assert start and fault.right in body, f"plant the fault '{name}' anew: ptx.cuh has changed"
     text = before + start + body.replace(fault.right, fault.wrong) + end + after
     modules = of_nvcc(SOURCE / "probes.cu", first=(patched(tmp_path, text),))
-    with planted_at("ptx", modules) as planted, pytest.raises(AssertionError):
+    with planted_at("ptx", modules) as planted, pytest.raises(AssertionError) as caught:
         fault.check(planted)
+    assert "the ptx backend" not in str(caught.value)  # it has run
 
 
 def unguarded(text: str) -> list[str]:
