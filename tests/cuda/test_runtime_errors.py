@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 RUNTIME = Path(__file__).parent / "runtime"
+INCLUDES = [f"-I{path}" for path in (RUNTIME, ROOT / "csrc", ROOT / "csrc/include")]
 WELL = ["launch: well", "device: well", "limits: well"]
 NO_LIMITS = "limits: the device does not say how much shared memory it has"
 
@@ -19,9 +20,8 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if compiler is None:
         pytest.skip("there is no C++ compiler")
     out = tmp_path_factory.mktemp("runtime") / "errors"
-    includes = [f"-I{path}" for path in (RUNTIME, ROOT / "csrc", ROOT / "csrc/include")]
     subprocess.run(
-        [compiler, "-std=c++17", *includes, "-x", "c++", RUNTIME / "errors.cpp", "-o", out], check=True
+        [compiler, "-std=c++17", *INCLUDES, "-x", "c++", RUNTIME / "errors.cpp", "-o", out], check=True
     )
     return out
 
@@ -51,6 +51,23 @@ def test_our_errors_are_reported_and_cleared(
 def test_anothers_error_is_neither_reported_nor_cleared(program: Path) -> None:
     found = subprocess.run([program, "pending"], capture_output=True, text=True, check=True).stdout
     assert found.splitlines() == [*(f"{x}; pending: another's" for x in WELL), "launched: 1"]
+
+
+@pytest.mark.parametrize(("count", "compiles"), [(32764, True), (32765, False)])
+def test_no_kernel_has_more_parameters_than_a_launch_can_pass(
+    count: int, compiles: bool, tmp_path: Path
+) -> None:
+    source = tmp_path / "wide.cpp"
+    source.write_text(
+        '#include "cuda/common/launch.cuh"\n'
+        f"struct Wide {{ char bytes[{count - 4}]; }};\n"
+        "void kernel(Wide, int) {}\n"
+        "auto status = pmf::cuda::launch(kernel, {}, {}, 0, nullptr, Wide(), 1);\n"
+    )
+    command = [str(shutil.which("c++")), "-std=c++17", *INCLUDES, "-fsyntax-only", str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode == 0) == compiles
+    assert ("more than a launch can pass" in done.stderr) == (not compiles)
 
 
 def test_if_both_fail_an_error_stays_pending(program: Path) -> None:

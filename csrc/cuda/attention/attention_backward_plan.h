@@ -30,8 +30,6 @@ struct BackwardPlan {
 };
 
 using BackwardKernel = void (*)(AttentionBackwardParams, BackwardPlan);
-static_assert(sizeof(AttentionBackwardParams) + sizeof(BackwardPlan) <= 4096,
-              "what a kernel's arguments may take");
 
 // The two kernels of a dtype that handle all tensors of at most `width` columns.
 struct BackwardKernels {

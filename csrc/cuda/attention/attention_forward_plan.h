@@ -36,8 +36,6 @@ struct ForwardPlan {
 };
 
 using ForwardFunction = void (*)(AttentionParams, ForwardPlan);
-static_assert(sizeof(AttentionParams) + sizeof(ForwardPlan) <= 4096,
-              "what a kernel's arguments may take");
 
 // A kernel for all tensors whose queries have at most `width` columns.
 struct ForwardKernel {

@@ -15,6 +15,8 @@ namespace pmf::cuda {
 // blocks would fit an SM, and above 48 KB none.
 constexpr int64_t kSharedBesideCache = 8 * 1024;
 
+constexpr size_t kMostParameterBytes = 32764;  // of a kernel, from CUDA 12.1 on
+
 // 0 if the device does not report it; plans that need the value refuse to run.
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;
@@ -78,6 +80,8 @@ template <class... Parameters, class... Arguments>
 cudaError_t launch_clusters(void (*kernel)(Parameters...), unsigned cluster, dim3 grid, dim3 block,
                             int64_t shared_bytes, cudaStream_t stream,
                             const Arguments&... arguments) {
+  static_assert((0 + ... + sizeof(Parameters)) <= kMostParameterBytes,
+                "more than a launch can pass");
   if (dry_run != nullptr) {
     dry_run->launch(reinterpret_cast<const void*>(kernel), int64_t(grid.x) * grid.y * grid.z,
                     int64_t(block.x) * block.y * block.z, shared_bytes);

@@ -54,8 +54,6 @@ struct HopperWaveOf {
 };
 using HopperWave = HopperWaveOf<kMaxProducts>;
 using HopperLastWave = HopperWaveOf<kMaxBuckets>;  // one product per bucket
-static_assert(sizeof(HopperWave) <= 32764, "what a launch can pass");
-static_assert(sizeof(HopperLastWave) + sizeof(TargetTable) <= 32764, "what a launch can pass");
 
 // Whether a product stores its box at (row, column), rather than none or only the mirrored one.
 __device__ inline bool stores_box(const Product& p, int row, int column) {

@@ -33,7 +33,6 @@ struct Table {
   int count, averages;
   float weights[kMaxAverages];
 };
-static_assert(sizeof(Table) <= 32764, "what a launch can pass");
 
 template <class T, int kCount>
 __device__ inline void update(const Table& table, const EmaTensor& t, int64_t at) {
