@@ -20,8 +20,12 @@ NVIDIA_DRIVER = Path("/sys/module/nvidia/version")
 
 
 def remind(x: Tensor) -> None:
-    """Before a process's first kernel on a GPU: load its tuned plans, and warn unless it has been checked."""
-    if not x.is_cuda or torch.compiler.is_compiling() or x.device.index in _reminded:
+    """Before a process's first kernel on a GPU: load its tuned plans, and warn unless it has been checked.
+
+    torch.compile calls it too, with fake tensors, when it runs an op that its graphs will contain; only where
+    it would trace into this function does nothing happen.
+    """
+    if not x.is_cuda or torch.compiler.is_dynamo_compiling() or x.device.index in _reminded:
         return
     _reminded.add(x.device.index)
     if not torch.cuda.is_available():  # fake tensors need no GPU

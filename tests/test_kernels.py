@@ -14,7 +14,7 @@ from helpers.levels import EMULATED, at_level
 from helpers.pmf_process import environment
 
 import pmf
-from pmf import checked, env, kernels
+from pmf import checked, env, kernels, plans
 from pmf.errors import UserError
 from pmf.ops._dispatch import functions
 
@@ -195,6 +195,29 @@ def test_an_unchecked_gpu_warns_once(gpu: Any) -> None:
     assert reminders(gpu) == []
     other = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
     assert len(reminders(other)) == 1
+
+
+def test_compiled_code_warns_too(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its graphs call the kernels directly, so plans are loaded, too, when ops are compiled."""
+    remind, x, used = checked.remind, torch.ones(2, 3), plans.use
+    path = plans.table_file("Test Card")
+    assert path is not None
+    plan = plans.Plan("forward", "float16", False, False, 276, 276, 64, 64, 0, 4, 3)
+    plans.write(path, plans.record("Test Card", [plan]))
+    loaded = []
+
+    def remind_of_gpu(_: torch.Tensor) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            remind(gpu)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # for the compiler
+    monkeypatch.setattr(plans, "use", lambda *table: loaded.append(table) or used(*table))
+    monkeypatch.setattr(checked, "remind", remind_of_gpu)
+    with pytest.warns(RuntimeWarning, match="not been checked on this Test Card"):
+        torch.compile(lambda x: pmf.ops.swiglu(x, x), backend="aot_eager", fullgraph=True)(x)
+    assert loaded == [(1, [plan])]
+    used(1, [])
 
 
 def test_a_checked_gpu_does_not_warn(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
