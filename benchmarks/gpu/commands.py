@@ -17,6 +17,8 @@ from pmf.bench.harness import Row, Scale
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL, SHORT, LONG = "2x2x70x64", "256x12x276x64", "64x12x1024x64"
+PROFILED = "(attention|hopper)_forward_kernel"
+"""The kernels whose profile ncu takes: which of them runs depends on the GPU."""
 
 
 class Run(NamedTuple):
@@ -36,6 +38,7 @@ class Command(NamedTuple):
 
     rows: the results when it has finished (given its exit status; None after a time-out). Without it, a
     non-zero status is a failure, but a time-out is not.
+    leaves: the file without which the part counts as skipped: profilers need permissions that few users have.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Command(NamedTuple):
     full: Limit
     quick: Limit
     rows: Callable[[Run, int | None], list[Row]] | None = None
+    leaves: Callable[[Run], Path] | None = None
 
     def limits(self, scale: Scale) -> Limit:
         return self.quick if scale == "quick" else self.full
@@ -123,6 +127,10 @@ def tune_words(run: Run) -> list[str] | str:
     return python(ROOT / "benchmarks/tune.py", "--out", run.folder / "plans.json")
 
 
+def profile(shape: str) -> Callable[[Run], Path]:
+    return lambda run: run.folder / f"ncu_jvp_{shape}.ncu-rep"
+
+
 def profile_words(shape: str) -> Callable[[Run], list[str] | str]:
     """ncu on attention with tangents."""
 
@@ -131,9 +139,11 @@ def profile_words(shape: str) -> Callable[[Run], list[str] | str]:
             return "ncu needs a GPU"
         if (ncu := shutil.which("ncu")) is None:
             return "ncu is not on PATH"
-        report = run.folder / f"ncu_jvp_{shape}"
-        chosen = ["--set", "full", "--kernel-name", "regex:attention", "--launch-skip", "1"]
-        return [ncu, *chosen, "--launch-count", "1", "--force-overwrite", "-o", str(report), *_one(shape)]
+        report = profile(shape)(run)
+        report.unlink(missing_ok=True)
+        name = str(report.with_suffix(""))
+        chosen = ["--set", "full", "--kernel-name", f"regex:{PROFILED}", "--launch-skip", "1"]
+        return [ncu, *chosen, "--launch-count", "1", "--force-overwrite", "-o", name, *_one(shape)]
 
     return words
 
@@ -157,6 +167,8 @@ def rows_of(command: Command, run: Run, status: int | None, log: Path) -> list[R
     row: dict[str, Any] = {"case": command.name, "contestant": "pmf", "ours": True, "log": log.name}
     if status is None:
         return [{**row, "skipped": f"it ran out of time; {last_line(log)}"}]
+    if command.leaves is not None and not command.leaves(run).exists():
+        return [{**row, "skipped": f"it left no {command.leaves(run).name}: {last_line(log)}"}]
     if status != 0:
         return [{**row, "failed": f"status {status}: {last_line(log)}"}]
     return [{**row, "right": True, "said": last_line(log)}]
@@ -171,7 +183,8 @@ CHECKS = Command("checks", check_words, Limit(150), Limit(25), check_rows)
 TESTS = Command("op tests", tests_words, Limit(180), Limit(0))
 RATES = Command("machine rates", rates_words, Limit(60), Limit(0))
 PROFILES = tuple(
-    Command(f"ncu, JVP {shape}", profile_words(shape), Limit(75), Limit(0)) for shape in (SHORT, LONG)
+    Command(f"ncu, JVP {shape}", profile_words(shape), Limit(75), Limit(0), leaves=profile(shape))
+    for shape in (SHORT, LONG)
 )
 TUNE = Command("plans", tune_words, Limit(240), Limit(0))
 RACES = Command("racecheck", race_words, Limit(120), Limit(0))

@@ -1,22 +1,27 @@
 """The parts of run_all.py that are separate programs, and the probes that need a GPU."""
 
+import re
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import gpu_model
 import machine_rates
 import pytest
 import torch
 from gpu import capture, commands, sums
 from gpu.commands import Command, Limit, Run, last_line
+from gpu.model.library import demangled, host_functions
 from gpu.runner import Runner
 from helpers import emulator
-from helpers.levels import EMULATED, at_level
-from helpers.machine_code import tool
+from helpers.levels import EMULATED, at_level, float32_on_a_gpu_last
+from helpers.machine_code import absent, tool
 
+from pmf import _library
 from pmf.bench.device import Cpu
 from pmf.bench.harness import Setting
 
@@ -50,6 +55,18 @@ def test_a_programs_output_is_kept_however_it_ends(tmp_path: Path) -> None:
     assert rows["not here"][0]["skipped"] == "no such tool is on PATH"
     assert rows["last"][0]["said"] == "after all"
     assert (tmp_path / "logs" / "good.txt").read_text() == "one\n42 passed\n"
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_a_profiler_that_may_not_profile_is_skipped(status: int, tmp_path: Path) -> None:
+    """ncu ends with 0 if no kernel has the name, and with 1 if the user may not read the counters."""
+    kept = tmp_path / "kept.ncu-rep"
+    code = f"print('no permission'); raise SystemExit({status})"
+    (row,) = run(tmp_path, program("ncu", code, leaves=lambda _: kept))["ncu"]
+    assert row["skipped"] == "it left no kept.ncu-rep: no permission"
+    kept.write_text("")
+    (row,) = run(tmp_path, program("ncu", code, leaves=lambda _: kept))["ncu"]
+    assert "skipped" not in row and ("failed" in row) == (status == 1)
 
 
 def test_children_of_a_program_end_with_it(tmp_path: Path) -> None:
@@ -97,6 +114,32 @@ def test_the_call_that_a_profiler_watches() -> None:
     words = [sys.executable, str(script), "1x2x5x8", "--backward", "--device", "cpu"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout == "attention_jvp of 1x2x5x8: 3 calls\n"
+
+
+@pytest.mark.parametrize("kernels", gpu_model.KERNELS)
+def test_ncu_finds_the_kernel_of_either_gpu(kernels: str) -> None:
+    """By its name without namespaces and template arguments, as ncu compares it."""
+    plans = _library.introspection()
+    if plans is None or not plans.build_facts()["has_cuda"]:
+        absent("this build of pmf has no CUDA kernels")
+    problem = next(each for each in gpu_model.PROBLEMS if each.name == "jvp_276x64")
+    (launch,) = gpu_model.planned(plans, problem, kernels)
+    name = demangled(host_functions(Path(_library.LIBRARY))[launch["kernel"]])
+    assert re.fullmatch(commands.PROFILED, name.partition("<")[0])
+
+
+def test_the_op_tests_on_a_gpu_end_with_float32() -> None:
+    def item(**params: Any) -> SimpleNamespace:
+        return SimpleNamespace(callspec=SimpleNamespace(params=params))
+
+    first = item(level="cuda", dtype=torch.float32)
+    others = [
+        item(level="avx2", dtype=torch.float32), SimpleNamespace(),
+        item(level="cuda", dtype=torch.bfloat16), item(level="cuda"),
+    ]  # fmt: skip
+    items = [first, *others]
+    float32_on_a_gpu_last(items)
+    assert items == [*others, first]
 
 
 # ---- probes

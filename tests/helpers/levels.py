@@ -40,6 +40,16 @@ def at_level(name: str) -> Iterator[None]:
         _library.set_cpu_level("auto")
 
 
+def float32_on_a_gpu_last(items: list[Any]) -> None:
+    """Order tests for a run that may be cut short: tensor cores strain the limits of float32 most."""
+
+    def is_last(item: Any) -> bool:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        return params.get("level") == "cuda" and params.get("dtype") == torch.float32
+
+    items.sort(key=is_last)
+
+
 class _OnGpu:
     """torch.ops.pmf for tensors on the CPU, computed on the GPU."""
 

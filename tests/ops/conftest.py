@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.levels import EVERYWHERE, at_level
+from helpers.levels import EVERYWHERE, at_level, float32_on_a_gpu_last
 
 
 @pytest.fixture(params=EVERYWHERE)
@@ -23,6 +23,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         (repeated if _repeats_the_level_below(item) else kept).append(item)
     config.hook.pytest_deselected(items=repeated)
     items[:] = kept
+    float32_on_a_gpu_last(items)
 
 
 def _repeats_the_level_below(item: pytest.Item) -> bool:
