@@ -208,6 +208,17 @@ def steps(library: Path, plans: Any, rates: dict[str, float], which: str) -> lis
     return rows
 
 
+def read_rates(path: Path) -> dict[str, Any]:
+    """A table of rates, assumed or measured; raises OSError or ValueError if it is not a whole one."""
+    table = json.loads(path.read_text())
+    if not isinstance(table, dict):
+        raise ValueError("it must be a JSON object")
+    for name, assumed in json.loads(RATES.read_text()).items():
+        if isinstance(assumed, (int, float)) and not isinstance(table.get(name), (int, float)):
+            raise ValueError(f"it has no number {name!r} (benchmarks/machine_rates.py writes whole tables)")
+    return table
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="gpu_model.py", description="Predict the time of the attention kernels from their machine code."
@@ -240,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
     if plans is None:
         parser.error("this build lacks the introspection module, which reports what is launched")
     try:
-        table = json.loads(arguments.rates.read_text())
+        table = read_rates(arguments.rates)
     except (OSError, ValueError) as error:
         parser.error(f"{arguments.rates} is not a table of rates: {error}")
     for change in arguments.rate:

@@ -251,6 +251,23 @@ def test_a_rate_that_does_not_exist_is_one_sentence(capsys, change, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "Expecting property name"),
+        ("[1]", "it must be a JSON object"),
+        ('{"hmma_cycles": 6.4}', "it has no number 'processors'"),
+        (json.dumps({**RATES_HERE, "clock_hz": "fast"}), "it has no number 'clock_hz'"),
+    ],
+)
+def test_a_damaged_table_of_rates_is_one_sentence(capsys, tmp_path, content, message):
+    path = tmp_path / "rates.json"
+    path.write_text(content)
+    with pytest.raises(SystemExit, match="2"):
+        main(["--rates", str(path)])
+    assert f"{path} is not a table of rates: {message}" in capsys.readouterr().err
+
+
 def test_an_unknown_problem_is_one_sentence(capsys, tmp_path):
     with pytest.raises(SystemExit, match="2"):
         main(["jvp_1x1"])
