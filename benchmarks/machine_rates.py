@@ -3,9 +3,10 @@
     python benchmarks/machine_rates.py --out FILE [--device 0]
 
 Builds benchmarks/gpu/rates.cu with nvcc for the local GPU and runs it, half a minute in total: matrix
-instructions with 1, 2 and 4 warps per scheduler, wgmma if available, ldmatrix, exp2, FMA, their latencies,
-copies in L2 and in memory, the clock under load. The record is the model's own table (gpu/model/rates.json)
-with measured values substituted, for `python benchmarks/gpu_model.py --rates FILE`.
+instructions with 1, 2 and 4 warps per scheduler, wgmma (where available) and how many a warp can queue,
+ldmatrix, exp2, FMA, their latencies, copies in L2 and in memory, the clock under load. The record is the
+model's own table (gpu/model/rates.json) with measured values substituted, for
+`python benchmarks/gpu_model.py --rates FILE`.
 
 Exit status: 0; 2 with a one-sentence error without a GPU or nvcc.
 """

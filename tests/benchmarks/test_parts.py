@@ -210,3 +210,11 @@ def test_the_probes_machine_code_contains_the_measured_instructions(
     assert counts == {(name, chains): 4 * chains for name in PROBED.values() for chains in (1, 8)}
     has_wgmma = any("HGMMA" in code for code in kernels.values())
     assert has_wgmma == (capability == (9, 0))
+    # Products that are issued between two readings of the clock, none of which is waited for.
+    issued = {
+        int(count.group(1)): code.split("CS2R")[1]
+        for name, code in kernels.items()
+        if (count := re.search(r"issueILi(\d+)E", name))
+    }
+    assert len(issued) == (24 if has_wgmma else 0)
+    assert all(code.count("HGMMA") == count and "DEPBAR" not in code for count, code in issued.items())
