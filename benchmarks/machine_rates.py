@@ -47,10 +47,12 @@ def build_command(nvcc: str, capability: tuple[int, int], program: Path) -> list
     ]
 
 
-def problem() -> str | None:
+def problem(device: int) -> str | None:
     """Why nothing can be measured here, in one sentence; None if measuring is possible."""
     if not torch.cuda.is_available():
         return "torch finds no CUDA device: rates are measured on a GPU"
+    if not 0 <= device < torch.cuda.device_count():
+        return f"--device {device} does not exist: torch finds {torch.cuda.device_count()} CUDA devices"
     if shutil.which("nvcc") is None:
         return "nvcc is not on PATH: it builds the probe, so install the CUDA toolkit"
     return None
@@ -65,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--device", type=int, default=0, help="number of the GPU (default: 0)")
     arguments = parser.parse_args(argv)
-    if why := problem():
+    if why := problem(arguments.device):
         print(why, file=sys.stderr)
         return 2
     nvcc = shutil.which("nvcc")

@@ -34,6 +34,8 @@ from pmf.plans import Plan
 SHAPES = ("276x64", "276x80", "1024x64", "1024x128")
 MOST_KERNELS, MOST_WARPS, MOST_SLOTS = 12, 16, 3
 """A bound above the size of any table, block or ring."""
+LEAST_SHARED_KB = 99
+"""Of any GPU that has the kernels."""
 TOKENS = 1 << 20
 """Queries of a timed call, over all heads: enough to fill the GPU."""
 GAIN = 1.02
@@ -225,6 +227,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         tokens, _, width = shape.partition("x")
         if not (tokens.isdigit() and width.isdigit() and 1 <= int(width) <= 256 and int(tokens)):
             parser.error(f"--shapes {shape} is not tokens x width, such as 276x64, with a width up to 256")
+    if arguments.list and (arguments.shared_kb < LEAST_SHARED_KB or arguments.processors < 1):
+        parser.error(f"--list plans for at least {LEAST_SHARED_KB} KB per block and one multiprocessor")
     return arguments
 
 
@@ -238,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
         kb = 1024 * arguments.shared_kb
         list_plans(arguments.shapes, arguments.dtypes, Limits(kb, kb + 1024, arguments.processors, (9, 0)))
         return 0
-    if arguments.device >= torch.cuda.device_count():
+    if not 0 <= arguments.device < torch.cuda.device_count():
         print("torch finds no such CUDA device, and plans compete on one: --list needs none", file=sys.stderr)
         return 2
     torch.cuda.set_device(arguments.device)

@@ -88,6 +88,8 @@ def check_rows(run: Run, status: int | None) -> list[Row]:
                 rows.append({**row, "failed": found["failed"]})
             elif "not_checked" in found:
                 rows.append({**row, "skipped": found["not_checked"]})
+            elif None in found["errors"].values():
+                rows.append({**row, "failed": "results with inf or NaN"})
             else:
                 error = max(found["errors"].values())
                 rows.append({**row, "error": error, "limit": 1.0, "right": error <= 1})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import multiprocessing
 import signal
 import subprocess
@@ -201,7 +202,7 @@ class _Place:
             "seconds": self.seconds,
             "right": not self.off(),
             "unchecked": self.unchecked,
-            "rows": self.rows,
+            "rows": [_as_json(row) for row in self.rows],
         }
 
     def _print_families(self, cases: int) -> None:
@@ -261,6 +262,13 @@ def _kernels() -> str:
         return f"kernels of {_library.LIBRARY.name}"
     which = "all" if set(names) == set(kernels.NAMES) else ", ".join(sorted(names))
     return f"PMF_KERNELS: references for {which}"
+
+
+def _as_json(row: Row) -> Row:
+    """JSON has no infinity: null is the error of a result with inf or NaN."""
+    if "errors" not in row:
+        return row
+    return {**row, "errors": {k: x if math.isfinite(x) else None for k, x in row["errors"].items()}}
 
 
 def _worst(row: Row) -> float:

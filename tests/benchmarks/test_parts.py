@@ -80,10 +80,10 @@ def test_children_of_a_program_end_with_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("status", [0, 1, None])
 def test_rows_of_a_check(status: int | None, tmp_path: Path) -> None:
-    """From a record with one wrong case, from a missing one, and from one that ran out of time."""
+    """From a record with a case that has NaN, from a missing one, and from one that ran out of time."""
     place = {"family": "swiglu", "case": "swiglu 2x3 float32", "dtype": "float32", "place": "avx2"}
     record = {
-        "places": [{"rows": [{**place, "errors": {"forward": 0.5, "jvp": 2.0 if status == 1 else 0.7}}]}]
+        "places": [{"rows": [{**place, "errors": {"forward": 0.5, "jvp": None if status == 1 else 0.7}}]}]
     }
     told = Run("cpu", "tiny", tmp_path)
     missing = commands.check_rows(told, status)
@@ -92,8 +92,9 @@ def test_rows_of_a_check(status: int | None, tmp_path: Path) -> None:
 
     commands.check_record(told).write_text(json.dumps({**record, "off": ["x"] if status == 1 else []}))
     rows = commands.check_rows(told, status)
-    assert rows[0]["right"] == (status != 1) and rows[0]["op"] == "check swiglu"
-    assert ("failed" in rows[-1]) == (status is None)
+    assert rows[0]["op"] == "check swiglu"
+    assert (rows[0]["failed"] == "results with inf or NaN") if status == 1 else rows[0]["right"]
+    assert ("failed" in rows[-1]) == (status != 0)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +163,9 @@ def test_rates_need_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path
     assert machine_rates.main(["--out", str(tmp_path / "rates.json")]) == 2
     assert capsys.readouterr().err == "torch finds no CUDA device: rates are measured on a GPU\n"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert machine_rates.main(["--out", str(tmp_path / "rates.json"), "--device", "1"]) == 2
+    assert capsys.readouterr().err.startswith("--device 1 does not exist")
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert machine_rates.main(["--out", str(tmp_path / "rates.json")]) == 2
     assert capsys.readouterr().err.startswith("nvcc is not on PATH")

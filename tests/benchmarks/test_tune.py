@@ -288,6 +288,13 @@ def test_a_problem_without_memory_keeps_its_plans(
     assert sorted(plans.read("Test Card")[0]) == sorted(before[0])
 
 
+@pytest.mark.parametrize("words", [["--shared-kb", "48"], ["--processors", "0"]])
+def test_an_impossible_gpu_is_one_sentence(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        tune.main(["--list", *words])
+    assert "--list plans for at least 99 KB per block and one multiprocessor" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("shape", ["276", "x64", "276x300", "0x64"])
 def test_an_invalid_shape_is_one_sentence(shape: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -326,6 +326,16 @@ def test_a_fatal_device_fault_ends_its_process(monkeypatch: pytest.MonkeyPatch) 
     assert row["lost"] and "illegal memory access" in row["failed"]
 
 
+def test_a_result_with_nan_is_wrong_and_the_record_is_json() -> None:
+    place = report._Place("cuda:0", "tiny", ("swiglu",))
+    place.columns = ["Test Card"]
+    row = {"family": "swiglu", "case": "swiglu 2x3", "place": "Test Card"}
+    place.rows = [{**row, "errors": {"forward": 0.5, "jvp": float("inf")}}]
+    (found,) = json.loads(json.dumps(place.record(), allow_nan=False))["rows"]
+    assert found["errors"] == {"forward": 0.5, "jvp": None}
+    assert "the jvp of swiglu 2x3 is inf times its limit" in place.off()[0]
+
+
 @pytest.mark.parametrize("found", ["right", "wrong", "part", "references"])
 def test_which_checks_record_a_gpu(found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass of all kernels is recorded; a wrong one removes the record; a partial check changes nothing."""
