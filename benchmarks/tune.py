@@ -1,7 +1,7 @@
 """Find the fastest attention plans on a GPU: which kernel, how many warps, how many slots.
 
     python benchmarks/tune.py [--out FILE] [--shapes 276x64 1024x128] [--dtypes bfloat16 float16]
-    python benchmarks/tune.py --list [--shared-kb 227] [--processors 132]
+    python benchmarks/tune.py --list [--capability 9.0] [--shared-kb 227] [--processors 132]
 
 All competing plans are compiled into the library. Each is checked against float64 and timed with
 triton.testing.do_bench in every pass (forward, with tangents, and both backwards); the fastest are written to
@@ -197,8 +197,16 @@ def list_plans(shapes: Sequence[str], dtypes: Sequence[str], limits: Limits) -> 
                 f"{plan.kernel}:{plan.warps}x{plan.slots}" for plan in competitors(problem, launch, limits)
             ]
             name = next(key for key, value in PASSES.items() if value == (problem.backward, problem.tangent))
-            print(f"{problem.tokens}x{problem.width} {problem.dtype} {name}, {launch}: {len(found)} compete")
-            print(f"    kernel:warps x slots  {' '.join(found)}")
+            count = f"{len(found)} compete" if found else "the only kernel has one plan"
+            print(f"{problem.tokens}x{problem.width} {problem.dtype} {name}, {launch}: {count}")
+            if found:
+                print(f"    kernel:warps x slots  {' '.join(found)}")
+
+
+def capability(text: str) -> tuple[int, int]:
+    """ "9.0" as (9, 0); raises ValueError."""
+    major, minor = text.split(".")
+    return int(major), int(minor)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -216,6 +224,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0.05, help="time for each plan (default: 0.05)")
     parser.add_argument("--device", type=int, default=0, help="number of the GPU (default: 0)")
     parser.add_argument("--list", action="store_true", help="print the plans that compete, without a GPU")
+    parser.add_argument(
+        "--capability",
+        type=capability,
+        default=(9, 0),
+        metavar="M.N",
+        help="with --list: compute capability of the GPU (default: 9.0)",
+    )
     parser.add_argument(
         "--shared-kb", type=int, default=227, help="with --list: KB of shared memory per block (default: 227)"
     )
@@ -240,7 +255,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if arguments.list:
         kb = 1024 * arguments.shared_kb
-        list_plans(arguments.shapes, arguments.dtypes, Limits(kb, kb + 1024, arguments.processors, (9, 0)))
+        limits = Limits(kb, kb + 1024, arguments.processors, arguments.capability)
+        list_plans(arguments.shapes, arguments.dtypes, limits)
         return 0
     if not 0 <= arguments.device < torch.cuda.device_count():
         print("torch finds no such CUDA device, and plans compete on one: --list needs none", file=sys.stderr)

@@ -217,6 +217,9 @@ def test_the_list_needs_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert tune.main(["--list", "--shapes", "276x64"]) == 0
     printed = capsys.readouterr().out
     assert all(f"276x64 bfloat16 {name}, " in printed for name in tune.PASSES)
+    assert "276x64 bfloat16 forward + JVP, forward: the only kernel has one plan\n" in printed
+    assert tune.main(["--list", "--shapes", "276x64", "--capability", "8.0"]) == 0
+    assert "one plan" not in capsys.readouterr().out
 
 
 def test_without_a_gpu_it_says_so(
@@ -288,11 +291,20 @@ def test_a_problem_without_memory_keeps_its_plans(
     assert sorted(plans.read("Test Card")[0]) == sorted(before[0])
 
 
-@pytest.mark.parametrize("words", [["--shared-kb", "48"], ["--processors", "0"]])
-def test_an_impossible_gpu_is_one_sentence(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--shared-kb", "48"], "--list plans for at least 99 KB per block and one multiprocessor"),
+        (["--processors", "0"], "--list plans for at least 99 KB per block and one multiprocessor"),
+        (["--capability", "H100"], "argument --capability: invalid capability value: 'H100'"),
+    ],
+)
+def test_an_impossible_gpu_is_one_sentence(
+    words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit, match="2"):
         tune.main(["--list", *words])
-    assert "--list plans for at least 99 KB per block and one multiprocessor" in capsys.readouterr().err
+    assert sentence in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("shape", ["276", "x64", "276x300", "0x64"])
