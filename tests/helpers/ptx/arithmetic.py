@@ -88,7 +88,7 @@ def _shift(s: Scope, i: Instruction, t: str, modifiers: frozenset[str]) -> str:
     out, a, by = i.operands
     name = "shift_left" if i.parts[0] == "shl" else "shift_right"
     u = t if t[0] == "s" else unsigned(t)
-    return s.put(out, f"{name}<{CPP[u]}>({s.value(a, u)}, {s.value(by, 'u32')})", u)
+    return s.put(out, f"{name}({s.value(a, u)}, {s.value(by, 'u32')})", u)
 
 
 def _one(s: Scope, i: Instruction, t: str, modifiers: frozenset[str]) -> str:

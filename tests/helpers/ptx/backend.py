@@ -21,7 +21,7 @@ from pmf import _library
 
 HEADERS = emulator.SOURCE / "include"
 COMPILE = [
-    "-std=gnu++17", "-O1", "-g1", "-fPIC", "-shared", "-fno-exceptions", "-fno-rtti", "-ffp-contract=off",
+    "-std=gnu++17", "-Og", "-g1", "-fPIC", "-shared", "-fno-exceptions", "-fno-rtti", "-ffp-contract=off",
     "-fno-math-errno", "-fno-strict-aliasing", "-w", "-mavx2", "-mfma", f"-I{HEADERS}",
 ]  # fmt: skip
 Launched = tuple[str, str]

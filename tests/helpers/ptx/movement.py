@@ -92,7 +92,7 @@ _CONVERSIONS = {
     (_RN, "bf16", "f32"): ("to_bf16({0})", "u16"),
     (_RN, "f16", "f32"): ("d.to_half({0})", "u16"),
     (frozenset(), "f32", "f16"): ("d.from_half({0})", "f32"),
-    (frozenset(), "f32", "bf16"): ("bits<float>((uint32_t){0} << 16)", "f32"),
+    (frozenset(), "f32", "bf16"): ("as_float((uint32_t){0} << 16)", "f32"),
     (frozenset({"rna"}), "tf32", "f32"): ("to_tf32({0})", "u32"),
     (frozenset({"sat"}), "f32", "f32"): ("saturate({0})", "f32"),
     (_RN, "f32", "f64"): ("(float){0}", "f32"),

@@ -48,7 +48,7 @@ class Scope:
     def declare(self, type_: str, name: str, count: int | None) -> str:
         names = [name] if count is None else [f"{name}{i}" for i in range(count)]
         self.registers |= dict.fromkeys(names, CPP[type_])
-        values = ", ".join(f"{variable(n)} = unwritten<{CPP[type_]}>()" for n in names)
+        values = ", ".join(f"{variable(n)} = unwritten_{CPP[type_]}" for n in names)
         return f"{CPP[type_]} {values};" if names else ""
 
     def value(self, operand: str, type_: str) -> str:
@@ -104,8 +104,9 @@ def _converted(value: str, has: str, wanted: str) -> str:
         return value
     floats = ("float", "double")
     if (has in floats) != (wanted in floats):
-        bits = "uint32_t" if "float" in (has, wanted) else "uint64_t"
-        return f"bits<{wanted}>(({bits}){value})" if wanted in floats else f"({wanted})bits<{bits}>({value})"
+        if has in floats:
+            return f"({wanted})bits_of({value})"
+        return f"as_{wanted}(({'uint32_t' if wanted == 'float' else 'uint64_t'}){value})"
     if has in floats:
         raise UnknownInstruction(f"a {has} where a {wanted} is needed")
     return f"({wanted}){value}"

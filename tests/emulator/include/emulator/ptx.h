@@ -58,26 +58,26 @@ class Device {
 
 // ---- registers ----------------------------------------------------------------------------------
 
-template <typename To, typename From>
-inline To bits(From x) {
-  return __builtin_bit_cast(To, x);
-}
+// For each of a kernel's many instructions that needs a function, here is one that is no template:
+// g++ took three quarters of its time to choose template arguments.
+
+inline float as_float(uint32_t x) { return __builtin_bit_cast(float, x); }
+inline double as_double(uint64_t x) { return __builtin_bit_cast(double, x); }
+inline uint32_t bits_of(float x) { return __builtin_bit_cast(uint32_t, x); }
+inline uint64_t bits_of(double x) { return __builtin_bit_cast(uint64_t, x); }
 
 // The contents of registers before they are written: values that do not go unnoticed.
-template <typename T>
-constexpr T unwritten() {
-  if constexpr (std::is_same_v<T, bool>) {
-    return false;
-  } else if constexpr (std::is_floating_point_v<T>) {
-    return sizeof(T) == 4 ? T(__builtin_nanf("")) : T(__builtin_nan(""));
-  } else {
-    return static_cast<T>(0xa5a5a5a5a5a5a5a5ull);
-  }
-}
+constexpr bool unwritten_bool = false;
+constexpr uint8_t unwritten_uint8_t = 0xa5;
+constexpr uint16_t unwritten_uint16_t = 0xa5a5;
+constexpr uint32_t unwritten_uint32_t = 0xa5a5a5a5;
+constexpr uint64_t unwritten_uint64_t = 0xa5a5a5a5a5a5a5a5;
+constexpr float unwritten_float = __builtin_nanf("");
+constexpr double unwritten_double = __builtin_nan("");
 
 // Called after a wait, for each register that may hold a sum of a pending product.
 inline void settle(const Device& d, float& x) {
-  if (held_sum(bits<uint32_t>(x))) x = d.waited_for(x);
+  if (held_sum(bits_of(x))) x = d.waited_for(x);
 }
 
 // ---- memory -------------------------------------------------------------------------------------
@@ -115,16 +115,16 @@ inline void store(const Device& d, void* address, const Vector<T, kCount>& value
 
 // ---- integers -----------------------------------------------------------------------------------
 
-template <typename T>
-inline T shift_left(T x, uint32_t by) {
-  return by >= 8 * sizeof(T) ? T(0) : T(x << by);
-}
+inline uint16_t shift_left(uint16_t x, uint32_t by) { return by < 16 ? uint16_t(x << by) : 0; }
+inline uint32_t shift_left(uint32_t x, uint32_t by) { return by < 32 ? x << by : 0; }
+inline uint64_t shift_left(uint64_t x, uint32_t by) { return by < 64 ? x << by : 0; }
+inline uint16_t shift_right(uint16_t x, uint32_t by) { return by < 16 ? uint16_t(x >> by) : 0; }
+inline uint32_t shift_right(uint32_t x, uint32_t by) { return by < 32 ? x >> by : 0; }
+inline uint64_t shift_right(uint64_t x, uint32_t by) { return by < 64 ? x >> by : 0; }
 // Signed numbers keep their sign (arithmetic shift).
-template <typename T>
-inline T shift_right(T x, uint32_t by) {
-  if (by < 8 * sizeof(T)) return T(x >> by);
-  return x < 0 ? T(-1) : T(0);
-}
+inline int16_t shift_right(int16_t x, uint32_t by) { return int16_t(x >> (by < 16 ? by : 15)); }
+inline int32_t shift_right(int32_t x, uint32_t by) { return x >> (by < 32 ? by : 31); }
+inline int64_t shift_right(int64_t x, uint32_t by) { return x >> (by < 64 ? by : 63); }
 
 // Division by zero and overflow, which the ISA leaves undefined, return arbitrary values here.
 template <typename T>
@@ -150,13 +150,13 @@ inline uint32_t insert_bits(uint32_t field, uint32_t into, uint32_t position, ui
 // ---- floating point -----------------------------------------------------------------------------
 
 inline uint16_t to_bf16(float x) {
-  const uint32_t word = bits<uint32_t>(x);
+  const uint32_t word = bits_of(x);
   return x != x ? 0x7fffu : static_cast<uint16_t>((word + 0x7fffu + (word >> 16 & 1u)) >> 16);
 }
 
 // Rounds to nearest, ties away from zero: adds half a unit of the tenth bit to the magnitude.
 inline uint32_t to_tf32(float x) {
-  const uint32_t word = bits<uint32_t>(x);
+  const uint32_t word = bits_of(x);
   const bool finite = (word & 0x7f800000u) != 0x7f800000u;
   return (finite ? word + 0x1000u : word) & 0xffffe000u;
 }
@@ -187,8 +187,6 @@ inline float exp2_approx(float x) { return flushed(__builtin_exp2f(flushed(x)));
 inline float log2_approx(float x) { return __builtin_log2f(flushed(x)); }
 inline float rcp_approx(float x) { return flushed(1.0f / flushed(x)); }
 // Keeps the upper half of the bits and zeroes the rest.
-inline double rcp_approx(double x) {
-  return bits<double>(bits<uint64_t>(1.0 / x) & 0xffffffff00000000ull);
-}
+inline double rcp_approx(double x) { return as_double(bits_of(1.0 / x) & 0xffffffff00000000ull); }
 
 }  // namespace pmf::emulator::ptx
