@@ -8,6 +8,8 @@
 // 2, its tangent 2 more, the backward 3 or 6: copy bandwidth is the bound.
 #include "pmf/rotary_qk_norm.h"
 
+#include <type_traits>
+
 #include "cpu/rows/norm-inl.h"
 
 namespace pmf::cpu::PMF_LEVEL {
@@ -133,10 +135,13 @@ PMF_INLINE void for_stretches(int64_t heads, int64_t tokens, const int64_t* stri
   }
 }
 
-// The widths of heads that get code of their own.
-template <typename Body>
+// The widths of heads that get code of their own, in the dtypes that networks run in.
+template <typename T, typename Body>
 PMF_INLINE void with_width(int64_t width, const Body& body) {
-  width == 64 ? body(Width<64>{}) : body(width);
+  if constexpr (std::is_same_v<T, float> || std::is_same_v<T, bf16>) {
+    if (width == 64) return body(Width<64>{});
+  }
+  body(width);
 }
 
 template <typename T, bool kTangent, typename W>
@@ -173,7 +178,7 @@ void forward(const RotaryQkNormParams& p, const ParallelFor& parallel) {
     const bool moving = kTangent && moves(tw, s.width);
     const Tables<Acc<T>> tables(s, 0, w);
     const Tables<Acc<T>> tables_t = moving ? Tables<Acc<T>>(s, 1, tw) : tables;
-    with_width(s.width, [&](auto width) {
+    with_width<T>(s.width, [&](auto width) {
       const auto rows = [&](int64_t begin, int64_t end) {
         forward_rows<T, kTangent>(s, side, width, tables, tables_t, moving, begin, end);
       };
@@ -219,7 +224,7 @@ void backward(const RotaryQkNormBackwardParams& p, const ParallelFor& parallel) 
   for (const RotaryHeadsBackward& side : p.sides) {
     const int64_t rows = s.batch * side.heads * s.tokens;
     const RowSums sums(rows, s.width);
-    with_width(s.width, [&](auto width) {
+    with_width<T>(s.width, [&](auto width) {
       const auto run = [&](int64_t begin, int64_t end, Acc<T>* dw) {
         backward_rows<T, kTangent>(s, side, width, tables, begin, end, dw, dw + sums.pitch);
       };
