@@ -28,6 +28,7 @@ from pmf.atomic import write_file
 from pmf.errors import UserError
 
 from .table import checks
+from .tolerance import dtype_name
 from .work import Row
 
 __all__ = ["find_places", "run"]
@@ -171,7 +172,7 @@ class _Place:
         had = {row["place"] for row in self.rows if row["case"] == check.label}
         column = next((c for c in self.columns if c not in had), self.columns[-1])
         row = {"family": check.family, "case": check.label, "shape": list(check.shape)}
-        self.rows.append({**row, "dtype": str(check.dtype), "place": column, "failed": why})
+        self.rows.append({**row, "dtype": dtype_name(check.dtype), "place": column, "failed": why})
 
     def off(self) -> list[str]:
         """A sentence for each wrong family, and for each that was not checked."""
@@ -188,7 +189,7 @@ class _Place:
         if left:
             found.append(
                 f"{', '.join(left)} on {where}{self.columns[0]} could not be checked to the end, as memory "
-                "ran out: run pmf check again when the GPU is free"
+                "ran out: run pmf check again when more of it is free"
             )
         if self.unchecked is not None:
             found.append(f"{self.name} was not checked to the end: {self.unchecked}")
@@ -224,11 +225,11 @@ class _Place:
     def _cell(self, family: str, column: str) -> str:
         rows = [row for row in self.rows if (row["family"], row["place"]) == (family, column)]
         worst = max(map(_worst, rows), default=0.0)
-        if not rows or any("not_checked" in row for row in rows):
-            return "not checked"
         if any("failed" in row for row in rows):
             return "FAILED"
-        return f"{'WRONG ' if worst > 1 else ''}{worst:.2f}"
+        if worst > 1:
+            return f"WRONG {worst:.2f}"
+        return f"{worst:.2f}" if rows and all("errors" in row for row in rows) else "not checked"
 
 
 _printing = threading.Lock()

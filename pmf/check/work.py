@@ -17,6 +17,7 @@ import torch
 from pmf import _library, checked, plans
 
 from .table import Check, checks
+from .tolerance import dtype_name
 
 __all__ = ["LEAST_MEMORY", "LEVELS", "Row", "main", "sentence"]
 
@@ -111,7 +112,7 @@ def _rows(check: Check, device: torch.device, columns: dict[str, Callable[[], An
         "family": check.family,
         "case": check.label,
         "shape": list(check.shape),
-        "dtype": str(check.dtype).removeprefix("torch."),
+        "dtype": dtype_name(check.dtype),
     }
     rows: list[Row] = []
     measure: Any = None

@@ -190,6 +190,7 @@ plant("rms_norm", wrong)
     assert "ended by SIGSEGV" in sentence
     rows = record["places"][0]["rows"]
     assert {row["dtype"] for row in rows if row["family"] == "rms_norm" and "errors" in row} >= {"float64"}
+    assert "float16" in {row["dtype"] for row in rows if "failed" in row}
     assert any(row["family"] == "swiglu" for row in rows)
 
 
@@ -313,6 +314,10 @@ def test_running_out_of_memory_is_unchecked_not_wrong(
     assert sentence.startswith(
         "swiglu on cuda:0, Test Card could not be checked to the end, as memory ran out"
     )
+    assert place._cell("swiglu", "Test Card") == "not checked"
+    wrong = {"family": "swiglu", "case": "swiglu 2x3", "place": "Test Card", "errors": {"jvp": 2.0}}
+    place.rows = [row, wrong]
+    assert place._cell("swiglu", "Test Card") == "WRONG 2.00" and len(place.off()) == 2
 
 
 def test_a_fatal_device_fault_ends_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
