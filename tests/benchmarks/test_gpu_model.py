@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from gpu.model import paths, products
-from gpu.model.hopper import Work
+from gpu.model.hopper import Work, sides
 from gpu.model.machine import Multiprocessor, Signal, Trace
 from gpu.model.problems import Launch, Problem
 from gpu.model.sass import Kernel, parse
@@ -154,6 +154,16 @@ def test_only_the_backward_of_keys_has_statistics_with_its_tiles():
         assert (work.consumers, work.columns, work.slots, work.statistics) == (2, 96, 7, by_keys)
 
 
+def test_tangents_of_the_backward_stream_four_tensors():
+    """A ring of nine tiles holds a head of 276; only that of the queries, for keys, has statistics."""
+    problem = Problem("", 3072, 276, 64, tangent=True, backward=True)
+    for by_keys in (False, True):
+        sizes = f"HopperTangentSizes<bf16, 64, 32, 9, {str(by_keys).lower()}, false>"
+        launch = Launch(f"hopper_backward_tangents_kernel<{sizes} >", 132, 384, (128, 32), 1)
+        work = Work.of(launch, problem, 132)
+        assert (work.tiles, work.parts, work.statistics, sides(problem)) == (9, 1, by_keys, 4)
+
+
 def test_heads_in_shared_memory_are_divided_evenly():
     """Three row blocks of queries and two of keys for one consumer, two and three for the other."""
     problem = Problem("", 3072, 276, 64, backward=True)
@@ -182,8 +192,15 @@ def test_single_elements_are_stored_where_that_is_usual():
     assert weights == [0.25, 4]
 
 
-@pytest.mark.parametrize("problem", ["forward_276x64", "backward_276x64"])
-def test_the_model_recognises_the_hopper_kernels(capsys, problem):
+@pytest.mark.parametrize(
+    ("problem", "kernel"),
+    [
+        ("forward_276x64", "hopper_forward_kernel"),
+        ("backward_276x64", "hopper_backward_heads_kernel"),
+        ("both_276x64", "hopper_backward_tangents_kernel"),
+    ],
+)
+def test_the_model_recognises_the_hopper_kernels(capsys, problem, kernel):
     """On the built library: its loops, barriers and copies match the model's tables."""
     plans = _library.introspection()
     if plans is None or not plans.build_facts()["has_cuda"]:
@@ -191,7 +208,6 @@ def test_the_model_recognises_the_hopper_kernels(capsys, problem):
     if tool("nvdisasm") is None or tool("cuobjdump") is None:
         absent("there is no nvdisasm or no cuobjdump to read machine code with")
     assert main([problem]) == 0
-    kernel = f"hopper_{problem.split('_')[0]}_{'heads_' * ('backward' in problem)}kernel"
     assert all(kernel in line for line in capsys.readouterr().out.splitlines() if "blocks" in line)
 
 

@@ -37,6 +37,13 @@ MEANT = {
     r"hopper_backward_(kernel<HopperBackwardSizes|heads_kernel<HopperHeadSizes)<__nv_bfloat16, ": (
         r"HGMMA\.64x\d+x16\.F32\.BF16", r"UTMALDG\.4D", r"SYNCS\.PHASECHK", r"STG\.E.*\.128"
     ),
+    r"hopper_backward_tangents_kernel<HopperTangentSizes<__nv_bfloat16, .*, false>": (
+        r"HGMMA\.64x32x16\.F32\.BF16", r"HGMMA\.64x64x16\.F32\.BF16", r"UTMALDG\.4D", r"SYNCS\.PHASECHK",
+        r"STG\.E.*\.128",
+    ),
+    r"hopper_backward_tangents_kernel<HopperTangentSizes<__nv_bfloat16, .*, true>": (
+        r"HGMMA\.64x96x16\.F32\.BF16", r"UTMALDG\.4D", r"SYNCS\.PHASECHK"
+    ),
     r"hopper_product_kernel<__half>": (
         r"HGMMA\.64x256x16\.F32", r"UTMALDG\.4D", r"SYNCS\.PHASECHK", r"LDSM\.16\.MT88\.4", r"STG\.E.*\.128"
     ),

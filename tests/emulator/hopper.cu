@@ -66,7 +66,7 @@ void (*product_of(int tiles, bool in_registers, bool transposed))(Factors) {
     case 2:
       return &product_probe<T, 2, true>;
     case 4:
-      return &product_probe<T, 4, true>;
+      return in_registers ? &product_probe<T, 4, true> : &product_probe<T, 4, false>;
     case 6:
       return in_registers ? &product_probe<T, 6, true, false> : &product_probe<T, 6, false>;
     case 8:

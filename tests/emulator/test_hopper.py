@@ -74,7 +74,7 @@ def of_nvcc() -> Module:
 @pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("step", range(4))
-@pytest.mark.parametrize("keys", [48, 96, 256])
+@pytest.mark.parametrize("keys", [32, 48, 96, 256])
 def test_product_of_two_tiles(planted: Planted, keys: int, step: int, half: bool, adds: bool) -> None:
     """A[m][k] and B[n][k], 64 columns of K with the 128-byte swizzle: eight rows are 1024 bytes."""
     generator = np.random.default_rng(step)

@@ -1,5 +1,5 @@
-"""What the warps of the Hopper kernels do (csrc/cuda/attention/hopper_{forward,backward,backward_heads}.cuh):
-two or three warpgroups compute, other warps copy rows and tiles for them, and barriers synchronise them.
+"""What the warps of attention's Hopper kernels do (csrc/cuda/attention/hopper_*.cuh): two or three warpgroups
+compute, other warps copy rows and tiles for them, and barriers synchronise them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ITEMS = 9
 
 
 def takes(kernel: str) -> bool:
-    return re.search("hopper_(forward|backward|backward_heads)_kernel", kernel) is not None
+    return re.search("hopper_(forward|backward|backward_heads|backward_tangents)_kernel", kernel) is not None
 
 
 @dataclass(frozen=True)
@@ -184,8 +184,8 @@ class HeadParts(Parts):
 
 
 def sides(problem: Problem) -> int:
-    """Tensors in a copy: with their tangents, or queries with their gradients and keys with values."""
-    return 2 if problem.tangent or problem.backward else 1
+    """Tensors in a copy: with their tangents, and queries with their gradients and keys with values."""
+    return 2**problem.tangent * 2**problem.backward
 
 
 def signalling(trace: Trace) -> str:
@@ -375,6 +375,18 @@ class Backward(Ring):
         yield parts.about(parts.row_block_end, "a", [read("tiles", end, last)])
 
 
+class BackwardTangents(Ring):
+    streams = ("tiles",)
+
+    def row_block(self, tiles: range, rows: Signal, rows_read: Signal, last: bool) -> Iterator[Trace]:
+        parts, end = self.parts, tiles[-1]
+        yield parts.about(parts.first, "w", [rows])
+        for j in tiles:
+            signals = [full("tiles", j), rows_read if j == end else None, read("tiles", j, last)]
+            yield parts.about(parts.tile if j < end else parts.last_tile, "waa", signals)
+        yield parts.row_block_end
+
+
 class BackwardHeads(Programs):
     """Queries and keys of a whole head stay in shared memory, for row blocks of queries, then of keys."""
 
@@ -483,7 +495,9 @@ def predict(kernel: Kernel, launch: Launch, problem: Problem, rates: Rates) -> f
     work = Work.of(launch, problem, processors)
     rounds, rest = divmod(problem.heads * work.parts, processors)
     parts: Any
-    kind: Any = BackwardHeads if "heads" in launch.kernel else Backward if problem.backward else Forward
+    kind: Any = Forward if not problem.backward else BackwardTangents if problem.tangent else Backward
+    if "heads" in launch.kernel:
+        kind = BackwardHeads
     parts = (HeadParts if kind is BackwardHeads else RingParts)(kernel, launch.kernel, work, problem)
     # The fraction of the stored rows that exist.
     stored = problem.tokens / (work.row_blocks * ROWS)

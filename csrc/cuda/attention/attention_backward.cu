@@ -197,8 +197,9 @@ const char* attention_backward(const AttentionBackwardParams& params, void* stre
   const int64_t shared_limit = device_shared_limit(), per_processor = device_shared_per_processor();
   if (shared_limit <= 0 || per_processor <= 0) return kNoLimits;
   const char* problem = nullptr;
+  const auto hopper = params.grad_t.data == nullptr ? hopper_backward : hopper_backward_tangents;
   if (params.sequences.queries == nullptr && is_regular(params) &&
-      hopper_backward(params, stream, problem)) {
+      hopper(params, stream, problem)) {
     return problem;
   }
   const AttentionShape one = planned_shape(s, params.sequences);

@@ -3,12 +3,10 @@
 #include "cuda/attention/hopper_backward.h"
 
 #include "cuda/attention/hopper_backward_heads.cuh"
-#include "cuda/attention/hopper_launch.cuh"
+#include "cuda/attention/hopper_backward_launch.cuh"
 
 namespace pmf::cuda {
 namespace {
-
-constexpr double kLog2e = 1.4426950408889634;
 
 struct HopperBackwardKernel {
   int width, columns, slots, consumers;
@@ -78,7 +76,7 @@ bool backward_of_heads(const AttentionBackwardParams& params, void* stream, cons
   p.items = int(s.batch * s.heads);
   p.by_heads = Divisor(uint32_t(s.heads));
   p.scale = float(params.scale);
-  p.factor = float(params.scale * kLog2e);
+  p.factor = float(params.scale * kBackwardLog2e);
   problem = launch_items(hopper_backward_heads_kernel<C>, p, C::kColumns, C::kConsumers,
                          C::kSharedBytes, stream);
   return true;
@@ -89,8 +87,8 @@ bool backward_of_heads(const AttentionBackwardParams& params, void* stream, cons
 bool hopper_backward(const AttentionBackwardParams& params, void* stream, const char*& problem) {
   const AttentionShape& s = params.shape;
   const HopperBackwardKernel* const kernel = kernels_of(params);
-  if (kernel == nullptr || s.width != s.value_width || params.grad_t.data != nullptr ||
-      params.scale <= 0 || !hopper_runs(kernel->shared_bytes, s)) {
+  if (kernel == nullptr || s.width != s.value_width || params.scale <= 0 ||
+      !hopper_runs(kernel->shared_bytes, s)) {
     return false;
   }
   if (params.dtype == DType::bf16
@@ -98,33 +96,17 @@ bool hopper_backward(const AttentionBackwardParams& params, void* stream, const 
           : backward_of_heads<HeadSizes<__half>>(params, stream, problem)) {
     return true;
   }
-  HopperBackward launches[2];
+  const ConstView4* const queries[] = {&params.query, &params.grad};
+  const ConstView4* const keys[] = {&params.key, &params.value};
   const int consumers = kernel->consumers;
+  HopperBackward launches[2];
   for (const bool by_keys : {false, true}) {
     HopperBackward& p = launches[by_keys];
-    const ConstView4* const queries[] = {&params.query, &params.grad};
-    const ConstView4* const keys[] = {&params.key, &params.value};
-    p.rows = int(by_keys ? s.keys : s.queries), p.columns = int(by_keys ? s.queries : s.keys);
-    for (int side = 0; side < kBackwardSides; ++side) {
-      const ConstView4 &row = *(by_keys ? keys : queries)[side],
-                       &column = *(by_keys ? queries : keys)[side];
-      if (!encode_maps(&p.row[side], row, s.batch, s.heads, p.rows, s.width, kRowBlock) ||
-          !encode_maps(&p.column[side], column, s.batch, s.heads, p.columns, s.width,
-                       kernel->columns)) {
-        return false;
-      }
+    if (!prepare(p, params, queries, keys, by_keys, kernel->columns, kernel->slots, consumers)) {
+      return false;
     }
     p.gradient[0] = by_keys ? params.grad_value : params.grad_query;
     p.gradient[1] = params.grad_key;
-    p.statistics = static_cast<float*>(params.workspace);
-    p.lse = static_cast<const float*>(params.lse);
-    p.grad_lse = static_cast<const float*>(params.grad_lse);
-    p.padded_queries = int(attention_backward_padded_queries(params));
-    if (!cut_into_items(p, s, p.rows, p.columns, kernel->columns, kernel->slots, consumers)) {
-      return false;
-    }
-    p.scale = float(params.scale);
-    p.factor = float(params.scale * kLog2e);
   }
   for (const bool by_keys : {false, true}) {
     problem = launch_items(by_keys ? kernel->keys : kernel->queries, launches[by_keys],

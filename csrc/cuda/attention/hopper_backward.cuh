@@ -33,26 +33,32 @@ constexpr int kBackwardSides = 2;
 constexpr float kLargestKnown = 1048576.0f;
 constexpr float kLeastMass = 1e-37f;  // in place of zero, as a divisor
 
-// The parameters of either launch.
-struct HopperBackward {
-  HopperMaps row[kBackwardSides], column[kBackwardSides];  // Q and G, K and V; or K and V, Q and G
-  View4 gradient[2];                                       // of Q; or of V and K
-  float* statistics;            // attention_backward.cuh: [batch, heads, statistic, padded_queries]
-  const float *lse, *grad_lse;  // [batch, heads, queries]; the second may be null
-  int heads, rows, columns;     // rows and columns (the streamed side) per head
-  int tiles, row_blocks, rounds, items;  // as in HopperForward
+// The parameters of any launch. The sides of queries are Q and G and, with tangents, tQ and X;
+// those of keys K, V, tK, tV (QuerySide and KeySide).
+template <int kSides>
+struct HopperBackwardOf {
+  HopperMaps row[kSides], column[kSides];
+  View4 gradient[kSides];  // of Q; or of V and K: see consume()
+  float* statistics;       // attention_backward.cuh: [batch, heads, statistic, padded_queries]
+  const float *lse, *grad_lse, *grad_lse_t;  // [batch, heads, queries]; the gradients may be null
+  int heads, rows, columns;                  // rows and columns (the streamed side) per head
+  int tiles, row_blocks, rounds, items;      // as in HopperForward
   int padded_queries;
   Divisor by_parts, by_heads;
   float factor, scale;
 };
+using HopperBackward = HopperBackwardOf<kBackwardSides>;
 
-template <typename T, int kWidth, int kColumns_, int kSlots_, bool kByKeys_>
-struct HopperBackwardSizes : HopperShape<T, kWidth, kColumns_, kBackwardSides> {
-  using Base = HopperShape<T, kWidth, kColumns_, kBackwardSides>;
+template <typename T, int kWidth, int kColumns_, int kSlots_, bool kByKeys_,
+          int kSides = kBackwardSides>
+struct HopperBackwardSizes : HopperShape<T, kWidth, kColumns_, kSides> {
+  using Base = HopperShape<T, kWidth, kColumns_, kSides>;
+  using Launch = HopperBackwardOf<kSides>;
   static constexpr int kColumns = kColumns_, kSlots = kSlots_, kConsumers = 2;
+  static constexpr int kRowStatistics = kStatistics<(kSides > kBackwardSides)>;
   static constexpr bool kByKeys = kByKeys_;
   static constexpr uint32_t kRowsBytes = Base::Rows::kBytes, kSlotBytes = Base::Tile::kBytes;
-  static constexpr uint32_t kStatisticBytes = kByKeys ? kStatistics<false> * kColumns * 4 : 0;
+  static constexpr uint32_t kStatisticBytes = kByKeys ? kRowStatistics * kColumns * 4 : 0;
   // Shared memory: the rows of each consumer, the ring, the statistics of each slot, the barriers.
   static constexpr uint32_t kRing = kConsumers * kRowsBytes;
   static constexpr uint32_t kFigures = kRing + kSlots * kSlotBytes;
@@ -86,21 +92,21 @@ struct HopperBackwardPlaces {
 // ---- the copying warps --------------------------------------------------------------------------
 
 template <class C>
-__device__ inline void copy_tiles(const HopperBackward& p, const HopperBackwardPlaces<C>& at) {
+__device__ inline void copy_tiles(const typename C::Launch& p, const HopperBackwardPlaces<C>& at) {
   RingPlace<C::kSlots> place;
   for (int item = int(blockIdx.x); item < p.items; item += int(gridDim.x)) {
     const HopperItem here = hopper_item<C>(p, item);
     for (int j = 0; j < p.tiles; ++j, place = place.next()) {
       mbarrier_wait(at.empty(place.slot), place.parity ^ 1);
-      copy_rows<C, typename C::Tile>(at.tile(place.slot), p.column[0], p.column[1],
-                                     at.full(place.slot), j * C::kColumns, here.head, here.batch);
+      copy_rows<C, typename C::Tile>(at.tile(place.slot), p.column, at.full(place.slot),
+                                     j * C::kColumns, here.head, here.batch);
     }
   }
 }
 
 template <class C>
-__device__ inline void copy_row_blocks(const HopperBackward& p, const HopperBackwardPlaces<C>& at,
-                                       int c) {
+__device__ inline void copy_row_blocks(const typename C::Launch& p,
+                                       const HopperBackwardPlaces<C>& at, int c) {
   uint32_t parity = 0;
   int i = 0;
   for (int item = int(blockIdx.x); item < p.items; item += int(gridDim.x), ++i) {
@@ -109,31 +115,33 @@ __device__ inline void copy_row_blocks(const HopperBackward& p, const HopperBack
     for (int r = 0; r < share.count; ++r, parity ^= 1) {
       const int row = (here.first + share.turn + r * C::kConsumers) * kRowBlock;
       mbarrier_wait(at.rows_empty(c), parity ^ 1);
-      copy_rows<C, typename C::Rows>(at.rows(c), p.row[0], p.row[1], at.rows_full(c), row,
-                                     here.head, here.batch);
+      copy_rows<C, typename C::Rows>(at.rows(c), p.row, at.rows_full(c), row, here.head,
+                                     here.batch);
     }
   }
 }
 
-// One statistic of all queries of a head.
-__device__ inline float* statistics_of(const HopperBackward& p, const HopperItem& here, int which) {
+// The statistics of all queries of a head, p.padded_queries apart.
+template <class C>
+__device__ inline float* statistics_of(const typename C::Launch& p, const HopperItem& here) {
   const int64_t head = int64_t(here.batch) * p.heads + here.head;
-  return p.statistics + (head * kStatistics<false> + which) * p.padded_queries;
+  return p.statistics + head * C::kRowStatistics * p.padded_queries;
 }
 
 // Called by a whole warp. Entries past the last query are zero; any finite number would do, as
 // their rows of Q and G are zero.
 template <class C>
-__device__ inline void copy_statistics(const HopperBackward& p, const HopperBackwardPlaces<C>& at) {
+__device__ inline void copy_statistics(const typename C::Launch& p,
+                                       const HopperBackwardPlaces<C>& at) {
   constexpr int kFloats = kChunkBytes / 4, kCopies = C::kColumns / kFloats;  // of one statistic
   const int lane = int(threadIdx.x) % kWarpThreads;
   RingPlace<C::kSlots> place;
   for (int item = int(blockIdx.x); item < p.items; item += int(gridDim.x)) {
-    const float* const from = statistics_of(p, hopper_item<C>(p, item), 0);
+    const float* const from = statistics_of<C>(p, hopper_item<C>(p, item));
     for (int j = 0; j < p.tiles; ++j, place = place.next()) {
       mbarrier_wait(at.empty(place.slot), place.parity ^ 1);
       float* const to = at.statistics(place.slot);
-      for (int i = lane; i < kStatistics<false> * kCopies; i += kWarpThreads) {
+      for (int i = lane; i < C::kRowStatistics * kCopies; i += kWarpThreads) {
         const int query = j * C::kColumns + i % kCopies * kFloats;
         cp_async_16(to + i * kFloats, from + (int64_t{i / kCopies} * p.padded_queries + query),
                     query < p.columns);
@@ -391,6 +399,16 @@ struct HopperBackwardUnit {
   }
 };
 
+// Releases an item's tiles, of which a consumer without row blocks needs none.
+template <class C>
+__device__ inline void skip_tiles(const typename C::Launch& p, const HopperBackwardPlaces<C>& at,
+                                  RingPlace<C::kSlots>& place, int lane) {
+  for (int j = 0; j < p.tiles; ++j, place = place.next()) {
+    mbarrier_wait(at.full(place.slot), place.parity);
+    if (lane == 0) mbarrier_arrive(at.empty(place.slot));
+  }
+}
+
 template <class C>
 __device__ inline void consume(const HopperBackward& p, const HopperBackwardPlaces<C>& at, int c) {
   const int thread = int(threadIdx.x) % kGroupThreads, lane = thread % kWarpThreads;
@@ -408,12 +426,7 @@ __device__ inline void consume(const HopperBackward& p, const HopperBackwardPlac
   for (int item = int(blockIdx.x); item < p.items; item += int(gridDim.x), ++i) {
     const HopperItem here = hopper_item<C>(p, item);
     const HopperShare share = hopper_share<C>(p, here, c, i);
-    if (share.count == 0) {
-      for (int j = 0; j < p.tiles; ++j, place = place.next()) {
-        mbarrier_wait(at.full(place.slot), place.parity);
-        release(at.empty(place.slot));
-      }
-    }
+    if (share.count == 0) skip_tiles(p, at, place, lane);
     for (int r = 0; r < share.count; ++r) {
       const bool last = r + 1 == share.count;
       if (r > 0) place = place.before(p.tiles);
@@ -476,7 +489,7 @@ __device__ inline void consume(const HopperBackward& p, const HopperBackwardPlac
       if constexpr (kByKeys) {
         store_gradient<T>(unit.x, p.gradient[0], here, row, p.rows, lane);
       } else {
-        unit.store_statistics(p, statistics_of(p, here, 0), p.padded_queries, row, p.rows, lane);
+        unit.store_statistics(p, statistics_of<C>(p, here), p.padded_queries, row, p.rows, lane);
         unit.finish_queries(p, lane);
       }
       store_gradient<T>(unit.y, p.gradient[C::kByKeys], here, row, p.rows, lane);
@@ -484,9 +497,9 @@ __device__ inline void consume(const HopperBackward& p, const HopperBackwardPlac
   }
 }
 
-template <class C>
-__global__ void __launch_bounds__(3 * kGroupThreads, 1)
-    hopper_backward_kernel(const __grid_constant__ HopperBackward p) {
+// What each warp of a block does; consume(at, c) is what those of consumer c do.
+template <class C, class Consume>
+__device__ inline void hopper_backward_block(const typename C::Launch& p, const Consume& consume) {
   const HopperBackwardPlaces<C> at = {shared_address(swizzled_shared())};
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < C::kSlots; ++slot) {
@@ -510,8 +523,15 @@ __global__ void __launch_bounds__(3 * kGroupThreads, 1)
     }
   } else {
     registers_up_to<240>();
-    consume<C>(p, at, warp / 4 - 1);
+    consume(at, warp / 4 - 1);
   }
+}
+
+template <class C>
+__global__ void __launch_bounds__(3 * kGroupThreads, 1)
+    hopper_backward_kernel(const __grid_constant__ HopperBackward p) {
+  hopper_backward_block<C>(p,
+                           [&](const HopperBackwardPlaces<C>& at, int c) { consume<C>(p, at, c); });
 }
 
 }  // namespace pmf::cuda

@@ -10,4 +10,8 @@ namespace pmf::cuda {
 // sets `problem` to an error sentence or null. Returns false if the call is for the other kernels.
 bool hopper_backward(const AttentionBackwardParams& params, void* stream, const char*& problem);
 
+// The same for calls with tangents: through both outputs, width 64.
+bool hopper_backward_tangents(const AttentionBackwardParams& params, void* stream,
+                              const char*& problem);
+
 }  // namespace pmf::cuda

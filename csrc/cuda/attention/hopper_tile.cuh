@@ -19,7 +19,7 @@ struct HopperMaps {
   TensorMap piece, tail;
 };
 
-// Rows of one or two tensors, the sides: first the 64-column pieces of each side, then the tails.
+// Rows of up to four tensors, the sides: first the 64-column pieces of each side, then the tails.
 // The size is a multiple of 1024 bytes, the period of the swizzle.
 template <int kRows_, int kPieces, int kTail, int kSides>
 struct HopperTile {
@@ -112,23 +112,37 @@ __device__ inline HopperShare hopper_share(const Launch& p, const HopperItem& it
 
 // ---- copies -------------------------------------------------------------------------------------
 
-// Announces the bytes of a Tile and copies its rows, from `row` on.
+// Copies a side's rows of a Tile, from `row` on.
+template <class C, class Tile>
+__device__ inline void copy_side(uint32_t to, int side, const HopperMaps& from, uint32_t barrier,
+                                 int row, int head, int batch) {
+#pragma unroll
+  for (int i = 0; i < C::kPieces; ++i) {
+    copy_box(to + Tile::piece(side, i), &from.piece, barrier, i * kPieceColumns, row, head, batch);
+  }
+  if (C::kTail > 0) {
+    copy_box(to + Tile::tail(side), &from.tail, barrier, C::kPieces * kPieceColumns, row, head,
+             batch);
+  }
+}
+
+// Announces the bytes of a Tile and copies the rows of all sides.
+template <class C, class Tile>
+__device__ inline void copy_rows(uint32_t to, const HopperMaps (&from)[C::kSides], uint32_t barrier,
+                                 int row, int head, int batch) {
+  mbarrier_expect(barrier, Tile::kCopied);
+#pragma unroll
+  for (int side = 0; side < C::kSides; ++side) {
+    copy_side<C, Tile>(to, side, from[side], barrier, row, head, batch);
+  }
+}
 template <class C, class Tile>
 __device__ inline void copy_rows(uint32_t to, const HopperMaps& first, const HopperMaps& second,
                                  uint32_t barrier, int row, int head, int batch) {
   mbarrier_expect(barrier, Tile::kCopied);
 #pragma unroll
   for (int side = 0; side < C::kSides; ++side) {
-    const HopperMaps& from = side == 0 ? first : second;
-#pragma unroll
-    for (int i = 0; i < C::kPieces; ++i) {
-      copy_box(to + Tile::piece(side, i), &from.piece, barrier, i * kPieceColumns, row, head,
-               batch);
-    }
-    if (C::kTail > 0) {
-      copy_box(to + Tile::tail(side), &from.tail, barrier, C::kPieces * kPieceColumns, row, head,
-               batch);
-    }
+    copy_side<C, Tile>(to, side, side == 0 ? first : second, barrier, row, head, batch);
   }
 }
 

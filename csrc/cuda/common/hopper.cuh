@@ -177,6 +177,7 @@ __device__ inline void hold(uint32_t& x) { asm volatile("" : "+r"(x)::"memory");
   ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
   ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 // The operands after the sums: A (a descriptor or registers), the descriptor of B, and `adds`.
+#define PMF_SHARED_4 "%16, %17", "%18"
 #define PMF_SHARED_6 "%24, %25", "%26"
 #define PMF_SHARED_12 "%48, %49", "%50"
 #define PMF_SHARED_32 "%128, %129", "%130"
@@ -204,8 +205,9 @@ __device__ inline void hold(uint32_t& x) { asm volatile("" : "+r"(x)::"memory");
 
 template <typename T, bool kTransposed, int kTiles>
 __device__ inline void wgmma(float (&d)[kTiles][4], uint64_t a, uint64_t b, bool adds) {
-  static_assert(kTiles == 32 || (!kTransposed && (kTiles == 6 || kTiles == 12)),
+  static_assert(kTiles == 32 || (!kTransposed && (kTiles == 4 || kTiles == 6 || kTiles == 12)),
                 "what the kernels use");
+  PMF_OF_TYPE(4, 32, PMF_SHARED_4, "0, 0", "l"(a))
   PMF_OF_TYPE(6, 48, PMF_SHARED_6, "0, 0", "l"(a))
   PMF_OF_TYPE(12, 96, PMF_SHARED_12, "0, 0", "l"(a))
   if constexpr (kTransposed) {
