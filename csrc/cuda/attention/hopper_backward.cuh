@@ -1,6 +1,7 @@
 // Attention backward without tangents, with Hopper instructions (hopper.cuh): the mathematics of
 // attention_backward_queries.cuh, which writes the row statistics, then that of
-// attention_backward_keys.cuh. hopper_backward_heads.cuh has both passes in one launch.
+// attention_backward_keys.cuh. hopper_backward_heads.cuh has both passes in one launch,
+// hopper_backward_tangents.cuh the backward through both outputs.
 //
 // Both are instances of one kernel: tiles of kColumns keys and values (or queries and gradients of
 // out) stream past a row block of 64 queries and gradients of out (or keys and values). One warp

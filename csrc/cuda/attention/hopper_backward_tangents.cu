@@ -1,6 +1,8 @@
 // Host side of the Hopper attention backward through both outputs. Compiled only for sm_90a.
 #include "cuda/attention/hopper_backward_tangents.cuh"
 
+#include <algorithm>
+
 #include "cuda/attention/hopper_backward.h"
 #include "cuda/attention/hopper_backward_launch.cuh"
 
