@@ -29,6 +29,8 @@ def formula(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str,
         t = mode.get(x)
         if t is None:
             return x.detach()
+        if x.is_inference() or t.is_inference():  # autograd does not see them
+            x, t = x.clone(), t.clone()
         if t.untyped_storage().nbytes() != x.untyped_storage().nbytes():
             # make_dual would copy t into memory like x's, and fail if elements share it or sizes are dynamic.
             x, t = x.clone(), t.clone()
@@ -46,6 +48,8 @@ def formula(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str,
         return out
 
     with contextlib.ExitStack() as entered:
+        if torch.is_inference_mode_enabled():
+            entered.enter_context(torch.inference_mode(False))
         for key in (*LAZY, _Keys.AutogradFunctionality, _Keys.ADInplaceOrView):
             entered.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
         entered.enter_context(torch.no_grad())

@@ -81,8 +81,8 @@ class TangentMode(TorchDispatchMode):
             return entry[1]
         if self._shadows and isinstance(x, Tensor):
             found = self._shadows.get(x.untyped_storage()._cdata)
-            if found is not None:
-                return found[1].as_strided(x.size(), x.stride(), x.storage_offset())
+            if found is not None and found[1].dtype.to_real() == x.dtype.to_real():
+                return found[1].view(x.dtype).as_strided(x.size(), x.stride(), x.storage_offset())
         return None
 
     get = stored
@@ -120,7 +120,9 @@ class TangentMode(TorchDispatchMode):
             storage = x.untyped_storage()
             for address in [a for a, (reference, _) in self._shadows.items() if reference.expired()]:
                 del self._shadows[address]
-            shadow = torch.zeros(storage.nbytes() // x.element_size(), dtype=x.dtype, device=x.device)
+            # Whole complex numbers: the same storage may hold real values and show them as complex ones.
+            numbers = -(-storage.nbytes() // 16) * 16 // x.element_size()
+            shadow = torch.zeros(numbers, dtype=x.dtype, device=x.device)
             self._shadows[storage._cdata] = (StorageWeakRef(storage), shadow)  # keeps the address taken
             self._of.pop(id(x), None)
             shadow.as_strided(x.size(), x.stride(), x.storage_offset()).copy_(tangent)

@@ -5,6 +5,7 @@ kernel computes the tangent: elementwise functions, softmax, and normalisations 
 Operators without a rule use PyTorch's forward-mode formula and raise if there is none.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,10 +48,10 @@ def _find(func: Any) -> Rule:
         return unknown
     if func._schema.is_mutable:
         return _in_place
+    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        return _composite  # also `to`, which is declared a view
     if func.is_view:
         return _view
-    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
-        return _composite
     return formula
 
 
@@ -418,13 +419,27 @@ def _in_place(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[st
         if t_b is not None:
             func(t, t_b, **kwargs)
     else:
-        pure = getattr(getattr(aten, func._opname.removesuffix("_"), None), func._overloadname, None)
-        if pure is None or not func._opname.endswith("_"):
+        if (pure := _pure(func)) is None:
             return unknown(mode, func, args, kwargs)
         new = mode.run(pure, args, kwargs)
         aten.copy_(x, new)
         mode.write(x, new)
     return x
+
+
+@functools.cache
+def _pure(func: Any) -> Any:
+    """The operator that returns what one in place writes: its overload may have another name."""
+    if not func._opname.endswith("_"):
+        return None
+    packet = getattr(aten, func._opname.removesuffix("_"), None)
+    names = sorted(packet.overloads(), key=func._overloadname.__ne__) if packet is not None else []
+    overloads = (getattr(packet, name) for name in names)
+    return next((each for each in overloads if _types(each) == _types(func)), None)
+
+
+def _types(func: Any) -> list[str]:
+    return [str(argument.type) for argument in func._schema.arguments]
 
 
 # Everything else.

@@ -64,7 +64,7 @@ class FirstSamples(TangentMode):
         if func is aten._unsafe_view.default or rule is rules._view:
             return self._view(func, args, kwargs, dims)
         plan, names = _plans[func]
-        if plan is None:
+        if plan is None or rule is rules._composite:
             return NotImplemented
         first: Any = _First(self, dims)
         named = dict(zip(names, args, strict=False)) | kwargs

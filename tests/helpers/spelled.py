@@ -75,6 +75,17 @@ def complex_numbers(x: Tensor) -> Tensor:
     return torch.fft.ifft(z * z.imag).real + z.abs() + torch.polar(x.abs(), x).imag
 
 
+def real_and_complex_views_of_a_buffer(x: Tensor) -> Tensor:
+    """Written as one, read as the other."""
+    z, y = torch.zeros(6, 6, dtype=torch.complex128), torch.zeros(73, dtype=x.dtype)
+    torch.view_as_real(z)[..., 0].copy_(x)
+    z.imag.add_(x.sin())
+    y[:72:2].copy_(x.flatten())
+    halves = torch.view_as_complex(y[:72].view(6, 6, 2))
+    halves.mul_(2j)
+    return (z * z).real + z.imag * y[1:72:2].view(6, 6)
+
+
 def rotary_by_complex_numbers(x: Tensor) -> Tensor:
     turns = torch.polar(torch.ones(3, dtype=x.dtype), torch.arange(3, dtype=x.dtype) + 1)
     return torch.view_as_real(torch.view_as_complex(x.reshape(-1, 3, 2)) * turns).flatten(1)
@@ -176,8 +187,15 @@ def scattered(x: Tensor) -> Tensor:
 
 
 def activations_in_place(x: Tensor) -> Tensor:
-    y = F.relu(x * 1, inplace=True) + F.silu(x * 1, inplace=True) + F.elu(x * 1, inplace=True)
+    y = F.dropout(x * 1, 0.5, training=False, inplace=True)
+    y = y + F.relu(x * 1, inplace=True) + F.silu(x * 1, inplace=True) + F.elu(x * 1, inplace=True)
     return y + F.leaky_relu(x * 1, inplace=True) + F.glu(torch.cat((x, x), -1)) + F.logsigmoid(x) + F.celu(x)
+
+
+def powers_in_place(x: Tensor) -> Tensor:
+    """Their operators have overloads of other names than those that return a new tensor."""
+    y = (x * 1).square_() + (x.abs() + 1).pow_(1.5) + (x.abs() + 1).pow_(x)
+    return y + (x * 1).ldexp_(torch.ones(6, dtype=x.dtype)) + (x.abs() + 1).float_power_(x)
 
 
 def memory_formats(x: Tensor) -> Tensor:
@@ -189,7 +207,7 @@ def memory_formats(x: Tensor) -> Tensor:
 
 SPELLED = (
     in_place_rope, written_into_zeros, shared_then_written, transposed_in_place, strided, detached,
-    overwritten, complex_numbers, rotary_by_complex_numbers, padded, integers, products, reductions, masked,
-    split, scalars, without_grad, mapped, rms_norms, ours, memory_formats,
-    attention_past_the_replacement, scattered, activations_in_place,
+    overwritten, complex_numbers, real_and_complex_views_of_a_buffer, rotary_by_complex_numbers, padded,
+    integers, products, reductions, masked, split, scalars, without_grad, mapped, rms_norms, ours,
+    memory_formats, attention_past_the_replacement, scattered, activations_in_place, powers_in_place,
 )  # fmt: skip

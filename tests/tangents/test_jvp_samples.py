@@ -183,6 +183,16 @@ def test_batch_norm_in_training_mode():
     assert_close(pmf.Jvp(network)((x,), (x_t[:2],))[1], expected[:2], EXACT)
 
 
+def test_operators_that_decompose(completions: list[Any]):
+    """Under inference_mode PyTorch leaves that to the mode."""
+    network = Spelled(lambda x: x.square().sin())
+    x, x_t = torch.randn(2, 4, 6, dtype=DOUBLE).unbind(0)
+    expected = jvp_math(network, (x,), (x_t,))[1][:2]
+    with torch.inference_mode():
+        assert_close(pmf.Jvp(network)((x,), (x_t[:2],))[1], expected, EXACT)
+    assert not completions
+
+
 def test_complex_primals():
     network = Spelled(lambda x: (x * x.conj()).real + x.imag)
     network.layer = nn.Identity()
