@@ -113,6 +113,10 @@ __global__ void box_probe(const __grid_constant__ BoxProblem p) {
   }
 }
 
+__global__ void prefetch_probe(uintptr_t address, uint32_t bytes) {
+  if (thread() == 0) prefetch_to_l2(address, bytes);
+}
+
 // ---- load, multiply, store ----------------------------------------------------------------------
 
 enum Fault {
@@ -368,6 +372,11 @@ PMF_DOOR const char* pmf_hopper_box(const uint16_t* tensor, const uint64_t* size
     return "no such tensor map";
   }
   return sentence(launch(&box_probe, 1, kGroup, p.bytes + 8, nullptr, p));
+}
+
+PMF_DOOR const char* pmf_hopper_prefetch(const char* tensor, int offset, unsigned bytes) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(tensor) + uintptr_t(offset);
+  return sentence(launch(&prefetch_probe, 1, kGroup, 0, nullptr, address, bytes));
 }
 
 PMF_DOOR const char* pmf_hopper_fault_name(int i) {

@@ -182,6 +182,25 @@ def test_tensors_that_a_map_cannot_describe(planted: Planted, offset: int, row_b
     assert planted.box(tensor, sizes, strides, 8, 128, place, image, elected) == "no such tensor map"
 
 
+@pytest.mark.parametrize(
+    ("offset", "size", "finding"),
+    [
+        (16, 48, None),
+        (64, 16, None),  # the last four bytes, and twelve that follow the tensor
+        (8, 16, "needs an address that is a multiple of 16, got one 8 bytes past it"),
+        (0, 24, "24 bytes, which are no whole pieces of 16"),
+        (16, 80, "belongs to no tensor"),
+    ],
+)
+def test_prefetch(planted: Planted, offset: int, size: int, finding: str | None) -> None:
+    """Of a tensor of 68 bytes."""
+    storage = np.zeros(256, np.uint8)
+    tensor = storage[-storage.ctypes.data % 16 :][:68]
+    planted.begin(0, inputs=[tensor], outputs=[])
+    said = planted.prefetch(tensor, offset, size)
+    assert said is None if finding is None else said is not None and finding in said
+
+
 STUCK = "(threads that wait forever|a barrier that not all threads reach): .*"
 OVERWRITTEN = (
     r"written while a product reads it|written after warp \d read it|read while an asynchronous copy"

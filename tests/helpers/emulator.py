@@ -78,6 +78,13 @@ def warpgroup_products() -> int:
     return count()
 
 
+def prefetched() -> int:
+    """The number of bytes that kernels have brought to the L2 cache in this process."""
+    count = ctypes.CDLL(str(LIBRARY)).pmf_emulator_prefetched
+    count.restype = ctypes.c_int64
+    return count()
+
+
 def last_shared_bytes() -> int:
     """Shared memory per block that the latest launch of torch.ops.pmf_emulated requested."""
     shared = ctypes.CDLL(str(LIBRARY)).pmf_emulator_last_shared_bytes
@@ -225,6 +232,10 @@ class Planted:
     ) -> str | None:
         """Copy a box of a tensor to shared memory; `image` receives the shared memory."""
         return self._call("pmf_hopper_box", tensor, sizes, strides, rows, width, place, image, elected)
+
+    def prefetch(self, tensor: np.ndarray, offset: int, size: int) -> str | None:
+        """Prefetch bytes of a tensor from `offset` on."""
+        return self._call("pmf_hopper_prefetch", tensor, offset, size)
 
     def hopper(self, fault: str, a: np.ndarray, b: np.ndarray, output: np.ndarray) -> str | None:
         return self._call("pmf_hopper_fault", self.hopper_faults.index(fault), a, b, output)

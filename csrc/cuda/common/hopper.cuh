@@ -114,6 +114,11 @@ __device__ inline void copy_box_to_blocks(uint32_t to, const TensorMap* map, uin
       : "memory");
 }
 
+// Starts bringing global memory to the L2 cache. Both numbers are multiples of 16.
+__device__ inline void prefetch_to_l2(uintptr_t address, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes) : "memory");
+}
+
 // ---- wgmma --------------------------------------------------------------------------------------
 
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

@@ -28,6 +28,7 @@ PMF_EXPORT int64_t pmf_emulator_launches() { return machine.launches; }
 
 PMF_EXPORT int64_t pmf_emulator_products() { return machine.products; }
 PMF_EXPORT int64_t pmf_emulator_warpgroup_products() { return machine.warpgroup_products; }
+PMF_EXPORT int64_t pmf_emulator_prefetched() { return machine.prefetched; }
 
 PMF_EXPORT int64_t pmf_emulator_last_shared_bytes() { return machine.launch.shared_bytes; }
 

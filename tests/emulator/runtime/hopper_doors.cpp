@@ -66,6 +66,11 @@ void copy_box(uint32_t to, const void* map, uint32_t barrier, Word4 place, uint3
   }
 }
 
+void prefetch(uintptr_t address, uint32_t bytes) {
+  PMF_HERE;
+  memory.prefetch(address, bytes);
+}
+
 void wgmma(const Product& product, float* sums, const uint32_t* a, bool holds) {
   PMF_HERE;
   whole_warp("wgmma");

@@ -146,6 +146,7 @@ class Machine {
   int64_t launches = 0;            // since the process started
   int64_t products = 0;            // mma instructions executed by all warps since then
   int64_t warpgroup_products = 0;  // the same of wgmma
+  int64_t prefetched = 0;          // bytes brought to the L2 cache since then
 
   // Ends the launch and does not return: no fiber runs again.
   [[noreturn]] void fail(const std::string& text);

@@ -242,6 +242,21 @@ void Memory::product_ends(const unsigned char* from, size_t bytes) {
   }
 }
 
+void Memory::prefetch(uintptr_t address, size_t bytes) {
+  constexpr size_t kPiece = 16;
+  check_alignment(reinterpret_cast<const void*>(address), kPiece, "a prefetch");
+  if (bytes == 0 || bytes % kPiece != 0) {
+    machine.fail("a prefetch of " + std::to_string(bytes) +
+                 " bytes, which are no whole pieces of " + std::to_string(kPiece));
+  }
+  for (uintptr_t piece = address; piece < address + bytes; piece += kPiece) {
+    if (find(piece) == nullptr && find(piece + kPiece - 1) == nullptr) {
+      machine.fail("memory that belongs to no tensor of this call is prefetched");
+    }
+  }
+  machine.prefetched += int64_t(bytes);
+}
+
 // ---- global memory ------------------------------------------------------------------------------
 
 void Memory::forget() {

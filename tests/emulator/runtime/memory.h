@@ -87,6 +87,9 @@ class Memory {
   void product_begins(const unsigned char* from, size_t bytes);
   void product_ends(const unsigned char* from, size_t bytes);
 
+  // To the L2 cache: 16-byte pieces, each with a part of a tensor.
+  void prefetch(uintptr_t address, size_t bytes);
+
  private:
   bool is_shared(uintptr_t address) const { return address - shared_begin_ < kSharedSpace; }
   void shared_access(uintptr_t address, size_t bytes, Access access, bool by_warp, int rank);

@@ -122,6 +122,10 @@ class Machinery final : public ptx::Device {
     PMF_HERE;
     emulator::copy_box(to, map, barrier, place, blocks);
   }
+  void prefetch(uint64_t address, uint32_t bytes) const override {
+    PMF_HERE;
+    emulator::prefetch(address, bytes);
+  }
   void wgmma(int line, const Product& product, float* sums, const uint32_t* a) const override {
     PMF_HERE;
     machine.aligned_line = line;

@@ -45,6 +45,8 @@ def copy(s: Scope, i: Instruction) -> str:
         return "d.commit_copies();"
     if i.name == "cp.async.wait_group":
         return f"d.wait_for_copies({int(i.operands[0])});"
+    if i.name.startswith("cp.async.bulk.prefetch"):
+        return hopper.prefetch(s, i)
     if i.name.startswith("cp.async.bulk"):
         return hopper.copy_box(s, i)
     if i.name != "cp.async.cg.shared.global" or len(i.operands) not in (3, 4):

@@ -55,6 +55,13 @@ def copy_box(s: Scope, i: Instruction) -> str:
     return f"d.copy_box({places}, Word4{{{place}}}, {mask});"
 
 
+def prefetch(s: Scope, i: Instruction) -> str:
+    if i.name != "cp.async.bulk.prefetch.L2.global":
+        raise UnknownInstruction(i.name)
+    place, size = i.operands
+    return f"d.prefetch((uint64_t){s.address(place, 'global')}, {s.value(size, 'u32')});"
+
+
 def wgmma(s: Scope, i: Instruction) -> str:
     if i.name == "wgmma.fence.sync.aligned":
         return f"d.wgmma_fence({i.line});"

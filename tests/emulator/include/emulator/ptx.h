@@ -43,6 +43,7 @@ class Device {
   virtual void cluster_wait(int line) const = 0;
   virtual void copy_box(uint32_t to, const void* map, uint32_t barrier, Word4 place,
                         uint32_t blocks) const = 0;
+  virtual void prefetch(uint64_t address, uint32_t bytes) const = 0;
   virtual void wgmma(int line, const Product& product, float* sums, const uint32_t* a) const = 0;
   virtual void wgmma_fence(int line) const = 0;
   virtual void wgmma_commit(int line) const = 0;

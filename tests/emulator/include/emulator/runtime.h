@@ -61,6 +61,7 @@ void mbarrier_wait(uint32_t barrier, uint32_t parity);
 void fence_proxy_async();
 // To the blocks of the cluster whose bits are set in `blocks`; 0: to this one.
 void copy_box(uint32_t to, const void* map, uint32_t barrier, Word4 place, uint32_t blocks);
+void prefetch(uintptr_t address, uint32_t bytes);  // to the L2 cache
 
 // One wgmma with n columns of sums; A is in registers, or described by `a`.
 struct Product {

@@ -42,6 +42,10 @@ inline void copy_box_to_blocks(uint32_t to, const TensorMap* map, uint32_t barri
       emulator::Word4{uint32_t(column), uint32_t(row), uint32_t(head), uint32_t(batch)}, blocks);
 }
 
+inline void prefetch_to_l2(uintptr_t address, uint32_t bytes) {
+  emulator::prefetch(address, bytes);
+}
+
 inline void wgmma_fence() { emulator::wgmma_fence(); }
 inline void wgmma_commit() { emulator::wgmma_commit(); }
 template <int kPending>
