@@ -144,7 +144,8 @@ def muon(library: Path, plans: Any, rates: dict[str, float], which: str) -> list
         for kernel, product, seconds in multiply.rows(plan):
             kind = kernel, product.m, product.n, product.k, product.symmetric, product.adds_left
             sums = found.setdefault(kind, [0, 0, 0, 0])
-            for i, more in enumerate((1, product.flops(), seconds, product.limit_seconds(rates))):
+            limit = product.limit_seconds(rates, "update" in kernel)
+            for i, more in enumerate((1, product.flops(), seconds, limit)):
                 sums[i] += more
         total = size + sum(seconds for _, _, seconds, _ in found.values())
         torchs = of_torch(shapes, rates)
@@ -166,8 +167,8 @@ def muon(library: Path, plans: Any, rates: dict[str, float], which: str) -> list
                 }
             )
         print(
-            f"{network}: predicted {total * 1e3:.1f} ms, of which {size * 1e3:.1f} for parameters, gradients "
-            f"and momentum; torch.optim.Muon {torchs * 1e3:.1f} ms, {torchs / total:.2f} times as long"
+            f"{network}: predicted {total * 1e3:.1f} ms, of which {size * 1e3:.1f} for gradients and "
+            f"momentum; torch.optim.Muon {torchs * 1e3:.1f} ms, {torchs / total:.2f} times as long"
         )
         rows.append(
             {"network": network, "predicted_seconds": total, "memory_seconds": size, "torch_seconds": torchs}

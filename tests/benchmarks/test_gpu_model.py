@@ -109,6 +109,15 @@ def test_narrow_products_wait_for_shared_memory():
     assert (ended - RATES_HERE["launch_cycles"]) / 400 == pytest.approx(28, rel=0.05)
 
 
+def test_what_was_prefetched_is_read_at_the_rate_of_l2():
+    """64 loads of a line each take longer than the latency of one: the multiprocessor's share of the rate."""
+    kernel = listing(("LDG.E R4, [R2.64]", 1, 7 << 8), ("IADD3 R2, R2, R4, RZ", 1, NO_SCOREBOARDS | 1 << 11))
+    trace = Trace([kernel.blocks[0][0]] * 64 + [kernel.blocks[0][1]]).prefetched()
+    ended = Multiprocessor([[trace]], 1, 1, RATES_HERE, 16.0).ends()[-1]
+    a_line = 128 * RATES_HERE["clock_hz"] * RATES_HERE["processors"] / RATES_HERE["l2_bytes"]
+    assert ended - RATES_HERE["launch_cycles"] == pytest.approx(64 * a_line, abs=45)
+
+
 def test_copies_and_their_readers_wait_for_each_other():
     """A ring of two slots: a box arrives after its latency, and the third waits until the first is read."""
     copy = Trace(
@@ -250,7 +259,9 @@ def test_the_model_recognises_the_hopper_products():
     plan = plans.newton_schulz_launches(shapes=[(256, 256), (256, 512)], muon=True)
     rows = multiply.rows(plan)
     assert {row.kernel for row in rows} == {"hopper_product_kernel", "hopper_update_kernel"}
-    assert all(row.seconds > row.product.limit_seconds(RATES_HERE) for row in rows)
+    assert all(
+        row.seconds > row.product.limit_seconds(RATES_HERE, updates="update" in row.kernel) for row in rows
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pmf import _library, reference
 from pmf.ops import newton_schulz
+from pmf.optim import Muon
 
 pytestmark = pytest.mark.skipif(emulator.why_not() is not None, reason=str(emulator.why_not()))
 
@@ -96,6 +97,44 @@ def test_odd_scale_free_transposed_and_independent_matrices(method: str) -> None
     assert torch.equal(negative, -expected) and torch.equal(turned, expected.mT)
     assert torch.equal(scaled, expected)
     assert not zero.any() and nan.isnan().all()
+
+
+def stepped(dtype: torch.dtype, *shapes: tuple[int, int]) -> list[Tensor]:
+    """How far a step of Muon moves parameters (those of 16 bits: their masters)."""
+    params = [torch.nn.Parameter(random(*shape, seed=i).to(dtype)) for i, shape in enumerate(shapes)]
+    start = [p.detach().float().clone() for p in params]
+    for i, p in enumerate(params):
+        p.grad = random(*p.shape, seed=10 + i).to(dtype)
+    optimizer = Muon(params, lr=0.02, ns_steps=2)
+    optimizer.step()
+    moved = (optimizer.state[p].get("master", p.detach()) for p in params)
+    return [after - before for after, before in zip(moved, start, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "shapes"),
+    [
+        ("emulated", torch.float32, ((192, 256), (264, 200), (200, 251))),  # wide, tall, odd
+        ("emulated", BFLOAT16, ((264, 200), (200, 251))),
+        *([("ptx", torch.float32, ((264, 200),))] if PTX else []),
+    ],
+    ids=str,
+)
+def test_a_step_of_muon_updates_what_it_has_prefetched(
+    backend: str, dtype: torch.dtype, shapes: tuple[tuple[int, int], ...]
+) -> None:
+    """Every byte once, and of rows that are no whole pieces of 16 bytes, at most two pieces more each."""
+    expected = stepped(dtype, *shapes)
+    with at_level(backend), emulator.limits(HOPPER_KB, 4):
+        before = emulator.prefetched()
+        found = stepped(dtype, *shapes)
+        prefetched = emulator.prefetched() - before
+    for moved, by_cpu in zip(found, expected, strict=True):
+        assert error(moved, by_cpu.double()) < 1e-2
+    sizes = (4,) if dtype == torch.float32 else (2, 4)  # the parameter's, the master's
+    needed = sum(m * n * size for m, n in shapes for size in sizes)
+    odd = sum(m for m, n in shapes for size in sizes if n * size % 16)
+    assert needed <= prefetched <= needed + odd * 2 * 16
 
 
 @pytest.mark.parametrize(

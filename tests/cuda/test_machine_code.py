@@ -47,6 +47,9 @@ MEANT = {
     r"hopper_product_kernel<__half>": (
         r"HGMMA\.64x256x16\.F32", r"UTMALDG\.4D", r"SYNCS\.PHASECHK", r"LDSM\.16\.MT88\.4", r"STG\.E.*\.128"
     ),
+    r"hopper_update_kernel<__half>": (
+        r"HGMMA\.64x256x16\.F32", r"UTMALDG\.4D", r"SYNCS\.PHASECHK", r"UBLKPF"
+    ),
 }  # fmt: skip
 HOPPER = r"hopper_\w+kernel<"
 """Kernels for sm_90a only."""

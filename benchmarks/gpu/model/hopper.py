@@ -189,8 +189,8 @@ def sides(problem: Problem) -> int:
 
 
 def signalling(trace: Trace) -> str:
-    """Its instructions with signals, in order: w waits, a arrives, b copies a box."""
-    kinds = {"await": "w", "arrive": "a", "box": "b"}
+    """Its instructions with signals, in order: w waits, a arrives, b copies a box, p prefetches."""
+    kinds = {"await": "w", "arrive": "a", "box": "b", "prefetch": "p"}
     return "".join(kinds[kind] for kind, *_ in trace.code if kind in kinds)
 
 

@@ -25,12 +25,15 @@ QUEUE = 12
 
 @dataclass(frozen=True)
 class Signal:
-    """The phase of an mbarrier that an instruction, or a copy of a box, refers to."""
+    """The phase of an mbarrier that an instruction, or a copy of a box, refers to; of a prefetch, none."""
 
     gate: Gate
     port: float = 0
     memory: float = 0
     """The copy time of a box: cycles of this multiprocessor's share of the L2 rate and of the memory rate."""
+
+
+NO_GATE = ("", 0)
 
 
 @dataclass(eq=False)
@@ -63,6 +66,17 @@ class Trace:
         """The same instructions with other signals."""
         other = copy.copy(self)
         other.signals = signals
+        return other
+
+    def prefetched(self) -> Trace:
+        """The same instructions, where what is loaded is in the L2 cache and every lane has an element."""
+        other, renamed = copy.copy(self), {"load": "load from l2", "store": "store"}
+        other.code = [
+            (renamed[kind], *schedule, max(1, weight), detail)
+            if kind in renamed
+            else (kind, *schedule, weight, detail)
+            for kind, *schedule, weight, detail in self.code
+        ]
         return other
 
 
@@ -187,6 +201,7 @@ class Multiprocessor:
         }
         latency = {name[:-8]: value for name, value in rates.items() if name.endswith("_latency")}
         usual = latency["usual"]
+        a_line_from_l2 = 128 * rates["clock_hz"] * rates["processors"] / rates["l2_bytes"]
         memory = channel = port = 0.0
         now = 0.0
         products, gates = Products(rates, pipes), self.gates
@@ -238,6 +253,9 @@ class Multiprocessor:
                         done = now + latency["shared"]
                         if kind == "load":
                             done = max(channel, now + latency["global"])
+                    elif kind == "load from l2":
+                        port = max(port, now) + weight * a_line_from_l2
+                        done = max(port, now + latency["l2"])
                     elif kind == "close_group":
                         warp.groups.append(warp.last)
                         done = now
@@ -260,7 +278,7 @@ class Multiprocessor:
                             wake = min(wake, warp.ready)
                             continue
                         done = now
-                    elif kind in ("await", "arrive", "box"):
+                    elif kind in ("await", "arrive", "box", "prefetch"):
                         signal = warp.segments[warp.segment].signals[warp.signal]
                         done = now + latency["shared"]
                         if signal is None:
@@ -273,6 +291,7 @@ class Multiprocessor:
                             gates.arrive(signal.gate, now)
                         else:
                             channel = max(channel, now - self.ahead) + signal.memory
+                        if signal is not None and kind == "box":
                             port = max(port, now) + signal.port
                             gates.arrive(signal.gate, max(channel, port, now + latency["box"]))
                         warp.signal += 1
@@ -282,7 +301,8 @@ class Multiprocessor:
                         warp.release[sets] = done
                     if frees != NO_SCOREBOARD:
                         # Operands are read long before memory answers.
-                        freed = now + (latency["shared"] if kind == "load" else done - now) / 2
+                        loads = kind in ("load", "load from l2")
+                        freed = now + (latency["shared"] if loads else done - now) / 2
                         if freed > warp.release[frees]:
                             warp.release[frees] = freed
                     warp.ready = now + stall

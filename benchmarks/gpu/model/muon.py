@@ -40,7 +40,11 @@ class Multiplier:
             if products.takes(kernel):
                 each = products.predict(self.code(mangled), kernel, own, self.rates, self._known)
             else:
-                each = [bound(product, self.rates) for product in own]
+                size = products.UPDATE_BYTES / self.rates["memory_bytes"] if "update" in kernel else 0
+                each = [
+                    bound(product, self.rates) + size * product.m * product.n * product.matrices
+                    for product in own
+                ]
             rows += [Row(kernel, *row) for row in zip(own, each, strict=True)]
         return rows
 

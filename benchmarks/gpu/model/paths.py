@@ -2,7 +2,7 @@
 
 The code does not say which branches are taken. The hot path is the one with the most products, then with the
 most copies (or the fewest, between copies), then without element-by-element accesses, unless these are usual,
-then with the most stores, then the shortest.
+then with the most stores (and loads, where what is stored depends on them), then the shortest.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ def hides(block: list[Instruction]) -> bool:
     return any(each.name == "FSEL" and "-INF" in each.text for each in block)
 
 
-def _score(copying: bool, hiding: bool, elements: bool) -> Callable[[list[Instruction]], Score]:
+def _score(
+    copying: bool, hiding: bool, elements: bool, loading: bool
+) -> Callable[[list[Instruction]], Score]:
     def score(block: list[Instruction]) -> Score:
         kinds = [each.kind for each in block]
         copies = kinds.count("copy") * (1 if copying else -1)
@@ -27,7 +29,8 @@ def _score(copying: bool, hiding: bool, elements: bool) -> Callable[[list[Instru
         slow += sum(each.name == "STS" for each in block)
         slow *= not elements
         products = kinds.count("hmma") + kinds.count("wgmma") + kinds.count("box")
-        return products, hiding * hides(block), copies, -slow, kinds.count("store"), -len(block)
+        accesses = kinds.count("store") + loading * kinds.count("load")
+        return products, hiding * hides(block), copies, -slow, accesses, -len(block)
 
     return score
 
@@ -40,12 +43,14 @@ def hottest(
     copying: bool,
     hiding: bool = False,
     elements: bool = False,
+    loading: bool = False,
 ) -> list[int]:
     """Blocks from start to the one before any of `ends`, or to the kernel's exit if `ends` is empty.
 
-    `elements`: whether single elements are usually loaded and stored too.
+    `elements`: whether single elements are usually loaded and stored too. `loading`: whether what is stored
+    depends on loads.
     """
-    allowed, score = set(within), _score(copying, hiding, elements)
+    allowed, score = set(within), _score(copying, hiding, elements, loading)
     best: dict[int, tuple[Score, int | None] | None] = {}
     order: list[int] = []
     seen = {start}

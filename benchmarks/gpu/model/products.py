@@ -1,7 +1,8 @@
 """What the warps of Newton-Schulz's Hopper kernels do (csrc/cuda/newton_schulz/hopper_products.cuh): one
 copies operands, two warpgroups multiply a tile of 128 x 256, and either two warps store it or the warpgroups
-update the parameters with it. The other block of a cluster is taken to be in step, and all tiles to be stored
-in full.
+update the parameters with it, which the copying warp prefetches. The other block of a cluster is taken to be
+in step, all tiles to be stored in full, and parameters to be float32 and taller than wide, so that they have
+the more rows to prefetch.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from . import paths
 from .hopper import signalling
-from .machine import Multiprocessor, Rates, Signal, Trace
+from .machine import NO_GATE, Multiprocessor, Rates, Signal, Trace
 from .problems import UnexpectedCodeError
 from .sass import Kernel
 
@@ -23,6 +24,9 @@ SQUARE, ROWS, BOX = 256, 128, 64
 BOX_BYTES = 2 * BOX * BOX
 CLUSTER = SQUARE // ROWS
 CONSUMERS, GROUP_WARPS, SLOTS = 2, 4, 3
+TARGET_BYTES = 4
+UPDATE_BYTES = 2 * TARGET_BYTES
+"""Per element of a parameter: of itself, and read and written to update it."""
 LEFT, RIGHT, SHARE = ROWS // BOX, SQUARE // BOX, SQUARE // BOX // CLUSTER
 """Boxes of each factor in a slot; those of the right one that a block copies itself."""
 SEEDS = 2
@@ -54,10 +58,11 @@ class Product:
         share = (ceil(self.m / ROWS) + 1) / 2 / ceil(self.m / ROWS) if self.symmetric else 1
         return 2.0 * self.m * self.n * self.k * self.matrices * share
 
-    def limit_seconds(self, rates: Rates) -> float:
-        """The larger of the operations' time and the time to read both factors and write the result once."""
-        numbers = self.m * self.k + (0 if self.squared else self.n * self.k) + self.m * self.n
-        size = 2.0 * numbers * self.matrices
+    def limit_seconds(self, rates: Rates, updates: bool) -> float:
+        """The larger of the operations' time and the time to read both factors once, and to write the result
+        or update a parameter with it."""
+        factors = 2.0 * (self.m * self.k + (0 if self.squared else self.n * self.k))
+        size = (factors + (UPDATE_BYTES if updates else 2) * self.m * self.n) * self.matrices
         return max(self.flops() / rates["matrix_flops"], size / rates["memory_bytes"])
 
     def tiles(self, updates: bool) -> Counter[Tile]:
@@ -118,7 +123,17 @@ class Parts:
         if not tile.updates:
             # Boxes with and without `left` are written by different code, where only one reads.
             inside -= {b for b in inside if self._writes(b) and self._reads(b) != tile.adds_left}
-        self.finish = self.way(after, {tiles}, inside)
+            self.finish = self.way(after, {tiles}, inside)
+        else:
+            (part,) = self._innermost("store")
+            body = kernel.loops[part]
+            self.finish = self.way(after, {part}, inside)
+            # Of the writes of sums to shared memory, each time one is executed.
+            write, *rest = sorted(b for b in body if self._writes(b))
+            body = body - set(rest) - {b for b in body if self._rounds(b)}
+            self.to_part = self.way(part, {write}, body)
+            self.part = self.way(write, {part}, body, loading=True).prefetched()
+            self.updated = self.way(paths.exit_of(kernel, part), {tiles}, inside)
 
         (copy,) = self._innermost("box")
         tiles = self._around(copy)
@@ -127,6 +142,10 @@ class Parts:
         self.copy = self.way(copy, {copy}, kernel.loops[copy])
         self.copied = self.way(paths.exit_of(kernel, copy), {tiles}, kernel.loops[tiles])
         if tile.updates:
+            (row,) = self._innermost("prefetch")
+            self.copy = self.way(copy, {row}, kernel.loops[copy])
+            self.row = self.way(row, {row}, kernel.loops[row])
+            self.copy_end = self.way(paths.exit_of(kernel, row), {copy}, kernel.loops[copy])
             return
         (mirror,) = self._innermost("ldsm")
         box = self._around(mirror)
@@ -169,10 +188,16 @@ class Parts:
     def _writes(self, block: int) -> bool:
         return any(each.name == "STS" for each in self.kernel.blocks[block])
 
-    def way(self, start: int, ends: set[int], within: Iterable[int] | None = None) -> Trace:
+    def _rounds(self, block: int) -> bool:
+        """Whether it has to do with 16-bit targets."""
+        return any(re.search(r"U16|BF16|F16|HADD2", each.text) for each in self.kernel.blocks[block])
+
+    def way(
+        self, start: int, ends: set[int], within: Iterable[int] | None = None, loading: bool = False
+    ) -> Trace:
         kernel = self.kernel
         inside = range(len(kernel.blocks)) if within is None else within
-        path = paths.hottest(kernel, start, ends, inside, copying=False, elements=True)
+        path = paths.hottest(kernel, start, ends, inside, copying=False, elements=True, loading=loading)
         # Barriers of one warpgroup are not modelled.
         return Trace([i for block in path for i in kernel.blocks[block] if i.kind != "barrier"])
 
@@ -191,6 +216,8 @@ class Programs:
     def __init__(self, parts: Parts, tile: Tile, rates: Rates):
         self.parts, self.tile = parts, tile
         self.memory = BOX_BYTES * rates["clock_hz"] * rates["processors"] / rates["memory_bytes"]
+        row = TARGET_BYTES * ROWS * rates["clock_hz"] * rates["processors"] / rates["memory_bytes"]
+        self.row = Signal(NO_GATE, 0, row)
         self.l2 = BOX_BYTES * rates["clock_hz"] * rates["processors"] / rates["l2_bytes"]
 
     def arrivals(self) -> dict[str, int]:
@@ -209,19 +236,31 @@ class Programs:
             warps += [list(self.consume(c))] * GROUP_WARPS
         return warps
 
+    def memory_cycles(self) -> float:
+        """What a tile of the last wave copies from memory, prefetches and stores, at the memory's rate."""
+        return (
+            self.tile.slots * (LEFT + SHARE) * self.memory * self.tile.from_memory
+            + 2 * SQUARE * self.row.memory
+        )
+
     def copy(self) -> Iterator[Trace]:
         parts, tile = self.parts, self.tile
         yield parts.copy_start
         number = 0
+        each = ceil(SQUARE / tile.slots)
         for _ in range(TILES):
             yield parts.copy_tile
-            for _ in range(tile.slots):
+            for slot in range(tile.slots):
                 box = Signal(("full", number), self.l2, self.memory * tile.from_memory)
                 left = [None if tile.shares_rows else box] * LEFT
                 emptied = Signal(("empty", number - SLOTS)) if number >= SLOTS else None
                 signals = [emptied, None, *left, *[box] * SHARE]
                 yield parts.about(parts.copy, "wa" + "b" * (LEFT + SHARE), signals)
                 number += 1
+                if tile.updates:
+                    rows = min(each, max(0, SQUARE - slot * each))
+                    yield from [parts.about(parts.row, "p", [self.row])] * rows
+                    yield parts.copy_end
             yield parts.copied
 
     def store(self, c: int) -> Iterator[Trace]:
@@ -258,6 +297,8 @@ class Programs:
             emptied = Signal(("empty", last))
             if self.tile.updates:
                 yield parts.about(parts.finish, "a", [emptied])
+                yield from [parts.to_part, parts.part] * RIGHT
+                yield parts.updated
             else:
                 written = Signal((f"written {c}", n))
                 yield parts.about(parts.finish, "awa", [emptied, stored, written])
@@ -276,6 +317,8 @@ def cycles(kernel: Kernel, name: str, tile: Tile, rates: Rates) -> tuple[float, 
         ends = [machine.gates.opens["empty", (n + 1) * tile.slots - 1] for n in range(TILES)]
         each += (ends[-1] - ends[1]) / (TILES - 2) / SEEDS
         begin += ends[0] / SEEDS
+    if tile.updates:  # prefetches and stores wait for nobody
+        each = max(each, programs.memory_cycles())
     return begin, each
 
 
@@ -301,9 +344,7 @@ def waves(plan: dict[str, Any]) -> Iterator[tuple[dict[str, Any], list[Product]]
 def predict(
     kernel: Kernel, name: str, products: list[Product], rates: Rates, known: dict[Any, tuple[float, float]]
 ) -> list[float]:
-    """Each product's share of the seconds of one launch, without those for the parameters that it updates.
-    `known`: what has been simulated before.
-    """
+    """Each product's share of the seconds of one launch. `known`: what has been simulated before."""
     squares, begin = 0, 0.0
     shares = []
     for product in products:

@@ -37,6 +37,7 @@ KINDS = {
     "await": "SYNCS.PHASECHK",
     "arrive": "SYNCS.ARRIVE",
     "box": "UTMALDG",
+    "prefetch": "UBLKPF",
 }
 """By kind, the names of instructions, some with their first modifier."""
 KIND_OF = {name: kind for kind, names in KINDS.items() for name in names.split()}

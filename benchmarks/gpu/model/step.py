@@ -30,7 +30,7 @@ from .problems import Problem
 Attend = Callable[[Problem], float]
 """The seconds that an attention problem takes."""
 Multiply = Callable[[dict[str, Any]], float]
-"""The seconds that the products of a planned Muon step take, without reading and writing the parameters."""
+"""The seconds that the products of a planned Muon step take, with updating the parameters."""
 
 PRODUCTS = "linear layers"
 OTHERS = "PyTorch's other operators"
@@ -118,14 +118,14 @@ def seconds_of(call: Call, rates: Rates, attend: Attend) -> float:
     return max(call.flops / rates["gemm_flops"], call.bytes / rates["memory_bytes"])
 
 
-MUON_BYTES = 4 * (3 + 2 + 2) + 2
-"""Per element of a parameter in float32: momentum and gradient, read twice, X, and the parameter."""
+MUON_BYTES = 4 * (3 + 2) + 2
+"""Per element of a parameter in float32: momentum and gradient, read twice, and X."""
 
 
 def optimizer(
     model: pmf.PixelMeanFlow, plans: Any, rates: Rates, multiply: Multiply
 ) -> Iterator[tuple[str, int, float]]:
-    """Muon's products by the model; what Muon, Adam and the averages read and write."""
+    """Muon's products by the model; what else Muon, and Adam and the averages read and write."""
     numbers = sum(parameter.numel() for parameter in model.parameters())
     for group in route(model):
         parameters = [parameter for _, parameter in group["params"]]

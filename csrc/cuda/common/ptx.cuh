@@ -144,6 +144,13 @@ __device__ inline uint32_t pack2<__half>(float first, float second) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
+// Emits no instruction. The compiler knows nothing of the result: it computes what depends on it
+// anew, rather than keep it in registers.
+__device__ inline int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ---- warp collectives and named barriers --------------------------------------------------------
 
 template <typename T>

@@ -14,6 +14,10 @@
 // diagonal twice, as computed and mirrored; those above it are dropped. Where `left` is added, its
 // boxes are saved from the ring to where the results will be.
 //
+// The last wave updates the parameters from the accumulators. What a tile will update, the copying
+// warp brings to the L2 cache beside the tile's operands, so that the consumers do not wait for
+// memory.
+//
 // Bound: the tensor cores take 256 cycles per 16 columns of the depth, in which a block takes 8 KB
 // from L2 and reads 20 KB of operands from shared memory, of 32 that it could deliver.
 #pragma once
@@ -144,14 +148,17 @@ __device__ inline int warp_of_block() { return shuffle_idx(int(threadIdx.x) / kW
 
 // ---- the copying warp ---------------------------------------------------------------------------
 
-template <typename Wave>
-__device__ inline void copy_operands(const Wave& wave, const HopperPlaces& at) {
+// beside(tile) returns what is called once for each slot of the tile.
+template <typename Wave, typename Beside>
+__device__ inline void copy_operands(const Wave& wave, const HopperPlaces& at,
+                                     const Beside& beside) {
   constexpr int kShare = kRightBoxes / int(kHopperCluster);
   constexpr uint16_t kAll = (1 << kHopperCluster) - 1;
   RingPlace<kHopperSlots> place;
   for_each_tile(wave, [&](const HopperTileOfWave& tile) {
     const HopperProduct& of = *tile.of;
     const Product& p = of.product;
+    auto more = beside(tile);
     int k = tile.first_k;
     for (int left = p.k; left > 0; left -= kBoxSide, place = place.next()) {
       const uint32_t full = at.full(place.slot);
@@ -171,9 +178,66 @@ __device__ inline void copy_operands(const Wave& wave, const HopperPlaces& at) {
                            kAll);
       }
       k = k + kBoxSide < p.k ? k + kBoxSide : 0;
+      more();
     }
   });
 }
+
+// Prefetches what the last wave updates at a tile, a share beside each slot.
+class TargetPrefetch {
+ public:
+  __device__ TargetPrefetch(const TargetTable& table, const HopperTileOfWave& tile) {
+    const Product& p = tile.of->product;
+    const Target& target = table.targets[p.first_matrix + tile.matrix];
+    const int down = min(kHopperRows, p.rows - tile.row),
+              across = min(kHopperSquare, p.columns - tile.column);
+    if (table.coefficients == nullptr || down <= 0 || across <= 0) return;
+    const auto of = [&](const void* data, int size) {  // the rows of a tall target are X's columns
+      return target.tall ? Rows(data, size, p.rows, tile.column, tile.row, down)
+                         : Rows(data, size, p.columns, tile.row, tile.column, across);
+    };
+    data_ = of(target.data, table.dtype == DType::f32 ? 4 : 2);
+    if (target.master != nullptr) master_ = of(target.master, 4);
+    left_ = target.tall ? across : down;
+    const int slots = p.k / kBoxSide;
+    each_ = (left_ + slots - 1) / slots;
+  }
+
+  __device__ void operator()() {
+#pragma unroll 1
+    for (int i = min(each_, left_); i > 0; --i, --left_) {
+      data_.prefetch_next();
+      if (master_.bytes != 0) master_.prefetch_next();
+    }
+  }
+
+ private:
+  // Parts of successive rows.
+  struct Rows {
+    uintptr_t address;
+    int64_t pitch;
+    uint32_t bytes;
+
+    Rows() = default;
+    __device__ Rows(const void* data, int size, int columns, int row, int column, int count)
+        : address(reinterpret_cast<uintptr_t>(data) +
+                  uintptr_t(size * (int64_t(row) * columns + column))),
+          pitch(int64_t(size) * columns),
+          bytes(uint32_t(size * count)) {}
+
+    // Pieces of 16 bytes that hold a part of the row lie on its pages.
+    __device__ void prefetch_next() {
+      constexpr uintptr_t kPiece = 16;
+      const uintptr_t from = address / kPiece * kPiece,
+                      end = (address + bytes + kPiece - 1) / kPiece * kPiece;
+      prefetch_to_l2(from, uint32_t(end - from));
+      address += uintptr_t(pitch);
+    }
+  };
+
+  Rows data_{}, master_{};
+  int left_ = 0, each_ = 0;
+};
 
 // ---- the storing warps --------------------------------------------------------------------------
 
@@ -423,28 +487,20 @@ __device__ inline void consume(const Wave& wave, const HopperPlaces& at, int c,
   }
 }
 
-// Updates the targets with a consumer's results. They pass in fp32 through two buffers in turn.
+// Updates the targets with a consumer's sums.
 __device__ inline void update_targets(const HopperSums& d, const HopperTileOfWave& tile,
                                       const TargetTable& table, unsigned char* shared, int c) {
-  const Updates updates(table, tile.of->product, tile.matrix);
-  const int lane = int(threadIdx.x) % kWarpThreads, warp = warp_of_block() % kGroupWarps;
+  static_assert(kBoxSide / 8 == StagedSums::kBlocks);
+  const Updates update(table, tile.of->product, tile.matrix);
+  const int warp = warp_of_block() % kGroupWarps;
+  const StagedSums sums(shared + HopperPlaces::result(c, 0) + warp * StagedSums::kBytes);
+#pragma unroll 1
+  for (int box = 0; box < kRightBoxes; ++box) {
 #pragma unroll
-  for (int i = 0; i < kRightBoxes; ++i) {
-    auto* const box = reinterpret_cast<float*>(shared + HopperPlaces::result(c, i % 2 * 2));
-#pragma unroll
-    for (int n = 0; n < kBoxSide / 8; ++n) {
-      const float (&sums)[4] = d[i * kBoxSide / 8 + n];
-      const int row = 16 * warp + lane / 4, column = 8 * n + lane % 4 * 2;
-#pragma unroll
-      for (int q = 0; q < 2; ++q) {
-        *reinterpret_cast<float2*>(box + staged_place(row + 8 * q, column, kBoxSide)) =
-            make_float2(sums[2 * q], sums[2 * q + 1]);
-      }
+    for (int i = 0; i < kRightBoxes; ++i) {
+      if (i == box) sums.write(d + i * StagedSums::kBlocks);
     }
-    barrier_sync(1 + c, kGroupThreads);
-    updates.tile<kBoxSide, kBoxSide>(
-        [&](int row, int column) { return box[staged_place(row, column, kBoxSide)]; },
-        tile.row + c * kBoxSide, tile.column + i * kBoxSide, warp, kGroupWarps);
+    update(sums, tile.row + c * kBoxSide + 16 * warp, tile.column + box * kBoxSide);
   }
 }
 
@@ -465,23 +521,23 @@ __device__ inline void initialise_barriers(const HopperPlaces& at) {
   cluster_sync();
 }
 
-// What both kernels do: store(c) is called by the storing warp of consumer c, multiply(c) by the
-// consumer. kFewer, kMore: registers of a thread in their warpgroups.
-template <int kFewer, int kMore, typename Wave, typename Store, typename Multiply>
-__device__ inline void run_block(const Wave& wave, const HopperPlaces& at, const Store& store,
-                                 const Multiply& multiply) {
+// What both kernels do: beside(tile) is called by the copying warp, store(c) by the storing warp of
+// consumer c, multiply(c) by the consumer.
+template <typename Wave, typename Beside, typename Store, typename Multiply>
+__device__ inline void run_block(const Wave& wave, const HopperPlaces& at, const Beside& beside,
+                                 const Store& store, const Multiply& multiply) {
   initialise_barriers(at);
   const int warp = warp_of_block();
   if (warp < kGroupWarps) {
-    registers_down_to<kFewer>();
+    registers_down_to<56>();
     if (warp == 0) {
-      if (elect_one()) copy_operands(wave, at);
+      if (elect_one()) copy_operands(wave, at, beside);
       __syncwarp();
     } else if (warp <= kHopperConsumers) {
       store(warp - 1);
     }
   } else {
-    registers_up_to<kMore>();
+    registers_up_to<224>();
     multiply(warp / kGroupWarps - 1);
   }
   // A block must not end while the other one copies to it or arrives at its barriers.
@@ -493,8 +549,9 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     hopper_product_kernel(const __grid_constant__ HopperWave wave) {
   unsigned char* const shared = swizzled_shared();
   const HopperPlaces at = {shared_address(shared)};
+  const auto beside = [](const HopperTileOfWave&) { return [] {}; };
   const auto store = [&](int c) { store_results<T>(wave, at, shared, c); };
-  run_block<56, 224>(wave, at, store, [&](int c) {
+  run_block(wave, at, beside, store, [&](int c) {
     uint32_t parity = 1;
     // Saves the boxes that will be added, before their slots are filled again.
     const auto save = [&](const HopperTileOfWave& tile, int left, uint32_t rows) {
@@ -521,8 +578,9 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
                          const __grid_constant__ TargetTable table) {
   unsigned char* const shared = swizzled_shared();
   const HopperPlaces at = {shared_address(shared)};
+  const auto prefetch = [&](const HopperTileOfWave& tile) { return TargetPrefetch(table, tile); };
   const auto store_nothing = [](int) {};
-  run_block<40, 232>(wave, at, store_nothing, [&](int c) {
+  run_block(wave, at, prefetch, store_nothing, [&](int c) {
     const auto nothing = [](const HopperTileOfWave&, int, uint32_t) {};
     consume<T>(wave, at, c, nothing, [&](const HopperSums& d, const HopperTileOfWave& tile) {
       update_targets(d, tile, table, shared, c);

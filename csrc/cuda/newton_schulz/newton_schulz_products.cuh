@@ -7,8 +7,8 @@
 //
 // A symmetric product computes the tiles on and below the diagonal and stores each twice, as
 // computed and mirrored, so that the result is exactly symmetric and `right` may be read as its own
-// transpose. Both stores, and the update of a wide or tall parameter, read the tile back from
-// shared memory in the order that fills whole sectors of the target.
+// transpose. Both stores read the tile back from shared memory in the order that fills whole
+// sectors.
 //
 // Bytes: operands come from L2 (an X of 768 x 2048 is 3 MB and its tiles run concurrently), each
 // result is written once; the update reads and writes p. FLOPs: newton_schulz_plan.h, and a few
@@ -155,11 +155,20 @@ __global__ void __launch_bounds__(kTileThreads<Products::kParts>, Products::kBlo
   const Tile tile(wave);
   float c[Products::kParts][8][4];
   multiply<Products, false>(c, tile);
-  const StagedTile staged(dynamic_shared());
-  staged.store(c);
-  const Updates updates(table, *tile.product, tile.matrix);
-  updates.tile<kTile, kTile>([&](int row, int column) { return *staged.at(row, column); }, tile.row,
-                             tile.column, threadIdx.x / kWarpThreads, blockDim.x / kWarpThreads);
+  constexpr int kParts = Products::kParts;
+  static_assert(kTileThreads<kParts> / kWarpThreads * kParts * StagedSums::kBytes <=
+                kTileSharedBytes);
+  const Updates update(table, *tile.product, tile.matrix);
+  const auto staged = [&](int part) {
+    const int number = static_cast<int>(threadIdx.x) / kWarpThreads * kParts + part;
+    return StagedSums(dynamic_shared() + number * StagedSums::kBytes);
+  };
+#pragma unroll
+  for (int i = 0; i < kParts; ++i) staged(i).write(c[i]);
+#pragma unroll 1
+  for (int i = 0; i < kParts; ++i) {
+    update(staged(i), tile.row + warp_row<kParts>() + 16 * i, tile.column + warp_column<kParts>());
+  }
 }
 
 }  // namespace pmf::cuda::ns

@@ -74,6 +74,8 @@ inline uint32_t pack2(float first, float second) {
   return uint32_t{T(second).bits} << 16 | T(first).bits;
 }
 
+inline int opaque(int x) { return x; }
+
 // ---- warp collectives and named barriers --------------------------------------------------------
 
 template <typename T>
