@@ -99,6 +99,19 @@ def test_odd_scale_free_transposed_and_independent_matrices(kernels, shape, meth
         assert torch.equal(result, expected), f"2^{k}"
 
 
+@pytest.mark.parametrize("factor", [0, 2.0**-20, 2.0**20])
+def test_a_sample_that_tells_nothing_about_the_matrix(kernels, factor):
+    """X is scaled by a sample of 16 rows and columns; here its entries are zero, far smaller, far larger."""
+    g = random(40, 70)
+    rows, columns = (torch.arange(16) * n // 16 for n in g.shape)
+    g[rows[:, None], columns] *= factor
+    exact = reference.newton_schulz(g.double(), method="direct")
+    plain = error(reference.newton_schulz(g, compute_dtype=torch.float16), exact)
+    found, turned, scaled = newton_schulz([x.to(kernels) for x in (g, g.mT, g * 2.0**-60)])
+    assert error(found, exact) <= 1.5 * plain
+    assert torch.equal(turned, found.mT) and torch.equal(scaled, found)
+
+
 @pytest.mark.parametrize("steps", [0, 1, 2, 3, 6])
 @pytest.mark.parametrize("method", METHODS)
 def test_any_number_of_steps(kernels, steps, method):

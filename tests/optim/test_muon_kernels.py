@@ -98,6 +98,23 @@ def test_a_half_precision_iteration_moves_almost_as_float32_does(kernels):
         assert relative(p.detach() - p0, (q.detach() - p0).cpu()) < 1e-2
 
 
+def test_gradients_that_the_momentum_almost_cancels(kernels):
+    """What is left is orthogonalised, though X's scale comes from a sample of the gradient."""
+    moved = []
+    for device in (kernels, torch.device("cpu")):
+        p = nn.Parameter(torch.zeros(40, 70, device=device))
+        optimizer = Muon([p], momentum=0.95, nesterov=False, compute_dtype=torch.float16)
+        gradient, rest = (torch.randn(40, 70, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+        p.grad = gradient.to(device)
+        optimizer.step()
+        before = p.detach().clone()
+        left = (rest * 2.0**-14 - 0.05 * gradient) / 0.95
+        optimizer.state[p]["momentum"].copy_(left)
+        optimizer.step()
+        moved.append(p.detach() - before)
+    assert relative(moved[0], moved[1].cpu()) < 1e-2
+
+
 @pytest.mark.skipif(not EMULATED, reason="the emulator counts launches")
 def test_a_step_of_pmf_b_16_is_at_most_30_launches():
     """As many matrices as pMF-B/16, in as many shapes, and its other parameters; sizes do not matter."""

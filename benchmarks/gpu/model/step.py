@@ -118,8 +118,8 @@ def seconds_of(call: Call, rates: Rates, attend: Attend) -> float:
     return max(call.flops / rates["gemm_flops"], call.bytes / rates["memory_bytes"])
 
 
-MUON_BYTES = 4 * (3 + 2) + 2
-"""Per element of a parameter in float32: momentum and gradient, read twice, and X."""
+MUON_BYTES = 4 * 3 + 2
+"""Per element of a parameter in float32: the gradient, momentum, X."""
 
 
 def optimizer(

@@ -72,6 +72,7 @@ struct HopperTileOfWave {
   const HopperProduct* of;
   int matrix;  // within the product
   int row, column;
+  float factor;
   bool shares_rows;  // `left` is `right`, and the tile's rows are among its columns
   // Where `left` is added, the depth begins behind the tile's own columns and ends with them, so
   // that their boxes of `left` are in the last `addends` slots.
@@ -88,6 +89,7 @@ struct HopperTileOfWave {
     square -= of->first_square;
     matrix = square / each;
     square -= matrix * each;
+    factor = of->product.factor_of(matrix);
     int r = square % down, c = square / down;
     if (symmetric) {  // row r of the triangle starts at r (r + 1) / 2
       r = 0;
@@ -407,7 +409,7 @@ struct HopperConsumer {
 // diagonal.
 template <typename T, bool kAdds, bool kDiagonal>
 __device__ inline void write_box(const float (*d)[4], const Product& p, unsigned char* box,
-                                 int diagonal) {
+                                 float factor, int diagonal) {
   const int lane = int(threadIdx.x) % kWarpThreads, g = lane / 4, t = lane % 4;
   const int warp = int(threadIdx.x) % kGroupThreads / kWarpThreads, first = 16 * warp + g;
 #pragma unroll
@@ -417,7 +419,7 @@ __device__ inline void write_box(const float (*d)[4], const Product& p, unsigned
 #pragma unroll
     for (int n = 0; n < kBoxSide / 8; ++n) {
       T* const to = reinterpret_cast<T*>(box + chunk_of_box(i, n)) + 2 * t;
-      float x[2] = {p.factor * d[n][2 * q], p.factor * d[n][2 * q + 1]};
+      float x[2] = {factor * d[n][2 * q], factor * d[n][2 * q + 1]};
       if constexpr (kAdds) {
         const auto left = load_vector<T, 2>(to);
 #pragma unroll
@@ -432,18 +434,20 @@ __device__ inline void write_box(const float (*d)[4], const Product& p, unsigned
 }
 
 template <typename T>
-__device__ inline void write_results(const HopperSums& d, const Product& p, unsigned char* results,
-                                     int row, int column) {
+__device__ inline void write_results(const HopperSums& d, const HopperTileOfWave& tile,
+                                     unsigned char* results, int row) {
+  const Product& p = tile.of->product;
+  int column = tile.column;
 #pragma unroll
   for (int i = 0; i < kRightBoxes; ++i, results += kBoxBytes, column += kBoxSide) {
     if (!stores_box(p, row, column)) break;
     const float (*sums)[4] = d + i * kBoxSide / 8;
     if (!p.adds_left()) {
-      write_box<T, false, false>(sums, p, results, 0);
+      write_box<T, false, false>(sums, p, results, tile.factor, 0);
     } else if (row != column) {
-      write_box<T, true, false>(sums, p, results, 0);
+      write_box<T, true, false>(sums, p, results, tile.factor, 0);
     } else {
-      write_box<T, true, true>(sums, p, results, p.rows - row);
+      write_box<T, true, true>(sums, p, results, tile.factor, p.rows - row);
     }
   }
 }
@@ -562,8 +566,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     };
     consume<T>(wave, at, c, save, [&](const HopperSums& d, const HopperTileOfWave& tile) {
       mbarrier_wait(at.stored(c), parity);
-      write_results<T>(d, tile.of->product, shared + at.result(c, 0), tile.row + c * kBoxSide,
-                       tile.column);
+      write_results<T>(d, tile, shared + at.result(c, 0), tile.row + c * kBoxSide);
       __syncwarp();
       if (threadIdx.x % kWarpThreads == 0) mbarrier_arrive(at.written(c));
       parity ^= 1;

@@ -6,7 +6,7 @@
 // chunks): with Muon one for the step's coefficients, two for the prologue, and at five steps 17
 // waves: 20. No launch depends on values in device memory, so a graph can capture them all. Results
 // are deterministic, and a matrix gives the same bits in any list.
-#include <cstring>
+#include <utility>
 
 #include "cuda/newton_schulz/hopper_products.h"
 #include "cuda/newton_schulz/newton_schulz_launchers.h"
@@ -21,17 +21,19 @@ constexpr int64_t kCoefficientBytes = kAlign;
 
 int element_bytes(const NewtonSchulzParams& p) { return p.compute == DType::f32 ? 4 : 2; }
 
-// Sizes in bytes of a chunk's workspace: the strips' partial results, then the operands.
+// Sizes in bytes of a chunk's workspace: the strips' partial results, the norms, the operands.
 struct Layout {
-  int64_t partials = 0, operands = 0;
+  int64_t partials = 0, norms = 0, operands = 0;
 
   Layout(const NewtonSchulzParams& p, const Chunk& chunk) {
     for (const int64_t i : chunk.order) {
       partials += strips(p.matrices[i].rows, p.matrices[i].columns);
     }
     partials = round_up(partials * sizeof(Partial), kAlign);
+    norms = round_up(2 * sizeof(float) * chunk.order.size(), kAlign);
     for (const Bucket& bucket : chunk.buckets) operands += bucket.elements() * element_bytes(p);
   }
+  int64_t bytes() const { return partials + norms + operands; }
 };
 
 // Launches the kernels of one chunk.
@@ -40,15 +42,19 @@ class Runner {
  public:
   Runner(const NewtonSchulzParams& p, const Chunk& chunk, cudaStream_t stream)
       : p_(p), chunk_(chunk), stream_(stream) {
-    char* const workspace = static_cast<char*>(p.workspace);
-    coefficients_ = reinterpret_cast<float*>(workspace);
-    partials_ = reinterpret_cast<Partial*>(workspace + kCoefficientBytes);
-    operands_ = workspace + kCoefficientBytes + Layout(p, chunk).partials;
+    const Layout layout(p, chunk);
+    char* place = static_cast<char*>(p.workspace);
+    const auto next = [&](int64_t bytes) { return std::exchange(place, place + bytes); };
+    coefficients_ = reinterpret_cast<float*>(next(kCoefficientBytes));
+    partials_ = reinterpret_cast<Partial*>(next(layout.partials));
+    norms_.inverse = reinterpret_cast<float*>(next(layout.norms));
+    norms_.inverse_square = norms_.inverse + chunk.order.size();
+    operands_ = place;
   }
 
   cudaError_t run() {
     cudaError_t status = prologue();
-    const std::vector<Wave> waves = waves_of(p_, chunk_, operands_, sizeof(Element));
+    const std::vector<Wave> waves = waves_of(p_, chunk_, operands_, sizeof(Element), norms_);
     for (size_t w = 0; w < waves.size() && status == cudaSuccess; ++w) {
       status = products(waves[w], w + 1 == waves.size());
     }
@@ -63,6 +69,7 @@ class Runner {
     table.count = static_cast<int>(chunk_.order.size());
     table.operands = operands_;
     table.partials = partials_;
+    table.norms = norms_;
     if (p_.muon != nullptr) {
       table.coefficients = coefficients_;
       table.mu_weight = static_cast<float>(1 - p_.muon->momentum);
@@ -95,11 +102,11 @@ class Runner {
 
   template <class T>
   cudaError_t prologue(const Prologue& table, int blocks) {
-    const cudaError_t status = launch(measure_kernel<T>, dim3(blocks), dim3(kPrologueThreads),
-                                      kPrologueShared, stream_, table);
+    const cudaError_t status = launch(measure_kernel<T, Products>, dim3(blocks),
+                                      dim3(kPrologueThreads), kPrologueShared, stream_, table);
     if (status != cudaSuccess) return status;
-    return launch(normalise_kernel<T, Products>, dim3(blocks), dim3(kPrologueThreads),
-                  kPrologueShared, stream_, table);
+    return launch(norm_kernel<T, Products>, dim3(blocks), dim3(kPrologueThreads), kPrologueShared,
+                  stream_, table);
   }
 
   // Large matrices go to the Hopper kernels, if those can run.
@@ -155,6 +162,7 @@ class Runner {
   cudaStream_t stream_;
   float* coefficients_;
   Partial* partials_;
+  Norms norms_;
   char* operands_;
 };
 
@@ -178,8 +186,7 @@ cudaError_t run(const NewtonSchulzParams& p, cudaStream_t stream) {
 int64_t newton_schulz_workspace_bytes(const NewtonSchulzParams& params) {
   int64_t largest = 0;
   for (const auto& chunk : ns::chunks_of(params)) {
-    const ns::Layout layout(params, chunk);
-    largest = std::max(largest, layout.partials + layout.operands);
+    largest = std::max(largest, ns::Layout(params, chunk).bytes());
   }
   return ns::kCoefficientBytes + largest;
 }

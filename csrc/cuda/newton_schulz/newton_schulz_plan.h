@@ -37,23 +37,37 @@ constexpr int64_t kMaxElements = 1 << 28;  // per chunk: bounds the workspace to
 
 constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-// One product for every matrix of a bucket: out = factor left right + addend left + identity I.
+// Of the matrices of a chunk, in its order: 1 / |X|_F of the first X, which is not normalised, and
+// its square.
+struct Norms {
+  float *inverse = nullptr, *inverse_square = nullptr;
+};
+
+// One product for every matrix of a bucket: out = factor scale left right + addend left + identity
+// I.
 struct Product {
   const void* left = nullptr;   // [m, k]
   const void* right = nullptr;  // [n, k] if right_transposed, else [k, n]
   void* out = nullptr;          // [m, n]; the bucket's matrices are contiguous
   int m = 0, n = 0, k = 0;      // padded
   float factor = 1, addend = 0, identity = 0;
-  int rows = 0, columns = 0;  // of the matrix, without padding
-  int first_matrix = 0;       // the first of the bucket, in the chunk's order
-  int matrices = 0;           // in the bucket
-  int first_tile = 0;         // of this product in the launch's grid
+  const float* scale = nullptr;  // of each of the bucket's matrices; null: 1
+  int rows = 0, columns = 0;     // of the matrix, without padding
+  int first_matrix = 0;          // the first of the bucket, in the chunk's order
+  int matrices = 0;              // in the bucket
+  int first_tile = 0;            // of this product in the launch's grid
   bool symmetric = false, right_transposed = false;
 #ifdef __CUDACC__
   __device__
 #endif
       bool adds_left() const {
     return addend != 0 || identity != 0;
+  }
+#ifdef __CUDACC__
+  __device__
+#endif
+      float factor_of(int matrix) const {
+    return scale == nullptr ? factor : factor * scale[matrix];
   }
 };
 
@@ -139,13 +153,16 @@ inline std::vector<Chunk> chunks_of(const NewtonSchulzParams& params) {
 // The waves of one bucket's products. `x` is the start of its operands.
 class Schedule {
  public:
-  Schedule(const NewtonSchulzParams& params, const Bucket& bucket, char* x, int element_bytes)
+  Schedule(const NewtonSchulzParams& params, const Bucket& bucket, char* x, int element_bytes,
+           const Norms& norms = {})
       : params_(params), bucket_(bucket) {
     const int64_t wide = bucket.count * bucket.padded_m() * bucket.padded_n() * element_bytes,
                   square = bucket.count * bucket.padded_m() * bucket.padded_m() * element_bytes;
     x_ = x;
     next_x_ = x + wide;
     for (int i = 0; i < kSquares; ++i) square_[i] = x + 2 * wide + i * square;
+    if (norms.inverse == nullptr) return;
+    norms_ = {norms.inverse + bucket.first, norms.inverse_square + bucket.first};
   }
 
   std::vector<Wave> waves() {
@@ -225,6 +242,7 @@ class Schedule {
   void self_product(void* out) {
     Product& product = add(x_, x_, out, bucket_.padded_m(), bucket_.padded_n());
     product.symmetric = product.right_transposed = true;
+    product.scale = norms_.inverse_square;
   }
 
   void polynomial(int64_t step, const void* gram, void* out) {
@@ -240,23 +258,26 @@ class Schedule {
   }
 
   void apply(const void* left) {
-    add(left, x_, next_x_, bucket_.padded_n(), bucket_.padded_m());
+    Product& product = add(left, x_, next_x_, bucket_.padded_n(), bucket_.padded_m());
+    product.scale = norms_.inverse;
+    norms_ = {};
     std::swap(x_, next_x_);
   }
 
   const NewtonSchulzParams& params_;
   const Bucket& bucket_;
+  Norms norms_;  // null once X has been replaced
   char *x_, *next_x_, *square_[kSquares];
   std::vector<Wave> waves_;
 };
 
 // The products of all buckets of a chunk, aligned to end in the same wave.
 inline std::vector<Wave> waves_of(const NewtonSchulzParams& params, const Chunk& chunk, char* x,
-                                  int element_bytes) {
+                                  int element_bytes, const Norms& norms = {}) {
   std::vector<std::vector<Wave>> each;
   size_t longest = 0;
   for (const Bucket& bucket : chunk.buckets) {
-    each.push_back(Schedule(params, bucket, x, element_bytes).waves());
+    each.push_back(Schedule(params, bucket, x, element_bytes, norms).waves());
     longest = std::max(longest, each.back().size());
     x += bucket.elements() * element_bytes;
   }

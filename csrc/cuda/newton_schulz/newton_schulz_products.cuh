@@ -1,7 +1,7 @@
 // The products of Newton-Schulz: one launch computes a wave (newton_schulz_plan.h), that is, every
 // product of every matrix in it; each block computes a 128 x 128 tile (gemm_tile.cuh).
 //
-//   product_kernel   out = factor left right + addend left + identity I
+//   product_kernel   out = factor scale left right + addend left + identity I
 //   update_kernel    the last wave: target = left right, or
 //                    p <- (1 - lr wd) p - lr scale left right
 //
@@ -84,6 +84,7 @@ __device__ inline void store_tile(const StagedTile& staged, const Tile& tile) {
   Element* const out = static_cast<Element*>(p.out) + matrix;
   const Element* const left =
       static_cast<const Element*>(p.left) + matrix;  // it is read only where n = k
+  const float factor = p.factor_of(tile.matrix);
   const int top = kMirrored ? tile.column : tile.row, side = kMirrored ? tile.row : tile.column;
 #pragma unroll 4
   for (int v = threadIdx.x; v < kTile * kAcross; v += blockDim.x) {
@@ -99,8 +100,7 @@ __device__ inline void store_tile(const StagedTile& staged, const Tile& tile) {
     float values[kWidth];
 #pragma unroll
     for (int q = 0; q < kWidth; ++q) {
-      values[q] =
-          p.factor * (kMirrored ? *staged.at(column + q, row) : *staged.at(row, column + q));
+      values[q] = factor * (kMirrored ? *staged.at(column + q, row) : *staged.at(row, column + q));
     }
     if (p.adds_left()) {
       const auto old = load_vector<Element, kWidth>(left + at);

@@ -1,25 +1,25 @@
-// The input of Newton-Schulz: X = G / |G|_F in the operands' dtype, transposed if tall and padded
-// with zeros. In a Muon step, G is computed here:
+// The input of Newton-Schulz: X = 2^-e G in the operands' dtype, transposed if tall and padded with
+// zeros, and 1 / |X|_F, by which the first products are scaled. In a Muon step, G is computed here:
 //
 //   m <- m + (1 - mu) (g - m),   G = of_momentum m + of_gradient g
 //
-// Two launches process all matrices of a chunk. `measure` updates the momentum and writes the
-// largest magnitude and the sum of squares of every strip of G; `normalise` adds up the strips of
-// each matrix and writes X. G itself is never stored: both kernels compute it from m and g, which
-// costs 8 bytes per element, as storing and reading G would.
+// Two launches process all matrices of a chunk. `measure` updates the momentum and writes X, as
+// well as the largest magnitude and the sum of squares of every strip of G; `norm` adds up the
+// strips of each matrix. So that one pass suffices, `measure` takes e from a sample of the source.
+// Where X then leaves the range of float16, which is rare, `norm` writes it again, with the
+// exponent of max |G|.
 //
 // Tiling: a block processes a strip of X, 64 rows of 512 columns, tile by tile. A 64 x 64 tile is
 // read in memory order and, if the matrix is tall, transposed in shared memory. Sums are computed
 // from there, in an order that depends only on X, so G and its transpose give the same bits.
 //
-// Scaling: with e the exponent of max |G|, X = (G 2^-e) / nu, nu = |G 2^-e|_F. Multiplying by 2^-e
-// is exact, and so are the squares of fp32 numbers in fp64, which neither overflow nor underflow:
-// the sums need no scaling, and G and 2^k G give the same bits. A zero matrix is divided by 1; with
-// NaN or infinity e is 0 and X is NaN.
+// Scaling: multiplying by 2^-e is exact, and so are the squares of fp32 numbers in fp64, which
+// neither overflow nor underflow: the sums need no scaling, and G and 2^k G give the same bits. A
+// zero matrix has the norm 1; with NaN or infinity the norm is NaN, and so is the result.
 //
-// Bytes per element, with fp32 gradients: measure 12, normalise 8 plus one operand element. Each
-// element takes one FMA and one conversion to fp64, so memory is the bound (the 174 M elements of
-// B/16: 1.3 ms at 3.0 TB/s, an estimate).
+// Bytes per element, with fp32 gradients: 12 plus one operand element. Each element takes one FMA
+// and one conversion to fp64, so memory is the bound (the 174 M elements of B/16: 0.8 ms at 3.0
+// TB/s, an estimate).
 #pragma once
 
 #include "cuda/common/ptx.cuh"
@@ -36,7 +36,8 @@ constexpr int kStripColumns = kSquare * kStripTiles;
 constexpr int kPrologueThreads = 256;
 constexpr int kPrologueWarps = kPrologueThreads / kWarpThreads;
 constexpr int kTurnStride = kSquare + 1;  // words: neither rows nor columns have bank conflicts
-constexpr int kPrologueShared = kSquare * kTurnStride * 4 + kPrologueWarps * 16;
+constexpr int kTileBytes = kSquare * kTurnStride * 4;
+constexpr int kPrologueShared = kTileBytes + kPrologueWarps * 16;
 
 struct PrologueMatrix {
   const void* source;
@@ -50,15 +51,17 @@ struct PrologueMatrix {
 struct Prologue {
   PrologueMatrix matrices[kMaxMatrices];
   int count;
-  float mu_weight;            // 1 - mu
-  void* operands;             // X of the first matrix
-  struct Partial* partials;   // one per strip
+  float mu_weight;           // 1 - mu
+  void* operands;            // X of the first matrix
+  struct Partial* partials;  // one per strip
+  Norms norms;
   const float* coefficients;  // optimizer_step.cuh; null without Muon
 };
 
 struct Partial {
   double squares;
   unsigned largest;  // bits of max |G|, which compare like floats, NaN as the largest
+  int exponent;      // with which X was written
 };
 
 inline int strips(int64_t rows, int64_t columns) {
@@ -141,7 +144,7 @@ __device__ inline Partial reduce(Partial mine, unsigned char* shared) {
     largest[threadIdx.x / kWarpThreads] = mine.largest;
   }
   __syncthreads();
-  Partial all{0, 0};
+  Partial all{0, 0, mine.exponent};
 #pragma unroll
   for (int warp = 0; warp < kPrologueWarps; ++warp) {
     all.squares += squares[warp];
@@ -165,78 +168,132 @@ struct Strip {
   __device__ int end() const { return min(left + kStripColumns, padded_n); }
 };
 
+// ---- the exponent -------------------------------------------------------------------------------
+
+__device__ inline unsigned magnitude(float value) { return __float_as_uint(value) & 0x7fffffffu; }
+constexpr unsigned kInfinite = 0x7f800000u;  // the magnitude of infinity; NaNs have larger ones
+
+// The exponent of the sample's largest element in X, and the first that X must not have. float16
+// reaches 2^16, and gradients are often several times as large as G.
+constexpr int kSampled = 4, kTooLarge = 15;
+constexpr int kUnknown = 1 << 10;  // e of a sample of zeros: X becomes too small
+
+// e for a sample of the source: elements of 16 rows and 16 columns, evenly spaced. It is the same
+// in all strips of a matrix, and for its transpose.
 template <class T>
-__global__ void __launch_bounds__(kPrologueThreads)
-    measure_kernel(const __grid_constant__ Prologue p) {
-  float* const tile = reinterpret_cast<float*>(dynamic_shared());
-  const PrologueMatrix& matrix = p.matrices[matrix_of_block(p)];
-  const Strip strip(matrix);
-  const Update update(p);
-  Partial mine{0, 0};
-  for (int left = strip.left; left < strip.end(); left += kSquare) {
-    load_tile<T, true>(tile, p, matrix, update, strip.top, left);
-    __syncthreads();
-    for (int e = threadIdx.x; e < kSquare * kSquare; e += kPrologueThreads) {
-      const float value = tile[e / kSquare * kTurnStride + e % kSquare];
-      mine.squares = fma(static_cast<double>(value), static_cast<double>(value), mine.squares);
-      mine.largest = max(mine.largest, __float_as_uint(value) & 0x7fffffffu);
-    }
-    __syncthreads();
-  }
-  const Partial all = reduce(mine, dynamic_shared() + kSquare * kTurnStride * 4);
-  if (threadIdx.x == 0) p.partials[blockIdx.x] = all;
+__device__ inline int sampled_exponent(const PrologueMatrix& matrix, unsigned char* shared) {
+  constexpr int kSide = 16;
+  static_assert(kSide * kSide == kPrologueThreads, "an element per thread");
+  const int64_t m = min(matrix.rows, matrix.columns), n = max(matrix.rows, matrix.columns);
+  const int64_t i = threadIdx.x / kSide * m / kSide, j = threadIdx.x % kSide * n / kSide;
+  const int64_t at = matrix.rows > matrix.columns ? j * m + i : i * n + j;
+  const float value = to_float(static_cast<const T*>(matrix.source)[at]);
+  const unsigned largest = reduce({0, magnitude(value), 0}, shared).largest;
+  return largest == 0 || largest >= kInfinite ? kUnknown
+                                              : ilogbf(__uint_as_float(largest)) - kSampled;
 }
 
-// The scale of a matrix: 2^-e as two exact factors, because it may overflow as a single float, and
-// nu.
-struct Scale {
-  float first, second, norm;
+// |X|_F^2
+__device__ inline double square_of_norm(const Partial& all, int exponent) {
+  return ldexp(all.squares, -2 * exponent);
+}
 
-  __device__ explicit Scale(const Partial& all) : first(1), second(1), norm(1) {
-    if (all.largest == 0) return;
-    int exponent = 0;
-    if (all.largest < 0x7f800000u) {
-      exponent = ilogbf(__uint_as_float(all.largest));
-      first = ldexpf(1, -exponent / 2);
-      second = ldexpf(1, -exponent - -exponent / 2);
-    }
-    norm = sqrtf(static_cast<float>(ldexp(all.squares, -2 * exponent)));
-  }
-  __device__ float operator()(float value) const { return value * first * second / norm; }
+// Whether X is in float16's range: its numbers are at least as large as those of G / |G|_F. Zeros,
+// and what is not finite, need no range.
+__device__ inline bool is_in_range(const Partial& all) {
+  if (all.largest == 0 || all.largest >= kInfinite) return true;
+  return square_of_norm(all, all.exponent) >= 1 &&
+         ilogbf(__uint_as_float(all.largest)) - all.exponent < kTooLarge;
+}
+
+// 2^-e as two exact factors, because it may overflow as a single float.
+struct Scale {
+  float first, second;
+
+  __device__ explicit Scale(int exponent)
+      : first(ldexpf(1, -exponent / 2)), second(ldexpf(1, -exponent - -exponent / 2)) {}
+  __device__ float operator()(float value) const { return value * first * second; }
 };
+
+// ---- the kernels --------------------------------------------------------------------------------
+
+// Stores a tile in X; also(value) is called for every element that this thread stores.
+template <class Products, class Also>
+__device__ inline void write_tile(const float* tile, const Prologue& p,
+                                  const PrologueMatrix& matrix, const Strip& strip, int left,
+                                  const Scale& scale, const Also& also) {
+  using Element = typename Products::Element;
+  constexpr int kWidth = kVectorBytes / sizeof(Element), kAcross = kSquare / kWidth;
+  Element* const x = static_cast<Element*>(p.operands) + matrix.x_offset;
+  for (int v = threadIdx.x; v < kSquare * kAcross; v += kPrologueThreads) {
+    const int row = v / kAcross, column = v % kAcross * kWidth;
+    Vector<Element, kWidth> out;
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) {
+      const float value = tile[row * kTurnStride + column + k];
+      also(value);
+      out.element[k] = Products::round(scale(value));
+    }
+    store_vector(x + static_cast<int64_t>(strip.top + row) * strip.padded_n + left + column, out);
+  }
+}
 
 template <class T, class Products>
 __global__ void __launch_bounds__(kPrologueThreads)
-    normalise_kernel(const __grid_constant__ Prologue p) {
-  using Element = typename Products::Element;
+    measure_kernel(const __grid_constant__ Prologue p) {
+  float* const tile = reinterpret_cast<float*>(dynamic_shared());
+  unsigned char* const sums = dynamic_shared() + kTileBytes;
+  const PrologueMatrix& matrix = p.matrices[matrix_of_block(p)];
+  const Strip strip(matrix);
+  const Update update(p);
+  Partial mine{0, 0, sampled_exponent<T>(matrix, sums)};
+  const Scale scale(mine.exponent);
+  for (int left = strip.left; left < strip.end(); left += kSquare) {
+    load_tile<T, true>(tile, p, matrix, update, strip.top, left);
+    __syncthreads();
+    write_tile<Products>(tile, p, matrix, strip, left, scale, [&](float value) {
+      mine.squares = fma(static_cast<double>(value), static_cast<double>(value), mine.squares);
+      mine.largest = max(mine.largest, magnitude(value));
+    });
+    __syncthreads();
+  }
+  const Partial all = reduce(mine, sums);
+  if (threadIdx.x == 0) p.partials[blockIdx.x] = all;
+}
+
+// Every block of a matrix adds up all of its strips; the first one writes the norm.
+template <class T, class Products>
+__global__ void __launch_bounds__(kPrologueThreads)
+    norm_kernel(const __grid_constant__ Prologue p) {
   float* const tile = reinterpret_cast<float*>(dynamic_shared());
   const int index = matrix_of_block(p);
   const PrologueMatrix& matrix = p.matrices[index];
   const Strip strip(matrix);
-  const Update update(p);
   const int across = (strip.padded_n + kStripColumns - 1) / kStripColumns;
   const int down = (min(matrix.rows, matrix.columns) + kSquare - 1) / kSquare;
-  Partial mine{0, 0};
+  const Partial* const partials = p.partials + matrix.first_block;
+  Partial mine{0, 0, partials[0].exponent};
   for (int s = threadIdx.x; s < across * down; s += kPrologueThreads) {
-    const Partial& partial = p.partials[matrix.first_block + s];
-    mine.squares += partial.squares;
-    mine.largest = max(mine.largest, partial.largest);
+    mine.squares += partials[s].squares;
+    mine.largest = max(mine.largest, partials[s].largest);
   }
-  const Scale scale(reduce(mine, dynamic_shared() + kSquare * kTurnStride * 4));
-  Element* const x = static_cast<Element*>(p.operands) + matrix.x_offset;
+  const Partial all = reduce(mine, dynamic_shared() + kTileBytes);
+  const bool done = is_in_range(all);
+  const int exponent = done ? all.exponent : ilogbf(__uint_as_float(all.largest));
+  if (static_cast<int>(blockIdx.x) == matrix.first_block && threadIdx.x == 0) {
+    float square = static_cast<float>(square_of_norm(all, exponent));
+    if (all.largest == 0) square = 1;
+    if (all.largest >= kInfinite) square = __uint_as_float(all.largest) * 0;
+    p.norms.inverse[index] = 1 / sqrtf(square);
+    p.norms.inverse_square[index] = 1 / square;
+  }
+  if (done) return;
+  const Update update(p);
+  const Scale scale(exponent);
   for (int left = strip.left; left < strip.end(); left += kSquare) {
     load_tile<T, false>(tile, p, matrix, update, strip.top, left);
     __syncthreads();
-    constexpr int kWidth = kVectorBytes / sizeof(Element), kAcross = kSquare / kWidth;
-    for (int v = threadIdx.x; v < kSquare * kAcross; v += kPrologueThreads) {
-      const int row = v / kAcross, column = v % kAcross * kWidth;
-      Vector<Element, kWidth> out;
-#pragma unroll
-      for (int k = 0; k < kWidth; ++k) {
-        out.element[k] = Products::round(scale(tile[row * kTurnStride + column + k]));
-      }
-      store_vector(x + static_cast<int64_t>(strip.top + row) * strip.padded_n + left + column, out);
-    }
+    write_tile<Products>(tile, p, matrix, strip, left, scale, [](float) {});
     __syncthreads();
   }
 }

@@ -28,14 +28,15 @@ struct Step {
   bool moves;  // updates a parameter; otherwise stores the result
   float decay, factor;
 
-  __device__ Step(const TargetTable& table, const Target& target)
-      : moves(table.coefficients != nullptr), decay(0), factor(1) {
+  // `factor`: of the product.
+  __device__ Step(const TargetTable& table, const Target& target, float factor)
+      : moves(table.coefficients != nullptr), decay(0), factor(factor) {
     if (!moves) return;
     decay = table.coefficients[kDecay];
-    factor = -table.coefficients[kLearningRate] * target.scale;
+    this->factor *= -table.coefficients[kLearningRate] * target.scale;
   }
   __device__ float operator()(float value, float old) const {
-    return moves ? fmaf(factor, value, decay * old) : value;
+    return moves ? fmaf(factor, value, decay * old) : factor * value;
   }
 };
 
@@ -130,7 +131,7 @@ class Updates {
   __device__ Updates(const TargetTable& table, const Product& product, int matrix)
       : target_(table.targets[product.first_matrix + matrix]),
         dtype_(table.dtype),
-        step_(table, target_),
+        step_(table, target_, product.factor_of(matrix)),
         rows_(product.rows),
         columns_(product.columns) {}
 
