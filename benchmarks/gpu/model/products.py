@@ -1,4 +1,4 @@
-"""What the warps of Newton-Schulz's Hopper kernels do (csrc/cuda/newton_schulz/hopper_products.cuh): one
+"""What the warps of Newton-Schulz's Hopper kernels do (csrc/cuda/newton_schulz/hopper_*.cuh): one
 copies operands, two warpgroups multiply a tile of 128 x 256, and either two warps store it or the warpgroups
 update the parameters with it, which the copying warp prefetches. The other block of a cluster is taken to be
 in step, all tiles to be stored in full, and parameters to be float32 and taller than wide, so that they have

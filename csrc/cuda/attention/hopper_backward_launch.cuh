@@ -1,7 +1,7 @@
 // Shared by the launchers of the Hopper attention backward.
 #pragma once
 
-#include "cuda/attention/hopper_backward.cuh"
+#include "cuda/attention/hopper_backward_block.cuh"
 #include "cuda/attention/hopper_launch.cuh"
 
 namespace pmf::cuda {

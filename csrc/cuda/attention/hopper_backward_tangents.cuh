@@ -2,8 +2,8 @@
 // attention_backward_tangents.cuh, then that of attention_backward_keys.cuh, with S, U, A, B and u
 // as there but for the scale, which U lacks here.
 //
-// Three launches, all of them hopper_backward_block() of hopper_backward.cuh with four tensors on
-// either side: tiles of kColumns keys (or queries) stream past row blocks of 64 queries (or keys).
+// Three launches, all of them hopper_backward_block() with four tensors on either side: tiles of
+// kColumns keys (or queries) stream past row blocks of 64 queries (or keys).
 //
 //   measures   S = Q K^T   U = tQ K^T + Q tK^T   A = X V^T   B = G V^T + X tV^T   the statistics
 //   queries    the same     dQ += dS K + dtS tK    dtQ += dtS K    M += P K    tM += P tK
@@ -21,7 +21,7 @@
 // take half as long again as their share of the tensor cores.
 #pragma once
 
-#include "cuda/attention/hopper_backward.cuh"
+#include "cuda/attention/hopper_backward_block.cuh"
 
 namespace pmf::cuda {
 

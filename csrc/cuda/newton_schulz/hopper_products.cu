@@ -4,7 +4,7 @@
 #include "cuda/common/hopper_device.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/tensor_map.cuh"
-#include "cuda/newton_schulz/hopper_products.cuh"
+#include "cuda/newton_schulz/hopper_updates.cuh"
 
 namespace pmf::cuda::ns {
 namespace {
