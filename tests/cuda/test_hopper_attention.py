@@ -7,21 +7,13 @@ import pytest
 import torch
 from helpers import emulator
 from helpers.attention import HARD, Problem, Shape, hard, problem, shaped
+from helpers.hopper import DTYPES, HOPPER_KB, launched_hopper
 from helpers.levels import EMULATED, PTX, at_level
 from helpers.tolerance import assert_close, spread, tolerance
 
 from pmf import _library, ops, reference
 
 pytestmark = pytest.mark.skipif(emulator.why_not() is not None, reason=str(emulator.why_not()))
-
-DTYPES = (torch.bfloat16, torch.float16)
-HOPPER_KB = 227
-"""KB of shared memory that make the emulator an sm_90 device."""
-
-
-def launched_hopper() -> bool:
-    """Whether the latest launch was of a Hopper kernel: only these use so much shared memory."""
-    return emulator.last_shared_bytes() > 200 * 1024
 
 
 def hopper_launched(p: Problem) -> bool:

@@ -6,21 +6,13 @@ import pytest
 import torch
 from helpers import emulator
 from helpers.attention import HARD, Problem, Shape, gradients, hard, problem, shaped
-from helpers.levels import EMULATED, PTX, at_level
+from helpers.hopper import BFLOAT16, DTYPES, FLOAT16, HOPPER_KB, launched_hopper, on_backends
+from helpers.levels import at_level
 from helpers.tolerance import assert_close, spread, tolerance
 
 from pmf import _library, ops, reference
 
 pytestmark = pytest.mark.skipif(emulator.why_not() is not None, reason=str(emulator.why_not()))
-
-BFLOAT16, FLOAT16 = DTYPES = (torch.bfloat16, torch.float16)
-HOPPER_KB = 227
-"""KB of shared memory that make the emulator an sm_90 device."""
-
-
-def launched_hopper() -> bool:
-    """Whether the latest launch was of a Hopper kernel: only these use so much shared memory."""
-    return emulator.last_shared_bytes() > 200 * 1024
 
 
 def whole_heads(p: Problem, processors: int) -> bool:
@@ -58,19 +50,13 @@ CASES = [
         (1, 9, 288, 288, 64, BFLOAT16, 3),
     )
 ]  # fmt: skip
-# nvcc's code runs several times slower.
 OF_NVCC = [
     (Shape(1, 1, 1, 129, 97, 64, 64), BFLOAT16, 1), (Shape(1, 1, 1, 60, 110, 80, 80), FLOAT16, 4),
     (Shape(1, 3, 3, 130, 130, 64, 64), BFLOAT16, 1),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("backend", "shape", "dtype", "processors"),
-    [(backend, *case) for backend in EMULATED for case in CASES]
-    + [(backend, *case) for backend in PTX for case in OF_NVCC],
-    ids=lambda x: "x".join(map(str, x[:6])) if isinstance(x, Shape) else str(x),
-)
+@on_backends(CASES, OF_NVCC)
 def test_lengths(backend: str, shape: Shape, dtype: torch.dtype, processors: int) -> None:
     solved = shaped(shape, dtype)
     with at_level(backend):

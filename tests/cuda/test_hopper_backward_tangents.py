@@ -6,16 +6,14 @@ import pytest
 import torch
 from helpers import emulator
 from helpers.attention import HARD, Problem, Shape, gradients_of_both, hard, problem, shaped
-from helpers.levels import EMULATED, PTX, at_level
+from helpers.hopper import BFLOAT16, DTYPES, FLOAT16, HOPPER_KB, on_backends
+from helpers.levels import at_level
 from helpers.tolerance import assert_close, error, spread, tolerance
 
 from pmf import _library, ops, reference
 
 pytestmark = pytest.mark.skipif(emulator.why_not() is not None, reason=str(emulator.why_not()))
 
-BFLOAT16, FLOAT16 = DTYPES = (torch.bfloat16, torch.float16)
-HOPPER_KB = 227
-"""KB of shared memory that make the emulator an sm_90 device."""
 LAUNCHES, OTHERS_LAUNCHES = 4, 3
 """The forward, then the backward's statistics, queries, keys. Others have one launch for the first two."""
 
@@ -47,18 +45,12 @@ CASES = [
         (1, 1, 400, 7, BFLOAT16, 132), (1, 3, 33, 31, FLOAT16, 1), (1, 5, 64, 193, BFLOAT16, 2),
     )
 ]  # fmt: skip
-# nvcc's code runs several times slower.
 OF_NVCC = [
     (Shape(1, 1, 1, 129, 70, 64, 64), BFLOAT16, 1), (Shape(1, 3, 3, 40, 110, 64, 64), FLOAT16, 1),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("backend", "shape", "dtype", "processors"),
-    [(backend, *case) for backend in EMULATED for case in CASES]
-    + [(backend, *case) for backend in PTX for case in OF_NVCC],
-    ids=lambda x: "x".join(map(str, x[:6])) if isinstance(x, Shape) else str(x),
-)
+@on_backends(CASES, OF_NVCC)
 def test_lengths(backend: str, shape: Shape, dtype: torch.dtype, processors: int) -> None:
     solved = shaped(shape, dtype)
     with at_level(backend):
