@@ -128,11 +128,14 @@ def check_tensors(
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() not in dims or not 1 <= x.shape[-1] <= MAX_WIDTH:
             raise ValueError(f"{op}: {name} must be {layout} with 1 <= D <= {MAX_WIDTH}, got {list(x.shape)}")
-    shapes = f"got query {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)}"
+
+    def found() -> str:
+        return f"got query {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)}"
+
     if query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"{op}: query and key must have the same width, {shapes}")
+        raise ValueError(f"{op}: query and key must have the same width, {found()}")
     if key.shape[length] != value.shape[length]:
-        raise ValueError(f"{op}: key and value must have the same length, {shapes}")
+        raise ValueError(f"{op}: key and value must have the same length, {found()}")
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(
             f"{op}: query, key and value must have the same dtype, "

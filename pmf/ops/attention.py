@@ -162,9 +162,6 @@ def attention_jvp(
     return out, out_t, lse.reshape(rows), lse_t if fewer else lse_t.reshape(rows)
 
 
-_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
-
-
 class _Kernel(KernelFunction):
     """The raw ops take an additional argument: whether float32 products may use TF32 on CUDA.
 
@@ -175,12 +172,6 @@ class _Kernel(KernelFunction):
     @classmethod
     def complete(cls, args: Any) -> Any:
         return args if isinstance(args[-1], bool) else (*args, _library.allow_tf32())
-
-    @classmethod
-    def forward(cls, *args: Any) -> Any:
-        # Token-major results are transposed memory: noted as views, they could not be modified in place.
-        with torch._C._ExcludeDispatchKeyGuard(_VIEWS):
-            return super().forward(*args)
 
 
 class _Attention(_Kernel):

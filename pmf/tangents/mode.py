@@ -173,30 +173,33 @@ class TangentMode(TorchDispatchMode):
         kwargs = kwargs or {}
         if torch._C._current_graph_task_id() != self._graph_task:
             raise RuntimeError(DIFFERENTIATES)
-        known = lazy = False
-        for x in tensors_of((*args, *kwargs.values()) if kwargs else args):
-            known = known or self.stored(x) is not None
-            lazy = lazy or x.is_complex() or x.is_neg()
-        if not known:
-            return func(*args, **kwargs)
-        if not isinstance(func, OpOverload):
-            raise NotImplementedError(
-                f"Jvp: {func.name()} is a higher-order operator and has no tangents: use ordinary operators"
+        # Function modes, ours and others', see the network's calls but not the operators that these become.
+        with torch._C.DisableTorchFunction():
+            known = lazy = False
+            for x in tensors_of((*args, *kwargs.values()) if kwargs else args):
+                known = known or self.stored(x) is not None
+                lazy = lazy or x.is_complex() or x.is_neg()
+            if not known:
+                return func(*args, **kwargs)
+            if not isinstance(func, OpOverload):
+                raise NotImplementedError(
+                    f"Jvp: {func.name()} is a higher-order operator and has no tangents: use ordinary "
+                    "operators"
+                )
+            if not torch._C._is_fwd_grad_enabled():
+                _check_function()
+            if not lazy and not torch._C._is_any_autocast_enabled():
+                return self.run(func, args, kwargs)
+            include, exclude = (
+                torch._C._dispatch_tls_local_include_set(),
+                torch._C._dispatch_tls_local_exclude_set(),
             )
-        if not torch._C._is_fwd_grad_enabled():
-            _check_function()
-        if not lazy and not torch._C._is_any_autocast_enabled():
-            return self.run(func, args, kwargs)
-        include, exclude = (
-            torch._C._dispatch_tls_local_include_set(),
-            torch._C._dispatch_tls_local_exclude_set(),
-        )
-        for key in LAZY:
-            exclude = exclude.remove(key)
-        for key in _AUTOCAST:
-            exclude = exclude.add(key)
-        with torch._C._ForceDispatchKeyGuard(include, exclude):
-            return self.run(func, args, kwargs)
+            for key in LAZY:
+                exclude = exclude.remove(key)
+            for key in _AUTOCAST:
+                exclude = exclude.add(key)
+            with torch._C._ForceDispatchKeyGuard(include, exclude):
+                return self.run(func, args, kwargs)
 
 
 if _MARKS_CODE:
@@ -243,7 +246,8 @@ def _foreign_function() -> str | None:
     frame: Any = sys._getframe(2)
     inside = torch.is_inference_mode_enabled()  # which disables it too
     while frame is not None:
-        function = frame.f_locals.get("cls") if frame.f_code.co_name == "apply" else None
+        applies = frame.f_code.co_name in ("apply", "call")  # PyTorch's and, in `KernelFunction`, ours
+        function = frame.f_locals.get("cls") if applies else None
         if isinstance(function, type) and issubclass(function, torch.autograd.Function):
             if function.__module__.partition(".")[0] not in ("torch", "pmf"):
                 return function.__qualname__

@@ -122,11 +122,12 @@ def attention(
     if attn_mask is not None and kind_of(attn_mask) == "bias" and is_plain(query) and is_plain(key):
         # Its __torch_function__ recognises only torch.nn.functional's function and would expose raw memory.
         attn_mask, is_causal = causal_bias(attn_mask, is_causal, query, key)
-    if _is_served(query, key, value, attn_mask, dropout_p):
-        _compute_again_alike()
-        return ops.attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+    # Function modes see PyTorch's attention as one call, too; each size that is read would be another.
+    hidden = contextlib.nullcontext() if torch.compiler.is_compiling() else torch._C.DisableTorchFunction()
+    with hidden:
+        found = _ours(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if found is not None:
+        return found
     backend: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if _in_forward_mode():
         for x in (query, key, value, attn_mask):
@@ -138,6 +139,25 @@ def attention(
         backend = sdpa_kernel(SDPBackend.MATH)  # PyTorch's only backend with a forward mode
     with backend:
         return torchs(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def _ours(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor | None:
+    """`pmf.ops.attention` where it computes this call."""
+    if not _is_served(query, key, value, attn_mask, dropout_p):
+        return None
+    _compute_again_alike()
+    return ops.attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
 
 
 def _is_served(query: Any, key: Any, value: Any, attn_mask: Any, dropout_p: float) -> bool:

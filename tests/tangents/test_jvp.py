@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -13,6 +14,7 @@ from helpers.jvp import EXACT, check, gradients
 from helpers.networks import NETWORKS, DiT, Problem, ViT, dit, encoder, jvp_math, vit
 from helpers.tolerance import assert_close
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import pmf
@@ -373,6 +375,49 @@ def test_python_calls_for_an_operator():
     more, fewer = calls(30), calls(20)
     assert more["_dynamo"] == fewer["_dynamo"]
     assert more["tangents"] - fewer["tangents"] <= 10 * 15
+
+
+class Seen(TorchFunctionMode):
+    """Counts what is called, as a user's mode sees it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.calls["an operator" if isinstance(func, torch._ops.OpOverload) else str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_modes_of_others_see_the_network_and_not_its_operators():
+    """Each would cost every rule's calls, and every size that attention reads, a microsecond and more."""
+
+    def calls(depth: int, run: Callable[[nn.Module, Tensor], object]) -> Counter[str]:
+        network, x = ViT(depth=depth), torch.randn(3, 3, 8, 8)
+        run(network, x)
+        with Seen() as seen:
+            run(network, x)
+        return seen.calls
+
+    def jvp(network: nn.Module, x: Tensor) -> object:
+        return pmf.Jvp(network)((x,), (x,))
+
+    found = calls(3, jvp) - calls(1, jvp)
+    expected = calls(3, lambda network, x: network(x)) - calls(1, lambda network, x: network(x))
+    attention = {name: count for name, count in expected.items() if "scaled_dot_product" in name}
+    assert len(attention) == 1 and not any("scaled_dot_product" in name for name in found)  # called directly
+    assert found == expected - Counter(attention)
+
+
+def test_a_default_device_elsewhere(monkeypatch):
+    """It is a mode that would move what rules allocate."""
+    monkeypatch.setattr("pmf.tangents.mode.LARGE", 1)
+    problem = NETWORKS["ViT"](torch.float64)
+    tangents = problem.tangents()
+    expected = jvp_math(problem.network, problem.primals, tangents)
+    with torch.device("meta"):
+        found = pmf.Jvp(problem.network)(problem.primals, tangents)
+    assert_close(found, expected, EXACT)
 
 
 def test_large_tangents_take_turns_in_a_few_buffers(monkeypatch):
