@@ -115,6 +115,14 @@ def test_every_module_belongs_to_a_layer():
     assert here == set.union(TOP, *FLOORS)
 
 
+def test_contributing_shows_every_package():
+    """Its drawing of the layers is by hand: a package may be missing from it."""
+    drawing = (ROOT / "CONTRIBUTING.md").read_text().partition("## Layers")[2].split("```")[1]
+    packages = {path.name for path in (ROOT / "pmf").iterdir() if _is_package(path)}
+    missing = packages - set(re.findall(r"pmf/(\w+)", drawing))
+    assert not missing, f"add pmf/{', pmf/'.join(sorted(missing))} to the layers of CONTRIBUTING.md"
+
+
 @pytest.mark.parametrize("floor", range(len(FLOORS)))
 def test_imports_point_down(floor):
     below = set().union(*FLOORS[:floor])
