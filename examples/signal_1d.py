@@ -62,7 +62,7 @@ class Network(nn.Module):
 
 
 def oscillations(count: int, generator: torch.Generator) -> Tensor:
-    """A plucked string: one to three periods with any phase, decaying after a random onset."""
+    """Plucked strings: silence, then a decaying wave of any phase, two to five periods in LENGTH samples."""
     frequency, phase, onset = torch.rand(3, count, 1, generator=generator)
     s = torch.linspace(0, 1, LENGTH)
     since = s - 0.4 * onset

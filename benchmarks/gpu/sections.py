@@ -87,7 +87,7 @@ def newton_schulz_cases(setting: Setting) -> Iterator[Planned]:
 
 
 def published_cases(setting: Setting) -> Iterator[Planned]:
-    """Attention against the published packages that are installed; last, because some compile for long."""
+    """Against the published packages that are installed; some compile for long."""
     if published.is_installed("gram_newton_schulz"):
         made = functools.cache(published.gram_newton_schulz)
         peers = {"gram-newton-schulz": lambda matrices: made()(matrices)}

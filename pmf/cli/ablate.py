@@ -43,7 +43,7 @@ the Frechet distance in its feature space (not FID; comparable within one table 
 --features, and the share of samples classified as the requested class. The output folder receives table.md,
 record.json and plot.png; repeating the command skips runs that have finished.
 
-  pmf ablate --suite digits                                   the paper's ablations on the digits
+  pmf ablate --suite digits                                  the paper's ablations on the digits
   pmf ablate --suite perceptual --data package               perceptual losses on emoji, judged by AlexNet
   pmf ablate --suite paper --data /usr/share/datasets/fashion-mnist
   pmf ablate --steps 2000 --variant base= --variant adam=optimizer=adam,adam-lr=0.003 --variant u=prediction=u

@@ -29,7 +29,9 @@ The authors' files are read without executing code they may contain; anything bu
 def add_parser(commands: Commands) -> None:
     """Register the command."""
     parser = commands.add_parser("convert", help="convert a checkpoint to one file", description=_DESCRIPTION)
-    parser.add_argument("source", type=Path, help="run folder, .safetensors, or the authors' .pth")
+    parser.add_argument(
+        "source", type=Path, help="run or checkpoint folder, .safetensors, or the authors' .pth"
+    )
     parser.add_argument(
         "target", type=Path, help="the .safetensors or .pth file to write; must not exist yet"
     )

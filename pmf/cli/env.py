@@ -10,7 +10,7 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "env",
         help="print versions, CPU level, GPU, and why a component is missing",
-        description="Print the report for bug reports: versions, CPU level, GPU, why a component is missing.",
+        description="Print what a bug report needs: versions, CPU level, GPU, why a component is missing.",
     )
     parser.set_defaults(run=run)
 

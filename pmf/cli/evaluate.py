@@ -65,7 +65,7 @@ def add_parser(commands: Commands) -> None:
         "checkpoint",
         type=Path,
         nargs="?",
-        help="run or checkpoint folder, .safetensors, or the authors' .pth",
+        help="run or checkpoint folder, .safetensors, the authors' .pth, or digits, which is built in",
     )
     parser.add_argument("--images", metavar="SOURCE", help="a folder, .npz or dataset to evaluate")
     parser.add_argument("--reference", metavar="SOURCE", help="statistics or images to compare with")

@@ -16,11 +16,14 @@ _DESCRIPTION = """Print parameters and multiply-adds of the presets, counted fro
   pmf flops
   pmf flops pmf-h/16 --json
 
-M: parameters in millions, for sampling and for training. G: multiply-adds in billions. sample,
-paper: a one-step sample as the paper counts it, half of all floating-point operations with every block
-computed in full, next to the figures the paper quotes for other models. sample: the matrix products that this
-library executes. training: objective and backward per image, averaged over the random times and guidance
-scales, without perceptual networks. Muon: the optimizer's products per step, whatever the batch size.
+  sampling, M       millions of parameters that sampling needs; training, M: all
+  sample, paper, G  billions of multiply-adds of a one-step sample as the paper counts it: half of all
+                    floating-point operations, every block computed in full; the last rows are the paper's
+                    figures for other models
+  sample, G         the same in matrix products that this library executes
+  training, G       objective and backward per image, averaged over random times and guidance scales, without
+                    perceptual networks
+  Muon, G           the optimizer's products per step, whatever the batch size
 """
 _GIGA, _MEGA = 1e9, 1e6
 _COLUMNS = (

@@ -55,10 +55,15 @@ class MeanFlow:
     tensor like z. It is a module, a `pmf.Jvp` of one, or any function of PyTorch operations; DDP, FSDP and
     torch.compile wrap the `pmf.Jvp`. It is called once with tangents and, if direction or guidance need it,
     before that without gradients; the number of calls does not depend on the draws. Where r = t, du/dt does
-    not matter and is zero in the Terms. Samples are reordered, so that those have no tangent, and batches
-    joined, so that one call comes before, only where nothing else can depend on the order: the network is a
-    module that stores nothing per sample, `null` names every condition except numbers and text, and
-    torch.compile does not see this call, but perhaps the network's.
+    not matter and is zero in the Terms.
+
+    Two savings reorder samples: those with r = t come last and get no tangent, and the calls without
+    gradients are joined into one. Both are made only where nothing else can depend on the order: the network
+    is a module that stores nothing per sample, `null` names every condition except numbers and text, and
+    torch.compile wraps at most the network, not this call.
+
+    Raises ValueError or TypeError, in one sentence, for settings, draws, conditions or outputs that do not
+    fit.
     """
 
     prediction: Literal["u", "x"] = "u"
@@ -266,7 +271,7 @@ def sample(
         z <- z - (t - r) u(z, t, r),  t and r adjacent in times, starting from z = noise
 
     network and prediction: as for `MeanFlow`. noise [B, ...]: e itself, already multiplied by noise_scale.
-    times: descending in [0, 1].
+    times: descending in [0, 1]. Raises ValueError or TypeError if one of these does not fit.
     """
     _check_choice("prediction", prediction, PREDICTIONS)
     if not isinstance(noise, Tensor) or not noise.is_floating_point() or noise.dim() < 1:

@@ -50,6 +50,9 @@ def sample(
     on the generator's device or the CPU. prediction and preconditioner, objects or names as in `ModelConfig`,
     default to the model's own. precision is as for `Sampler`, whose weight conversion this function repeats
     on every call: for many batches create one Sampler.
+
+    Raises ValueError or TypeError if an argument does not fit the model. Source: Lu et al., "One-step
+    Latent-free Image Generation with Pixel Mean Flows" (2026).
     """
     sampler = Sampler(model, precision, prediction=prediction, preconditioner=preconditioner)
     return sampler(labels, steps, omega, interval, noise, generator, times=times)

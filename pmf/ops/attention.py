@@ -68,8 +68,9 @@ def attention(
     (torch.set_float32_matmul_precision), and full precision otherwise; float64 uses the reference there,
     whose memory is quadratic in the length.
 
-    Raises ValueError if shapes, dtypes or dropout_p do not fit. torch.autograd.forward_ad inside
-    torch.compile raises RuntimeError: use `attention_jvp`. Source: Dao et al., "FlashAttention" (2022).
+    Raises ValueError if shapes, dtypes or dropout_p do not fit, and TypeError for tensors that are not
+    floating-point or a scale that is a tensor. torch.autograd.forward_ad inside torch.compile raises
+    RuntimeError: use `attention_jvp`. Source: Dao et al., "FlashAttention" (2022).
     """
     if dropout_p != 0.0:
         raise ValueError(f"attention: dropout_p must be 0, because dropout is not supported, got {dropout_p}")
@@ -116,7 +117,8 @@ def attention_jvp(
     Returns (O, tO), tO for n samples, or (O, tO, lse, lse_t). All are differentiable, in memory linear in the
     length; if detached, tO and lse_t are not.
 
-    Raises like `attention`. The running pivot that keeps tO accurate was developed for this library.
+    Raises like `attention`, and ValueError if tangents do not fit. The running pivot that keeps tO accurate
+    was developed for this library.
     """
     check_flags("attention_jvp", is_causal=is_causal, enable_gqa=enable_gqa, return_lse=return_lse)
     attn_mask, is_causal = causal_bias(attn_mask, is_causal, query, key)

@@ -46,7 +46,8 @@ def attention_varlen(
     Returns [T, H, Dv], bit-identical to `attention` of each sequence; a sequence without keys gives zeros.
     float64 on CUDA uses the reference, whose memory is quadratic in T.
 
-    Raises ValueError if shapes, dtypes or offsets do not fit.
+    Raises ValueError if shapes, dtypes or offsets do not fit, and TypeError for tensors that are not
+    floating-point or a scale that is a tensor. Source: as for `attention`.
     """
     check_flags("attention_varlen", is_causal=is_causal, enable_gqa=enable_gqa, return_lse=return_lse)
     query, key, value = autocast_matmul(query, key, value)
@@ -74,11 +75,18 @@ def attention_varlen_jvp(
     return_lse: bool = False,
     detach_tangent: bool = False,
 ) -> Any:
-    """`attention_varlen` and its tangent in one pass, like `attention_jvp`; a None tangent means zero.
+    """`attention_varlen` and its tangent in one pass: the equations of `attention_jvp` for each sequence.
 
-    Returns (O, tO), and with return_lse also lse and its tangent, [H, T].
+    Args:
+        query, key, value, cu_seqlens_q, cu_seqlens_k, is_causal, scale, enable_gqa, window: as for
+            `attention_varlen`.
+        query_t, key_t, value_t: tangents with the shapes of query, key and value, or None for zero.
+        return_lse, detach_tangent: as for `attention_jvp`.
 
-    Raises like `attention_varlen`.
+    Returns (O, tO), and with return_lse also lse and its tangent, [H, T]. All are differentiable unless
+    detached.
+
+    Raises like `attention_varlen`, and ValueError if tangents do not fit.
     """
     check_flags("attention_varlen_jvp", is_causal=is_causal, enable_gqa=enable_gqa, return_lse=return_lse)
     given = autocast_matmul(query, key, value, query_t, key_t, value_t)

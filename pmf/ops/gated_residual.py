@@ -64,6 +64,8 @@ def gated_residual_jvp(
             `gated_residual`'s. Required if n is smaller than the batch and gradients are needed.
 
     Returns (y, ty), ty for n samples. Both outputs are differentiable unless detached.
+
+    Raises ValueError like `gated_residual`, and if tangents do not fit.
     """
     x, branch, gate, x_t, branch_t, gate_t = autocast_widest(2, x, branch, gate, x_t, branch_t, gate_t)
     count = check_tangents(

@@ -79,11 +79,11 @@ def newton_schulz(
     in a list.
 
     On the CPU the work is PyTorch's GEMM, with half of each symmetric product computed and matrices spread
-    over threads. On CUDA one launch computes a product for all matrices, whatever their shapes: 16-bit
-    operands, float32 sums; float32 operands are rounded to TF32 unless `torch.set_float32_matmul_precision`
-    is "highest", and then split into two TF32 numbers, for float32 accuracy. float64 on CUDA, and all cases
-    in which autograd or a functional transform needs a derivative, use the plain iteration of
-    `pmf.reference`.
+    over threads. On CUDA one launch computes a product for all matrices that fit 2 GB of workspace, whatever
+    their shapes: 16-bit operands, float32 sums; float32 operands are rounded to TF32 unless
+    `torch.set_float32_matmul_precision` is "highest", and then split into two TF32 numbers, for float32
+    accuracy. float64 on CUDA, and all cases in which autograd or a functional transform needs a derivative,
+    use the plain iteration of `pmf.reference`.
 
     Raises ValueError for a wrong rank, dtype, method, number of steps or coefficients.
 

@@ -74,7 +74,9 @@ def patch_embed_jvp(
     *,
     detach_tangent: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`patch_embed` and its tangent in one batch: the map is affine, the tangent is the map without biases.
+    """`patch_embed` and its tangent in one batch: the map is affine, its tangent the map without biases.
+
+        ttokens = W_up W_down tpatches, after tprefix
 
     Args:
         images, weight_down, bias_down, weight_up, bias_up, position, prefix: as for `patch_embed`.
@@ -83,6 +85,8 @@ def patch_embed_jvp(
             `patch_embed`'s. Required if n is smaller than the batch and gradients are needed.
 
     Returns (tokens, tokens_t), tokens_t for n samples. Both are differentiable unless detached.
+
+    Raises ValueError like `patch_embed`, and if tangents do not fit.
     """
     images, images_t = _autocast_pixels(images, images_t)
     weight_down, bias_down, weight_up, bias_up, position, prefix, prefix_t = autocast_matmul(

@@ -64,6 +64,8 @@ def patch_velocity_jvp(
             `patch_velocity`'s. Required if n is smaller than the batch and gradients are needed.
 
     Returns (v, tv), tv for n samples. Both outputs are differentiable unless detached.
+
+    Raises ValueError like `patch_velocity`, and if tangents do not fit.
     """
     check_constant("patch_velocity_jvp", "floor", floor)
     pairs = [("tokens_t", tokens, tokens_t), ("images_t", images, images_t)]

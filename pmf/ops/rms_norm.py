@@ -62,6 +62,8 @@ def rms_norm_jvp(
             `rms_norm`'s. Required if n is smaller than the batch and gradients are needed.
 
     Returns (y, ty), ty for n samples. Both outputs are differentiable unless detached.
+
+    Raises ValueError like `rms_norm`, and if tangents do not fit.
     """
     check_constant("rms_norm_jvp", "eps", eps)
     x, weight, x_t, weight_t = autocast_widest(1, x, weight, x_t, weight_t)

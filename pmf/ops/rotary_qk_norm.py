@@ -74,6 +74,8 @@ def rotary_qk_norm_jvp(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`rotary_qk_norm` and its tangent in one pass: the rotation is linear, so it applies to both alike.
 
+        u = x s,  g = tx s,  s = rsqrt(mean x^2 + eps)      tn = weight (g - u mean(u g)), then rotated
+
     Args:
         query, key, query_weight, key_weight, cos, sin: as for `rotary_qk_norm`.
         query_t, key_t: tangents, or None for zero; for all samples (dimension 0) or the first n.
@@ -81,6 +83,8 @@ def rotary_qk_norm_jvp(
             `rotary_qk_norm`'s. Required if n is smaller than the batch and gradients are needed.
 
     Returns (query, key, query_t, key_t), the tangents for n samples. All are differentiable unless detached.
+
+    Raises ValueError like `rotary_qk_norm`, and if tangents do not fit.
     """
     check_constant("rotary_qk_norm_jvp", "eps", eps)
     query, key, query_weight, key_weight, query_t, key_t = autocast_widest(

@@ -51,6 +51,8 @@ def swiglu_jvp(
             `swiglu`'s. Required if n is smaller than the batch and gradients are needed.
 
     Returns (y, ty), ty for n samples. Both outputs are differentiable unless detached.
+
+    Raises ValueError like `swiglu`, and if tangents do not fit.
     """
     gate, up, gate_t, up_t = autocast_widest(2, gate, up, gate_t, up_t)
     count = check_tangents("swiglu_jvp", [("gate_t", gate, gate_t), ("up_t", up, up_t)], detach_tangent)

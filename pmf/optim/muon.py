@@ -71,11 +71,11 @@ class Muon(torch.optim.Optimizer):
     that of one process with the same mean gradients; the step is plain PyTorch around `newton_schulz`.
     `named_state` is the state for `torch.distributed.checkpoint`.
 
-    On CUDA the step runs in compiled kernels (plain PyTorch for float64 parameters): two dozen launches for a
-    whole model, none of which waits for the device, so a CUDA graph can capture a step once the first has
-    created the state. A captured step advances its own step count, and rereads `lr` and `weight_decay` if
-    they are tensors on the parameters' device, where they are not checked; numbers stay as captured. The
-    update is added in float32, not rounded to the compute dtype.
+    On CUDA the step runs in compiled kernels (plain PyTorch for float64 parameters): two dozen launches for
+    pMF-B, four times as many for pMF-H, none of which waits for the device, so a CUDA graph can capture a
+    step once the first has created the state. A captured step advances its own step count, and rereads `lr`
+    and `weight_decay` if they are tensors on the parameters' device, where they are not checked; numbers stay
+    as captured. The update is added in float32, not rounded to the compute dtype.
 
     State is float32 (float64 for float64 parameters). 16-bit parameters get float32 master weights, which are
     updated and rounded into the parameters; a parameter changed externally starts a new master (on CUDA

@@ -51,12 +51,13 @@ inline bool takes_gram_form(NewtonSchulzMethod method, int64_t rows, int64_t col
 // direct step.
 //
 // If R = X X^T has an error of at most u, the unit roundoff of the stored type, a segment's
-// polynomial q yields singular values of at most sqrt(max (r + u) q(r)^2), r in [-u, |X|^2]: those
-// of X below sqrt(u), which R does not resolve, grow by G, the product of the steps' a, and add up
-// to u G^2 to the square of the largest. Up to 0.1, the singular values stay where the following
-// steps converge (for the quintic up to 1.264, 5 % above its largest value); after the last step
-// none follow, so 1 is allowed. A segment has at most two steps because accuracy suffers from
-// three, except that three final steps form one segment, because they cost less than a restart.
+// polynomial q yields singular values of at most sqrt(max (r + u) q(r)^2), r in [-u, |X|^2 + u]:
+// those of X below sqrt(u), which R does not resolve, grow by G, the product of the steps' a, and
+// add up to u G^2 to the square of the largest. Up to 0.1, the singular values stay where the
+// following steps converge (for the quintic up to 1.264, 5 % above its largest value); after the
+// last step none follow, so 1 is allowed. A segment has at most two steps because accuracy suffers
+// from three, except that three final steps form one segment, because they cost less than a
+// restart.
 inline int64_t segment_steps(const double* coefficients, int64_t steps, int64_t begin,
                              DType compute, bool allow_tf32) {
   const double u = compute == DType::bf16                 ? 0x1p-9

@@ -1,6 +1,5 @@
-// tokens = W_up (W_down patches + b_down) + b_up + position, after given prefix tokens; CUDA only
-// (on the CPU, csrc/ops/patch_embed.cpp calls PyTorch's GEMM; the mathematics
-// is there).
+// tokens = W_up (W_down patches + b_down) + b_up + position, after given prefix tokens. CUDA only:
+// on the CPU, csrc/ops/patch_embed.cpp, which has the gradients' equations, calls PyTorch's GEMM.
 //
 //   hidden [B N, R] = patches [B N, K] W_down' + b_down           K = C p p, N patches an image
 //   tokens [B, P + N, D]: hidden W_up' + b_up + position behind the P tokens of the prefix
