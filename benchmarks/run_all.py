@@ -3,11 +3,11 @@
     python benchmarks/run_all.py --out DIR [--quick] [--device cuda|cpu]
 
 In this order, within thirty minutes: `pmf check` and the op tests; how many bits a tensor core keeps in a
-sum; rates of copies, products and single instructions; attention against its peers, with ncu profiles; Muon,
-its step as a graph, and compute-sanitizer's race check; a training step, one-step sampling and all other ops.
-Timings use triton.testing.do_bench: interleaved, medians. Each result is shown with its fraction of the copy
-and matrix rates measured in the same run, and with the targets set for an H100. Programs not on PATH (nvcc,
-ncu, compute-sanitizer) are skipped by name.
+sum; rates of copies, products and single instructions; attention against its peers, with ncu profiles; its
+competing plans (benchmarks/tune.py); Muon, its step as a graph, and compute-sanitizer's race check; a
+training step, one-step sampling and all other ops. Timings use triton.testing.do_bench: interleaved, medians.
+Each result is shown with its fraction of the copy and matrix rates measured in the same run, and with the
+targets set for an H100. Programs not on PATH (nvcc, ncu, compute-sanitizer) are skipped by name.
 
 Each part is a separate process with a time limit. DIR/run_all.json is written after every case, with device,
 clocks, driver, versions and command; output of programs goes to DIR/logs. A failure becomes a row with its

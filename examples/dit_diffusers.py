@@ -1,4 +1,4 @@
-"""MeanFlow on a DiT with adaLN from diffusers, compiled: the second time is an additional input channel.
+"""MeanFlow on a DiT with adaLN from diffusers: the second time is an additional input channel.
 
 pip install diffusers
 python examples/dit_diffusers.py [--steps N] [--compile]

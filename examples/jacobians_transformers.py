@@ -1,4 +1,4 @@
-"""Per-sample Jacobians of an encoder from transformers: which token influences which, for each sentence.
+"""Per-sample Jacobians of an encoder from transformers: which token of a sentence moves its first one most.
 
 pip install transformers
 python examples/jacobians_transformers.py

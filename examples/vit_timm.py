@@ -1,4 +1,4 @@
-"""MeanFlow on a ViT from timm: its blocks unchanged, with the times as two additional tokens.
+"""MeanFlow on a ViT from timm: its blocks unchanged, with times and label as one additional token.
 
 pip install timm scikit-learn
 python examples/vit_timm.py [--steps N]

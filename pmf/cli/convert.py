@@ -30,7 +30,9 @@ def add_parser(commands: Commands) -> None:
     """Register the command."""
     parser = commands.add_parser("convert", help="convert a checkpoint to one file", description=_DESCRIPTION)
     parser.add_argument(
-        "source", type=Path, help="run or checkpoint folder, .safetensors, or the authors' .pth"
+        "source",
+        type=Path,
+        help="run or checkpoint folder, .safetensors, the authors' .pth, or digits, which is built in",
     )
     parser.add_argument(
         "target", type=Path, help="the .safetensors or .pth file to write; must not exist yet"

@@ -1,7 +1,8 @@
 """The ops in plain PyTorch: short, differentiable, any dtype. Every kernel is tested against them.
 
-Each takes the arguments of the public function of the same name in `pmf.ops`, computes in the dtype of its
-inputs, and never uses a compiled kernel. For an accurate result, call it in float64.
+Each takes the arguments of the public function of the same name in `pmf.ops` (but no dropout_p,
+detach_tangent or list of matrices), computes in the dtype of its inputs, and never uses a compiled kernel.
+For an accurate result, call it in float64.
 """
 
 from .attention import (

@@ -14,7 +14,7 @@
 // P o (tS - r) o y.
 //
 // Without X this is the ordinary backward. The kernel recomputes a, D, r and the normalisation of P
-// in full precision: the forward only has to keep lse, neither out, out_t nor lse_t.
+// in full precision: the forward only has to keep lse, not out, out_t or lse_t.
 #pragma once
 
 #include "pmf/attention.h"

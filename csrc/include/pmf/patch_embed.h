@@ -1,8 +1,8 @@
 // tokens = W_up (W_down patches + b_down) + b_up + position, after given prefix tokens. CUDA only:
 // on the CPU, csrc/ops/patch_embed.cpp, which has the gradients' equations, calls PyTorch's GEMM.
 //
-//   hidden [B N, R] = patches [B N, K] W_down' + b_down           K = C p p, N patches an image
-//   tokens [B, P + N, D]: hidden W_up' + b_up + position behind the P tokens of the prefix
+//   hidden [B N, R] = patches [B N, K] W_down' + b_down           K = C p p, N patches per image
+//   tokens [B, P + N, D]: hidden W_up' + b_up + position after the P tokens of the prefix
 // The tangent uses the same products without the biases.
 //
 // Bytes: images, tokens and hidden once each, forward; backward: the images once, the tokens'
@@ -55,8 +55,8 @@ struct PatchEmbedBackwardParams {
   void* workspace = nullptr;         // patch_embed_workspace_bytes() bytes, 64-aligned
 };
 
-// The weights' gradients sum over the rows of all images: runs of rows are summed by themselves,
-// and then the runs, in order. `tiles`: of the gradient, one per block.
+// The weights' gradients sum over the rows of all images: each run of rows is summed separately,
+// then the runs, in order. `tiles`: of the gradient, one per block.
 struct PatchRuns {
   int64_t runs, depth;
 
