@@ -158,9 +158,10 @@ def _index(shard: Path, left_out: LeftOut) -> tuple[dict[str, Stored], dict[str,
     in_json: dict[str, _Label] = {}
     endings = image_endings()
     try:
-        with tarfile.open(shard, "r:") as archive:
+        with shard.open("rb") as tar, tarfile.open(fileobj=tar, mode="r:") as archive:
             members = {posixpath.normpath(member.name): member for member in archive if not member.isdir()}
-            complete = shard.stat().st_size >= archive.offset + _BLOCK
+            tar.seek(archive.offset)  # where it ended for tarfile: before zeros, or at a damaged header
+            complete = tar.read(_BLOCK) == bytes(_BLOCK)
             for path, count in Counter(posixpath.normpath(m.name) for m in archive if not m.isdir()).items():
                 if count > 1:
                     left_out.add("written again later in the shard", path, count - 1)
@@ -190,7 +191,7 @@ def _index(shard: Path, left_out: LeftOut) -> tuple[dict[str, Stored], dict[str,
             f"the shard {shard} is truncated or not an uncompressed tar file ({error}): copy it again"
         ) from error
     if not complete:
-        raise UserError(f"the shard {shard} is truncated: copy it again")
+        raise UserError(f"the shard {shard} is truncated or damaged: copy it again")
     if not pictures:
         raise UserError(f"the shard {shard} contains no image that Pillow can open: leave it out")
     return pictures, in_json | labels

@@ -84,6 +84,11 @@ def test_a_missing_or_damaged_shard_is_named(shards: Path, monkeypatch: pytest.M
         (shards / "000001.tar").write_bytes(whole[:length])
         with pytest.raises(UserError, match=r"shard .*000001\.tar is truncated"):
             load_dataset(str(shards), 4, 1)
+    damaged = bytearray(whole)  # in a header halfway: tarfile ends there as if the archive did
+    damaged[whole.index(b"006.cls")] ^= 1
+    (shards / "000001.tar").write_bytes(damaged)
+    with pytest.raises(UserError, match=r"shard .*000001\.tar is truncated or damaged"):
+        load_dataset(str(shards), 4, 1)
     (shards / "000001.tar").write_bytes(whole)
     monkeypatch.setattr("pmf.data.datasets._CACHE_BYTES", 0)
     dataset = load_dataset(str(shards), 4, 1)
