@@ -1,14 +1,21 @@
 """Read and crop single images."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngImageFile
-from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
+from PIL.TiffImagePlugin import (
+    BITSPERSAMPLE,
+    IMAGELENGTH,
+    IMAGEWIDTH,
+    PHOTOMETRIC_INTERPRETATION,
+    TiffImageFile,
+)
 
 from pmf.data.shards import Stored
 from pmf.errors import UserError
@@ -19,6 +26,7 @@ Encoded = str | Path | Stored
 
 _ORIENTATION, _LYING = ExifTags.Base.Orientation, (5, 6, 7, 8)  # these four swap height and width
 _NO_PICTURE = ("F", "LAB")  # Pillow cannot convert these to greyscale or RGB
+_WHITE_IS_0 = 0  # of TIFF's photometric interpretations
 _16_BITS_IN_32 = ("PNG", "PPM")  # formats whose 16-bit levels Pillow may return as 32-bit
 _PNG_LEVELS: dict[str, Callable[[int], int]] = {
     "L;2": lambda level: 85 * level,
@@ -52,13 +60,13 @@ def centre_crop(image: Image.Image, size: Size) -> Image.Image:
 
 def check_image(path: Encoded, size: Size) -> None:
     """Read only the header; UserError if ``path`` is not an image or is smaller than ``size`` pixels."""
-    with open_image(path) as image:
+    with open_image(path) as image, _naming_damage(path):
         _check_size(path, image, size)
 
 
 def image_size(path: Encoded) -> tuple[int, int]:
     """The displayed (height, width) of an image, from its header; UserError if it is not an image."""
-    with open_image(path) as image:
+    with open_image(path) as image, _naming_damage(path):
         return _seen_size(image)
 
 
@@ -70,32 +78,37 @@ def read_image(path: Encoded, size: Size, channels: int) -> torch.Tensor:
     (32-bit and float pixels).
     """
     height, width = height_and_width(size)
-    with open_image(path) as image:
+    with open_image(path) as image, _naming_damage(path):
         _check_size(path, image, size)
-        try:
-            _scale_transparent_colour(image)
-            image.load()
-            seen: Image.Image | None = ImageOps.exif_transpose(image)
-            if seen is not None and seen.mode.startswith("I"):
-                seen = _from_16_bits(seen, image.format)
-            if seen is None or seen.mode in _NO_PICTURE:
-                raise UserError(
-                    f"{path} has {image.mode} pixels: convert it to an 8-bit greyscale or colour image"
-                )
-            if seen.has_transparency_data:
-                colour = seen.convert("RGBA")
-                seen = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), colour)
-            pixels = np.asarray(centre_crop(seen.convert(_MODES[channels]), size))
-        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-            raise UserError(f"{path} is truncated or damaged ({error}): replace or remove it") from error
+        _scale_transparent_colour(image)
+        image.load()
+        seen: Image.Image | None = ImageOps.exif_transpose(image)
+        if seen is not None and seen.mode.startswith("I"):
+            seen = _from_16_bits(seen, image)
+        if seen is None or seen.mode in _NO_PICTURE:
+            raise UserError(
+                f"{path} has {image.mode} pixels: convert it to an 8-bit greyscale or colour image"
+            )
+        if seen.has_transparency_data:
+            colour = seen.convert("RGBA")
+            seen = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), colour)
+        pixels = np.asarray(centre_crop(seen.convert(_MODES[channels]), size))
     return torch.from_numpy(pixels.copy()).reshape(height, width, channels).permute(2, 0, 1).contiguous()
 
 
-def _from_16_bits(image: Image.Image, kind: str | None) -> Image.Image | None:
-    """Convert 16-bit grey levels to 8-bit; None for 32-bit pixels, which have no defined maximum."""
-    if image.mode == "I" and kind not in _16_BITS_IN_32:
+def _from_16_bits(image: Image.Image, file: Image.Image) -> Image.Image | None:
+    """Convert 16-bit grey levels to 8-bit; None for 32-bit pixels, which have no defined maximum.
+
+    image: the pixels of `file`, upright.
+    """
+    if image.mode == "I" and file.format not in _16_BITS_IN_32:
         return None
     levels = np.asarray(image).astype(np.uint32)
+    if isinstance(file, TiffImageFile):  # Pillow leaves 12 bits as they are, and 0 where it is white
+        (bits,) = file.tag_v2[BITSPERSAMPLE]
+        levels = levels * 65535 // (2**bits - 1)
+        if file.tag_v2[PHOTOMETRIC_INTERPRETATION] == _WHITE_IS_0:
+            levels = 65535 - levels
     grey = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
     if "transparency" in image.info:
         grey.putalpha(
@@ -140,6 +153,19 @@ def open_image(path: Encoded) -> Image.Image:
         return Image.open(io.BytesIO(path.read()) if isinstance(path, Stored) else path)
     except UnidentifiedImageError as error:
         raise UserError(f"{path} is not an image that Pillow can read: remove it from the folder") from error
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # see `_naming_damage`
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path} cannot be read as an image ({reason}): replace or remove it") from error
+
+
+@contextmanager
+def _naming_damage(path: Encoded) -> Iterator[None]:
+    """Name the file in a UserError if Pillow fails: for damaged files its plugins raise any exception."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"{path} is truncated or damaged ({error}): replace or remove it") from error

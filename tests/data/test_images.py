@@ -1,7 +1,9 @@
 """Reading and writing pixels: scaling, ADM's centre crop, file modes, and unusable files."""
 
+import io
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +103,26 @@ def test_16_bit_grey_levels_keep_their_place_between_black_and_white(tmp_path: P
         assert row.tolist() == [0, 0, 1, 100, 200, 201, 254, 255]  # clipped at 255, most would be white
 
 
+@pytest.mark.parametrize(
+    ("bits", "white_is_0", "pixels", "expected"),
+    [
+        (12, False, bytes.fromhex("000fff 808080"), [0, 255, 128, 8]),
+        (16, True, bytes.fromhex("0000 ffff 8080 0808"), [255, 0, 127, 247]),
+    ],
+)
+def test_grey_levels_of_a_tiff_keep_their_place(
+    tmp_path: Path, bits: int, white_is_0: bool, pixels: bytes, expected: list[int]
+) -> None:
+    """12 bits were nearly black, and 16 bits a negative."""
+    data = pixels * 8  # 4 rows of 8
+    tags = {256: 8, 257: 4, 258: bits, 259: 1, 262: 0 if white_is_0 else 1, 277: 1, 278: 4}
+    tags |= {273: 8 + 2 + 12 * 9 + 4, 279: len(data)}  # where the pixels begin, and how many bytes they take
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in sorted(tags.items()))
+    header = b"II*\0" + struct.pack("<IH", 8, len(tags))
+    (tmp_path / "a.tiff").write_bytes(header + entries + bytes(4) + data)
+    assert read_image(tmp_path / "a.tiff", 4, 1)[0, 0].tolist() == expected[2:] + expected[:2]
+
+
 PNG_DEPTHS = {
     # Bits and colour type of the file; its first two pixels, packed; the transparent one; the other, read.
     "grey 1": (1, 0, b"\x55", (0,), 255),
@@ -188,6 +210,24 @@ def test_truncated_image_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1500])
     with pytest.raises(UserError, match=r"cut\.png is truncated or damaged"):
         read_image(path, 16, 3)
+
+
+def test_whatever_a_damaged_file_makes_pillow_raise_is_named(tmp_path: Path) -> None:
+    """Of a PNG's Exif Pillow may learn only from decoding it; other plugins raise errors of other kinds."""
+    readers: tuple[Callable[[Path], object], ...] = (
+        image_size,
+        lambda path: check_image(path, (16, 8)),
+        lambda path: read_image(path, 8, 3),
+    )
+    for name, start in {"a.png": 50, "a.dds": 80}.items():  # compressed pixels, and the pixel format
+        content = io.BytesIO()
+        noise = np.random.default_rng(0).integers(0, 256, (12, 17, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(content, format=name[2:])
+        whole = content.getvalue()
+        (tmp_path / name).write_bytes(whole[:start] + bytes(4) + whole[start + 4 :])
+        for read in readers:
+            with pytest.raises(UserError, match=f"{name} .*replace or remove it"):
+                read(tmp_path / name)
 
 
 def test_empty_text_small_and_float_files_are_named(tmp_path: Path) -> None:
