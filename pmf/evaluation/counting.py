@@ -15,7 +15,7 @@ from pmf.evaluation.sources import ImageSource
 from pmf.evaluation.sums import Sums
 from pmf.ranks import Ranks
 
-__all__ = ["count_features", "describe"]
+__all__ = ["count_features", "describe", "forget_sums"]
 
 _SAVE_SECONDS = 60.0
 _AHEAD = 2  # batches of files prefetched during computation
@@ -82,6 +82,12 @@ def count_features(
     if ranks.first and ranks.size > 1:
         _merge(sums, file, identity)
     return sums
+
+
+def forget_sums(file: Path) -> None:
+    """Remove a file of `count_features`, and those that the other processes wrote beside it."""
+    for one in (file, *_parts(file)):
+        one.unlink(missing_ok=True)
 
 
 def _parts(file: Path) -> list[Path]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from pmf.errors import UserError
-from pmf.evaluation.counting import count_features
+from pmf.evaluation.counting import count_features, forget_sums
 from pmf.evaluation.features import open_space
 from pmf.evaluation.sources import ImageSource, Samples, open_images
 from pmf.evaluation.statistics import Statistics, read_statistics
@@ -61,9 +61,11 @@ class Judge:
         self.reference = found
 
     def __call__(self, model: PixelMeanFlow, step: int) -> float:
-        """The distance of this model's samples; step identifies its weights."""
+        """The distance of this model's samples; step names the file of their sums."""
         classes = list(range(model.config.num_classes))
         samples = Samples(Sampler(model), {"step": step}, classes, self.images)
+        if self.ranks.first:  # left by an interruption: a resumed run may arrive with other weights
+            forget_sums(self._file(f"step-{step}"))
         found = self._count(f"step-{step}", samples)
         try:
             return self.ranks.from_first(frechet_of_moments(*astuple(found), *astuple(self.reference)))
@@ -71,9 +73,11 @@ class Judge:
             raise UserError(str(error)) from error
 
     def _count(self, name: str, source: ImageSource) -> Statistics:
-        file = self.folder / f"{name}.safetensors"
-        sums = count_features(source, self.space, self.batch_size, file, self.ranks)
+        sums = count_features(source, self.space, self.batch_size, self._file(name), self.ranks)
         if self.ranks.first:
-            file.unlink(missing_ok=True)
+            forget_sums(self._file(name))
         mean, covariance = sums.moments.mean_and_covariance()
         return Statistics(mean.cpu(), covariance.cpu())
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"

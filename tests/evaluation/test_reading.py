@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pmf import load_checkpoint
 from pmf.errors import UserError
 from pmf.evaluation import Samples, Statistics, open_images, open_space, read_statistics, write_statistics
 from pmf.evaluation.features import Pixels
@@ -220,3 +221,42 @@ def test_weights_of_a_judge_are_named_by_its_flag(tmp_path: Path, features: str)
             batch_size=4,
             ranks=Ranks(),
         )
+
+
+class Impatient(Pixels):
+    """Pixels that Ctrl-C interrupts at the third batch."""
+
+    batches = 0
+
+    def __call__(self, pixels: torch.Tensor) -> tuple[torch.Tensor, None]:
+        self.batches += 1
+        if self.batches == 3:
+            raise KeyboardInterrupt
+        return super().__call__(pixels)
+
+
+def test_a_judge_forgets_the_samples_of_an_interrupted_call(tmp_path: Path) -> None:
+    """A run that is resumed may come to the same step with other weights: the sums were those of both."""
+    judge = Judge(
+        "digits",
+        image_shape=(1, 8, 8),
+        features="pixels",
+        weights=None,
+        images=32,
+        folder=tmp_path,
+        device=torch.device("cpu"),
+        batch_size=8,
+        ranks=Ranks(),
+    )
+    model, other = load_checkpoint("digits"), load_checkpoint("digits")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.7)
+    expected, pixels = judge(model, 5), judge.space
+    judge.space = Impatient(1, 8, torch.device("cpu"))
+    with pytest.raises(KeyboardInterrupt):
+        judge(other, 5)
+    assert list(tmp_path.iterdir())
+    judge.space = pixels
+    assert judge(model, 5) == expected
+    assert not list(tmp_path.iterdir())
