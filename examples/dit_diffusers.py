@@ -59,6 +59,7 @@ def main(arguments: list[str] | None = None) -> Tensor:
         optimizer.step()
         if step % 100 == 0:
             print(f"step {step}: loss_u {terms.loss_u.item():.3f}", flush=True)
+    network.eval()  # in training, DiT drops one label in ten
     noise = torch.randn(4, 1, settings.size, settings.size, generator=torch.Generator().manual_seed(1))
     return pmf.flow.sample(network, noise, label=torch.arange(4))
 

@@ -270,8 +270,9 @@ def sample(
 
         z <- z - (t - r) u(z, t, r),  t and r adjacent in times, starting from z = noise
 
-    network and prediction: as for `MeanFlow`. noise [B, ...]: e itself, already multiplied by noise_scale.
-    times: descending in [0, 1]. Raises ValueError or TypeError if one of these does not fit.
+    network and prediction: as for `MeanFlow`; a module stays in its mode, so call its eval() first if it has
+    dropout. noise [B, ...]: e itself, already multiplied by noise_scale. times: descending in [0, 1]. Raises
+    ValueError or TypeError if one of these does not fit.
     """
     _check_choice("prediction", prediction, PREDICTIONS)
     if not isinstance(noise, Tensor) or not noise.is_floating_point() or noise.dim() < 1:

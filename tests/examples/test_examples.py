@@ -49,6 +49,17 @@ def test_dit(load):
     assert images.shape == (4, 1, 8, 8) and images.isfinite().all() and images.std() > 0.1
 
 
+def test_dit_samples_every_label_that_is_asked_for(load, monkeypatch):
+    """In training mode one in ten was dropped."""
+    embedding = load("diffusers.models.embeddings").LabelEmbedding
+    batches, drop = [], embedding.token_drop
+    monkeypatch.setattr(
+        embedding, "token_drop", lambda self, labels, ids: batches.append(len(labels)) or drop(self, labels, ids)
+    )
+    example("dit_diffusers").main(["--steps", "1", "--batch", "3", "--size", "8"])
+    assert batches and 4 not in batches
+
+
 def test_jacobians(load):
     load("transformers")
     jacobians = example("jacobians_transformers").main(["--batch", "2", "--tokens", "5"])
