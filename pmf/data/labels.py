@@ -258,21 +258,21 @@ def _read_metadata(source: Path) -> list[tuple[str, str]] | None:
     try:
         with source.open(newline="", encoding="utf-8-sig") as file:
             if source.suffix.lower() == ".csv":
-                rows: list[Any] = list(csv.DictReader(file, strict=True))
+                rows: list[Any] = list(csv.DictReader(file, strict=True, skipinitialspace=True))
             else:
                 rows = [json.loads(line) for line in file if line.strip()]
     except (OSError, ValueError, csv.Error, RecursionError) as error:
         raise UserError(f"{source} cannot be read ({error}): repair it, or remove it") from error
+    rows = [row if isinstance(row, dict) else {} for row in rows]
+    if not any({"file_name", "label"} <= row.keys() for row in rows):
+        return None
     pairs = []
     for number, row in enumerate(rows):
-        row = row if isinstance(row, dict) else {}
-        if number == 0 and not {"file_name", "label"} <= row.keys():
-            return None
         name, label = row.get("file_name"), row.get("label")
         if not name or not isinstance(name, str) or type(label) not in (str, int) or label == "":
             raise UserError(f"entry {number} of {source} must have a file_name and a label, text or a number")
         pairs.append((name, str(label)))
-    return pairs or None
+    return pairs
 
 
 def _read_emoji(source: Path) -> list[tuple[str, str]]:

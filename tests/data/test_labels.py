@@ -75,6 +75,13 @@ def test_metadata_of_hugging_faces_image_folders(folder: Path, name: str) -> Non
     assert len(find_images(str(folder)).images) == 3
 
 
+def test_spaces_after_the_commas_of_metadata_are_no_part_of_its_words(folder: Path) -> None:
+    """Its labels were ignored without a word."""
+    (folder / "metadata.csv").write_text("file_name, label\ndog/a.png, b\ncat/c.png, a\n")
+    found = find_images(str(folder))
+    assert (list(found.labels), found.class_names) == ([1, 0], ["a", "b"])
+
+
 def test_images_that_the_list_lacks_are_reported(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The rest was left out without a word."""
     for name, text in (
@@ -125,6 +132,10 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "json entry": (write("dataset.json", '{"labels": [["dog/a.png", "x"]]}'), "entry 0"),
     "metadata": (
         write("metadata.jsonl", '{"file_name": "dog/a.png", "label": [1]}'),
+        "entry 0 of .*jsonl must",
+    ),
+    "metadata without a label in its first entry": (
+        write("metadata.jsonl", '{"file_name": "dog/a.png"}\n{"file_name": "cat/c.png", "label": 1}'),
         "entry 0 of .*jsonl must",
     ),
     "damaged metadata": (write("metadata.jsonl", "{"), "metadata.jsonl cannot be read"),
