@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,7 +84,7 @@ def _state(config: TrainConfig, rows: Sequence[Row]) -> str:
     fraction = max(spent, default=0.0)
     if fraction >= 1:
         return f"Finished after {step:,} steps."
-    return f"Not finished: {fraction:.0%} done at step {step:,}, the last in the log."
+    return f"Not finished: {math.floor(100 * fraction)}% done at step {step:,}, the last in the log."
 
 
 def _overview(run: Path, config: TrainConfig, rows: Sequence[Row]) -> list[tuple[str, str]]:

@@ -128,6 +128,16 @@ def test_what_an_unfinished_run_lacks_is_reported(run: Path, tmp_path: Path) -> 
     assert "The log is empty: its first entry is at step 1." in text
 
 
+def test_a_run_that_stopped_just_before_its_end_is_not_100_percent_done(run: Path, tmp_path: Path) -> None:
+    config = json.loads((run / "config.json").read_text())
+    config["run"]["steps"] = 6001
+    (run / "config.json").write_text(json.dumps(config))
+    last = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+    (run / "log.jsonl").write_text(json.dumps({**last, "step": 6000}) + "\n")
+    assert main(["report", str(run), "--out", str(tmp_path / "report.html")]) == 0
+    assert "Not finished: 99% done at step 6,000" in text_of((tmp_path / "report.html").read_text())
+
+
 def test_many_large_grids_are_few_small_pictures(run: Path, tmp_path: Path) -> None:
     for step in range(100, 130):
         Image.effect_noise((1500, 1500), 90).save(run / "samples" / f"{step:08d}.png")
