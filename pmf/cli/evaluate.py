@@ -31,6 +31,7 @@ from pmf.evaluation import (
     open_images,
     open_space,
     read_statistics,
+    weights_digest,
     write_statistics,
 )
 from pmf.flow.sampler import PRECISIONS, Sampler, sampling_times
@@ -234,6 +235,8 @@ def _open_source(arguments: argparse.Namespace, device: torch.device) -> ImageSo
     if arguments.image_size is not None or arguments.channels is not None:
         raise UserError("--image-size and --channels apply to --images: samples have the model's size")
     loaded = checkpoint.load_model(arguments.checkpoint, arguments.ema, v_head=False)
+    # A sharded checkpoint's path is its header, which says nothing about the weights.
+    digest = file_digest(loaded.path) if loaded.part is None else weights_digest(loaded.model)
     names = loaded.class_names
     classes = list(range(len(names)))
     if arguments.classes is not None:
@@ -244,7 +247,7 @@ def _open_source(arguments: argparse.Namespace, device: torch.device) -> ImageSo
         raise UserError(str(error).splitlines()[0]) from error
     return Samples(
         sampler,
-        {"checkpoint": str(loaded.path), "part": loaded.part, "sha256": file_digest(loaded.path)},
+        {"checkpoint": str(loaded.path), "part": loaded.part, "sha256": digest},
         classes,
         _QUICK if arguments.quick else arguments.num_images or 50_000,
         seed=arguments.seed,

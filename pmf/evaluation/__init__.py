@@ -1,7 +1,7 @@
 """Evaluation of images: feature statistics, accumulated over processes and resumable."""
 
 from pmf.evaluation.counting import count_features, describe
-from pmf.evaluation.digest import file_digest
+from pmf.evaluation.digest import file_digest, weights_digest
 from pmf.evaluation.features import SPACES, FeatureSpace, open_space
 from pmf.evaluation.judge import Judge
 from pmf.evaluation.sources import ImageSource, Samples, Some, open_images
@@ -23,5 +23,6 @@ __all__ = [
     "open_images",
     "open_space",
     "read_statistics",
+    "weights_digest",
     "write_statistics",
 ]

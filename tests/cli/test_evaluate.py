@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -87,12 +88,16 @@ def test_the_sums_of_other_images_or_weights_are_not_used(
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     try:
         sharded.save(tmp_path / "shared", tensors, header, b"{}")
+        sharded.save(tmp_path / "other", {name: 0.9 * x for name, x in tensors.items()}, header, b"{}")
     finally:
         dist.destroy_process_group()
     words = ["evaluate", "shared", *PIXELS, "--num-images", "12", "--out", "b", "--ema"]
     assert main([*words, "1"]) == 0 and result(tmp_path / "b")["evaluated"]["part"] == "ema-1"
     assert main([*words, "none"]) == 2
     assert "its part is ema-1, now it is weights" in capsys.readouterr().err
+    shutil.rmtree("shared")
+    Path("other").rename("shared")
+    assert main([*words, "1"]) == 2 and "its sha256 is" in capsys.readouterr().err
 
 
 def test_saved_samples_are_the_counted_ones(weights: Path, tmp_path: Path) -> None:
