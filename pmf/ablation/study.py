@@ -77,7 +77,9 @@ class Study:
             )
         self.samples = min(_SAMPLES, len(self.dataset) // 2) if samples is None else samples
         if not 2 <= self.samples <= len(self.dataset):
-            raise UserError(f"--samples must lie between 2 and the {len(self.dataset)} images, got {samples}")
+            raise UserError(
+                f"--samples must lie between 2 and the {len(self.dataset)} images, got {self.samples}"
+            )
         if self.judge_steps < 1:
             raise UserError(f"--judge-steps must be 1 or more, got {judge_steps}")
         self.split = Split.of(self.dataset, self.samples)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from pmf.ablation import Study, Variant
 from pmf.ablation.judge import Split
@@ -30,6 +31,16 @@ def test_a_variant_that_diverges_is_named(tmp_path: Path) -> None:
         study.run(study.variants[0], 4, reference)
     with pytest.raises(ValueError, match="finite"):  # as samples of its weights may become
         reference.measure(torch.full((16, 1, 8, 8), torch.nan))
+
+
+def test_a_study_of_two_images_says_how_many_samples_it_would_draw(tmp_path: Path) -> None:
+    """The sentence ended with None."""
+    for name in ("a", "b"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / "photos" / name / "1.png")
+    base = get_preset("digits", steps=1, minutes=None, data=str(tmp_path / "photos"))
+    with pytest.raises(UserError, match="--samples must lie between 2 and the 2 images, got 1"):
+        Study(base, [Variant("a")], [0], tmp_path / "study")
 
 
 @pytest.mark.parametrize(("images", "samples"), [(100, 50), (100, 20), (100, 8), (100, 60), (3, 2)])
