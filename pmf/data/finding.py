@@ -11,7 +11,7 @@ from pmf.data.parquet import index_tables
 from pmf.data.shards import Stored, index_shards, is_labelled, named_shards
 from pmf.data.splits import choose_split, split_of_file, split_of_folder
 from pmf.data.walk import OTHER_KIND, LeftOut, image_endings, walk
-from pmf.errors import UserError
+from pmf.errors import UserError, first_few
 
 __all__ = ["FoundImages", "find_images"]
 
@@ -123,7 +123,7 @@ def _numbered(
 
 
 def class_names(labels: Sequence[int], source: str, noted: list[str] | None = None) -> list[str]:
-    """Class names: those recorded, or numbers from 0. A class without images still counts."""
+    """Class names: those recorded, or numbers from 0. A class without images still counts, but is logged."""
     if noted and max(labels) >= len(noted):
         raise UserError(
             f"{source} has an image of class {max(labels)}, but names {len(noted)} classes, 0 to "
@@ -134,4 +134,10 @@ def class_names(labels: Sequence[int], source: str, noted: list[str] | None = No
             f"{source} has an image of class {max(labels)}, but there may be at most {_MAX_CLASSES} classes: "
             "number them from 0 without gaps"
         )
-    return noted or [str(number) for number in range(max(labels) + 1)]
+    names = noted or [str(number) for number in range(max(labels) + 1)]
+    if lacking := sorted(set(range(len(names))).difference(labels)):
+        _log.warning(
+            "%s has no images of class %s, so samples of it will be meaningless; classes are numbered from 0",
+            *(source, first_few([names[number] for number in lacking], 3)),
+        )
+    return names

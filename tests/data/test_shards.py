@@ -124,6 +124,18 @@ def test_labels_in_json(tmp_path: Path, about: list[Any], names: list[str], expe
     assert levels(str(shard)) == [(1, 3)]
 
 
+def test_a_class_without_images_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Labels counted from 1 gave a class that was never trained, and a share of the samples of an evaluation."""
+    shard = pack(
+        tmp_path / "0.tar", [("a.png", encoded(1)), ("a.cls", b"1"), ("b.png", encoded(2)), ("b.cls", b"2")]
+    )
+    assert load_dataset(str(shard), 4, 1).class_names == ["0", "1", "2"]
+    assert f"{shard} has no images of class 0, so samples of it will be meaningless" in caplog.text
+    caplog.clear()
+    pack(shard, [("a.png", encoded(1)), ("a.cls", b"0"), ("b.png", encoded(2)), ("b.cls", b"1")])
+    assert len(load_dataset(str(shard), 4, 1)) == 2 and not caplog.text
+
+
 @pytest.mark.parametrize(
     ("members", "sentence"),
     [
