@@ -141,7 +141,7 @@ def measure_memory(
     sizes: plain_port.Sizes, batch_size: int, precisions: Sequence[str], contestants: Sequence[str]
 ) -> Rows:
     rows: Rows = []
-    print(f"\n{'peak memory of a step, over the loaded model':45} {'MB':>9} {'ours / it':>10}")
+    print(f"\n{'peak memory of a step, over the loaded model':45} {'MiB':>9} {'ours / it':>10}")
     for precision in precisions:
         grown = {name: memory.growth(name, precision, sizes, batch_size) for name in contestants}
         for name, size in grown.items():

@@ -87,7 +87,7 @@ def _speed(machine: str) -> dict[str, Compared]:
         )
         ours, port = (rows["memory", precision, side]["bytes"] / 2**20 for side in ("pmf", "plain port"))
         found[f"peak memory of that step, {precision}"] = Compared(
-            f"{ours:.0f} MB", f"{port:.0f} MB", f"{port / ours:.1f}"
+            f"{ours:.0f} MiB", f"{port:.0f} MiB", f"{port / ours:.1f}"
         )
     ours, *_, plain = (row["images_per_second"] for row in sampling["rows"])
     found["one-step sampling, pMF-B/16"] = Compared(
@@ -143,8 +143,8 @@ def training_table() -> str:
             milliseconds = [f"{side[f'{key}_ms']:.0f} ms" for side in (ours, port)]
             line(f"{precision}: {what}", milliseconds, port[f"{key}_ratio"])
         peaks = {row["contestant"]: row for row in rows["memory"] if row["precision"] == precision}
-        megabytes = [f"{peaks[side]['bytes'] / 2**20:.0f} MB" for side in ("pmf", "plain port")]
-        line(f"{precision}: peak memory over the loaded model", megabytes, peaks["plain port"]["ratio"])
+        mebibytes = [f"{peaks[side]['bytes'] / 2**20:.0f} MiB" for side in ("pmf", "plain port")]
+        line(f"{precision}: peak memory over the loaded model", mebibytes, peaks["plain port"]["ratio"])
     (flops,) = rows["flops"]
     tera = [f"{flops['flops'][side] / 1e12:.1f} TFLOP" for side in ("ours", "port")]
     line(

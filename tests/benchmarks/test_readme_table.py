@@ -40,7 +40,7 @@ def test_training_table(results: Path):
     table = readme_table.tables()["training"]
     assert "| fp32: objective, backward and optimizer | 3000 ms | 10000 ms | 0.30 |" in table
     assert "| bf16: without the optimizer | 500 ms | 2500 ms | 0.20 |" in table
-    assert "| bf16: peak memory over the loaded model | 1024 MB | 4096 MB | 0.25 |" in table
+    assert "| bf16: peak memory over the loaded model | 1024 MiB | 4096 MiB | 0.25 |" in table
     assert "| objective and backward at depth 16, batch 128 | 50.0 TFLOP | 100.0 TFLOP | 0.50 |" in table
     assert "0.62 without the products with zero tangents" in table
     assert "2e-15 (float64), 3e-06 (fp32) and 2e-02 (bf16)" in table
@@ -72,7 +72,7 @@ def test_speed_table(results: Path):
         "| training step, hidden 768, depth 4, 256 pixels, batch 8, fp32 | 3000 ms | 10000 ms | 3.3 |"
         in table
     )
-    assert "| peak memory of that step, bf16 | 1024 MB | 4096 MB | 4.0 |" in table
+    assert "| peak memory of that step, bf16 | 1024 MiB | 4096 MiB | 4.0 |" in table
     assert "| one-step sampling, pMF-B/16 | 9.0 images/s (bf16) | 1.5 images/s (fp32) | 6.0 |" in table
     attention[1]["time_over_ours"], attention[0]["median_ms"] = 8.0, 20.0
     for name, record in records.items():  # another machine adds its ratios
