@@ -1,6 +1,7 @@
 """The training run: budget, log, sample grids, checkpoints, resuming and clean stops."""
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import math
@@ -26,7 +27,7 @@ from pmf.interrupts import catch_stop_signals
 from pmf.models import PixelMeanFlow
 from pmf.ranks import Ranks
 from pmf.training.building import model_config
-from pmf.training.config import OptimizerSettings, TrainConfig, flag, settings
+from pmf.training.config import EvaluationSettings, OptimizerSettings, TrainConfig, flag, settings
 from pmf.training.log import RunLog, add_environment
 from pmf.training.parallel import whole
 from pmf.training.pictures import draw_samples
@@ -128,7 +129,7 @@ class Run:
         self.shown = ""  # losses shown in the progress bar
         self.evaluate = evaluate if out is not None else None
         self.score = ""  # newest distance shown in the progress bar
-        self.best = _read_best(out, trainer.step)
+        self.best = _read_best(out, trainer.step, self.config.evaluation)
 
     def run(self) -> TrainResult:
         trainer, config = self.trainer, self.config
@@ -382,8 +383,12 @@ class Run:
         bar.update(min(100.0, 100 * self._spent()) - bar.n)
 
 
-def _read_best(out: Path | None, step: int) -> dict[str, Any] | None:
-    """The best evaluation of a run up to this step, if its checkpoint still exists."""
+def _read_best(out: Path | None, step: int, settings: EvaluationSettings) -> dict[str, Any] | None:
+    """The best evaluation of a run up to this step, if its checkpoint still exists.
+
+    None as well if it was measured otherwise (other features, reference or number of samples): distances are
+    then not comparable, and the next counts as the best.
+    """
     if out is None or not (out / _BEST).is_file():
         return None
     best = checkpoint.read_json(out / _BEST)
@@ -392,8 +397,12 @@ def _read_best(out: Path | None, step: int) -> dict[str, Any] | None:
             f'{out / _BEST} must hold the numbers "step" and "frechet_distance": repair it, or delete it and '
             "the next evaluation counts as the best"
         )
-    kept = best["step"] <= step and checkpoint.step_folder(out, best["step"]).is_dir()
-    return best if kept else None
+    folder = checkpoint.step_folder(out, best["step"])
+    if best["step"] > step or not folder.is_dir():
+        return None
+    measured = TrainConfig.from_json(checkpoint.read_json(folder / "config.json")).evaluation
+    same = dataclasses.replace(measured, evaluate_every=settings.evaluate_every) == settings
+    return best if same else None
 
 
 def learning_rate_factor(settings: OptimizerSettings, step: int, spent: float) -> float:

@@ -193,9 +193,12 @@ def test_the_best_checkpoint_of_the_curve_is_kept(tmp_path: Path, capsys: pytest
     assert pmf.cli.main([*evaluation, "--out", str(tmp_path / "evaluation")]) == 0
     apart = json.loads((tmp_path / "evaluation" / "result.json").read_text())["frechet_distance"]
     assert apart == pytest.approx(best["frechet_distance"], rel=1e-5)
+    resume = ["train", "--resume", str(tmp_path / "run")]
+    assert pmf.cli.main([*resume, "--steps", "10", "--evaluate-images", "2"]) == 0  # no longer comparable
+    assert json.loads((tmp_path / "run" / "best.json").read_text())["step"] == 10
     (tmp_path / "run" / "best.json").write_text('{"step": 2}')
     capsys.readouterr()
-    assert pmf.cli.main(["train", "--resume", str(tmp_path / "run"), "--steps", "9"]) == 2
+    assert pmf.cli.main([*resume, "--steps", "11"]) == 2
     assert 'best.json must hold the numbers "step" and "frechet_distance"' in capsys.readouterr().err
 
 
