@@ -78,7 +78,7 @@ class RunLog:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The complete entries of a log.jsonl, oldest first; none if there is no file."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
             rows.append(json.loads(line))
         except ValueError:  # an incomplete line from a run that was killed while writing it

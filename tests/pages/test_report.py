@@ -106,7 +106,7 @@ def test_what_an_unfinished_run_lacks_is_reported(run: Path, tmp_path: Path) -> 
     for name in ("samples.png", "environment.json"):
         (run / name).unlink()
     log = run / "log.jsonl"
-    log.write_text("".join(log.read_text().splitlines(keepends=True)[:3]) + '{"step": 4, "ima')
+    log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:3]) + b'{"step": 4, "ima\xff')
     out = tmp_path / "report.html"
     assert main(["report", str(run), "--out", str(out)]) == 0
     text = text_of(out.read_text())
