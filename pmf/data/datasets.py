@@ -1,5 +1,6 @@
 """Datasets: images by index, in memory or read from files."""
 
+import logging
 import os
 import zlib
 from collections.abc import Iterable, Sequence
@@ -21,6 +22,7 @@ from pmf.sizes import Size, height_and_width, size_in_words
 
 _CACHE_BYTES = 1 << 30  # image sets whose cropped pixels fit in this are decoded once and kept in memory
 _QUEUED = 4096  # images queued for decoding: queueing millions would take gigabytes
+_log = logging.getLogger(__name__)
 _COLOURS = {1: "greyscale", 3: "colour"}
 _READERS = 8  # decoding threads; Pillow releases the GIL while decoding
 
@@ -109,6 +111,8 @@ def load_dataset(source: str | os.PathLike[str], image_size: Size, channels: int
                 f"the digits are 8x8 greyscale images, but {height}x{width} {_COLOURS[channels]} images were "
                 "requested: use --image-size 8 --channels 1, or give an image folder with --data"
             )
+        if os.path.isdir(source):
+            _log.warning("digits are those of scikit-learn: the folder of that name is ./digits")
         return load_digits()
     if is_idx_folder(Path(source)):
         images, labels = read_idx_folder(Path(source))

@@ -10,7 +10,8 @@ from pmf.data.images import to_float
 class MemoryImages:
     """Images in one tensor: uint8 [N, C, H, W], or float32 already in [-1, 1].
 
-    fingerprint: identifies the images, their order and labels; None if that is not known.
+    labels [N]: indices into class_names. fingerprint: identifies the images, their order and labels; None if
+    that is not known. Raises ValueError if these do not fit together.
     """
 
     in_memory = True
@@ -22,6 +23,18 @@ class MemoryImages:
         class_names: list[str],
         fingerprint: str | None = None,
     ) -> None:
+        if pixels.dim() != 4 or pixels.dtype not in (torch.uint8, torch.float32):
+            raise ValueError(
+                "MemoryImages: pixels must be uint8 or float32 [N, C, H, W], "
+                f"got {pixels.dtype} {list(pixels.shape)}"
+            )
+        if labels.shape != pixels.shape[:1]:
+            raise ValueError(f"MemoryImages: labels must be [{len(pixels)}], got {list(labels.shape)}")
+        if len(labels) and not 0 <= labels.min() <= labels.max() < len(class_names):  # the next: "no label"
+            raise ValueError(
+                f"MemoryImages: labels must lie between 0 and {len(class_names) - 1}, as there are "
+                f"{len(class_names)} class names, got {labels.min().item()} to {labels.max().item()}"
+            )
         self.pixels, self.labels, self.class_names = pixels, labels.to(torch.int64), class_names
         self.fingerprint = fingerprint
 

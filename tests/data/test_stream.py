@@ -82,6 +82,37 @@ def test_digits_have_only_one_shape(size: int, channels: int, sentence: str) -> 
         load_dataset("digits", size, channels)
 
 
+def test_a_folder_called_digits_is_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Trained on scikit-learn's digits without a word, instead of one's own."""
+    monkeypatch.chdir(tmp_path)
+    assert len(load_dataset("digits", 8, 1)) == 1797 and not caplog.text
+    Path("digits").mkdir()
+    Image.new("L", (8, 8)).save("digits/1.png")
+    assert len(load_dataset("digits", 8, 1)) == 1797
+    assert "the folder of that name is ./digits" in caplog.text
+    assert len(load_dataset("./digits", 8, 1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("pixels", "labels", "sentence"),
+    [
+        (torch.zeros(3, 1, 4, 4), torch.tensor([1, 2, 3]), "labels must lie between 0 and 2, .* got 1 to 3"),
+        (torch.zeros(3, 1, 4, 4), torch.tensor([-1, 0, 1]), "got -1 to 1"),
+        (torch.zeros(3, 1, 4, 4), torch.tensor([0, 1]), r"labels must be \[3\], got \[2\]"),
+        (torch.zeros(3, 4, 4), torch.zeros(3), r"pixels must be uint8 or float32 .* \[3, 4, 4\]"),
+        (torch.zeros(3, 1, 4, 4, dtype=torch.int64), torch.zeros(3), "got torch.int64"),
+    ],
+)
+def test_images_and_labels_that_do_not_fit_are_named(
+    pixels: torch.Tensor, labels: torch.Tensor, sentence: str
+) -> None:
+    """A label one too large is that of no label: such images were trained on as if they had none."""
+    with pytest.raises(ValueError, match=f"MemoryImages: .*{sentence}"):
+        MemoryImages(pixels, labels, ["a", "b", "c"])
+
+
 def test_digits_without_scikit_learn_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "sklearn", None)
     with pytest.raises(UserError, match="pip install scikit-learn"):
