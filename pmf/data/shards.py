@@ -29,6 +29,7 @@ _NUMBER, _JSON = "cls", "json"  # endings of members that may hold a label
 _IN_JSON = ("label", "class", "cls")  # the first that holds one is used
 _MAX_LINKS = 8  # links followed from one member
 _BLOCK = 512  # size of the zero blocks that end a tar file
+_DAMAGED = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError)  # what tarfile raises
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -143,7 +144,7 @@ def is_labelled(shard: Path) -> bool:
                 or (_ending(member.name) == _JSON and _in_json(_content(archive, member)) is not None)
                 for member in islice(archive, _LOOKED_AT)
             )
-    except (tarfile.TarError, OSError, EOFError):
+    except _DAMAGED:
         return False
 
 
@@ -186,7 +187,7 @@ def _index(shard: Path, left_out: LeftOut) -> tuple[dict[str, Stored], dict[str,
                     in_json[key] = _Label(value, member.name)
                 else:
                     left_out.add("without a label", member.name)
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except _DAMAGED as error:
         raise UserError(
             f"the shard {shard} is truncated or not an uncompressed tar file ({error}): copy it again"
         ) from error

@@ -210,7 +210,9 @@ class _Array:
         self.path = path
         try:
             self.pixels, self.checksum = _map_member(path, "arr_0")
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # of any kind: zipfile, zlib and NumPy read a damaged file as it comes
             raise UserError(f"{path} contains no image array arr_0 ({error}): copy it again") from error
         found = self.pixels.shape
         if self.pixels.dtype != np.uint8 or len(found) != 4 or found[3] not in (1, 3):

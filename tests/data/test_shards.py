@@ -84,11 +84,19 @@ def test_a_missing_or_damaged_shard_is_named(shards: Path, monkeypatch: pytest.M
         (shards / "000001.tar").write_bytes(whole[:length])
         with pytest.raises(UserError, match=r"shard .*000001\.tar is truncated"):
             load_dataset(str(shards), 4, 1)
-    damaged = bytearray(whole)  # in a header halfway: tarfile ends there as if the archive did
-    damaged[whole.index(b"006.cls")] ^= 1
-    (shards / "000001.tar").write_bytes(damaged)
-    with pytest.raises(UserError, match=r"shard .*000001\.tar is truncated or damaged"):
-        load_dataset(str(shards), 4, 1)
+    halfway = whole.index(b"006.cls")
+    damaged, endless = bytearray(whole), bytearray(whole)
+    damaged[halfway] ^= 1  # in a header: tarfile ends there as if the archive did
+    header = memoryview(endless)[halfway : halfway + 512]
+    header[124:136], header[148:156] = (
+        b"\x80" + b"\xff" * 11,
+        b" " * 8,
+    )  # a file of 2^88 bytes, and the checksum
+    header[148:156] = b"%06o\0 " % sum(header)
+    for content in (damaged, endless):
+        (shards / "000001.tar").write_bytes(content)
+        with pytest.raises(UserError, match=r"shard .*000001\.tar is truncated or"):
+            load_dataset(str(shards), 4, 1)
     (shards / "000001.tar").write_bytes(whole)
     monkeypatch.setattr("pmf.data.datasets._CACHE_BYTES", 0)
     dataset = load_dataset(str(shards), 4, 1)

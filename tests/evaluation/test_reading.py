@@ -85,6 +85,20 @@ def test_damaged_files_of_statistics_are_named(tmp_path: Path) -> None:
         read_statistics(tmp_path / "b.npz", SPACE)
 
 
+def test_damage_inside_compressed_arrays_is_named(tmp_path: Path) -> None:
+    """A zlib.error, which is none of the errors of files."""
+    levels = np.random.default_rng(0).integers(0, 9, (5, 8, 8, 3), np.uint8)
+    for name, sentence in (("arr_0", "contains no image array arr_0"), ("mu", "is truncated or not an .npz")):
+        np.savez_compressed(tmp_path / "a.npz", **{name: levels, "sigma": COVARIANCE})
+        content = bytearray((tmp_path / "a.npz").read_bytes())
+        content[200:232] = bytes(range(0, 256, 8))
+        (tmp_path / "a.npz").write_bytes(content)
+        with pytest.raises(UserError, match=sentence):
+            open_images(str(tmp_path / "a.npz")) if name == "arr_0" else read_statistics(
+                tmp_path / "a.npz", SPACE
+            )
+
+
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_an_array_of_images_is_read_by_rows(tmp_path: Path, save: Any) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), np.uint8)
