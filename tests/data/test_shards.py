@@ -133,7 +133,7 @@ def test_labels_in_json(tmp_path: Path, about: list[Any], names: list[str], expe
 
 
 def test_a_class_without_images_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Labels counted from 1 gave a class that was never trained, and a share of the samples of an evaluation."""
+    """Labels that count from 1 gave a class that was never trained, but sampled in every evaluation."""
     shard = pack(
         tmp_path / "0.tar", [("a.png", encoded(1)), ("a.cls", b"1"), ("b.png", encoded(2)), ("b.cls", b"2")]
     )
