@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -178,12 +179,14 @@ def _evaluate(arguments: argparse.Namespace, task: _Task, ranks: Ranks) -> int:
     if reference is None:
         return 0
     figures = _figures(space, found, reference, sums)
+    compared_with = {"sha256": _digest(arguments.reference)} if compared is None else compared.identity()
     record = {
         "command": shlex.join(["pmf", *sys.argv[1:]]),
         "title": space.title,
         **figures,
         **describe(source, space, batch_size),
         "reference": arguments.reference,
+        "compared_with": compared_with,
     }
     write_file(arguments.out / "result.json", (json.dumps(record, indent=2) + "\n").encode())
     print(_sentence(space, len(source), figures))
@@ -273,6 +276,10 @@ def _find_reference(
     if len(images) < 2:
         raise UserError(f"{arguments.reference} contains one image: a distance needs at least two")
     return None, _few(images) if arguments.quick else images
+
+
+def _digest(statistics: str) -> str:
+    return file_digest(Path(os.path.expanduser(statistics)))
 
 
 def _few(source: ImageSource) -> ImageSource:

@@ -1,6 +1,7 @@
 """``pmf evaluate`` from a checkpoint to its scores, and bad arguments for it and ``pmf sample``."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -62,6 +63,7 @@ def test_the_distance_is_that_of_the_samples(
     ours, theirs = (x.double().flatten(1) / 127.5 - 1 for x in (to_uint8(images), real))
     expected = metrics.frechet_distance(ours, theirs)
     assert result(tmp_path / "evaluation")["frechet_distance"] == pytest.approx(expected, rel=1e-6)
+    assert result(tmp_path / "evaluation")["compared_with"]["images"] == 1797
 
     # With statistics instead of images, nothing is sampled or counted again.
     assert main(["evaluate", "--images", "digits", *PIXELS[:2], "--make-stats", "d.npz", "--out", "d"]) == 0
@@ -69,6 +71,8 @@ def test_the_distance_is_that_of_the_samples(
     words = ["evaluate", str(weights), *PIXELS[:3], "d.npz", "--num-images", "45", "--seed", "5"]
     assert main(words) == 0
     assert result(tmp_path / "evaluation")["frechet_distance"] == pytest.approx(expected, rel=1e-6)
+    digest = hashlib.sha256(Path("d.npz").read_bytes()).hexdigest()
+    assert result(tmp_path / "evaluation")["compared_with"] == {"sha256": digest}
 
 
 def test_the_sums_of_other_images_or_weights_are_not_used(
