@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import tempfile
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -234,13 +235,19 @@ def _schema(parquet: Any, table: Path) -> Any:
 
 
 def _class_names(schema: Any, table: Path) -> list[str] | None:
-    """The class names that Hugging Face stores in the file's metadata."""
+    """The class names that Hugging Face stores in the file's metadata, each once.
+
+    Classes of the same name, such as ImageNet's two cranes, get their numbers: names are how classes are told
+    apart.
+    """
     _, label = _columns(schema, table)
     try:
         noted = json.loads((schema.metadata or {})[b"huggingface"])
-        return [str(name) for name in noted["info"]["features"][label]["names"]]
+        names = [str(name) for name in noted["info"]["features"][label]["names"]]
     except (KeyError, TypeError, ValueError):
         return None
+    count = Counter(names)
+    return [f"{name} ({number})" if count[name] > 1 else name for number, name in enumerate(names)]
 
 
 def _report_unused_columns(schema: Any, table: Path) -> None:

@@ -385,6 +385,14 @@ def test_tables_that_number_their_classes_differently_are_read_by_name(tables: P
     assert load_dataset(str(tables), 4, 1).class_names == ["owl", "cat", "dog"]
 
 
+def test_classes_of_one_name_get_their_numbers(tables: Path) -> None:
+    """ImageNet has two cranes: --init-from gave both the row of the second, --classes crane meant the first."""
+    for table in tables.iterdir():
+        name_classes(table, ["crane", "dog", "crane"])
+    assert load_dataset(str(tables), 4, 1).class_names == ["crane (0)", "dog", "crane (2)"]
+    assert levels(str(tables)) == [(n, n % 3) for n in range(10)]
+
+
 def test_images_may_be_a_plain_column_of_bytes(tables: Path) -> None:
     import pyarrow
     import pyarrow.parquet
