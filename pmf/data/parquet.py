@@ -26,6 +26,7 @@ _PICTURES = ("image", "img", "jpg", "png", "webp")  # of several image columns, 
 _LABELS = ("label", "labels", "fine_label", "class", "coarse_label", "cls")  # the first that exists is used
 _log = logging.getLogger(__name__)
 _NO_LABEL = -1  # Hugging Face's value in test splits
+_UNREADABLE = (OSError, ValueError, RuntimeError)  # which pyarrow's errors derive from
 _VERSION = 4  # of the cache format
 
 
@@ -182,15 +183,14 @@ def _row_groups(parquet: Any, table: Path) -> Any:
             image, label = _columns(file.schema_arrow, table)
             for group in range(file.num_row_groups):
                 rows = file.read_row_group(group, columns=[image] if label is None else [image, label])
-                pictures = rows.column(image).combine_chunks()
-                pictures = pictures.field("bytes") if str(pictures.type).startswith("struct<") else pictures
+                pictures: list[Any] = []
+                for chunk in rows.column(image).chunks:  # one by one: as a whole they may exceed 2 GiB
+                    is_struct = str(chunk.type).startswith("struct<")
+                    pictures += (chunk.field("bytes") if is_struct else chunk).to_pylist()
                 labels = [None] * len(pictures) if label is None else rows.column(label).to_pylist()
-                yield pictures.to_pylist(), labels
-    except (OSError, ValueError) as error:  # pyarrow's errors derive from ValueError
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{table} is truncated or not a parquet file ({reason}): download it again"
-        ) from error
+                yield pictures, labels
+    except _UNREADABLE as error:
+        raise _unreadable(table, error) from error
 
 
 def _columns(schema: Any, table: Path) -> tuple[str, str | None]:
@@ -227,11 +227,15 @@ def _known(known: tuple[str, ...], names: list[str]) -> list[str]:
 def _schema(parquet: Any, table: Path) -> Any:
     try:
         return parquet.read_schema(table)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{table} is truncated or not a parquet file ({reason}): download it again"
-        ) from error
+    except _UNREADABLE as error:
+        raise _unreadable(table, error) from error
+
+
+def _unreadable(table: Path, error: Exception) -> UserError:
+    reason = str(error).strip().splitlines()[0]
+    return UserError(
+        f"{table} is truncated, or no parquet file that pyarrow can read ({reason}): download it again"
+    )
 
 
 def _class_names(schema: Any, table: Path) -> list[str] | None:

@@ -248,6 +248,20 @@ def test_a_damaged_table_is_named(tables: Path) -> None:
     assert list((tables.parent / "cache" / "pixelmeanflow").iterdir()) == []
 
 
+def test_a_table_that_pyarrow_does_not_read_is_named(tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For damaged types, and images of more than 2 GiB in a row group: a RuntimeError."""
+    import pyarrow
+    import pyarrow.parquet
+
+    def refuse(*words: Any, **options: Any) -> None:
+        raise pyarrow.ArrowNotImplementedError("Nested data conversions not implemented")
+
+    for owner, name in ((pyarrow.parquet.ParquetFile, "read_row_group"), (pyarrow.parquet, "read_schema")):
+        monkeypatch.setattr(owner, name, refuse)
+        with pytest.raises(UserError, match=r"train-00000\.parquet is truncated, or .* .Nested data conv"):
+            load_dataset(str(tables), 4, 1)
+
+
 def test_a_damaged_index_of_unpacked_images_is_named(tables: Path) -> None:
     load_dataset(str(tables), 4, 1)
     (index,) = (tables.parent / "cache" / "pixelmeanflow").glob("*.npz")
@@ -386,7 +400,7 @@ def test_tables_that_number_their_classes_differently_are_read_by_name(tables: P
 
 
 def test_classes_of_one_name_get_their_numbers(tables: Path) -> None:
-    """ImageNet has two cranes: --init-from gave both the row of the second, --classes crane meant the first."""
+    """ImageNet has two cranes: --init-from gave both the row of the second, --classes chose the first."""
     for table in tables.iterdir():
         name_classes(table, ["crane", "dog", "crane"])
     assert load_dataset(str(tables), 4, 1).class_names == ["crane (0)", "dog", "crane (2)"]
