@@ -42,6 +42,13 @@ def test_peers_may_round_more_often_than_ours():
     assert not is_good(run({"ours": 0.11})["ours"])
 
 
+def test_our_other_forms_are_no_peers():
+    """A default that is wrong beside a right one in another dtype ended with status 0."""
+    rows = run({"pmf, bfloat16": 0.05, "pmf, at its default": 0.2, "torch": 0.2})
+    assert [row["right"] for row in rows.values()] == [True, False, True]
+    assert [is_good(row) for row in rows.values()] == [True, False, True]
+
+
 def test_nan_is_wrong_and_zero_is_compared_absolutely():
     assert relative_error(EXACT * torch.nan, EXACT) == float("inf")
     assert relative_error(1e-3 * EXACT, 0 * EXACT) == pytest.approx(1e-3)
