@@ -16,6 +16,7 @@ def test_every_pass_of_every_kind_is_correct_and_counts_visible_pairs():
         rows = run_case(case, setting.device, 0.01)
         assert len(rows) >= 2 and rows[0]["ours"]
         assert all(row["right"] and "median_ms" in row for row in rows), rows
+        assert all(row["error"] > 0 for row in rows)  # measured: that of all keys was written as 0
         flops[case.facts["of"]] = rows[0]["flops"] / attention_packed.PASSES[case.label.split(",")[0]]
     (batch, heads, longest, width), ((_, many, tokens, _), window) = (
         attention_packed.PACKED["tiny"],
