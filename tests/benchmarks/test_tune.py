@@ -120,6 +120,15 @@ def test_every_competing_plan_gives_the_models_bits(kind: str, monkeypatch: pyte
 # ---- choosing
 
 
+def test_the_models_own_plan_is_tested_too() -> None:
+    """It was recorded as right, whatever it computed."""
+    call = {"error": lambda: 7.0, "timed": lambda: 1.0, "say": lambda text: None}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plans, "use", lambda device, chosen: None)
+        best, rows = tune.tune(PROBLEMS[0], 0, LARGE, **call)  # type: ignore[arg-type]
+    assert best == [] and not any(row["right"] for row in rows) and rows[0]["error"] == 7.0
+
+
 def test_the_fastest_correct_plan_wins_by_two_percent() -> None:
     problem = PROBLEMS[0]
     candidates = list(competitors(problem, "forward", LARGE))
