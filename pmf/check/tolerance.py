@@ -56,12 +56,14 @@ NEWTON_SCHULZ: dict[torch.dtype, float] = {
 
 
 def relative_error(result: Tensor | Iterable[Tensor], exact: Tensor | Iterable[Tensor]) -> float:
-    """Largest relative Frobenius error over the tensors of a result; NaN counts as infinite.
+    """Largest relative Frobenius error over the tensors of a result; NaN or another shape counts as infinite.
 
     If the exact value is zero, up to float64's rounding of numbers around 1, the error is absolute.
     """
     worst = 0.0
     for one, truth in zip(tensors(result), tensors(exact), strict=True):
+        if one.shape != truth.shape:  # which the difference below might broadcast
+            return float("inf")
         size, root = truth.norm().item(), max(1, truth.numel()) ** 0.5
         error = (one.double() - truth).norm().item() / (size if size > ZERO * root else root)
         worst = max(worst, error if error == error else float("inf"))

@@ -16,6 +16,7 @@ from pmf import checked, kernels, ops
 from pmf.check import report, work
 from pmf.check.cases import prepare
 from pmf.check.table import FAMILIES, SIZES, cases, checks
+from pmf.check.tolerance import relative_error
 from pmf.cli import main
 
 CPU = torch.device("cpu")
@@ -34,6 +35,13 @@ def test_every_op_is_a_family() -> None:
     public = {name.removesuffix("_jvp") for name in ops.__all__}
     assert public | {"ema", "muon", "product"} == set(FAMILIES)
     assert set(kernels.NAMES) | {"attention_varlen"} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 1), (1, 2, 3)])
+def test_a_result_of_another_shape_is_wrong(shape: tuple[int, ...]) -> None:
+    """Its difference from the right one may broadcast."""
+    assert relative_error(torch.ones(2, 3), torch.ones(2, 3).double()) == 0
+    assert relative_error(torch.ones(shape), torch.ones(2, 3).double()) == float("inf")
 
 
 @pytest.mark.parametrize("size", SIZES)
