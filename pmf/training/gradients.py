@@ -32,11 +32,12 @@ def clip_gradients(parameters: Iterable[nn.Parameter], largest: float | None) ->
         g <- g min(1, largest / ||g||)
 
     Returns the norm before clipping, float32 []; for sharded parameters, over all shards. A norm that is not
-    finite makes every gradient non-finite too.
+    finite makes every gradient NaN.
     """
     owners = [p for p in parameters if p.grad is not None]
     norm = get_total_norm([p.grad for p in owners if p.grad is not None])
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     if largest is not None:
-        clip_grads_with_norm_(owners, largest, norm)
+        # Finite gradients divided by an infinite norm would be zeros: a step that does nothing, silently.
+        clip_grads_with_norm_(owners, largest, norm.where(norm.isfinite(), torch.nan))
     return norm.float()

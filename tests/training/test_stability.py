@@ -31,6 +31,14 @@ def test_clipping_scales_all_gradients_by_one_factor() -> None:
             torch.testing.assert_close(p.grad, g * factor)
 
 
+@pytest.mark.parametrize("large", [math.inf, 3e19])  # the square of the other overflows
+def test_clipping_by_an_infinite_norm_is_not_a_silent_zero(large: float) -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))]
+    parameters[0].grad, parameters[1].grad = torch.tensor([large, 1.0]), torch.ones(2)
+    assert clip_gradients(parameters, 1.0).item() == math.inf
+    assert all(p.grad is not None and p.grad.isnan().all() for p in parameters)
+
+
 def test_warm_up_and_schedules() -> None:
     def factors(**settings: object) -> list[float]:
         chosen = OptimizerSettings(**settings)  # type: ignore[arg-type]
