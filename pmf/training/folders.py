@@ -24,18 +24,41 @@ def new_run_folder(parent: Path, name: str) -> Path:
 
 def resume_config(run: Path, overrides: dict[str, Any]) -> TrainConfig:
     """The settings of a run's newest checkpoint with overrides; UserError if one would change the weights."""
+    saved = _saved_config(run)
+    config = saved.with_settings(**overrides)
+    if config.data.data != saved.data.data:
+        raise _cannot_change(run, "data", saved.data.data)
+    refuse_changes(run, config)
+    return config
+
+
+def refuse_changes(run: Path, config: TrainConfig) -> None:
+    """UserError if a run to resume was trained with other settings of those that its state is made of.
+
+    Most of them leave every shape as it is: the weights would load, and mean something else.
+    """
+    before, now = _fixed(_saved_config(run)), _fixed(config)
+    for name, value in before.items():
+        if now[name] != value:
+            raise _cannot_change(run, name, value)
+
+
+def _saved_config(run: Path) -> TrainConfig:
     folder = checkpoint.newest_checkpoint(run)
     if folder == run:
         raise UserError(f"{run} is a checkpoint, not a run: give the run folder that contains checkpoints/")
-    saved = TrainConfig.from_json(checkpoint.read_json(folder / "config.json"))
-    config = saved.with_settings(**overrides)
-    fixed = {"data": saved.data.data, "seed": saved.run.seed, **dataclasses.asdict(saved.model)}
-    fixed |= {name: getattr(saved.optimizer, name) for name in ("optimizer", "ema", "ema_half_lives")}
-    for name, value in fixed.items():
-        if name in overrides and overrides[name] != value:
-            shown = size_in_words(value) if name == "image_size" and value is not None else value
-            trained = f"{flag(name)} {shown}" if value is not None else f"its preset's {flag(name)}"
-            if isinstance(value, bool):
-                trained = flag(name) if value else flag(f"no_{name}")
-            raise UserError(f"{run} was trained with {trained}, which cannot change when resuming")
-    return config
+    return TrainConfig.from_json(checkpoint.read_json(folder / "config.json"))
+
+
+def _fixed(config: TrainConfig) -> dict[str, Any]:
+    """The settings that cannot change when resuming, by name."""
+    others = {name: getattr(config.optimizer, name) for name in ("optimizer", "ema", "ema_half_lives")}
+    return {"seed": config.run.seed, **dataclasses.asdict(config.model), **others}
+
+
+def _cannot_change(run: Path, name: str, value: Any) -> UserError:
+    shown = size_in_words(value) if name == "image_size" and value is not None else value
+    trained = f"{flag(name)} {shown}" if value is not None else f"its preset's {flag(name)}"
+    if isinstance(value, bool):
+        trained = flag(name) if value else flag(f"no_{name}")
+    return UserError(f"{run} was trained with {trained}, which cannot change when resuming")

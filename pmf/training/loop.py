@@ -28,6 +28,7 @@ from pmf.models import PixelMeanFlow
 from pmf.ranks import Ranks
 from pmf.training.building import model_config
 from pmf.training.config import EvaluationSettings, OptimizerSettings, TrainConfig, flag, settings
+from pmf.training.folders import refuse_changes
 from pmf.training.log import RunLog, add_environment
 from pmf.training.parallel import whole
 from pmf.training.pictures import draw_samples
@@ -87,6 +88,8 @@ def prepare(
     ranks.require_same(
         "their settings", {flag(s.name): getattr(getattr(config, g), s.name) for g, s in settings()}
     )
+    if resume_from is not None:
+        ranks.together(lambda: refuse_changes(resume_from, config))
     trainer = ranks.together(lambda: _prepare(config, dataset, ranks, resume_from is None))
     ranks.require_same("their images", {"classes": trainer.dataset.class_names, **trainer.images()})
     if resume_from is not None:

@@ -167,6 +167,27 @@ def test_shape_settings_cannot_change_when_resuming(tmp_path: Path, tiny: Tiny) 
     assert resume_config(tmp_path, {"lr": 5e-4}).optimizer.lr == 5e-4
 
 
+@pytest.mark.parametrize(
+    ("changed", "trained"),
+    [
+        ({"noise_scale": 2.0}, "its preset's --noise-scale"),
+        ({"prediction": "u"}, "its preset's --prediction"),
+        ({"seed": 1}, "--seed 0"),
+        ({"ema": False}, "--ema"),
+        ({"optimizer": "adam"}, "--optimizer muon"),
+    ],
+)
+def test_a_resumed_run_in_python_keeps_what_its_state_is_made_of(
+    tmp_path_factory: pytest.TempPathFactory, tiny: Tiny, changed: dict[str, object], trained: str
+) -> None:
+    """The weights loaded and meant something else, the order was another, or the averages were dropped."""
+    run = tmp_path_factory.getbasetemp() / "kept"
+    if not run.is_dir():
+        train(tiny(steps=1), run)
+    with pytest.raises(UserError, match=f"was trained with {trained}, which cannot change when resuming"):
+        train(tiny(steps=2, **changed), run, resume=True)
+
+
 def test_a_changed_precision_reaches_the_optimizer_when_resuming(tmp_path: Path, tiny: Tiny) -> None:
     train(tiny(steps=1, precision="bf16"), tmp_path)
     trainer = prepare(resume_config(tmp_path, {"precision": "fp32"}), resume_from=tmp_path)
