@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pmf.errors import first_few
@@ -31,11 +32,12 @@ def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert the authors' state dict, or ours, to `PixelMeanFlow`'s. Tensors are shared, not copied.
 
     Prefixes added by DistributedDataParallel and torch.compile are ignored (`pmf.wrappers`). A missing v head
-    is allowed: the model can then only sample. Raises ValueError naming unknown or missing keys.
+    is allowed: the model can then only sample. Raises ValueError naming unknown or missing keys, or one that
+    holds no weights, such as quantized ones: copied as numbers, they would give a network of noise.
     """
     given = {key.removeprefix("net."): tensor for key, tensor in by_plain_names(state_dict).items()}
     given = by_plain_names(given)
-    ours = "position" in given
+    ours = any(key.startswith(("position", "condition.")) for key in given)  # any of them may be missing
     names = {name if ours else theirs: name for name, theirs in _names(given, ours).items()}
     missing = [theirs for theirs in names if theirs not in given]
     left_over = [key for key in given if key not in names and key not in _IGNORED]
@@ -46,9 +48,16 @@ def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if keys
         ]
         raise ValueError(f"state dict: not a complete Pixel MeanFlow checkpoint: {'; '.join(problems)}")
+    for key in names:
+        x = given[key]
+        if not x.is_floating_point() or x.layout != torch.strided or x.dim() == 0:
+            raise ValueError(
+                f"state dict: {key} is {x.dtype} {list(x.shape)}, {x.layout}: weights must be dense tensors of "
+                "a floating-point dtype"
+            )
     renamed = {name: given[key] for key, name in names.items()}
-    # Theirs is a 1 x 1 convolution.
-    renamed["patch_embedding.weight_up"] = renamed["patch_embedding.weight_up"].flatten(1)
+    up = renamed["patch_embedding.weight_up"]
+    renamed["patch_embedding.weight_up"] = up.flatten(1) if up.dim() > 1 else up  # theirs is a convolution
     return renamed
 
 

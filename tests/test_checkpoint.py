@@ -1,6 +1,7 @@
 """Weights on disk: round trips, and every file that must be rejected."""
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 
 from pmf import checkpoint, models, sample
 from pmf.errors import UserError
+from pmf.training.initial import initialise
 
 GOLDEN = Path(__file__).parent / "golden" / "objective.npz"
 
@@ -154,9 +156,27 @@ def test_foreign_pytorch_files_are_named(tmp_path: Path, content: object, senten
         checkpoint.load_checkpoint(tmp_path / "other.pth")
 
 
+@pytest.mark.parametrize(
+    "convert",
+    [torch.Tensor.char, torch.Tensor.bool, torch.Tensor.cfloat, torch.Tensor.to_sparse, torch.Tensor.sum],
+    ids=["int8", "bool", "complex", "sparse", "0-d"],
+)
+def test_tensors_that_are_no_weights_are_named(
+    tmp_path: Path, official: dict[str, torch.Tensor], convert: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """They were copied number by number, or ended in a traceback."""
+    torch.save(official | {"pos_embed": convert(official["pos_embed"])}, tmp_path / "theirs.pth")
+    for load in (
+        lambda path: checkpoint.load_checkpoint(path, noise_scale=1.0),
+        lambda path: initialise(tiny_model(), path, list("abcdefghij")),
+    ):
+        with pytest.raises(UserError, match="pos_embed is .*: weights must be dense tensors of a floating"):
+            load(tmp_path / "theirs.pth")
+
+
 def test_foreign_safetensors_are_named(tmp_path: Path) -> None:
     save_file({"fc.weight": torch.zeros(3)}, tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match="not written by pixelmeanflow"):
+    with pytest.raises(UserError, match=r"not written by pixelmeanflow, .*: give weights alone as a \.pth"):
         checkpoint.load_checkpoint(tmp_path / "other.safetensors")
 
 

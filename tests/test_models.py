@@ -252,8 +252,6 @@ def test_unknown_and_missing_weights_are_named(authors: bool) -> None:
     ):
         broken = dict(good)
         del broken[rename(name)]
-        if name == "position" and not authors:
-            continue  # what distinguishes our names from theirs
         with pytest.raises(ValueError, match=f"missing {rename(name)}"):
             from_official(broken)
     with pytest.raises(ValueError, match="unknown u_head.0.attn.bias"):

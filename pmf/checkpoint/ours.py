@@ -193,7 +193,10 @@ def read_tensors(path: Path, skip: tuple[str, ...] = ()) -> tuple[dict[str, torc
             f"{path} is truncated or not a safetensors file ({error}): copy it again, or use another"
         ) from error
     if metadata.get("format") != _FORMAT or "header" not in metadata:
-        raise UserError(f"{path} was not written by pixelmeanflow: its header does not say {_FORMAT!r}")
+        raise UserError(
+            f"{path} was not written by pixelmeanflow, whose files say {_FORMAT!r} in their headers: give weights "
+            "alone as a .pth file, written by torch.save(model.state_dict(), ...)"
+        )
     try:
         header = json.loads(metadata["header"])
     except ValueError as error:
