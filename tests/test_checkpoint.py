@@ -174,6 +174,18 @@ def test_tensors_that_are_no_weights_are_named(
             load(tmp_path / "theirs.pth")
 
 
+def test_weights_that_are_not_finite_are_refused(
+    tmp_path: Path, official: dict[str, torch.Tensor]
+) -> None:
+    """Their samples were black images, and had a Frechet distance."""
+    for value in (float("nan"), float("inf")):
+        broken = official["pos_embed"].clone()
+        broken[0, 0, 0] = value
+        torch.save(official | {"pos_embed": broken}, tmp_path / "theirs.pth")
+        with pytest.raises(UserError, match=r"theirs\.pth has weights position that are not finite"):
+            checkpoint.load_checkpoint(tmp_path / "theirs.pth", noise_scale=1.0)
+
+
 def test_foreign_safetensors_are_named(tmp_path: Path) -> None:
     save_file({"fc.weight": torch.zeros(3)}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match=r"not written by pixelmeanflow, .*: give weights alone as a \.pth"):

@@ -91,15 +91,10 @@ def load_model(
         config, class_names = described_model(header, file)
         _check_noise_scale(noise_scale, config, file)
     else:
+        tensors = official_weights(file, v_head)
+        unseen = {} if noise_scale is None else {"noise_scale": noise_scale}
         try:
-            official = by_plain_names(read_official(file))
-            if not v_head:
-                official = {
-                    key: x for key, x in official.items() if not key.removeprefix("net.").startswith(_V_HEAD)
-                }
-            unseen = {} if noise_scale is None else {"noise_scale": noise_scale}
-            config = models.config_from_state_dict(official, **unseen)
-            tensors = models.from_official(official)
+            config = models.config_from_state_dict(tensors, **unseen)
         except (ValueError, KeyError, IndexError) as error:
             raise UserError(f"{file} does not hold a pixel MeanFlow model: {error}") from error
         class_names = [str(index) for index in range(config.num_classes)]
@@ -226,6 +221,25 @@ def read_official(path: Path) -> dict[str, torch.Tensor]:
                 f"{path} contains {name!r} of type {type(value).__name__}: it must contain named tensors only"
             )
     return content
+
+
+def official_weights(path: Path, v_head: bool = True) -> dict[str, torch.Tensor]:
+    """The weights in the authors' state dict under our names, without the v head if it is not wanted.
+
+    Raises UserError for another model's weights, and for weights that are not finite: every image would be
+    black, and get a Frechet distance as if it were a sample.
+    """
+    given = by_plain_names(read_official(path))
+    if not v_head:
+        given = {key: x for key, x in given.items() if not key.removeprefix("net.").startswith(_V_HEAD)}
+    try:
+        weights = models.from_official(given)
+    except ValueError as error:
+        raise UserError(f"{path} does not hold a pixel MeanFlow model: {error}") from error
+    for name, weight in weights.items():
+        if not weight.float().isfinite().all():
+            raise UserError(f"{path} has weights {name} that are not finite: use another checkpoint")
+    return weights
 
 
 def _require_file(path: Path) -> None:

@@ -8,7 +8,6 @@ import torch
 from pmf import checkpoint, models
 from pmf.data.labels import UNLABELLED
 from pmf.errors import UserError, first_few
-from pmf.wrappers import by_plain_names
 
 _SHOWN = 8  # names listed in full
 _TABLE = "condition.label_embedder.embedding.weight"
@@ -98,10 +97,7 @@ def _read(source: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
     if source.is_dir() or source.suffix == ".safetensors" or str(source) in checkpoint.BUILT_IN:
         loaded = checkpoint.load_model(source)
         return dict(loaded.model.named_parameters()), loaded.class_names
-    try:  # without building its model: a state dict may not determine the noise scale
-        weights = models.from_official(by_plain_names(checkpoint.read_official(source)))
-    except ValueError as error:
-        raise UserError(f"{source} does not hold a pixel MeanFlow model: {error}") from error
+    weights = checkpoint.official_weights(source)  # a state dict may not determine the noise scale
     classes = max(len(weights[_TABLE]) - 1, 0) if _TABLE in weights else 0
     return weights, [str(number) for number in range(classes)]
 
