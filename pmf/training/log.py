@@ -14,6 +14,7 @@ from pmf.training.pictures import draw_losses
 from pmf.version import VERSION
 
 ENVIRONMENT = "environment.json"
+_EVERY_ROW = {"step", "images", "seconds"}
 
 
 class RunLog:
@@ -76,13 +77,16 @@ class RunLog:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The complete entries of a log.jsonl, oldest first; none if there is no file."""
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+    """The complete entries of a log.jsonl, oldest first, up to a damaged one; none if there is no file."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
-            rows.append(json.loads(line))
-        except ValueError:  # an incomplete line from a run that was killed while writing it
+            row = json.loads(line)
+        except ValueError:  # incomplete: the run was killed, or the machine lost power, while it was written
             break
+        if not isinstance(row, dict) or not _EVERY_ROW <= row.keys():
+            break
+        rows.append(row)
     return rows
 
 

@@ -141,10 +141,11 @@ def test_weights_that_are_not_finite_are_never_saved(
     assert [path.name for path in checkpoint.checkpoint_folders(tmp_path)] == ["step-00000001"]
 
 
-def test_a_killed_run_drops_log_entries_after_its_checkpoint(tmp_path: Path, tiny: Tiny) -> None:
+@pytest.mark.parametrize("last", [b'{"step": 8, "ima', b"\xff\xfe\x00", b"8", b'{"step": 8}'])
+def test_a_killed_run_drops_log_entries_after_its_checkpoint(tmp_path: Path, tiny: Tiny, last: bytes) -> None:
     train(tiny(steps=4), tmp_path)
-    with (tmp_path / "log.jsonl").open("a") as log:
-        log.write('{"step": 6, "images": 48, "seconds": 1, "loss_u": 9, "loss_v": 9}\n{"step": 8, "ima')
+    with (tmp_path / "log.jsonl").open("ab") as log:
+        log.write(b'{"step": 6, "images": 48, "seconds": 1, "loss_u": 9, "loss_v": 9}\n' + last)
     train(resume_config(tmp_path, {"steps": 6}), tmp_path, resume=True)
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 6] and rows[-1]["loss_u"] < 9
