@@ -19,6 +19,7 @@ from pmf.checkpoint.ours import (
     tensors_bytes,
     trained_settings,
     weights_bytes,
+    without_repeats,
 )
 
 __all__ = [
@@ -40,4 +41,5 @@ __all__ = [
     "tensors_bytes",
     "trained_settings",
     "weights_bytes",
+    "without_repeats",
 ]

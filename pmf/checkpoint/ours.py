@@ -329,8 +329,8 @@ def trained_settings(file: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; ValueError for a key that occurs twice, of which Python would take the last."""
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, as `json.loads` calls it; ValueError for a key that occurs twice: the last would win."""
     content = dict(pairs)
     if len(content) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -339,9 +339,9 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; UserError if the file is missing or damaged."""
+    """Read a JSON object; UserError if the file is missing or damaged. Windows begins UTF-8 with a mark."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=without_repeats)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): repair it, or use another") from error
     if not isinstance(content, dict):

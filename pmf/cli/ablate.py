@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pmf import env
+from pmf import checkpoint, env
 from pmf.ablation import (
     CLASSIFIER,
     SUITES,
@@ -218,7 +218,8 @@ def parse_variant(text: str) -> Variant:
 def read_variants(path: Path) -> list[Variant]:
     """Read variants from JSON, {"NAME": {"flag": value, ...}, ...}; UserError for any other content."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")
+        content = json.loads(text, object_pairs_hook=checkpoint.without_repeats)
     except (OSError, ValueError) as error:
         raise UserError(f"--variants {path} cannot be read as JSON ({error})") from error
     if not isinstance(content, dict) or not all(isinstance(value, dict) for value in content.values()):

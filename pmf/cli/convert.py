@@ -127,7 +127,8 @@ def _official_bytes(model: models.PixelMeanFlow) -> bytes:
 def _read_names(path: Path, count: int) -> list[str]:
     """Read one class name per line, in label order."""
     try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = path.read_text(encoding="utf-8-sig")  # Windows begins it with a mark
+        names = [line.strip() for line in text.splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(f"--class-names {path} cannot be read as text ({error})") from error
     if len(names) != count or len(set(names)) != count:

@@ -72,13 +72,19 @@ def _read(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         content, tree = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path} cannot be read as YAML ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path} cannot be read as YAML ({_reason(error)})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} must map setting names to values, such as batch-size: 64")
     for word, count in Counter(key.value for key, _ in tree.value).items():  # loaded, the last one wins
         if count > 1:
             raise UserError(f"{path} sets {flag(str(word).replace('_', '-'))} twice")
     return content
+
+
+def _reason(error: Exception) -> str:
+    """What YAML cannot be read, and where, in one line; PyYAML gives several, the problem in the middle."""
+    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+    return f"line {mark.line + 1}: {problem}" if mark else str(error).splitlines()[0]
 
 
 def _typed(value: Any, hint: Any, parse: Callable[[str], Any] | None) -> Any:

@@ -153,8 +153,11 @@ def test_variants_from_a_file(
     for content, sentence in (
         ([1], '--variants v.json must contain {"NAME": {"flag": value, ...}, ...}'),
         ({"a": {"lr": "fast"}}, "variant 'a': argument --lr: invalid float value: 'fast'"),
+        ('{"a": {"lr": 1}, "a": {"lr": 2}}', "--variants v.json cannot be read as JSON ('a' occurs twice)"),
+        ('{"a": {"lr": 1, "lr": 2}}', "('lr' occurs twice)"),
     ):
-        Path("v.json").write_text(json.dumps(content))
+        text = content if isinstance(content, str) else json.dumps(content)
+        Path("v.json").write_text(text, encoding="utf-8-sig")  # as Windows writes it
         assert main(["ablate", "--quick", "--variants", "v.json"]) == 2
         assert sentence in capsys.readouterr().err
     Path("v.json").write_text(

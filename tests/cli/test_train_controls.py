@@ -34,7 +34,7 @@ def test_a_settings_file_supplies_what_flags_do_not(
     assert (config["run"]["steps"], config["optimizer"]["lr"]) == (3, 1e-3)
     assert (config["model"]["image_size"], config["model"]["condition_tokens"]) == ([8, 16], [1] * 5)
     again = tmp_path / "config.json"
-    again.write_text(json.dumps(config))
+    again.write_text(json.dumps(config), encoding="utf-8-sig")  # as Windows writes it
     assert pmf.cli.main(["train", "--config", str(again), "--dry-run"]) == 0
     assert json.loads(capsys.readouterr().out) == config
 
@@ -73,6 +73,7 @@ def test_a_settings_file_is_parsed_like_flags(
         ("batchsize: 3", "sets 'batchsize', which is not a setting"),
         ("- 3", "must map setting names to values"),
         ("a: [", "cannot be read as YAML"),
+        ("steps: 3\n? [1, 2]\n: 4", "settings.yaml cannot be read as YAML (line 2: found unhashable key)"),
         ("image-size: big", "--image-size"),
         ("batch-size: -1", "--batch-size must be 1 or more"),
         ("batch-size: many", "--batch-size must be a whole number, got 'many'"),
