@@ -360,8 +360,9 @@ def _check_ranges(config: TrainConfig) -> None:
             "leave one of them out (--cooldown 0)"
         )
     half_lives = config.optimizer.ema_half_lives
-    if not half_lives or min(half_lives) <= 0 or len(set(half_lives)) != len(half_lives):
-        raise UserError("--ema-half-lives must be distinct numbers above 0")
+    names = {f"{half_life:g}" for half_life in half_lives}  # of their files
+    if not half_lives or min(half_lives) <= 0 or len(names) != len(half_lives):
+        raise UserError("--ema-half-lives must be distinct numbers above 0, also when rounded to six digits")
     if config.optimizer.ema and config.sampling.sample_ema not in half_lives:
         known = ", ".join(f"{half_life:g}" for half_life in half_lives)
         raise UserError(f"--sample-ema must be one of --ema-half-lives ({known})")

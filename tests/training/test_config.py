@@ -69,6 +69,7 @@ def test_paper_presets_hold_the_paper_recipe() -> None:
         ("max_omega", 0.5, "--max-omega must be 1 or more"),
         ("sample_omega", 0.9, "--sample-omega must be 1 or more"),
         ("ema_half_lives", (5.0, 5.0), "--ema-half-lives must be distinct"),
+        ("ema_half_lives", (1000.001, 1000.002), "distinct numbers above 0, also when rounded to six digits"),
         ("sample_ema", 7.0, "--sample-ema must be one of"),
         ("sample_interval", (0.9, 0.1), "--sample-interval"),
         ("precision", "fp8", "--precision"),
