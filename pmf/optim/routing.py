@@ -19,8 +19,8 @@ ParamsLike = nn.Module | Iterable[Tensor] | Iterable[Named] | Iterable[Mapping[s
 Layouts = dict[int, dict[str, Any]]
 """Muon's parameters: id of the parameter -> the settings that define its matrices."""
 
-EMBEDDING_NAMES = ("embed", "emb", "wte", "wpe")
-"""Names of embedding modules, besides names that contain "embedding"."""
+EMBEDDING_WORDS = {"embed", "emb", "wte", "wpe"}
+"""Words in the names of embedding modules, such as embed_tokens, besides names that contain "embedding"."""
 SEPARATE_PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 """The weights that nn.MultiheadAttention has instead of in_proj_weight if keys or values differ in width."""
 
@@ -140,7 +140,7 @@ def _by_name(named: list[Named], flatten: bool) -> Layouts:
             continue
         if leaf == "in_proj_weight" and p.dim() == 2 and p.shape[0] == 3 * p.shape[1]:
             chosen[id(p)] = _thirds(p)
-        elif leaf == "weight" and "embedding" not in owner and owner not in EMBEDDING_NAMES:
+        elif leaf == "weight" and "embedding" not in owner and EMBEDDING_WORDS.isdisjoint(owner.split("_")):
             chosen[id(p)] = {"flatten": True} if p.dim() > 2 else {}
         elif leaf in SEPARATE_PROJECTIONS:
             chosen[id(p)] = {}

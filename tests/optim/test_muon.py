@@ -162,21 +162,22 @@ def test_exactly_the_recipes_matrices_of_the_model_use_muon():
 
 
 def test_names_tensors_and_groups_are_routed_as_documented():
-    p = parameters((2, 3), (2, 3), (2, 3), (2, 3), (4,))
+    p = parameters((2, 3), (2, 3), (2, 3), (2, 3), (2, 3), (4,))
     names = [
         "time_embedder.linear1.weight",
         "label.embedding.weight",
         "wte.weight",
+        "model.embed_tokens.weight",  # of transformers' language models: was Muon's
         "patch.weight_up",
         "bias",
     ]
     routing = Muon(zip(names, p, strict=True)).routing()
     assert routing["muon"] == names[:1] and routing["adam"] == names[1:]
-    assert Muon(p).routing() == {"muon": [f"param{i}" for i in range(4)], "adam": ["param4"], "frozen": []}
+    assert Muon(p).routing() == {"muon": [f"param{i}" for i in range(5)], "adam": ["param5"], "frozen": []}
     optimizer = Muon([{"params": p[:2], "algorithm": "adam", "lr": 0.5}, {"params": p[2:]}], lr=0.1)
     assert optimizer.routing() == {
-        "muon": ["param2", "param3"],
-        "adam": ["param0", "param1", "param4"],
+        "muon": ["param2", "param3", "param4"],
+        "adam": ["param0", "param1", "param5"],
         "frozen": [],
     }
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.1, 0.1]
