@@ -313,6 +313,24 @@ def test_16_bit_parameters_have_float32_masters():
     assert (p - 3).abs().max() < 0.1
 
 
+def test_a_parameter_set_after_it_was_nan_starts_a_new_master():
+    """The master kept its NaN and gave it back in the next step; the kernels took the parameter."""
+    for shape in ((4, 4), (4,)):
+        (p,) = parameters(shape, dtype=torch.bfloat16)
+        optimizer = Muon([p])
+        p.grad = torch.full_like(p, float("nan"))
+        optimizer.step()
+        assert p.isnan().all()
+        with torch.no_grad():
+            p.fill_(3)
+        for key in ("momentum", "square"):
+            if key in optimizer.state[p]:
+                optimizer.state[p][key].zero_()
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
+        assert (p == 3).all()
+
+
 def test_zero_and_absent_gradients():
     p = parameters((6, 4), (4, 6), (3,), (5, 5))
     start = [x.detach().clone() for x in p]
