@@ -15,7 +15,7 @@ from tqdm import tqdm
 from pmf import checkpoint
 from pmf.atomic import write_file
 from pmf.cli.arguments import Commands, word_by
-from pmf.cli.sample import BATCH_SIZE_HELP, choose_batch_size, choose_classes
+from pmf.cli.sample import BATCH_SIZE_HELP, choose_batch_size, choose_classes, refuse_unlearned_guidance
 from pmf.devices import find_device
 from pmf.errors import UserError
 from pmf.evaluation import (
@@ -238,6 +238,7 @@ def _open_source(arguments: argparse.Namespace, device: torch.device) -> ImageSo
     if arguments.image_size is not None or arguments.channels is not None:
         raise UserError("--image-size and --channels apply to --images: samples have the model's size")
     loaded = checkpoint.load_model(arguments.checkpoint, arguments.ema, v_head=False)
+    refuse_unlearned_guidance(loaded, arguments.omega, arguments.interval)
     # A sharded checkpoint's path is its header, which says nothing about the weights.
     digest = file_digest(loaded.path) if loaded.part is None else weights_digest(loaded.model)
     names = loaded.class_names

@@ -125,6 +125,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _open_sampler(arguments: argparse.Namespace, device: torch.device) -> tuple[Sampler, list[str], Path]:
     """The sampler, its class names and the file it came from; other weights in the file are freed."""
     loaded = checkpoint.load_model(arguments.checkpoint, arguments.ema, v_head=False)
+    refuse_unlearned_guidance(loaded, arguments.omega, arguments.interval)
     try:
         return Sampler(loaded.model.to(device), arguments.precision), loaded.class_names, loaded.path
     except RuntimeError as error:  # does not fit on the device
@@ -211,6 +212,18 @@ def choose_batch_size(given: int | None, device: torch.device) -> int:
     if given is not None:
         return given
     return _BATCH_ON_CPU if device.type == "cpu" else _BATCH_ELSEWHERE
+
+
+def refuse_unlearned_guidance(
+    loaded: checkpoint.LoadedModel, omega: float | None, interval: list[float] | None
+) -> None:
+    """UserError for guidance of a network trained without: it has only seen omega 1 and the interval 0 to 1."""
+    for flag, is_usual in (("omega", omega in (None, 1)), ("interval", interval in (None, [0, 1]))):
+        if is_usual:
+            continue
+        objective = checkpoint.trained_settings(loaded.path).get("objective")
+        if isinstance(objective, dict) and objective.get("guidance") is False:
+            raise UserError(f"{loaded.path} was trained without guidance: leave out --{flag}")
 
 
 def parse_seeds(text: str) -> list[range]:

@@ -57,6 +57,14 @@ def test_train_resume_sample_evaluate(
     assert main([*evaluate, "--out", "kept", "--keep", "kept/images"]) == 0
     assert len(list((tmp_path / "kept" / "images" / "0000").iterdir())) == 4
     capsys.readouterr()
+    for words in (["--omega", "2"], ["--interval", "0.2", "0.8"]):  # the network has never seen them
+        for command in (["sample", "run"], evaluate):
+            assert main([*command, *words, "--out", "unlearned"]) == 2
+            said = capsys.readouterr().err
+            assert f"ema-0.02.safetensors was trained without guidance: leave out {words[0]}" in said
+    assert not Path("unlearned").exists()
+    assert main(["sample", "run", "--omega", "1", "--interval", "0", "1", "--seeds", "0", "--out", "drawn"]) == 0
+    capsys.readouterr()
     assert main(["convert", "run", "one.pth"]) == 2
     assert "would take this model's 8x16 images for squares" in capsys.readouterr().err
     assert main(["convert", "run", "one.safetensors"]) == 0
