@@ -1,4 +1,4 @@
-"""Find the device named on the command line, and query its capabilities."""
+"""Find the device named on the command line, query its capabilities, and recognise that its memory ran out."""
 
 import torch
 
@@ -26,3 +26,10 @@ def has_bf16_products(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and multiplies(torch.bfloat16)
+
+
+def is_out_of_memory(problem: BaseException) -> bool:
+    """Whether too little memory was left for PyTorch's allocator, a CUDA library or the CPU."""
+    says = "out of memory", "ALLOC_FAILED", "can't allocate memory"
+    is_error = isinstance(problem, RuntimeError) and any(text in str(problem) for text in says)
+    return is_error or isinstance(problem, (torch.cuda.OutOfMemoryError, MemoryError))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from pmf.defaults import normal
+from pmf.devices import is_out_of_memory
 from pmf.errors import UserError
 from pmf.flow.sampler import Sampler
 
@@ -31,6 +32,6 @@ def draw_by_seed(
         return sampler(labels, steps, omega, interval, config.noise_scale * noise, times=times)
     except (ValueError, RuntimeError) as error:
         sentence = str(error).splitlines()[0]
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in sentence:
+        if is_out_of_memory(error):
             sentence = f"{len(seeds)} images at a time do not fit in memory: give a smaller --batch-size"
         raise UserError(sentence) from error

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from pmf import _library, checked, plans
+from pmf.devices import is_out_of_memory
 
 from .table import Check, checks
 from .tolerance import dtype_name
@@ -142,13 +143,6 @@ def _is_alive() -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def is_out_of_memory(problem: Exception) -> bool:
-    """Whether too little memory was left for PyTorch's allocator, a CUDA library or the CPU."""
-    says = "out of memory", "ALLOC_FAILED", "can't allocate memory"
-    is_error = isinstance(problem, RuntimeError) and any(text in str(problem) for text in says)
-    return is_error or isinstance(problem, (torch.cuda.OutOfMemoryError, MemoryError))
 
 
 def sentence(problem: BaseException) -> str:

@@ -10,6 +10,7 @@ with quiet_imports():
     from pmf.cli import ablate, bench, check, convert, demo, env, evaluate, flops, report, sample, toy, train
     from pmf.cli.arguments import Parser
     from pmf.cli.notes import notes_on_stderr
+    from pmf.devices import is_out_of_memory
     from pmf.errors import UserError
     from pmf.version import VERSION
 
@@ -47,6 +48,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # from a file no command guards itself
         place = f"{error.filename}: " if error.filename else ""
         print(f"error: {place}{error.strerror or error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        print(
+            f"error: memory ran out ({reason}): give a smaller --batch-size, or pmf train --accumulate 2 or more, "
+            "or --checkpointing blocks",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

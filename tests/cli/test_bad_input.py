@@ -11,6 +11,7 @@ from PIL import Image
 import pmf
 from pmf import _library
 from pmf.cli import main
+from pmf.training import Trainer
 
 
 def image_folder(root: Path, name: str, *classes: str) -> Path:
@@ -165,6 +166,27 @@ def test_a_loss_that_diverges_names_its_step(tmp_path: Path) -> None:
     assert error.startswith("error: the ") and "at step" in error and "--lr" in error, done.stderr
     folders = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert folders and all(name.startswith("step-") for name in folders)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the documentation"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        MemoryError(),
+    ],
+    ids=["GPU", "CPU", "Python"],
+)
+def test_a_step_that_does_not_fit_in_memory_says_what_to_give(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def step(self: Trainer, rate: float = 1.0) -> torch.Tensor:
+        raise error
+
+    monkeypatch.setattr(Trainer, "train_step", step)
+    assert main(["train", *TINY, "--steps", "1", "--out", str(tmp_path / "run")]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: memory ran out (") and "--batch-size, or pmf train --accumulate" in last
 
 
 @pytest.mark.parametrize(
