@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import logging
 import math
 import os
 import resource
@@ -35,6 +36,7 @@ from pmf.training.pictures import draw_samples
 from pmf.training.trainer import COLUMNS, Trainer
 
 _BEST = "best.json"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,12 @@ class Run:
                     write_file(self.out / "config.json", _json_bytes(config))
                     add_environment(self.out, trainer.step, str(trainer.device), self.ranks.size)
                     self.log = RunLog(self.out, trainer.step)
+                if self.out is not None and self._spent() >= 1:
+                    _log.warning(
+                        "%s has reached its --steps or --minutes: nothing is trained, and its checkpoints keep "
+                        "their settings; give more to continue",
+                        self.out,
+                    )
                 started = time.monotonic() - trainer.seconds
                 while not self._stops(stop) and self._spent() < 1:
                     self.rate = learning_rate_factor(config.optimizer, trainer.step, self._spent())

@@ -252,6 +252,16 @@ def test_resuming_with_other_images_says_that_their_order_is_new(
     assert resumed(5) == ""
 
 
+def test_resuming_a_finished_run_says_that_nothing_is_trained(
+    tmp_path: Path, tiny: Tiny, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Settings given with --resume seemed to be accepted, and pmf sample used the old ones."""
+    train(tiny(steps=1), tmp_path)
+    assert not caplog.text
+    assert train(resume_config(tmp_path, {"sample_omega": 1.5}), tmp_path, resume=True).step == 1
+    assert f"{tmp_path} has reached its --steps or --minutes: nothing is trained" in caplog.text
+
+
 def test_user_made_folders_beside_the_checkpoints_are_ignored(tmp_path: Path) -> None:
     for name in ("step-00000002", "step-00000010", "step-00000010-good"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
