@@ -243,7 +243,8 @@ class Muon(torch.optim.Optimizer):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from `state_dict()`. Raises ValueError if the parameters' names or shapes differ.
+        """Continue from `state_dict()`. Raises ValueError if the parameters' names or shapes differ, or if the
+        state is that of a rank which has only a part of it.
 
         Wrapper prefixes in names are ignored. Settings become those of the saved state; the splits of
         parameters must match.
@@ -271,6 +272,7 @@ class Muon(torch.optim.Optimizer):
         for p, state in states.items():
             if any(isinstance(x, Tensor) and x.shape != p.shape for x in state.values()):
                 raise ValueError("Muon: the saved state belongs to parameters of other shapes")
+        self._require_whole(states)
         if any(self._shared.takes(group) for group in self.param_groups):
             self._load_on_ranks(saved_groups, states)
             return
@@ -283,6 +285,20 @@ class Muon(torch.optim.Optimizer):
                 elif isinstance(value, Tensor):
                     self.state[p][key] = value.detach().to(p.device, copy=True)
             fit(p, self.state[p])
+
+    def _require_whole(self, states: dict[Tensor, dict[str, Any]]) -> None:
+        """Raise ValueError if a saved state lacks what its parameter needs here, as that of one rank does."""
+        on_ranks = any(self._shared.takes(group) for group in self.param_groups)
+        own = self.named_state() if on_ranks else None
+        for group in self.param_groups:
+            needed = {"momentum", "square"} if group["algorithm"] == "adam" else {"momentum"}
+            for name, p in zip(group["param_names"], group["params"], strict=True):
+                for key in needed - states[p].keys() if states.get(p) else ():
+                    if own is None or f"{name}/{key}" in own:
+                        raise ValueError(
+                            f"Muon: the saved state has no {key} of {name}, which another rank kept: save the "
+                            "named_state() of all ranks with torch.distributed.checkpoint"
+                        )
 
     def named_state(self) -> dict[str, Tensor]:
         """The live state as "<parameter>/<what>", to be saved or overwritten in place; created if absent.

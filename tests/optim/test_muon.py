@@ -526,3 +526,27 @@ def test_a_state_of_other_parameters_is_rejected():
     source.step()
     with pytest.raises(ValueError, match="other shapes"):
         optimizer.load_state_dict(source.state_dict())
+
+
+@pytest.mark.parametrize("on_ranks", [False, True])
+def test_the_state_of_one_of_several_ranks_is_rejected(tmp_path, on_ranks):
+    """The momentum that other ranks had kept started from zero, with the step count of a long run."""
+    p = parameters((3, 3), (4,))
+    set_gradients(p, 0)
+    source = Muon(p)
+    source.step()
+    part = source.state_dict()
+    part["state"][0] = {"step": part["state"][0]["step"]}
+    group = None
+    if on_ranks:
+        store = f"file://{tmp_path}/meet"
+        torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+        group = torch.distributed.group.WORLD
+    try:
+        optimizer = Muon(parameters((3, 3), (4,)), process_group=group)
+        with pytest.raises(ValueError, match="has no momentum of param0, which another rank kept: save the"):
+            optimizer.load_state_dict(part)
+        optimizer.load_state_dict(source.state_dict())
+    finally:
+        if on_ranks:
+            torch.distributed.destroy_process_group()
