@@ -1,4 +1,4 @@
-"""Find the device named on the command line, query its capabilities, and recognise that its memory ran out."""
+"""Find the device named on the command line, query its capabilities, and recognise a lack of memory."""
 
 import torch
 

@@ -52,8 +52,8 @@ def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         x = given[key]
         if not x.is_floating_point() or x.layout != torch.strided or x.dim() == 0:
             raise ValueError(
-                f"state dict: {key} is {x.dtype} {list(x.shape)}, {x.layout}: weights must be dense tensors of "
-                "a floating-point dtype"
+                f"state dict: {key} is {x.dtype} {list(x.shape)}, {x.layout}: weights must be dense tensors "
+                "of a floating-point dtype"
             )
     renamed = {name: given[key] for key, name in names.items()}
     up = renamed["patch_embedding.weight_up"]

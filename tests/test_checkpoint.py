@@ -174,9 +174,7 @@ def test_tensors_that_are_no_weights_are_named(
             load(tmp_path / "theirs.pth")
 
 
-def test_weights_that_are_not_finite_are_refused(
-    tmp_path: Path, official: dict[str, torch.Tensor]
-) -> None:
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, official: dict[str, torch.Tensor]) -> None:
     """Their samples were black images, and had a Frechet distance."""
     for value in (float("nan"), float("inf")):
         broken = official["pos_embed"].clone()

@@ -189,8 +189,8 @@ def read_tensors(path: Path, skip: tuple[str, ...] = ()) -> tuple[dict[str, torc
         ) from error
     if metadata.get("format") != _FORMAT or "header" not in metadata:
         raise UserError(
-            f"{path} was not written by pixelmeanflow, whose files say {_FORMAT!r} in their headers: give weights "
-            "alone as a .pth file, written by torch.save(model.state_dict(), ...)"
+            f"{path} was not written by pixelmeanflow, whose files say {_FORMAT!r} in their headers: give "
+            "weights alone as a .pth file, written by torch.save(model.state_dict(), ...)"
         )
     try:
         header = json.loads(metadata["header"])

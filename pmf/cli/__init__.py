@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         reason = str(error).partition("\n")[0] or type(error).__name__
         print(
-            f"error: memory ran out ({reason}): give a smaller --batch-size, or pmf train --accumulate 2 or more, "
-            "or --checkpointing blocks",
+            f"error: memory ran out ({reason}): give a smaller --batch-size, or pmf train --accumulate 2 or "
+            "more, or --checkpointing blocks",
             file=sys.stderr,
         )
         return 2

@@ -217,7 +217,7 @@ def choose_batch_size(given: int | None, device: torch.device) -> int:
 def refuse_unlearned_guidance(
     loaded: checkpoint.LoadedModel, omega: float | None, interval: list[float] | None
 ) -> None:
-    """UserError for guidance of a network trained without: it has only seen omega 1 and the interval 0 to 1."""
+    """UserError for guidance of a network trained without, which has only seen omega 1, interval 0 to 1."""
     for flag, is_usual in (("omega", omega in (None, 1)), ("interval", interval in (None, [0, 1]))):
         if is_usual:
             continue

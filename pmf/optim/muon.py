@@ -243,11 +243,10 @@ class Muon(torch.optim.Optimizer):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from `state_dict()`. Raises ValueError if the parameters' names or shapes differ, or if the
-        state is that of a rank which has only a part of it.
+        """Continue from `state_dict()`. Raises ValueError if the parameters' names or shapes differ.
 
-        Wrapper prefixes in names are ignored. Settings become those of the saved state; the splits of
-        parameters must match.
+        The same for a part of a state, which one of several ranks has. Wrapper prefixes in names are ignored.
+        Settings become those of the saved state; the splits of parameters must match.
         """
         if missing := {"param_groups", "state"} - set(state_dict):
             raise ValueError(f"Muon: the saved state has no {min(missing)}: give what state_dict() returned")
@@ -296,8 +295,8 @@ class Muon(torch.optim.Optimizer):
                 for key in needed - states[p].keys() if states.get(p) else ():
                     if own is None or f"{name}/{key}" in own:
                         raise ValueError(
-                            f"Muon: the saved state has no {key} of {name}, which another rank kept: save the "
-                            "named_state() of all ranks with torch.distributed.checkpoint"
+                            f"Muon: the saved state has no {key} of {name}, which another rank kept: save "
+                            "the named_state() of all ranks with torch.distributed.checkpoint"
                         )
 
     def named_state(self) -> dict[str, Tensor]:

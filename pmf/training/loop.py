@@ -151,8 +151,8 @@ class Run:
                     self.log = RunLog(self.out, trainer.step)
                 if self.out is not None and self._spent() >= 1:
                     _log.warning(
-                        "%s has reached its --steps or --minutes: nothing is trained, and its checkpoints keep "
-                        "their settings; give more to continue",
+                        "%s has reached its --steps or --minutes: nothing is trained, and its checkpoints "
+                        "keep their settings; give more to continue",
                         self.out,
                     )
                 started = time.monotonic() - trainer.seconds

@@ -63,7 +63,8 @@ def test_train_resume_sample_evaluate(
             said = capsys.readouterr().err
             assert f"ema-0.02.safetensors was trained without guidance: leave out {words[0]}" in said
     assert not Path("unlearned").exists()
-    assert main(["sample", "run", "--omega", "1", "--interval", "0", "1", "--seeds", "0", "--out", "drawn"]) == 0
+    usual = ["--omega", "1", "--interval", "0", "1"]
+    assert main(["sample", "run", *usual, "--seeds", "0", "--out", "drawn"]) == 0
     capsys.readouterr()
     assert main(["convert", "run", "one.pth"]) == 2
     assert "would take this model's 8x16 images for squares" in capsys.readouterr().err
