@@ -222,8 +222,8 @@ class TrainConfig:
         for group, setting in settings():
             value = getattr(getattr(self, group), setting.name)
             _check_finite(setting.name, value)
-            if isinstance(setting.default, bool) and not isinstance(value, bool):
-                raise UserError(f"{flag(setting.name)} must be true or false, got {value!r}")
+            if not fits(as_plain(value), hint := type_of(group, setting.name)):
+                raise UserError(f"{flag(setting.name)} must be {in_words(hint)}, got {value!r}")
             if value == "":
                 raise UserError(f"{flag(setting.name)} is empty: leave it out, or give it a value")
             choices = setting.metadata["choices"]

@@ -11,7 +11,7 @@ from pmf.evaluation import SPACES
 from pmf.flow import LineTimes, NoGuidance
 from pmf.training import PRESETS, TrainConfig, get_preset, quick
 from pmf.training.building import build_objective, build_optimizer, model_config
-from pmf.training.config import OptimizerSettings, settings
+from pmf.training.config import DataSettings, OptimizerSettings, RunSettings, settings
 from pmf.training.folders import new_run_folder
 from pmf.training.loop import learning_rate_factor
 
@@ -90,6 +90,14 @@ def test_paper_presets_hold_the_paper_recipe() -> None:
 def test_settings_out_of_range_are_named(setting: str, value: object, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         get_preset("digits", **{setting: value})
+
+
+def test_values_of_another_type_are_named_in_python_too() -> None:
+    """They were a TypeError of a comparison, or were found in the middle of the first step."""
+    with pytest.raises(UserError, match="--steps must be a whole number or empty, got '5'"):
+        TrainConfig(run=RunSettings(steps="5"))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="--batch-size must be a whole number, got 8.0"):
+        TrainConfig(data=DataSettings(batch_size=8.0))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
