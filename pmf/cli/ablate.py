@@ -6,6 +6,7 @@ import platform
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -239,6 +240,9 @@ def read_variants(path: Path) -> list[Variant]:
 
 def _parse(words: Sequence[str], name: str) -> dict[str, Any]:
     """Parse the settings of one variant; a UserError names the variant."""
+    for word, count in Counter(words).items():
+        if word.startswith("--") and count > 1:  # the last would win
+            raise UserError(f"variant {name!r} sets {word} twice")
     parser = Parser(prog="pmf ablate", add_help=False)
     add_settings(parser)
     try:

@@ -138,6 +138,12 @@ class Run:
 
     def run(self) -> TrainResult:
         trainer, config = self.trainer, self.config
+        if self.out is not None and self._spent() >= 1:
+            _log.warning(
+                "%s has reached its --steps or --minutes: nothing is trained, and its checkpoints keep their "
+                "settings; give more to continue",
+                self.out,
+            )
         try:
             with (
                 self._files(),
@@ -149,12 +155,6 @@ class Run:
                     write_file(self.out / "config.json", _json_bytes(config))
                     add_environment(self.out, trainer.step, str(trainer.device), self.ranks.size)
                     self.log = RunLog(self.out, trainer.step)
-                if self.out is not None and self._spent() >= 1:
-                    _log.warning(
-                        "%s has reached its --steps or --minutes: nothing is trained, and its checkpoints "
-                        "keep their settings; give more to continue",
-                        self.out,
-                    )
                 started = time.monotonic() - trainer.seconds
                 while not self._stops(stop) and self._spent() < 1:
                     self.rate = learning_rate_factor(config.optimizer, trainer.step, self._spent())

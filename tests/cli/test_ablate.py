@@ -106,6 +106,7 @@ def test_two_variants_become_a_table_and_are_not_run_again(
             ["--variant", "a=", "--variant", "b=no-ema", "--norm-p", "0", "--norm-eps", "1"],
             "--norm-eps has no effect with --norm-p 0, as in every variant: leave it out",
         ),
+        (["--variant", "a=lr=1,lr=2"], "variant 'a' sets --lr twice"),
         (["--variant", "a=sample-every=1"], "variant 'a': --sample-every has no effect in a study"),
         (["--variant", "a=", "--evaluate-images", "9"], "--evaluate-images has no effect in a study"),
         (
