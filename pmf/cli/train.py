@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> int:
     saved = checkpoint.step_folder(out, result.step)
     if result.interrupted:
         told(f"stopped at step {result.step}; checkpoint: {saved}")
-        told(f"continue with: pmf train --resume {out}", file=sys.stderr)
+        told(f"continue with: pmf train --resume {shlex.quote(str(out))}", file=sys.stderr)
         return INTERRUPTED
     told(f"trained {result.step} steps in {result.seconds / 60:.1f} minutes; checkpoint: {saved}")
     told(f"one-step samples: {result.picture}")
@@ -202,5 +203,6 @@ def _choose(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Path | None, T
     if out is not None and any(place.is_file() for place in (out, *out.parents)):
         raise UserError(f"--out {out} is a file, or lies below one: give a folder")
     if out is not None and out.is_dir() and checkpoint.checkpoint_folders(out):
-        raise UserError(f"{out} already contains a run: use --resume {out}, or another --out")
+        quoted = shlex.quote(str(out))
+        raise UserError(f"{out} already contains a run: use --resume {quoted}, or another --out")
     return out, config

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import resource
+import shlex
 import shutil
 import threading
 import time
@@ -213,7 +214,7 @@ class Run:
         except OSError as error:
             raise UserError(
                 f"cannot save the checkpoint of step {trainer.step} to {folder}: {error.strerror or error}; "
-                f"{self._last_checkpoint()}; make room and continue with pmf train --resume {self.out}"
+                f"{self._last_checkpoint()}; make room and continue with {_resume(self.out)}"
             ) from error
         self._drop_old_checkpoints()
         return folder
@@ -324,7 +325,7 @@ class Run:
         clip = "" if self.config.optimizer.clip_grad_norm else " or --clip-grad-norm 1"
         advice = f"train again with a learning rate below {name} {rate:g}{clip}"
         if self.out is not None and checkpoint.checkpoint_folders(self.out):
-            advice = f"continue with pmf train --resume {self.out} {name} {rate / 2:g}{clip}"
+            advice = f"continue with {_resume(self.out)} {name} {rate / 2:g}{clip}"
         return UserError(f"{what}; {self._last_checkpoint()}; {advice}")
 
     def _last_checkpoint(self) -> str:
@@ -438,6 +439,11 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _resume(run: Path) -> str:
+    """The command that resumes a run, for a shell: paths may contain spaces."""
+    return f"pmf train --resume {shlex.quote(str(run))}"
 
 
 def _json_bytes(config: TrainConfig) -> bytes:

@@ -113,13 +113,12 @@ def test_a_loss_that_is_not_finite_names_its_step_and_keeps_the_last_checkpoint(
     assert checkpoint.checkpoint_folders(tmp_path / "first") == []
 
     good = MemoryImages(pixels.nan_to_num(), torch.arange(16) % 2, ["even", "odd"])
-    train(tiny(steps=2), tmp_path / "second", dataset=good)
-    config = resume_config(tmp_path / "second", {"steps": 50, "checkpoint_every": 1})
-    with pytest.raises(
-        UserError, match="last good checkpoint is .*step-0000000[23]; continue with .*--resume .*--lr"
-    ):
-        train(config, tmp_path / "second", resume=True, dataset=broken)
-    assert checkpoint.load_checkpoint(tmp_path / "second").position.isfinite().all()
+    train(tiny(steps=2), tmp_path / "second run", dataset=good)
+    config = resume_config(tmp_path / "second run", {"steps": 50, "checkpoint_every": 1})
+    said = "last good checkpoint is .*step-0000000[23]; continue with .*--resume '/.*/second run' --lr"
+    with pytest.raises(UserError, match=said):
+        train(config, tmp_path / "second run", resume=True, dataset=broken)
+    assert checkpoint.load_checkpoint(tmp_path / "second run").position.isfinite().all()
 
 
 def test_weights_that_are_not_finite_are_never_saved(
