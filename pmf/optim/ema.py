@@ -164,21 +164,27 @@ class EMA:
                 f"EMA: the saved half-lives are {state['half_lives']}, not {list(self.half_lives)}"
             )
         for half_life, saved in zip(self.half_lives, state["copies"], strict=True):
+            self._require_fit(half_life, by_plain_names(saved))  # before any is overwritten
+        for half_life, saved in zip(self.half_lives, state["copies"], strict=True):
             self.load_weights(half_life, saved)
         self.updates = int(state["updates"])
 
     @torch.no_grad()
     def load_weights(self, half_life: float, weights: Mapping[str, Tensor]) -> None:
         """Overwrite the averages for one half-life. Raises ValueError if names or shapes differ."""
-        averages, weights = self.weights(half_life), by_plain_names(weights)
+        weights = by_plain_names(weights)
+        self._require_fit(half_life, weights)
+        for name, average in self.weights(half_life).items():
+            fill(average, weights[name])
+
+    def _require_fit(self, half_life: float, weights: Mapping[str, Tensor]) -> None:
+        averages = self.weights(half_life)
         for name in sorted(averages.keys() | weights.keys()):
             if _shape(averages, name) != _shape(weights, name):
                 raise ValueError(
                     f"EMA: the saved averages belong to another model: {name} has shape "
                     f"{_shape(weights, name)}, not {_shape(averages, name)}"
                 )
-        for name, average in averages.items():
-            fill(average, weights[name])
 
 
 def _kernel_takes(parameters: Sequence[Tensor], averages: Sequence[Tensor]) -> bool:

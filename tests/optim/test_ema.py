@@ -153,6 +153,16 @@ def test_one_kernel_updates_all_averages(place):
             torch.testing.assert_close(average.cpu(), plain.weights(half_life)[name])
 
 
+def test_a_state_that_does_not_fit_changes_nothing():
+    """The averages before the one that does not fit were overwritten already."""
+    p = nn.Parameter(torch.zeros(3))
+    ema = EMA([("p", p)], (1, 2))
+    state = {**ema.state_dict(), "copies": [{"p": torch.ones(3)}, {"p": torch.ones(4)}]}
+    with pytest.raises(ValueError, match=r"p has shape \[4\], not \[3\]"):
+        ema.load_state_dict(state)
+    assert all((copy["p"] == 0).all() for copy in ema.copies)
+
+
 def test_bad_arguments_are_named():
     model = nn.Linear(3, 2)
     ema = EMA(model, half_lives=(1.0,))
