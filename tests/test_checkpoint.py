@@ -223,8 +223,16 @@ def test_a_run_folder_gives_its_newest_checkpoint_and_the_requested_average(tmp_
         checkpoint.load_checkpoint(tmp_path, "7")
     with pytest.raises(UserError, match="there is no checkpoint"):
         checkpoint.load_checkpoint(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="contains no complete checkpoint"):
+    with pytest.raises(
+        UserError, match="contains no complete checkpoint: give a folder written by pmf train"
+    ):
         checkpoint.load_checkpoint(tmp_path / "checkpoints")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "config.json").write_text("{}")
+    with pytest.raises(
+        UserError, match="contains no complete checkpoint: wait for its first, or start it again"
+    ):
+        checkpoint.load_checkpoint(tmp_path / "new")
 
 
 def test_junk_instead_of_a_checkpoint_is_one_sentence(tmp_path: Path) -> None:

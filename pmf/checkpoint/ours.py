@@ -268,7 +268,13 @@ def newest_checkpoint(run: Path) -> Path:
         return run
     folders = checkpoint_folders(run)
     if not folders:
-        raise UserError(f"{run} contains no complete checkpoint: give a folder written by pmf train")
+        is_run = (run / "config.json").is_file()
+        what = (
+            "wait for its first, or start it again with --out"
+            if is_run
+            else "give a folder written by pmf train"
+        )
+        raise UserError(f"{run} contains no complete checkpoint: {what}")
     return folders[-1]
 
 
