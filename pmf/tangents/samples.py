@@ -82,6 +82,8 @@ class FirstSamples(TangentMode):
         if made is None:
             return NotImplemented
         named, places = made
+        if any(id(x) in dims for x in named.values()):  # in two roles, one of them not narrowed
+            return NotImplemented
         out = func(*args, **kwargs)
         values = out if isinstance(out, tuple) else (out,)
         first.value_is([x if d is None else first.narrow(x, d) for x, d in zip(values, places, strict=True)])

@@ -170,8 +170,15 @@ def joined_samples(x: Tensor) -> Tensor:
     return torch.cat((x[3:], x[:3])) * torch.stack((x, x)).sum(0) + (x.unfold(0, 2, 2).sum(-1)).repeat(2, 1)
 
 
+def one_tensor_in_two_roles(x: Tensor) -> Tensor:
+    """Of which only the first has one row for each sample."""
+    return x @ x + F.linear(x, x) + F.conv1d(x[:, :, None], x[:, :, None])[..., 0]
+
+
 @pytest.mark.parametrize("count", [1, 4])
-@pytest.mark.parametrize("function", [one_sample_overwritten, order_of_samples, joined_samples])
+@pytest.mark.parametrize(
+    "function", [one_sample_overwritten, order_of_samples, joined_samples, one_tensor_in_two_roles]
+)
 def test_samples_that_change_places(function, count: int):
     check(Problem(Spelled(function), (torch.randn(6, 6, dtype=DOUBLE),)), count, mixes=True)
 
