@@ -79,7 +79,7 @@ class TangentMode(TorchDispatchMode):
         entry = self._of.get(id(x))
         if entry is not None and entry[0]() is x:
             return entry[1]
-        if self._shadows and isinstance(x, Tensor):
+        if self._shadows and isinstance(x, Tensor) and x.layout is torch.strided:
             found = self._shadows.get(x.untyped_storage()._cdata)
             if found is not None and found[1].dtype.to_real() == x.dtype.to_real():
                 return found[1].view(x.dtype).as_strided(x.size(), x.stride(), x.storage_offset())
@@ -107,9 +107,18 @@ class TangentMode(TorchDispatchMode):
         self.alias(x, tangent)
 
     def alias(self, x: Tensor, tangent: Tensor | None) -> None:
-        """Give a view of a value the same view of its tangent; None keeps it zero despite a shadow."""
+        """Give a view of a value the same view of its tangent."""
         # The reference calls pop(key, itself) when x dies, before another value can have its id.
         self._of[id(x)] = (weakref.ref(x, functools.partial(self._of.pop, id(x))), tangent)
+
+    def detach(self, x: Tensor) -> None:
+        """Make a value a constant. Where its memory has a shadow it gets a zero tangent of its own.
+
+        So have its views, then, and so has what is written to them.
+        """
+        self._of.pop(id(x), None)
+        if self._shadows and self.stored(x) is not None:
+            self.alias(x, torch.zeros_like(x))
 
     def write(self, x: Tensor, by: Tensor | None) -> None:
         """Record that x has been overwritten in place by a value; None is a constant."""
@@ -160,10 +169,6 @@ class TangentMode(TorchDispatchMode):
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """An operator with its tangent."""
         return self._rules[func](self, func, args, kwargs)
-
-    @property
-    def has_shadows(self) -> bool:
-        return bool(self._shadows)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

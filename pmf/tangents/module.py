@@ -141,7 +141,7 @@ def beside(
 class _FromAbove(TorchFunctionMode):
     """What a dispatch mode does not see, or sees only in pieces or without a derivative.
 
-    Tensor.detach_, RMS normalisation, LSTMs, and attention whose name was imported before it was replaced.
+    Tensor.detach_ and data, RMS normalisation, LSTMs, and attention whose name was imported before it was replaced.
     """
 
     def __init__(self, mode: TangentMode) -> None:
@@ -158,9 +158,12 @@ class _FromAbove(TorchFunctionMode):
         if func is torch.lstm:
             return _lstm(*args, **kwargs)
         out = func(*args, **kwargs)
-        if func is torch.Tensor.detach_:
-            self.mode.alias(out, None)
+        if func in _DETACHES:
+            self.mode.detach(out)
         return out
+
+
+_DETACHES = {torch.Tensor.detach_, torch.detach_, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
 
 
 def _rms_norm(

@@ -90,8 +90,8 @@ def _linear(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str,
 )  # fmt: skip
 def _constant(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     out = func(*args, **kwargs)
-    if mode.has_shadows and func is aten.detach.default:
-        mode.alias(out, None)
+    if func is aten.detach.default:
+        mode.detach(out)
     return out
 
 

@@ -176,7 +176,6 @@ class FirstSamples(TangentMode):
 class _First:
     """What a rule sees of a TangentMode while it runs on the first samples."""
 
-    has_shadows = False
     takes_whole = False
 
     def __init__(self, mode: FirstSamples, dims: Samples) -> None:

@@ -33,6 +33,28 @@ def test_detach_in_place():
     assert_close(pmf.Jvp(network)((x,), (x_t,))[1], x * x_t, EXACT)
 
 
+@pytest.mark.parametrize(
+    "detach", [torch.Tensor.detach, torch.Tensor.detach_, torch.detach_, torch.Tensor.data.__get__]
+)
+def test_views_of_a_detached_value(detach):
+    """Its memory has a tangent, but they have none until one is written to them."""
+    x, x_t = torch.randn(2, 4, 4, dtype=torch.float64).unbind(0)
+
+    def function(x):
+        memory = torch.zeros_like(x)
+        seen = memory.view(-1)
+        constant = detach(memory.copy_(x))
+        out = constant[0] * x + constant.t() * x + seen.view(4, 4)
+        constant[1] = x[2]
+        return out + constant
+
+    network = Spelled(function)
+    network.layer = nn.Identity()
+    expected = (x[0] + x.t() + 1) * x_t
+    expected[1] += x_t[2]
+    assert_close(pmf.Jvp(network)((x,), (x_t,))[1], expected, EXACT)
+
+
 @pytest.mark.skipif("emulated" not in LEVELS, reason="this machine cannot run the emulator")
 def test_the_cuda_kernels():
     problem = Problem(Spelled(ours), (torch.randn(6, 6, dtype=torch.float32),))
