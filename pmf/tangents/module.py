@@ -141,7 +141,7 @@ def beside(
 class _FromAbove(TorchFunctionMode):
     """What a dispatch mode does not see, or sees only in pieces or without a derivative.
 
-    Tensor.detach_ and data, RMS normalisation, LSTMs, and attention whose name was imported before it was replaced.
+    Tensor.detach_ and data, what leaves PyTorch, RMS normalisation, LSTMs, and attention whose name was imported before it was replaced.
     """
 
     def __init__(self, mode: TangentMode) -> None:
@@ -151,6 +151,8 @@ class _FromAbove(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if kwargs is None:
             kwargs = {}
+        if func in _LEAVES:
+            self._require_constants(_LEAVES[func], args)
         if func is F.rms_norm and (found := _rms_norm(*args, **kwargs)) is not None:
             return found
         if func is torchs:
@@ -162,7 +164,22 @@ class _FromAbove(TorchFunctionMode):
             self.mode.detach(out)
         return out
 
+    def _require_constants(self, what: str, args: Any) -> None:
+        if any(self.mode.stored(x) is not None for x in args):
+            raise RuntimeError(
+                f"Jvp: the network uses {what} of a value with a tangent, which cannot follow: use PyTorch's "
+                "operators, or detach() the value if it is a constant"
+            )
 
+
+_LEAVES = {
+    torch.Tensor.numpy: "numpy()",
+    torch.Tensor.__array__: "numpy()",
+    torch.Tensor.__dlpack__: "DLPack",
+    torch.Tensor.data_ptr: "data_ptr()",
+    torch.Tensor.data.__set__: "an assignment to or from .data",  # type: ignore[attr-defined]
+}
+"""What no operator sees: it takes a value's memory away, or replaces it."""
 _DETACHES = {torch.Tensor.detach_, torch.detach_, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
 
 

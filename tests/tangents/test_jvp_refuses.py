@@ -1,8 +1,10 @@
 """What Jvp does not support: one sentence that names it, never a silent zero."""
 
+import ctypes
 import threading
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -157,6 +159,37 @@ def test_functions_in_cpp():
 
     with pytest.raises(RuntimeError, match="a function in C.. is an autograd.Function"):
         run(function)
+
+
+def copied(x):
+    """What a kernel does that is called with pointers."""
+    y = torch.empty(x.shape)
+    ctypes.memmove(y.data_ptr(), x.data_ptr(), y.nbytes)
+    return y
+
+
+def assigned(x):
+    y = x * 2
+    y.data = torch.sin(x)
+    return y
+
+
+@pytest.mark.parametrize(
+    ("what", "function"),
+    [
+        (r"numpy\(\)", lambda x: torch.from_numpy(np.sin(x.numpy()))),
+        (r"numpy\(\)", lambda x: torch.from_numpy(np.asarray(x) * 2)),
+        ("DLPack", lambda x: torch.from_dlpack(x * 2)),
+        (r"data_ptr\(\)", copied),
+        (r"an assignment to or from \.data", assigned),
+    ],
+)
+def test_memory_that_leaves_pytorch(what, function):
+    """A NumPy function or a kernel called with pointers gave a zero tangent, silently."""
+    with torch.no_grad(), pytest.raises(RuntimeError, match=f"uses {what} of a value with a tangent"):
+        run(function)
+    with torch.no_grad():
+        assert not run(lambda x: function(x.detach()))[1].any()
 
 
 @torch.jit.script
