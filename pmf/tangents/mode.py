@@ -184,6 +184,8 @@ class TangentMode(TorchDispatchMode):
             for x in tensors_of((*args, *kwargs.values()) if kwargs else args):
                 known = known or self.stored(x) is not None
                 lazy = lazy or x.is_complex() or x.is_neg()
+            if not torch._C._is_fwd_grad_enabled():
+                self._check_function(known)
             if not known:
                 return func(*args, **kwargs)
             if not isinstance(func, OpOverload):
@@ -191,8 +193,6 @@ class TangentMode(TorchDispatchMode):
                     f"Jvp: {func.name()} is a higher-order operator and has no tangents: use ordinary "
                     "operators"
                 )
-            if not torch._C._is_fwd_grad_enabled():
-                _check_function()
             if not lazy and not torch._C._is_any_autocast_enabled():
                 return self.run(func, args, kwargs)
             include, exclude = (
@@ -205,6 +205,18 @@ class TangentMode(TorchDispatchMode):
                 exclude = exclude.add(key)
             with torch._C._ForceDispatchKeyGuard(include, exclude):
                 return self.run(func, args, kwargs)
+
+    def _check_function(self, known: bool) -> None:
+        """Forward mode is disabled inside an autograd.Function's forward, whatever torch.no_grad says.
+
+        The Function's inputs count even if the operator's do not: it may allocate what a kernel then fills.
+        """
+        name, given = _foreign_function()
+        if name is not None and (known or any(self.stored(x) is not None for x in tensors_of(given))):
+            raise RuntimeError(
+                f"Jvp: {name} is an autograd.Function, whose derivative may not be that of its forward: call "
+                "with detach_tangent=False, which is torch.func.jvp and asks for the Function's jvp"
+            )
 
 
 if _MARKS_CODE:
@@ -237,17 +249,8 @@ def _is_dense(x: Tensor) -> bool:
     return x.is_contiguous() or torch.empty_like(x, device="meta").stride() == x.stride()
 
 
-def _check_function() -> None:
-    """Forward mode is disabled inside an autograd.Function's forward, whatever torch.no_grad says."""
-    if (name := _foreign_function()) is not None:
-        raise RuntimeError(
-            f"Jvp: {name} is an autograd.Function, whose derivative may not be that of its forward: call "
-            "with detach_tangent=False, which is torch.func.jvp and asks for the Function's jvp"
-        )
-
-
-def _foreign_function() -> str | None:
-    """The autograd.Function that is being applied, unless it is PyTorch's or ours."""
+def _foreign_function() -> tuple[str | None, Any]:
+    """The autograd.Function that is being applied, unless it is PyTorch's or ours, and to what."""
     frame: Any = sys._getframe(2)
     inside = torch.is_inference_mode_enabled()  # which disables it too
     while frame is not None:
@@ -255,7 +258,7 @@ def _foreign_function() -> str | None:
         function = frame.f_locals.get("cls") if applies else None
         if isinstance(function, type) and issubclass(function, torch.autograd.Function):
             if function.__module__.partition(".")[0] not in ("torch", "pmf"):
-                return function.__qualname__
+                return function.__qualname__, frame.f_locals.get("args", ())
             inside = True
         frame = frame.f_back
-    return None if inside else "a function in C++"
+    return None if inside else "a function in C++", ()

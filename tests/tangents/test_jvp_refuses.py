@@ -138,7 +138,17 @@ class ByAnyName(Rounded):
     forward = staticmethod(lambda ctx, x: x.round())
 
 
-@pytest.mark.parametrize("function", [Rounded, Decorated, ByAnyName, WithJvp])
+class ByPointer(Rounded):
+    """Such as a kernel of Triton: no operator sees an input."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = torch.empty(x.shape)
+        ctypes.memmove(y.data_ptr(), x.data_ptr(), y.nbytes)
+        return y
+
+
+@pytest.mark.parametrize("function", [Rounded, Decorated, ByAnyName, ByPointer, WithJvp])
 def test_third_party_autograd_functions(function):
     network = Net(function.apply)
     with pytest.raises(RuntimeError, match=f"{function.__name__} is an autograd.Function"):
