@@ -10,7 +10,8 @@ writing to a view also writes to the tangent of its base. Existing memory withou
 tangent for its whole storage, when a value with a tangent is written to it.
 
 What the mode cannot see raises: calls of PyTorch's autograd by the network itself, whose saved values carry
-no tangents, and third-party autograd.Functions, whose derivative may differ from that of their forward.
+no tangents, third-party autograd.Functions, whose derivative may differ from that of their forward, and tensor
+subclasses made of values, whether they share their memory or hold them.
 """
 
 import functools
@@ -37,6 +38,9 @@ DIFFERENTIATES = (
     "Jvp: the network differentiates within its forward (torch.autograd or torch.func), which detached "
     "tangents do not follow: call it with detach_tangent=False, which is torch.func.jvp"
 )
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+"""Classes that need no inspection."""
 
 LARGE = 1 << 20
 """Tangents of at least this many bytes take turns in a few buffers."""
@@ -182,6 +186,8 @@ class TangentMode(TorchDispatchMode):
         with torch._C.DisableTorchFunction():
             known = lazy = False
             for x in tensors_of((*args, *kwargs.values()) if kwargs else args):
+                if type(x) not in _PLAIN:
+                    self.check_class(x)
                 known = known or self.stored(x) is not None
                 lazy = lazy or x.is_complex() or x.is_neg()
             if not torch._C._is_fwd_grad_enabled():
@@ -205,6 +211,18 @@ class TangentMode(TorchDispatchMode):
                 exclude = exclude.add(key)
             with torch._C._ForceDispatchKeyGuard(include, exclude):
                 return self.run(func, args, kwargs)
+
+    def check_class(self, x: Tensor) -> None:
+        """Subclasses are made of values, and their results of plain ones, where no mode sees it."""
+        if id(x) in self._of or _keeps_tangents(type(x)):
+            return
+        if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__ and (held := _held(x)):
+            if all(self.stored(y) is None for y in held):  # such as a sharded weight
+                return
+        raise NotImplementedError(  # x * 2 would hide a TypeError
+            f"Jvp: the network computes with a {type(x).__name__}, a tensor subclass, which would lose "
+            "tangents: use plain tensors"
+        )
 
     def _check_function(self, known: bool) -> None:
         """Forward mode is disabled inside an autograd.Function's forward, whatever torch.no_grad says.
@@ -235,6 +253,22 @@ def tensors_of(values: Any) -> list[Tensor]:
         elif isinstance(x, (list, tuple)) and x and not isinstance(x[0], int):
             found += tensors_of(x)
     return found
+
+
+@functools.cache
+def _keeps_tangents(cls: type[Tensor]) -> bool:
+    """Whether operators alone give values this class; a parameter's class is never theirs."""
+    if cls is Tensor or cls.__module__.startswith("torch._subclasses."):  # while PyTorch traces
+        return True
+    function = getattr(cls.__torch_function__, "__func__", cls.__torch_function__)
+    wraps = cls.__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return function is torch._C._disabled_torch_function_impl and not wraps
+
+
+def _held(x: Any) -> list[Tensor]:
+    """The tensors that a wrapper consists of."""
+    names = x.__tensor_flatten__()[0] if hasattr(x, "__tensor_flatten__") else vars(x)
+    return [y for name in names if isinstance(y := getattr(x, name), Tensor)]
 
 
 def same_strides(a: Tensor, b: Tensor) -> bool:

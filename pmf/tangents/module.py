@@ -365,6 +365,7 @@ def _tangent_of(mode: TangentMode, value: Any) -> Tensor | None:
     """The tangent of an output: zero if it is constant, of the first samples only if that is all."""
     if not isinstance(value, Tensor):
         return None
+    mode.check_class(value)
     t = mode.stored(value)
     if t is not None and t.shape[1:] != value.shape[1:]:
         t = mode.get(value)

@@ -12,6 +12,7 @@ from helpers.networks import NETWORKS, jvp_math
 from helpers.tolerance import assert_close
 from torch import nn
 from torch.autograd import forward_ad
+from torch.testing._internal.two_tensor import TwoTensor
 
 import pmf
 
@@ -83,11 +84,36 @@ def test_nested_tensors_and_other_subclasses():
     with pytest.raises(TypeError, match="primal 0 is a nested tensor"):
         run(lambda x: x, (nested,), (nested,))
 
-    class Mine(torch.Tensor):
-        pass
-
     with pytest.raises(TypeError, match="primal 0 is a Mine"):
         run(lambda x: x, (X.as_subclass(Mine),), (X_T,))
+
+
+class Mine(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("Mine", lambda x: x.as_subclass(Mine)),
+        ("Mine", lambda x: (x * torch.ones(4).as_subclass(Mine)).as_subclass(torch.Tensor)),
+        ("TwoTensor", lambda x: TwoTensor(x, x)),
+        ("TwoTensor", lambda x: (TwoTensor(x, x) * 2).a),
+    ],
+)
+def test_subclasses_inside_the_network(name, function):
+    """Made of values, and unmade, where no mode sees it: their tangents were zero, as a DTensor's were."""
+    with pytest.raises(NotImplementedError, match=f"computes with a {name}, a tensor subclass"):
+        run(function)
+
+
+def test_subclasses_of_constants():
+    """Wrappers, such as a sharded weight, whose parts have no tangent."""
+    weight = TwoTensor(torch.ones(4), torch.ones(4))
+    network = Net(lambda x: (x * (weight * 2).a, weight * 1))
+    (_, constant), (out_t, constant_t) = pmf.Jvp(network)((X,), (X_T,))
+    assert_close(out_t, 2 * X_T @ network.layer.weight.detach().T, 1e-6)
+    assert not constant_t.a.any() and constant.a.all()
 
 
 def test_custom_operators():
