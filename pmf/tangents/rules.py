@@ -17,7 +17,7 @@ from pmf.ops._dispatch import functions
 from pmf.ops._products import product
 
 from .formula import formula, unknown
-from .mode import TangentMode
+from .mode import TangentMode, same_strides
 
 __all__ = ["rules"]
 
@@ -100,10 +100,7 @@ def _view(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, A
     t = mode.get(x)
     out = func(*args, **kwargs)
     if func is aten.as_strided.default:
-        size, stride, offset = (*args[1:], None)[:3]
-        given = kwargs.get("storage_offset", offset)
-        beyond = 0 if given is None else given - x.storage_offset()
-        out_t = None if t is None else t.as_strided(size, stride, t.storage_offset() + beyond)
+        out_t = _strided(t, x, *args[1:], **kwargs)
     else:
         out_t = None if t is None else func(t, *args[1:], **kwargs)
     if isinstance(out, Tensor):
@@ -112,6 +109,19 @@ def _view(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, A
         for i, part in enumerate(out):
             mode.alias(part, None if out_t is None else out_t[i])
     return out
+
+
+def _strided(t: Tensor | None, x: Tensor, size: Any, stride: Any, storage_offset: int | None = None) -> Any:
+    """The tangent of x.as_strided(...)."""
+    if t is None:
+        return None
+    if not same_strides(t, x):
+        raise NotImplementedError(
+            f"Jvp: as_strided of a value {list(x.shape)} whose elements have gaps between them in memory, or "
+            "share it: call contiguous() before"
+        )
+    beyond = 0 if storage_offset is None else storage_offset - x.storage_offset()
+    return t.as_strided(size, stride, t.storage_offset() + beyond)
 
 
 @_rule(aten.cat.default, aten.stack.default)
@@ -400,12 +410,9 @@ def _in_place(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[st
         func(*args, **kwargs)
         mode.write(x, None)
     elif func is aten.as_strided_.default:
-        size, stride, offset = (*args[1:], None)[:3]
-        offset = kwargs.get("storage_offset", offset)
-        beyond = 0 if offset is None else offset - x.storage_offset()
-        t = mode.get(x)
+        t = _strided(mode.get(x), *args, **kwargs)
         func(*args, **kwargs)
-        mode.alias(x, None if t is None else t.as_strided(size, stride, t.storage_offset() + beyond))
+        mode.alias(x, t)
     elif torch.Tag.inplace_view in func.tags and func not in _TURNING:
         return unknown(mode, func, args, kwargs)  # set_ and resize_
     elif func in _TURNING:

@@ -320,6 +320,15 @@ def test_operators_without_a_forward_mode(name, function):
         run(function)
 
 
+@pytest.mark.parametrize("x", [X[:1].expand(3, 4), X[:, ::2]], ids=["shared", "gaps"])
+def test_strides_that_tangents_do_not_have(x):
+    """All samples got the first one's tangent where they share memory."""
+    network = Net(None)
+    network.forward = lambda x: x.as_strided((3, 2), x.stride())
+    with pytest.raises(NotImplementedError, match=r"as_strided of a value \[3, .* call contiguous"):
+        pmf.Jvp(network)((x,), (torch.ones_like(x),))
+
+
 def test_a_device_that_does_not_fit():
     with pytest.raises(RuntimeError, match="meta|device"):
         pmf.Jvp(nn.Linear(4, 4, device="meta"))((X,), (X_T,))
