@@ -82,6 +82,11 @@ class TangentMode(TorchDispatchMode):
         """The tangent of a value, in `FirstSamples` perhaps only that of these; None means zero."""
         entry = self._of.get(id(x))
         if entry is not None and entry[0]() is x:
+            if entry[1] is None:
+                raise NotImplementedError(
+                    "Jvp: the network reads the mean or the deviation that a norm's operator returns beside its "
+                    "result, whose tangents are not computed: use mean() and var()"
+                )
             return entry[1]
         if self._shadows and isinstance(x, Tensor) and x.layout is torch.strided:
             found = self._shadows.get(x.untyped_storage()._cdata)
@@ -111,9 +116,14 @@ class TangentMode(TorchDispatchMode):
         self.alias(x, tangent)
 
     def alias(self, x: Tensor, tangent: Tensor | None) -> None:
-        """Give a view of a value the same view of its tangent."""
+        """Give a view of a value the same view of its tangent; None forbids that it is ever asked for."""
         # The reference calls pop(key, itself) when x dies, before another value can have its id.
         self._of[id(x)] = (weakref.ref(x, functools.partial(self._of.pop, id(x))), tangent)
+
+    def leave(self, *statistics: Tensor) -> None:
+        """Compute no tangent of what hardly any network reads."""
+        for x in statistics:
+            self.alias(x, None)
 
     def detach(self, x: Tensor) -> None:
         """Make a value a constant. Where its memory has a shadow it gets a zero tangent of its own.

@@ -98,23 +98,19 @@ def _constant(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[st
 def _view(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     x = args[0]
     t = mode.get(x)
+    assert t is not None  # no other argument has values
     out = func(*args, **kwargs)
-    if func is aten.as_strided.default:
-        out_t = _strided(t, x, *args[1:], **kwargs)
-    else:
-        out_t = None if t is None else func(t, *args[1:], **kwargs)
+    out_t = (_strided(t, *args, **kwargs) if func is aten.as_strided.default else func(t, *args[1:], **kwargs))
     if isinstance(out, Tensor):
         mode.alias(out, out_t)
     else:
-        for i, part in enumerate(out):
-            mode.alias(part, None if out_t is None else out_t[i])
+        for part, part_t in zip(out, out_t, strict=True):
+            mode.alias(part, part_t)
     return out
 
 
-def _strided(t: Tensor | None, x: Tensor, size: Any, stride: Any, storage_offset: int | None = None) -> Any:
+def _strided(t: Tensor, x: Tensor, size: Any, stride: Any, storage_offset: int | None = None) -> Tensor:
     """The tangent of x.as_strided(...)."""
-    if t is None:
-        return None
     if not same_strides(t, x):
         raise NotImplementedError(
             f"Jvp: as_strided of a value {list(x.shape)} whose elements have gaps between them in memory, or "
@@ -261,8 +257,9 @@ def _layer_norm(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[
     x, shape, weight, bias, _ = args
     t = mode.get(x)
     if t is None or mode.get(weight) is not None or mode.get(bias) is not None:
-        return formula(mode, func, args, kwargs)
+        return _norm(mode, func, args, kwargs)
     out, mean, rstd = outputs = mode.value(func, *args)
+    mode.leave(mean, rstd)
     if weight is not None and weight.dtype != x.dtype:  # 16-bit input, 32-bit weights and statistics
         x, t = x.to(weight.dtype), t.to(weight.dtype)
     mask = [True, False, False]
@@ -278,6 +275,7 @@ def _group_norm(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[
     if t is None or mode.get(weight) is not None or mode.get(bias) is not None:
         return formula(mode, func, args, kwargs)
     out, mean, rstd = outputs = mode.value(func, *args)
+    mode.leave(mean, rstd)
     sizes = (batch, channels, size, groups, [True, False, False])
     t = aten.native_group_norm_backward(t.contiguous(), x.contiguous(), mean, rstd, None, *sizes)[0]
     mode.set(out, t if weight is None else t * _per_channel(weight, x))
@@ -289,11 +287,24 @@ def _batch_norm(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[
     x, weight, bias, running_mean, running_var, training, _, eps = args
     t = mode.get(x)
     if t is None or mode.get(weight) is not None or mode.get(bias) is not None:
-        return formula(mode, func, args, kwargs)
+        return _norm(mode, func, args, kwargs)
     out, mean, rstd = outputs = mode.value(func, *args, **kwargs)
+    mode.leave(mean, rstd)
     statistics = (running_mean, running_var, mean, rstd, training, eps, [True, False, False])
     t = aten.native_batch_norm_backward(t.contiguous(), x, None, *statistics)[0]
     mode.set(out, t if weight is None else t * _per_channel(weight, x))
+    return outputs
+
+
+@_rule(
+    aten.cudnn_batch_norm.default, aten.miopen_batch_norm.default, aten._batch_norm_with_update.default,
+    aten._native_batch_norm_legit.no_stats, aten._native_batch_norm_legit_functional.default,
+)  # fmt: skip
+def _norm(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """PyTorch's formulas of layer and batch norm have zero tangents for the statistics."""
+    outputs = formula(mode, func, args, kwargs)
+    if mode.get(args[0]) is not None:
+        mode.leave(*outputs[1:])
     return outputs
 
 
@@ -410,7 +421,9 @@ def _in_place(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[st
         func(*args, **kwargs)
         mode.write(x, None)
     elif func is aten.as_strided_.default:
-        t = _strided(mode.get(x), *args, **kwargs)
+        t = mode.get(x)
+        assert t is not None
+        t = _strided(t, *args, **kwargs)
         func(*args, **kwargs)
         mode.alias(x, t)
     elif torch.Tag.inplace_view in func.tags and func not in _TURNING:

@@ -91,7 +91,9 @@ class FirstSamples(TangentMode):
         found = rule(first, func, given, {name: named[name] for name in kwargs})
         found = found if isinstance(found, tuple) else (found,)
         for value, sub, d in zip(values, found, places, strict=True):
-            if d is not None:
+            if id(sub) in first.left:
+                self.leave(value)
+            elif d is not None:
                 self.set_first(value, first.get(sub), d)
         return out
 
@@ -177,6 +179,8 @@ class _First:
     """What a rule sees of a TangentMode while it runs on the first samples."""
 
     takes_whole = False
+    left: frozenset[int] = frozenset()
+    """The ids of results whose tangents are not computed."""
 
     def __init__(self, mode: FirstSamples, dims: Samples) -> None:
         self.mode, self.dims = mode, dims
@@ -191,6 +195,9 @@ class _First:
         self._of[id(x)] = x, tangent  # which keeps its id taken
 
     alias = set
+
+    def leave(self, *statistics: Tensor) -> None:
+        self.left = frozenset(map(id, statistics))
 
     def buffer(self, like: Tensor) -> Tensor | None:
         return self.mode.buffer(like)

@@ -320,6 +320,29 @@ def test_operators_without_a_forward_mode(name, function):
         run(function)
 
 
+@pytest.mark.parametrize("which", [1, 2])
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda x, w: torch.native_layer_norm(x, (4,), w, None, 1e-5),
+        lambda x, w: torch.native_group_norm(x, w, None, len(x), 4, 1, 2, 1e-5),
+        lambda x, w: torch.native_batch_norm(x, w, None, None, None, True, 0.1, 1e-5),
+    ],
+    ids=["layer", "group", "batch"],
+)
+def test_statistics_of_norms(norm, which: int):
+    """Their tangents are not computed; torch.func.jvp gives zeros for layer and batch norm."""
+    for count in (3, 2):
+        with pytest.raises(NotImplementedError, match="the mean or the deviation that a norm's operator returns"):
+            run(lambda x: norm(x, None)[which] * 2, (X,), (X_T[:count],))
+        with pytest.raises(NotImplementedError, match="the mean or the deviation"):
+            run(lambda x: norm(x, None)[which], (X,), (X_T[:count],))
+        assert run(lambda x: norm(x, None)[0], (X,), (X_T[:count],))[1].any()
+    if "native_group_norm" not in norm.__code__.co_names:  # of which PyTorch's formula is complete
+        with pytest.raises(NotImplementedError, match="the mean or the deviation"):
+            run(lambda x: norm(x, x[0])[which] * 2)
+
+
 @pytest.mark.parametrize("x", [X[:1].expand(3, 4), X[:, ::2]], ids=["shared", "gaps"])
 def test_strides_that_tangents_do_not_have(x):
     """All samples got the first one's tangent where they share memory."""
