@@ -100,7 +100,7 @@ def _view(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, A
     t = mode.get(x)
     assert t is not None  # no other argument has values
     out = func(*args, **kwargs)
-    out_t = (_strided(t, *args, **kwargs) if func is aten.as_strided.default else func(t, *args[1:], **kwargs))
+    out_t = _strided(t, *args, **kwargs) if func is aten.as_strided.default else func(t, *args[1:], **kwargs)
     if isinstance(out, Tensor):
         mode.alias(out, out_t)
     else:
@@ -371,7 +371,7 @@ def _with_twin(twin: Callable[..., tuple[Tensor, Tensor]], primals: int) -> Rule
 
 
 def _ours(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Use the tangent that the operator's autograd.Function defines for torch.func.jvp."""
+    """Use the tangent that the operator's autograd.Function defines for torch.func.jvp, or its reference's."""
     name = func._schema.name.partition("::")[2]
     function = next((f for f in functions.values() if getattr(f, "op", None) == name), None)
     if function is None:
@@ -379,7 +379,11 @@ def _ours(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, A
     out = func(*args, **kwargs)
     with torch.no_grad():
         tangents = function.Arguments(*(mode.get(x) for x in args))
-        found = function.tangent(function.Arguments(*args), tangents)
+        if any(getattr(tangents, name) is not None for name in function.by_reference):
+            with mode:
+                found = tuple(map(mode.get, function.reference(*args)))
+        else:
+            found = function.tangent(function.Arguments(*args), tangents)
     for value, tangent in zip((out,) if isinstance(out, Tensor) else out, found, strict=False):
         mode.set(value, tangent)
     return out

@@ -168,6 +168,16 @@ def ours(x: Tensor) -> Tensor:
     return pmf.ops.attention(y[None], y[None] * 2, y[None])[0, 0]
 
 
+def arguments_without_a_kernel(x: Tensor) -> Tensor:
+    """An attention mask, times and rotary tables that depend on the primals."""
+    y, weight = x[None, None], torch.ones(6, dtype=x.dtype)
+    out = F.scaled_dot_product_attention(y, y.cos(), y.sin(), x.tanh())[0, 0]
+    query, key = pmf.ops.rotary_qk_norm(y, y.sin(), weight, weight, x[:, :3].cos(), x[:, 3:].sin())
+    images = x.view(6, 1, 2, 3).repeat(1, 2, 1, 2)[..., :2]
+    velocity = pmf.ops.patch_velocity(images.flatten(1)[:, None], images, x[:, 0].sigmoid(), 0.05)
+    return out + (query * key)[0, 0] + velocity.flatten(1)[:, :6]
+
+
 def attention_past_the_replacement(x: Tensor) -> Tensor:
     """replace_sdpa cannot replace an operator's own overload."""
     q, mask = x[None, None], x[:, :1] * torch.ones(1, len(x), dtype=x.dtype)
@@ -209,5 +219,5 @@ SPELLED = (
     in_place_rope, written_into_zeros, shared_then_written, transposed_in_place, strided, detached,
     overwritten, complex_numbers, real_and_complex_views_of_a_buffer, rotary_by_complex_numbers, padded,
     integers, products, reductions, masked, split, scalars, without_grad, mapped, rms_norms, ours,
-    memory_formats, attention_past_the_replacement, scattered, activations_in_place, powers_in_place,
+    memory_formats, arguments_without_a_kernel, attention_past_the_replacement, scattered, activations_in_place, powers_in_place,
 )  # fmt: skip
