@@ -139,12 +139,12 @@ def _in_groups(
         groups[dtype, matrix.device, None if compiled else (matrix.dtype, matrix.shape)].append(i)
     results: dict[int, Tensor] = {}
     for (dtype, _, alike), members in groups.items():
-        group = [matrices[i].detach() for i in members]
+        group = [matrices[i] for i in members]
         if alike is None:
             _library.require()
             numbers = list(chain.from_iterable(factors))
             checked.remind(group[0])
-            with _outside_inference_mode():
+            with _outside_inference_mode(), torch.no_grad():
                 done = torch.ops.pmf.newton_schulz(group, numbers, method, dtype, _library.allow_tf32())
         else:
             done = _plain(torch.stack(group), factors, method, dtype).unbind()

@@ -126,6 +126,13 @@ def test_custom_operators():
             run(torch.ops.pmf_tests.double)
 
 
+def test_newton_schulz_without_gradients():
+    """Its operator took detached matrices, which have no tangents."""
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="pmf.newton_schulz.default has no rule"):
+        run(pmf.ops.newton_schulz)
+    assert run(pmf.ops.newton_schulz)[1].any()
+
+
 class Rounded(torch.autograd.Function):
     """A straight-through estimator: its derivative is 1, but its forward's is 0."""
 
