@@ -69,7 +69,7 @@ class FirstSamples(TangentMode):
         first: Any = _First(self, dims)
         named = dict(zip(names, args, strict=False)) | kwargs
         if plan is _natively:
-            if any(dim != 0 for dim in dims.values()) or id(named.get("attn_mask")) in dims:
+            if any(dim != 0 for dim in dims.values()) or not _are_samples(args, dims):
                 return NotImplemented
             if named.get("cu_seqlens_k") is not None:
                 return NotImplemented
@@ -344,6 +344,15 @@ def _group_norm(first: _First, named: Named) -> Plan:
 def _natively(first: _First, named: Named) -> Plan:
     """Operators of this library whose tangents may cover the first samples only."""
     raise AssertionError
+
+
+def _are_samples(args: Sequence[Any], dims: Samples) -> bool:
+    """Whether, of their arguments, only those that consist of samples have tangents, and one of the first two.
+
+    Masks, weights and gates, which may be the same for all samples, have no tangents of the first alone.
+    """
+    given = [i for i, x in enumerate(args) if id(x) in dims]
+    return given[0] < 2 and given[-1] < 3 and all(1 < args[i].dim() == args[0].dim() for i in given)
 
 
 def _images(rank: int) -> Callable[[Named, int], bool]:

@@ -166,6 +166,16 @@ def order_of_samples(x: Tensor) -> Tensor:
     return x.sort(0).values + x[torch.tensor([5, 0, 1, 2, 3, 4])] + x.softmax(0) + x.mean(0) + x.t()
 
 
+def weights_of_our_operators(x: Tensor) -> Tensor:
+    """One tensor for all samples, though it has as many rows; a sample alone; a gate alone."""
+    constant = torch.linspace(-1, 2, 36, dtype=x.dtype).view(6, 6)
+    y = pmf.ops.rms_norm(x, x[:, 0]) * pmf.ops.rms_norm(x[:, 1], constant[0]) + pmf.ops.swiglu(
+        x[:, 2], x[:, 3]
+    )
+    gated = pmf.ops.gated_residual(constant[:, None], constant.sin()[:, None], x[:, None])[:, 0]
+    return y + gated + pmf.ops.gated_residual(x, x.sin(), x[:, 4])
+
+
 def joined_samples(x: Tensor) -> Tensor:
     return torch.cat((x[3:], x[:3])) * torch.stack((x, x)).sum(0) + (x.unfold(0, 2, 2).sum(-1)).repeat(2, 1)
 
@@ -177,7 +187,14 @@ def one_tensor_in_two_roles(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize(
-    "function", [one_sample_overwritten, order_of_samples, joined_samples, one_tensor_in_two_roles]
+    "function",
+    [
+        one_sample_overwritten,
+        order_of_samples,
+        joined_samples,
+        one_tensor_in_two_roles,
+        weights_of_our_operators,
+    ],
 )
 def test_samples_that_change_places(function, count: int):
     check(Problem(Spelled(function), (torch.randn(6, 6, dtype=DOUBLE),)), count, mixes=True)
