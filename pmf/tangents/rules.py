@@ -262,8 +262,9 @@ def _layer_norm(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[
     mode.leave(mean, rstd)
     if weight is not None and weight.dtype != x.dtype:  # 16-bit input, 32-bit weights and statistics
         x, t = x.to(weight.dtype), t.to(weight.dtype)
-    mask = [True, False, False]
-    t = aten.native_layer_norm_backward(t, x, shape, mean, rstd, None, None, mask)[0]
+    # Of its arguments the kernel reads the statistics, perhaps the first samples' only, as if contiguous.
+    rest = (mean.contiguous(), rstd.contiguous(), None, None, [True, False, False])
+    t = aten.native_layer_norm_backward(t, x, shape, *rest)[0]
     mode.set(out, t if weight is None else torch.mul(t, weight, out=mode.buffer(t)))
     return outputs
 

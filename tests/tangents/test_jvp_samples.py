@@ -180,6 +180,12 @@ def joined_samples(x: Tensor) -> Tensor:
     return torch.cat((x[3:], x[:3])) * torch.stack((x, x)).sum(0) + (x.unfold(0, 2, 2).sum(-1)).repeat(2, 1)
 
 
+def samples_in_the_second_dimension(x: Tensor) -> Tensor:
+    """As in nn.TransformerEncoder with batch_first=False: a norm's statistics have gaps between the first."""
+    tokens = x.view(len(x), 2, 3).transpose(0, 1)
+    return (F.layer_norm(tokens, (3,), x.new_ones(3)) * tokens).transpose(0, 1).flatten(1)
+
+
 def one_tensor_in_two_roles(x: Tensor) -> Tensor:
     """Of which only the first has one row for each sample."""
     return x @ x + F.linear(x, x) + F.conv1d(x[:, :, None], x[:, :, None])[..., 0]
@@ -189,13 +195,10 @@ def one_tensor_in_two_roles(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "function",
     [
-        one_sample_overwritten,
-        order_of_samples,
-        joined_samples,
-        one_tensor_in_two_roles,
-        weights_of_our_operators,
+        one_sample_overwritten, order_of_samples, joined_samples, one_tensor_in_two_roles,
+        weights_of_our_operators, samples_in_the_second_dimension,
     ],
-)
+)  # fmt: skip
 def test_samples_that_change_places(function, count: int):
     check(Problem(Spelled(function), (torch.randn(6, 6, dtype=DOUBLE),)), count, mixes=True)
 
