@@ -10,7 +10,7 @@ writing to a view also writes to the tangent of its base. Existing memory withou
 tangent for its whole storage, when a value with a tangent is written to it.
 
 What the mode cannot see raises: calls of PyTorch's autograd by the network itself, whose saved values carry
-no tangents, third-party autograd.Functions, whose derivative may differ from that of their forward, and tensor
+no tangents; third-party autograd.Functions, whose derivative may differ from that of their forward; tensor
 subclasses made of values, whether they share their memory or hold them.
 """
 
@@ -84,8 +84,8 @@ class TangentMode(TorchDispatchMode):
         if entry is not None and entry[0]() is x:
             if entry[1] is None:
                 raise NotImplementedError(
-                    "Jvp: the network reads the mean or the deviation that a norm's operator returns beside its "
-                    "result, whose tangents are not computed: use mean() and var()"
+                    "Jvp: the network reads the mean or the deviation that a norm's operator returns beside "
+                    "its result, whose tangents are not computed: use mean() and var()"
                 )
             return entry[1]
         if self._shadows and isinstance(x, Tensor) and x.layout is torch.strided:

@@ -141,7 +141,8 @@ def beside(
 class _FromAbove(TorchFunctionMode):
     """What a dispatch mode does not see, or sees only in pieces or without a derivative.
 
-    Tensor.detach_ and data, what leaves PyTorch, RMS normalisation, LSTMs, and attention whose name was imported before it was replaced.
+    Tensor.detach_ and data, values that leave PyTorch, RMS normalisation, LSTMs, and attention whose name was
+    imported before it was replaced.
     """
 
     def __init__(self, mode: TangentMode) -> None:

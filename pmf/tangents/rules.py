@@ -372,7 +372,7 @@ def _with_twin(twin: Callable[..., tuple[Tensor, Tensor]], primals: int) -> Rule
 
 
 def _ours(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Use the tangent that the operator's autograd.Function defines for torch.func.jvp, or its reference's."""
+    """Use the tangent that the operator's Function defines for torch.func.jvp, or its reference's."""
     name = func._schema.name.partition("::")[2]
     function = next((f for f in functions.values() if getattr(f, "op", None) == name), None)
     if function is None:

@@ -347,7 +347,7 @@ def _natively(first: _First, named: Named) -> Plan:
 
 
 def _are_samples(args: Sequence[Any], dims: Samples) -> bool:
-    """Whether, of their arguments, only those that consist of samples have tangents, and one of the first two.
+    """Whether only arguments that consist of samples have tangents, and one of the first two has.
 
     Masks, weights and gates, which may be the same for all samples, have no tangents of the first alone.
     """

@@ -219,5 +219,6 @@ SPELLED = (
     in_place_rope, written_into_zeros, shared_then_written, transposed_in_place, strided, detached,
     overwritten, complex_numbers, real_and_complex_views_of_a_buffer, rotary_by_complex_numbers, padded,
     integers, products, reductions, masked, split, scalars, without_grad, mapped, rms_norms, ours,
-    memory_formats, arguments_without_a_kernel, attention_past_the_replacement, scattered, activations_in_place, powers_in_place,
+    memory_formats, arguments_without_a_kernel, attention_past_the_replacement, scattered,
+    activations_in_place, powers_in_place,
 )  # fmt: skip
