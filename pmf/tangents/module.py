@@ -60,8 +60,8 @@ class Jvp(nn.Module):
     Parameters and buffers are the network's own; their names in a state dict start with "network.".
 
     Raises TypeError or ValueError if tangents do not fit, NotImplementedError for an operator without forward
-    mode, and RuntimeError for what a detached tangent cannot follow: autograd inside the network, and
-    autograd.Functions other than PyTorch's and this library's.
+    mode and for tensor subclasses, and RuntimeError for what a detached tangent cannot follow: autograd inside
+    the network, autograd.Functions other than PyTorch's and this library's, and values that leave PyTorch.
     """
 
     def __init__(self, network: nn.Module) -> None:
