@@ -60,8 +60,8 @@ class Jvp(nn.Module):
     Parameters and buffers are the network's own; their names in a state dict start with "network.".
 
     Raises TypeError or ValueError if tangents do not fit, NotImplementedError for an operator without forward
-    mode and for tensor subclasses, and RuntimeError for what a detached tangent cannot follow: autograd inside
-    the network, autograd.Functions other than PyTorch's and this library's, and values that leave PyTorch.
+    mode and for tensor subclasses, and RuntimeError for what a detached tangent cannot follow: autograd in the
+    network, autograd.Functions other than PyTorch's and this library's, and values that leave PyTorch.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -178,6 +178,8 @@ _LEAVES = {
     torch.Tensor.__array__: "numpy()",
     torch.Tensor.__dlpack__: "DLPack",
     torch.Tensor.data_ptr: "data_ptr()",
+    torch.Tensor.untyped_storage: "the storage",
+    torch.Tensor.__deepcopy__: "Python's deepcopy",
     torch.Tensor.data.__set__: "an assignment to or from .data",  # type: ignore[attr-defined]
 }
 """What no operator sees: it takes a value's memory away, or replaces it."""

@@ -1,5 +1,6 @@
 """What Jvp does not support: one sentence that names it, never a silent zero."""
 
+import copy
 import ctypes
 import threading
 from types import SimpleNamespace
@@ -225,6 +226,8 @@ def assigned(x):
         ("DLPack", lambda x: torch.from_dlpack(x * 2)),
         (r"data_ptr\(\)", copied),
         (r"an assignment to or from \.data", assigned),
+        ("Python's deepcopy", lambda x: copy.deepcopy([x * 2])[0]),
+        ("the storage", lambda x: copy.copy(x * 2)),
     ],
 )
 def test_memory_that_leaves_pytorch(what, function):
