@@ -60,8 +60,8 @@ class Jvp(nn.Module):
     Parameters and buffers are the network's own; their names in a state dict start with "network.".
 
     Raises TypeError or ValueError if tangents do not fit, NotImplementedError for an operator without forward
-    mode and for tensor subclasses, and RuntimeError for what a detached tangent cannot follow: autograd in the
-    network, autograd.Functions other than PyTorch's and this library's, and values that leave PyTorch.
+    mode and for tensor subclasses, and RuntimeError for what a detached tangent cannot follow: derivatives in
+    the network, autograd.Functions other than PyTorch's and this library's, values that leave PyTorch.
     """
 
     def __init__(self, network: nn.Module) -> None:
