@@ -117,6 +117,8 @@ class TangentMode(TorchDispatchMode):
 
     def alias(self, x: Tensor, tangent: Tensor | None) -> None:
         """Give a view of a value the same view of its tangent; None forbids that it is ever asked for."""
+        if type(x) not in _PLAIN:
+            self.check_class(x, is_result=True)
         # The reference calls pop(key, itself) when x dies, before another value can have its id.
         self._of[id(x)] = (weakref.ref(x, functools.partial(self._of.pop, id(x))), tangent)
 
@@ -222,11 +224,12 @@ class TangentMode(TorchDispatchMode):
             with torch._C._ForceDispatchKeyGuard(include, exclude):
                 return self.run(func, args, kwargs)
 
-    def check_class(self, x: Tensor) -> None:
-        """Subclasses are made of values, and their results of plain ones, where no mode sees it."""
-        if id(x) in self._of or _keeps_tangents(type(x)):
+    def check_class(self, x: Tensor, is_result: bool = False) -> None:
+        """Subclasses are made of values, and taken apart again, where no mode sees it."""
+        if _keeps_tangents(type(x)):
             return
-        if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__ and (held := _held(x)):
+        wraps = type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
+        if wraps and not is_result and (held := _held(x)):
             if all(self.stored(y) is None for y in held):  # such as a sharded weight
                 return
         raise NotImplementedError(  # x * 2 would hide a TypeError

@@ -100,6 +100,8 @@ class Mine(torch.Tensor):
         ("Mine", lambda x: (x * torch.ones(4).as_subclass(Mine)).as_subclass(torch.Tensor)),
         ("TwoTensor", lambda x: TwoTensor(x, x)),
         ("TwoTensor", lambda x: (TwoTensor(x, x) * 2).a),
+        ("TwoTensor", lambda x: (x * TwoTensor(torch.ones(4), torch.ones(4))).a),
+        ("NestedTensor", lambda x: torch.nested.nested_tensor_from_jagged(x, torch.tensor([0, 1, 3]))),
     ],
 )
 def test_subclasses_inside_the_network(name, function):
