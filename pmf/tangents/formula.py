@@ -56,14 +56,19 @@ def formula(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str,
         entered.enter_context(forward_ad._set_fwd_grad_enabled(True))
         entered.enter_context(forward_ad.dual_level())
         dual_args, dual_kwargs = tree_map(dual, (tuple(args), kwargs))
+        missing = f"Jvp: PyTorch has no forward mode for {func}: compute it with other operators"
         try:
             out = func(*dual_args, **dual_kwargs)
         except NotImplementedError as error:
             if "forward AD" not in str(error):
                 raise
-            raise NotImplementedError(
-                f"Jvp: PyTorch has no forward mode for {func}: compute it with other operators"
-            ) from error
+            raise NotImplementedError(missing) from error
+        if (
+            isinstance(out, Tensor)
+            and out.is_floating_point()
+            and forward_ad.unpack_dual(out).tangent is None
+        ):
+            raise NotImplementedError(missing)  # such as Bessel functions; rounding has a tangent of zeros
         return tree_map(value, out)
 
 

@@ -86,7 +86,7 @@ def _linear(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str,
     aten.detach.default, aten.zeros_like.default, aten.ones_like.default, aten.empty_like.default,
     aten.full_like.default, aten.rand_like.default, aten.randn_like.default, aten.new_zeros.default,
     aten.new_ones.default, aten.new_empty.default, aten.new_full.default, aten.new_empty_strided.default,
-    aten.bernoulli.p, aten.bernoulli.default, aten.is_same_size.default, aten.view.dtype,
+    aten.bernoulli.p, aten.bernoulli.default, aten.is_same_size.default, aten.view.dtype, aten.histc.default,
 )  # fmt: skip
 def _constant(mode: TangentMode, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     out = func(*args, **kwargs)
