@@ -150,7 +150,7 @@ class KernelFunction(torch.autograd.Function):
 
     @classmethod
     def call(cls, *args: Any) -> Outputs:
-        """`apply`, without what it need not do: two thirds of a small call's time.
+        """`apply`, without what it need not do, which is most of a small call's time.
 
         Where no derivative is due, `forward` alone; else without inspecting `forward` for default arguments.
         """
