@@ -5,7 +5,11 @@
 Same weights (random, with non-zero gates and final layers that give images of unit size), noise and labels.
 First the images must agree: in float32 within 1e-4, and in pmf's default sampling precision (bfloat16
 products if the CPU has them) with a PSNR of at least 50 dB at a range of 2; otherwise nothing is timed and
-the exit status is 1. Then all run interleaved, and medians are compared.
+the exit status is 1. Then all run interleaved, and medians are compared. With them run the network's matrix
+products alone, by torch in float32: the least that a float32 sampler can take.
+
+`PMF_CPU_LEVEL=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE` makes a processor with bfloat16 instructions act like
+one without.
 
 The last line is `images_per_second_ratio=R psnr_db=P`: pmf's default over the plain sampler.
 """
@@ -13,14 +17,17 @@ The last line is `images_per_second_ratio=R psnr_db=P`: pmf's default over the p
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 import plain_port
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_step.agreement import relative_error
 from training_step.sides import make_model
 
@@ -39,7 +46,42 @@ QUICK = plain_port.Sizes(
 )
 
 
-OURS_FP32, PLAIN = "pmf, fp32", "plain sampler, fp32"
+PRODUCTS, PLAIN = "matrix products alone, fp32", "plain sampler, fp32"
+aten = torch.ops.aten
+PRODUCT_OPS = {
+    aten.linear.default, aten.matmul.default, aten.conv2d.default,
+    aten.mm.default, aten.addmm.default, aten.bmm.default, aten.convolution.default,
+}  # fmt: skip
+"""The first three with `torch.inference_mode`, otherwise what they consist of."""
+
+
+class Products(TorchDispatchMode):
+    """Collects the matrix products of what runs under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Run] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        call = functools.partial(func, *args, **(kwargs or {}))
+        if func in PRODUCT_OPS:
+            self.found.append(call)
+        return call()
+
+
+def products_alone(sample: Run) -> Run:
+    """The products of `sample` by the functions of PyTorch that it calls, on its own operands."""
+    with Products() as products:
+        sample()
+
+    @torch.inference_mode()
+    def run() -> None:
+        for product in products.found:
+            product()
+
+    return run
 
 
 def make_runs(sizes: plain_port.Sizes, batch_size: int, device: torch.device) -> dict[str, Run]:
@@ -52,14 +94,15 @@ def make_runs(sizes: plain_port.Sizes, batch_size: int, device: torch.device) ->
     shape = (batch_size, sizes.channels, sizes.image_size, sizes.image_size)
     noise = torch.randn(shape, generator=generator).to(device)
     labels = torch.randint(sizes.num_classes, (batch_size,), generator=generator).to(device)
-    samplers = {precision: Sampler(model, precision) for precision in ("auto", "fp32")}
-    return {
-        f"pmf, {samplers['auto'].precision} (its default)": lambda: samplers["auto"](
-            labels, omega=OMEGA, interval=INTERVAL, noise=noise
-        ),
-        OURS_FP32: lambda: samplers["fp32"](labels, omega=OMEGA, interval=INTERVAL, noise=noise),
-        PLAIN: lambda: plain_port.sample(plain, labels, noise, OMEGA, INTERVAL),
+    default = Sampler(model)
+    samplers = {f"pmf, {default.precision} (its default)": default}
+    if default.precision != "fp32":
+        samplers["pmf, fp32"] = Sampler(model, "fp32")
+    runs: dict[str, Run] = {
+        name: functools.partial(sampler, labels, omega=OMEGA, interval=INTERVAL, noise=noise)
+        for name, sampler in samplers.items()
     }
+    return runs | {PLAIN: lambda: plain_port.sample(plain, labels, noise, OMEGA, INTERVAL)}
 
 
 def psnr(images: Tensor, truth: Tensor) -> float:
@@ -81,10 +124,10 @@ def main() -> int:
     batch_size, seconds = arguments.batch_size, 1.0 if arguments.quick else arguments.seconds
 
     runs = make_runs(sizes, batch_size, torch.device("cpu"))
-    default = next(iter(runs))
+    default, in_fp32 = list(runs)[0], list(runs)[-2]
     images = {name: run() for name, run in runs.items()}
     truth = images[PLAIN]
-    error = relative_error(images[OURS_FP32], truth)
+    error = relative_error(images[in_fp32], truth)
     found = psnr(images[default], truth)
     size = truth.square().mean().sqrt().item()
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
@@ -95,6 +138,8 @@ def main() -> int:
         print("The images differ: nothing was timed.", file=sys.stderr)
         return 1
 
+    plain = runs.pop(PLAIN)  # the last row
+    runs |= {PRODUCTS: products_alone(plain), PLAIN: plain}
     with OtherLoad() as others:
         times = Cpu().times(runs, seconds, least_rounds=3 if arguments.quick else 7)
     medians = {name: statistics.median(found) for name, found in times.items()}
@@ -106,7 +151,7 @@ def main() -> int:
             "median_ms": 1e3 * median,
             "images_per_second": batch_size / median,
             "images_per_second_ratio": median / medians[default],
-            "psnr_db": None if name.startswith("plain") else psnr(images[name], truth),
+            "psnr_db": psnr(images[name], truth) if name.startswith("pmf") else None,
         }
         rows.append(row)
         print(

@@ -10,6 +10,7 @@ import bench_sampling
 import pytest
 import torch
 from helpers.pmf_process import environment
+from training_step import flops
 
 SCRIPT = Path(bench_sampling.__file__)
 
@@ -30,6 +31,11 @@ def test_images_that_differ_end_the_run_before_anything_is_timed(monkeypatch, ca
     assert "nothing was timed" in printed.err and "images_per_second_ratio" not in printed.out
 
 
+def test_products_alone_are_all_that_a_sampler_computes():
+    sample = bench_sampling.make_runs(bench_sampling.QUICK, 2, torch.device("cpu"))[bench_sampling.PLAIN]
+    assert flops.counted(bench_sampling.products_alone(sample)) == flops.counted(sample) > 1e6
+
+
 def test_quick_run_ends_with_ratio_and_psnr(tmp_path: Path):
     out = tmp_path / "record.json"
     done = subprocess.run(
@@ -45,5 +51,7 @@ def test_quick_run_ends_with_ratio_and_psnr(tmp_path: Path):
     match = re.fullmatch(r"images_per_second_ratio=(\d+\.\d+) psnr_db=(\d+\.\d+)", last)
     assert match and float(match[1]) > 0 and float(match[2]) >= bench_sampling.LEAST_PSNR
     record = json.loads(out.read_text())
-    assert [row["contestant"].partition(",")[0] for row in record["rows"]] == ["pmf", "pmf", "plain sampler"]
+    *ours, products, plain = (row["contestant"] for row in record["rows"])
+    assert "(its default)" in ours[0] and "pmf, fp32" in ours[-1]
+    assert (products, plain) == (bench_sampling.PRODUCTS, bench_sampling.PLAIN)
     assert record["float32_error"] < bench_sampling.FLOAT32_LIMIT
