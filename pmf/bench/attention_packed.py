@@ -99,15 +99,18 @@ def packed(setting: Setting, dtype: torch.dtype, what: str, lengths: str) -> Cas
     if lengths == "uniform":
         runs["a loop of pmf.ops.attention"] = _pass(what, loop, tensors)
 
-    # The first sequence in float64, computed alone: checks that no other sequence affects it.
-    first = cuts[1]
-    exact = _pass(what, lambda *x: _attention(reference, x), [pieces(x)[0].double() for x in tensors])
+    # The first and the last sequence in float64, each computed alone: no other sequence affects them.
+    judged = (0, batch - 1)
+    alone = [
+        _pass(what, lambda *x: _attention(reference, x), [pieces(x)[i].double() for x in tensors])()
+        for i in judged
+    ]
+    truth = [torch.cat([y[0].transpose(0, 1) for y in both]) for both in zip(*alone, strict=True)]
 
     def part(name: str) -> Callable[[Any], Any]:
         shown = unpad if name.endswith("padded") else lambda y: y
-        return lambda found: [shown(y)[:first] for y in found]
+        return lambda found: [torch.cat([shown(y)[cuts[i] : cuts[i + 1]] for i in judged]) for y in found]
 
-    truth = [y[0].transpose(0, 1) for y in exact()]
     flops = 2.0 * PASSES[what] * heads * width * float(sizes.square().sum())
     limit = tolerance("attention gradient" if "backward" in what else "attention", dtype)
     return Case(runs, lambda name: against(runs, truth, part(name))(name), limit, flops)
