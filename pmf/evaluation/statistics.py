@@ -1,6 +1,7 @@
 """Reference statistics files: the mean and covariance of features, as .npz."""
 
 import io
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,13 +33,13 @@ def read_statistics(path: Path, space: FeatureSpace) -> Statistics | None:
     """Read statistics from a .npz file; None if it contains images (``arr_0``, ADM's batches) instead.
 
     Accepted names: mu and sigma, ref_mu and ref_sigma, m and s, mean and cov. Raises UserError if the file is
-    missing, damaged, has the wrong size or names another feature space.
+    missing, damaged, has the wrong size or names another feature space, weights or image size.
     """
     path = Path(os.path.expanduser(path))  # as for images
     if not path.is_file():
         raise UserError(f"there is no reference statistics file {path}")
     try:
-        arrays = _load(path, [*(name for pair in _NAMES for name in pair), "features"])
+        arrays = _load(path, [*(name for pair in _NAMES for name in pair), "features", "identity"])
     except MemoryError:
         raise
     except Exception as error:  # of any kind: zipfile, zlib and NumPy read a damaged file as it comes
@@ -64,6 +65,12 @@ def read_statistics(path: Path, space: FeatureSpace) -> Statistics | None:
             f"features {space.name!r} of these images have {space.width} dimensions: give statistics of the "
             "same features and image size"
         )
+    identity = json.dumps(space.identity(), sort_keys=True)
+    if str(arrays.get("identity", identity)) != identity:
+        raise UserError(
+            f"{path} contains statistics of the features {arrays['identity']}, here they are {identity}: "
+            "make the statistics again, with the same image size and weights"
+        )
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise UserError(f"{path} contains non-finite numbers: make the statistics again")
     return Statistics(torch.from_numpy(mean), torch.from_numpy(covariance))
@@ -79,13 +86,14 @@ def _load(path: Path, wanted: Sequence[str]) -> dict[str, np.ndarray | None]:
 
 
 def write_statistics(path: Path, statistics: Statistics, space: FeatureSpace, images: int) -> None:
-    """Write mu and sigma, which other tools read, plus the feature space and the number of images."""
+    """Write mu and sigma, which other tools read, plus the exact feature space and the number of images."""
     content = io.BytesIO()
     np.savez(
         content,
         mu=statistics.mean.numpy(),
         sigma=statistics.covariance.numpy(),
         features=np.array(space.name),
+        identity=np.array(json.dumps(space.identity(), sort_keys=True)),
         images=np.array(images),
     )
     write_file(path, content.getvalue())

@@ -43,6 +43,13 @@ def test_written_statistics_are_read_and_name_their_features(tmp_path: Path) -> 
         read_statistics(tmp_path / "a.npz", other)
 
 
+def test_statistics_of_equally_many_pixels_in_another_shape_are_refused(tmp_path: Path) -> None:
+    written = Statistics(torch.from_numpy(MEAN), torch.from_numpy(COVARIANCE))
+    write_statistics(tmp_path / "a.npz", written, SPACE, 7)
+    with pytest.raises(UserError, match=r"\[2, 2\].*here they are .*\[1, 4\].*make the statistics again"):
+        read_statistics(tmp_path / "a.npz", Pixels(1, (1, 4), torch.device("cpu")))
+
+
 def test_a_batch_of_images_is_statistics_only_if_it_contains_them(tmp_path: Path) -> None:
     pixels = np.zeros((3, 2, 2, 3), np.uint8)
     np.savez(tmp_path / "images.npz", pixels)
