@@ -106,7 +106,7 @@ class MeanFlow:
 
     def __call__(self, network: Network, x: Tensor, draws: Draws, **conditions: Any) -> Terms:
         """Loss terms for data x [B, ...], float32 or float64; in the Terms, loss_v and v are zero."""
-        _check(x, draws)
+        _check(x, draws, 0 if isinstance(self.guidance, ClassifierFreeGuidance) else 1)
         _check_callable(network)
         self._check_names(conditions)
         known = isinstance(network, nn.Module) and self._knows(conditions)
@@ -393,7 +393,7 @@ def _check_data(x: Tensor) -> None:
         )
 
 
-def _check(x: Tensor, draws: Draws) -> None:
+def _check(x: Tensor, draws: Draws, least_omega: int) -> None:
     _check_data(x)
     if draws.noise.shape != x.shape or draws.noise.dtype != x.dtype:
         raise ValueError(
@@ -403,6 +403,10 @@ def _check(x: Tensor, draws: Draws) -> None:
     for name in ("t", "r", "omega", "t_min", "t_max", "drop"):
         if (shape := getattr(draws, name).shape) != x.shape[:1]:
             raise ValueError(f"MeanFlow: {name} must have shape [{len(x)}], got {list(shape)}")
+    if draws.drop.dtype != torch.bool:
+        raise TypeError(f"MeanFlow: drop must be bool, got {draws.drop.dtype}")
     t, r = draws.t, draws.r
     if t.device.type == "cpu" and not ((0 <= r) & (r <= t) & (t <= 1)).all():
         raise ValueError("MeanFlow: draws must have 0 <= r <= t <= 1")
+    if draws.omega.device.type == "cpu" and not (draws.omega >= least_omega).all():
+        raise ValueError(f"MeanFlow: draws must have omega >= {least_omega}")
