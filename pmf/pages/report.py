@@ -18,7 +18,7 @@ from pmf.errors import UserError, first_few
 from pmf.models import ModelConfig, PixelMeanFlow
 from pmf.pictures import new_figure
 from pmf.training.config import TrainConfig, flag, settings
-from pmf.training.log import read_environment, read_rows
+from pmf.training.log import read_best, read_environment, read_rows
 from pmf.training.presets import PRESETS
 
 __all__ = ["write_report"]
@@ -105,6 +105,8 @@ def _overview(run: Path, config: TrainConfig, rows: Sequence[Row]) -> list[tuple
     found.append(("newest checkpoint", folders[-1].name if folders else "none yet"))
     if rows:
         found += _speed(rows)
+    if best := read_best(run):  # not the least in the log: evaluation may have been set otherwise before
+        found.append(("best distance", f"{best['frechet_distance']:.4g} at step {best['step']:,}"))
     return found
 
 
@@ -131,8 +133,6 @@ def _speed(rows: Sequence[Row]) -> list[tuple[str, str]]:
     for name in ("loss_u", "loss_v"):
         if values := _column(rows, name):
             found.append((f"last {name}", f"{values[-1]:.4g}"))
-    if distances := [(row["frechet_distance"], row["step"]) for row in rows if "frechet_distance" in row]:
-        found.append(("best distance", f"{min(distances)[0]:.4g} at step {min(distances)[1]:,}"))
     return found
 
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from pmf import env
+from pmf import checkpoint, env
 from pmf.atomic import write_file
+from pmf.errors import UserError
 from pmf.training.pictures import draw_losses
 from pmf.version import VERSION
 
-ENVIRONMENT = "environment.json"
+BEST, ENVIRONMENT = "best.json", "environment.json"
 _EVERY_ROW = {"step", "images", "seconds"}
 
 
@@ -88,6 +89,20 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             break
         rows.append(row)
     return rows
+
+
+def read_best(folder: Path) -> dict[str, Any] | None:
+    """The step and distance of a run's best evaluation, as evaluation is set now; None without any."""
+    path = folder / BEST
+    if not path.is_file():
+        return None
+    best = checkpoint.read_json(path)
+    if type(best.get("step")) is not int or not isinstance(best.get("frechet_distance"), (int, float)):
+        raise UserError(
+            f'{path} must hold the numbers "step" and "frechet_distance": repair it, or delete it and the '
+            "next evaluation counts as the best"
+        )
+    return best
 
 
 def add_environment(folder: Path, step: int, device: str, ranks: int) -> None:

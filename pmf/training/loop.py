@@ -31,12 +31,11 @@ from pmf.ranks import Ranks
 from pmf.training.building import model_config
 from pmf.training.config import EvaluationSettings, OptimizerSettings, TrainConfig, flag, settings
 from pmf.training.folders import refuse_changes
-from pmf.training.log import RunLog, add_environment
+from pmf.training.log import BEST, RunLog, add_environment, read_best
 from pmf.training.parallel import whole
 from pmf.training.pictures import draw_samples
 from pmf.training.trainer import COLUMNS, Trainer
 
-_BEST = "best.json"
 _log = logging.getLogger(__name__)
 
 
@@ -237,7 +236,7 @@ class Run:
             self.best = {"step": trainer.step, "frechet_distance": distance}
             self.save()
             if self.ranks.first and self.out is not None:
-                write_file(self.out / _BEST, (json.dumps(self.best) + "\n").encode())
+                write_file(self.out / BEST, (json.dumps(self.best) + "\n").encode())
             self._drop_old_checkpoints()
         self.score = f", distance {distance:.4g}, best {self.best['frechet_distance']:.4g}"
 
@@ -401,14 +400,9 @@ def _read_best(out: Path | None, step: int, settings: EvaluationSettings) -> dic
     None as well if it was measured otherwise (other features, reference or number of samples): distances are
     then not comparable, and the next counts as the best.
     """
-    if out is None or not (out / _BEST).is_file():
+    best = None if out is None else read_best(out)
+    if out is None or best is None:
         return None
-    best = checkpoint.read_json(out / _BEST)
-    if type(best.get("step")) is not int or not isinstance(best.get("frechet_distance"), (int, float)):
-        raise UserError(
-            f'{out / _BEST} must hold the numbers "step" and "frechet_distance": repair it, or delete it and '
-            "the next evaluation counts as the best"
-        )
     folder = checkpoint.step_folder(out, best["step"])
     if best["step"] > step or not folder.is_dir():
         return None

@@ -100,6 +100,16 @@ def test_in_a_browser_it_requests_nothing_and_shows_every_picture(run: Path, tmp
     assert asked == [url]
 
 
+def test_the_best_distance_is_that_of_the_evaluation_as_it_is_set_now(run: Path, tmp_path: Path) -> None:
+    with (run / "log.jsonl").open("a") as log:
+        for step, distance in ((4, 0.1), (6, 12.5)):  # the first in other features
+            row = {"step": step, "images": 8 * step, "seconds": 1.0, "frechet_distance": distance}
+            log.write(json.dumps(row) + "\n")
+    (run / "best.json").write_text('{"step": 6, "frechet_distance": 12.5}')
+    assert main(["report", str(run), "--out", str(tmp_path / "report.html")]) == 0
+    assert "best distance 12.5 at step 6" in text_of((tmp_path / "report.html").read_text())
+
+
 def test_what_an_unfinished_run_lacks_is_reported(run: Path, tmp_path: Path) -> None:
     for name in ("samples", "checkpoints"):
         shutil.rmtree(run / name)
