@@ -187,7 +187,7 @@ def build_page(studio: Studio, title: str) -> Any:
         return gradio.Slider(low, high, value, step=step, label=label, **more)
 
     with gradio.Blocks(title=title, analytics_enabled=False, fill_width=True) as page:
-        gradio.Markdown(f"## {title}")
+        gradio.HTML(f"<h2>{html.escape(title)}</h2>")  # a folder's name: neither Markdown nor markup
         with gradio.Row():
             with gradio.Column(scale=1, min_width=280):
                 choices = [(name, index) for index, name in enumerate(studio.names)]

@@ -107,11 +107,9 @@ def test_class_names_are_text_not_markup(tmp_path: Path) -> None:
 def test_pages_for_any_number_of_classes(count: int, kind: str, tmp_path: Path) -> None:
     pytest.importorskip("gradio")
     made = studio(write_model(tmp_path / "model", [f"class {i}" for i in range(count)]))
-    parts = [
-        x
-        for x in build_page(made, "title").config["components"]
-        if x["type"] in ("radio", "dropdown", "slider")
-    ]
+    components = build_page(made, "a_b_<i>").config["components"]
+    assert "<h2>a_b_&lt;i&gt;</h2>" in [x["props"].get("value") for x in components]
+    parts = [x for x in components if x["type"] in ("radio", "dropdown", "slider")]
     choice, omega, *_ = parts
     assert choice["type"] == kind and len(choice["props"]["choices"]) == count
     assert choice["props"]["visible"] == omega["props"]["visible"] == (count > 1)
