@@ -5,7 +5,9 @@
 """
 
 import contextlib
+import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,6 +18,9 @@ import torch.distributed as dist
 from pmf.errors import UserError
 
 T = TypeVar("T")
+
+_PATIENCE = 30.0  # seconds of waiting for other ranks without a word
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,11 @@ def joined_ranks() -> Iterator[Ranks]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(_number("LOCAL_RANK", 0) % torch.cuda.device_count())
+    place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    words = "waiting at %s for all %d processes: start the others, or correct MASTER_ADDR and MASTER_PORT"
+    waiting = threading.Timer(_PATIENCE, _log.warning, (words, place, size))
+    waiting.daemon = True
+    waiting.start()
     try:
         dist.init_process_group(backend)
     except (ValueError, RuntimeError) as error:
@@ -109,6 +119,8 @@ def joined_ranks() -> Iterator[Ranks]:
             f"WORLD_SIZE is {size}, but the other ranks cannot be reached ({reason}): start with "
             "torchrun --nproc-per-node N -m pmf ..., or unset WORLD_SIZE"
         ) from error
+    finally:
+        waiting.cancel()
     try:
         yield Ranks(dist.get_rank(), size)
     finally:

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -193,3 +194,23 @@ def test_a_broken_environment_is_explained(
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=words), joined_ranks():
         pass
+
+
+def test_waiting_for_others_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.9", "MASTER_PORT": "4242"}.items():
+        monkeypatch.setenv(name, value)
+
+    def nobody_comes(backend: str) -> None:
+        for _ in range(200):
+            if caplog.messages:
+                break
+            time.sleep(0.05)
+        raise RuntimeError("timed out")
+
+    monkeypatch.setattr("pmf.ranks._PATIENCE", 0.05)
+    monkeypatch.setattr("torch.distributed.init_process_group", nobody_comes)
+    with pytest.raises(UserError, match="timed out"), joined_ranks():
+        pass
+    assert "waiting at 10.0.0.9:4242 for all 2 processes" in caplog.messages[0]
