@@ -1,5 +1,6 @@
 """The harness detects wrong results before timing, and interleaves the contestants."""
 
+import functools
 import json
 import os
 import sys
@@ -133,3 +134,11 @@ def test_a_record_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(KeyboardInterrupt):
         write_record(path, {"rows": [1, 2]})
     assert json.loads(path.read_bytes()) == {"rows": [1]}
+
+
+def test_no_contestant_always_follows_the_same_one():
+    """What one leaves in memory, the next pays for."""
+    ran: list[str] = []
+    times = Cpu().times({name: functools.partial(ran.append, name) for name in "abc"}, 0.0, 20)
+    assert [len(found) for found in times.values()] == [20, 20, 20]
+    assert len(set(zip(ran[3:], ran[4:], strict=False))) > 6
