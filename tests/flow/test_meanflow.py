@@ -287,9 +287,14 @@ def test_inputs_that_do_not_fit():
         objective(Net(), x, draws._replace(t=draws.t[:3]))
     with pytest.raises(ValueError, match="0 <= r <= t <= 1"):
         objective(Net(), x, draws._replace(t=draws.r - 0.1))
-    for omega in (0.5 * draws.omega, draws.omega / 0 - draws.omega / 0):
+    for omega in (0.5 * draws.omega, torch.nan * draws.omega):
         with pytest.raises(ValueError, match="draws must have omega >= 1"):
             objective(Net(), x, draws._replace(omega=omega))
+    below_one = MeanFlow(guidance=ClassifierFreeGuidance(), null={"label": 3})  # whose scale may be
+    with pytest.raises(ValueError, match="null names label"):
+        below_one(Net(), x, draws._replace(omega=0.5 * draws.omega))
+    with pytest.raises(ValueError, match="draws must have omega >= 0"):
+        below_one(Net(), x, draws._replace(omega=-draws.omega))
     with pytest.raises(TypeError, match="drop must be bool, got torch.float32"):
         objective(Net(), x, draws._replace(drop=draws.drop.float()))
     with pytest.raises(ValueError, match="null names label"):
