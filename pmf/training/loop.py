@@ -400,8 +400,7 @@ def _read_best(out: Path | None, step: int, settings: EvaluationSettings) -> dic
     None as well if it was measured otherwise (other features, reference or number of samples): distances are
     then not comparable, and the next counts as the best.
     """
-    best = None if out is None else read_best(out)
-    if out is None or best is None:
+    if out is None or (best := read_best(out)) is None:
         return None
     folder = checkpoint.step_folder(out, best["step"])
     if best["step"] > step or not folder.is_dir():
