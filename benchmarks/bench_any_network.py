@@ -107,7 +107,7 @@ def make_vit(quick: bool) -> tuple[nn.Module, Inputs]:
 
 def make_dit(quick: bool) -> tuple[nn.Module, Inputs]:
     network = DiT(64, 2, 2) if quick else DiT(384, 6, 6)
-    x, x_t = torch.randn(2, 4, 64 if quick else 1024, 64 if quick else 384).unbind(0)
+    x, x_t = torch.randn(2, 4, 256 if quick else 1024, 64 if quick else 384).unbind(0)
     t = torch.rand(4)
     return network, ((x, t, t / 2), (x_t, torch.ones(4), None))
 
