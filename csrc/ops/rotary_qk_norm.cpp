@@ -25,17 +25,14 @@ void check_side(const char* name, const Tensor& x, const char* weight_name, cons
 struct Frame {
   RotaryShape shape;
   Tensor cos, sin;
-  Workspace tables;
 
   Frame(const Tensor& query, const Tensor& key, const Tensor& query_weight,
         const Tensor& key_weight, const Tensor& cos_in, const Tensor& sin_in, double eps)
       : shape(checked(query, key, query_weight, key_weight, cos_in, sin_in, eps)),
         cos(table(cos_in, query)),
-        sin(table(sin_in, query)),
-        tables(query, rotary_table_bytes(shape)) {
+        sin(table(sin_in, query)) {
     shape.cos = cos.const_data_ptr();
     shape.sin = sin.const_data_ptr();
-    shape.tables = tables.data();
   }
 
  private:

@@ -26,11 +26,12 @@ PMF_INLINE void for_patch_rows(const PatchShape& s, const ParallelFor& parallel,
   });
 }
 
-// The channels of kStep<T> neighbouring pixels. Channel c of pixel j is element j C + c in a token;
-// vectors are joined from, and split into, the C vectors of a token's elements one after another.
+// The channels of kLanes<Acc<T>> neighbouring pixels. Channel c of pixel j is element j C + c in a
+// token; vectors are joined from, and split into, the C vectors of a token's elements one after
+// another.
 template <typename T, int C>
 struct Pixels {
-  static constexpr int kCount = kStep<T>;
+  static constexpr int kCount = kLanes<Acc<T>>;
   using V = Vec<Acc<T>>;
   V channel[C];
 
@@ -145,9 +146,9 @@ PMF_INLINE void for_pixels(const PatchShape& s, int64_t sample, int64_t row, con
       }
     }
   };
-  const bool fits = s.patch % kStep<T> == 0;
-  if (fits && C == 3) return visit(Pixels<T, 3>{}, 3, kStep<T>);
-  if (fits && C == 1) return visit(Pixels<T, 1>{}, 1, kStep<T>);
+  const bool fits = s.patch % kLanes<Acc<T>> == 0;
+  if (fits && C == 3) return visit(Pixels<T, 3>{}, 3, kLanes<Acc<T>>);
+  if (fits && C == 1) return visit(Pixels<T, 1>{}, 1, kLanes<Acc<T>>);
   visit(Pixel<T>{}, 1, 1);
 }
 

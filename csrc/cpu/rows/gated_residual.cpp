@@ -11,33 +11,33 @@
 namespace pmf::cpu::PMF_LEVEL {
 namespace {
 
-template <typename T>
+template <typename T, typename L = Fastest<T>>
 void forward(const GatedResidualParams& p, const ParallelFor& parallel) {
   for_rows(p.shape, parallel, [&](const Cursor& row) {
     const T *x = row.at<T>(p.x), *b = row.at<T>(p.branch), *g = row.at<T>(p.gate);
     T* y = row.at<T>(p.y);
-    for_vectors<T>(p.shape.width, [&](int64_t i, auto part, int) PMF_ALWAYS {
-      put(y + i, fma(get(g + i, part), get(b + i, part), get(x + i, part)), part);
+    for_vectors<L>(p.shape.width, [&](int64_t i, auto part, int) PMF_ALWAYS {
+      put(y + i, fma(get<L>(g + i, part), get<L>(b + i, part), get<L>(x + i, part)), part);
     });
   });
 }
 
-template <typename T>
+template <typename T, typename L = Fastest<T>>
 void forward_jvp(const GatedResidualParams& p, const ParallelFor& parallel) {
   for_rows(p.shape, parallel, [&](const Cursor& row) {
     const T *x = row.at<T>(p.x), *b = row.at<T>(p.branch), *g = row.at<T>(p.gate);
     const T *tx = row.at<T>(p.x_t), *tb = row.at<T>(p.branch_t), *tg = row.at<T>(p.gate_t);
     T *y = row.at<T>(p.y), *ty = row.at<T>(p.y_t);
-    for_vectors<T>(p.shape.width, [&](int64_t i, auto part, int) PMF_ALWAYS {
-      const auto gate = get(g + i, part), branch = get(b + i, part);
-      put(y + i, fma(gate, branch, get(x + i, part)), part);
-      const auto tangent = fma(gate, get(tb + i, part), get(tx + i, part));
-      put(ty + i, fma(get(tg + i, part), branch, tangent), part);
+    for_vectors<L>(p.shape.width, [&](int64_t i, auto part, int) PMF_ALWAYS {
+      const auto gate = get<L>(g + i, part), branch = get<L>(b + i, part);
+      put(y + i, fma(gate, branch, get<L>(x + i, part)), part);
+      const auto tangent = fma(gate, get<L>(tb + i, part), get<L>(tx + i, part));
+      put(ty + i, fma(get<L>(tg + i, part), branch, tangent), part);
     });
   });
 }
 
-template <typename T>
+template <typename T, typename L = Fastest<T>>
 void backward(const GatedResidualBackwardParams& p, const ParallelFor& parallel) {
   using A = Acc<T>;
   const int64_t rows = p.shape.rows() / max64(1, p.groups), width = p.shape.width;
@@ -47,18 +47,18 @@ void backward(const GatedResidualBackwardParams& p, const ParallelFor& parallel)
     for (int64_t r = first; r < last; ++r, row.next()) {
       const T *y = row.at<T>(p.grad), *b = row.at<T>(p.branch), *g = row.at<T>(p.gate);
       T* db = row.at<T>(p.grad_branch);
-      for_vectors<T>(width, [&](int64_t i, auto part, int) PMF_ALWAYS {
-        const auto grad = get(y + i, part);
-        put(db + i, get(g + i, part) * grad, part);
-        accumulate(dg + i, get(b + i, part), grad);
+      for_vectors<L>(width, [&](int64_t i, auto part, int) PMF_ALWAYS {
+        const auto grad = get<L>(y + i, part);
+        put(db + i, get<L>(g + i, part) * grad, part);
+        accumulate(dg + i, get<L>(b + i, part), grad);
       });
     }
   };
   for_runs<A>(sums, p.groups, rows, 1, p.workspace, parallel, run);
-  add_runs<T>(sums, p.groups, width, 1, 0, p.workspace, p.grad_gate, parallel);
+  add_runs<L>(sums, p.groups, width, 1, 0, p.workspace, p.grad_gate, parallel);
 }
 
-template <typename T>
+template <typename T, typename L = Fastest<T>>
 void backward_jvp(const GatedResidualBackwardParams& p, const ParallelFor& parallel) {
   using A = Acc<T>;
   const int64_t rows = p.shape.rows() / max64(1, p.groups), width = p.shape.width;
@@ -71,20 +71,20 @@ void backward_jvp(const GatedResidualBackwardParams& p, const ParallelFor& paral
       const T *b = row.at<T>(p.branch), *tb = row.at<T>(p.branch_t);
       const T *g = row.at<T>(p.gate), *tg = row.at<T>(p.gate_t);
       T *db = row.at<T>(p.grad_branch), *dtb = row.at<T>(p.grad_branch_t);
-      for_vectors<T>(width, [&](int64_t i, auto part, int) PMF_ALWAYS {
-        const auto grad = get(y + i, part), grad_t = get(t + i, part);
-        const auto gate = get(g + i, part), branch = get(b + i, part);
-        put(db + i, fma(gate, grad, get(tg + i, part) * grad_t), part);
+      for_vectors<L>(width, [&](int64_t i, auto part, int) PMF_ALWAYS {
+        const auto grad = get<L>(y + i, part), grad_t = get<L>(t + i, part);
+        const auto gate = get<L>(g + i, part), branch = get<L>(b + i, part);
+        put(db + i, fma(gate, grad, get<L>(tg + i, part) * grad_t), part);
         put(dtb + i, gate * grad_t, part);
         accumulate(dg + i, branch, grad);
-        accumulate(dg + i, get(tb + i, part), grad_t);
+        accumulate(dg + i, get<L>(tb + i, part), grad_t);
         accumulate(dtg + i, branch, grad_t);
       });
     }
   };
   for_runs<A>(sums, p.groups, rows, 2, p.workspace, parallel, run);
-  add_runs<T>(sums, p.groups, width, 2, 0, p.workspace, p.grad_gate, parallel);
-  add_runs<T>(sums, p.groups, width, 2, 1, p.workspace, p.grad_gate_t, parallel);
+  add_runs<L>(sums, p.groups, width, 2, 0, p.workspace, p.grad_gate, parallel);
+  add_runs<L>(sums, p.groups, width, 2, 1, p.workspace, p.grad_gate_t, parallel);
 }
 
 }  // namespace

@@ -10,17 +10,17 @@
 namespace pmf::cpu::PMF_LEVEL {
 namespace {
 
-template <typename T>
+template <typename T, typename L = Fastest<T>>
 void forward(const RmsNormParams& p, const ParallelFor& parallel) {
-  const Row<T> w(static_cast<const T*>(p.weight));
+  const Row<L> w(static_cast<const T*>(p.weight));
   for_rows(p.shape, parallel, [&](const Cursor& row) {
     norm_row(p.shape.width, p.eps, NoTurn{}, row.at<T>(p.x), w, row.at<T>(p.y));
   });
 }
 
-template <typename T>
+template <typename T, typename L = Fastest<T>>
 void forward_jvp(const RmsNormParams& p, const ParallelFor& parallel) {
-  const Row<T> w(static_cast<const T*>(p.weight)), tw(static_cast<const T*>(p.weight_t));
+  const Row<L> w(static_cast<const T*>(p.weight)), tw(static_cast<const T*>(p.weight_t));
   const bool moving = moves(tw.data, p.shape.width);
   for_rows(p.shape, parallel, [&](const Cursor& row) {
     norm_row_jvp(p.shape.width, p.eps, NoTurn{}, row.at<T>(p.x), row.at<T>(p.x_t), w, tw, moving,
@@ -28,9 +28,9 @@ void forward_jvp(const RmsNormParams& p, const ParallelFor& parallel) {
   });
 }
 
-template <typename T>
+template <typename T, typename L = Fastest<T>>
 void backward(const RmsNormBackwardParams& p, const ParallelFor& parallel) {
-  const Row<T> w(static_cast<const T*>(p.weight));
+  const Row<L> w(static_cast<const T*>(p.weight));
   const int64_t rows = p.shape.rows(), width = p.shape.width;
   const RowSums sums(rows, width);
   auto run = [&](int64_t first, int64_t last, Acc<T>* dw) {
@@ -41,12 +41,12 @@ void backward(const RmsNormBackwardParams& p, const ParallelFor& parallel) {
     }
   };
   for_runs<Acc<T>>(sums, 1, rows, 1, p.workspace, parallel, run);
-  add_runs<T>(sums, 1, width, 1, 0, p.workspace, p.grad_weight, parallel);
+  add_runs<L>(sums, 1, width, 1, 0, p.workspace, p.grad_weight, parallel);
 }
 
-template <typename T>
+template <typename T, typename L = Fastest<T>>
 void backward_jvp(const RmsNormBackwardParams& p, const ParallelFor& parallel) {
-  const Row<T> w(static_cast<const T*>(p.weight)), tw(static_cast<const T*>(p.weight_t));
+  const Row<L> w(static_cast<const T*>(p.weight)), tw(static_cast<const T*>(p.weight_t));
   const int64_t rows = p.shape.rows(), width = p.shape.width;
   const RowSums sums(rows, width);
   auto run = [&](int64_t first, int64_t last, Acc<T>* dw) {
@@ -58,8 +58,8 @@ void backward_jvp(const RmsNormBackwardParams& p, const ParallelFor& parallel) {
     }
   };
   for_runs<Acc<T>>(sums, 1, rows, 2, p.workspace, parallel, run);
-  add_runs<T>(sums, 1, width, 2, 0, p.workspace, p.grad_weight, parallel);
-  add_runs<T>(sums, 1, width, 2, 1, p.workspace, p.grad_weight_t, parallel);
+  add_runs<L>(sums, 1, width, 2, 0, p.workspace, p.grad_weight, parallel);
+  add_runs<L>(sums, 1, width, 2, 1, p.workspace, p.grad_weight_t, parallel);
 }
 
 }  // namespace

@@ -1,88 +1,59 @@
 // Per-head RMSNorm and rotary embedding on the CPU. The mathematics is in pmf/rotary_qk_norm.h, the
-// norm of a row (one head of one token) in norm.h.
+// norm of a row (one head of one token) in norm-inl.h.
 //
-// cos and sin are expanded once per call to the full width, sin with alternating sign, so that a
-// turn is two multiplications and one swap of neighbours: y = n o cos + swap(n) o sin. The
-// forward's tables contain the norm's weights, too. Rows are walked in the order they lie in
-// memory, heads inside tokens or tokens inside heads. In units of query plus key the forward moves
-// 2, its tangent 2 more, the backward 3 or 6: copy bandwidth is the bound.
+// The elements that rotate together lie in pairs in registers (layout-inl.h), so that a turn is
+// four multiplications for two vectors, and the tables are used as they come. Rows are walked in
+// the order they lie in memory, heads inside tokens or tokens inside heads. In units of query plus
+// key the forward moves 2, its tangent 2 more, the backward 3 or 6: copy bandwidth is the bound.
 #include "pmf/rotary_qk_norm.h"
-
-#include <type_traits>
 
 #include "cpu/rows/norm-inl.h"
 
 namespace pmf::cpu::PMF_LEVEL {
 namespace {
 
-// (a, b, c, d, ...) -> (b, a, d, c, ...)
-struct Swapped {
-  static constexpr int lane(int j) { return j ^ 1; }
-};
+PMF_INLINE Whole halved(Whole) { return {}; }
+PMF_INLINE Part halved(Part part) { return {part.n / 2}; }
 
-// cos and sin of one token, [D] each: (c0, c0, c1, c1, ...) and (-s0, s0, -s1, s1, ...).
+// R of one token.
 template <typename A>
 struct Rotation {
   const A *cos, *sin;
+  int64_t mask;  // of the places in cos and sin: 0 if one vector serves all
 
   template <typename P>
-  PMF_INLINE Vec<A> forward(Vec<A> v, int64_t i, P part) const {
-    return fma(shuffle<Swapped>(v, v), get(sin + i, part), v * get(cos + i, part));
+  PMF_INLINE Vec<A> at(const A* table, int64_t i, P part) const {
+    return get<InOrder<A>>(table + (i / 2 & mask), halved(part));
   }
   template <typename P>
-  PMF_INLINE Vec<A> backward(Vec<A> v, int64_t i, P part) const {
-    return v * get(cos + i, part) - shuffle<Swapped>(v, v) * get(sin + i, part);
+  PMF_INLINE Pairs<A> forward(Pairs<A> v, int64_t i, P part) const {
+    const Vec<A> c = at(cos, i, part), s = at(sin, i, part);
+    return {v.even * c - v.odd * s, v.odd * c + v.even * s};
+  }
+  template <typename P>
+  PMF_INLINE Pairs<A> backward(Pairs<A> v, int64_t i, P part) const {
+    const Vec<A> c = at(cos, i, part), s = at(sin, i, part);
+    return {v.even * c + v.odd * s, v.odd * c - v.even * s};
   }
 };
 
-// R w and R tw, whose tables contain the weights.
 template <typename A>
-struct WeightedRotation {
-  Rotation<A> by_weight, by_weight_t;
+struct Rotations {
+  const A *cos, *sin;   // [P, D/2]
+  int64_t half, first;  // D/2; tokens from `first` on are rotated
+  A one[kLanes<A>], zero[kLanes<A>] = {};
 
-  template <typename R, typename P>
-  PMF_INLINE Vec<A> weighted(Vec<A> v, const R&, int64_t i, P part) const {
-    return by_weight.forward(v, i, part);
-  }
-  template <typename R, typename P>
-  PMF_INLINE Vec<A> weighted_t(Vec<A> v, const R&, int64_t i, P part) const {
-    return by_weight_t.forward(v, i, part);
-  }
-};
-
-// The spread tables [P + 1, D] in the caller's scratch; row P is the identity. With a weight, that
-// of R w: R's columns, each times its element of the weight.
-template <typename A>
-struct Tables {
-  const A *cos, *sin;
-  int64_t width, first, rotated;  // tokens from `first` on are rotated
-
-  template <typename T>
-  PMF_INLINE Tables(const RotaryShape& s, int which, const T* weight)
-      : width(s.width), first(s.tokens - s.rotated), rotated(s.rotated) {
-    const int64_t size = (rotated + 1) * width;
-    A *c = static_cast<A*>(s.tables) + 2 * which * size, *d = c + size;
-    cos = c;
-    sin = d;
-    const A *from_cos = static_cast<const A*>(s.cos), *from_sin = static_cast<const A*>(s.sin);
-    A* w = c + rotated * width;
-    for (int64_t i = 0; i < width; ++i) {
-      w[i] = weight == nullptr ? A(1) : A(to_float(weight[i]));
-      w[i + size] = 0;
-    }
-    for (int64_t token = 0; token < rotated; ++token, c += width, d += width) {
-      _Pragma("GCC ivdep") for (int64_t i = 0; i < width / 2; ++i) {
-        const A x = *from_cos++, y = *from_sin++, even = w[2 * i], odd = w[2 * i + 1];
-        c[2 * i] = x * even;
-        c[2 * i + 1] = x * odd;
-        d[2 * i] = -y * odd;
-        d[2 * i + 1] = y * even;
-      }
-    }
+  PMF_INLINE explicit Rotations(const RotaryShape& s)
+      : cos(static_cast<const A*>(s.cos)),
+        sin(static_cast<const A*>(s.sin)),
+        half(s.width / 2),
+        first(s.tokens - s.rotated) {
+    for (A& x : one) x = 1;
   }
   PMF_INLINE Rotation<A> at(int64_t token) const {
-    const int64_t row = (token < first ? rotated : token - first) * width;
-    return {cos + row, sin + row};
+    if (token < first) return {one, zero, 0};
+    const int64_t row = (token - first) * half;
+    return {cos + row, sin + row, -1};
   }
 };
 
@@ -145,19 +116,19 @@ PMF_INLINE void with_width(int64_t width, const Body& body) {
 }
 
 template <typename T, bool kTangent, typename W>
-PMF_INLINE void forward_rows(const RotaryShape& s, const RotaryHeads& side, W width,
-                             const Tables<Acc<T>>& tables, const Tables<Acc<T>>& tables_t,
-                             bool moving, int64_t begin, int64_t end) {
-  const Row<T, W> w(static_cast<const T*>(side.weight));
+PMF_INLINE void forward_rows(const RotaryShape& s, const RotaryHeads& side, W width, bool moving,
+                             int64_t begin, int64_t end) {
+  const Rotations<Acc<T>> rotations(s);
+  const Row<InPairs<T>, W> w(static_cast<const T*>(side.weight));
+  const Row<InPairs<T>, W> tw(static_cast<const T*>(moving ? side.weight_t : side.weight));
   const auto stretch = [&](const HeadCursor& row, int64_t count) PMF_ALWAYS {
     const int d = row.inner();
     const T *x = row.at<T>(side.x), *tx = kTangent ? row.at<T>(side.x_t) : nullptr;
     T *y = row.at<T>(side.y), *ty = kTangent ? row.at<T>(side.y_t) : nullptr;
     for (int64_t k = 0; k < count; ++k) {
-      const int64_t token = row.n + (d == 2 ? k : 0);
-      const WeightedRotation<Acc<T>> turn{tables.at(token), tables_t.at(token)};
+      const auto turn = rotations.at(row.n + (d == 2 ? k : 0));
       if constexpr (kTangent) {
-        norm_row_jvp(width, s.eps, turn, x, tx, w, w, moving, y, ty);
+        norm_row_jvp(width, s.eps, turn, x, tx, w, tw, moving, y, ty);
         tx += side.x_t.stride[d];
         ty += side.y_t.stride[d];
       } else {
@@ -173,33 +144,37 @@ PMF_INLINE void forward_rows(const RotaryShape& s, const RotaryHeads& side, W wi
 template <typename T, bool kTangent>
 void forward(const RotaryQkNormParams& p, const ParallelFor& parallel) {
   const RotaryShape& s = p.shape;
-  for (const RotaryHeads& side : p.sides) {
-    const T *w = static_cast<const T*>(side.weight), *tw = static_cast<const T*>(side.weight_t);
-    const bool moving = kTangent && moves(tw, s.width);
-    const Tables<Acc<T>> tables(s, 0, w);
-    const Tables<Acc<T>> tables_t = moving ? Tables<Acc<T>>(s, 1, tw) : tables;
-    with_width<T>(s.width, [&](auto width) {
-      const auto rows = [&](int64_t begin, int64_t end) {
-        forward_rows<T, kTangent>(s, side, width, tables, tables_t, moving, begin, end);
-      };
-      parallel_ranges(parallel, s.batch * side.heads * s.tokens, row_grain(s.width), rows);
-    });
-  }
+  const int64_t sequences = s.batch * s.tokens;
+  with_width<T>(s.width, [&](auto width) {
+    const auto rows = [&](int64_t begin, int64_t end) {  // of both sides, the query's first
+      for (const RotaryHeads& side : p.sides) {
+        const int64_t count = sequences * side.heads;
+        const bool moving = kTangent && moves(static_cast<const T*>(side.weight_t), s.width);
+        if (begin < count) {
+          forward_rows<T, kTangent>(s, side, width, moving, begin, min64(end, count));
+        }
+        begin = max64(begin - count, 0);
+        end -= count;
+      }
+    };
+    const int64_t heads = p.sides[0].heads + p.sides[1].heads;
+    parallel_ranges(parallel, sequences * heads, row_grain(s.width), rows);
+  });
 }
 
 template <typename T, bool kTangent, typename W>
 PMF_INLINE void backward_rows(const RotaryShape& s, const RotaryHeadsBackward& side, W width,
-                              const Tables<Acc<T>>& tables, int64_t begin, int64_t end, Acc<T>* dw,
-                              Acc<T>* dtw) {
-  const Row<T, W> w(static_cast<const T*>(side.weight));
-  const Row<T, W> tw(static_cast<const T*>(kTangent ? side.weight_t : side.weight));
+                              int64_t begin, int64_t end, Acc<T>* dw, Acc<T>* dtw) {
+  const Rotations<Acc<T>> rotations(s);
+  const Row<InPairs<T>, W> w(static_cast<const T*>(side.weight));
+  const Row<InPairs<T>, W> tw(static_cast<const T*>(kTangent ? side.weight_t : side.weight));
   const auto stretch = [&](const HeadCursor& row, int64_t count) PMF_ALWAYS {
     const int d = row.inner();
     const T *x = row.at<T>(side.x), *tx = kTangent ? row.at<T>(side.x_t) : nullptr;
     const T *y = row.at<T>(side.grad), *ty = kTangent ? row.at<T>(side.grad_t) : nullptr;
     T *dx = row.at<T>(side.grad_x), *dtx = kTangent ? row.at<T>(side.grad_x_t) : nullptr;
     for (int64_t k = 0; k < count; ++k) {
-      const auto turn = tables.at(row.n + (d == 2 ? k : 0));
+      const auto turn = rotations.at(row.n + (d == 2 ? k : 0));
       if constexpr (kTangent) {
         norm_row_jvp_backward(width, s.eps, turn, y, ty, x, tx, w, tw, dx, dtx, dw, dtw);
         tx += side.x_t.stride[d];
@@ -219,19 +194,19 @@ PMF_INLINE void backward_rows(const RotaryShape& s, const RotaryHeadsBackward& s
 template <typename T, bool kTangent>
 void backward(const RotaryQkNormBackwardParams& p, const ParallelFor& parallel) {
   const RotaryShape& s = p.shape;
-  const Tables<Acc<T>> tables(s, 0, static_cast<const T*>(nullptr));
   constexpr int kinds = kTangent ? 2 : 1;
   for (const RotaryHeadsBackward& side : p.sides) {
     const int64_t rows = s.batch * side.heads * s.tokens;
     const RowSums sums(rows, s.width);
     with_width<T>(s.width, [&](auto width) {
       const auto run = [&](int64_t begin, int64_t end, Acc<T>* dw) {
-        backward_rows<T, kTangent>(s, side, width, tables, begin, end, dw, dw + sums.pitch);
+        backward_rows<T, kTangent>(s, side, width, begin, end, dw, dw + sums.pitch);
       };
       for_runs<Acc<T>>(sums, 1, rows, kinds, p.workspace, parallel, run);
     });
-    add_runs<T>(sums, 1, s.width, kinds, 0, p.workspace, side.grad_weight, parallel);
-    if (kTangent) add_runs<T>(sums, 1, s.width, 2, 1, p.workspace, side.grad_weight_t, parallel);
+    add_runs<InPairs<T>>(sums, 1, s.width, kinds, 0, p.workspace, side.grad_weight, parallel);
+    if (kTangent)
+      add_runs<InPairs<T>>(sums, 1, s.width, 2, 1, p.workspace, side.grad_weight_t, parallel);
   }
 }
 

@@ -5,66 +5,23 @@
 // read once per row and that sums have enough independent accumulators.
 #pragma once
 
-#include "cpu/common/simd-inl.h"
+#include "cpu/rows/layout-inl.h"
 #include "pmf/rows.h"
 
 namespace pmf::cpu::PMF_LEVEL {
 
-#define PMF_ALWAYS __attribute__((always_inline))
-
-// The type in which T is computed.
-template <typename T>
-struct AccumulateIn {
-  using type = float;
-};
-template <>
-struct AccumulateIn<double> {
-  using type = double;
-};
-template <typename T>
-using Acc = typename AccumulateIn<T>::type;
-template <typename T>
-constexpr int kStep = kLanes<Acc<T>>;  // elements of T per vector
-
-// How many elements a vector has: all, or the first n.
-struct Whole {};
-struct Part {
-  int64_t n;
-};
-
-template <typename T>
-PMF_INLINE Vec<Acc<T>> get(const T* p, Whole) {
-  return load_float(p);
-}
-template <typename T>
-PMF_INLINE void put(T* p, Vec<Acc<T>> v, Whole) {
-  store_float(p, v);
-}
-// Missing lanes read as zero.
-template <typename T>
-PMF_INLINE Vec<Acc<T>> get(const T* p, Part part) {
-  alignas(kVecBytes) T buffer[kStep<T>] = {};
-  for (int64_t i = 0; i < part.n; ++i) buffer[i] = p[i];
-  return load_float(buffer);
-}
-template <typename T>
-PMF_INLINE void put(T* p, Vec<Acc<T>> v, Part part) {
-  alignas(kVecBytes) T buffer[kStep<T>];
-  store_float(buffer, v);
-  for (int64_t i = 0; i < part.n; ++i) p[i] = buffer[i];
-}
-
 constexpr int kSlots = 4;  // independent accumulators, to hide the FMA latency
 
-// Calls body(i, part, slot) for i = 0, step, 2 step, ... < width; slot cycles through [0, kSlots).
-template <typename T, typename Body>
+// Calls body(i, part, slot) for i = 0, step, 2 step, ... < width in the steps of layout L; slot
+// cycles through [0, kSlots) by the vectors of a step.
+template <typename L, typename Body>
 PMF_INLINE void for_vectors(int64_t width, Body body) {
-  constexpr int64_t kBlock = kSlots * kStep<T>;
+  constexpr int64_t kStep = L::kStep, kSteps = kSlots / L::kVectors;
   int64_t i = 0;
-  for (; i + kBlock <= width; i += kBlock) {
-    PMF_UNROLL for (int slot = 0; slot < kSlots; ++slot) body(i + slot * kStep<T>, Whole{}, slot);
+  for (; i + kSteps * kStep <= width; i += kSteps * kStep) {
+    PMF_UNROLL for (int k = 0; k < kSteps; ++k) body(i + k * kStep, Whole{}, k * L::kVectors);
   }
-  for (; i + kStep<T> <= width; i += kStep<T>) body(i, Whole{}, 0);
+  for (; i + kStep <= width; i += kStep) body(i, Whole{}, 0);
   if (i < width) body(i, Part{width - i}, 0);
 }
 
@@ -75,6 +32,13 @@ PMF_INLINE A sum_lanes(typename VecType<A, kBytes>::type v) {
     return v[0];
   } else {
     typename VecType<A, kBytes / 2>::type low, high;
+#if defined(__AVX512F__)
+    if constexpr (kBytes == 64) {  // GCC 12 would halve it through memory
+      low = (decltype(low))_mm512_castpd512_pd256((__m512d)v);
+      high = (decltype(high))_mm512_extractf64x4_pd((__m512d)v, 1);
+      return sum_lanes<A, kBytes / 2>(low + high);
+    }
+#endif
     std::memcpy(&low, &v, sizeof low);
     std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
     return sum_lanes<A, kBytes / 2>(low + high);
@@ -87,6 +51,10 @@ struct RowSum {
   Vec<A> slots[kSlots] = {};
 
   PMF_INLINE void add(Vec<A> a, Vec<A> b, int slot) { slots[slot] = fma(a, b, slots[slot]); }
+  PMF_INLINE void add(Pairs<A> a, Pairs<A> b, int slot) {
+    add(a.even, b.even, slot);
+    add(a.odd, b.odd, slot + 1);
+  }
   PMF_INLINE A total() const {
     return sum_lanes<A, kVecBytes>((slots[0] + slots[1]) + (slots[2] + slots[3]));
   }
@@ -158,10 +126,25 @@ PMF_INLINE void for_rows(const RowShape& shape, const ParallelFor& parallel, con
 
 // ---- Sums over rows -----------------------------------------------------------------------------
 
-// acc += a b for one vector of a run's sums, which are padded to whole vectors.
+// acc += a b for one step of a run's sums, which are padded to whole steps and lie in memory as
+// they do in registers.
 template <typename A>
 PMF_INLINE void accumulate(A* acc, Vec<A> a, Vec<A> b) {
   store(acc, fma(a, b, load(acc)));
+}
+template <typename A>
+PMF_INLINE void accumulate(A* acc, Pairs<A> a, Pairs<A> b) {
+  accumulate(acc, a.even, b.even);
+  accumulate(acc + kLanes<A>, a.odd, b.odd);
+}
+template <typename A>
+PMF_INLINE void add_sums(Vec<A>& total, const A* sums) {
+  total += load(sums);
+}
+template <typename A>
+PMF_INLINE void add_sums(Pairs<A>& total, const A* sums) {
+  total.even += load(sums);
+  total.odd += load(sums + kLanes<A>);
 }
 
 // Calls body(first row, end row, vectors) for every run of every group of `rows` rows. Each run has
@@ -179,10 +162,12 @@ PMF_INLINE void for_runs(const RowSums& sums, int64_t groups, int64_t rows, int 
   });
 }
 
-// out[group, i] = the sum over the group's runs, in order, of the vectors of kind `kind`.
-template <typename T>
+// out[group, i] = the sum over the group's runs, in order, of the vectors of kind `kind`, which
+// values of layout L were accumulated into.
+template <typename L>
 PMF_INLINE void add_runs(const RowSums& sums, int64_t groups, int64_t width, int kinds, int kind,
                          const void* workspace, void* out, const ParallelFor& parallel) {
+  using T = Element<L>;
   using A = Acc<T>;
   const int64_t grain = max64(1, row_grain(width) / max64(1, sums.runs));
   parallel_ranges(parallel, groups, grain, [&](int64_t begin, int64_t end) {
@@ -190,10 +175,10 @@ PMF_INLINE void add_runs(const RowSums& sums, int64_t groups, int64_t width, int
       const A* vectors =
           static_cast<const A*>(workspace) + (group * sums.runs * kinds + kind) * sums.pitch;
       T* result = static_cast<T*>(out) + group * width;
-      for_vectors<T>(width, [&](int64_t i, auto part, int) PMF_ALWAYS {
-        Vec<A> total = {};
+      for_vectors<L>(width, [&](int64_t i, auto part, int) PMF_ALWAYS {
+        typename L::Value total = {};
         for (int64_t run = 0; run < sums.runs; ++run) {
-          total += load(vectors + run * kinds * sums.pitch + i);
+          add_sums(total, vectors + run * kinds * sums.pitch + i);
         }
         put(result + i, total, part);
       });

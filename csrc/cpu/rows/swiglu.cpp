@@ -10,91 +10,96 @@
 namespace pmf::cpu::PMF_LEVEL {
 namespace {
 
-template <typename A>
+template <typename V>
 struct Sigmoid {
-  Vec<A> s, c;  // sigmoid(g), 1 - sigmoid(g) = sigmoid(-g)
+  V s, c;  // sigmoid(g), 1 - sigmoid(g) = sigmoid(-g)
 };
 
 template <typename A>
-PMF_INLINE Sigmoid<A> sigmoid(Vec<A> g) {
+PMF_INLINE Sigmoid<Vec<A>> sigmoid_of(Vec<A> g) {
   constexpr A kLog2e = static_cast<A>(1.44269504088896340736);
   const Vec<A> e = exp2((g < 0 ? g : -g) * kLog2e);  // exp(-|g|), in [0, 1]
   const Vec<A> large = 1 / (1 + e), small = e * large;
   return {g < 0 ? small : large, g < 0 ? large : small};
 }
+PMF_INLINE Sigmoid<Vec<float>> sigmoid(Vec<float> g) { return sigmoid_of<float>(g); }
+PMF_INLINE Sigmoid<Vec<double>> sigmoid(Vec<double> g) { return sigmoid_of<double>(g); }
+template <typename A>
+PMF_INLINE Sigmoid<Pairs<A>> sigmoid(Pairs<A> g) {
+  const auto even = sigmoid(g.even), odd = sigmoid(g.odd);
+  return {{even.s, odd.s}, {even.c, odd.c}};
+}
 
 // silu'(g) = s (1 + g (1 - s))
-template <typename A>
-PMF_INLINE Vec<A> slope(Vec<A> g, const Sigmoid<A>& f) {
+template <typename V>
+PMF_INLINE V slope(V g, const Sigmoid<V>& f) {
   return fma(g * f.c, f.s, f.s);
 }
 
 // silu''(g) = s (1 - s) (2 + g ((1 - s) - s))
-template <typename A>
-PMF_INLINE Vec<A> curvature(Vec<A> g, const Sigmoid<A>& f) {
-  return f.s * f.c * (2 + g * (f.c - f.s));
+template <typename V>
+PMF_INLINE V curvature(V g, const Sigmoid<V>& f) {
+  const V product = f.s * f.c;
+  return fma(product * g, f.c - f.s, product + product);
 }
 
-template <typename T>
+template <typename T, typename L = Fastest<T>>
 void forward(const SwigluParams& p, const ParallelFor& parallel) {
   for_rows(p.shape, parallel, [&](const Cursor& row) {
     const T *gate = row.at<T>(p.gate), *up = row.at<T>(p.up);
     T* y = row.at<T>(p.y);
-    for_vectors<T>(p.shape.width, [&](int64_t i, auto part, int) PMF_ALWAYS {
-      const Vec<Acc<T>> g = get(gate + i, part);
-      put(y + i, g * sigmoid<Acc<T>>(g).s * get(up + i, part), part);
+    for_vectors<L>(p.shape.width, [&](int64_t i, auto part, int) PMF_ALWAYS {
+      const auto g = get<L>(gate + i, part);
+      put(y + i, g * sigmoid(g).s * get<L>(up + i, part), part);
     });
   });
 }
 
-template <typename T>
+template <typename T, typename L = Fastest<T>>
 void forward_jvp(const SwigluParams& p, const ParallelFor& parallel) {
-  using A = Acc<T>;
   for_rows(p.shape, parallel, [&](const Cursor& row) {
     const T *gate = row.at<T>(p.gate), *up = row.at<T>(p.up);
     const T *gate_t = row.at<T>(p.gate_t), *up_t = row.at<T>(p.up_t);
     T *y = row.at<T>(p.y), *y_t = row.at<T>(p.y_t);
-    for_vectors<T>(p.shape.width, [&](int64_t i, auto part, int) PMF_ALWAYS {
-      const Vec<A> g = get(gate + i, part), u = get(up + i, part);
-      const Sigmoid<A> f = sigmoid<A>(g);
-      const Vec<A> silu = g * f.s;
+    for_vectors<L>(p.shape.width, [&](int64_t i, auto part, int) PMF_ALWAYS {
+      const auto g = get<L>(gate + i, part), u = get<L>(up + i, part);
+      const auto f = sigmoid(g);
+      const auto silu = g * f.s;
       put(y + i, silu * u, part);
-      const Vec<A> through_gate = slope<A>(g, f) * get(gate_t + i, part) * u;
-      put(y_t + i, fma(silu, get(up_t + i, part), through_gate), part);
+      const auto through_gate = slope(g, f) * get<L>(gate_t + i, part) * u;
+      put(y_t + i, fma(silu, get<L>(up_t + i, part), through_gate), part);
     });
   });
 }
 
-template <typename T>
+template <typename T, typename L = Fastest<T>>
 void backward(const SwigluBackwardParams& p, const ParallelFor& parallel) {
-  using A = Acc<T>;
   for_rows(p.shape, parallel, [&](const Cursor& row) {
     const T *gate = row.at<T>(p.gate), *up = row.at<T>(p.up), *grad = row.at<T>(p.grad);
     T *grad_gate = row.at<T>(p.grad_gate), *grad_up = row.at<T>(p.grad_up);
-    for_vectors<T>(p.shape.width, [&](int64_t i, auto part, int) PMF_ALWAYS {
-      const Vec<A> g = get(gate + i, part), y = get(grad + i, part);
-      const Sigmoid<A> f = sigmoid<A>(g);
+    for_vectors<L>(p.shape.width, [&](int64_t i, auto part, int) PMF_ALWAYS {
+      const auto g = get<L>(gate + i, part), y = get<L>(grad + i, part);
+      const auto f = sigmoid(g);
       put(grad_up + i, g * f.s * y, part);
-      put(grad_gate + i, slope<A>(g, f) * get(up + i, part) * y, part);
+      put(grad_gate + i, slope(g, f) * get<L>(up + i, part) * y, part);
     });
   });
 }
 
-template <typename T>
+template <typename T, typename L = Fastest<T>>
 void backward_jvp(const SwigluBackwardParams& p, const ParallelFor& parallel) {
-  using A = Acc<T>;
   for_rows(p.shape, parallel, [&](const Cursor& row) {
     const T *gate = row.at<T>(p.gate), *up = row.at<T>(p.up);
     const T *gate_t = row.at<T>(p.gate_t), *up_t = row.at<T>(p.up_t);
     const T *grad = row.at<T>(p.grad), *grad_t = row.at<T>(p.grad_t);
     T *grad_gate = row.at<T>(p.grad_gate), *grad_up = row.at<T>(p.grad_up);
     T *grad_gate_t = row.at<T>(p.grad_gate_t), *grad_up_t = row.at<T>(p.grad_up_t);
-    for_vectors<T>(p.shape.width, [&](int64_t i, auto part, int) PMF_ALWAYS {
-      const Vec<A> g = get(gate + i, part), u = get(up + i, part);
-      const Vec<A> tg = get(gate_t + i, part), tu = get(up_t + i, part);
-      const Vec<A> y = get(grad + i, part), t = get(grad_t + i, part);
-      const Sigmoid<A> f = sigmoid<A>(g);
-      const Vec<A> silu = g * f.s, d = slope<A>(g, f), d2 = curvature<A>(g, f);
+    for_vectors<L>(p.shape.width, [&](int64_t i, auto part, int) PMF_ALWAYS {
+      const auto g = get<L>(gate + i, part), u = get<L>(up + i, part);
+      const auto tg = get<L>(gate_t + i, part), tu = get<L>(up_t + i, part);
+      const auto y = get<L>(grad + i, part), t = get<L>(grad_t + i, part);
+      const auto f = sigmoid(g);
+      const auto silu = g * f.s, d = slope(g, f), d2 = curvature(g, f);
       put(grad_up_t + i, silu * t, part);
       put(grad_gate_t + i, d * u * t, part);
       put(grad_up + i, fma(silu, y, d * tg * t), part);

@@ -41,7 +41,6 @@ struct RotaryShape {
   double eps = 1e-6;
   const void* cos = nullptr;  // [P, D/2] contiguous, fp32 (fp64 for fp64)
   const void* sin = nullptr;
-  void* tables = nullptr;  // rotary_table_bytes() bytes, 64-aligned: scratch for the CPU kernel
 };
 
 struct RotaryQkNormParams {
@@ -54,12 +53,6 @@ struct RotaryQkNormBackwardParams {
   RotaryHeadsBackward sides[2];
   void* workspace = nullptr;  // rotary_workspace_bytes() bytes, 64-aligned
 };
-
-// cos and sin expanded to full width, and one more row with the identity: once with a weight and
-// once with its tangent.
-inline int64_t rotary_table_bytes(const RotaryShape& s) {
-  return 4 * (s.rotated + 1) * s.width * (s.dtype == DType::f64 ? 8 : 4);
-}
 
 // The CPU processes the sides in turn and reuses the memory; a GPU processes them concurrently.
 inline int64_t rotary_workspace_bytes(const RotaryQkNormBackwardParams& p, bool gpu) {

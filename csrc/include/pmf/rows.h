@@ -43,7 +43,7 @@ struct RowSums {
   int64_t run_rows = 1;  // rows per run; the last one may be shorter
   int64_t pitch = 0;     // stride between vectors, in elements
 
-  static constexpr int64_t kMaxRuns = 64, kMinRunRows = 16, kPitchStep = 16;
+  static constexpr int64_t kMaxRuns = 64, kMinRunRows = 16, kPitchStep = 32;
   // A GPU runs about a thousand blocks at once; a run worth a block has some thousand elements.
   static constexpr int64_t kGpuRuns = 1024, kGpuRunElements = 1 << 14;
 
