@@ -73,8 +73,9 @@ class Sampler:
     a sharded model, construction is collective and gathers a full copy; calls are then independent on each
     rank.
 
-    Only the path to u is evaluated. If the precision differs from the model's, `network` is a copy of the
-    weights and does not follow later changes of the model. Everything runs under torch.inference_mode, but
+    Only the path to u is evaluated, in "bf16" and "fp32" from a copy of the weights that does not follow later
+    changes of the model. A model in its own dtype other than float32, and a compiled one in float32, are
+    evaluated as they are. Everything runs under torch.inference_mode, but
     the returned images are ordinary tensors.
 
     Raises ValueError for another precision.
@@ -109,7 +110,7 @@ class Sampler:
                 self.network = _copy_u_path(model, own)
         elif precision == "bf16":
             self.network = _copy_u_path(model, torch.bfloat16)
-        elif exchanges(model) or any(parameter.dtype != torch.float32 for parameter in model.parameters()):
+        elif alone is model or exchanges(model) or any(p.dtype != torch.float32 for p in model.parameters()):
             self.network = _copy_u_path(model, torch.float32)
         self.read_out = ReadOut.of(model.config, prediction, preconditioner)
 
