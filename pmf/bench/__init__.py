@@ -41,11 +41,12 @@ def main(
     if unknown := [name for name in arguments.names if name not in BENCHMARKS]:
         parser.error(f"there is no benchmark {unknown[0]!r}: choose from {', '.join(BENCHMARKS)}")
 
-    from pmf.bench.device import make_device
+    from pmf.bench.device import keep_freed_memory, make_device
     from pmf.bench.harness import Setting, run_benchmark
     from pmf.devices import find_device
 
     device = find_device(arguments.device)
+    keep_freed_memory()
     setting = Setting(make_device(device), "full" if device.type == "cuda" else "cpu")
     status = 0
     for name in arguments.names or BENCHMARKS:

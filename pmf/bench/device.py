@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import random
@@ -57,6 +58,19 @@ class Device(Protocol):
     def release(self) -> None:
         """Release unused memory, between cases of different sizes."""
         ...
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees (glibc only): otherwise whoever allocates next pays for its pages.
+
+    The kernel maps and clears a page when it is first touched, about as slowly as an elementwise op fills it.
+    Whether that happens within a run depends on what other contestants freed before.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_max = -1, -4
+        mallopt(trim_threshold, (1 << 31) - 1)
+        mallopt(mmap_max, 0)
 
 
 class Cpu:

@@ -3,12 +3,14 @@
 import functools
 import json
 import os
+import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.pmf_process import environment
 
 from pmf.bench import device
 from pmf.bench.device import Cpu, Cuda
@@ -142,3 +144,27 @@ def test_no_contestant_always_follows_the_same_one():
     times = Cpu().times({name: functools.partial(ran.append, name) for name in "abc"}, 0.0, 20)
     assert [len(found) for found in times.values()] == [20, 20, 20]
     assert len(set(zip(ran[3:], ran[4:], strict=False))) > 6
+
+
+FAULTS = """
+import resource, sys, torch
+from pmf.bench.device import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+def run():
+    blocks = [torch.ones(1 << 22) for _ in range(5)]  # 16 MB each
+for _ in range(3):
+    run()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+run()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_freed_memory_is_used_again_without_page_faults():
+    def faults(mode: str) -> int:
+        command = [sys.executable, "-c", FAULTS, mode]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment())
+        return int(done.stdout)
+
+    assert faults("keep") < 100 < faults("default")
