@@ -73,9 +73,9 @@ class Sampler:
     a sharded model, construction is collective and gathers a full copy; calls are then independent on each
     rank.
 
-    Only the path to u is evaluated, in "bf16" and "fp32" from a copy of the weights that does not follow later
-    changes of the model. A model in its own dtype other than float32, and a compiled one in float32, are
-    evaluated as they are. Everything runs under torch.inference_mode, but
+    Only the path to u is evaluated, in "bf16" and "fp32" from a copy of the weights that does not follow
+    later changes of the model. A model in its own dtype other than float32, and a compiled one in float32,
+    are evaluated as they are. Everything runs under torch.inference_mode, but
     the returned images are ordinary tensors.
 
     Raises ValueError for another precision.
