@@ -218,7 +218,7 @@ SPEED_CASES = (
 # ---- every kernel on the CPU -------------------------------------------------------------------------------
 
 CEILINGS = {"torch copy_": "gbyte_per_s", "torch.mm": "gflop_per_s"}
-"""Contestants that measure the machine itself, and the rate they bound."""
+"""Contestants that measure the machine, in cases of their own or in the op's, and the rate they bound."""
 
 
 def by_case(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
@@ -242,17 +242,21 @@ def kernels_table(machine: str) -> str:
         ceilings: dict[tuple[str, str], float] = {}
         for ours, *peers in by_case(record["rows"]):
             dtype = ours["case"].split()[-1]
-            if rate := CEILINGS.get(ours["contestant"]):
-                ceilings[rate, dtype] = ours[rate]
+            for row in (ours, *peers):
+                if rate := CEILINGS.get(row["contestant"]):
+                    ceilings[rate, dtype] = row[rate]
+            if ours["contestant"] in CEILINGS:
                 continue
+            peers = [row for row in peers if row["contestant"] not in CEILINGS]
             peer = ", ".join(f"{row['contestant']}: {row['time_over_ours']:.1f}" for row in peers)
             rate, share = _rate_and_share(ours, ceilings, dtype)
             cells = (name, ours["case"], f"{ours['median_ms']:.2f} ms", rate, share, peer)
             lines.append(f"| {' | '.join(cells)} |")
     machines = "; ".join(f"{device}, {threads} cores, torch {torch}" for device, threads, torch in seen)
     head = (
-        f"Medians on {machines}. The fraction is of the rate of torch's copy of a large buffer, or of its "
-        "2048^3 matrix product, if the same run measured it."
+        f"Medians on {machines}. The fraction is of the rate of torch's copy, of as many bytes in the same "
+        "rounds or, in older records, of a large buffer, or of its 2048^3 matrix product, if the same run "
+        "measured it."
     )
     if products := _products(load("bench_attention", machine)["rows"]):
         head += f" In the attention run that product ran at {products}."

@@ -16,6 +16,8 @@ def cases(setting: Setting) -> Iterator[Planned]:
 
     def draw(dtype: torch.dtype) -> Pair:
         inputs = setting.normal(shape, shape, (WIDTH,), dtype=dtype)
-        return Pair(ops.gated_residual, ops.gated_residual_jvp, reference.gated_residual, inputs, (), 2)
+        return Pair(
+            ops.gated_residual, ops.gated_residual_jvp, reference.gated_residual, inputs, (), 2, linear=1
+        )
 
     yield from pair_cases("gated_residual", setting, draw, shape)

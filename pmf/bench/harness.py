@@ -55,7 +55,8 @@ class Case:
     """One shape and dtype of a piece of work, with its inputs.
 
     contestants: name -> function; the first is ours.
-    error: name -> relative error of that contestant's result against float64; None: nothing to check.
+    error: name -> relative error of that contestant's result against float64; None, for all or for one:
+        nothing to check.
     limit: largest error that counts as correct.
     flops: necessary floating-point operations (0: not reported).
     bytes: bytes that must move, each input read once and each output written once (0: not reported).
@@ -64,7 +65,7 @@ class Case:
     """
 
     contestants: Mapping[str, Run]
-    error: Callable[[str], float] | None = None
+    error: Callable[[str], float | None] | None = None
     limit: float = float("inf")
     flops: float = 0.0
     bytes: float = 0.0
@@ -114,10 +115,11 @@ def run_case(planned: Planned, device: Device, seconds: float) -> list[Row]:
     for name, run in case.contestants.items():
         try:
             device.poison()
-            if case.error is None:
+            error = None if case.error is None else case.error(name)
+            if error is None:
                 run()
             else:
-                errors[name] = case.error(name)
+                errors[name] = error
             device.settle()
         except Exception as problem:
             _check_alive(device, problem)

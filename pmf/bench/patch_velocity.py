@@ -1,4 +1,4 @@
-"""patch_velocity at pMF-B/16: 256 tokens of 16 x 16 x 3 pixels to a 256 x 256 velocity."""
+"""patch_velocity at pMF-B/16: 256 tokens of 16 x 16 x 3 pixels to a 256 x 256 velocity, and its gradient."""
 
 from collections.abc import Iterator
 
@@ -27,6 +27,8 @@ def cases(setting: Setting) -> Iterator[Planned]:
             (shown, images),
             (t,),
             2,
+            differentiated=1,  # as in training: noisy images are data
+            linear=2,
         )
 
     yield from pair_cases("patch_velocity", setting, draw, shape)

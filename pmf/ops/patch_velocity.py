@@ -114,9 +114,9 @@ class _PatchVelocity(KernelFunction):
         grad, found = grads.y, {}
         if needed.tokens:
             found = _PatchVelocityBackward.by_name(grad, args.tokens, args.t, args.floor)
-        if needed.images:
-            clipped = args.t.clamp(args.floor, 1.0)[:, None, None, None]
-            found["images"] = (grad / clipped).to(grad.dtype)
+        if needed.images:  # v is linear in them
+            none = args.tokens.new_zeros((len(grad), *args.tokens.shape[1:]))
+            found["images"] = patch_velocity(none, grad, args.t, args.floor)
         return found
 
     @classmethod

@@ -1,7 +1,9 @@
 """The harness detects wrong results before timing, and interleaves the contestants."""
 
 import functools
+import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from pmf.bench.harness import (
     Case,
     DeviceLostError,
     Planned,
+    Setting,
     against,
     is_good,
     relative_error,
@@ -152,7 +155,7 @@ from pmf.bench.device import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 def run():
-    blocks = [torch.ones(1 << 22) for _ in range(5)]  # 16 MB each
+    torch.ones(1 << 24)  # 64 MB, which malloc maps anew for every call by default
 for _ in range(3):
     run()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -168,3 +171,27 @@ def test_freed_memory_is_used_again_without_page_faults():
         return int(done.stdout)
 
     assert faults("keep") < 100 < faults("default")
+
+
+@pytest.mark.parametrize(
+    ("name", "read", "written"),
+    [
+        ("patch_velocity", {"forward": 2, "forward + JVP": 4, "backward": 1}, (1, 2, 1)),
+        ("gated_residual", {"forward": 2, "forward + JVP": 4, "backward": 2}, (1, 2, 1)),
+        ("swiglu", {"forward": 2, "forward + JVP": 4, "backward": 3}, (1, 2, 2)),
+    ],
+)
+def test_an_elementwise_op_is_held_against_a_copy_of_as_many_bytes(
+    name: str, read: dict[str, int], written: tuple[int, ...]
+):
+    """In units of one tensor; what backward neither reads nor writes is not counted."""
+    module = importlib.import_module(f"pmf.bench.{name}")
+    cases = list(module.cases(Setting(Cpu(), "tiny")))[:3]  # the first dtype
+    for planned, (kind, reads), writes in zip(cases, read.items(), written, strict=True):
+        unit = 4 * math.prod(planned.facts["shape"])
+        case = planned.build()
+        assert planned.label.startswith(f"{kind} [")
+        assert case.bytes == pytest.approx((reads + writes) * unit, rel=0.06)  # times and a gate are small
+        copied = case.contestants["torch copy_"]()
+        assert 2 * copied.nbytes == pytest.approx(case.bytes, abs=8)
+        assert case.error("torch copy_") is None and case.error("plain PyTorch") < case.limit

@@ -124,6 +124,9 @@ def test_kernels_table(results: Path):
             "median_ms": 1.0,
             "gbyte_per_s": 9.0,
         },
+        {"case": "backward [2, 3] float32", "contestant": "pmf", "median_ms": 4.0, "gbyte_per_s": 50.0},
+        {"case": "backward [2, 3] float32", "contestant": "plain", "time_over_ours": 3.0},
+        {"case": "backward [2, 3] float32", "contestant": "torch copy_", "gbyte_per_s": 100.0},
     ]
     for name in ("attention", "rms_norm"):
         content = {**HEADER, "rows": rows if name == "rms_norm" else []}
@@ -131,6 +134,7 @@ def test_kernels_table(results: Path):
     table = readme_table.tables()["kernels"]
     assert "| rms_norm | forward [2, 3] float32 | 2.00 ms | 60 GB/s | 75% | plain: 2.5 |" in table
     assert "| rms_norm | forward [2, 3] bfloat16 | 1.00 ms | 9 GB/s |  |  |" in table
+    assert "| rms_norm | backward [2, 3] float32 | 4.00 ms | 50 GB/s | 50% | plain: 3.0 |" in table
     assert "copy_" not in table and table.count("a processor, 2 cores") == 1
 
 
