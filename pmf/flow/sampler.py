@@ -3,9 +3,11 @@
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from pmf.arguments import are_numbers, as_plain, is_number, is_whole
 from pmf.defaults import home
@@ -74,9 +76,9 @@ class Sampler:
     rank.
 
     Only the path to u is evaluated, in "bf16" and "fp32" from a copy of the weights that does not follow
-    later changes of the model. A model in its own dtype other than float32, and a compiled one in float32,
-    are evaluated as they are. Everything runs under torch.inference_mode, but
-    the returned images are ordinary tensors.
+    later changes of the model. A model is evaluated itself if "auto" finds a dtype other than float32, and in
+    float32 if it is compiled, a subclass, or has hooks or parametrizations. Everything runs under
+    torch.inference_mode, but the returned images are ordinary tensors.
 
     Raises ValueError for another precision.
     """
@@ -110,7 +112,11 @@ class Sampler:
                 self.network = _copy_u_path(model, own)
         elif precision == "bf16":
             self.network = _copy_u_path(model, torch.bfloat16)
-        elif alone is model or exchanges(model) or any(p.dtype != torch.float32 for p in model.parameters()):
+        elif (
+            exchanges(model)
+            or any(parameter.dtype != torch.float32 for parameter in model.parameters())
+            or (self.network is model and _is_plain(model))
+        ):
             self.network = _copy_u_path(model, torch.float32)
         self.read_out = ReadOut.of(model.config, prediction, preconditioner)
 
@@ -229,6 +235,15 @@ def _check_omega(omega: float | Sequence[float] | Tensor, count: int) -> Tensor:
     return omega
 
 
+def _is_plain(model: PixelMeanFlow) -> bool:
+    """Whether a copy of the weights computes what the model does."""
+    if type(model) is not PixelMeanFlow or model._compiled_call_impl is not None:
+        return False
+    modules = list(model.modules())
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+    return not hooked and not any(is_parametrized(module) for module in modules)
+
+
 def _copy_u_path(model: PixelMeanFlow, matrices: torch.dtype) -> PixelMeanFlow:
     """The model without its v head: Linear layers in the dtype `matrices`, everything else in float32.
 
@@ -243,10 +258,10 @@ def _copy_u_path(model: PixelMeanFlow, matrices: torch.dtype) -> PixelMeanFlow:
         elif isinstance(module, Block):
             module.attn_scale = module.mlp_scale = None
     copy = copy.to_empty(device=model.position.device)
-    weights = by_plain_names(dict(model.named_parameters()))
+    weights = by_plain_names(dict(model.named_parameters(remove_duplicate=False)))
     with torch.no_grad():
         for name, parameter in copy.named_parameters():
-            value = _whole(weights[name])
+            value = _whole(weights[name] if name in weights else attrgetter(name)(model))  # or parametrized
             for matrix, scale in Block.scaled.items():
                 gate = weights.get(name.removesuffix(matrix) + scale) if name.endswith(matrix) else None
                 if gate is not None:  # None in a network that was already folded

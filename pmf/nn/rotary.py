@@ -22,10 +22,11 @@ def rotary_tables(
     first m pairs rotate by row f_i, the last m by column f_i (Su et al., 2021, applied to each image axis).
     """
     m = head_dim // 4
-    frequency = theta ** (-torch.arange(m, dtype=torch.float64) / m)
+    frequency = theta ** (-torch.arange(m, dtype=torch.float64, device="cpu") / m)
     rows, columns = height_and_width(grid)
-    angle = torch.arange(max(rows, columns), dtype=torch.float64)[:, None] * frequency
+    angle = torch.arange(max(rows, columns), dtype=torch.float64, device="cpu")[:, None] * frequency
     by_row = angle[:rows, None].expand(rows, columns, m)
     by_column = angle[None, :columns].expand(rows, columns, m)
     angles = torch.cat((by_row, by_column), -1).flatten(0, 1)
+    device = torch.get_default_device() if device is None else device
     return angles.cos().to(device, dtype), angles.sin().to(device, dtype)

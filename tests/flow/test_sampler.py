@@ -1,8 +1,11 @@
 """Sampling in one step and in several."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils.parametrizations import weight_norm
 
 from pmf import sample
 from pmf.devices import has_bf16_products
@@ -141,6 +144,38 @@ def test_the_prepared_network_is_the_same_function() -> None:
     again, first = (Sampler(m, "fp32")([0], noise=noise) for m in (network, model))
     assert torch.equal(again, first)  # although the network no longer has scales
     assert Sampler(network, "bf16")([0]).isfinite().all()
+
+
+def test_what_a_copy_of_the_weights_would_lose_is_evaluated_itself() -> None:
+    """Compilation in place, hooks and a subclass's forward; parametrized and tied weights have copies."""
+
+    class Doubled(PixelMeanFlow):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            found = super().forward(*args, **kwargs)
+            return found._replace(u=2 * found.u)
+
+    noise = torch.randn(1, 3, 8, 8)
+    seen: list[int] = []
+    hooked, compiled = deep_model(), deep_model()
+    hooked.shared_blocks[0].register_forward_hook(lambda *args: seen.append(1))
+    compiled.compile(backend="eager")
+    doubled = Doubled(hooked.config)
+    doubled.load_state_dict(hooked.state_dict())
+    for model in (hooked, compiled, doubled):
+        assert Sampler(model, "fp32").network is model
+    sample(hooked, [0], noise=noise, precision="fp32")
+    assert seen
+
+    tied = deep_model()
+    first, second = tied.shared_blocks[0].attn, tied.shared_blocks[1].attn
+    second.out_proj.weight = first.out_proj.weight
+    parametrized = deep_model()
+    weight_norm(parametrized.shared_blocks[0].mlp.w2)
+    for model in (tied, parametrized):
+        exact = sample(model.double(), [0], noise=noise.double())
+        for precision, error in (("fp32", 1e-5), ("bf16", 0.05)):
+            found = sample(model.float(), [0], noise=noise, precision=precision)
+            assert (found - exact).norm() < error * exact.norm(), precision
 
 
 def test_auto_precision_is_bfloat16_where_it_pays(
