@@ -1,5 +1,6 @@
 """MeanFlow and improved MeanFlow for any network and data of any shape."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from pmf.defaults import normal, uniform
 from pmf.tangents import Jvp
 
 from .draws import Draws
-from .guidance import ClassifierFreeGuidance, Guidance, NoGuidance
+from .guidance import ClassifierFreeGuidance, Guidance, IntervalGuidance, NoGuidance
 from .objective import Terms
 from .path import conditional_velocity, interpolate, per_sample
 from .prediction import PREDICTIONS
@@ -106,7 +107,7 @@ class MeanFlow:
 
     def __call__(self, network: Network, x: Tensor, draws: Draws, **conditions: Any) -> Terms:
         """Loss terms for data x [B, ...], float32 or float64; in the Terms, loss_v and v are zero."""
-        _check(x, draws, 0 if isinstance(self.guidance, ClassifierFreeGuidance) else 1)
+        _check(x, draws, self.guidance)
         _check_callable(network)
         self._check_names(conditions)
         known = isinstance(network, nn.Module) and self._knows(conditions)
@@ -393,7 +394,7 @@ def _check_data(x: Tensor) -> None:
         )
 
 
-def _check(x: Tensor, draws: Draws, least_omega: int) -> None:
+def _check(x: Tensor, draws: Draws, guidance: Guidance) -> None:
     _check_data(x)
     if draws.noise.shape != x.shape or draws.noise.dtype != x.dtype:
         raise ValueError(
@@ -408,5 +409,7 @@ def _check(x: Tensor, draws: Draws, least_omega: int) -> None:
     t, r = draws.t, draws.r
     if t.device.type == "cpu" and not ((0 <= r) & (r <= t) & (t <= 1)).all():
         raise ValueError("MeanFlow: draws must have 0 <= r <= t <= 1")
-    if draws.omega.device.type == "cpu" and not (draws.omega >= least_omega).all():
-        raise ValueError(f"MeanFlow: draws must have omega >= {least_omega}")
+    # What omega means to another guidance is for that to say.
+    least = {IntervalGuidance: 1.0, ClassifierFreeGuidance: 0.0}.get(type(guidance), -math.inf)
+    if draws.omega.device.type == "cpu" and not (draws.omega >= least).all():
+        raise ValueError(f"MeanFlow: draws must have omega >= {least:g}, and never NaN")

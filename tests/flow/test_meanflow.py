@@ -287,9 +287,12 @@ def test_inputs_that_do_not_fit():
         objective(Net(), x, draws._replace(t=draws.t[:3]))
     with pytest.raises(ValueError, match="0 <= r <= t <= 1"):
         objective(Net(), x, draws._replace(t=draws.r - 0.1))
-    for omega in (0.5 * draws.omega, torch.nan * draws.omega):
-        with pytest.raises(ValueError, match="draws must have omega >= 1"):
-            objective(Net(), x, draws._replace(omega=omega))
+    with pytest.raises(ValueError, match="never NaN"):
+        objective(Net(), x, draws._replace(omega=torch.nan * draws.omega))
+    assert objective(Net(), x, draws._replace(omega=0 * draws.omega)).loss.isfinite()  # without guidance
+    guided = MeanFlow(guidance=IntervalGuidance(), null={"label": 3})
+    with pytest.raises(ValueError, match="draws must have omega >= 1"):
+        guided(Net(), x, draws._replace(omega=0.5 * draws.omega))
     below_one = MeanFlow(guidance=ClassifierFreeGuidance(), null={"label": 3})  # whose scale may be
     with pytest.raises(ValueError, match="null names label"):
         below_one(Net(), x, draws._replace(omega=0.5 * draws.omega))
