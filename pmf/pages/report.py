@@ -105,9 +105,17 @@ def _overview(run: Path, config: TrainConfig, rows: Sequence[Row]) -> list[tuple
     found.append(("newest checkpoint", folders[-1].name if folders else "none yet"))
     if rows:
         found += _speed(rows)
-    if best := read_best(run):  # not the least in the log: evaluation may have been set otherwise before
+    if best := _best(run, config, rows):
         found.append(("best distance", f"{best['frechet_distance']:.4g} at step {best['step']:,}"))
     return found
+
+
+def _best(run: Path, config: TrainConfig, rows: Sequence[Row]) -> Row | None:
+    """Not the least distance in the log: evaluation may have been set otherwise before."""
+    try:
+        return read_best(run, rows[-1]["step"] if rows else 0, config.evaluation)
+    except UserError:  # a damaged file says nothing
+        return None
 
 
 def _model_of(folder: Path) -> tuple[ModelConfig, list[str]]:

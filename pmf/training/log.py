@@ -1,5 +1,6 @@
 """The log of a run: log.jsonl, loss.png with matplotlib, and TensorBoard events if it is installed."""
 
+import dataclasses
 import importlib.util
 import json
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ import torch
 from pmf import checkpoint, env
 from pmf.atomic import write_file
 from pmf.errors import UserError
+from pmf.training.config import EvaluationSettings, TrainConfig
 from pmf.training.pictures import draw_losses
 from pmf.version import VERSION
 
@@ -91,8 +93,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def read_best(folder: Path) -> dict[str, Any] | None:
-    """The step and distance of a run's best evaluation, as evaluation is set now; None without any."""
+def read_best(folder: Path, step: int, settings: EvaluationSettings) -> dict[str, Any] | None:
+    """The step and distance of a run's best evaluation up to a step, if its checkpoint still exists.
+
+    None as well if it was measured otherwise (other features, reference or number of samples): distances are
+    then not comparable, and the next counts as the best.
+    """
     path = folder / BEST
     if not path.is_file():
         return None
@@ -102,7 +108,12 @@ def read_best(folder: Path) -> dict[str, Any] | None:
             f'{path} must hold the numbers "step" and "frechet_distance": repair it, or delete it and the '
             "next evaluation counts as the best"
         )
-    return best
+    kept = checkpoint.step_folder(folder, best["step"])
+    if best["step"] > step or not kept.is_dir():
+        return None
+    measured = TrainConfig.from_json(checkpoint.read_json(kept / "config.json")).evaluation
+    same = dataclasses.replace(measured, evaluate_every=settings.evaluate_every) == settings
+    return best if same else None
 
 
 def add_environment(folder: Path, step: int, device: str, ranks: int) -> None:

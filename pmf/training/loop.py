@@ -1,7 +1,6 @@
 """The training run: budget, log, sample grids, checkpoints, resuming and clean stops."""
 
 import contextlib
-import dataclasses
 import fcntl
 import json
 import logging
@@ -15,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -29,7 +27,7 @@ from pmf.interrupts import catch_stop_signals
 from pmf.models import PixelMeanFlow
 from pmf.ranks import Ranks
 from pmf.training.building import model_config
-from pmf.training.config import EvaluationSettings, OptimizerSettings, TrainConfig, flag, settings
+from pmf.training.config import OptimizerSettings, TrainConfig, flag, settings
 from pmf.training.folders import refuse_changes
 from pmf.training.log import BEST, RunLog, add_environment, read_best
 from pmf.training.parallel import whole
@@ -134,7 +132,7 @@ class Run:
         self.shown = ""  # losses shown in the progress bar
         self.evaluate = evaluate if out is not None else None
         self.score = ""  # newest distance shown in the progress bar
-        self.best = _read_best(out, trainer.step, self.config.evaluation)
+        self.best = None if out is None else read_best(out, trainer.step, self.config.evaluation)
 
     def run(self) -> TrainResult:
         trainer, config = self.trainer, self.config
@@ -392,22 +390,6 @@ class Run:
         speed = f"step {self.trainer.step}, {steps / seconds:.1f} steps/s"
         bar.set_postfix_str(speed + self.shown + self.score, refresh=False)
         bar.update(min(100.0, 100 * self._spent()) - bar.n)
-
-
-def _read_best(out: Path | None, step: int, settings: EvaluationSettings) -> dict[str, Any] | None:
-    """The best evaluation of a run up to this step, if its checkpoint still exists.
-
-    None as well if it was measured otherwise (other features, reference or number of samples): distances are
-    then not comparable, and the next counts as the best.
-    """
-    if out is None or (best := read_best(out)) is None:
-        return None
-    folder = checkpoint.step_folder(out, best["step"])
-    if best["step"] > step or not folder.is_dir():
-        return None
-    measured = TrainConfig.from_json(checkpoint.read_json(folder / "config.json")).evaluation
-    same = dataclasses.replace(measured, evaluate_every=settings.evaluate_every) == settings
-    return best if same else None
 
 
 def learning_rate_factor(settings: OptimizerSettings, step: int, spent: float) -> float:

@@ -101,13 +101,28 @@ def test_in_a_browser_it_requests_nothing_and_shows_every_picture(run: Path, tmp
 
 
 def test_the_best_distance_is_that_of_the_evaluation_as_it_is_set_now(run: Path, tmp_path: Path) -> None:
+    def best() -> str | None:
+        assert main(["report", str(run), "--out", str(tmp_path / "report.html")]) == 0
+        found = re.search(r"best distance (.*?) at step", text_of((tmp_path / "report.html").read_text()))
+        return found and found[1]
+
+    step = int(max((run / "checkpoints").iterdir()).name.removeprefix("step-"))
     with (run / "log.jsonl").open("a") as log:
-        for step, distance in ((4, 0.1), (6, 12.5)):  # the first in other features
+        for distance in (0.1, 12.5):  # the first in other features
             row = {"step": step, "images": 8 * step, "seconds": 1.0, "frechet_distance": distance}
             log.write(json.dumps(row) + "\n")
-    (run / "best.json").write_text('{"step": 6, "frechet_distance": 12.5}')
-    assert main(["report", str(run), "--out", str(tmp_path / "report.html")]) == 0
-    assert "best distance 12.5 at step 6" in text_of((tmp_path / "report.html").read_text())
+    assert best() is None
+    (run / "best.json").write_text(json.dumps({"step": step, "frechet_distance": 12.5}))
+    assert best() == "12.5"
+    (run / "best.json").write_text(json.dumps({"step": step + 1, "frechet_distance": 12.5}))
+    assert best() is None  # its checkpoint is gone
+    (run / "best.json").write_text("{}")
+    assert best() is None
+    (run / "best.json").write_text(json.dumps({"step": step, "frechet_distance": 12.5}))
+    config = json.loads((run / "config.json").read_text())
+    config["evaluation"]["evaluate_images"] += 1
+    (run / "config.json").write_text(json.dumps(config))
+    assert best() is None  # measured with another number of samples
 
 
 def test_what_an_unfinished_run_lacks_is_reported(run: Path, tmp_path: Path) -> None:
