@@ -114,8 +114,10 @@ class _PatchVelocity(KernelFunction):
         grad, found = grads.y, {}
         if needed.tokens:
             found = _PatchVelocityBackward.by_name(grad, args.tokens, args.t, args.floor)
-        if needed.images:  # v is linear in them
-            none = args.tokens.new_zeros((len(grad), *args.tokens.shape[1:]))
+        if needed.images and grad.dtype == args.t.dtype:
+            found["images"] = grad / args.t.clamp(args.floor, 1.0)[:, None, None, None]
+        elif needed.images:  # v is linear in them, and PyTorch would round and store the float32 quotient
+            none = args.tokens.new_zeros(()).expand(len(grad), *args.tokens.shape[1:])
             found["images"] = patch_velocity(none, grad, args.t, args.floor)
         return found
 
