@@ -217,7 +217,7 @@ SPEED_CASES = (
 
 # ---- every kernel on the CPU -------------------------------------------------------------------------------
 
-CEILINGS = {"torch copy_": "gbyte_per_s", "torch.mm": "gflop_per_s"}
+CEILINGS = {"torch clone": "gbyte_per_s", "torch copy_": "gbyte_per_s", "torch.mm": "gflop_per_s"}
 """Contestants that measure the machine, in cases of their own or in the op's, and the rate they bound."""
 
 
@@ -243,7 +243,8 @@ def kernels_table(machine: str) -> str:
         for ours, *peers in by_case(record["rows"]):
             dtype = ours["case"].split()[-1]
             for row in (ours, *peers):
-                if rate := CEILINGS.get(row["contestant"]):
+                rate = CEILINGS.get(row["contestant"])
+                if rate in row:
                     ceilings[rate, dtype] = row[rate]
             if ours["contestant"] in CEILINGS:
                 continue

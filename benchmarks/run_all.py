@@ -80,7 +80,7 @@ def _case_lines(section: str, rows: list[Row]) -> list[str]:
     wrong = "" if is_good(ours) else f"  WRONG: error {ours['error']:.1e}, limit {ours['limit']:.1e}"
     if "median_ms" not in ours:
         return [head + wrong + f" {ours.get('said', '')}".rstrip()]
-    others = (row for row in rows[1:] if not row["contestant"].startswith("pmf"))
+    others = (row for row in rows[1:] if not row["contestant"].startswith(("pmf", "torch clone")))
     peers = [row for row in others if "median_ms" in row and row.get("right", True)]
     best = min(peers, key=lambda row: row["median_ms"], default=None)
     peer = f"{best['contestant'][:24]:>24} {best['median_ms']:9.3f}" if best else ""

@@ -60,7 +60,8 @@ def reset_high_water_mark() -> int:
     Freed memory is first given back to the kernel, or the step could reuse it unseen. Linux counts the pages
     of a process to about 0.3 MB.
     """
-    ctypes.CDLL(None).malloc_trim(0)
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
+        trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return status("VmRSS")
 

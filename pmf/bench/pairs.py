@@ -1,8 +1,8 @@
 """Cases common to all elementwise ops: value, value with tangent, and backward, against plain PyTorch.
 
 These ops are memory-bound. A case's bytes are those that must move: each input read once, each output written
-once. The limit is torch's copy: on a processor of as many bytes in the same rounds, since the rate depends on
-which cache they come from, on a GPU of a large buffer.
+once. The yardstick is torch's copy: on a processor of as many bytes in the same rounds and into new memory,
+since the rate depends on what caches still hold, on a GPU of a large buffer.
 """
 
 import functools
@@ -25,7 +25,7 @@ DTYPES = {
 BATCH = {"tiny": 1, "cpu": 8, "quick": 128, "full": 128}
 TOKENS = {"tiny": 20, "cpu": 276, "quick": 276, "full": 276}
 COPY_ELEMENTS = {"tiny": 1 << 12, "quick": 1 << 29, "full": 1 << 29}
-COPY = "torch copy_"
+COPY = "torch clone"
 
 
 class Pair(NamedTuple):
@@ -57,7 +57,7 @@ def copy_case(setting: Setting, dtype: torch.dtype) -> Planned:
         (source,) = setting.normal((COPY_ELEMENTS[setting.scale],), dtype=dtype)
         target = torch.empty_like(source)
         moved = 2.0 * source.numel() * source.element_size()
-        return Case({COPY: lambda: target.copy_(source)}, bytes=moved)
+        return Case({"torch copy_": lambda: target.copy_(source)}, bytes=moved)
 
     name = dtype_name(dtype)
     return Planned(f"copy {name}", build, {"op": "copy", "dtype": name})
@@ -102,8 +102,8 @@ def _case(
     error = against(dict(runs), tensors(truth))
     moved = _bytes(read) + sum(x.numel() for x in written) * dtype.itemsize
     if read[0].device.type == "cpu":
-        source, target = torch.ones(2, round(moved / 2 / dtype.itemsize), dtype=dtype).unbind()
-        runs[COPY] = lambda: target.copy_(source)
+        source = torch.ones(round(moved / 2 / dtype.itemsize), dtype=dtype)
+        runs[COPY] = source.clone
     return Case(runs, lambda name: None if name == COPY else error(name), tolerance(kind, dtype), bytes=moved)
 
 

@@ -192,6 +192,6 @@ def test_an_elementwise_op_is_held_against_a_copy_of_as_many_bytes(
         case = planned.build()
         assert planned.label.startswith(f"{kind} [")
         assert case.bytes == pytest.approx((reads + writes) * unit, rel=0.06)  # times and a gate are small
-        copied = case.contestants["torch copy_"]()
+        copied = case.contestants["torch clone"]()
         assert 2 * copied.nbytes == pytest.approx(case.bytes, abs=8)
-        assert case.error("torch copy_") is None and case.error("plain PyTorch") < case.limit
+        assert case.error("torch clone") is None and case.error("plain PyTorch") < case.limit

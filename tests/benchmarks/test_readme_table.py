@@ -126,7 +126,7 @@ def test_kernels_table(results: Path):
         },
         {"case": "backward [2, 3] float32", "contestant": "pmf", "median_ms": 4.0, "gbyte_per_s": 50.0},
         {"case": "backward [2, 3] float32", "contestant": "plain", "time_over_ours": 3.0},
-        {"case": "backward [2, 3] float32", "contestant": "torch copy_", "gbyte_per_s": 100.0},
+        {"case": "backward [2, 3] float32", "contestant": "torch clone", "gbyte_per_s": 100.0},
     ]
     for name in ("attention", "rms_norm"):
         content = {**HEADER, "rows": rows if name == "rms_norm" else []}
