@@ -6,7 +6,7 @@ Same weights (random, with non-zero gates and final layers that give images of u
 First the images must agree: in float32 within 1e-4, and in pmf's default sampling precision (bfloat16
 products if the CPU has them) with a PSNR of at least 50 dB at a range of 2; otherwise nothing is timed and
 the exit status is 1. Then all run interleaved, and the rounds' ratios are compared. With them run the
-network's matrix products alone, by torch in float32: the least that a float32 sampler can take.
+plain sampler's matrix products alone, by torch in float32, which few samplers could do without.
 
 `PMF_CPU_LEVEL=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE` makes a processor with bfloat16 instructions act like
 one without.

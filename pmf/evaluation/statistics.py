@@ -33,7 +33,8 @@ def read_statistics(path: Path, space: FeatureSpace) -> Statistics | None:
     """Read statistics from a .npz file; None if it contains images (``arr_0``, ADM's batches) instead.
 
     Accepted names: mu and sigma, ref_mu and ref_sigma, m and s, mean and cov. Raises UserError if the file is
-    missing, damaged, has the wrong size or names another feature space, weights or image size.
+    missing, damaged, has the wrong size or names another feature space, or weights or a size of its images
+    that differ.
     """
     path = Path(os.path.expanduser(path))  # as for images
     if not path.is_file():
@@ -69,7 +70,7 @@ def read_statistics(path: Path, space: FeatureSpace) -> Statistics | None:
     if str(arrays.get("identity", identity)) != identity:
         raise UserError(
             f"{path} contains statistics of the features {arrays['identity']}, here they are {identity}: "
-            "make the statistics again, with the same image size and weights"
+            "make the statistics again, with the same weights and size of images"
         )
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise UserError(f"{path} contains non-finite numbers: make the statistics again")
