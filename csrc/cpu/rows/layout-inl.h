@@ -96,10 +96,10 @@ struct WordsInTurn {
 constexpr WordsInTurn kInTurn;
 #endif
 
-PMF_INLINE void load_as(Vec<float>& v, const float* p) { v = load_float(p); }
-PMF_INLINE void load_as(Vec<float>& v, const bf16* p) { v = load_float(p); }
-PMF_INLINE void load_as(Vec<float>& v, const f16* p) { v = load_float(p); }
-PMF_INLINE void load_as(Vec<double>& v, const double* p) { v = load_float(p); }
+template <typename T>
+PMF_INLINE void load_as(Vec<Acc<T>>& v, const T* p) {
+  v = load_float(p);
+}
 template <typename T>
 PMF_INLINE void load_as(Pairs<Acc<T>>& v, const T* p) {
   using A = Acc<T>;

@@ -2,6 +2,8 @@
 //
 // The mathematics is in pmf/rms_norm.h. Each function makes two passes over its row: one for the
 // sums, one for the results. The row is read from memory by the first and from cache by the second.
+// Values are summed in the same order whatever the layout of the results: without a rotation,
+// rotary_qk_norm is rms_norm, bit for bit.
 // `Turn` is the orthogonal map R that follows the norm, of the elements v from i on: forward() is R
 // v, backward() is R^T v.
 #pragma once
@@ -74,8 +76,8 @@ PMF_INLINE void norm_row(W width, double eps, Turn turn, const T* x_row, const R
   using A = Acc<T>;
   const Row<L, W> x(x_row);
   RowSum<A> xx;
-  for_vectors<L>(width, [&](int64_t i, auto part, int slot) PMF_ALWAYS {
-    const auto v = x.at(i, part);
+  for_vectors<Fastest<T>>(width, [&](int64_t i, auto part, int slot) PMF_ALWAYS {
+    const auto v = get<Fastest<T>>(x_row + i, part);
     xx.add(v, v, slot);
   });
   const A s = scale_of(xx, width, eps);
@@ -91,10 +93,10 @@ PMF_INLINE void norm_row_jvp(W width, double eps, Turn turn, const T* x_row, con
   using A = Acc<T>;
   const Row<L, W> x(x_row), tx(tx_row);
   RowSum<A> xx, xt;
-  for_vectors<L>(width, [&](int64_t i, auto part, int slot) PMF_ALWAYS {
-    const auto v = x.at(i, part);
+  for_vectors<Fastest<T>>(width, [&](int64_t i, auto part, int slot) PMF_ALWAYS {
+    const auto v = get<Fastest<T>>(x_row + i, part);
     xx.add(v, v, slot);
-    xt.add(v, tx.at(i, part), slot);
+    xt.add(v, get<Fastest<T>>(tx_row + i, part), slot);
   });
   const A s = scale_of(xx, width, eps);
   const A a = s * s * (xt.total() / static_cast<A>(width));
