@@ -111,6 +111,11 @@ def psnr(images: Tensor, truth: Tensor) -> float:
     return math.inf if error == 0 else 10 * math.log10(RANGE**2 / error)
 
 
+def median_ratio(times: list[float], others: list[float]) -> float:
+    """The median of the rounds' ratios: the processor's speed may change between rounds."""
+    return statistics.median(a / b for a, b in zip(times, others, strict=True))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -143,11 +148,6 @@ def main() -> int:
     with OtherLoad() as others:
         times = Cpu().times(runs, seconds, least_rounds=3 if arguments.quick else 7)
     medians = {name: statistics.median(found) for name, found in times.items()}
-
-    def over(name: str, other: str) -> float:
-        """The median of the rounds' ratios: the processor's speed may change between rounds."""
-        return statistics.median(a / b for a, b in zip(times[name], times[other], strict=True))
-
     rows = []
     print(f"{'sampler':30} {'ms a batch':>11} {'images/s':>9} {'over ours':>10} {'over products':>14}")
     for name, median in medians.items():
@@ -155,8 +155,8 @@ def main() -> int:
             "contestant": name,
             "median_ms": 1e3 * median,
             "images_per_second": batch_size / median,
-            "images_per_second_ratio": over(name, default),
-            "time_over_products": over(name, PRODUCTS),
+            "images_per_second_ratio": median_ratio(times[name], times[default]),
+            "time_over_products": median_ratio(times[name], times[PRODUCTS]),
             "psnr_db": psnr(images[name], truth) if name.startswith("pmf") else None,
         }
         rows.append(row)

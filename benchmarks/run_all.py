@@ -33,6 +33,7 @@ from gpu.sections import PARTS
 
 from pmf import _library
 from pmf.bench.harness import Row, Scale, command, is_good, versions, write_record
+from pmf.bench.pairs import COPY
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -80,7 +81,7 @@ def _case_lines(section: str, rows: list[Row]) -> list[str]:
     wrong = "" if is_good(ours) else f"  WRONG: error {ours['error']:.1e}, limit {ours['limit']:.1e}"
     if "median_ms" not in ours:
         return [head + wrong + f" {ours.get('said', '')}".rstrip()]
-    others = (row for row in rows[1:] if not row["contestant"].startswith(("pmf", "torch clone")))
+    others = (row for row in rows[1:] if not row["contestant"].startswith(("pmf", COPY)))
     peers = [row for row in others if "median_ms" in row and row.get("right", True)]
     best = min(peers, key=lambda row: row["median_ms"], default=None)
     peer = f"{best['contestant'][:24]:>24} {best['median_ms']:9.3f}" if best else ""

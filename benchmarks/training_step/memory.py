@@ -57,8 +57,8 @@ def main(name: str, precision: str, batch_size: str, sizes_json: str) -> None:
 def reset_high_water_mark() -> int:
     """Reset it to the current resident size, and return that; see clear_refs in proc(5).
 
-    Freed memory is first given back to the kernel, or the step could reuse it unseen. Linux counts the pages
-    of a process to about 0.3 MB.
+    Freed memory is first given back to the kernel, or the step could reuse it unseen. The kernel's counts are
+    approximate: steps of less than a few megabytes cannot be measured.
     """
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
         trim(0)

@@ -63,8 +63,8 @@ class Device(Protocol):
 def keep_freed_memory() -> None:
     """Let this process keep what it frees (glibc only): otherwise whoever allocates next pays for its pages.
 
-    The kernel maps and clears a page when it is first touched, about as slowly as an elementwise op fills it.
-    Whether that happens within a run depends on what other contestants freed before.
+    The kernel maps and clears a page when it is first touched, and whether that happens within a run depends
+    on what other contestants freed before.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -51,7 +51,7 @@ class Pair(NamedTuple):
 
 
 def copy_case(setting: Setting, dtype: torch.dtype) -> Planned:
-    """The ceiling on a GPU: torch's copy of a buffer larger than the caches."""
+    """The yardstick on a GPU: torch's copy of a buffer larger than the caches."""
 
     def build() -> Case:
         (source,) = setting.normal((COPY_ELEMENTS[setting.scale],), dtype=dtype)
@@ -74,7 +74,7 @@ def _exactly(values: Sequence[Tensor]) -> list[Tensor]:
 def pair_cases(
     name: str, setting: Setting, draw: Callable[[torch.dtype], Pair], shape: Sequence[int]
 ) -> Iterator[Planned]:
-    """Value, value + JVP and backward of one op, in every dtype of the setting, and the limit.
+    """Value, value + JVP and backward of one op, in every dtype of the setting, and the yardstick.
 
     draw: creates the op's inputs. shape: of the first one, for the label.
     """

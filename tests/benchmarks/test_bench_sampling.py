@@ -22,6 +22,10 @@ def test_psnr_of_a_known_difference():
     assert not bench_sampling.psnr(images * torch.nan, images) >= bench_sampling.LEAST_PSNR
 
 
+def test_rounds_are_compared_one_by_one():
+    assert bench_sampling.median_ratio([1.0, 20.0, 3.0], [1.0, 10.0, 1.0]) == 2.0
+
+
 def test_images_that_differ_end_the_run_before_anything_is_timed(monkeypatch, capsys):
     plain = bench_sampling.plain_port.sample
     monkeypatch.setattr(bench_sampling.plain_port, "sample", lambda *args: 0.99 * plain(*args))
@@ -54,4 +58,6 @@ def test_quick_run_ends_with_ratio_and_psnr(tmp_path: Path):
     *ours, products, plain = (row["contestant"] for row in record["rows"])
     assert "(its default)" in ours[0] and "pmf, fp32" in ours[-1]
     assert (products, plain) == (bench_sampling.PRODUCTS, bench_sampling.PLAIN)
+    over = {row["contestant"]: row["time_over_products"] for row in record["rows"]}
+    assert over[products] == 1 and over[plain] > 0 and record["rows"][0]["images_per_second_ratio"] == 1
     assert record["float32_error"] < bench_sampling.FLOAT32_LIMIT
