@@ -258,10 +258,10 @@ def _copy_u_path(model: PixelMeanFlow, matrices: torch.dtype) -> PixelMeanFlow:
         elif isinstance(module, Block):
             module.attn_scale = module.mlp_scale = None
     copy = copy.to_empty(device=model.position.device)
-    weights = by_plain_names(dict(model.named_parameters(remove_duplicate=False)))
+    weights = by_plain_names(dict(model.named_parameters()))
     with torch.no_grad():
         for name, parameter in copy.named_parameters():
-            value = _whole(weights[name] if name in weights else attrgetter(name)(model))  # or parametrized
+            value = _whole(weights[name] if name in weights else attrgetter(name)(model))  # or tied or parametrized
             for matrix, scale in Block.scaled.items():
                 gate = weights.get(name.removesuffix(matrix) + scale) if name.endswith(matrix) else None
                 if gate is not None:  # None in a network that was already folded

@@ -70,6 +70,37 @@ def test_16_bit_tokens_with_float32_images(name: str, dtype: torch.dtype) -> Non
     assert_close(gradient, expected, tolerance("elementwise", dtype))
 
 
+@pytest.mark.parametrize("name", EVERYWHERE)
+@pytest.mark.parametrize(
+    ("dtype", "image_dtype"),
+    [
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.float32),
+    ],
+)
+def test_gradients_of_tokens_and_images_for_fixed_times(
+    name: str, dtype: torch.dtype, image_dtype: torch.dtype
+) -> None:
+    """Those of the kernel: if times have gradients, all come from the reference."""
+    tokens, images, t = inputs(3, 3, 4, 2, 2)
+    (grad,) = normal(images.shape, seed=1)
+    t = torch.cat((t[:1], t.new_tensor([0.01, 1.2])))  # also outside the clip
+    given = [tokens.to(dtype), images.to(image_dtype)]
+    with at_level(name):
+        leaves = [x.clone().requires_grad_() for x in given]
+        found = torch.autograd.grad(patch_velocity(*leaves, t), leaves, grad.to(image_dtype))
+    exact = [x.double().requires_grad_() for x in given]
+    expected = torch.autograd.grad(
+        reference.patch_velocity(*exact, t.double(), 0.05), exact, grad.to(image_dtype).double()
+    )
+    for one, other, x in zip(found, expected, given, strict=True):
+        assert one.dtype == x.dtype
+        assert_close(one, other, tolerance("elementwise", x.dtype))
+
+
 def test_strides(level: str) -> None:
     """Any strides, including an expanded image tangent without memory, and unaligned memory."""
     tokens, images, t = (x.float() for x in inputs(2, 3, 8, 3, 2))
