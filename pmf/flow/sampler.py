@@ -261,7 +261,8 @@ def _copy_u_path(model: PixelMeanFlow, matrices: torch.dtype) -> PixelMeanFlow:
     weights = by_plain_names(dict(model.named_parameters()))
     with torch.no_grad():
         for name, parameter in copy.named_parameters():
-            value = _whole(weights[name] if name in weights else attrgetter(name)(model))  # or tied or parametrized
+            # Tied and parametrized weights are not listed by this name.
+            value = _whole(weights[name] if name in weights else attrgetter(name)(model))
             for matrix, scale in Block.scaled.items():
                 gate = weights.get(name.removesuffix(matrix) + scale) if name.endswith(matrix) else None
                 if gate is not None:  # None in a network that was already folded
