@@ -7,9 +7,10 @@ list(FILTER PMF_CPU_KERNELS EXCLUDE REGEX "/(dispatch|cpu_introspection)\\.cpp$"
 set(PMF_AMX_KERNELS csrc/cpu/attention/attention_forward.cpp csrc/cpu/attention/attention_backward.cpp)
 
 set(PMF_FLAGS_portable "")
-set(PMF_FLAGS_avx2 -mavx2 -mfma -mf16c)
-set(PMF_FLAGS_avx512 -march=x86-64-v4)
-set(PMF_FLAGS_avx512_bf16 -march=x86-64-v4 -mavx512bf16)
+# Processors with AVX2 that do not know prefetchw (-mprfchw) skip it.
+set(PMF_FLAGS_avx2 -mavx2 -mfma -mf16c -mprfchw)
+set(PMF_FLAGS_avx512 -march=x86-64-v4 -mprfchw)
+set(PMF_FLAGS_avx512_bf16 ${PMF_FLAGS_avx512} -mavx512bf16)
 set(PMF_FLAGS_amx_bf16 ${PMF_FLAGS_avx512_bf16} -mamx-tile -mamx-bf16)
 
 set(PMF_AMX 0)

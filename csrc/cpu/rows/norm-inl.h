@@ -1,11 +1,12 @@
-// RMSNorm of one row with an optional rotation after it; shared by rms_norm and rotary_qk_norm.
+// RMSNorm of rows with an optional rotation after it; shared by rms_norm and rotary_qk_norm.
 //
-// The mathematics is in pmf/rms_norm.h. Each function makes two passes over its row: one for the
-// sums, one for the results. The row is read from memory by the first and from cache by the second.
-// Values are summed in the same order whatever the layout of the results: without a rotation,
-// rotary_qk_norm is rms_norm, bit for bit.
-// `Turn` is the orthogonal map R that follows the norm, of the elements v from i on: forward() is R
-// v, backward() is R^T v.
+// The mathematics is in pmf/rms_norm.h. There is a struct for each of its functions: add() adds up
+// the sums of row k, scalars() turns them into what results need, one row in each lane, and
+// finish() computes the results; run_norm() runs them over rows. Values are summed in the same
+// order whatever the layout of the results: without a rotation, rotary_qk_norm is rms_norm, bit for
+// bit.
+// `turns(k)` is the orthogonal map R that follows the norm in row k: of the elements v from i on,
+// forward() is R v and backward() is R^T v.
 #pragma once
 
 #include "cpu/rows/rows-inl.h"
@@ -17,9 +18,35 @@ template <int64_t width>
 struct Width {
   PMF_INLINE constexpr operator int64_t() const { return width; }
 };
+template <typename W>
+constexpr int kKnownWidth = 0;
+template <int64_t width>
+constexpr int kKnownWidth<Width<width>> = width;
 
-// A row in layout L: read again in every pass, or, if the compiler knows its width, widened once
-// and kept in registers.
+// Keeps a value of a row from its sums to its results, as it lies in registers, if the compiler
+// knows the width W; otherwise recall() computes it again.
+template <typename W, typename A>
+PMF_INLINE void keep(A* p, Vec<A> v) {
+  if constexpr (kKnownWidth<W> > 0) store(p, v);
+}
+template <typename W, typename A>
+PMF_INLINE void keep(A* p, Pairs<A> v) {
+  keep<W>(p, v.even);
+  keep<W>(p + kLanes<A>, v.odd);
+}
+template <typename L, typename W, typename A, typename Again>
+PMF_INLINE typename L::Value recall(const A* p, const Again& again) {
+  if constexpr (kKnownWidth<W> == 0) {
+    return again();
+  } else if constexpr (L::kVectors == 1) {
+    return load(p);
+  } else {
+    return {load(p), load(p + kLanes<A>)};
+  }
+}
+
+// A row of weights in layout L: read again for every row, or, if the compiler knows its width,
+// widened once and kept in registers.
 template <typename L, typename W = int64_t>
 struct Row {
   const Element<L>* data;
@@ -46,6 +73,7 @@ struct Row<L, Width<width>> {
 };
 
 struct NoTurn {
+  PMF_INLINE NoTurn operator()(int64_t) const { return {}; }
   template <typename V, typename P>
   PMF_INLINE V forward(V v, int64_t, P) const {
     return v;
@@ -66,106 +94,230 @@ PMF_INLINE bool moves(const T* tw, int64_t width) {
 }
 
 template <typename A>
-PMF_INLINE A scale_of(const RowSum<A>& squares, int64_t width, double eps) {
-  return 1 / root(squares.total() / static_cast<A>(width) + static_cast<A>(eps));
+PMF_INLINE Vec<A> scale_of(Vec<A> squares, int64_t width, double eps) {
+  return A{1} / root(squares / static_cast<A>(width) + static_cast<A>(eps));
 }
 
 // y = R (w n)
-template <typename L, typename W, typename Turn, typename T = Element<L>>
-PMF_INLINE void norm_row(W width, double eps, Turn turn, const T* x_row, const Row<L, W>& w, T* y) {
+template <typename L, typename W, typename Turns>
+struct Norm {
+  using T = Element<L>;
   using A = Acc<T>;
-  const Row<L, W> x(x_row);
-  RowSum<A> xx;
-  for_vectors<Fastest<T>>(width, [&](int64_t i, auto part, int slot) PMF_ALWAYS {
-    const auto v = get<Fastest<T>>(x_row + i, part);
-    xx.add(v, v, slot);
-  });
-  const A s = scale_of(xx, width, eps);
-  for_vectors<L>(width, [&](int64_t i, auto part, int) PMF_ALWAYS {
-    put(y + i, turn.forward(x.at(i, part) * s * w.at(i, part), i, part), part);
-  });
-}
+  static constexpr int kSums = 1, kOperands = 1, kKept = 0;
+  W width;
+  double eps;
+  const Row<L, W>& w;
+  Turns turns;
+  Stretch<const T> x;
+  Stretch<T> y;
+
+  PMF_INLINE void add(int64_t k, RowSum<A>* xx, A*) const {
+    for_vectors<Fastest<T>>(width, [&](int64_t i, auto part, int slot) PMF_ALWAYS {
+      const auto v = get<Fastest<T>>(x[k] + i, part);
+      xx->add(v, v, slot);
+    });
+  }
+  PMF_INLINE void scalars(Vec<A>* c) const { c[0] = scale_of<A>(c[0], width, eps); }
+  PMF_INLINE void finish(int64_t k, const A* c, const A*, int64_t ahead) const {
+    const auto turn = turns(k);
+    for_vectors<L>(width, [&](int64_t i, auto part, int) PMF_ALWAYS {
+      fetch<L>(x[k + ahead] + i);
+      const auto n = get<L>(x[k] + i, part) * c[0];
+      put(y[k] + i, turn.forward(n * w.at(i, part), i, part), part);
+    });
+  }
+};
 
 // y = R (w n), ty = R (w tn + tw n) with tn = g - a n; without `moving`, tw is zero
-template <typename L, typename W, typename Turn, typename T = Element<L>>
-PMF_INLINE void norm_row_jvp(W width, double eps, Turn turn, const T* x_row, const T* tx_row,
-                             const Row<L, W>& w, const Row<L, W>& tw, bool moving, T* y, T* ty) {
+template <typename L, typename W, typename Turns>
+struct NormJvp {
+  using T = Element<L>;
   using A = Acc<T>;
-  const Row<L, W> x(x_row), tx(tx_row);
-  RowSum<A> xx, xt;
-  for_vectors<Fastest<T>>(width, [&](int64_t i, auto part, int slot) PMF_ALWAYS {
-    const auto v = get<Fastest<T>>(x_row + i, part);
-    xx.add(v, v, slot);
-    xt.add(v, get<Fastest<T>>(tx_row + i, part), slot);
-  });
-  const A s = scale_of(xx, width, eps);
-  const A a = s * s * (xt.total() / static_cast<A>(width));
-  for_vectors<L>(width, [&](int64_t i, auto part, int) PMF_ALWAYS {
-    const auto n = x.at(i, part) * s, g = tx.at(i, part) * s;
-    put(y + i, turn.forward(n * w.at(i, part), i, part), part);
-    auto tangent = (g - a * n) * w.at(i, part);
-    if (moving) tangent = fma(n, tw.at(i, part), tangent);
-    put(ty + i, turn.forward(tangent, i, part), part);
-  });
-}
+  static constexpr int kSums = 2, kOperands = 2, kKept = 0;
+  W width;
+  double eps;
+  const Row<L, W>&w, &tw;
+  bool moving;
+  Turns turns;
+  Stretch<const T> x, tx;
+  Stretch<T> y, ty;
+
+  PMF_INLINE void add(int64_t k, RowSum<A>* sums, A*) const {
+    RowSum<A>&xx = sums[0], &xt = sums[1];
+    for_vectors<Fastest<T>>(width, [&](int64_t i, auto part, int slot) PMF_ALWAYS {
+      fetch_to_write<L>(y[k] + i);
+      fetch_to_write<L>(ty[k] + i);
+      const auto v = get<Fastest<T>>(x[k] + i, part);
+      xx.add(v, v, slot);
+      xt.add(v, get<Fastest<T>>(tx[k] + i, part), slot);
+    });
+  }
+  PMF_INLINE void scalars(Vec<A>* c) const {
+    c[0] = scale_of<A>(c[0], width, eps);
+    c[1] = c[0] * c[0] * (c[1] / static_cast<A>(width));
+  }
+  PMF_INLINE void finish(int64_t k, const A* c, const A*, int64_t ahead) const {
+    const auto turn = turns(k);
+    const A s = c[0], a = c[1];
+    for_vectors<L>(width, [&](int64_t i, auto part, int) PMF_ALWAYS {
+      fetch<L>(x[k + ahead] + i);
+      fetch<L>(tx[k + ahead] + i);
+      const auto n = get<L>(x[k] + i, part) * s, g = get<L>(tx[k] + i, part) * s;
+      put(y[k] + i, turn.forward(n * w.at(i, part), i, part), part);
+      auto tangent = (g - a * n) * w.at(i, part);
+      if (moving) tangent = fma(n, tw.at(i, part), tangent);
+      put(ty[k] + i, turn.forward(tangent, i, part), part);
+    });
+  }
+};
 
 // dx = s (u - b n) with u = w R^T Y; dw += n R^T Y
-template <typename L, typename W, typename Turn, typename T = Element<L>>
-PMF_INLINE void norm_row_backward(W width, double eps, Turn turn, const T* grad_row, const T* x_row,
-                                  const Row<L, W>& w, T* dx, Acc<T>* dw) {
+template <typename L, typename W, typename Turns>
+struct NormBackward {
+  using T = Element<L>;
   using A = Acc<T>;
-  const Row<L, W> x(x_row), grad(grad_row);
-  RowSum<A> xx, ux;
-  for_vectors<L>(width, [&](int64_t i, auto part, int slot) PMF_ALWAYS {
-    const auto v = x.at(i, part);
-    const auto u = turn.backward(grad.at(i, part), i, part) * w.at(i, part);
-    xx.add(v, v, slot);
-    ux.add(u, v, slot);
-  });
-  const A s = scale_of(xx, width, eps);
-  const A b = s * (ux.total() / static_cast<A>(width));
-  for_vectors<L>(width, [&](int64_t i, auto part, int) PMF_ALWAYS {
-    const auto n = x.at(i, part) * s, y = turn.backward(grad.at(i, part), i, part);
-    put(dx + i, (y * w.at(i, part) - b * n) * s, part);
-    accumulate(dw + i, n, y);
-  });
-}
+  static constexpr int kSums = 2, kOperands = 2, kKept = kKnownWidth<W>;
+  W width;
+  double eps;
+  const Row<L, W>& w;
+  Turns turns;
+  Stretch<const T> grad, x;
+  Stretch<T> dx;
+  A* dw;
+
+  PMF_INLINE void add(int64_t k, RowSum<A>* sums, A* kept) const {
+    const auto turn = turns(k);
+    RowSum<A>&xx = sums[0], &ux = sums[1];
+    for_vectors<L>(width, [&](int64_t i, auto part, int slot) PMF_ALWAYS {
+      fetch_to_write<L>(dx[k] + i);
+      const auto v = get<L>(x[k] + i, part);
+      const auto y = turn.backward(get<L>(grad[k] + i, part), i, part), u = y * w.at(i, part);
+      keep<W>(kept + i, y);
+      xx.add(v, v, slot);
+      ux.add(u, v, slot);
+    });
+  }
+  PMF_INLINE void scalars(Vec<A>* c) const {
+    c[0] = scale_of<A>(c[0], width, eps);
+    c[1] = c[0] * (c[1] / static_cast<A>(width));
+  }
+  PMF_INLINE void finish(int64_t k, const A* c, const A* kept, int64_t ahead) const {
+    const auto turn = turns(k);
+    const A s = c[0], b = c[1];
+    for_vectors<L>(width, [&](int64_t i, auto part, int) PMF_ALWAYS {
+      fetch<L>(x[k + ahead] + i);
+      fetch<L>(grad[k + ahead] + i);
+      const auto n = get<L>(x[k] + i, part) * s;
+      const auto y =
+          recall<L, W>(kept + i, [&] { return turn.backward(get<L>(grad[k] + i, part), i, part); });
+      put(dx[k] + i, (y * w.at(i, part) - b * n) * s, part);
+      accumulate(dw + i, n, y);
+    });
+  }
+};
 
 // The four gradients of pmf/rms_norm.h, Y and T turned back by R^T first.
-template <typename L, typename W, typename Turn, typename T = Element<L>>
-PMF_INLINE void norm_row_jvp_backward(W width, double eps, Turn turn, const T* grad_row,
-                                      const T* grad_t_row, const T* x_row, const T* tx_row,
-                                      const Row<L, W>& w, const Row<L, W>& tw, T* dx, T* dtx,
-                                      Acc<T>* dw, Acc<T>* dtw) {
+template <typename L, typename W, typename Turns>
+struct NormJvpBackward {
+  using T = Element<L>;
   using A = Acc<T>;
-  const Row<L, W> x(x_row), tx(tx_row), grad(grad_row), grad_t(grad_t_row);
-  RowSum<A> xx, xt, ux, ut, vx;
-  for_vectors<L>(width, [&](int64_t i, auto part, int slot) PMF_ALWAYS {
-    const auto value = x.at(i, part), tangent = tx.at(i, part), weight = w.at(i, part);
-    const auto y = turn.backward(grad.at(i, part), i, part);
-    const auto t = turn.backward(grad_t.at(i, part), i, part);
-    const auto u = weight * t, v = fma(weight, y, tw.at(i, part) * t);
-    xx.add(value, value, slot);
-    xt.add(value, tangent, slot);
-    ux.add(u, value, slot);
-    ut.add(u, tangent, slot);
-    vx.add(v, value, slot);
-  });
-  const A s = scale_of(xx, width, eps), mean = 1 / static_cast<A>(width);
-  const A a = s * s * (xt.total() * mean), b = s * (ux.total() * mean);
-  const A c = s * (ut.total() * mean), d = s * (vx.total() * mean);
-  const A along = 3 * a * b - c - d;
-  for_vectors<L>(width, [&](int64_t i, auto part, int) PMF_ALWAYS {
-    const auto n = x.at(i, part) * s, g = tx.at(i, part) * s, weight = w.at(i, part);
-    const auto y = turn.backward(grad.at(i, part), i, part);
-    const auto t = turn.backward(grad_t.at(i, part), i, part);
-    const auto u = weight * t, v = fma(weight, y, tw.at(i, part) * t);
-    put(dx + i, (v - a * u - b * g + along * n) * s, part);
-    put(dtx + i, (u - b * n) * s, part);
-    accumulate(dw + i, n, y);
-    accumulate(dw + i, g - a * n, t);
-    accumulate(dtw + i, n, t);
-  });
+  static constexpr int kSums = 5, kOperands = 4, kKept = 2 * kKnownWidth<W>;
+  W width;
+  double eps;
+  const Row<L, W>&w, &tw;
+  Turns turns;
+  Stretch<const T> grad, grad_t, x, tx;
+  Stretch<T> dx, dtx;
+  A *dw, *dtw;
+
+  PMF_INLINE void add(int64_t k, RowSum<A>* sums, A* kept) const {
+    const auto turn = turns(k);
+    RowSum<A>&xx = sums[0], &xt = sums[1], &ux = sums[2], &ut = sums[3], &vx = sums[4];
+    for_vectors<L>(width, [&](int64_t i, auto part, int slot) PMF_ALWAYS {
+      fetch_to_write<L>(dx[k] + i);
+      fetch_to_write<L>(dtx[k] + i);
+      const auto value = get<L>(x[k] + i, part), tangent = get<L>(tx[k] + i, part);
+      const auto y = turn.backward(get<L>(grad[k] + i, part), i, part);
+      const auto t = turn.backward(get<L>(grad_t[k] + i, part), i, part);
+      keep<W>(kept + i, y);
+      keep<W>(kept + kKnownWidth<W> + i, t);
+      const auto u = w.at(i, part) * t, v = fma(w.at(i, part), y, tw.at(i, part) * t);
+      xx.add(value, value, slot);
+      xt.add(value, tangent, slot);
+      ux.add(u, value, slot);
+      ut.add(u, tangent, slot);
+      vx.add(v, value, slot);
+    });
+  }
+  PMF_INLINE void scalars(Vec<A>* v) const {
+    const A mean = 1 / static_cast<A>(width);
+    const Vec<A> s = scale_of<A>(v[0], width, eps);
+    const Vec<A> a = s * s * (v[1] * mean), b = s * (v[2] * mean);
+    const Vec<A> c = s * (v[3] * mean), d = s * (v[4] * mean);
+    v[0] = s;
+    v[1] = a;
+    v[2] = b;
+    v[3] = 3 * a * b - c - d;
+  }
+  PMF_INLINE void finish(int64_t k, const A* c, const A* kept, int64_t ahead) const {
+    const auto turn = turns(k);
+    const A s = c[0], a = c[1], b = c[2], along = c[3];
+    for_vectors<L>(width, [&](int64_t i, auto part, int) PMF_ALWAYS {
+      fetch<L>(x[k + ahead] + i);
+      fetch<L>(tx[k + ahead] + i);
+      fetch<L>(grad[k + ahead] + i);
+      fetch<L>(grad_t[k + ahead] + i);
+      const auto n = get<L>(x[k] + i, part) * s, g = get<L>(tx[k] + i, part) * s;
+      const auto y =
+          recall<L, W>(kept + i, [&] { return turn.backward(get<L>(grad[k] + i, part), i, part); });
+      const auto t = recall<L, W>(kept + kKnownWidth<W> + i, [&] {
+        return turn.backward(get<L>(grad_t[k] + i, part), i, part);
+      });
+      const auto u = w.at(i, part) * t, v = fma(w.at(i, part), y, tw.at(i, part) * t);
+      put(dx[k] + i, (v - a * u - b * g + along * n) * s, part);
+      put(dtx[k] + i, (u - b * n) * s, part);
+      accumulate(dw + i, n, y);
+      accumulate(dw + i, g - a * n, t);
+      accumulate(dtw + i, n, t);
+    });
+  }
+};
+
+// Runs the first `count` rows of a norm's operands.
+//
+// All results of a row wait for its scalars, the end of a long chain of dependent instructions, and
+// an out-of-order processor looks about one row ahead. So rows go in blocks of up to one for each
+// lane of a vector: first their sums, then all their scalars at once, then their results. Memory
+// works meanwhile: the results fetch the rows of the next block, and where there are several
+// streams of stores, of which a slow one would hold up the others, the sums fetch the results'
+// places. A norm may keep kKept values of each row from its sums to its results.
+template <typename Norm>
+PMF_INLINE void run_norm(const Norm& norm, int64_t count) {
+  using A = typename Norm::A;
+  constexpr int lanes = kLanes<A>, kSums = Norm::kSums;
+  constexpr int64_t kCached = 1 << 12;  // bytes of operands
+  const int64_t row_bytes = Norm::kOperands * norm.width * sizeof(typename Norm::T);
+  const int64_t size = max64(1, min64(lanes, kCached / max64(1, row_bytes)));
+  alignas(kVecBytes) A kept[Norm::kKept > 0 ? lanes * Norm::kKept : 1];
+  for (int64_t first = 0; first < count; first += size) {
+    const int64_t rows = min64(size, count - first);
+    Vec<A> sums[kSums][lanes];
+    for (int64_t k = 0; k < rows; ++k) {
+      RowSum<A> of_row[kSums];
+      norm.add(first + k, of_row, kept + k * Norm::kKept);
+      PMF_UNROLL for (int j = 0; j < kSums; ++j) sums[j][k] = of_row[j].lanes();
+    }
+    Vec<A> scalars[kSums];
+    PMF_UNROLL for (int j = 0; j < kSums; ++j) scalars[j] = sum_each<A>(sums[j], rows);
+    norm.scalars(scalars);
+    for (int64_t k = 0; k < rows; ++k) {
+      A c[kSums];
+      PMF_UNROLL for (int j = 0; j < kSums; ++j) {
+        c[j] = reinterpret_cast<const A*>(scalars)[j * lanes + k];
+      }
+      norm.finish(first + k, c, kept + k * Norm::kKept, rows);
+    }
+  }
 }
 
 }  // namespace pmf::cpu::PMF_LEVEL

@@ -13,18 +13,23 @@ namespace {
 template <typename T, typename L = Fastest<T>>
 void forward(const RmsNormParams& p, const ParallelFor& parallel) {
   const Row<L> w(static_cast<const T*>(p.weight));
-  for_rows(p.shape, parallel, [&](const Cursor& row) {
-    norm_row(p.shape.width, p.eps, NoTurn{}, row.at<T>(p.x), w, row.at<T>(p.y));
+  const int64_t width = p.shape.width;
+  for_stretches(p.shape, parallel, [&](const Cursor& row, int64_t count) PMF_ALWAYS {
+    const auto x = row.stretch<T>(p.x);
+    const auto y = row.stretch<T>(p.y);
+    run_norm(Norm<L, int64_t, NoTurn>{width, p.eps, w, {}, x, y}, count);
   });
 }
 
 template <typename T, typename L = Fastest<T>>
 void forward_jvp(const RmsNormParams& p, const ParallelFor& parallel) {
   const Row<L> w(static_cast<const T*>(p.weight)), tw(static_cast<const T*>(p.weight_t));
-  const bool moving = moves(tw.data, p.shape.width);
-  for_rows(p.shape, parallel, [&](const Cursor& row) {
-    norm_row_jvp(p.shape.width, p.eps, NoTurn{}, row.at<T>(p.x), row.at<T>(p.x_t), w, tw, moving,
-                 row.at<T>(p.y), row.at<T>(p.y_t));
+  const int64_t width = p.shape.width;
+  const bool moving = moves(tw.data, width);
+  for_stretches(p.shape, parallel, [&](const Cursor& row, int64_t count) PMF_ALWAYS {
+    const auto x = row.stretch<T>(p.x), tx = row.stretch<T>(p.x_t);
+    const auto y = row.stretch<T>(p.y), ty = row.stretch<T>(p.y_t);
+    run_norm(NormJvp<L, int64_t, NoTurn>{width, p.eps, w, tw, moving, {}, x, tx, y, ty}, count);
   });
 }
 
@@ -33,12 +38,13 @@ void backward(const RmsNormBackwardParams& p, const ParallelFor& parallel) {
   const Row<L> w(static_cast<const T*>(p.weight));
   const int64_t rows = p.shape.rows(), width = p.shape.width;
   const RowSums sums(rows, width);
-  auto run = [&](int64_t first, int64_t last, Acc<T>* dw) {
-    Cursor row(p.shape, first);
-    for (int64_t r = first; r < last; ++r, row.next()) {
-      norm_row_backward(width, p.eps, NoTurn{}, row.at<T>(p.grad), row.at<T>(p.x), w,
-                        row.at<T>(p.grad_x), dw);
-    }
+  const auto run = [&](int64_t first, int64_t last, Acc<T>* dw) {
+    const auto stretch = [&](const Cursor& row, int64_t count) PMF_ALWAYS {
+      const auto grad = row.stretch<T>(p.grad), x = row.stretch<T>(p.x);
+      const auto dx = row.stretch<T>(p.grad_x);
+      run_norm(NormBackward<L, int64_t, NoTurn>{width, p.eps, w, {}, grad, x, dx, dw}, count);
+    };
+    for_stretches(Cursor(p.shape, first), first, last, stretch);
   };
   for_runs<Acc<T>>(sums, 1, rows, 1, p.workspace, parallel, run);
   add_runs<L>(sums, 1, width, 1, 0, p.workspace, p.grad_weight, parallel);
@@ -46,16 +52,19 @@ void backward(const RmsNormBackwardParams& p, const ParallelFor& parallel) {
 
 template <typename T, typename L = Fastest<T>>
 void backward_jvp(const RmsNormBackwardParams& p, const ParallelFor& parallel) {
+  using Rows = NormJvpBackward<L, int64_t, NoTurn>;
   const Row<L> w(static_cast<const T*>(p.weight)), tw(static_cast<const T*>(p.weight_t));
   const int64_t rows = p.shape.rows(), width = p.shape.width;
   const RowSums sums(rows, width);
-  auto run = [&](int64_t first, int64_t last, Acc<T>* dw) {
-    Cursor row(p.shape, first);
-    for (int64_t r = first; r < last; ++r, row.next()) {
-      norm_row_jvp_backward(width, p.eps, NoTurn{}, row.at<T>(p.grad), row.at<T>(p.grad_t),
-                            row.at<T>(p.x), row.at<T>(p.x_t), w, tw, row.at<T>(p.grad_x),
-                            row.at<T>(p.grad_x_t), dw, dw + sums.pitch);
-    }
+  const auto run = [&](int64_t first, int64_t last, Acc<T>* dw) {
+    Acc<T>* dtw = dw + sums.pitch;
+    const auto stretch = [&](const Cursor& row, int64_t count) PMF_ALWAYS {
+      const auto grad = row.stretch<T>(p.grad), grad_t = row.stretch<T>(p.grad_t);
+      const auto x = row.stretch<T>(p.x), tx = row.stretch<T>(p.x_t);
+      const auto dx = row.stretch<T>(p.grad_x), dtx = row.stretch<T>(p.grad_x_t);
+      run_norm(Rows{width, p.eps, w, tw, {}, grad, grad_t, x, tx, dx, dtx, dw, dtw}, count);
+    };
+    for_stretches(Cursor(p.shape, first), first, last, stretch);
   };
   for_runs<Acc<T>>(sums, 1, rows, 2, p.workspace, parallel, run);
   add_runs<L>(sums, 1, width, 2, 0, p.workspace, p.grad_weight, parallel);

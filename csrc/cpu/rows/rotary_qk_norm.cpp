@@ -57,6 +57,15 @@ struct Rotations {
   }
 };
 
+// The turns of a stretch of rows.
+template <typename A>
+struct Turns {
+  const Rotations<A>& rotations;
+  int64_t token, step;
+
+  PMF_INLINE Rotation<A> operator()(int64_t k) const { return rotations.at(token + k * step); }
+};
+
 // Walks the rows of a [B, heads, N, D] view, the dimension with the smaller stride innermost.
 struct HeadCursor {
   int64_t heads, tokens, b, h, n;
@@ -70,10 +79,8 @@ struct HeadCursor {
     h = heads_inside ? i : o;
     n = heads_inside ? o : i;
   }
-  // The dimension of the view that changes from row to row, and the rows until it starts again.
-  PMF_INLINE int inner() const { return heads_inside ? 1 : 2; }
+  // The rows until the inner dimension starts again; skip() goes there at most.
   PMF_INLINE int64_t left() const { return heads_inside ? heads - h : tokens - n; }
-  // At most to there.
   PMF_INLINE void skip(int64_t count) {
     int64_t &inner = heads_inside ? h : n, &outer = heads_inside ? n : h;
     if ((inner += count) < (heads_inside ? heads : tokens)) return;
@@ -82,29 +89,25 @@ struct HeadCursor {
     outer = 0;
     ++b;
   }
-  template <typename T>
-  PMF_INLINE const T* at(const ConstView4& v) const {
-    return static_cast<const T*>(v.data) + b * v.stride[0] + h * v.stride[1] + n * v.stride[2];
+  template <typename A>
+  PMF_INLINE Turns<A> turns(const Rotations<A>& rotations) const {
+    return {rotations, n, heads_inside ? 0 : 1};
   }
   template <typename T>
-  PMF_INLINE T* at(const View4& v) const {
-    return static_cast<T*>(v.data) + b * v.stride[0] + h * v.stride[1] + n * v.stride[2];
+  PMF_INLINE Stretch<const T> stretch(const ConstView4& v) const {
+    return {static_cast<const T*>(v.data) + offset(v.stride), inner_stride(v.stride)};
+  }
+  template <typename T>
+  PMF_INLINE Stretch<T> stretch(const View4& v) const {
+    return {static_cast<T*>(v.data) + offset(v.stride), inner_stride(v.stride)};
+  }
+  PMF_INLINE int64_t offset(const int64_t* stride) const {
+    return b * stride[0] + h * stride[1] + n * stride[2];
+  }
+  PMF_INLINE int64_t inner_stride(const int64_t* stride) const {
+    return stride[heads_inside ? 1 : 2];
   }
 };
-
-// body(cursor, count) for stretches of rows that lie a constant distance apart,
-// stride[cursor.inner()] of each view.
-template <typename Body>
-PMF_INLINE void for_stretches(int64_t heads, int64_t tokens, const int64_t* stride, int64_t begin,
-                              int64_t end, const Body& body) {
-  HeadCursor row(heads, tokens, stride, begin);
-  while (begin < end) {
-    const int64_t count = min64(end - begin, row.left());
-    body(row, count);
-    row.skip(count);
-    begin += count;
-  }
-}
 
 // The widths of heads that get code of their own, in the dtypes that networks run in.
 template <typename T, typename Body>
@@ -118,27 +121,24 @@ PMF_INLINE void with_width(int64_t width, const Body& body) {
 template <typename T, bool kTangent, typename W>
 PMF_INLINE void forward_rows(const RotaryShape& s, const RotaryHeads& side, W width, bool moving,
                              int64_t begin, int64_t end) {
-  const Rotations<Acc<T>> rotations(s);
-  const Row<InPairs<T>, W> w(static_cast<const T*>(side.weight));
-  const Row<InPairs<T>, W> tw(static_cast<const T*>(moving ? side.weight_t : side.weight));
+  using L = InPairs<T>;
+  using A = Acc<T>;
+  const Rotations<A> rotations(s);
+  const Row<L, W> w(static_cast<const T*>(side.weight));
+  const Row<L, W> tw(static_cast<const T*>(kTangent ? side.weight_t : side.weight));
   const auto stretch = [&](const HeadCursor& row, int64_t count) PMF_ALWAYS {
-    const int d = row.inner();
-    const T *x = row.at<T>(side.x), *tx = kTangent ? row.at<T>(side.x_t) : nullptr;
-    T *y = row.at<T>(side.y), *ty = kTangent ? row.at<T>(side.y_t) : nullptr;
-    for (int64_t k = 0; k < count; ++k) {
-      const auto turn = rotations.at(row.n + (d == 2 ? k : 0));
-      if constexpr (kTangent) {
-        norm_row_jvp(width, s.eps, turn, x, tx, w, tw, moving, y, ty);
-        tx += side.x_t.stride[d];
-        ty += side.y_t.stride[d];
-      } else {
-        norm_row(width, s.eps, turn, x, w, y);
-      }
-      x += side.x.stride[d];
-      y += side.y.stride[d];
+    const Turns<A> turns = row.turns(rotations);
+    const auto x = row.stretch<T>(side.x);
+    const auto y = row.stretch<T>(side.y);
+    if constexpr (kTangent) {
+      const auto tx = row.stretch<T>(side.x_t);
+      const auto ty = row.stretch<T>(side.y_t);
+      run_norm(NormJvp<L, W, Turns<A>>{width, s.eps, w, tw, moving, turns, x, tx, y, ty}, count);
+    } else {
+      run_norm(Norm<L, W, Turns<A>>{width, s.eps, w, turns, x, y}, count);
     }
   };
-  for_stretches(side.heads, s.tokens, side.x.stride, begin, end, stretch);
+  for_stretches(HeadCursor(side.heads, s.tokens, side.x.stride, begin), begin, end, stretch);
 }
 
 template <typename T, bool kTangent>
@@ -165,30 +165,26 @@ void forward(const RotaryQkNormParams& p, const ParallelFor& parallel) {
 template <typename T, bool kTangent, typename W>
 PMF_INLINE void backward_rows(const RotaryShape& s, const RotaryHeadsBackward& side, W width,
                               int64_t begin, int64_t end, Acc<T>* dw, Acc<T>* dtw) {
-  const Rotations<Acc<T>> rotations(s);
-  const Row<InPairs<T>, W> w(static_cast<const T*>(side.weight));
-  const Row<InPairs<T>, W> tw(static_cast<const T*>(kTangent ? side.weight_t : side.weight));
+  using L = InPairs<T>;
+  using A = Acc<T>;
+  const Rotations<A> rotations(s);
+  const Row<L, W> w(static_cast<const T*>(side.weight));
+  const Row<L, W> tw(static_cast<const T*>(kTangent ? side.weight_t : side.weight));
   const auto stretch = [&](const HeadCursor& row, int64_t count) PMF_ALWAYS {
-    const int d = row.inner();
-    const T *x = row.at<T>(side.x), *tx = kTangent ? row.at<T>(side.x_t) : nullptr;
-    const T *y = row.at<T>(side.grad), *ty = kTangent ? row.at<T>(side.grad_t) : nullptr;
-    T *dx = row.at<T>(side.grad_x), *dtx = kTangent ? row.at<T>(side.grad_x_t) : nullptr;
-    for (int64_t k = 0; k < count; ++k) {
-      const auto turn = rotations.at(row.n + (d == 2 ? k : 0));
-      if constexpr (kTangent) {
-        norm_row_jvp_backward(width, s.eps, turn, y, ty, x, tx, w, tw, dx, dtx, dw, dtw);
-        tx += side.x_t.stride[d];
-        ty += side.grad_t.stride[d];
-        dtx += side.grad_x_t.stride[d];
-      } else {
-        norm_row_backward(width, s.eps, turn, y, x, w, dx, dw);
-      }
-      x += side.x.stride[d];
-      y += side.grad.stride[d];
-      dx += side.grad_x.stride[d];
+    const Turns<A> turns = row.turns(rotations);
+    const auto grad = row.stretch<T>(side.grad), x = row.stretch<T>(side.x);
+    const auto dx = row.stretch<T>(side.grad_x);
+    if constexpr (kTangent) {
+      const auto grad_t = row.stretch<T>(side.grad_t), tx = row.stretch<T>(side.x_t);
+      const auto dtx = row.stretch<T>(side.grad_x_t);
+      run_norm(NormJvpBackward<L, W, Turns<A>>{width, s.eps, w, tw, turns, grad, grad_t, x, tx, dx,
+                                               dtx, dw, dtw},
+               count);
+    } else {
+      run_norm(NormBackward<L, W, Turns<A>>{width, s.eps, w, turns, grad, x, dx, dw}, count);
     }
   };
-  for_stretches(side.heads, s.tokens, side.x.stride, begin, end, stretch);
+  for_stretches(HeadCursor(side.heads, s.tokens, side.x.stride, begin), begin, end, stretch);
 }
 
 template <typename T, bool kTangent>

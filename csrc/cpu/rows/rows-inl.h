@@ -10,13 +10,13 @@
 
 namespace pmf::cpu::PMF_LEVEL {
 
-constexpr int kSlots = 4;  // independent accumulators, to hide the FMA latency
+constexpr int kUnrolled = 4;  // vectors
 
 // Calls body(i, part, slot) for i = 0, step, 2 step, ... < width in the steps of layout L; slot
-// cycles through [0, kSlots) by the vectors of a step.
+// cycles through [0, kUnrolled) by the vectors of a step.
 template <typename L, typename Body>
 PMF_INLINE void for_vectors(int64_t width, Body body) {
-  constexpr int64_t kStep = L::kStep, kSteps = kSlots / L::kVectors;
+  constexpr int64_t kStep = L::kStep, kSteps = kUnrolled / L::kVectors;
   int64_t i = 0;
   for (; i + kSteps * kStep <= width; i += kSteps * kStep) {
     PMF_UNROLL for (int k = 0; k < kSteps; ++k) body(i + k * kStep, Whole{}, k * L::kVectors);
@@ -25,45 +25,68 @@ PMF_INLINE void for_vectors(int64_t width, Body body) {
   if (i < width) body(i, Part{width - i}, 0);
 }
 
-// Sums a vector's lanes by halves, a fixed tree in registers.
-template <typename A, int kBytes>
-PMF_INLINE A sum_lanes(typename VecType<A, kBytes>::type v) {
-  if constexpr (kBytes == sizeof(A)) {
-    return v[0];
-  } else {
-    typename VecType<A, kBytes / 2>::type low, high;
-#if defined(__AVX512F__)
-    if constexpr (kBytes == 64) {  // GCC 12 would halve it through memory
-      low = (decltype(low))_mm512_castpd512_pd256((__m512d)v);
-      high = (decltype(high))_mm512_extractf64x4_pd((__m512d)v, 1);
-      return sum_lanes<A, kBytes / 2>(low + high);
-    }
-#endif
-    std::memcpy(&low, &v, sizeof low);
-    std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
-    return sum_lanes<A, kBytes / 2>(low + high);
-  }
-}
-
-// A sum over a row: one vector accumulator per slot.
+// A sum over a row, in two chains of additions.
 template <typename A>
 struct RowSum {
-  Vec<A> slots[kSlots] = {};
+  Vec<A> chains[2] = {};
 
-  PMF_INLINE void add(Vec<A> a, Vec<A> b, int slot) { slots[slot] = fma(a, b, slots[slot]); }
+  PMF_INLINE void add(Vec<A> a, Vec<A> b, int slot) {
+    chains[slot % 2] = fma(a, b, chains[slot % 2]);
+  }
   PMF_INLINE void add(Pairs<A> a, Pairs<A> b, int slot) {
     add(a.even, b.even, slot);
     add(a.odd, b.odd, slot + 1);
   }
-  PMF_INLINE A total() const {
-    return sum_lanes<A, kVecBytes>((slots[0] + slots[1]) + (slots[2] + slots[3]));
-  }
+  PMF_INLINE Vec<A> lanes() const { return chains[0] + chains[1]; }
 };
 
-PMF_INLINE float root(float x) { return __builtin_sqrtf(x); }
-PMF_INLINE double root(double x) { return __builtin_sqrt(x); }
+// One half of each run of kRun lanes of two vectors.
+template <int kRun, int kHalf>
+struct HalvesOfRuns {
+  static constexpr int lane(int j) {
+    constexpr int lanes = kRun / 2;
+    return j / lanes * kRun + kHalf * lanes + j % lanes;
+  }
+};
+// Lane k < n of the result is the sum of the lanes of v[k], added by halves; v is overwritten.
+template <typename A, int kRun = kLanes<A>>
+PMF_INLINE Vec<A> sum_each(Vec<A>* v, int64_t n) {
+  if constexpr (kRun == 1) {
+    return v[0];
+  } else {
+    for (int64_t i = 0; 2 * i < n; ++i) {
+      const Vec<A> a = v[2 * i], b = v[min64(2 * i + 1, n - 1)];
+      v[i] = shuffle<HalvesOfRuns<kRun, 0>>(a, b) + shuffle<HalvesOfRuns<kRun, 1>>(a, b);
+    }
+    return sum_each<A, kRun / 2>(v, (n + 1) / 2);
+  }
+}
+
+PMF_INLINE Vec<float> root(Vec<float> x) {
+#if defined(__AVX512F__)
+  return _mm512_sqrt_ps(x);
+#elif defined(__AVX__)
+  return _mm256_sqrt_ps(x);
+#else
+  for (int i = 0; i < kLanes<float>; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+PMF_INLINE Vec<double> root(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_sqrt(x[i]);
+  return x;
+}
 
 // ---- Rows ---------------------------------------------------------------------------------------
+
+// Rows a constant distance apart.
+template <typename T>
+struct Stretch {
+  T* first;
+  int64_t stride;
+
+  PMF_INLINE T* operator[](int64_t k) const { return first + k * stride; }
+};
 
 // The position of row `row`; next() is cheaper than a new cursor.
 struct Cursor {
@@ -82,6 +105,15 @@ struct Cursor {
       index[d] = 0;
     }
   }
+  // The rows until the innermost dimension starts again; skip() goes there at most.
+  PMF_INLINE int64_t left() const {
+    const int inner = shape.leading - 1;
+    return inner < 0 ? 1 : shape.size[inner] - index[inner];
+  }
+  PMF_INLINE void skip(int64_t rows) {
+    if (shape.leading > 0) index[shape.leading - 1] += rows - 1;
+    next();
+  }
   PMF_INLINE int64_t offset(const int64_t* stride) const {
     int64_t sum = 0;
     for (int d = 0; d < shape.leading; ++d) sum += index[d] * stride[d];
@@ -95,7 +127,30 @@ struct Cursor {
   PMF_INLINE T* at(const Rows& rows) const {
     return static_cast<T*>(rows.data) + offset(rows.stride);
   }
+  template <typename T>
+  PMF_INLINE Stretch<const T> stretch(const ConstRows& rows) const {
+    return {at<T>(rows), inner_stride(rows.stride)};
+  }
+  template <typename T>
+  PMF_INLINE Stretch<T> stretch(const Rows& rows) const {
+    return {at<T>(rows), inner_stride(rows.stride)};
+  }
+  PMF_INLINE int64_t inner_stride(const int64_t* stride) const {
+    return shape.leading > 0 ? stride[shape.leading - 1] : 0;
+  }
 };
+
+// Calls body(cursor, count) for stretches of rows a constant distance apart that cover the rows
+// [begin, end); `row` is at the first.
+template <typename Position, typename Body>
+PMF_INLINE void for_stretches(Position row, int64_t begin, int64_t end, const Body& body) {
+  while (begin < end) {
+    const int64_t count = min64(end - begin, row.left());
+    body(row, count);
+    row.skip(count);
+    begin += count;
+  }
+}
 
 // ---- Threads ------------------------------------------------------------------------------------
 
@@ -121,6 +176,15 @@ PMF_INLINE void for_rows(const RowShape& shape, const ParallelFor& parallel, con
   parallel_ranges(parallel, shape.rows(), row_grain(shape.width), [&](int64_t begin, int64_t end) {
     Cursor cursor(shape, begin);
     for (int64_t row = begin; row < end; ++row, cursor.next()) body(cursor);
+  });
+}
+
+// Calls body(cursor, count) for stretches that cover all rows.
+template <typename Body>
+PMF_INLINE void for_stretches(const RowShape& shape, const ParallelFor& parallel,
+                              const Body& body) {
+  parallel_ranges(parallel, shape.rows(), row_grain(shape.width), [&](int64_t begin, int64_t end) {
+    for_stretches(Cursor(shape, begin), begin, end, body);
   });
 }
 
