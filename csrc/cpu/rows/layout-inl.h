@@ -155,11 +155,13 @@ PMF_INLINE void put(T* p, V v, Part part) {
   for (int64_t i = 0; i < part.n; ++i) p[i] = buffer[i];
 }
 
-// Brings the cache lines of L's elements from p on into the cache, where p may point to anything.
+// Brings the cache lines of L's elements from p on into the cache; p may point to anything.
 template <typename L, typename T>
 PMF_INLINE void fetch(const T* p) {
   PMF_UNROLL for (int i = 0; i < L::kStep; i += 64 / sizeof(T)) __builtin_prefetch(p + i);
 }
+// For kernels with several streams of stores: these leave the processor in order, so that one that
+// waits for its line holds up the others.
 template <typename L, typename T>
 PMF_INLINE void fetch_to_write(T* p) {
   PMF_UNROLL for (int i = 0; i < L::kStep; i += 64 / sizeof(T)) __builtin_prefetch(p + i, 1);

@@ -288,9 +288,8 @@ struct NormJvpBackward {
 // All results of a row wait for its scalars, the end of a long chain of dependent instructions, and
 // an out-of-order processor looks about one row ahead. So rows go in blocks of up to one for each
 // lane of a vector: first their sums, then all their scalars at once, then their results. Memory
-// works meanwhile: the results fetch the rows of the next block, and where there are several
-// streams of stores, of which a slow one would hold up the others, the sums fetch the results'
-// places. A norm may keep kKept values of each row from its sums to its results.
+// works meanwhile: the sums fetch the results' places, and the results fetch the next block's rows.
+// A norm may keep kKept values of each row from its sums to its results.
 template <typename Norm>
 PMF_INLINE void run_norm(const Norm& norm, int64_t count) {
   using A = typename Norm::A;
