@@ -79,11 +79,10 @@ struct HeadCursor {
     h = heads_inside ? i : o;
     n = heads_inside ? o : i;
   }
-  // The rows until the inner dimension starts again; skip() goes there at most.
+  // The rows until the inner dimension starts again, and that place.
   PMF_INLINE int64_t left() const { return heads_inside ? heads - h : tokens - n; }
-  PMF_INLINE void skip(int64_t count) {
+  PMF_INLINE void next_stretch() {
     int64_t &inner = heads_inside ? h : n, &outer = heads_inside ? n : h;
-    if ((inner += count) < (heads_inside ? heads : tokens)) return;
     inner = 0;
     if (++outer < (heads_inside ? tokens : heads)) return;
     outer = 0;

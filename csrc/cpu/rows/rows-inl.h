@@ -105,13 +105,14 @@ struct Cursor {
       index[d] = 0;
     }
   }
-  // The rows until the innermost dimension starts again; skip() goes there at most.
+  // The rows until the innermost dimension starts again, and that place.
   PMF_INLINE int64_t left() const {
     const int inner = shape.leading - 1;
     return inner < 0 ? 1 : shape.size[inner] - index[inner];
   }
-  PMF_INLINE void skip(int64_t rows) {
-    if (shape.leading > 0) index[shape.leading - 1] += rows - 1;
+  PMF_INLINE void next_stretch() {
+    const int inner = shape.leading - 1;
+    if (inner >= 0) index[inner] = shape.size[inner] - 1;
     next();
   }
   PMF_INLINE int64_t offset(const int64_t* stride) const {
@@ -147,7 +148,7 @@ PMF_INLINE void for_stretches(Position row, int64_t begin, int64_t end, const Bo
   while (begin < end) {
     const int64_t count = min64(end - begin, row.left());
     body(row, count);
-    row.skip(count);
+    row.next_stretch();
     begin += count;
   }
 }
