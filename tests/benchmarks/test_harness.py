@@ -158,7 +158,7 @@ def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(1 << 24)  # 64 MB, which malloc maps anew for every call by default
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(min(faults() for _ in range(8)))  # the first two or three fault until the heap has room for good
+print(min(faults() for _ in range(8)))  # the first two or three extend the heap
 """
 
 

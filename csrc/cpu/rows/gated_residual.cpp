@@ -29,8 +29,8 @@ void forward_jvp(const GatedResidualParams& p, const ParallelFor& parallel) {
     const T *tx = row.at<T>(p.x_t), *tb = row.at<T>(p.branch_t), *tg = row.at<T>(p.gate_t);
     T *y = row.at<T>(p.y), *ty = row.at<T>(p.y_t);
     for_vectors<L>(p.shape.width, [&](int64_t i, auto part, int) PMF_ALWAYS {
-      fetch_to_write<L>(y + p.shape.width + i);
-      fetch_to_write<L>(ty + p.shape.width + i);
+      fetch_to_write<L>(y + i + kAhead<T>);
+      fetch_to_write<L>(ty + i + kAhead<T>);
       const auto gate = get<L>(g + i, part), branch = get<L>(b + i, part);
       put(y + i, fma(gate, branch, get<L>(x + i, part)), part);
       const auto tangent = fma(gate, get<L>(tb + i, part), get<L>(tx + i, part));
@@ -50,7 +50,7 @@ void backward(const GatedResidualBackwardParams& p, const ParallelFor& parallel)
       const T *y = row.at<T>(p.grad), *b = row.at<T>(p.branch), *g = row.at<T>(p.gate);
       T* db = row.at<T>(p.grad_branch);
       for_vectors<L>(width, [&](int64_t i, auto part, int) PMF_ALWAYS {
-        fetch_to_write<L>(db + width + i);
+        fetch_to_write<L>(db + i + kAhead<T>);
         const auto grad = get<L>(y + i, part);
         put(db + i, get<L>(g + i, part) * grad, part);
         accumulate(dg + i, get<L>(b + i, part), grad);
@@ -75,8 +75,8 @@ void backward_jvp(const GatedResidualBackwardParams& p, const ParallelFor& paral
       const T *g = row.at<T>(p.gate), *tg = row.at<T>(p.gate_t);
       T *db = row.at<T>(p.grad_branch), *dtb = row.at<T>(p.grad_branch_t);
       for_vectors<L>(width, [&](int64_t i, auto part, int) PMF_ALWAYS {
-        fetch_to_write<L>(db + width + i);
-        fetch_to_write<L>(dtb + width + i);
+        fetch_to_write<L>(db + i + kAhead<T>);
+        fetch_to_write<L>(dtb + i + kAhead<T>);
         const auto grad = get<L>(y + i, part), grad_t = get<L>(t + i, part);
         const auto gate = get<L>(g + i, part), branch = get<L>(b + i, part);
         put(db + i, fma(gate, grad, get<L>(tg + i, part) * grad_t), part);

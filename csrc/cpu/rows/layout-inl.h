@@ -155,16 +155,19 @@ PMF_INLINE void put(T* p, V v, Part part) {
   for (int64_t i = 0; i < part.n; ++i) p[i] = buffer[i];
 }
 
-// Brings the cache lines of L's elements from p on into the cache; p may point to anything.
+// Prefetches the cache lines of L's elements from p on; p may point anywhere.
 template <typename L, typename T>
 PMF_INLINE void fetch(const T* p) {
   PMF_UNROLL for (int i = 0; i < L::kStep; i += 64 / sizeof(T)) __builtin_prefetch(p + i);
 }
-// For kernels with several streams of stores: these leave the processor in order, so that one that
-// waits for its line holds up the others.
+// For writing, in kernels with several streams of stores: stores commit in order, so one that
+// misses the cache holds up all the others.
 template <typename L, typename T>
 PMF_INLINE void fetch_to_write(T* p) {
   PMF_UNROLL for (int i = 0; i < L::kStep; i += 64 / sizeof(T)) __builtin_prefetch(p + i, 1);
 }
+// The elements by which a kernel that reads and writes in one sweep fetches ahead: 1 KB.
+template <typename T>
+constexpr int kAhead = 1024 / sizeof(T);
 
 }  // namespace pmf::cpu::PMF_LEVEL

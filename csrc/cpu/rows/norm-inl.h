@@ -1,12 +1,12 @@
 // RMSNorm of rows with an optional rotation after it; shared by rms_norm and rotary_qk_norm.
 //
-// The mathematics is in pmf/rms_norm.h. There is a struct for each of its functions: add() adds up
-// the sums of row k, scalars() turns them into what results need, one row in each lane, and
-// finish() computes the results; run_norm() runs them over rows. Values are summed in the same
-// order whatever the layout of the results: without a rotation, rotary_qk_norm is rms_norm, bit for
-// bit.
-// `turns(k)` is the orthogonal map R that follows the norm in row k: of the elements v from i on,
-// forward() is R v and backward() is R^T v.
+// The mathematics is in pmf/rms_norm.h. Each of its functions is a struct, whose rows run_norm()
+// takes through three steps: add() accumulates the sums of row k, factors() turns the sums of many
+// rows, one in each lane, into the factors of their results, and finish() computes the results of
+// row k, while it prefetches row k + ahead. Forward passes sum in the same order whatever the
+// layout of their results: without a rotation, rotary_qk_norm is rms_norm, bit for bit. `turns(k)`
+// is the orthogonal map R that follows the norm in row k; its forward() and backward() apply R and
+// R^T to the elements from i on.
 #pragma once
 
 #include "cpu/rows/rows-inl.h"
@@ -23,8 +23,8 @@ constexpr int kKnownWidth = 0;
 template <int64_t width>
 constexpr int kKnownWidth<Width<width>> = width;
 
-// Keeps a value of a row from its sums to its results, as it lies in registers, if the compiler
-// knows the width W; otherwise recall() computes it again.
+// keep() stores a value in add(), as it lies in registers, for recall() in finish(). Without a
+// width W that the compiler knows there is no room for it: recall() computes it again.
 template <typename W, typename A>
 PMF_INLINE void keep(A* p, Vec<A> v) {
   if constexpr (kKnownWidth<W> > 0) store(p, v);
@@ -117,7 +117,7 @@ struct Norm {
       xx->add(v, v, slot);
     });
   }
-  PMF_INLINE void scalars(Vec<A>* c) const { c[0] = scale_of<A>(c[0], width, eps); }
+  PMF_INLINE void factors(Vec<A>* c) const { c[0] = scale_of<A>(c[0], width, eps); }
   PMF_INLINE void finish(int64_t k, const A* c, const A*, int64_t ahead) const {
     const auto turn = turns(k);
     for_vectors<L>(width, [&](int64_t i, auto part, int) PMF_ALWAYS {
@@ -145,14 +145,14 @@ struct NormJvp {
   PMF_INLINE void add(int64_t k, RowSum<A>* sums, A*) const {
     RowSum<A>&xx = sums[0], &xt = sums[1];
     for_vectors<Fastest<T>>(width, [&](int64_t i, auto part, int slot) PMF_ALWAYS {
-      fetch_to_write<L>(y[k] + i);
-      fetch_to_write<L>(ty[k] + i);
+      fetch_to_write<Fastest<T>>(y[k] + i);
+      fetch_to_write<Fastest<T>>(ty[k] + i);
       const auto v = get<Fastest<T>>(x[k] + i, part);
       xx.add(v, v, slot);
       xt.add(v, get<Fastest<T>>(tx[k] + i, part), slot);
     });
   }
-  PMF_INLINE void scalars(Vec<A>* c) const {
+  PMF_INLINE void factors(Vec<A>* c) const {
     c[0] = scale_of<A>(c[0], width, eps);
     c[1] = c[0] * c[0] * (c[1] / static_cast<A>(width));
   }
@@ -197,7 +197,7 @@ struct NormBackward {
       ux.add(u, v, slot);
     });
   }
-  PMF_INLINE void scalars(Vec<A>* c) const {
+  PMF_INLINE void factors(Vec<A>* c) const {
     c[0] = scale_of<A>(c[0], width, eps);
     c[1] = c[0] * (c[1] / static_cast<A>(width));
   }
@@ -208,8 +208,8 @@ struct NormBackward {
       fetch<L>(x[k + ahead] + i);
       fetch<L>(grad[k + ahead] + i);
       const auto n = get<L>(x[k] + i, part) * s;
-      const auto y =
-          recall<L, W>(kept + i, [&] { return turn.backward(get<L>(grad[k] + i, part), i, part); });
+      const auto y = recall<L, W>(
+          kept + i, [&]() PMF_ALWAYS { return turn.backward(get<L>(grad[k] + i, part), i, part); });
       put(dx[k] + i, (y * w.at(i, part) - b * n) * s, part);
       accumulate(dw + i, n, y);
     });
@@ -249,7 +249,7 @@ struct NormJvpBackward {
       vx.add(v, value, slot);
     });
   }
-  PMF_INLINE void scalars(Vec<A>* v) const {
+  PMF_INLINE void factors(Vec<A>* v) const {
     const A mean = 1 / static_cast<A>(width);
     const Vec<A> s = scale_of<A>(v[0], width, eps);
     const Vec<A> a = s * s * (v[1] * mean), b = s * (v[2] * mean);
@@ -268,9 +268,9 @@ struct NormJvpBackward {
       fetch<L>(grad[k + ahead] + i);
       fetch<L>(grad_t[k + ahead] + i);
       const auto n = get<L>(x[k] + i, part) * s, g = get<L>(tx[k] + i, part) * s;
-      const auto y =
-          recall<L, W>(kept + i, [&] { return turn.backward(get<L>(grad[k] + i, part), i, part); });
-      const auto t = recall<L, W>(kept + kKnownWidth<W> + i, [&] {
+      const auto y = recall<L, W>(
+          kept + i, [&]() PMF_ALWAYS { return turn.backward(get<L>(grad[k] + i, part), i, part); });
+      const auto t = recall<L, W>(kept + kKnownWidth<W> + i, [&]() PMF_ALWAYS {
         return turn.backward(get<L>(grad_t[k] + i, part), i, part);
       });
       const auto u = w.at(i, part) * t, v = fma(w.at(i, part), y, tw.at(i, part) * t);
@@ -285,36 +285,34 @@ struct NormJvpBackward {
 
 // Runs the first `count` rows of a norm's operands.
 //
-// All results of a row wait for its scalars, the end of a long chain of dependent instructions, and
-// an out-of-order processor looks about one row ahead. So rows go in blocks of up to one for each
-// lane of a vector: first their sums, then all their scalars at once, then their results. Memory
-// works meanwhile: the sums fetch the results' places, and the results fetch the next block's rows.
-// A norm may keep kKept values of each row from its sums to its results.
-template <typename Norm>
-PMF_INLINE void run_norm(const Norm& norm, int64_t count) {
-  using A = typename Norm::A;
-  constexpr int lanes = kLanes<A>, kSums = Norm::kSums;
-  constexpr int64_t kCached = 1 << 12;  // bytes of operands
-  const int64_t row_bytes = Norm::kOperands * norm.width * sizeof(typename Norm::T);
-  const int64_t size = max64(1, min64(lanes, kCached / max64(1, row_bytes)));
-  alignas(kVecBytes) A kept[Norm::kKept > 0 ? lanes * Norm::kKept : 1];
+// All results of a row wait for its factors, the end of a long chain of dependent instructions, and
+// an out-of-order processor looks about one narrow row ahead. So rows go in blocks, of up to one
+// for each lane of a vector: first their sums, then all their factors at once, then their results.
+// The rows of a block fit in a small part of the L1 cache; a row that is too wide for that gives
+// the processor enough to do by itself. A norm may keep kKept values of each row between the steps.
+template <typename Rows>
+PMF_INLINE void run_norm(const Rows& norm, int64_t count) {
+  using A = typename Rows::A;
+  constexpr int lanes = kLanes<A>, kSums = Rows::kSums;
+  constexpr int64_t kBlockBytes = 1 << 12;
+  const int64_t row_bytes = Rows::kOperands * norm.width * sizeof(typename Rows::T);
+  const int64_t size = max64(1, min64(lanes, kBlockBytes / max64(1, row_bytes)));
+  alignas(kVecBytes) A kept[lanes * Rows::kKept + 1];
   for (int64_t first = 0; first < count; first += size) {
     const int64_t rows = min64(size, count - first);
     Vec<A> sums[kSums][lanes];
     for (int64_t k = 0; k < rows; ++k) {
       RowSum<A> of_row[kSums];
-      norm.add(first + k, of_row, kept + k * Norm::kKept);
+      norm.add(first + k, of_row, kept + k * Rows::kKept);
       PMF_UNROLL for (int j = 0; j < kSums; ++j) sums[j][k] = of_row[j].lanes();
     }
-    Vec<A> scalars[kSums];
-    PMF_UNROLL for (int j = 0; j < kSums; ++j) scalars[j] = sum_each<A>(sums[j], rows);
-    norm.scalars(scalars);
+    Vec<A> factors[kSums];
+    PMF_UNROLL for (int j = 0; j < kSums; ++j) factors[j] = sum_each<A>(sums[j], rows);
+    norm.factors(factors);
     for (int64_t k = 0; k < rows; ++k) {
-      A c[kSums];
-      PMF_UNROLL for (int j = 0; j < kSums; ++j) {
-        c[j] = reinterpret_cast<const A*>(scalars)[j * lanes + k];
-      }
-      norm.finish(first + k, c, kept + k * Norm::kKept, rows);
+      A of_row[kSums];
+      PMF_UNROLL for (int j = 0; j < kSums; ++j) of_row[j] = factors[j][k];
+      norm.finish(first + k, of_row, kept + k * Rows::kKept, rows);
     }
   }
 }

@@ -52,7 +52,6 @@ void backward(const RmsNormBackwardParams& p, const ParallelFor& parallel) {
 
 template <typename T, typename L = Fastest<T>>
 void backward_jvp(const RmsNormBackwardParams& p, const ParallelFor& parallel) {
-  using Rows = NormJvpBackward<L, int64_t, NoTurn>;
   const Row<L> w(static_cast<const T*>(p.weight)), tw(static_cast<const T*>(p.weight_t));
   const int64_t rows = p.shape.rows(), width = p.shape.width;
   const RowSums sums(rows, width);
@@ -62,7 +61,10 @@ void backward_jvp(const RmsNormBackwardParams& p, const ParallelFor& parallel) {
       const auto grad = row.stretch<T>(p.grad), grad_t = row.stretch<T>(p.grad_t);
       const auto x = row.stretch<T>(p.x), tx = row.stretch<T>(p.x_t);
       const auto dx = row.stretch<T>(p.grad_x), dtx = row.stretch<T>(p.grad_x_t);
-      run_norm(Rows{width, p.eps, w, tw, {}, grad, grad_t, x, tx, dx, dtx, dw, dtw}, count);
+      run_norm(
+          NormJvpBackward<L, int64_t, NoTurn>{
+              width, p.eps, w, tw, {}, grad, grad_t, x, tx, dx, dtx, dw, dtw},
+          count);
     };
     for_stretches(Cursor(p.shape, first), first, last, stretch);
   };

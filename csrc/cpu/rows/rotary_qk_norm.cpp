@@ -79,7 +79,7 @@ struct HeadCursor {
     h = heads_inside ? i : o;
     n = heads_inside ? o : i;
   }
-  // The rows until the inner dimension starts again, and that place.
+  // The number of rows before the inner dimension wraps, and a jump to the row where it does.
   PMF_INLINE int64_t left() const { return heads_inside ? heads - h : tokens - n; }
   PMF_INLINE void next_stretch() {
     int64_t &inner = heads_inside ? h : n, &outer = heads_inside ? n : h;

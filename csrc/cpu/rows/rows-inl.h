@@ -2,7 +2,7 @@
 //
 // A kernel is one lambda that processes a vector; for_vectors() runs it over a row, including the
 // incomplete last vector. These kernels are memory-bound: what matters is that every operand is
-// read once per row and that sums have enough independent accumulators.
+// read from memory once, and that neither sums nor stores keep the processor waiting.
 #pragma once
 
 #include "cpu/rows/layout-inl.h"
@@ -25,7 +25,8 @@ PMF_INLINE void for_vectors(int64_t width, Body body) {
   if (i < width) body(i, Part{width - i}, 0);
 }
 
-// A sum over a row, in two chains of additions.
+// A sum over a row, in two chains of additions: with two sums, or two rows, in flight that hides an
+// FMA's latency.
 template <typename A>
 struct RowSum {
   Vec<A> chains[2] = {};
@@ -65,7 +66,7 @@ PMF_INLINE Vec<A> sum_each(Vec<A>* v, int64_t n) {
 PMF_INLINE Vec<float> root(Vec<float> x) {
 #if defined(__AVX512F__)
   return _mm512_sqrt_ps(x);
-#elif defined(__AVX__)
+#elif defined(__AVX2__)
   return _mm256_sqrt_ps(x);
 #else
   for (int i = 0; i < kLanes<float>; ++i) x[i] = __builtin_sqrtf(x[i]);
@@ -105,7 +106,7 @@ struct Cursor {
       index[d] = 0;
     }
   }
-  // The rows until the innermost dimension starts again, and that place.
+  // The number of rows before the innermost dimension wraps, and a jump to the row where it does.
   PMF_INLINE int64_t left() const {
     const int inner = shape.leading - 1;
     return inner < 0 ? 1 : shape.size[inner] - index[inner];

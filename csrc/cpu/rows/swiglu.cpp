@@ -62,8 +62,8 @@ void forward_jvp(const SwigluParams& p, const ParallelFor& parallel) {
     const T *gate_t = row.at<T>(p.gate_t), *up_t = row.at<T>(p.up_t);
     T *y = row.at<T>(p.y), *y_t = row.at<T>(p.y_t);
     for_vectors<L>(p.shape.width, [&](int64_t i, auto part, int) PMF_ALWAYS {
-      fetch_to_write<L>(y + p.shape.width + i);
-      fetch_to_write<L>(y_t + p.shape.width + i);
+      fetch_to_write<L>(y + i + kAhead<T>);
+      fetch_to_write<L>(y_t + i + kAhead<T>);
       const auto g = get<L>(gate + i, part), u = get<L>(up + i, part);
       const auto f = sigmoid(g);
       const auto silu = g * f.s;
@@ -80,8 +80,8 @@ void backward(const SwigluBackwardParams& p, const ParallelFor& parallel) {
     const T *gate = row.at<T>(p.gate), *up = row.at<T>(p.up), *grad = row.at<T>(p.grad);
     T *grad_gate = row.at<T>(p.grad_gate), *grad_up = row.at<T>(p.grad_up);
     for_vectors<L>(p.shape.width, [&](int64_t i, auto part, int) PMF_ALWAYS {
-      fetch_to_write<L>(grad_up + p.shape.width + i);
-      fetch_to_write<L>(grad_gate + p.shape.width + i);
+      fetch_to_write<L>(grad_up + i + kAhead<T>);
+      fetch_to_write<L>(grad_gate + i + kAhead<T>);
       const auto g = get<L>(gate + i, part), y = get<L>(grad + i, part);
       const auto f = sigmoid(g);
       put(grad_up + i, g * f.s * y, part);
@@ -99,10 +99,10 @@ void backward_jvp(const SwigluBackwardParams& p, const ParallelFor& parallel) {
     T *grad_gate = row.at<T>(p.grad_gate), *grad_up = row.at<T>(p.grad_up);
     T *grad_gate_t = row.at<T>(p.grad_gate_t), *grad_up_t = row.at<T>(p.grad_up_t);
     for_vectors<L>(p.shape.width, [&](int64_t i, auto part, int) PMF_ALWAYS {
-      fetch_to_write<L>(grad_up_t + p.shape.width + i);
-      fetch_to_write<L>(grad_gate_t + p.shape.width + i);
-      fetch_to_write<L>(grad_up + p.shape.width + i);
-      fetch_to_write<L>(grad_gate + p.shape.width + i);
+      fetch_to_write<L>(grad_up_t + i + kAhead<T>);
+      fetch_to_write<L>(grad_gate_t + i + kAhead<T>);
+      fetch_to_write<L>(grad_up + i + kAhead<T>);
+      fetch_to_write<L>(grad_gate + i + kAhead<T>);
       const auto g = get<L>(gate + i, part), u = get<L>(up + i, part);
       const auto tg = get<L>(gate_t + i, part), tu = get<L>(up_t + i, part);
       const auto y = get<L>(grad + i, part), t = get<L>(grad_t + i, part);
