@@ -6,9 +6,10 @@ list(FILTER PMF_CPU_KERNELS EXCLUDE REGEX "/(dispatch|cpu_introspection)\\.cpp$"
 # Those with products of bf16, all that level amx_bf16 computes in a way of its own.
 set(PMF_AMX_KERNELS csrc/cpu/attention/attention_forward.cpp csrc/cpu/attention/attention_backward.cpp)
 
+# Each level names its -march, so that one in CXXFLAGS does not reach it. Processors with AVX2 that do not
+# know prefetchw (-mprfchw) skip it.
 set(PMF_FLAGS_portable "")
-# Processors with AVX2 that do not know prefetchw (-mprfchw) skip it.
-set(PMF_FLAGS_avx2 -mavx2 -mfma -mf16c -mprfchw)
+set(PMF_FLAGS_avx2 -march=x86-64 -mavx2 -mfma -mf16c -mprfchw)
 set(PMF_FLAGS_avx512 -march=x86-64-v4 -mprfchw)
 set(PMF_FLAGS_avx512_bf16 ${PMF_FLAGS_avx512} -mavx512bf16)
 set(PMF_FLAGS_amx_bf16 ${PMF_FLAGS_avx512_bf16} -mamx-tile -mamx-bf16)
@@ -16,7 +17,7 @@ set(PMF_FLAGS_amx_bf16 ${PMF_FLAGS_avx512_bf16} -mamx-tile -mamx-bf16)
 set(PMF_AMX 0)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
   set(PMF_CPU_LEVELS portable avx2 avx512 avx512_bf16)
-  set(PMF_FLAGS_portable -O2) # only for processors before 2013, and a third faster to compile
+  set(PMF_FLAGS_portable -march=x86-64 -O2) # only for processors before 2013, and a third faster to compile
   # GCC 11, clang 12, and an assembler as new.
   include(CheckCXXSourceCompiles)
   set(CMAKE_REQUIRED_FLAGS "-mamx-tile -mamx-bf16")

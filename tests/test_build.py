@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
 import venv
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -136,24 +138,52 @@ def test_levels_can_be_forced_in_a_running_process() -> None:
         torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-6)
 
 
-AMX = pytest.mark.skipif(
-    _library.missing() is not None or _library.cpu_level() != "amx_bf16", reason="no AMX"
-)
+def needs(level: str) -> pytest.MarkDecorator:
+    here = "" if _library.missing() is not None else _library.cpu_level()
+    absent = here not in LEVELS[LEVELS.index(level) :]
+    return pytest.mark.skipif(absent, reason=f"no CPU kernels of level {level}")
+
+
+BF16, AMX = needs("avx512_bf16"), needs("amx_bf16")
+
+
+def dtypes_that_differ(
+    levels: tuple[str, ...], op: Callable[[torch.Tensor], torch.Tensor]
+) -> set[torch.dtype]:
+    """The dtypes in which these levels do not all give the same bits."""
+    x = torch.randn(1, 2, 70, 64)
+    differ = set()
+    try:
+        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            results = []
+            for level in levels:
+                _library.set_cpu_level(level)
+                results.append(op(x.to(dtype)))
+            if not all(torch.equal(result, results[0]) for result in results):
+                differ.add(dtype)
+    finally:
+        _library.set_cpu_level("auto")
+    return differ
+
+
+def attention(x: torch.Tensor) -> torch.Tensor:
+    return torch.ops.pmf.attention_forward(x, x, x, None, False, 0.125)[1]
+
+
+def norm(x: torch.Tensor) -> torch.Tensor:
+    return torch.ops.pmf.rms_norm(x, x[0, 0, 0], 1e-6)
+
+
+@BF16
+def test_instructions_for_bfloat16_change_nothing_else() -> None:
+    assert dtypes_that_differ(LEVELS[2:4], attention) == {torch.bfloat16}
+    assert dtypes_that_differ(LEVELS[2:4], norm) <= {torch.bfloat16}
 
 
 @AMX
 def test_amx_changes_attention_in_bfloat16_only() -> None:
-    x = torch.randn(1, 2, 70, 64)
-    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        results = []
-        try:
-            for level in ("avx512_bf16", "amx_bf16"):
-                _library.set_cpu_level(level)
-                q = x.to(dtype)
-                results.append(torch.ops.pmf.attention_forward(q, q, q, None, False, 0.125)[1])
-        finally:
-            _library.set_cpu_level("auto")
-        assert torch.equal(*results) == (dtype != torch.bfloat16)
+    assert dtypes_that_differ(LEVELS[3:], attention) == {torch.bfloat16}
+    assert dtypes_that_differ(LEVELS[3:], norm) == set()
 
 
 @AMX
@@ -310,6 +340,21 @@ def test_ops_compile_with_and_without_cuda(with_cuda: int) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr[:2000]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86-64")
+@pytest.mark.parametrize("level", LEVELS[:3])
+def test_flags_for_the_whole_build_cannot_change_a_level(level: str) -> None:
+    """Copies for bfloat16 instructions compute no other dtype: an AVX2 level that has them would be wrong."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    kernel = ROOT / "csrc" / "cpu" / "rows" / "rms_norm.cpp"
+    command = [compiler, "-std=c++17", "-fsyntax-only", f"-I{ROOT}/csrc", f"-I{ROOT}/csrc/include"]
+    command += [f"-DPMF_LEVEL={level}", "-march=x86-64-v4", "-mavx512bf16", str(kernel)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "leave -mavx512bf16 and -mamx-bf16 out of CXXFLAGS" in done.stderr
 
 
 def test_building_without_torch_is_one_sentence(tmp_path: Path) -> None:

@@ -16,22 +16,23 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Level amx_bf16 has code of its own only for attention in bfloat16; the rest is that of avx512_bf16."""
+    """Levels above avx512 have code of their own only for bfloat16, amx_bf16 only for attention in it."""
     kept: list[pytest.Item] = []
     repeated: list[pytest.Item] = []
     for item in items:
-        (repeated if _repeats_the_level_below(item) else kept).append(item)
+        (repeated if _repeats_a_level_below(item) else kept).append(item)
     config.hook.pytest_deselected(items=repeated)
     items[:] = kept
     float32_on_a_gpu_last(items)
 
 
-def _repeats_the_level_below(item: pytest.Item) -> bool:
+def _repeats_a_level_below(item: pytest.Item) -> bool:
     if Path(__file__).parent not in item.path.parents or not hasattr(item, "callspec"):
         return False
     values = item.callspec.params
-    own_code = "attention" in item.nodeid and values.get("dtype", torch.bfloat16) == torch.bfloat16
-    return values.get("level") == "amx_bf16" and not own_code
+    bf16 = values.get("dtype", torch.bfloat16) == torch.bfloat16
+    own_code = {"avx512_bf16": bf16, "amx_bf16": bf16 and "attention" in item.nodeid}
+    return not own_code.get(values.get("level"), True)
 
 
 @pytest.fixture(autouse=True)

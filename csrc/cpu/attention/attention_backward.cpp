@@ -441,17 +441,12 @@ class Backward {
 // Calls with(kernel) with the arithmetic that this level uses for the dtype.
 template <typename With>
 auto with_kernel(const AttentionBackwardParams& params, int64_t threads, With with) {
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
   return with(Backward<bf16x2>(params, make_packer<bf16, bf16x2>(), threads));
 #else
   if (params.dtype == DType::f64) {
     return with(Backward<double>(params, make_packer<double, double>(), threads));
   }
-#if defined(__AVX512BF16__)
-  if (params.dtype == DType::bf16) {
-    return with(Backward<bf16x2>(params, make_packer<bf16, bf16x2>(), threads));
-  }
-#endif
   return with(Backward<float>(params, float_packer(params.dtype), threads));
 #endif
 }
@@ -468,8 +463,8 @@ void attention_backward(const AttentionBackwardParams& params, const ParallelFor
 
 }  // namespace pmf::cpu::PMF_LEVEL
 
-PMF_DISPATCH_AMX(params.dtype == DType::bf16, int64_t, attention_backward_workspace_bytes,
+PMF_DISPATCH_AMX(params.dtype, int64_t, attention_backward_workspace_bytes,
                  (const AttentionBackwardParams& params, int64_t threads), (params, threads))
-PMF_DISPATCH_AMX(params.dtype == DType::bf16, void, attention_backward,
+PMF_DISPATCH_AMX(params.dtype, void, attention_backward,
                  (const AttentionBackwardParams& params, const ParallelFor& parallel),
                  (params, parallel))

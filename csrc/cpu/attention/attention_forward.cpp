@@ -290,18 +290,13 @@ class Forward {
 // Calls `use` with the kernel for this dtype at this level.
 template <typename Use>
 PMF_INLINE void with_kernel(const AttentionParams& params, Use use) {
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
   Forward<bf16x2> kernel(params, make_packer<bf16, bf16x2>());
   use(kernel);
 #else
   if (params.dtype == DType::f64) {
     Forward<double> kernel(params, make_packer<double, double>());
     use(kernel);
-#if defined(__AVX512BF16__)
-  } else if (params.dtype == DType::bf16) {
-    Forward<bf16x2> kernel(params, make_packer<bf16, bf16x2>());
-    use(kernel);
-#endif
   } else {
     Forward<float> kernel(params, float_packer(params.dtype));
     use(kernel);
@@ -325,7 +320,7 @@ void attention_forward(const AttentionParams& params, const ParallelFor& paralle
 
 }  // namespace pmf::cpu::PMF_LEVEL
 
-PMF_DISPATCH_AMX(params.dtype == DType::bf16, int64_t, attention_forward_workspace_bytes,
+PMF_DISPATCH_AMX(params.dtype, int64_t, attention_forward_workspace_bytes,
                  (const AttentionParams& params, int64_t threads), (params, threads))
-PMF_DISPATCH_AMX(params.dtype == DType::bf16, void, attention_forward,
+PMF_DISPATCH_AMX(params.dtype, void, attention_forward,
                  (const AttentionParams& params, const ParallelFor& parallel), (params, parallel))

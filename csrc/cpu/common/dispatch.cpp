@@ -86,6 +86,11 @@ Level level() {
   return static_cast<Level>(value == kUnset ? initial() : value);
 }
 
+Level level_for(DType dtype) {
+  const Level at = level();
+  return dtype == DType::bf16 || at < Level::avx512 ? at : Level::avx512;
+}
+
 Level best_level() { return static_cast<Level>(best()); }
 
 bool set_level(const char* name) {

@@ -3,19 +3,22 @@
 // CMake compiles every kernel file of csrc/cpu once per level with
 //   -DPMF_LEVEL=portable | avx2 | avx512 | avx512_bf16
 // and that level's machine flags. All definitions of the file, and those of headers named *-inl.h,
-// are in namespace pmf::cpu::PMF_LEVEL. The file ends by naming its entry points:
-//   PMF_DISPATCH(void, rms_norm, (const RmsNormParams& params, const ParallelFor& parallel),
-//                (params, parallel))
+// are in namespace pmf::cpu::PMF_LEVEL. The file ends by naming its entry points, and the dtype of
+// their operands:
+//   PMF_DISPATCH(params.dtype, void, rms_norm,
+//                (const RmsNormParams& params, const ParallelFor& parallel), (params, parallel))
 // which defines pmf::cpu::rms_norm (once, in the portable copy) as a jump to the current level.
 //
-// The highest level, amx_bf16, differs only in products of bf16: it has copies of the files that
-// compute these, for bf16 only, which name their entry points with PMF_DISPATCH_AMX. Everything
-// else runs there as at avx512_bf16.
+// The levels above avx512 differ from it in bf16 only, and their copies compute nothing else: other
+// dtypes run as at avx512. The highest, amx_bf16, differs from the one below only in products: it
+// has copies of the files that compute these, which say PMF_DISPATCH_AMX.
 //
 // Kernel files must not use inline functions of the standard library that could be emitted out of
 // line (std::max, containers): the linker keeps one copy of such a function, and it might be the
 // one compiled for AVX-512.
 #pragma once
+
+#include "pmf/common.h"
 
 #ifndef PMF_X86  // -DPMF_X86=0 keeps only the portable level
 #if defined(__x86_64__) || defined(_M_X64)
@@ -38,6 +41,9 @@ constexpr int kLevels = PMF_AMX ? 5 : PMF_X86 ? 4 : 1;
 // else the processor's best. Unsupported levels and unknown names are never chosen.
 Level level();
 
+// The level whose copies of the kernels compute operands of this dtype.
+Level level_for(DType dtype);
+
 // The best level this processor (and its operating system) supports.
 Level best_level();
 
@@ -59,46 +65,51 @@ const char* level_name(Level level);
 #define PMF_LEVEL_INDEX_avx512_bf16 3
 #define PMF_LEVEL_INDEX_amx_bf16 4
 
-#if PMF_CONCAT(PMF_LEVEL_INDEX_, PMF_LEVEL) != 0
-#define PMF_DISPATCH(result, name, parameters, arguments)
+#define PMF_LEVEL_INDEX PMF_CONCAT(PMF_LEVEL_INDEX_, PMF_LEVEL)
+
+// These choose what a copy computes, so a compiler flag for the whole build must not set them.
+#if defined(__AVX512BF16__) != (PMF_LEVEL_INDEX >= PMF_LEVEL_INDEX_avx512_bf16) || \
+    defined(__AMX_BF16__) != (PMF_LEVEL_INDEX >= PMF_LEVEL_INDEX_amx_bf16)
+#error "each level needs its own machine flags; leave -mavx512bf16 and -mamx-bf16 out of CXXFLAGS"
+#endif
+
+#if PMF_LEVEL_INDEX != 0
+#define PMF_DISPATCH_UP_TO(top, dtype, result, name, parameters, arguments)
 #elif PMF_X86
-#define PMF_DISPATCH(result, name, parameters, arguments) \
-  PMF_DISPATCH_UP_TO(&avx512_bf16::name, result, name, parameters, arguments)
-#define PMF_DISPATCH_UP_TO(top, result, name, parameters, arguments)                            \
-  namespace pmf::cpu {                                                                          \
-  namespace avx2 {                                                                              \
-  result name parameters;                                                                       \
-  }                                                                                             \
-  namespace avx512 {                                                                            \
-  result name parameters;                                                                       \
-  }                                                                                             \
-  namespace avx512_bf16 {                                                                       \
-  result name parameters;                                                                       \
-  }                                                                                             \
-  result name parameters {                                                                      \
-    constexpr decltype(&portable::name) table[] = {&portable::name, &avx2::name, &avx512::name, \
-                                                   &avx512_bf16::name};                         \
-    const Level at = level();                                                                   \
-    return (at == Level::amx_bf16 ? top : table[static_cast<int>(at)]) arguments;               \
-  }                                                                                             \
+#define PMF_DISPATCH_UP_TO(top, dtype, result, name, parameters, arguments)                      \
+  namespace pmf::cpu {                                                                           \
+  namespace avx2 {                                                                               \
+  result name parameters;                                                                        \
+  }                                                                                              \
+  namespace avx512 {                                                                             \
+  result name parameters;                                                                        \
+  }                                                                                              \
+  namespace avx512_bf16 {                                                                        \
+  result name parameters;                                                                        \
+  }                                                                                              \
+  namespace top {                                                                                \
+  result name parameters;                                                                        \
+  }                                                                                              \
+  result name parameters {                                                                       \
+    constexpr decltype(&portable::name) copies[] = {&portable::name, &avx2::name, &avx512::name, \
+                                                    &avx512_bf16::name, &top::name};             \
+    return copies[static_cast<int>(level_for(dtype))] arguments;                                 \
+  }                                                                                              \
   }
 #else
-#define PMF_DISPATCH(result, name, parameters, arguments)     \
-  namespace pmf::cpu {                                        \
-  result name parameters { return portable::name arguments; } \
+#define PMF_DISPATCH_UP_TO(top, dtype, result, name, parameters, arguments) \
+  namespace pmf::cpu {                                                      \
+  result name parameters { return portable::name arguments; }               \
   }
 #endif
 
-#if defined(PMF_DISPATCH_UP_TO) && PMF_AMX
-#define PMF_DISPATCH_AMX(when, result, name, parameters, arguments)                             \
-  namespace pmf::cpu::amx_bf16 {                                                                \
-  result name parameters;                                                                       \
-  }                                                                                             \
-  PMF_DISPATCH_UP_TO(((when) ? &amx_bf16::name : &avx512_bf16::name), result, name, parameters, \
-                     arguments)
+#define PMF_DISPATCH(dtype, result, name, parameters, arguments) \
+  PMF_DISPATCH_UP_TO(avx512_bf16, dtype, result, name, parameters, arguments)
+#if PMF_AMX
+#define PMF_DISPATCH_AMX(dtype, result, name, parameters, arguments) \
+  PMF_DISPATCH_UP_TO(amx_bf16, dtype, result, name, parameters, arguments)
 #else
-#define PMF_DISPATCH_AMX(when, result, name, parameters, arguments) \
-  PMF_DISPATCH(result, name, parameters, arguments)
+#define PMF_DISPATCH_AMX PMF_DISPATCH
 #endif
 
 #endif  // PMF_LEVEL

@@ -40,12 +40,6 @@ constexpr int kVecBytes = 32;
 constexpr int kVecBytes = 16;
 #endif
 
-#if defined(__AVX512BF16__)
-constexpr bool kHasBf16Dot = true;  // vdpbf16ps: two bf16 products per fp32 lane and instruction
-#else
-constexpr bool kHasBf16Dot = false;
-#endif
-
 template <typename T, int kBytes = kVecBytes>
 struct VecType {
   typedef T type __attribute__((vector_size(kBytes)));
@@ -163,7 +157,7 @@ PMF_INLINE Vec<double> max(Vec<double> a, Vec<double> b) {
 #endif
 }
 
-// acc + lo(a) lo(b) + hi(a) hi(b) in every lane. The instruction treats denormals as zero.
+// acc + lo(a) lo(b) + hi(a) hi(b) in every lane, in one instruction. It treats denormals as zero.
 #if defined(__AVX512BF16__)
 PMF_INLINE Vec<float> dot2(Vec<float> acc, Vec<uint32_t> a, Vec<uint32_t> b) {
   return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);

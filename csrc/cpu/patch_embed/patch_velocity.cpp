@@ -224,8 +224,8 @@ void patch_velocity_backward(const PatchVelocityBackwardParams& params,
 
 }  // namespace pmf::cpu::PMF_LEVEL
 
-PMF_DISPATCH(void, patch_velocity, (const PatchVelocityParams& params, const ParallelFor& parallel),
-             (params, parallel))
-PMF_DISPATCH(void, patch_velocity_backward,
+PMF_DISPATCH(params.dtype, void, patch_velocity,
+             (const PatchVelocityParams& params, const ParallelFor& parallel), (params, parallel))
+PMF_DISPATCH(params.dtype, void, patch_velocity_backward,
              (const PatchVelocityBackwardParams& params, const ParallelFor& parallel),
              (params, parallel))

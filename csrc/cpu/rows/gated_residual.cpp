@@ -112,8 +112,8 @@ void gated_residual_backward(const GatedResidualBackwardParams& params,
 
 }  // namespace pmf::cpu::PMF_LEVEL
 
-PMF_DISPATCH(void, gated_residual, (const GatedResidualParams& params, const ParallelFor& parallel),
-             (params, parallel))
-PMF_DISPATCH(void, gated_residual_backward,
+PMF_DISPATCH(params.dtype, void, gated_residual,
+             (const GatedResidualParams& params, const ParallelFor& parallel), (params, parallel))
+PMF_DISPATCH(params.dtype, void, gated_residual_backward,
              (const GatedResidualBackwardParams& params, const ParallelFor& parallel),
              (params, parallel))

@@ -92,7 +92,7 @@ void rms_norm_backward(const RmsNormBackwardParams& params, const ParallelFor& p
 
 }  // namespace pmf::cpu::PMF_LEVEL
 
-PMF_DISPATCH(void, rms_norm, (const RmsNormParams& params, const ParallelFor& parallel),
-             (params, parallel))
-PMF_DISPATCH(void, rms_norm_backward,
+PMF_DISPATCH(params.dtype, void, rms_norm,
+             (const RmsNormParams& params, const ParallelFor& parallel), (params, parallel))
+PMF_DISPATCH(params.dtype, void, rms_norm_backward,
              (const RmsNormBackwardParams& params, const ParallelFor& parallel), (params, parallel))

@@ -226,8 +226,8 @@ void rotary_qk_norm_backward(const RotaryQkNormBackwardParams& params,
 
 }  // namespace pmf::cpu::PMF_LEVEL
 
-PMF_DISPATCH(void, rotary_qk_norm, (const RotaryQkNormParams& params, const ParallelFor& parallel),
-             (params, parallel))
-PMF_DISPATCH(void, rotary_qk_norm_backward,
+PMF_DISPATCH(params.shape.dtype, void, rotary_qk_norm,
+             (const RotaryQkNormParams& params, const ParallelFor& parallel), (params, parallel))
+PMF_DISPATCH(params.shape.dtype, void, rotary_qk_norm_backward,
              (const RotaryQkNormBackwardParams& params, const ParallelFor& parallel),
              (params, parallel))

@@ -259,9 +259,12 @@ struct Type {
   using type = T;
 };
 
-// Calls body(Type<T>{}) with the T that `dtype` names.
+// Calls body(Type<T>{}) with the T that `dtype` names, one of those that this level computes.
 template <typename Body>
 PMF_INLINE void with_type(DType dtype, const Body& body) {
+#if defined(__AVX512BF16__)
+  body(Type<bf16>{});
+#else
   switch (dtype) {
     case DType::f32:
       return body(Type<float>{});
@@ -272,6 +275,7 @@ PMF_INLINE void with_type(DType dtype, const Body& body) {
     case DType::f64:
       return body(Type<double>{});
   }
+#endif
 }
 
 }  // namespace pmf::cpu::PMF_LEVEL

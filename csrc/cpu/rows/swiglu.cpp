@@ -135,7 +135,7 @@ void swiglu_backward(const SwigluBackwardParams& params, const ParallelFor& para
 
 }  // namespace pmf::cpu::PMF_LEVEL
 
-PMF_DISPATCH(void, swiglu, (const SwigluParams& params, const ParallelFor& parallel),
+PMF_DISPATCH(params.dtype, void, swiglu, (const SwigluParams& params, const ParallelFor& parallel),
              (params, parallel))
-PMF_DISPATCH(void, swiglu_backward,
+PMF_DISPATCH(params.dtype, void, swiglu_backward,
              (const SwigluBackwardParams& params, const ParallelFor& parallel), (params, parallel))
