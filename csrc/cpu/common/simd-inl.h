@@ -317,11 +317,10 @@ PMF_INLINE Vec<float> load_float(const f16* p) {
 #endif
 }
 
-// Rounds fp32 to bf16, to nearest even, in the lower half of each lane.
+// Rounds fp32 to bf16, to nearest even, in the upper half of each lane. The lower is meaningless.
 PMF_INLINE Vec<uint32_t> round_bf16(Vec<float> x) {
   const Vec<uint32_t> bits = (Vec<uint32_t>)x;
-  const Vec<uint32_t> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return (bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded;
+  return x != x ? bits | 0x400000 : bits + 0x7fff + ((bits >> 16) & 1);
 }
 
 PMF_INLINE void store_float(float* p, Vec<float> v) { store(p, v); }
@@ -330,7 +329,7 @@ PMF_INLINE void store_float(bf16* p, Vec<float> v) {
   const __m256bh h = _mm512_cvtneps_pbh(v);
   std::memcpy(p, &h, sizeof h);
 #else
-  *reinterpret_cast<VecHalfUnaligned*>(p) = __builtin_convertvector(round_bf16(v), VecHalf);
+  *reinterpret_cast<VecHalfUnaligned*>(p) = __builtin_convertvector(round_bf16(v) >> 16, VecHalf);
 #endif
 }
 PMF_INLINE void store_float(f16* p, Vec<float> v) {

@@ -126,7 +126,7 @@ PMF_INLINE void store_value(bf16* p, Pairs<float> v) {
   const auto rounded = (__m512i)_mm512_cvtne2ps_pbh(v.odd, v.even);  // 16 even ones, then 16 odd
   _mm512_storeu_si512(p, _mm512_permutexvar_epi16(_mm512_load_si512(kInTurn.from), rounded));
 #else
-  const Vec<uint32_t> both = round_bf16(v.even) | (round_bf16(v.odd) << 16);
+  const Vec<uint32_t> both = (round_bf16(v.even) >> 16) | (round_bf16(v.odd) & 0xffff0000);
   store(reinterpret_cast<uint32_t*>(p), both);
 #endif
 }

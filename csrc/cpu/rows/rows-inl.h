@@ -10,10 +10,12 @@
 
 namespace pmf::cpu::PMF_LEVEL {
 
-constexpr int kUnrolled = 4;  // vectors
+// Vectors per iteration: as many as a RowSum has chains. More would only be more code, as the
+// processor overlaps iterations by itself.
+constexpr int kUnrolled = 2;
 
 // Calls body(i, part, slot) for i = 0, step, 2 step, ... < width in the steps of layout L; slot
-// cycles through [0, kUnrolled) by the vectors of a step.
+// says which of an iteration's vectors is the step's first.
 template <typename L, typename Body>
 PMF_INLINE void for_vectors(int64_t width, Body body) {
   constexpr int64_t kStep = L::kStep, kSteps = kUnrolled / L::kVectors;
@@ -21,7 +23,9 @@ PMF_INLINE void for_vectors(int64_t width, Body body) {
   for (; i + kSteps * kStep <= width; i += kSteps * kStep) {
     PMF_UNROLL for (int k = 0; k < kSteps; ++k) body(i + k * kStep, Whole{}, k * L::kVectors);
   }
-  for (; i + kStep <= width; i += kStep) body(i, Whole{}, 0);
+  if constexpr (kSteps > 1) {
+    for (; i + kStep <= width; i += kStep) body(i, Whole{}, 0);
+  }
   if (i < width) body(i, Part{width - i}, 0);
 }
 
@@ -29,11 +33,9 @@ PMF_INLINE void for_vectors(int64_t width, Body body) {
 // FMA's latency.
 template <typename A>
 struct RowSum {
-  Vec<A> chains[2] = {};
+  Vec<A> chains[kUnrolled] = {};
 
-  PMF_INLINE void add(Vec<A> a, Vec<A> b, int slot) {
-    chains[slot % 2] = fma(a, b, chains[slot % 2]);
-  }
+  PMF_INLINE void add(Vec<A> a, Vec<A> b, int slot) { chains[slot] = fma(a, b, chains[slot]); }
   PMF_INLINE void add(Pairs<A> a, Pairs<A> b, int slot) {
     add(a.even, b.even, slot);
     add(a.odd, b.odd, slot + 1);
