@@ -28,7 +28,7 @@ class Settings:
     """Settings of a toy experiment; all but dim, prediction and seed are shared by its trainings."""
 
     shape: str = "spiral"
-    steps: int = 3500
+    steps: int = 5500
     batch_size: int = 512
     width: int = 256
     depth: int = 4
