@@ -12,7 +12,7 @@ from helpers.elementwise import (
     few_examples,
     normal,
 )
-from helpers.levels import EVERYWHERE, LEVELS, at_level
+from helpers.levels import CPU_LEVELS, EVERYWHERE, LEVELS, at_level
 from helpers.tolerance import assert_close, tolerance
 from hypothesis import given
 from hypothesis import strategies as st
@@ -111,6 +111,21 @@ def test_strides(level: str) -> None:
     zero = torch.zeros(()).expand_as(images)
     found = patch_velocity_jvp(*strided, tokens, zero, t)[1]
     assert torch.equal(found, patch_velocity_jvp(tokens, images, t, tokens, None, t)[1])
+
+
+@pytest.mark.parametrize("patch", [1, 16])  # one pixel at a time, and vectors
+@pytest.mark.parametrize("name", CPU_LEVELS)
+def test_rounding_to_bfloat16(name: str, patch: int) -> None:
+    """Of all signs, exponents and mantissas: to nearest, ties to even. Denormals may become zero."""
+    high, low = torch.arange(-(1 << 15), 1 << 15) << 16, torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    images = (high | low[:, None]).int().view(torch.float32).view(1, 1, -1, 512)
+    pixels = images.view(-1, patch, 512 // patch, patch).transpose(1, 2).reshape(1, -1, patch**2)
+    tokens, t = torch.zeros_like(pixels, dtype=torch.bfloat16).requires_grad_(), torch.ones(1)
+    with at_level(name):
+        (found,) = torch.autograd.grad(patch_velocity(tokens, images, t), tokens, images)
+    want = -pixels.bfloat16()
+    flushed = (pixels.abs() < torch.finfo(torch.float32).tiny) & (found == 0)
+    torch.testing.assert_close(found[~flushed], want[~flushed], rtol=0, atol=0, equal_nan=True)
 
 
 def test_first_samples() -> None:
