@@ -6,9 +6,9 @@ list(FILTER PMF_CPU_KERNELS EXCLUDE REGEX "/(dispatch|cpu_introspection)\\.cpp$"
 # Those with products of bf16, all that level amx_bf16 computes in a way of its own.
 set(PMF_AMX_KERNELS csrc/cpu/attention/attention_forward.cpp csrc/cpu/attention/attention_backward.cpp)
 
-# Each level names its -march, so that one in CXXFLAGS does not reach it. Processors with AVX2 that do not
-# know prefetchw (-mprfchw) skip it.
+# On x86-64 each level names its -march, so that one in CXXFLAGS does not reach it.
 set(PMF_FLAGS_portable "")
+# Processors with AVX2 that do not know prefetchw (-mprfchw) skip it.
 set(PMF_FLAGS_avx2 -march=x86-64 -mavx2 -mfma -mf16c -mprfchw)
 set(PMF_FLAGS_avx512 -march=x86-64-v4 -mprfchw)
 set(PMF_FLAGS_avx512_bf16 ${PMF_FLAGS_avx512} -mavx512bf16)

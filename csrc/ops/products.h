@@ -16,9 +16,9 @@
 
 namespace pmf {
 
-// The dtype in which to multiply matrices of this dtype: their own, or float32 for 16 bits without
-// instructions of their own. The level of the kernels (cpu/common/dispatch.h) decides, so that
-// PMF_CPU_LEVEL makes a processor act like an older one.
+// The dtype in which to multiply matrices of this dtype: their own, or float32 for float16, and for
+// bfloat16 without instructions of its own. The level of the kernels (cpu/common/dispatch.h)
+// decides that, so that PMF_CPU_LEVEL makes a processor act like an older one.
 ScalarType product_dtype(ScalarType dtype);
 
 // Whether PyTorch's own product of this dtype is the fastest, so that it can write where one likes.

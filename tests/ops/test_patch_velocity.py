@@ -116,7 +116,7 @@ def test_strides(level: str) -> None:
 @pytest.mark.parametrize("patch", [1, 16])  # one pixel at a time, and vectors
 @pytest.mark.parametrize("name", CPU_LEVELS)
 def test_rounding_to_bfloat16(name: str, patch: int) -> None:
-    """Of all signs, exponents and mantissas: to nearest, ties to even. Denormals may become zero."""
+    """Around every bfloat16 and every tie, to nearest, ties to even; denormals may become zero."""
     high, low = torch.arange(-(1 << 15), 1 << 15) << 16, torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
     images = (high | low[:, None]).int().view(torch.float32).view(1, 1, -1, 512)
     pixels = images.view(-1, patch, 512 // patch, patch).transpose(1, 2).reshape(1, -1, patch**2)

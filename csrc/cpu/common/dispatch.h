@@ -9,9 +9,9 @@
 //                (const RmsNormParams& params, const ParallelFor& parallel), (params, parallel))
 // which defines pmf::cpu::rms_norm (once, in the portable copy) as a jump to the current level.
 //
-// The levels above avx512 differ from it in bf16 only, and their copies compute nothing else: other
-// dtypes run as at avx512. The highest, amx_bf16, differs from the one below only in products: it
-// has copies of the files that compute these, which say PMF_DISPATCH_AMX.
+// The levels above avx512 differ from it in bf16 only, and their copies compute no other dtype: the
+// others run as at avx512. The highest, amx_bf16, differs from the one below only in products: it
+// has copies of the files that compute these, which use PMF_DISPATCH_AMX.
 //
 // Kernel files must not use inline functions of the standard library that could be emitted out of
 // line (std::max, containers): the linker keeps one copy of such a function, and it might be the
