@@ -18,6 +18,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from helpers.levels import CPU_LEVELS, at_level
 
 import pmf
 from pmf import _library, env
@@ -125,45 +126,32 @@ def test_every_public_op_has_compiled_parts() -> None:
 
 
 def test_levels_can_be_forced_in_a_running_process() -> None:
-    best = _library.set_cpu_level("auto")
+    assert LEVELS[: len(CPU_LEVELS)] == CPU_LEVELS
     x = torch.randn(1, 1, 5, 8)
     results = []
-    try:
-        for level in LEVELS[: LEVELS.index(best) + 1]:
-            assert _library.set_cpu_level(level) == level
+    for level in CPU_LEVELS:
+        with at_level(level):
             results.append(torch.ops.pmf.attention_forward(x, x, x, None, False, 1.0)[0])
-    finally:
-        _library.set_cpu_level("auto")
     for result in results:
         torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-6)
 
 
-def needs(level: str) -> pytest.MarkDecorator:
-    here = "" if _library.missing() is not None else _library.cpu_level()
-    absent = here not in LEVELS[LEVELS.index(level) :]
-    return pytest.mark.skipif(absent, reason=f"no CPU kernels of level {level}")
-
-
-BF16, AMX = needs("avx512_bf16"), needs("amx_bf16")
+BF16, AMX = (
+    pytest.mark.skipif(level not in CPU_LEVELS, reason=f"the processor lacks {level}")
+    for level in ("avx512_bf16", "amx_bf16")
+)
 
 
 def dtypes_that_differ(
     levels: tuple[str, ...], op: Callable[[torch.Tensor], torch.Tensor]
 ) -> set[torch.dtype]:
     """The dtypes in which these levels do not all give the same bits."""
-    x = torch.randn(1, 2, 70, 64)
-    differ = set()
-    try:
-        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            results = []
-            for level in levels:
-                _library.set_cpu_level(level)
-                results.append(op(x.to(dtype)))
-            if not all(torch.equal(result, results[0]) for result in results):
-                differ.add(dtype)
-    finally:
-        _library.set_cpu_level("auto")
-    return differ
+    x, found = torch.randn(1, 2, 70, 64), defaultdict(list)
+    for level in levels:
+        with at_level(level):
+            for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+                found[dtype].append(op(x.to(dtype)))
+    return {dtype for dtype, results in found.items() if not all(map(results[0].equal, results))}
 
 
 def attention(x: torch.Tensor) -> torch.Tensor:
@@ -322,12 +310,17 @@ def test_missing_library_is_one_sentence_and_import_works(tmp_path: Path) -> Non
     assert re.search(r"cpu kernels +missing", done.stdout)
 
 
-@pytest.mark.parametrize("with_cuda", [0, 1])
-def test_ops_compile_with_and_without_cuda(with_cuda: int) -> None:
-    """Machines with nvcc never compiled the build without CUDA, which broke unnoticed."""
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
+@pytest.fixture
+def compiler() -> str:
+    found = shutil.which("c++") or shutil.which("g++")
+    if found is None:
         pytest.skip("no C++ compiler")
+    return found
+
+
+@pytest.mark.parametrize("with_cuda", [0, 1])
+def test_ops_compile_with_and_without_cuda(compiler: str, with_cuda: int) -> None:
+    """Machines with nvcc never compiled the build without CUDA, which broke unnoticed."""
     folder = ROOT / "csrc"
     launching = [path for path in (folder / "ops").glob("*.cpp") if "PMF_CUDA_KERNEL" in path.read_text()]
     assert launching
@@ -344,11 +337,8 @@ def test_ops_compile_with_and_without_cuda(with_cuda: int) -> None:
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86-64")
 @pytest.mark.parametrize("level", LEVELS[:3])
-def test_flags_for_the_whole_build_cannot_change_a_level(level: str) -> None:
+def test_flags_for_the_whole_build_cannot_change_a_level(compiler: str, level: str) -> None:
     """Copies for bfloat16 instructions compute no other dtype: an AVX2 level that has them would be wrong."""
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
     kernel = ROOT / "csrc" / "cpu" / "rows" / "rms_norm.cpp"
     command = [compiler, "-std=c++17", "-fsyntax-only", f"-I{ROOT}/csrc", f"-I{ROOT}/csrc/include"]
     command += [f"-DPMF_LEVEL={level}", "-march=x86-64-v4", "-mavx512bf16", str(kernel)]
