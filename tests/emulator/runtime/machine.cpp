@@ -142,8 +142,8 @@ void Machine::next_lane() {
 }
 
 Lane* Machine::runnable(Warp& w, int first) {
-  for (int i = 0; i < w.count; ++i) {
-    Lane& l = w.lanes[(first + i) % w.count];
+  for (int i = first; i < first + w.count; ++i) {
+    Lane& l = w.lanes[i < w.count ? i : i - w.count];
     if (l.waits || l.done) continue;
     if (l.mbarrier == 0 || hopper.over(l.mbarrier, l.parity)) return &l;
   }

@@ -34,10 +34,19 @@ __m128 cut_to_float(__m256d x) {
   return _mm_castsi128_ps(_mm_add_epi32(_mm_castps_si128(nearest), units));
 }
 
+// exponent_of() in every column.
+__m256i exponents_of(const float (&c)[kColumns]) {
+  const __m256 x = _mm256_loadu_ps(c);
+  const __m256i biased =
+      _mm256_and_si256(_mm256_srli_epi32(_mm256_castps_si256(x), 23), _mm256_set1_epi32(0xff));
+  const __m256i exponent = _mm256_max_epi32(_mm256_sub_epi32(biased, _mm256_set1_epi32(127)),
+                                            _mm256_set1_epi32(kLeastFloat));
+  const __m256 zero = _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_EQ_OQ);
+  return _mm256_blendv_epi8(exponent, _mm256_set1_epi32(kNothing), _mm256_castps_si256(zero));
+}
+
 void add_block(float (&c)[kColumns], const Row& a, const Columns& b, int first, int last) {
-  alignas(32) int most[kColumns];
-  for (int j = 0; j < kColumns; ++j) most[j] = exponent_of(c[j], kLeastFloat);
-  __m256i largest = _mm256_load_si256(reinterpret_cast<const __m256i*>(most));
+  __m256i largest = exponents_of(c);
   for (int k = first; k < last; ++k) {
     const auto* exponents = reinterpret_cast<const __m256i*>(b.exponent[k]);
     largest = _mm256_max_epi32(
@@ -45,6 +54,7 @@ void add_block(float (&c)[kColumns], const Row& a, const Columns& b, int first, 
   }
   // If all terms are zero, any unit will do.
   largest = _mm256_max_epi32(largest, _mm256_set1_epi32(2 * kLeastFloat));
+  alignas(32) int most[kColumns];
   _mm256_store_si256(reinterpret_cast<__m256i*>(most), largest);
   for (int j = 0; j < kColumns; j += kLanesOfDouble) {
     const __m128i exponent = _mm_load_si128(reinterpret_cast<const __m128i*>(most + j));
@@ -73,7 +83,21 @@ void add_in_order(float (&c)[kColumns], const Row& a, const Columns& b, int dept
   }
 }
 
-bool is_finite(int exponent) { return exponent < 128; }
+// Which columns have finite numbers only: the exponent of infinities and NaNs is 128.
+int finite_columns(const float (&c)[kColumns], const Row& a, const Columns& b, int depth) {
+  __m256i largest = _mm256_setzero_si256();
+  int most = 0;
+  for (int k = 0; k < depth; ++k) {
+    const auto* exponents = reinterpret_cast<const __m256i*>(b.exponent[k]);
+    largest = _mm256_max_epi32(largest, _mm256_load_si256(exponents));
+    most = std::max(most, a.exponent[k]);
+  }
+  if (most >= 128) return 0;
+  const __m256 size = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), _mm256_loadu_ps(c));
+  const __m256 sums = _mm256_cmp_ps(size, _mm256_set1_ps(kInfinity), _CMP_LT_OQ);
+  const __m256i factors = _mm256_cmpgt_epi32(_mm256_set1_epi32(128), largest);
+  return _mm256_movemask_ps(_mm256_and_ps(sums, _mm256_castsi256_ps(factors)));
+}
 
 }  // namespace
 
@@ -87,20 +111,14 @@ void add_products(float (&c)[kColumns], const Row& a, const Columns& b, int dept
   if (tensor_cores.fraction_bits == 0) return add_in_order(c, a, b, depth);
   float plain[kColumns];
   std::copy_n(c, kColumns, plain);
-  bool finite[kColumns], all = true;
-  for (int j = 0; j < kColumns; ++j) {
-    finite[j] = std::abs(c[j]) < kInfinity;
-    for (int k = 0; k < depth; ++k)
-      finite[j] &= is_finite(a.exponent[k]) && is_finite(b.exponent[k][j]);
-    all &= finite[j];
-  }
+  const int finite = finite_columns(c, a, b, depth);
   const int step = depth / tensor_cores.blocks;
   for (int k = 0; k < depth; k += step) add_block(c, a, b, k, k + step);
-  if (all) return;
+  if (finite == (1 << kColumns) - 1) return;
   // Infinities and NaNs do not depend on the order of the sum.
   add_in_order(plain, a, b, depth);
   for (int j = 0; j < kColumns; ++j) {
-    if (!finite[j]) c[j] = plain[j];
+    if ((finite >> j & 1) == 0) c[j] = plain[j];
   }
 }
 
