@@ -17,6 +17,7 @@ from helpers.attention import (
     problem,
     scattered,
     shaped,
+    smaller_if_emulated,
 )
 from helpers.levels import LEVELS, at_level
 from helpers.memory import peak_bytes
@@ -62,14 +63,14 @@ def test_masks(level, mask, dtype):
 @pytest.mark.parametrize("shape", HARD_SHAPES)
 @pytest.mark.parametrize("name", HARD)
 def test_hard_cases(level, name, shape, dtype):
-    p, exact, *_ = hard(name, shape, dtype)
+    p, exact, *_ = hard(name, smaller_if_emulated(shape, level), dtype)
     assert_close(ops.attention_jvp(*p[:6], enable_gqa=True), exact, limit(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("present", list(itertools.product([False, True], repeat=3)))
 def test_absent_tangents_are_zero(level, present, dtype):
-    p = problem(Shape(1, 4, 2, 65, 130, 40, 24)).to(dtype)
+    p = problem(Shape(1, 2, 1, 65, 130, 40, 24)).to(dtype)
     absent = [t if g else None for t, g in zip(p[3:6], present, strict=True)]
     zeros = [t if g else torch.zeros_like(t) for t, g in zip(p[3:6], present, strict=True)]
     exact = reference.attention_jvp(*p.to(torch.float64)[:3], *(t.double() for t in zeros), enable_gqa=True)
