@@ -36,10 +36,10 @@ if(PMF_CUDA_WANTED AND PMF_NVCC)
   set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
   enable_language(CUDA)
   set(CMAKE_CUDA_STANDARD 17)
-  # Machine code for A100 and H100, and PTX of the oldest so that every newer card can run the same kernels.
-  # Both are made from that PTX: nvcc spends most of its time before it, and the H100's own gives the same code.
+  # PTX of the oldest architecture, so that every newer card can run the kernels, and from it the machine code
+  # for A100 and H100: PTX of the H100's own takes as long again to make, and gives nearly the same code.
   set(PMF_CODE "--generate-code=arch=compute_80,code=[compute_80,sm_80,sm_90a]")
-  # Sources that ask for the architecture.
+  # Sources that ask for the architecture (__CUDA_ARCH__).
   set(PMF_CODE_BY_ARCHITECTURE "--generate-code=arch=compute_80,code=[compute_80,sm_80]"
                                "--generate-code=arch=compute_90a,code=sm_90a")
   set(PMF_CUDA_BY_ARCHITECTURE csrc/cuda/attention/attention_forward_f16.cu)
