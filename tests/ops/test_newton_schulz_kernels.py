@@ -132,7 +132,7 @@ def test_no_number_of_steps_explodes(kernels, method, dtype, coefficients):
     left, right = torch.linalg.qr(random(11, 11))[0], torch.linalg.qr(random(22, 11, seed=1))[0]
     matrices += [left @ (torch.logspace(0, -power, 11)[:, None] * right.T) for power in (1.2, 8)]
     given = [g.to(kernels) for g in matrices]
-    for steps in (5, 6, 8, 12, 30) if kernels.type == "cuda" else (5, 12):
+    for steps in (5, 6, 8, 12, 30) if kernels.type == "cuda" else (8, 30):
         for g, result in zip(matrices, newton_schulz(given, steps, coefficients, method, dtype), strict=True):
             assert result.isfinite().all()
             exact = torch.linalg.svdvals(reference.newton_schulz(g.double(), steps, coefficients))[0]
