@@ -10,7 +10,6 @@ namespace pmf::emulator {
 namespace {
 
 constexpr int kLanesOfDouble = 4, kLeastFloat = -126;
-constexpr float kInfinity = __builtin_inff();
 
 // 2^exponent in each of four columns.
 __m256d power_of_two(__m128i exponent) {
@@ -19,7 +18,8 @@ __m256d power_of_two(__m128i exponent) {
   return _mm256_castsi256_pd(_mm256_slli_epi64(biased, 52));
 }
 
-// Rounds toward zero: to nearest, then one unit down if that is larger in magnitude.
+// Rounds toward zero: to nearest, then one unit down if that is larger in magnitude. Infinities and
+// NaNs stay what they are.
 __m128 cut_to_float(__m256d x) {
   const __m256d sign = _mm256_set1_pd(-0.0);
   const __m128 nearest = _mm256_cvtpd_ps(x);
@@ -83,22 +83,6 @@ void add_in_order(float (&c)[kColumns], const Row& a, const Columns& b, int dept
   }
 }
 
-// Which columns have finite numbers only: the exponent of infinities and NaNs is 128.
-int finite_columns(const float (&c)[kColumns], const Row& a, const Columns& b, int depth) {
-  __m256i largest = _mm256_setzero_si256();
-  int most = 0;
-  for (int k = 0; k < depth; ++k) {
-    const auto* exponents = reinterpret_cast<const __m256i*>(b.exponent[k]);
-    largest = _mm256_max_epi32(largest, _mm256_load_si256(exponents));
-    most = std::max(most, a.exponent[k]);
-  }
-  if (most >= 128) return 0;
-  const __m256 size = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), _mm256_loadu_ps(c));
-  const __m256 sums = _mm256_cmp_ps(size, _mm256_set1_ps(kInfinity), _CMP_LT_OQ);
-  const __m256i factors = _mm256_cmpgt_epi32(_mm256_set1_epi32(128), largest);
-  return _mm256_movemask_ps(_mm256_and_ps(sums, _mm256_castsi256_ps(factors)));
-}
-
 }  // namespace
 
 int exponent_of(float x, int least) {
@@ -109,17 +93,8 @@ int exponent_of(float x, int least) {
 
 void add_products(float (&c)[kColumns], const Row& a, const Columns& b, int depth) {
   if (tensor_cores.fraction_bits == 0) return add_in_order(c, a, b, depth);
-  float plain[kColumns];
-  std::copy_n(c, kColumns, plain);
-  const int finite = finite_columns(c, a, b, depth);
   const int step = depth / tensor_cores.blocks;
   for (int k = 0; k < depth; k += step) add_block(c, a, b, k, k + step);
-  if (finite == (1 << kColumns) - 1) return;
-  // Infinities and NaNs do not depend on the order of the sum.
-  add_in_order(plain, a, b, depth);
-  for (int j = 0; j < kColumns; ++j) {
-    if ((finite >> j & 1) == 0) c[j] = plain[j];
-  }
 }
 
 }  // namespace pmf::emulator
